@@ -1,0 +1,44 @@
+"""Which way of balancing experts: none, an auxiliary loss, or the loss-free bias? The same small DeepSeekMoE, three ways.
+
+Source: the comparison of Loss-Free Balancing (arXiv 2408.15664, Table 2), in miniature.
+Command: make demo, or python -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
+"""
+
+from moe_jax.config import default
+
+
+def get_config(arg: str = ""):
+    """The common part: 16 fine-grained experts, 4 a token, 1 shared; `arg` is unused."""
+    return default(
+        num_steps=200,
+        batch_size=8,
+        sequence_length=128,
+        log_every=5,
+        eval_every=100,
+        save_every=0,
+        model=dict(
+            num_layers=4,
+            embed_dim=96,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=24,
+            ffw_dim=256,
+            num_experts=16,
+            top_k=4,
+            num_shared_experts=1,
+            expert_ffw_dim=48,
+            first_dense=1,
+        ),
+        optimizer=dict(learning_rate=3e-3, warmup_steps=20),
+        data=dict(eval_sequences=64),
+    )
+
+
+def get_hyper(h):
+    """Three arms, three paired seeds."""
+    arms = h.arms(
+        none={"balance": {}},
+        aux_loss={"balance": dict(aux_loss=dict(weight=1e-2))},
+        bias_sign={"balance": dict(bias_sign=dict(rate=1e-2))},
+    )
+    return h.product(arms, h.sweep("seed", range(3)))

@@ -1,0 +1,166 @@
+"""`python -m experiments.ablate --config=configs/ablation/demo.py --workdir=DIR`: a sweep, arms x seeds.
+
+Seeds are paired: seed k of every arm starts from the same weights and reads the same batches. The runs of an
+arm share one compilation. The same command goes on where it stopped; `--shard=i/n` does every n-th run from
+the i-th, so that n machines with a common DIR share the work. Ends with a table and the path of the report.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import hyper
+from moe_jax.config import Config, as_dict, differences, fail, flatten, parse_flags, validate
+
+
+class Run(NamedTuple):
+    """One training run of a sweep."""
+
+    arm: str
+    seed: int
+    config: Config
+
+
+def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
+    """Every run of the sweep, validated before the first starts.
+
+    Args:
+        base: the config the settings override, as nested dicts.
+        settings: from `get_hyper`.
+
+    Raises:
+        ValueError: a setting without an arm, an invalid config, or two runs of one arm and seed.
+    """
+    runs = []
+    for setting in settings:
+        overrides = dict(setting)
+        if "arm" not in overrides:
+            raise ValueError(f"get_hyper returned {setting!r} without an 'arm'; name arms with h.arms(name={{...}}).")
+        arm = overrides.pop("arm")
+        config = validate(override(base, overrides))
+        runs.append(Run(arm, config.seed, config))
+    names = [(run.arm, run.seed) for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"get_hyper wants arm {name[0]!r} with seed {name[1]} twice; name the arms apart.")
+    return runs
+
+
+def override(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested dicts with dotted keys set; a key that is not there is an error."""
+    result = json.loads(json.dumps(base))
+    for dotted, value in values.items():
+        *parents, last = dotted.split(".")
+        section = result
+        for name in parents:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise ValueError(f"get_hyper sets {dotted!r}, which is not a key of the config; check its spelling.")
+        section[last] = value
+    return result
+
+
+def sweep_record(runs: list[Run], base: dict[str, Any], source: Any, command: str) -> dict[str, Any]:
+    """What sweep.json holds: all that the report must know besides the runs' own files."""
+    names = list(dict.fromkeys(run.arm for run in runs))
+    first = {arm: next(r.config for r in runs if r.arm == arm) for arm in names}
+    return {
+        "name": Path(source.__file__).stem,
+        "description": " ".join((source.__doc__ or "").split("\n\n")[0].split()),
+        "arms": names,
+        "seeds": sorted({run.seed for run in runs}),
+        "baseline": names[0],
+        "command": command,
+        "config": json.loads(json.dumps(base)),
+        "arms_config": {arm: _changed(base, as_dict(c)) for arm, c in first.items()},
+    }
+
+
+def _changed(base: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    before, after = flatten(base), flatten(json.loads(json.dumps(config)))
+    return {k: v for k, v in after.items() if k != "seed" and before.get(k) != v}
+
+
+def claim(workdir: Path, record: dict[str, Any]) -> None:
+    """Write sweep.json, or refuse a folder that holds another sweep."""
+    file = workdir / "sweep.json"
+    if file.is_file():
+        there = json.loads(file.read_text())
+        changed = [d for d in differences(there, record) if not d.startswith(("command:", "description:"))]
+        if changed:
+            raise ValueError(
+                f"--workdir={workdir} holds another sweep; use another folder. "
+                "The differences (there -> here):\n  " + "\n  ".join(changed)
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "i/n" as (i, n), 0 <= i < n."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--shard={text} must be i/n with 0 <= i < n; 0/1 does every run.")
+    return int(index), int(count)
+
+
+def execute(runs: list[Run], workdir: Path) -> int | None:
+    """Train the runs that are not finished, one after the other; the signal that stopped them, if one did."""
+    from moe_jax import checkpoint, train
+
+    for number, run in enumerate(runs, 1):
+        folder = workdir / run.arm / f"seed{run.seed}"
+        if run.config.num_steps in checkpoint.committed(folder / "checkpoints"):
+            continue
+        outcome = train.run(run.config, folder, name=f"[{number}/{len(runs)}] {run.arm} seed {run.seed}")
+        if outcome.signal:
+            return outcome.signal
+    return None
+
+
+def load_source(path: str) -> Any:
+    """The config file as a module, for its `get_hyper` and docstring."""
+    spec = importlib.util.spec_from_file_location("sweep_config", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config={path} is not a Python file; give a file of configs/ablation.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_hyper"):
+        raise ValueError(f"--config={path} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
+    return module
+
+
+def main(_: list[str]) -> None:
+    """Plan, check, train, report."""
+    flag = flags.FLAGS
+    workdir = Path(flag.workdir)
+    try:
+        index, count = parse_shard(flag.shard)
+        source = load_source(config_flags.get_config_filename(flag["config"]).partition(":")[0])
+        base = as_dict(validate(flag.config))
+        runs = plan(base, source.get_hyper(hyper))
+        command = "python -m experiments.ablate " + " ".join(sys.argv[1:])
+        claim(workdir, sweep_record(runs, base, source, command))
+        stopped = execute(runs[index::count], workdir)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        fail(str(error))
+    if stopped:
+        raise SystemExit(128 + stopped)
+    from experiments import report
+
+    report.print_table(workdir)
+    if count == 1:
+        print(f"report: {report.write(workdir)}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A file with get_config() and get_hyper(h).")
+    flags.DEFINE_string("workdir", None, "Where the runs and the report go; made if absent.")
+    flags.DEFINE_string("shard", "0/1", "i/n: do every n-th run, from the i-th (0-based).")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)

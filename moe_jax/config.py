@@ -1,0 +1,564 @@
+"""The configuration: one frozen, typed schema; `ConfigDict` in, `Config` or one clear sentence out.
+
+Imports no jax: a typo is told before jax could be loaded. Balancing methods' options live here too, for
+the same reason; `moe_jax.balance` implements them. Every error is a ValueError whose sentence names the
+key, its value, the rule and a fix.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeVar
+
+DType = Literal["float32", "bfloat16"]
+
+
+def _number(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A numeric field with an inclusive range."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer. `num_experts=0` is a dense one; everything from `num_experts` on is then unused."""
+
+    vocab_size: int = _number(264, 1)  # bytes + separator = 257, rounded up so that it divides by 8
+    num_layers: int = _number(4, 1)
+    embed_dim: int = _number(128, 1)
+    num_heads: int = _number(4, 1)
+    num_kv_heads: int = _number(2, 1)
+    head_dim: int = _number(32, 2)
+    ffw_dim: int = _number(512, 1)  # hidden width of a dense feed-forward layer
+    rope_theta: float = _number(10000.0, 1.0)
+    norm_eps: float = _number(1e-6, 0.0)
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    init_std: float = _number(0.02, 0.0)
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "float32"
+    remat: Literal["none", "dots", "full"] = "none"  # what a layer keeps for backward: all, matmuls, input
+    # Mixture of experts
+    num_experts: int = _number(0, 0)
+    top_k: int = _number(2, 1)
+    num_shared_experts: int = _number(0, 0)
+    expert_ffw_dim: int = _number(128, 1)  # hidden width of one expert, routed or shared
+    first_dense: int = _number(0, 0)  # the first layers keep a dense feed-forward
+    moe_every: int = _number(1, 1)  # after them, every n-th layer is MoE
+    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
+    normalize_gates: bool = True
+    gate_scale: float = _number(1.0, 0.0)
+    num_groups: int = _number(1, 1)
+    top_groups: int = _number(1, 1)
+    group_top: int = _number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
+    router_jitter: float = _number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
+    random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
+    dispatch: Literal["auto", "local", "dense", "capacity"] = "auto"
+    capacity_factor: float = _number(1.25, 0.01)  # of `dispatch="capacity"`: slots over the balanced load
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW behind gradient clipping; `schedule` shapes the learning rate over `num_steps`."""
+
+    learning_rate: float = _number(1e-3, 0.0)
+    schedule: Literal["constant", "cosine", "wsd", "multistep"] = "cosine"
+    warmup_steps: int = _number(0, 0)
+    end_ratio: float = _number(0.1, 0.0, 1.0)  # last learning rate over the peak (cosine, wsd)
+    decay_fraction: float = _number(0.2, 0.0, 1.0)  # wsd: the last share of the run, decaying
+    milestones: tuple[float, ...] = (0.8, 0.9)  # multistep: shares of the run at which the rate drops ...
+    milestone_ratio: float = _number(0.316, 0.0, 1.0)  # ... by this factor
+    b1: float = _number(0.9, 0.0, 1.0)
+    b2: float = _number(0.95, 0.0, 1.0)
+    eps: float = _number(1e-8, 0.0)
+    weight_decay: float = _number(0.1, 0.0)
+    clip_norm: float = _number(1.0, 0.0)  # 0 clips nothing
+    moment_dtype: DType = "float32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
+
+    path: str = ""
+    weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: as large as it is
+    verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
+    eval_sequences: int = _number(0, 0)  # held-out sequences per domain; 0: all of them
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes. One device, so far."""
+
+    replica: int = 1
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`keep` newest checkpoints stay; `fallback` may restore an older one when the newest is damaged."""
+
+    keep: int = _number(2, 1)
+    verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
+    fallback: bool = False
+
+
+@dataclass(frozen=True)
+class BiasSign:
+    """Options of `bias_sign` (Loss-Free Balancing, arXiv 2408.15664, Algorithm 1)."""
+
+    rate: float = _number(1e-3, 0.0)
+    zero_mean: bool = False
+    warmup_steps: int = _number(0, 0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    freeze_step: int | None = _number(None, 0)
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    """Options of `aux_loss` (DeepSeekMoE, arXiv 2401.06066, eq. 12-14; DeepSeek-V3, eq. 17-20)."""
+
+    weight: float = _number(1e-2, 0.0)
+    level: Literal["expert"] = "expert"
+    scope: Literal["sequence", "microbatch", "global"] = "microbatch"
+    normalize: bool = True
+    counts: Literal["biased", "unbiased"] = "biased"
+
+
+@dataclass(frozen=True)
+class ZLoss:
+    """Options of `z_loss` (ST-MoE, arXiv 2202.08906, eq. 5)."""
+
+    weight: float = _number(1e-3, 0.0)
+
+
+BALANCE_METHODS: dict[str, type] = {"bias_sign": BiasSign, "aux_loss": AuxLoss, "z_loss": ZLoss}
+
+
+class BalanceEntry(NamedTuple):
+    """One line of `config.balance`: `label` names its state and statistics, `method` what it does."""
+
+    label: str
+    method: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Hashable, and equal configs make equal runs."""
+
+    seed: int = _number(0, 0, 2**31 - 1)
+    num_steps: int = _number(1000, 1)
+    batch_size: int = _number(8, 1)  # sequences per optimizer step, over all devices
+    micro_batches: int = _number(1, 1)
+    sequence_length: int = _number(128, 1)
+    log_every: int = _number(10, 1)
+    eval_every: int = _number(500, 0)  # 0: only after the last step
+    save_every: int = _number(500, 0)  # 0: only after the last step
+    model: ModelConfig = field(default_factory=ModelConfig)
+    balance: tuple[BalanceEntry, ...] = ()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+T = TypeVar("T")
+
+
+def default(**overrides: Any) -> Any:
+    """A complete `ConfigDict`: every key with its default, then `overrides`, nested dicts merged.
+
+    What a config file returns. Being complete, every key of it can be overridden from the command line,
+    the options of the named balancing methods included.
+
+    Args:
+        **overrides: top-level keys; `model=dict(num_layers=2)` changes that one key of `model`.
+
+    Returns:
+        `ml_collections.ConfigDict`.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    from ml_collections import ConfigDict
+
+    balance = overrides.pop("balance", {})
+    config = _build(Config, {**overrides, "balance": {}}, "")
+    plain = {f.name: _plain(getattr(config, f.name)) for f in fields(Config) if f.name != "balance"}
+    plain["balance"] = {e.label: _entry_as_dict(e) for e in balance_entries(balance)}
+    return ConfigDict({k: _with_placeholders(v) for k, v in plain.items()})
+
+
+def validate(config: Any) -> Config:
+    """Turn a ConfigDict (or nested dict) into a frozen `Config`, or raise one sentence.
+
+    Args:
+        config: `ml_collections.ConfigDict` or mapping; absent keys take their default.
+
+    Raises:
+        ValueError: the first broken rule, with key, value, rule and fix.
+    """
+    if isinstance(config, Config):
+        return config
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    entries = balance_entries(plain.pop("balance", {}))
+    result = dataclasses.replace(_build(Config, plain, ""), balance=entries)
+    for check in RULES:
+        check(result)
+    return result
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values, the inverse of `validate`."""
+    plain = {f.name: _plain(getattr(config, f.name)) for f in fields(Config) if f.name != "balance"}
+    plain["balance"] = {e.label: _entry_as_dict(e) for e in config.balance}
+    return plain
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys: how a difference is shown."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for every dotted key whose value differs."""
+    a, b = flatten(old), flatten(new)
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def balance_entries(mapping: Mapping[str, Any] | None) -> tuple[BalanceEntry, ...]:
+    """Check `config.balance` and give its entries, sorted by label, so that order never matters.
+
+    Args:
+        mapping: label -> options; the label is the method's name unless `method=` names another.
+
+    Raises:
+        ValueError: unknown method or option, wrong type, or methods that contradict each other.
+    """
+    if mapping is not None and not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
+        raise ValueError(
+            f"balance={mapping!r} must be a mapping from method to options; "
+            "write balance=dict(bias_sign=dict(rate=1e-3)), or balance={} for none."
+        )
+    entries = tuple(_balance_entry(label, mapping[label]) for label in sorted(mapping or {}))
+    owners = [e.label for e in entries if e.method in BIAS_METHODS]
+    if len(owners) > 1:
+        raise ValueError(
+            f"balance has {' and '.join(owners)}, but only one method may own the bias; remove all but one."
+        )
+    return entries
+
+
+BIAS_METHODS = frozenset({"bias_sign"})
+
+
+def _balance_entry(label: str, options: Any) -> BalanceEntry:
+    path = f"balance.{label}"
+    if not isinstance(options, Mapping) and not hasattr(options, "items"):
+        raise ValueError(f"{path}={options!r} must be a dict of options; write {label}=dict() for its defaults.")
+    options = dict(options.items())
+    method = options.pop("method", label)
+    if method not in BALANCE_METHODS:
+        hint = _did_you_mean(str(method), BALANCE_METHODS)
+        raise ValueError(
+            f"{path} names the balancing method {method!r}, which does not exist{hint}; "
+            f"the methods are {', '.join(sorted(BALANCE_METHODS))}."
+        )
+    if label in ("bias", "loads"):
+        raise ValueError(f"{path}: a label may not be 'bias' or 'loads', which all methods share; choose another.")
+    entry = BalanceEntry(label, method, _build(BALANCE_METHODS[method], options, path + "."))
+    if method == "bias_sign":
+        _check_bias_schedule(path, entry.options)
+    return entry
+
+
+def _check_bias_schedule(path: str, o: Any) -> None:
+    if o.schedule != "constant" and o.freeze_step is None:
+        raise ValueError(
+            f"{path}.schedule={o.schedule!r} must know where the rate reaches 0; set {path}.freeze_step."
+        )
+    if o.freeze_step is not None and o.warmup_steps > o.freeze_step:
+        raise ValueError(
+            f"{path}.warmup_steps={o.warmup_steps} must be at most {path}.freeze_step={o.freeze_step}; "
+            "lower the first or raise the second."
+        )
+
+
+# --- rules across keys ----------------------------------------------------------------------------------------
+
+
+def _check_batch(c: Config) -> None:
+    if c.batch_size % c.micro_batches:
+        raise ValueError(
+            f"batch_size={c.batch_size} must be divisible by micro_batches={c.micro_batches}; "
+            f"try {_nearby(c.batch_size, c.micro_batches)}."
+        )
+
+
+def _check_attention(c: Config) -> None:
+    m = c.model
+    if m.num_heads % m.num_kv_heads:
+        raise ValueError(
+            f"model.num_heads={m.num_heads} must be divisible by model.num_kv_heads={m.num_kv_heads}; "
+            f"try {_nearby(m.num_heads, m.num_kv_heads)}."
+        )
+    if m.head_dim % 2:
+        raise ValueError(
+            f"model.head_dim={m.head_dim} must be even, for RoPE rotates pairs; try {m.head_dim + 1}."
+        )
+
+
+def _check_experts(c: Config) -> None:
+    m = c.model
+    if m.num_experts == 0:
+        return
+    if m.top_k > m.num_experts:
+        raise ValueError(
+            f"model.top_k={m.top_k} must be at most model.num_experts={m.num_experts}; "
+            f"lower top_k or raise num_experts."
+        )
+    if m.first_dense + m.moe_every > m.num_layers:
+        raise ValueError(
+            f"model.first_dense={m.first_dense} and model.moe_every={m.moe_every} leave no MoE layer among "
+            f"model.num_layers={m.num_layers}; lower them, or set model.num_experts=0 for a dense model."
+        )
+    if m.random_second and m.top_k != 2:
+        raise ValueError(
+            f"model.random_second=True is GShard's rule for a second expert and needs model.top_k=2, "
+            f"which is {m.top_k}; set top_k=2 or random_second=False."
+        )
+
+
+def _check_gates(c: Config) -> None:
+    m = c.model
+    if m.num_experts > 1 and m.top_k == 1 and m.normalize_gates:
+        raise ValueError(
+            "model.normalize_gates=True with model.top_k=1 makes every gate the constant gate_scale, and the "
+            "router would learn nothing from the language model; set model.normalize_gates=False."
+        )
+
+
+def _check_groups(c: Config) -> None:
+    m = c.model
+    if m.num_experts == 0:
+        return
+    if m.num_experts % m.num_groups:
+        raise ValueError(
+            f"model.num_experts={m.num_experts} must be divisible by model.num_groups={m.num_groups}; "
+            f"try {_nearby(m.num_experts, m.num_groups)}."
+        )
+    if m.top_groups > m.num_groups:
+        raise ValueError(
+            f"model.top_groups={m.top_groups} must be at most model.num_groups={m.num_groups}; lower top_groups."
+        )
+    size = m.num_experts // m.num_groups
+    if m.top_k > m.top_groups * size:
+        raise ValueError(
+            f"model.top_k={m.top_k} must be at most the {m.top_groups * size} experts of "
+            f"model.top_groups={m.top_groups} groups of {size}; raise top_groups or lower top_k."
+        )
+    if m.num_groups > 1 and m.group_top > size:
+        raise ValueError(
+            f"model.group_top={m.group_top} must be at most the {size} experts of a group; "
+            f"set model.group_top={size} or fewer groups."
+        )
+
+
+def _check_balance_use(c: Config) -> None:
+    if c.balance and c.model.num_experts == 0:
+        raise ValueError(
+            f"balance has {', '.join(e.label for e in c.balance)}, but model.num_experts=0 has no experts to "
+            "balance; set balance={} or model.num_experts."
+        )
+
+
+def _check_optimizer(c: Config) -> None:
+    o = c.optimizer
+    if o.warmup_steps > c.num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={o.warmup_steps} must be at most num_steps={c.num_steps}; "
+            f"try {max(1, c.num_steps // 10)}."
+        )
+    if o.schedule == "multistep" and (
+        list(o.milestones) != sorted(set(o.milestones)) or any(not 0 < m < 1 for m in o.milestones)
+    ):
+        raise ValueError(
+            f"optimizer.milestones={o.milestones} must rise strictly between 0 and 1 (shares of num_steps); "
+            "try (0.8, 0.9)."
+        )
+    for name in ("b1", "b2"):
+        if getattr(o, name) >= 1:
+            raise ValueError(f"optimizer.{name}={getattr(o, name)} must be below 1; try 0.95.")
+
+
+def _check_mesh(c: Config) -> None:
+    for f in fields(MeshConfig):
+        size = getattr(c.mesh, f.name)
+        if size != 1:
+            raise ValueError(
+                f"mesh.{f.name}={size} must be 1: sharding over devices is not built yet; set mesh.{f.name}=1."
+            )
+
+
+RULES = (
+    _check_batch,
+    _check_attention,
+    _check_experts,
+    _check_gates,
+    _check_groups,
+    _check_balance_use,
+    _check_optimizer,
+    _check_mesh,
+)
+
+
+def _nearby(value: int, divisor: int) -> str:
+    """The multiples of `divisor` on either side of `value`, as advice."""
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
+
+
+# --- building typed sections from mappings ------------------------------------------------------------------
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any], path: str) -> T:
+    """An instance of the dataclass `cls` from a mapping: unknown keys, wrong types and ranges are sentences."""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        if key not in known:
+            raise ValueError(
+                f"{path}{key} is not a configuration key{_did_you_mean(key, known)}; "
+                f"the keys {'of ' + path[:-1] if path else 'at the top'} are {', '.join(known)}."
+            )
+        if cls is Config and key == "balance":
+            continue
+        values[key] = _typed(hints[key], value, path + key)
+        _check_range(known[key].metadata, values[key], path + key)
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type, or a sentence."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ValueError(f"{path}={value!r} must be a dict of keys; write {path}=dict(...).")
+        return _build(hint, dict(value.items()), path + ".")  # type: ignore[arg-type]
+    if origin is types.UnionType:
+        return None if value is None else _typed(typing.get_args(hint)[0], value, path)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ValueError(
+                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}"
+                f"{_did_you_mean(str(value), choices)}."
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{path}={value!r} must be a tuple; write ({value!r},).")
+        return tuple(_typed(typing.get_args(hint)[0], v, path) for v in value)
+    if origin is dict:
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ValueError(f"{path}={value!r} must be a dict; write {path}=dict(name=number).")
+        return {str(k): _typed(typing.get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
+    return _scalar(hint, value, path)
+
+
+def _scalar(hint: type, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(
+            f"{path}={value!r} must be {_article(hint)}, not {type(value).__name__}; write it as {hint.__name__}."
+        )
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{path}={value!r} must be a finite number; give one.")
+    return value
+
+
+def _article(hint: type) -> str:
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    return names.get(hint, hint.__name__)
+
+
+def _check_range(limits: Mapping[str, Any], value: Any, path: str) -> None:
+    low, high = limits.get("low"), limits.get("high")
+    if value is None:
+        return
+    if low is not None and value < low:
+        raise ValueError(f"{path}={value} must be at least {low}; raise it.")
+    if high is not None and value > high:
+        raise ValueError(f"{path}={value} must be at most {high}; lower it.")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts, tuples kept: what ConfigDict holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return value
+
+
+def _entry_as_dict(entry: BalanceEntry) -> dict[str, Any]:
+    options = _plain(entry.options)
+    return options if entry.label == entry.method else {"method": entry.method, **options}
+
+
+def _with_placeholders(value: Any) -> Any:
+    """None becomes a typed placeholder, for ConfigDict could not override it otherwise."""
+    from ml_collections import config_dict
+
+    if isinstance(value, dict):
+        return {k: _with_placeholders(v) for k, v in value.items()}
+    return config_dict.placeholder(int) if value is None else value
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """A parser for `absl.app.run(main, flags_parser=parse_flags)` that answers a mistake with one sentence.
+
+    A wrong `--config.key` is told with the closest key; the process ends with status 2 and no traceback.
+    """
+    from absl import flags
+
+    flags.FLAGS.set_default("verbosity", -1)  # warnings and worse: the libraries' info lines hide ours
+    try:
+        return flags.FLAGS(argv, known_only=False)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        fail(_first_sentence(error))
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
+
+
+def fail(message: str) -> typing.NoReturn:
+    """End the command with status 2 and one sentence on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

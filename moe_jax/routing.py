@@ -1,0 +1,173 @@
+"""Routing: scores -> select -> gates, in one pure function. The bias picks, the scores pay.
+
+T tokens, K top_k, S slots (= K for every selector that gives each token K experts), E experts, G groups.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, Key
+
+Select = Callable[..., Int32[Array, "tokens slots"]]
+
+
+class Tokens(NamedTuple):
+    """What is known of each token, [T] each; None where nothing is.
+
+    mask: bool, False is padding: it is routed nowhere and counted nowhere. row: int32 in [0, T), which
+    sequence of the batch it belongs to (None: all to one). ids: int32, the token's id. kind: int32, its class.
+    """
+
+    mask: Bool[Array, "tokens"] | None = None
+    row: Int32[Array, "tokens"] | None = None
+    ids: Int32[Array, "tokens"] | None = None
+    kind: Int32[Array, "tokens"] | None = None
+
+
+class Routing(NamedTuple):
+    """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere."""
+
+    expert_ids: Int32[Array, "tokens slots"]
+    gates: Float32[Array, "tokens slots"]
+    loads: Int32[Array, "experts"]
+    logits: Float32[Array, "tokens experts"]
+    scores: Float32[Array, "tokens experts"]
+    bias: Float32[Array, "experts"]
+    tokens: Tokens
+
+
+def route(
+    logits: Float32[Array, "tokens experts"],
+    bias: Float32[Array, "experts"] | None = None,
+    *,
+    top_k: int,
+    score: str = "sigmoid",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_top: int = 2,
+    normalize_gates: bool = True,
+    gate_scale: float = 1.0,
+    tokens: Tokens = Tokens(),
+    select: Select | None = None,
+    key: Key[Array, ""] | None = None,
+    train: bool = False,
+) -> Routing:
+    """Pick `top_k` experts for every token by `scores + bias`, and weigh them by the unbiased scores.
+
+    Equal biased scores go to the lowest expert id (`lax.top_k`): with all-equal scores every token picks
+    experts 0..K-1, which is why the router is initialised away from zero.
+
+    Args:
+        logits: float32 [T, E], any finite values.
+        bias: float32 [E], selection only: no gradient, no effect on gates. None is zero.
+        top_k: experts per token, 1 to E.
+        score: "sigmoid" | "softmax" | "sqrt_softplus", the affinity in [0, 1] or [0, inf).
+        num_groups: G, divides E; experts e of group g have e // (E / G) == g.
+        top_groups: groups a token may use, ranked by the sum of their `group_top` best biased scores.
+        group_top: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
+        normalize_gates: divide the selected scores by their sum.
+        gate_scale: factor on the gates, after normalisation.
+        tokens: mask and more, see `Tokens`.
+        select: replaces top-k of the biased scores: (scores, bias, *, top_k, tokens, key, train) -> ids [T, S].
+        key: randomness for `select`.
+        train: True in training; selectors may infer otherwise than they train.
+
+    Returns:
+        `Routing`; gates sum to `gate_scale` over a token's experts when normalised.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437) eq. 13-16; Loss-Free Balancing (2408.15664) eq. 3.
+    """
+    num_experts = logits.shape[-1]
+    scores = affinity(logits, score)
+    bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
+    if select is None:
+        biased = limit_groups(scores + bias, num_groups, top_groups, group_top)
+        expert_ids = lax.top_k(biased, top_k)[1]
+    else:
+        expert_ids = select(scores, bias, top_k=top_k, tokens=tokens, key=key, train=train)
+    if tokens.mask is not None:
+        expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
+    gates = gate_scale * _gates(logits, scores, expert_ids, normalize_gates)
+    loads = count(expert_ids, num_experts)
+    return Routing(expert_ids, gates, loads, logits, scores, bias, tokens)
+
+
+def affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
+    """The unbiased affinity of each token to each expert: sigmoid (V3), softmax (V2) or sqrt-softplus (V4)."""
+    if score == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    if score == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    if score == "sqrt_softplus":
+        # below -80 softplus nears underflow, where the gradient of the square root is not finite
+        return jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, -80.0)))
+    raise ValueError(f"score={score!r} must be 'sigmoid', 'softmax' or 'sqrt_softplus'; choose one of them.")
+
+
+def limit_groups(
+    biased: Float32[Array, "tokens experts"], num_groups: int, top_groups: int, group_top: int
+) -> Float32[Array, "tokens experts"]:
+    """Set the biased scores outside each token's `top_groups` best groups to -inf.
+
+    Never to 0: with negative biases a masked group would win over an allowed one.
+    """
+    if num_groups == 1 or top_groups == num_groups:
+        return biased
+    num_tokens, num_experts = biased.shape
+    grouped = biased.reshape(num_tokens, num_groups, num_experts // num_groups)
+    rank = lax.top_k(grouped, group_top)[0].sum(-1)
+    best = lax.top_k(rank, top_groups)[1]
+    allowed = (best[:, :, None] == jnp.arange(num_groups)).any(1)
+    return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
+
+
+def count(expert_ids: Int32[Array, "..."], num_experts: int) -> Int32[Array, "experts"]:
+    """How often each expert id occurs: exact int32; ids equal to `num_experts` are not counted."""
+    return jnp.zeros(num_experts + 1, jnp.int32).at[expert_ids.ravel()].add(1)[:num_experts]
+
+
+def normalize(
+    scores: Float32[Array, "tokens experts"], logits: Float32[Array, "tokens experts"]
+) -> Float32[Array, "tokens experts"]:
+    """Scores divided by their sum over the last axis, with no epsilon for a router to exploit.
+
+    An epsilon in the denominator would let a router shrink a loss by driving every score to zero. Where
+    the sum itself underflows the limit of the sigmoid stands in for it, which is the softmax of the logits.
+    """
+    total = scores.sum(-1, keepdims=True)
+    tiny = jnp.finfo(jnp.float32).tiny * 1e3
+    safe = total > tiny
+    limit = jax.nn.softmax(logits, axis=-1)
+    return jnp.where(safe, scores / jnp.where(safe, total, 1.0), limit)
+
+
+def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
+    """GShard's random second expert: keep it with probability min(1, 2 x its gate).
+
+    The first gate keeps its normalised value, as in GShard (arXiv 2006.16668) Algorithm 1. A dropped
+    second expert becomes an empty slot.
+    """
+    num_experts = routing.loads.shape[0]
+    keep = 2.0 * routing.gates[:, 1] > jax.random.uniform(key, routing.gates.shape[:1])
+    expert_ids = routing.expert_ids.at[:, 1].set(jnp.where(keep, routing.expert_ids[:, 1], num_experts))
+    gates = routing.gates.at[:, 1].multiply(keep)
+    return routing._replace(expert_ids=expert_ids, gates=gates, loads=count(expert_ids, num_experts))
+
+
+def _gates(
+    logits: Array, scores: Array, expert_ids: Array, normalize_gates: bool
+) -> Float32[Array, "tokens slots"]:
+    """The unbiased scores at the selected experts, 0 in empty slots."""
+    num_experts = scores.shape[-1]
+    filled = expert_ids < num_experts
+    index = jnp.minimum(expert_ids, num_experts - 1)
+    chosen = jnp.take_along_axis(scores, index, axis=-1) * filled
+    if not normalize_gates:
+        return chosen
+    chosen_logits = jnp.where(filled, jnp.take_along_axis(logits, index, axis=-1), -jnp.inf)
+    # a token with no expert at all would give softmax(-inf, ...) = NaN
+    chosen_logits = jnp.where(filled.any(-1, keepdims=True), chosen_logits, 0.0)
+    return normalize(chosen, chosen_logits) * filled

@@ -1,0 +1,208 @@
+"""The train state: everything a run remembers, and how it is initialised.
+
+Parameters, biases and moments are plain nested dicts of arrays; layers of a kind are stacked, L in front.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32, Key
+
+from moe_jax import balance
+from moe_jax.config import Config, ModelConfig, OptimizerConfig
+from moe_jax.model import Transformer, num_moe_layers
+from moe_jax.moe import RouterBias
+
+Tree = Any  # a nested dict of arrays
+
+
+class TrainState(NamedTuple):
+    """What `step` optimizer steps have made. The bias has one home, the model; other balancer state is apart.
+
+    step: steps done, skipped ones included. skipped: steps whose loss or gradient was not finite.
+    stuck: how many of them came last in a row. bias: the RouterBias variables. balance: [L, ...] by label.
+    """
+
+    step: Int32[Array, ""]
+    skipped: Int32[Array, ""]
+    stuck: Int32[Array, ""]
+    params: Tree
+    optimizer: Tree
+    bias: Tree
+    balance: Tree
+
+
+class AbstractModel(NamedTuple):
+    """The model without values: how to rebuild it, and shape, dtype and logical dimensions of each leaf."""
+
+    graphdef: nnx.GraphDef
+    params: Tree
+    bias: Tree
+    dims: Tree
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_model(config: ModelConfig) -> AbstractModel:
+    """The model's structure; no array is made."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    dims = jax.tree.map(lambda v: Dims(v.get_metadata()["dims"]), params, is_leaf=_is_variable)
+    return AbstractModel(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(bias), nnx.to_pure_dict(dims))
+
+
+class Dims:
+    """A leaf's logical dimensions, wrapped so that trees treat them as one leaf."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __repr__(self) -> str:
+        return f"Dims({', '.join(self.names)})"
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before step 0, drawn from `config.seed` under jit."""
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT)
+    return _initializer(config.model, config.balance, config.optimizer)(key)
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves."""
+    make = functools.partial(_make_state, config.model, config.balance, config.optimizer)
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+INIT, STEP = 0, 1  # streams of randomness, folded into the seed's key
+
+
+def step_key(config: Config) -> Key[Array, ""]:
+    """The base key of the run's steps; step n uses `fold_in(key, n)`, so no key is stored."""
+    return jax.random.fold_in(jax.random.key(config.seed), STEP)
+
+
+@functools.lru_cache(maxsize=16)
+def _initializer(
+    model: ModelConfig, entries: tuple[balance.base.BalanceEntry, ...], optimizer: OptimizerConfig
+) -> Callable[[Array], TrainState]:
+    make = jax.jit(functools.partial(_make_state, model, entries, optimizer))
+    if jax.default_backend() != "cpu":
+        return make
+    # XLA:CPU spends half a second on every shape of random draw unless told that speed does not matter here
+    return make.lower(jax.random.key(0)).compile({"xla_backend_optimization_level": 1})
+
+
+def _make_state(
+    model: ModelConfig,
+    entries: tuple[balance.base.BalanceEntry, ...],
+    optimizer: OptimizerConfig,
+    key: Array,
+) -> TrainState:
+    values = nnx.state(Transformer(model, nnx.Rngs(params=key)))
+    params, bias = nnx.split_state(values, nnx.Param, RouterBias)
+    params, bias = nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+    layers = _init_balance(balance.make(entries), model)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        skipped=zero,
+        stuck=zero,
+        params=params,
+        optimizer=make_optimizer(optimizer, abstract_model(model).dims).init(params),
+        bias=write_bias(bias, layers.pop("bias")) if layers else bias,
+        balance=layers,
+    )
+
+
+def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
+    layers = num_moe_layers(model)
+    one = balancer.init(model.num_experts) if layers else {}
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), one)
+
+
+def read_bias(bias: Tree) -> Float32[Array, "layers experts"]:
+    """The biases of all MoE layers in execution order, [L, E]."""
+    return jnp.concatenate(jax.tree.leaves(bias))
+
+
+def write_bias(bias: Tree, value: Float32[Array, "layers experts"]) -> Tree:
+    """The bias variables holding `value` [L, E]: the inverse of `read_bias`."""
+    leaves, structure = jax.tree.flatten(bias)
+    bounds, at = [], 0
+    for leaf in leaves[:-1]:
+        at += leaf.shape[0]
+        bounds.append(at)
+    return jax.tree.unflatten(structure, jnp.split(value, bounds))
+
+
+# --- optimizer ------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(config: OptimizerConfig, dims: Tree) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which follows the step number and is applied by the train step.
+
+    Weights with two or more logical dimensions decay; scales of norms, which have one, do not. The number
+    of array dimensions would not tell them apart, for layers are stacked.
+    """
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    parts.append(_moments_in(adam, config.moment_dtype))
+    if config.weight_decay > 0:
+        parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(dims)))
+    return optax.chain(*parts)
+
+
+def decay_mask(dims: Tree) -> Tree:
+    """True for every leaf that weight decay shrinks."""
+    return jax.tree.map(lambda d: len(d.names) > 1, dims)
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """step -> learning rate: a linear warm-up that ends at the peak, then the schedule by name.
+
+    constant; cosine to `end_ratio` of the peak at the last step; wsd (warm-up, stable, decay): linear over
+    the last `decay_fraction`; multistep: times `milestone_ratio` at every milestone.
+    """
+    peak, rest = config.learning_rate, max(1, num_steps - config.warmup_steps)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.end_ratio)
+    elif config.schedule == "wsd":
+        decay = max(1, round(config.decay_fraction * num_steps))
+        begin = max(0, rest - decay)
+        after = optax.linear_schedule(peak, config.end_ratio * peak, decay, begin)
+    else:
+        steps = (round(m * num_steps) - config.warmup_steps for m in config.milestones)
+        after = optax.piecewise_constant_schedule(peak, dict.fromkeys(steps, config.milestone_ratio))
+    warmup = config.warmup_steps
+
+    def schedule(step: Any) -> Any:
+        ramp = jnp.minimum(1.0, (step + 1) / max(1, warmup))
+        return ramp * after(jnp.maximum(step - warmup, 0))
+
+    return schedule
+
+
+def _moments_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`inner` computing in float32 on moments stored in `dtype`, whatever the parameters' dtype."""
+
+    def cast(tree: Tree, to: str) -> Tree:
+        return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+    def init(params: Tree) -> Tree:
+        return cast(inner.init(params), dtype)
+
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        updates, state = inner.update(cast(updates, "float32"), cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_variable(node: object) -> bool:
+    return isinstance(node, nnx.Variable)

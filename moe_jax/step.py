@@ -1,0 +1,272 @@
+"""The train step and the evaluation step: the only jit boundary.
+
+One step: every micro-batch forward and backward, one division, one optimizer update, one bias update, and
+all of it or nothing. N micro-batches, B sequences, S tokens a sequence, L MoE layers, E experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float32, Int32, Key
+
+from moe_jax import balance, metrics
+from moe_jax.config import Config
+from moe_jax.data.batches import Batch
+from moe_jax.model import Inputs
+from moe_jax.moe import Balancing, Report
+from moe_jax.state import (
+    TrainState,
+    Tree,
+    abstract_model,
+    learning_rate,
+    make_optimizer,
+    read_bias,
+    step_key,
+    write_bias,
+)
+
+TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports."""
+
+    nats: Float32[Array, ""]
+    total_loss: Float32[Array, ""]
+    report: Report | None
+
+
+def make_train_step(config: Config) -> TrainStep:
+    """(state, batch, key) -> (state, metrics), jitted, the state donated.
+
+    Configs that differ in nothing a step reads share one function, and so one compilation: the seeds of an
+    experiment, for example. Metrics are device arrays; fetching them is the caller's to time.
+    """
+    return _train_step(_without_what_no_step_reads(config))
+
+
+def make_eval_step(config: Config) -> Callable[[TrainState, Batch], "Evaluation"]:
+    """(state, batch) -> sums over the batch, jitted. Moves nothing."""
+    return _eval_step(_without_what_no_step_reads(config))
+
+
+def _without_what_no_step_reads(config: Config) -> Config:
+    plain = Config()
+    keys = ("seed", "log_every", "eval_every", "save_every", "data", "checkpoint")
+    return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
+
+
+@functools.lru_cache(maxsize=16)
+def _train_step(config: Config) -> TrainStep:
+    return jax.jit(functools.partial(train_step, config), donate_argnums=0)
+
+
+def train_step(
+    config: Config, state: TrainState, batch: Batch, key: Key[Array, ""]
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step, as a pure function.
+
+    Args:
+        state: after `state.step` steps.
+        batch: `batch_at(state.step)`, leaves [B, ...].
+        key: the run's base key; this step uses `fold_in(key, state.step)`.
+
+    Returns:
+        the next state (or, if loss or gradient is not finite, this one with step and skipped advanced),
+        and the step's metrics with per-layer `loads` [L, E] and `bias` [L, E] for a model with experts.
+    """
+    key = jax.random.fold_in(key, state.step)
+    sums, grads = accumulate(config, state, batch, key)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm)
+    rate = learning_rate(config.optimizer, config.num_steps)(state.step)
+    moved = advance(config, state, grads, sums.report, rate)
+    state = all_or_nothing(finite, moved, state)
+    return state, step_metrics(sums, batch, state, grad_norm, rate)
+
+
+def accumulate(config: Config, state: TrainState, batch: Batch, key: Array) -> tuple[Sums, Tree]:
+    """Sum the loss, its gradient and the reports over the micro-batches, by scan.
+
+    Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
+    weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
+    """
+    balancer = balance.make(config.balance)
+    micro = split_batch(batch, config.micro_batches)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches))
+    num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
+    statistics = None
+    if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
+        statistics = step_statistics(config, balancer, state, micro, keys)
+
+    def loss(params: Tree, batch: Batch, key: Array) -> tuple[Array, Sums]:
+        balancing = Balancing(balancer, state.balance, statistics)
+        nats, report = forward(config, params, state.bias, balancing, batch, key)
+        share = batch.mask.sum() / num_tokens
+        balance_loss = 0.0 if report is None else share * report.loss.sum()
+        total = nats.sum() / num_tokens + balance_loss
+        if report is not None:
+            report = report._replace(loss=share * report.loss, aux_loss=share * report.aux_loss)
+        return total, Sums(nats.sum(), total, report)
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+
+    def body(sofar: tuple, one: tuple) -> tuple[tuple, None]:
+        grads, sums = gradient(state.params, *one)
+        return jax.tree.map(lambda total, new: total + new, sofar, (sums, grads)), None
+
+    one = jax.tree.map(lambda a: a[0], (micro, keys))
+    grads, sums = jax.eval_shape(gradient, state.params, *one)
+    zeros = jax.tree.map(_zeros_to_add_to, (sums, grads))
+    return jax.lax.scan(body, zeros, (micro, keys))[0]
+
+
+def step_statistics(
+    config: Config, balancer: balance.Balancer, state: TrainState, micro: Batch, keys: Array
+) -> balance.Statistics:
+    """The statistics [L, ...] of the whole step, by a forward-only pass before the pass with gradients."""
+
+    def observe(batch: Batch, key: Array) -> balance.Statistics:
+        report = forward(config, state.params, state.bias, Balancing(balancer, state.balance), batch, key)[1]
+        assert report is not None  # a config with a balancer has MoE layers
+        return report.statistics
+
+    def body(sofar: Tree, one: tuple) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, sofar, observe(*one)), None
+
+    one = jax.tree.map(lambda a: a[0], (micro, keys))
+    zeros = jax.tree.map(_zeros_to_add_to, jax.eval_shape(observe, *one))
+    return jax.lax.scan(body, zeros, (micro, keys))[0]
+
+
+def forward(
+    config: Config,
+    params: Tree,
+    bias: Tree,
+    balancing: Balancing,
+    batch: Batch,
+    key: Array,
+    train: bool = True,
+) -> tuple[Float32[Array, "batch"], Report | None]:
+    """The cross-entropy of every row in nats, summed over its valid targets, and the layers' reports."""
+    model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
+    inputs = Inputs(batch.tokens, batch.positions, batch.segment_ids)
+    logits, report = model(inputs, balancing, key=key, train=train)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return jnp.where(batch.mask, nats, 0.0).sum(-1), report
+
+
+def advance(config: Config, state: TrainState, grads: Tree, report: Report | None, rate: Array) -> TrainState:
+    """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    state = state._replace(params=params, optimizer=moments)
+    return state if report is None else balance_update(config, state, report.statistics)
+
+
+def balance_update(config: Config, state: TrainState, statistics: balance.Statistics) -> TrainState:
+    """`balancer.update` in every MoE layer, from the statistics [L, ...] of the step just trained on."""
+    balancer = balance.make(config.balance)
+    joined = state.balance | {"bias": read_bias(state.bias)}
+    moved = jax.vmap(balancer.update, in_axes=(0, 0, None))(statistics, joined, state.step)
+    bias = write_bias(state.bias, moved.pop("bias"))
+    return state._replace(bias=bias, balance=moved)
+
+
+def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
+    """The moved state, or where not finite the old one bit by bit; `step` advances either way.
+
+    By selection, never by multiplying with zero: 0 x NaN is NaN.
+    """
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    return kept._replace(
+        step=state.step + 1,
+        skipped=state.skipped + ~finite,
+        stuck=jnp.where(finite, 0, state.stuck + 1),
+    )
+
+
+def step_metrics(
+    sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array
+) -> dict[str, Array]:
+    """What is logged of a step; `state` is the one after it."""
+    values = {
+        "loss": sums.nats / jnp.maximum(batch.mask.sum(), 1),
+        "total_loss": sums.total_loss,
+        "bits_per_byte": sums.nats / (jnp.log(2.0) * jnp.maximum(batch.num_bytes.sum(), 1)),
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "skipped": state.skipped,
+        "stuck": state.stuck,
+    }
+    if sums.report is None:
+        return values
+    loads, bias = sums.report.statistics["loads"], read_bias(state.bias)
+    violation = metrics.max_violation(loads)
+    return values | {
+        "moe/max_violation": violation.mean(),
+        "moe/max_violation_worst": violation.max(),
+        "moe/load_entropy": metrics.load_entropy(loads).mean(),
+        "moe/dead_experts": metrics.dead_experts(loads).sum(),
+        "moe/bias_range": metrics.bias_range(bias).max(),
+        "moe/aux_loss": sums.report.aux_loss.mean(),
+        "moe/dropped": sums.report.dropped.sum(),
+        "loads": loads,
+        "bias": bias,
+    }
+
+
+class Evaluation(NamedTuple):
+    """Sums over one held-out batch: nats and valid targets per row, loads [L, E] or None."""
+
+    nats: Float32[Array, "batch"]
+    tokens: Int32[Array, "batch"]
+    loads: Int32[Array, "layers experts"] | None
+
+
+@functools.lru_cache(maxsize=16)
+def _eval_step(config: Config) -> Callable[[TrainState, Batch], Evaluation]:
+    balancer = balance.make(config.balance)
+
+    def evaluate(state: TrainState, batch: Batch) -> Evaluation:
+        balancing = Balancing(balancer, state.balance)
+        key = jax.random.key(0)  # evaluation draws nothing
+        nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False)
+        return Evaluation(nats, batch.mask.sum(-1), None if report is None else report.statistics["loads"])
+
+    return jax.jit(evaluate)
+
+
+def split_batch(batch: Batch, micro_batches: int) -> Batch:
+    """[B, ...] to [N, B / N, ...]; micro-batch i holds the rows i, i + N, ..., so that rows on one device stay."""
+
+    def split(a: Any) -> Array:
+        a = jnp.asarray(a)
+        return a.reshape(a.shape[0] // micro_batches, micro_batches, *a.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of the leaf's shape; gradients of narrower floats are summed in float32."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+    return jnp.zeros(leaf.shape, wide)
+
+
+def first_non_finite(config: Config, state: TrainState, batch: Batch) -> str:
+    """The first tensor of a step that is not finite: "loss", a gradient's path, or "nothing any more"."""
+    key = jax.random.fold_in(step_key(config), state.step)
+    sums, grads = jax.jit(functools.partial(accumulate, config))(state, batch, key)
+    if not jnp.isfinite(sums.total_loss):
+        return "loss"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        if not jnp.isfinite(leaf).all():
+            return "gradient of " + jax.tree_util.keystr(path, simple=True, separator="/")
+    return "nothing any more"

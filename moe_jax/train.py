@@ -1,0 +1,321 @@
+"""`python -m moe_jax.train --config=configs/tiny.py --workdir=DIR`: train, or go on where DIR stopped.
+
+Resuming is the newest verified checkpoint and `batch_at(step)`; the curve does not notice. SIGTERM and SIGINT
+save at the last finished step and end with status 128 + signal (143, 130); a run that was not finished goes on
+when the same command is given again.
+"""
+
+import concurrent.futures
+import fcntl
+import json
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from moe_jax.config import Config, as_dict, differences, fail, parse_flags, validate
+from moe_jax.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from moe_jax.data import Corpus
+    from moe_jax.data.batches import Batch
+    from moe_jax.state import TrainState
+
+MAX_STUCK = 3  # so many non-finite steps in a row end the run: the next would not be finite either
+
+
+class Outcome(NamedTuple):
+    """How a call of `run` ended: the steps done, and the signal that stopped it early, if one did."""
+
+    step: int
+    signal: int | None
+    evaluation: dict[str, float | int]
+
+
+def run(config: Config, workdir: Path, *, name: str = "train", stop_at: int = 0, quiet: bool = False) -> Outcome:
+    """Train `config` in `workdir` until `num_steps`, resuming what is there.
+
+    Args:
+        config: validated.
+        workdir: made if absent; gets config.json, metrics.jsonl, layers.jsonl, run.json, checkpoints/.
+        name: how the progress display calls the run.
+        stop_at: stop (and save) after so many steps, as if interrupted; 0 for never.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: another config's workdir, bad data, or a damaged or different checkpoint.
+        FloatingPointError: several steps in a row were not finite.
+    """
+    with claim(workdir, config):
+        corpus = open_data(config)
+        return _Run(config, workdir, corpus, name, quiet).until(min(stop_at or config.num_steps, config.num_steps))
+
+
+class _Run:
+    """The loop around the train step: data in, numbers out, checkpoints, signals."""
+
+    def __init__(self, config: Config, workdir: Path, corpus: "Corpus", name: str, quiet: bool) -> None:
+        from moe_jax.checkpoint import Checkpointer
+        from moe_jax.data import training_batches
+        from moe_jax.log import Display, RunLog
+
+        self.config, self.workdir, self.corpus = config, workdir, corpus
+        self.state, self.tokens_seen = _restore_or_init(config, workdir)
+        self.first = int(self.state.step)
+        self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
+        self.log = RunLog(workdir, self.first)
+        self.display = Display(name, config.num_steps, quiet)
+        self.batch_at = training_batches(
+            corpus,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            weights=config.data.weights,
+        )
+        self.evaluation: dict[str, float | int] = {}
+        self.clock = Clock()
+
+    def until(self, last: int) -> Outcome:
+        """Steps `first` to `last`, then save and close."""
+        caught: list[int] = []
+        try:
+            with self.display.running(self.first), _signals(caught):
+                step = self._steps(self.first, last, caught)
+            self._save(step)
+        finally:
+            self.checkpoints.close()
+            self.log.close()
+        return Outcome(step, caught[0] if caught else None, self.evaluation)
+
+    def _steps(self, first: int, last: int, caught: list[int]) -> int:
+        from moe_jax.state import step_key
+        from moe_jax.step import make_train_step
+
+        train_step, key = make_train_step(self.config), step_key(self.config)
+        if first:
+            self.display.say(f"going on from step {first}")
+        for step, batch in _prefetched(self.batch_at, first, last):
+            self.state, values = train_step(self.state, batch, key)
+            self.tokens_seen += self.clock.count(int(batch.mask.sum()))
+            if step == first:
+                self.clock.start_after(values["loss"])  # the first step compiles: it says nothing about speed
+            self._after(step, batch, values)
+            if caught:
+                self.display.say(f"{signal.Signals(caught[0]).name}: saving step {step + 1}")
+                return step + 1
+        return max(first, last)
+
+    def _after(self, step: int, batch: "Batch", values: dict[str, Any]) -> None:
+        """Log, evaluate and save where it is time to."""
+        c, done = self.config, step + 1
+        final = done == c.num_steps
+        evaluates = final or (c.eval_every and done % c.eval_every == 0)
+        if evaluates or done % c.log_every == 0 or step == 0:
+            self._log(step, batch, values, bool(evaluates))
+        if not final and c.save_every and done % c.save_every == 0:
+            self._save(done)
+        self.display.step(done)
+
+    def _log(self, step: int, batch: "Batch", values: dict[str, Any], evaluates: bool) -> None:
+        import jax
+
+        numbers = jax.device_get(values)  # the one host transfer
+        speed = self.clock.tokens_per_second()
+        layers = {k: numbers.pop(k) for k in ("loads", "bias") if k in numbers}
+        stuck = int(numbers.pop("stuck"))
+        numbers |= {"tokens_seen": self.tokens_seen, "tokens_per_second": speed}
+        if evaluates:
+            self.evaluation = evaluate(self.config, self.state, self.corpus)
+            numbers |= self.evaluation
+        self.log.write(step, numbers, layers)
+        self.display.report(step + 1, numbers)
+        if stuck >= MAX_STUCK:
+            raise FloatingPointError(self._why_stuck(step, batch, stuck))
+        self.clock.restart()
+
+    def _save(self, step: int) -> None:
+        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, **versions()}
+        self.checkpoints.save(step, self.state, extra)
+
+    def _why_stuck(self, step: int, batch: "Batch", stuck: int) -> str:
+        """Which tensor was not finite; nothing has moved since the first of these steps."""
+        from moe_jax.step import first_non_finite
+
+        where = first_non_finite(self.config, self.state, batch)
+        return (
+            f"step {step}: loss or gradient was not finite {stuck} times in a row (first: {where}); the "
+            f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
+            "or look at the data; the newest checkpoint is finite."
+        )
+
+
+class Clock:
+    """Tokens per second between logged steps, with compilation and evaluation left out."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens = 0
+
+    def count(self, tokens: int) -> int:
+        """Add the tokens of a step; gives them back."""
+        self._tokens += tokens
+        return tokens
+
+    def start_after(self, value: Any) -> None:
+        """Start counting when `value` is computed."""
+        value.block_until_ready()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def tokens_per_second(self) -> float | None:
+        """None where nothing has been timed."""
+        if self._since is None or self._tokens == 0:
+            return None
+        return self._tokens / (time.perf_counter() - self._since)
+
+
+def _restore_or_init(config: Config, workdir: Path) -> tuple["TrainState", int]:
+    from moe_jax import checkpoint
+    from moe_jax.state import abstract_state, init_state
+
+    found = checkpoint.restore(
+        workdir / "checkpoints",
+        abstract_state(config),
+        verify=config.checkpoint.verify,
+        fallback=config.checkpoint.fallback,
+    )
+    if found is None:
+        return init_state(config), 0
+    return found[0], found[1]["tokens_seen"]
+
+
+def open_data(config: Config) -> "Corpus":
+    """The corpus of the config, checked against it.
+
+    Raises:
+        ValueError, FileNotFoundError: missing or damaged files, a vocabulary too small, an unknown domain.
+    """
+    from moe_jax.data import open_corpus
+
+    corpus = open_corpus(config.data.path, config.data.verify)
+    needed = corpus.tokenizer.vocab_size
+    if config.model.vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the {needed} tokens of the "
+            f"{corpus.tokenizer.name!r} tokenizer of data.path={config.data.path!r}; set it to {needed} or more."
+        )
+    unknown = [d for d in config.data.weights if d not in corpus.domains]
+    if unknown:
+        raise ValueError(
+            f"data.weights names {unknown[0]!r}, which the corpus does not have; "
+            f"its domains are {', '.join(corpus.domains)}."
+        )
+    return corpus
+
+
+@contextmanager
+def claim(workdir: Path, config: Config) -> Iterator[None]:
+    """Hold the workdir for this config and this process.
+
+    Raises:
+        ValueError: another config's run is in it (the differences are shown), or another process's.
+    """
+    wanted = json.loads(json.dumps(as_dict(config)))
+    file = workdir / "config.json"
+    if file.is_file():
+        changed = differences(json.loads(file.read_text()), wanted)
+        if changed:
+            raise ValueError(
+                f"--workdir={workdir} holds a run of another config; use another workdir, or the same config. "
+                "The differences (there -> here):\n  " + "\n  ".join(changed)
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--workdir={workdir} is in use by another process; wait for it, or use another workdir."
+            ) from None
+        _write_json(file, wanted)
+        _write_json(workdir / "run.json", versions() | {"machine": f"{platform.machine()} {platform.system()}"})
+        yield
+
+
+def versions() -> dict[str, Any]:
+    """What made a run: library versions, and the git revision of this package if it lies in a clone."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
+        "git": git.stdout.strip() or None,
+    }
+
+
+def _write_json(file: Path, value: Any) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def _prefetched(batch_at: Callable[[int], "Batch"], first: int, last: int) -> Iterator[tuple[int, "Batch"]]:
+    """(step, batch) for every step; the next batch is made while the device works on this one."""
+    with concurrent.futures.ThreadPoolExecutor(1, "data") as pool:
+        ahead = pool.submit(batch_at, first) if first < last else None
+        for step in range(first, last):
+            assert ahead is not None
+            batch = ahead.result()
+            ahead = pool.submit(batch_at, step + 1) if step + 1 < last else None
+            yield step, batch
+
+
+@contextmanager
+def _signals(caught: list[int]) -> Iterator[None]:
+    """Note SIGTERM and SIGINT instead of dying of them; the loop ends after the step under way."""
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+def main(_: list[str]) -> None:
+    """Check the config and the data before jax is loaded, then run."""
+    flag = flags.FLAGS
+    try:
+        if flag.stop_at < 0:
+            raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
+        config = validate(flag.config)
+        from moe_jax.data import check_corpus
+
+        check_corpus(config.data.path)
+        outcome = run(config, Path(flag.workdir), stop_at=flag.stop_at)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        fail(str(error))
+    if outcome.signal:
+        raise SystemExit(128 + outcome.signal)
+    print(f"{outcome.step} of {config.num_steps} steps done in {flag.workdir}", flush=True)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A config file of ours or yours.")
+    flags.DEFINE_string("workdir", None, "Where the run lives; made if absent.")
+    flags.DEFINE_integer("stop_at", 0, "Stop and save after so many steps; the same command without it goes on.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)
