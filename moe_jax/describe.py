@@ -1,0 +1,158 @@
+"""`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is made.
+
+Total and active parameters, FLOPs a token, memory of the state. `--compile` also compiles the train step and
+tells the memory that XLA reserves for it.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from moe_jax.config import Config, ModelConfig, fail, parse_flags, validate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Part(NamedTuple):
+    """Parameters of one kind: all of them, those a token uses, and its forward matmul FLOPs in them."""
+
+    name: str
+    total: int
+    active: int
+    flops: int
+
+
+class Memory(NamedTuple):
+    """Bytes on the device: parameters and biases, optimizer moments, gradients."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+
+
+def parts(config: Config) -> list[Part]:
+    """The model by kind of parameter, plus the attention scores, which have FLOPs and no parameters.
+
+    A multiply and an add are two FLOPs; the scores of causal attention over a full sequence are halved.
+    """
+    import jax
+
+    from moe_jax.state import abstract_model
+
+    model = abstract_model(config.model)
+    sums: dict[str, list[int]] = {}
+    dims = jax.tree.leaves(model.dims)
+    for (path, leaf), d in zip(jax.tree_util.tree_leaves_with_path(model.params), dims, strict=True):
+        kind = _kind(jax.tree_util.keystr(path, simple=True, separator="/"), d.names, config.model)
+        active = math.prod(leaf.shape)
+        if kind == "routed experts":
+            active = active * config.model.top_k // config.model.num_experts
+        row = sums.setdefault(kind, [0, 0, 0])
+        row[0] += math.prod(leaf.shape)
+        row[1] += active
+        row[2] += 2 * active if len(d.names) > 1 and kind != "embedding" else 0
+    if config.model.tied_embeddings:
+        sums["embedding"][2] = 2 * sums["embedding"][0]
+    m = config.model
+    scores = 2 * m.num_layers * config.sequence_length * m.num_heads * m.head_dim
+    return [Part(kind, *row) for kind, row in sums.items()] + [Part("attention scores", 0, 0, scores)]
+
+
+def memory(config: Config) -> Memory:
+    """Bytes of the train state and of its gradients; activations depend on the compiler, see `--compile`."""
+    import jax
+
+    from moe_jax.state import abstract_state
+
+    state = abstract_state(config)
+
+    def size(tree: object) -> int:
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+    gradients = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(state.params))
+    return Memory(size((state.params, state.bias, state.balance)), size(state.optimizer), gradients)
+
+
+def compiled_bytes(config: Config) -> tuple[int, int]:
+    """(bytes of the arguments, of temporaries) of the compiled train step, by XLA's own analysis."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_jax.data.batches import Batch
+    from moe_jax.state import abstract_state, step_key
+    from moe_jax.step import make_train_step
+
+    shape = (config.batch_size, config.sequence_length)
+    ints, rows = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    batch = Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(shape, jnp.bool_), rows, rows)
+    compiled = make_train_step(config).lower(abstract_state(config), batch, step_key(config)).compile()
+    analysis = compiled.memory_analysis()
+    return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+
+
+def _kind(path: str, dims: tuple[str, ...], m: ModelConfig) -> str:
+    if len(dims) == 1:
+        return "norms"
+    if "experts" in dims:
+        return "routed experts" if "ffw" in dims else "router"
+    if "ffw" in dims:
+        return "shared experts" if "/shared/" in path else "dense feed-forward"
+    if "vocab" in dims:
+        return "embedding" if dims[0] == "vocab" else "head"
+    return "attention"
+
+
+def model_table(config: Config) -> "Table":
+    """The summary as a rich table."""
+    from rich.table import Table
+
+    from moe_jax.model import layout
+
+    m = config.model
+    layers = " + ".join(f"{run.repeats} x ({', '.join(run.kinds)})" for run in layout(m))
+    title = f"{m.num_layers} layers: {layers}"
+    if m.num_experts:
+        title += f"; {m.num_experts} experts, {m.top_k} a token, {m.num_shared_experts} shared"
+    table = Table("part", "parameters", "active", "forward FLOPs a token", title=title)
+    rows = parts(config)
+    for row in rows:
+        table.add_row(row.name, *(f"{n:,}" for n in row[1:]))
+    table.add_section()
+    table.add_row("all", *(f"{sum(r[i] for r in rows):,}" for i in (1, 2, 3)))
+    table.columns[1].justify = table.columns[2].justify = table.columns[3].justify = "right"
+    return table
+
+
+def main(_: list[str]) -> None:
+    """Print the tables."""
+    flag = flags.FLAGS
+    try:
+        config = validate(flag.config)
+    except ValueError as error:
+        fail(str(error))
+    from rich.console import Console
+
+    console = Console()
+    console.print(model_table(config))
+    train_flops = 3 * sum(p.flops for p in parts(config))
+    tokens = config.batch_size * config.sequence_length
+    console.print(f"training: {train_flops:,} FLOPs a token (forward x 3), {tokens:,} tokens a step")
+    m = memory(config)
+    sizes = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in m._asdict().items())
+    console.print(f"memory of one device: {sizes}; {sum(m) / 2**20:.1f} MiB before activations")
+    if flag.compile:
+        arguments, temporaries = compiled_bytes(config)
+        console.print(
+            f"compiled train step: arguments {arguments / 2**20:.1f} MiB, temporaries (activations and "
+            f"gradients) {temporaries / 2**20:.1f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A config file of ours or yours.")
+    flags.DEFINE_bool("compile", False, "Also compile the train step, and tell its memory.")
+    flags.mark_flags_as_required(["config"])
+    app.run(main, flags_parser=parse_flags)
