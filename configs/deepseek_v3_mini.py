@@ -1,0 +1,39 @@
+"""DeepSeek-V3's layer in small: sigmoid affinity, biased selection in the best 2 of 4 groups, gates normalised and scaled.
+
+The first layer is dense; balance by the bias, and a small sequence-wise loss on the unbiased top-k.
+Source: DeepSeek-V3 (arXiv 2412.19437), equations 12-20; rate 5e-3 for a run of 200 steps (1e-3 there).
+Command: python -m moe_jax.train --config=configs/deepseek_v3_mini.py --workdir=/tmp/deepseek_v3_mini
+"""
+
+from moe_jax.config import default
+
+
+def get_config(arg: str = ""):
+    """`arg` is unused."""
+    return default(
+        num_steps=200,
+        batch_size=8,
+        sequence_length=128,
+        log_every=10,
+        eval_every=100,
+        save_every=100,
+        model=dict(
+            num_layers=4,
+            embed_dim=96,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=24,
+            ffw_dim=256,
+            num_experts=16,
+            top_k=4,
+            num_shared_experts=1,
+            expert_ffw_dim=48,
+            first_dense=1,
+            num_groups=4,
+            top_groups=2,
+            gate_scale=2.5,
+        ),
+        balance=dict(bias_sign=dict(rate=5e-3), aux_loss=dict(weight=1e-4, scope="sequence", counts="unbiased")),
+        optimizer=dict(learning_rate=3e-3, warmup_steps=20),
+        data=dict(eval_sequences=64),
+    )

@@ -1,0 +1,22 @@
+"""Text becomes batches: a corpus of labelled domains, a tokenizer, and `batch_at(step)`."""
+
+from moe_jax.data.batches import Batch, EvaluationBatches, count_windows, evaluation_batches, training_batches
+from moe_jax.data.corpus import SPLITS, Corpus, Stream, Summary, check_corpus, make_corpus, open_corpus
+from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
+
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "EvaluationBatches",
+    "Stream",
+    "Summary",
+    "check_corpus",
+    "count_windows",
+    "evaluation_batches",
+    "get_tokenizer",
+    "make_corpus",
+    "open_corpus",
+    "training_batches",
+]

@@ -1,0 +1,300 @@
+"""A step number becomes a batch, and nothing is remembered in between.
+
+A sequence is window i of a domain's stream: inputs are tokens [i*S, i*S + S), targets the same shifted by
+one, so every token but the very first is a target exactly once. Which windows make up batch n is computed
+from (seed, n) alone, by grain: each domain's windows are permuted anew every epoch, and the domains are
+interleaved by weight. Resuming at step n is asking for batch n, on any number of processes.
+
+Legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.data.corpus import Corpus, Stream
+
+# grain does arithmetic on the length, so "endless" stays well inside 64 bits.
+_ENDLESS = 2**60
+
+
+class Batch(NamedTuple):
+    """Rows of token windows; a single window is the same without B.
+
+    Args:
+        tokens: int32[B, S], the inputs; 0 at padding.
+        targets: int32[B, S], what each input predicts; 0 at padding.
+        segment_ids: int32[B, S], documents counted 1, 2, ... within the row; 0 at padding. A document's last
+            token predicts the separator that opens the next one.
+        positions: int32[B, S], offset from the document's start or, for a document that began in an earlier
+            window, from the window's start: always below S. Attention sees differences of positions inside a
+            document only, which are the same either way. 0 at padding.
+        mask: bool[B, S], True where the target counts: exactly where segment_ids > 0.
+        domain: int32[B], index into `Corpus.domains`; -1 for a row that is all padding.
+        num_bytes: int32[B], UTF-8 bytes of the row's valid targets (separators are 0 bytes).
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    domain: np.ndarray
+    num_bytes: np.ndarray
+
+
+def count_windows(corpus: Corpus, split: str, sequence_length: int) -> tuple[int, ...]:
+    """The number of sequences in one epoch of each domain.
+
+    Args:
+        corpus: the corpus.
+        split: "train" or "validation".
+        sequence_length: S, at least 1.
+
+    Returns:
+        One count for each of `corpus.domains`, the last partial window included.
+    """
+    return tuple(_count(corpus.stream(split, domain), sequence_length) for domain in corpus.domains)
+
+
+def training_batches(corpus: Corpus, *, seed: int, batch_size: int, sequence_length: int,
+                     weights: Mapping[str, float] | None = None,
+                     process_index: int = 0, process_count: int = 1) -> Callable[[int], Batch]:
+    """Makes `batch_at(step)`, a pure function of (seed, step).
+
+    Calls may come in any order and from any thread. With several processes each gets its own contiguous rows
+    [p*B/n, (p+1)*B/n) of the same global batch and reads only those.
+
+    Args:
+        corpus: the corpus; its "train" streams are used.
+        seed: any integer >= 0.
+        batch_size: B, rows of the global batch, divisible by process_count.
+        sequence_length: S, tokens a row.
+        weights: domain -> share of the rows, any scale, naming every domain; 0 leaves a domain out. None or
+            empty: proportional to the number of windows, so that one epoch of the mixture is every window
+            exactly once.
+        process_index: p, this process.
+        process_count: n, number of processes.
+
+    Returns:
+        batch_at: int step >= 0 -> Batch with B/n rows.
+
+    Raises:
+        ValueError: an argument is out of range, or weights name an unknown domain, miss one, are negative or
+            all 0.
+    """
+    import grain  # two seconds; reading a corpus or checking a config does not need it
+
+    if seed < 0:
+        raise ValueError(f"data.seed={seed} must be at least 0.")
+    _check_sizes(batch_size, sequence_length, process_index, process_count)
+    shares = _shares(corpus, sequence_length, weights)
+    kept = [i for i, share in enumerate(shares) if share]
+    datasets = [_shuffled(grain.MapDataset, corpus, i, sequence_length, seed) for i in kept]
+    mixture = grain.MapDataset.select_from_datasets(datasets, _Interleave([shares[i] for i in kept]))
+    local = mixture.batch(batch_size // process_count, batch_fn=_stack)
+
+    def batch_at(step: int) -> Batch:
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"step={step} must be at least 0.")
+        # Consecutive local batches are the slices of one global batch.
+        return local[step * process_count + process_index]
+
+    return batch_at
+
+
+def evaluation_batches(corpus: Corpus, *, batch_size: int, sequence_length: int,
+                       max_sequences_per_domain: int = 0,
+                       process_index: int = 0, process_count: int = 1) -> EvaluationBatches:
+    """The held-out text, every token once, in order, domain after domain.
+
+    Args:
+        corpus: the corpus; its "validation" streams are used.
+        batch_size: B, rows of the global batch, divisible by process_count.
+        sequence_length: S.
+        max_sequences_per_domain: only the first that many windows of each domain; 0 is all of them.
+        process_index: p, this process.
+        process_count: n; each process gets rows [p*B/n, (p+1)*B/n), and every process the same number of
+            batches.
+
+    Returns:
+        A sequence of batches; the last one is padded with rows of domain -1.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _check_sizes(batch_size, sequence_length, process_index, process_count)
+    if max_sequences_per_domain < 0:
+        raise ValueError(f"max_sequences_per_domain={max_sequences_per_domain} must be at least 0; 0 is all "
+                         "of them.")
+    sources = [_Windows(corpus, "validation", i, sequence_length) for i in range(len(corpus.domains))]
+    counts = [min(len(source), max_sequences_per_domain or len(source)) for source in sources]
+    return EvaluationBatches(sources, counts, batch_size, process_index, process_count)
+
+
+class EvaluationBatches:
+    """Batches that are computed when indexed, as often as one likes; see `evaluation_batches`."""
+
+    def __init__(self, sources: Sequence[_Windows], counts: Sequence[int], batch_size: int,
+                 process_index: int, process_count: int) -> None:
+        self._sources = sources
+        self._ends = list(itertools.accumulate(counts))
+        self._batch_size = batch_size
+        self._process_index, self._process_count = process_index, process_count
+
+    def __len__(self) -> int:
+        return _ceil_divide(self._ends[-1], self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        index = operator.index(index)
+        index += len(self) if index < 0 else 0
+        if not 0 <= index < len(self):
+            raise IndexError(f"There are {len(self)} evaluation batches and no batch {index}.")
+        rows = self._batch_size // self._process_count
+        start = index * self._batch_size + self._process_index * rows
+        return _stack([self._row(row) for row in range(start, start + rows)])
+
+    def _row(self, row: int) -> Batch:
+        if row >= self._ends[-1]:
+            return self._sources[0].padding()
+        domain = bisect.bisect_right(self._ends, row)
+        return self._sources[domain][row - (self._ends[domain - 1] if domain else 0)]
+
+
+class _Windows:
+    """One stream as a random-access source of windows: what grain calls a RandomAccessDataSource."""
+
+    def __init__(self, corpus: Corpus, split: str, domain: int, sequence_length: int) -> None:
+        self._stream = corpus.stream(split, corpus.domains[domain])
+        self._domain, self._sequence_length = domain, sequence_length
+        self._bytes_per_token = corpus.tokenizer.bytes_per_token
+
+    def __len__(self) -> int:
+        return _count(self._stream, self._sequence_length)
+
+    def __repr__(self) -> str:
+        return f"_Windows(domain={self._domain}, sequence_length={self._sequence_length}, length={len(self)})"
+
+    def padding(self) -> Batch:
+        """A row without any token."""
+        zeros = np.zeros(self._sequence_length, np.int32)
+        return Batch(zeros, zeros, zeros, zeros, zeros > 0, np.array(-1, np.int32), np.array(0, np.int32))
+
+    def __getitem__(self, index: int) -> Batch:
+        start = index * self._sequence_length
+        piece = self._stream.tokens[start : start + self._sequence_length + 1].astype(np.int32)
+        segment_ids, positions = _documents(self._stream.offsets, start, len(piece) - 1)
+        num_bytes = self._bytes_per_token[piece[1:]].sum()
+        pad = self._padded
+        return Batch(pad(piece[:-1]), pad(piece[1:]), pad(segment_ids), pad(positions), pad(segment_ids) > 0,
+                     np.array(self._domain, np.int32), np.array(num_bytes, np.int32))
+
+    def _padded(self, values: np.ndarray) -> np.ndarray:
+        row = np.zeros(self._sequence_length, np.int32)
+        row[: len(values)] = values
+        return row
+
+
+class _Interleave:
+    """Which domain gives element k, and which of its own: grain's selection map, with exact shares.
+
+    After k elements the first domain has given ceil(k * share / total) and the others share what is left in
+    the same way, so after `total` elements each has given exactly its share. (`MapDataset.mix` does the same
+    after rounding weights to about 1 %, which would repeat some windows before others were seen.)
+    """
+
+    def __init__(self, shares: Sequence[int]) -> None:
+        self._shares = shares
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, k: int) -> tuple[int, int]:
+        rest = sum(self._shares)
+        for domain, share in enumerate(self._shares):
+            given, given_next = _ceil_divide(k * share, rest), _ceil_divide((k + 1) * share, rest)
+            if given_next > given:
+                return domain, given
+            k, rest = k - given, rest - share
+        raise AssertionError("the last domain takes whatever the others leave")
+
+
+def _count(stream: Stream, sequence_length: int) -> int:
+    return _ceil_divide(stream.num_tokens - 1, sequence_length)
+
+
+def _ceil_divide(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _documents(offsets: np.ndarray, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids (from 1) and positions of the stream's tokens [start, start + length)."""
+    first, last = np.searchsorted(offsets, [start, start + length - 1], side="right")
+    starts = np.maximum(offsets[first - 1 : last], start)
+    places = np.arange(start, start + length)
+    segment_ids = np.searchsorted(starts, places, side="right")
+    return segment_ids, places - starts[segment_ids - 1]
+
+
+def _shuffled(map_dataset: Any, corpus: Corpus, domain: int, sequence_length: int, seed: int) -> Any:
+    # Hashed from (seed, domain), not seed + domain: neighbouring seeds must not share permutations, and
+    # leaving one domain out must not change the order of the others.
+    seed = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
+    windows = _Windows(corpus, "train", domain, sequence_length)
+    return map_dataset.source(windows).seed(seed).shuffle().repeat()
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return Batch(*map(np.stack, zip(*rows, strict=True)))
+
+
+def _shares(corpus: Corpus, sequence_length: int, weights: Mapping[str, float] | None) -> list[int]:
+    """Whole-number shares of the domains, exactly proportional to the weights as they are written."""
+    if not weights:
+        return list(count_windows(corpus, "train", sequence_length))
+    _check_weights(corpus.domains, weights)
+    fractions = [Fraction(repr(float(weights[domain]))) for domain in corpus.domains]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * scale) for fraction in fractions]
+
+
+def _check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None:
+    names = f"the domains are {', '.join(domains)}"
+    for domain, weight in weights.items():
+        if domain not in domains:
+            raise ValueError(f"data.weights has {domain}={weight}, but the corpus has no such domain; "
+                             f"{names}.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"data.weights.{domain}={weight!r} must be a finite number of at least 0.")
+    missing = [domain for domain in domains if domain not in weights]
+    if missing:
+        raise ValueError(f"data.weights names no {missing[0]} and must name every domain ({names}); "
+                         f"give 0 to leave one out.")
+    if not any(weights.values()):
+        raise ValueError(f"data.weights are all 0 and at least one must be positive; {names}.")
+
+
+def _check_sizes(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> None:
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length),
+                        ("process_count", process_count)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be at least 0 and below "
+                         f"process_count={process_count}.")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must be divisible by the number of "
+                         f"processes={process_count}; try "
+                         f"{_ceil_divide(batch_size, process_count) * process_count}.")

@@ -1,0 +1,341 @@
+"""A corpus: labelled domains, each a stream of tokens for training and one held out for validation.
+
+A document in a stream is its separator followed by its tokens, so the separator opens a document and is also
+what the last token of the document before it predicts. `offsets` says where documents start; nothing else is
+stored. Streams of a prepared folder are memory-mapped, so a corpus may be larger than memory.
+
+A prepared folder holds, for every domain and split, `<domain>.<split>.bin` (uint16, little-endian) and
+`<domain>.<split>.offsets.bin` (int64, little-endian), and `manifest.json` with the size and sha256 of each.
+
+Legend: N tokens, D documents, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
+
+SPLITS = ("train", "validation")
+PARTS = ("tokens", "offsets")
+MANIFEST = "manifest.json"
+FORMAT, EMBEDDED_FORMAT, VERSION = "moe_jax corpus", "moe_jax embedded corpus", 1
+EMBEDDED = pathlib.Path(__file__).parent / "embedded"
+TOKEN_DTYPE, OFFSET_DTYPE = np.dtype("<u2"), np.dtype("<i8")
+FULL_VERIFY_BELOW_BYTES = 10 * 10**9
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """The documents of one split of one domain, end to end.
+
+    Args:
+        tokens: uint16[N], each document opened by the separator; in memory or memory-mapped.
+        offsets: int64[D+1], where each document starts; the last one is N.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """N, separators included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """D."""
+        return len(self.offsets) - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """Labelled domains and their streams.
+
+    Args:
+        domains: names in the order that `Batch.domain` counts them.
+        tokenizer: what the token ids mean.
+        streams: (split, domain) -> Stream, for every domain and both of `SPLITS`.
+    """
+
+    domains: tuple[str, ...]
+    tokenizer: ByteTokenizer
+    streams: Mapping[tuple[str, str], Stream]
+
+    def stream(self, split: str, domain: str) -> Stream:
+        """The stream of one split ("train" or "validation") of one domain."""
+        return self.streams[split, domain]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a corpus says about itself before any token is read.
+
+    Args:
+        domains: names, in order.
+        tokenizer: what the token ids mean.
+    """
+
+    domains: tuple[str, ...]
+    tokenizer: ByteTokenizer
+
+
+def open_corpus(path: str = "", verify: str = "auto") -> Corpus:
+    """Opens the corpus inside the package, or a folder made by `moe_jax.data.prepare`.
+
+    Args:
+        path: "" for the embedded corpus (about 2 MB of public-domain text in four domains, decompressed in
+            memory, sha256 always checked), else a prepared folder.
+        verify: "full" checks size and sha256 of every file, "sizes" sizes only, "auto" is full below 10 GB.
+
+    Returns:
+        The corpus; streams of a folder are memory-mapped and read-only.
+
+    Raises:
+        FileNotFoundError: the folder, its manifest or a file is missing.
+        ValueError: a file is damaged, or the manifest is not one this version reads.
+    """
+    if verify not in ("full", "sizes", "auto"):
+        raise ValueError(f"data.verify={verify!r} is not known; use one of: auto, full, sizes.")
+    if not path:
+        return _open_embedded(EMBEDDED)
+    manifest = _read_prepared(pathlib.Path(path))
+    total = sum(file.bytes for file in manifest.files.values())
+    full = verify == "full" or (verify == "auto" and total < FULL_VERIFY_BELOW_BYTES)
+    check_files(manifest.files.values(), full)
+    streams = {key: _map_stream(manifest, key) for key in manifest.counts}
+    return Corpus(manifest.domains, manifest.tokenizer, streams)
+
+
+def check_corpus(path: str = "") -> Summary:
+    """Checks that a corpus is there: manifest, files, sizes. Reads no token, so it is cheap at any size.
+
+    Args:
+        path: as for `open_corpus`.
+
+    Returns:
+        Its domains and tokenizer, to check other settings against.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_corpus`, except for damage that leaves sizes as they were.
+    """
+    if not path:
+        domains = _read_embedded(EMBEDDED)
+        check_files(domains.values(), full=False)
+        return Summary(tuple(domains), ByteTokenizer())
+    manifest = _read_prepared(pathlib.Path(path))
+    check_files(manifest.files.values(), full=False)
+    return Summary(manifest.domains, manifest.tokenizer)
+
+
+def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]],
+                tokenizer: ByteTokenizer | None = None) -> Corpus:
+    """Builds a corpus in memory.
+
+    Args:
+        documents: domain -> split -> texts; every domain has both splits and at least one document in each.
+        tokenizer: `ByteTokenizer()` when left out.
+
+    Returns:
+        The corpus, with the domains in the mapping's order.
+
+    Raises:
+        ValueError: a domain has no document in a split.
+    """
+    tokenizer = tokenizer or ByteTokenizer()
+    streams = {}
+    for domain, splits in documents.items():
+        for split in SPLITS:
+            if not splits.get(split):
+                raise ValueError(f"Domain '{domain}' has no {split} document; every domain needs at least "
+                                 "one.")
+            streams[split, domain] = _concatenate(splits[split], tokenizer)
+    return Corpus(tuple(documents), tokenizer, streams)
+
+
+def tokenize_document(text: str, tokenizer: ByteTokenizer) -> np.ndarray:
+    """uint16[n+1]: the separator, then the tokens of the text."""
+    tokens = tokenizer.encode(text)
+    return np.concatenate([np.array([tokenizer.separator], tokens.dtype), tokens])
+
+
+def _concatenate(texts: Sequence[str], tokenizer: ByteTokenizer) -> Stream:
+    documents = [tokenize_document(text, tokenizer) for text in texts]
+    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    tokens = np.concatenate(documents)
+    tokens.flags.writeable = offsets.flags.writeable = False
+    return Stream(tokens, offsets)
+
+
+# Files and manifests
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file as its manifest describes it: where, how many bytes, which sha256 (hex)."""
+
+    path: pathlib.Path
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    folder: pathlib.Path
+    tokenizer: ByteTokenizer
+    domains: tuple[str, ...]
+    files: Mapping[tuple[str, str, str], File]  # (split, domain, "tokens" | "offsets")
+    counts: Mapping[tuple[str, str], tuple[int, int]]  # (split, domain) -> (N, D)
+
+
+def sha256_of(path: pathlib.Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(files: Iterable[File], full: bool) -> None:
+    """Checks that files are there with the right size and, with `full`, the right sha256.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a size or a sha256 is not that of the manifest.
+    """
+    for file in files:
+        _check_file(file, full)
+
+
+def _check_file(file: File, full: bool) -> None:
+    folder, name = file.path.parent, file.path.name
+    if not file.path.is_file():
+        raise FileNotFoundError(f"data.path={folder} has no {name}, which its {MANIFEST} lists; {_REMAKE}")
+    size = file.path.stat().st_size
+    if size != file.bytes:
+        raise ValueError(f"data.path={folder}: {name} has {size} bytes and must have {file.bytes}; "
+                         f"it is incomplete or was changed, {_REMAKE}")
+    if full and sha256_of(file.path) != file.sha256:
+        raise ValueError(f"data.path={folder}: the sha256 of {name} is not the one in {MANIFEST}; it is "
+                         f"damaged, {_REMAKE}")
+
+
+_REMAKE = "make it again with python -m moe_jax.data.prepare --overwrite, or copy it again."
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads `folder/manifest.json` and checks that it is a JSON object.
+
+    Raises:
+        FileNotFoundError: no such folder, or no manifest in it.
+        ValueError: it is not a JSON object.
+    """
+    make = f"make one with python -m moe_jax.data.prepare --input=FOLDER --output={folder}."
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.path={folder} is not a folder; {make}")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path={folder} has no {MANIFEST}; {make}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"data.path={folder}: {MANIFEST} is not JSON ({error}); {_REMAKE}") from error
+    if isinstance(manifest, dict):
+        return manifest
+    raise ValueError(f"data.path={folder}: {MANIFEST} must be a JSON object; {_REMAKE}")
+
+
+def _check_format(folder: pathlib.Path, manifest: dict[str, Any], expected: str) -> None:
+    if manifest.get("format") != expected:
+        raise ValueError(f"data.path={folder}: {MANIFEST} has format={manifest.get('format')!r} and must "
+                         f"have '{expected}'; point data.path at a folder made by python -m "
+                         "moe_jax.data.prepare.")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"data.path={folder}: {MANIFEST} has version={manifest.get('version')!r} and this "
+                         f"program reads version {VERSION}; {_REMAKE}")
+
+
+def _field(folder: pathlib.Path, mapping: Any, key: str, kind: type) -> Any:
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"data.path={folder}: {MANIFEST} has {key}={value!r} and must have a {kind.__name__} "
+                     f"there; {_REMAKE}")
+
+
+def _file(folder: pathlib.Path, entry: Any) -> File:
+    name = _field(folder, entry, "file", str)
+    if not NAME.fullmatch(name):  # no separators: a manifest never leads outside its own folder
+        raise ValueError(f"data.path={folder}: {MANIFEST} has file={name!r} and must have a plain file name "
+                         f"of that folder there; {_REMAKE}")
+    return File(folder / name, _field(folder, entry, "bytes", int), _field(folder, entry, "sha256", str))
+
+
+def _read_prepared(folder: pathlib.Path) -> _Manifest:
+    raw = read_manifest(folder)
+    _check_format(folder, raw, FORMAT)
+    tokenizer = get_tokenizer(_field(folder, raw, "tokenizer", str))
+    domains = _field(folder, raw, "domains", dict)
+    if not domains:
+        raise ValueError(f"data.path={folder}: {MANIFEST} lists no domain and must list at least one; "
+                         f"{_REMAKE}")
+    files: dict[tuple[str, str, str], File] = {}
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for domain, splits in domains.items():
+        for split in SPLITS:
+            entry = _field(folder, splits, split, dict)
+            parts = {part: _file(folder, _field(folder, entry, part, dict)) for part in PARTS}
+            files |= {(split, domain, part): file for part, file in parts.items()}
+            counts[split, domain] = _counts(folder, entry, list(parts.values()))
+    return _Manifest(folder, tokenizer, tuple(domains), files, counts)
+
+
+def _counts(folder: pathlib.Path, entry: dict[str, Any], files: Sequence[File]) -> tuple[int, int]:
+    tokens = _field(folder, entry, "num_tokens", int)
+    documents = _field(folder, entry, "num_documents", int)
+    expected = (tokens * TOKEN_DTYPE.itemsize, (documents + 1) * OFFSET_DTYPE.itemsize)
+    if documents < 1 or tokens < 2 * documents or tuple(file.bytes for file in files) != expected:
+        raise ValueError(f"data.path={folder}: {MANIFEST} has num_tokens={tokens}, "
+                         f"num_documents={documents}, which do not fit the sizes of its files; {_REMAKE}")
+    return tokens, documents
+
+
+def _map_stream(manifest: _Manifest, key: tuple[str, str]) -> Stream:
+    tokens, offsets = (manifest.files[(*key, part)].path for part in PARTS)
+    stream = Stream(np.memmap(tokens, TOKEN_DTYPE, "r"), np.memmap(offsets, OFFSET_DTYPE, "r"))
+    if stream.offsets[0] != 0 or stream.offsets[-1] != stream.num_tokens:
+        raise ValueError(f"data.path={manifest.folder}: {offsets.name} must begin with 0 and end with "
+                         f"{stream.num_tokens}, the number of tokens; {_REMAKE}")
+    return stream
+
+
+# The embedded corpus
+
+
+def _read_embedded(folder: pathlib.Path) -> dict[str, File]:
+    raw = read_manifest(folder)
+    _check_format(folder, raw, EMBEDDED_FORMAT)
+    return {domain: _file(folder, entry) for domain, entry in _field(folder, raw, "domains", dict).items()}
+
+
+def _open_embedded(folder: pathlib.Path) -> Corpus:
+    domains = _read_embedded(folder)
+    check_files(domains.values(), full=True)
+    return make_corpus({domain: _read_documents(file.path) for domain, file in domains.items()})
+
+
+def _read_documents(path: pathlib.Path) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    with lzma.open(path, "rt", encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            document = json.loads(line)
+            splits[document["split"]].append(document["text"])
+    return splits

@@ -1,0 +1,551 @@
+"""Turns a folder of text into a corpus of memory-mapped tokens.
+
+    python -m moe_jax.data.prepare --input=FOLDER --output=DIR [--validation_fraction=0.05] [--text_key=text]
+                                   [--domain=NAME] [--include='*.txt,*.md,*.jsonl'] [--overwrite]
+
+First-level subfolders are the domains; files directly in FOLDER belong to a domain named after it, or to
+--domain. A file is one document, except that every line of a .jsonl file is one, its text under --text_key.
+
+Everything is read twice. The first time checks it, so that bad input is named before anything is written, and
+decides by a hash of each document's path and line which documents are held out. The second time writes,
+domain after domain, and the manifest last. Killed at any moment and run again, finished domains are kept, and
+the result is the same to the last byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    NAME,
+    OFFSET_DTYPE,
+    SPLITS,
+    TOKEN_DTYPE,
+    VERSION,
+    File,
+    check_files,
+    open_corpus,
+    tokenize_document,
+)
+from moe_jax.data.tokenizer import ByteTokenizer
+
+INCLUDE = "*.txt,*.md,*.jsonl"
+MAX_PROBLEMS = 20
+PARTIAL = ".partial"
+TOKENIZER = ByteTokenizer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to prepare, and how; one field a flag."""
+
+    input: pathlib.Path
+    output: pathlib.Path
+    validation_fraction: float = 0.05
+    text_key: str = "text"
+    domain: str = ""
+    include: str = INCLUDE
+    overwrite: bool = False
+
+
+class Piece(NamedTuple):
+    """A document as found: where ("folder/file" or "folder/file:line"), and its text or what is wrong."""
+
+    where: str
+    text: str
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An input file: path relative to the input folder, size in bytes, and sha256 once it has been read."""
+
+    name: str
+    bytes: int
+    sha256: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainPlan:
+    """A domain after the first reading: its files, and the hash below which a document is held out."""
+
+    name: str
+    sources: tuple[Source, ...]
+    threshold: int
+
+
+def prepare(options: Options) -> None:
+    """Prepares a corpus, or goes on with one that was interrupted.
+
+    Args:
+        options: see the flags of this command.
+
+    Raises:
+        ValueError: an option is out of range, the input has bad documents (up to 20 are named), or the output
+            folder holds something else.
+        FileNotFoundError: the input is not a folder.
+    """
+    _check_options(options)
+    _refuse_foreign(options)
+    plans = scan(options, find_sources(options))
+    fingerprint = _fingerprint(options, plans)
+    if _is_complete(options, fingerprint):
+        print(f"{options.output} is complete already.")
+        return
+    partial = options.output / PARTIAL
+    with _locked(partial):
+        _write_json(partial / "plan.json", {"fingerprint": fingerprint})
+        domains = {plan.name: _finished(options, plan) or _write_domain(options, plan) for plan in plans}
+        _write_json(options.output / MANIFEST, _manifest(options, fingerprint, domains))
+    shutil.rmtree(partial)
+    print(f"{options.output / MANIFEST} is written.")
+
+
+# What is there
+
+
+def find_sources(options: Options) -> dict[str, list[Source]]:
+    """Finds the input files of each domain, and prints which files are ignored and why.
+
+    Args:
+        options: see `prepare`.
+
+    Returns:
+        domain -> files in the order of their names, domains sorted.
+
+    Raises:
+        ValueError: nothing matches, a name cannot be a domain, or --domain names nothing or a subfolder's
+        domain.
+    """
+    root = options.input
+    taken: list[str] = []
+    ignored: list[str] = []
+    patterns = [pattern.strip() for pattern in options.include.split(",")]
+    for folder, subfolders, files in os.walk(root, onerror=_raise):
+        skipped = [name for name in subfolders
+                   if name.startswith(".") or os.path.islink(os.path.join(folder, name))]
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        for name in [*files, *skipped]:
+            path = pathlib.Path(folder, name).relative_to(root)
+            wanted = name in files and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            (taken if wanted and not name.startswith(".") else ignored).append(path.as_posix())
+    if ignored:
+        print(f"Ignored, for they do not match --include={options.include} or are hidden or linked folders: "
+              f"{', '.join(sorted(ignored))}")
+    if not taken:
+        raise ValueError(f"--input={root} has no file that matches --include={options.include}; give another "
+                         f"folder or other patterns.")
+    return _by_domain(options, sorted(taken))
+
+
+def _by_domain(options: Options, names: Sequence[str]) -> dict[str, list[Source]]:
+    own = options.domain or options.input.resolve().name
+    direct = [name for name in names if "/" not in name]
+    if options.domain and not direct:
+        raise ValueError(f"--domain={own} names the files directly in --input={options.input}, and there are "
+                         f"none; leave it out: subfolders name their own domains.")
+    domains: dict[str, list[Source]] = {}
+    for name in names:
+        domain = name.split("/")[0] if "/" in name else own
+        domains.setdefault(domain, []).append(Source(name, (options.input / name).stat().st_size))
+    if direct and len(domains[own]) > len(direct):
+        raise ValueError(f"--input={options.input} has a subfolder {own}, and the files beside it would "
+                         f"belong to the same domain; name theirs with --domain=NAME.")
+    for domain in domains:
+        if not NAME.fullmatch(domain):
+            raise ValueError(f"Domain {domain!r} must be letters, digits, '_', '-' and '.'; rename the "
+                             f"folder, or use --domain=NAME for files directly in --input.")
+    return dict(sorted(domains.items()))
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk leaves out unreadable folders otherwise
+
+
+# The first reading
+
+
+def scan(options: Options, domains: dict[str, list[Source]]) -> list[DomainPlan]:
+    """Reads and checks every document, hashes every file, and decides the splits.
+
+    Args:
+        options: see `prepare`.
+        domains: what `find_sources` found.
+
+    Returns:
+        One plan a domain, in order.
+
+    Raises:
+        ValueError: bad documents, up to 20 of them named one a line; or a domain with fewer than two
+        documents.
+    """
+    problems: list[str] = []
+    plans = []
+    total = sum(source.bytes for sources in domains.values() for source in sources)
+    with _progress("checking", total) as advance:
+        for domain, sources in domains.items():
+            plans.append(_scan_domain(options, domain, sources, problems, advance))
+            if len(problems) >= MAX_PROBLEMS:
+                break
+    if problems:
+        more = f" (the first {MAX_PROBLEMS}; there may be more)" if len(problems) >= MAX_PROBLEMS else ""
+        raise ValueError("\n".join([f"--input={options.input} has bad documents; mend or remove them{more}:",
+                                    *problems[:MAX_PROBLEMS]]))
+    return plans
+
+
+def _scan_domain(options: Options, domain: str, sources: Sequence[Source], problems: list[str],
+                 advance: Callable[[int], None]) -> DomainPlan:
+    ranks: list[int] = []  # the smallest and the largest
+    read: list[Source] = []
+    count = 0
+    for source in sources:
+        digest = hashlib.sha256()
+        for piece in read_documents(options, source.name, digest):
+            if piece.problem:
+                problems.append(f"{piece.where}: {piece.problem}")
+            if len(problems) >= MAX_PROBLEMS:
+                return DomainPlan(domain, (), 0)
+            rank = document_rank(piece.where)
+            ranks = [min([*ranks[:1], rank]), max([*ranks[1:], rank])]
+            count += 1
+        read.append(dataclasses.replace(source, sha256=digest.hexdigest()))
+        advance(source.bytes)
+    if count < 2:
+        raise ValueError(f"Domain '{domain}' has {count} document and must have at least 2, one to train on "
+                         f"and one to hold out; add documents to it or move its file to another domain.")
+    wanted = int(options.validation_fraction * 2**64)
+    # The document of smallest rank is always held out, and that of largest rank never.
+    return DomainPlan(domain, tuple(read), min(max(wanted, ranks[0] + 1), ranks[1]))
+
+
+def document_rank(where: str) -> int:
+    """A uniform number in 0..2**64-1, fixed by a document's name; below the threshold it is held out."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(where), digest_size=8).digest(), "big")
+
+
+def read_documents(options: Options, name: str, digest: Any) -> Iterator[Piece]:
+    """Reads a file's documents one at a time.
+
+    Args:
+        options: see `prepare`.
+        name: the file, relative to the input folder.
+        digest: a hashlib object, fed with the file's bytes.
+
+    Yields:
+        Its documents; a bad one has a `problem` and no text.
+    """
+    with open(options.input / name, "rb") as file:
+        if not name.endswith(".jsonl"):
+            data = file.read()
+            digest.update(data)
+            yield _check_text(name, data, *_decode(data))
+            return
+        number = 0
+        for number, line in enumerate(file, 1):
+            digest.update(line)
+            yield _read_line(f"{name}:{number}", line, options.text_key)
+        if not number:
+            yield Piece(name, "", "is empty")
+
+
+def _decode(data: bytes) -> tuple[str, str]:
+    try:
+        return data.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        return "", f"is not UTF-8 (byte {error.start}, line {_line(data, error.start)})"
+
+
+def _line(data: bytes, place: int) -> int:
+    return data.count(b"\n", 0, place) + 1
+
+
+def _check_text(where: str, data: bytes, text: str, problem: str) -> Piece:
+    if b"\0" in data:
+        problem = f"has a NUL byte (line {_line(data, data.index(0))}): it is not text"
+    if not problem and not text.strip():
+        problem = "is empty"
+    return Piece(where, "" if problem else text, problem)
+
+
+def _read_line(where: str, line: bytes, text_key: str) -> Piece:
+    text, problem = _decode(line)
+    if problem:
+        return Piece(where, "", problem)
+    if not text.strip():
+        return Piece(where, "", "is an empty line")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Piece(where, "", f"is not JSON ({error})")
+    if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
+        return Piece(where, "", f"must be a JSON object with a string under '{text_key}' (see --text_key)")
+    try:
+        data = value[text_key].encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Piece(where, "", f"has half a surrogate pair (character {error.start} of its text)")
+    return _check_text(where, data, value[text_key], "")
+
+
+# The second reading
+
+
+class _SplitWriter:
+    """Writes one split of one domain, document by document, and remembers sizes and hashes."""
+
+    def __init__(self, folder: pathlib.Path, domain: str, split: str) -> None:
+        names = {"tokens": f"{domain}.{split}.bin", "offsets": f"{domain}.{split}.offsets.bin"}
+        self._files = {part: open(folder / name, "wb") for part, name in names.items()}  # noqa: SIM115
+        self._digests = {part: hashlib.sha256() for part in names}
+        self._bytes = dict.fromkeys(names, 0)
+        self._tokens, self._documents = 0, 0
+        self._write("offsets", np.zeros(1, OFFSET_DTYPE))
+
+    def add(self, text: str) -> None:
+        """Writes a document."""
+        tokens = tokenize_document(text, TOKENIZER)
+        self._tokens, self._documents = self._tokens + len(tokens), self._documents + 1
+        self._write("tokens", tokens.astype(TOKEN_DTYPE))
+        self._write("offsets", np.array([self._tokens], OFFSET_DTYPE))
+
+    def close(self) -> None:
+        """Makes sure that everything is on disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def entry(self) -> dict[str, Any]:
+        """The manifest's entry of this split."""
+        parts = {part: {"file": pathlib.Path(file.name).name, "bytes": self._bytes[part],
+                        "sha256": self._digests[part].hexdigest()} for part, file in self._files.items()}
+        return {"num_tokens": self._tokens, "num_documents": self._documents, **parts}
+
+    def _write(self, part: str, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._digests[part].update(data)
+        self._bytes[part] += self._files[part].write(data)
+
+
+def _write_domain(options: Options, plan: DomainPlan) -> dict[str, Any]:
+    """Writes a domain beside the final files, then moves it there, then notes that it is finished."""
+    partial = options.output / PARTIAL
+    with contextlib.ExitStack() as stack:
+        writers = {split: _SplitWriter(partial, plan.name, split) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        _fill(options, plan, writers)
+    entry = {split: writer.entry() for split, writer in writers.items()}
+    for file in _files(options.output, entry):
+        os.replace(partial / file.path.name, file.path)
+    _write_json(partial / f"{plan.name}.json", entry)
+    return entry
+
+
+def _fill(options: Options, plan: DomainPlan, writers: dict[str, _SplitWriter]) -> None:
+    with _progress(f"writing {plan.name}", sum(source.bytes for source in plan.sources)) as advance:
+        for source in plan.sources:
+            digest = hashlib.sha256()
+            for piece in read_documents(options, source.name, digest):
+                held_out = document_rank(piece.where) < plan.threshold
+                writers["validation" if held_out else "train"].add(piece.text)
+            if digest.hexdigest() != source.sha256:
+                raise ValueError(f"{source.name} changed while it was read; run again when "
+                                 f"--input={options.input} is at rest.")
+            advance(source.bytes)
+
+
+def _finished(options: Options, plan: DomainPlan) -> dict[str, Any] | None:
+    """The entry of a domain that an interrupted run finished, if its files are still what they were."""
+    note = options.output / PARTIAL / f"{plan.name}.json"
+    if not note.exists():
+        return None
+    entry = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        check_files(_files(options.output, entry), full=True)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"{plan.name}: {error} Writing it again.")
+        return None
+    print(f"{plan.name}: kept from the interrupted run.")
+    return entry
+
+
+def _files(folder: pathlib.Path, entry: dict[str, Any]) -> list[File]:
+    parts = [entry[split][part] for split in SPLITS for part in ("tokens", "offsets")]
+    return [File(folder / part["file"], part["bytes"], part["sha256"]) for part in parts]
+
+
+# The output folder
+
+
+def _refuse_foreign(options: Options) -> None:
+    """Refuses an output folder that is not empty and not ours, for what is in it cannot be made again."""
+    output = options.output
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output={output} is a file and must be a folder; give another path.")
+    ours = not output.exists() or (output / MANIFEST).exists() or (output / PARTIAL).exists()
+    if not ours and any(output.iterdir()):
+        raise ValueError(f"--output={output} holds other files and must be new or empty; give another "
+                         "folder.")
+    if (output / MANIFEST).exists() and _read_note(output / MANIFEST).get("format") != FORMAT:
+        raise ValueError(f"--output={output} has a {MANIFEST} that is not a corpus's; give another folder, "
+                         f"or remove it yourself.")
+
+
+def _is_complete(options: Options, fingerprint: str) -> bool:
+    """Is the corpus there already? Refuses or, with --overwrite, removes one made from something else."""
+    manifest, partial = options.output / MANIFEST, options.output / PARTIAL
+    for path in (manifest, partial / "plan.json"):
+        if path.exists() and _read_note(path).get("fingerprint") != fingerprint:
+            if not options.overwrite:
+                raise ValueError(f"--output={options.output} holds a corpus made from other inputs or "
+                                 f"options; give another folder, or --overwrite to replace it.")
+            _discard(options.output)
+    if manifest.exists() and (damage := _damage(options.output)):
+        if not options.overwrite:
+            raise damage
+        _discard(options.output)
+    if manifest.exists() and partial.exists():
+        shutil.rmtree(partial)
+    return manifest.exists()
+
+
+def _damage(output: pathlib.Path) -> Exception | None:
+    try:
+        open_corpus(str(output), verify="full")
+    except (FileNotFoundError, ValueError) as error:
+        return error
+    return None
+
+
+def _discard(output: pathlib.Path) -> None:
+    """Removes a corpus of ours, data first: killed in between, what is left still says that it is ours."""
+    for split in SPLITS:
+        for path in [*output.glob(f"*.{split}.bin"), *output.glob(f"*.{split}.offsets.bin")]:
+            path.unlink()
+    for path in [*(output / PARTIAL).glob("*.json"), output / MANIFEST]:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a second run out of the same folder; the lock ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"--output={folder.parent} is being written by another run; wait for it to "
+                             f"end.") from error
+        yield
+
+
+def _read_note(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        note = json.loads(path.read_bytes())
+    except ValueError:
+        note = None  # not written by us, so nothing in it is as expected
+    return note if isinstance(note, dict) else {}
+
+
+def _fingerprint(options: Options, plans: Sequence[DomainPlan]) -> str:
+    """A hash of all that the output depends on."""
+    everything = [VERSION, TOKENIZER.name, options.validation_fraction, options.text_key,
+                  [[plan.name, [[source.name, source.sha256] for source in plan.sources]] for plan in plans]]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+def _manifest(options: Options, fingerprint: str, domains: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "options": {"validation_fraction": options.validation_fraction, "text_key": options.text_key},
+        "tokenizer": TOKENIZER.name,
+        "vocab_size": TOKENIZER.vocab_size,
+        "dtypes": {"tokens": "uint16, little-endian", "offsets": "int64, little-endian"},
+        "domains": domains,
+    }
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes JSON so that the file is there whole or not at all."""
+    temporary = path.parent / f"{path.name}.new"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, one plain line elsewhere; gives the function that adds bytes."""
+    if not sys.stdout.isatty():
+        print(f"{title}: {total} bytes", flush=True)
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+# The command
+
+
+def _check_options(options: Options) -> None:
+    if not options.input.is_dir():
+        raise FileNotFoundError(f"--input={options.input} is not a folder; give the folder that holds the "
+                                "text.")
+    if not 0 < options.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction={options.validation_fraction} must be above 0 and below 1; "
+                         "try 0.05.")
+    source, target = options.input.resolve(), options.output.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise ValueError(f"--output={options.output} and --input={options.input} must not lie one in the "
+                         f"other; give an output folder elsewhere.")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m moe_jax.data.prepare", description=__doc__,
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, type=pathlib.Path, help="folder of text")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to make")
+    parser.add_argument("--validation_fraction", type=float, default=0.05, help="share held out (0.05)")
+    parser.add_argument("--text_key", default="text", help="key of the text in a .jsonl line (text)")
+    parser.add_argument("--domain", default="", help="domain of files directly in the input")
+    parser.add_argument("--include", default=INCLUDE, help=f"patterns of file names ({INCLUDE})")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; bad input ends it with a message and status 1."""
+    try:
+        prepare(parse(arguments))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

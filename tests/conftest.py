@@ -1,0 +1,47 @@
+"""Shared by all tests: shapes and dtypes checked at run time, one compilation cache, tiny configs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# a private cache shared by the workers and by the commands that tests start
+CACHE = Path(tempfile.gettempdir()) / f"moe_jax_test_cache_{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+CHECKED = ("routing", "balance", "metrics", "grouped", "dispatch", "layers", "moe", "model", "state", "step")
+install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+import pytest  # noqa: E402
+
+from moe_jax.config import Config, default, validate  # noqa: E402
+
+TINY_MODEL = dict(
+    num_layers=3,
+    embed_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    ffw_dim=24,
+    num_experts=4,
+    top_k=2,
+    num_shared_experts=1,
+    expert_ffw_dim=8,
+    first_dense=1,
+)
+
+
+def tiny_config(**overrides) -> Config:
+    """Three layers (one dense, two MoE with 4 experts), 8 x 16 tokens a step; `model` is merged."""
+    model = TINY_MODEL | overrides.pop("model", {})
+    settings = dict(num_steps=8, batch_size=8, sequence_length=16, log_every=1, eval_every=0, save_every=0)
+    return validate(default(**(settings | overrides), model=model))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return Path(__file__).parent.parent
