@@ -39,7 +39,7 @@ def evaluate(config: Config, state: "TrainState", corpus: "Corpus") -> dict[str,
     eval_step = make_eval_step(config)
     batches = evaluation_batches(
         corpus,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // config.micro_batches,
         sequence_length=config.sequence_length,
         max_sequences_per_domain=config.data.eval_sequences,
     )

@@ -54,8 +54,8 @@ def run(config: Config, workdir: Path, *, name: str = "train", stop_at: int = 0,
         ValueError: another config's workdir, bad data, or a damaged or different checkpoint.
         FloatingPointError: several steps in a row were not finite.
     """
+    corpus = open_data(config)
     with claim(workdir, config):
-        corpus = open_data(config)
         return _Run(config, workdir, corpus, name, quiet).until(min(stop_at or config.num_steps, config.num_steps))
 
 

@@ -1,0 +1,99 @@
+"""The tree keeps to its layers, and each library to its place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# lowest first; a file imports from lower lines, or from its own package
+LAYERS = """
+config
+routing
+balance
+metrics
+grouped
+dispatch
+layers
+moe
+model
+data
+state
+step
+checkpoint
+log
+evaluate
+train
+describe
+""".split()
+ALLOWED = {
+    "flax": {"layers", "moe", "model", "state", "step"},
+    "orbax": {"checkpoint"},
+    "optax": {"state", "step"},
+    "ml_collections": {"config", "train", "evaluate", "describe"},
+    "grain": {"data"},
+}
+WITHOUT_JAX = {"config", "data", "log"}
+FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
+
+
+def imports(file: Path, top_level_only: bool = False) -> set[str]:
+    """The dotted names a file imports, anywhere in it or at its top level outside `if TYPE_CHECKING`."""
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def unit(file: Path) -> str:
+    """The line of LAYERS a file belongs to."""
+    return file.relative_to(ROOT / "moe_jax").parts[0].removesuffix(".py")
+
+
+def internal(name: str) -> str | None:
+    """The unit a dotted import of ours names, if it names one."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "moe_jax" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def test_every_file_has_a_layer():
+    assert {unit(f) for f in FILES} - {"__init__"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_file_imports_upward(file):
+    if unit(file) == "__init__":
+        assert imports(file) == set()
+        return
+    rank = LAYERS.index(unit(file))
+    upward = [n for n in imports(file) if (u := internal(n)) and LAYERS.index(u) > rank]
+    assert upward == []
+
+
+@pytest.mark.parametrize("library", sorted(ALLOWED))
+def test_a_library_is_imported_only_at_its_place(library):
+    users = {unit(f) for f in FILES if any(n.split(".")[0] == library for n in imports(f))}
+    assert users <= ALLOWED[library]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_config_and_data_do_not_import_jax(file):
+    if unit(file) in WITHOUT_JAX:
+        assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "describe"])
+def test_commands_import_jax_late(name):
+    top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
+    assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)
+    heavy = {"step", "state", "model", "checkpoint", "metrics"}
+    assert not any(internal(n) in heavy for n in top)
+
+
+def test_check_vma_is_never_switched_off():
+    assert not [f for f in FILES if "check_vma=False" in f.read_text()]
