@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test laws lint clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
+
+laws: $(VENV)/dev.stamp
+	$(RUN) -m pytest tests/laws tests/test_routing.py tests/test_grouped.py tests/test_dispatch.py tests/test_step.py
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

@@ -85,7 +85,7 @@ def _tiles(group_sizes: Array, num_rows: int, tile: int) -> tuple[Array, Array, 
     tiles_of = (group_sizes + tile - 1) // tile
     tile_ends = jnp.cumsum(tiles_of)
     index = jnp.arange(num_rows // tile + num_groups, dtype=jnp.int32)
-    group = jnp.searchsorted(tile_ends, index, side="right").astype(jnp.int32)
+    group = jnp.searchsorted(tile_ends, index, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
     within = index - (tile_ends - tiles_of)[group]
     first = (ends - group_sizes)[group] + within * tile
