@@ -354,9 +354,7 @@ def _overridden(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:
     return flatten(spec.get("config") or {}) | flatten((spec.get("arms_config") or {}).get(arm) or {})
 
 
-def _finished(
-    read: list[tuple[Run, int]], spec: Mapping[str, Any]
-) -> tuple[dict[str, dict[int, Run]], list[str]]:
+def _finished(read: list[tuple[Run, int]], spec: Mapping[str, Any]) -> tuple[dict[str, dict[int, Run]], list[str]]:
     """Splits what was read into finished runs and sentences about the others."""
     last_evaluation = max((evaluated[-1] for run, _ in read if (evaluated := _evaluated(run))), default=-1)
     runs: dict[str, dict[int, Run]] = {arm: {} for arm in spec["arms"]}

@@ -256,7 +256,7 @@ def balance_entries(mapping: Mapping[str, Any] | None) -> tuple[BalanceEntry, ..
             f"balance={mapping!r} must be a mapping from method to options; "
             "write balance=dict(bias_sign=dict(rate=1e-3)), or balance={} for none."
         )
-    entries = tuple(_balance_entry(label, mapping[label]) for label in sorted(mapping or {}))
+    entries = tuple(_balance_entry(label, options) for label, options in sorted((mapping or {}).items()))
     owners = [e.label for e in entries if e.method in BIAS_METHODS]
     if len(owners) > 1:
         raise ValueError(
@@ -290,9 +290,7 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
 
 def _check_bias_schedule(path: str, o: Any) -> None:
     if o.schedule != "constant" and o.freeze_step is None:
-        raise ValueError(
-            f"{path}.schedule={o.schedule!r} must know where the rate reaches 0; set {path}.freeze_step."
-        )
+        raise ValueError(f"{path}.schedule={o.schedule!r} must know where the rate reaches 0; set {path}.freeze_step.")
     if o.freeze_step is not None and o.warmup_steps > o.freeze_step:
         raise ValueError(
             f"{path}.warmup_steps={o.warmup_steps} must be at most {path}.freeze_step={o.freeze_step}; "
@@ -319,9 +317,7 @@ def _check_attention(c: Config) -> None:
             f"try {_nearby(m.num_heads, m.num_kv_heads)}."
         )
     if m.head_dim % 2:
-        raise ValueError(
-            f"model.head_dim={m.head_dim} must be even, for RoPE rotates pairs; try {m.head_dim + 1}."
-        )
+        raise ValueError(f"model.head_dim={m.head_dim} must be even, for RoPE rotates pairs; try {m.head_dim + 1}.")
 
 
 def _check_experts(c: Config) -> None:
@@ -468,8 +464,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         choices = typing.get_args(hint)
         if value not in choices:
             raise ValueError(
-                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}"
-                f"{_did_you_mean(str(value), choices)}."
+                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{_did_you_mean(str(value), choices)}."
             )
         return value
     if origin is tuple:
@@ -483,7 +478,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     return _scalar(hint, value, path)
 
 
-def _scalar(hint: type, value: Any, path: str) -> Any:
+def _scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -119,10 +119,12 @@ def model_table(config: Config) -> "Table":
     table = Table("part", "parameters", "active", "forward FLOPs a token", title=title)
     rows = parts(config)
     for row in rows:
-        table.add_row(row.name, *(f"{n:,}" for n in row[1:]))
+        table.add_row(row.name, f"{row.total:,}", f"{row.active:,}", f"{row.flops:,}")
     table.add_section()
-    table.add_row("all", *(f"{sum(r[i] for r in rows):,}" for i in (1, 2, 3)))
-    table.columns[1].justify = table.columns[2].justify = table.columns[3].justify = "right"
+    sums = (sum(r.total for r in rows), sum(r.active for r in rows), sum(r.flops for r in rows))
+    table.add_row("all", *(f"{n:,}" for n in sums))
+    for column in table.columns[1:]:
+        column.justify = "right"
     return table
 
 

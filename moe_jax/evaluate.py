@@ -119,7 +119,7 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    state, _ = found
+    state = found[0]
     result = {"step": int(state.step), **evaluate(config, state, corpus)}
     print_table(result)
     (workdir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -13,9 +13,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.dispatch import swiglu
 
 
-def normal(
-    config: ModelConfig, rngs: nnx.Rngs, dtype: str | None = None, **dims: int
-) -> nnx.Param:
+def normal(config: ModelConfig, rngs: nnx.Rngs, dtype: str | None = None, **dims: int) -> nnx.Param:
     """A weight drawn from N(0, init_std^2), named by its dimensions: `normal(c, rngs, embed=8, ffw=32)`."""
     value = config.init_std * jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32)
     return nnx.Param(value.astype(dtype or config.param_dtype), dims=tuple(dims))

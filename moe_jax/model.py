@@ -3,7 +3,7 @@
 Layers of a kind are stacked and scanned, so compile time does not grow with depth.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class Unit(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kinds: tuple[str, ...]) -> None:
         self.blocks = nnx.List([Block(config, rngs, kind) for kind in kinds])
 
-    def __call__(self, x: Array, *args: object) -> tuple[Array, Report | None]:
+    def __call__(self, x: Array, *args: Any) -> tuple[Array, Report | None]:
         """All layers in order; the Report of the MoE layer, which is the last."""
         report = None
         for block in self.blocks:

@@ -157,9 +157,7 @@ def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
     return routing._replace(expert_ids=expert_ids, gates=gates, loads=count(expert_ids, num_experts))
 
 
-def _gates(
-    logits: Array, scores: Array, expert_ids: Array, normalize_gates: bool
-) -> Float32[Array, "tokens slots"]:
+def _gates(logits: Array, scores: Array, expert_ids: Array, normalize_gates: bool) -> Float32[Array, "tokens slots"]:
     """The unbiased scores at the selected experts, 0 in empty slots."""
     num_experts = scores.shape[-1]
     filled = expert_ids < num_experts

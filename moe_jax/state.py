@@ -50,7 +50,7 @@ class AbstractModel(NamedTuple):
 def abstract_model(config: ModelConfig) -> AbstractModel:
     """The model's structure; no array is made."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
-    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
     dims = jax.tree.map(lambda v: Dims(v.get_metadata()["dims"]), params, is_leaf=_is_variable)
     return AbstractModel(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(bias), nnx.to_pure_dict(dims))
 
@@ -77,6 +77,7 @@ def abstract_state(config: Config) -> TrainState:
     return jax.eval_shape(make, jax.random.key(0))
 
 
+FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 INIT, STEP = 0, 1  # streams of randomness, folded into the seed's key
 
 
@@ -93,7 +94,7 @@ def _initializer(
     if jax.default_backend() != "cpu":
         return make
     # XLA:CPU spends half a second on every shape of random draw unless told that speed does not matter here
-    return make.lower(jax.random.key(0)).compile({"xla_backend_optimization_level": 1})
+    return make.lower(jax.random.key(0)).compile(FAST_COMPILE)
 
 
 def _make_state(
@@ -103,8 +104,7 @@ def _make_state(
     key: Array,
 ) -> TrainState:
     values = nnx.state(Transformer(model, nnx.Rngs(params=key)))
-    params, bias = nnx.split_state(values, nnx.Param, RouterBias)
-    params, bias = nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+    params, bias = map(nnx.to_pure_dict, nnx.split_state(values, nnx.Param, RouterBias))
     layers = _init_balance(balance.make(entries), model)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(

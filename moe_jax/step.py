@@ -31,7 +31,7 @@ from moe_jax.state import (
     write_bias,
 )
 
-TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]
+TrainStep = Any  # a jitted (TrainState, Batch, key) -> (TrainState, metrics)
 
 
 class Sums(NamedTuple):
@@ -193,9 +193,7 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     )
 
 
-def step_metrics(
-    sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array
-) -> dict[str, Array]:
+def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
     """What is logged of a step; `state` is the one after it."""
     values = {
         "loss": sums.nats / jnp.maximum(batch.mask.sum(), 1),

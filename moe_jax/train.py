@@ -258,7 +258,10 @@ def versions() -> dict[str, Any]:
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = Path(__file__).parent
     git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(here), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},

@@ -10,14 +10,18 @@ from moe_jax.data import count_windows, evaluation_batches, make_corpus, trainin
 
 SEPARATOR = 256
 # Streams: "a" trains on 256 97 98 256 99 and "b" on 256 and 13 letters.
-SMALL = make_corpus({
-    "a": {"train": ["ab", "c"], "validation": ["xy", "z"]},
-    "b": {"train": ["defghijklmnop"], "validation": ["é"]},
-})
-LARGE = make_corpus({
-    name: {"train": [f"{name} document {i} " * (1 + i % 7) for i in range(40)], "validation": ["v"]}
-    for name in ("red", "green", "blue")
-})
+SMALL = make_corpus(
+    {
+        "a": {"train": ["ab", "c"], "validation": ["xy", "z"]},
+        "b": {"train": ["defghijklmnop"], "validation": ["é"]},
+    }
+)
+LARGE = make_corpus(
+    {
+        name: {"train": [f"{name} document {i} " * (1 + i % 7) for i in range(40)], "validation": ["v"]}
+        for name in ("red", "green", "blue")
+    }
+)
 
 
 def rows(batches):
@@ -31,8 +35,10 @@ def same(one, other):
 
 def windows_of(batch):
     """Each row as bytes: which window it is (the tests' windows all differ)."""
-    return [(int(domain), tokens.tobytes(), targets.tobytes())
-            for domain, tokens, targets in zip(batch.domain, batch.tokens, batch.targets, strict=True)]
+    return [
+        (int(domain), tokens.tobytes(), targets.tobytes())
+        for domain, tokens, targets in zip(batch.domain, batch.tokens, batch.targets, strict=True)
+    ]
 
 
 def test_windows_by_hand():
@@ -112,16 +118,24 @@ def test_without_weights_one_epoch_of_the_mixture_is_every_window_exactly_once()
     for epoch in range(2):
         found = rows([batch_at(step) for step in range(epoch * total, (epoch + 1) * total)])
         assert np.bincount(found.domain).tolist() == list(counts)
-        alone = [training_batches(LARGE, seed=1, batch_size=count, sequence_length=16,
-                                  weights=dict.fromkeys(LARGE.domains, 0) | {domain: 1})(epoch)
-                 for domain, count in zip(LARGE.domains, counts, strict=True)]
+        alone = [
+            training_batches(
+                LARGE,
+                seed=1,
+                batch_size=count,
+                sequence_length=16,
+                weights=dict.fromkeys(LARGE.domains, 0) | {domain: 1},
+            )(epoch)
+            for domain, count in zip(LARGE.domains, counts, strict=True)
+        ]
         assert sorted(windows_of(found)) == sorted(windows_of(rows(alone)))
 
 
 def test_each_epoch_is_a_new_permutation():
     count = count_windows(LARGE, "train", 16)[0]
-    batch_at = training_batches(LARGE, seed=1, batch_size=count, sequence_length=16,
-                                weights={"red": 1, "green": 0, "blue": 0})
+    batch_at = training_batches(
+        LARGE, seed=1, batch_size=count, sequence_length=16, weights={"red": 1, "green": 0, "blue": 0}
+    )
     epochs = [windows_of(batch_at(step)) for step in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -139,8 +153,9 @@ def test_a_batch_depends_on_seed_and_step_alone_in_any_order_and_from_threads():
 
 def test_another_seed_is_another_order_of_the_same_windows():
     total = sum(count_windows(LARGE, "train", 16))
-    one, two = (windows_of(training_batches(LARGE, seed=seed, batch_size=total, sequence_length=16)(0))
-                for seed in (0, 1))
+    one, two = (
+        windows_of(training_batches(LARGE, seed=seed, batch_size=total, sequence_length=16)(0)) for seed in (0, 1)
+    )
     assert one != two
     assert sorted(one) == sorted(two)
 
@@ -148,14 +163,17 @@ def test_another_seed_is_another_order_of_the_same_windows():
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_slices_of_all_processes_make_the_global_batch(count):
     whole = training_batches(LARGE, seed=2, batch_size=6, sequence_length=12)
-    parts = [training_batches(LARGE, seed=2, batch_size=6, sequence_length=12,
-                              process_index=index, process_count=count) for index in range(count)]
+    parts = [
+        training_batches(LARGE, seed=2, batch_size=6, sequence_length=12, process_index=index, process_count=count)
+        for index in range(count)
+    ]
     for step in (0, 1, 50, 10**9):
         assert same(rows([part(step) for part in parts]), whole(step))
 
 
 def test_a_process_reads_only_its_own_rows(monkeypatch):
     from moe_jax.data import batches
+
     seen = []
     real = batches._Windows.__getitem__
     monkeypatch.setattr(batches._Windows, "__getitem__", lambda self, i: seen.append(i) or real(self, i))
@@ -163,9 +181,14 @@ def test_a_process_reads_only_its_own_rows(monkeypatch):
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("weights", [{"red": 1, "green": 2, "blue": 5},
-                                     {"red": 0.125, "green": 0.25, "blue": 0.625},
-                                     {"red": 0.1, "green": 0.2, "blue": 0.5}])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"red": 1, "green": 2, "blue": 5},
+        {"red": 0.125, "green": 0.25, "blue": 0.625},
+        {"red": 0.1, "green": 0.2, "blue": 0.5},
+    ],
+)
 def test_rows_follow_the_weights_exactly(weights):
     batch_at = training_batches(LARGE, seed=0, batch_size=8, sequence_length=16, weights=weights)
     for step in range(10):
@@ -174,41 +197,56 @@ def test_rows_follow_the_weights_exactly(weights):
 
 def test_near_equal_weights_are_not_rounded():
     # Shares 250 : 251 : 0; after 501 rows each domain has given exactly its share.
-    batch_at = training_batches(LARGE, seed=0, batch_size=501, sequence_length=4,
-                                weights={"red": 1.0, "green": 1.004, "blue": 0})
+    batch_at = training_batches(
+        LARGE, seed=0, batch_size=501, sequence_length=4, weights={"red": 1.0, "green": 1.004, "blue": 0}
+    )
     assert np.bincount(batch_at(0).domain).tolist() == [250, 251]
 
 
 def test_weight_zero_leaves_a_domain_out_and_the_others_in_their_order():
-    both = training_batches(LARGE, seed=0, batch_size=20, sequence_length=4,
-                            weights={"red": 1, "green": 0, "blue": 1})(0)
-    blue = training_batches(LARGE, seed=0, batch_size=10, sequence_length=4,
-                            weights={"red": 0, "green": 0, "blue": 1})(0)
+    both = training_batches(LARGE, seed=0, batch_size=20, sequence_length=4, weights={"red": 1, "green": 0, "blue": 1})(
+        0
+    )
+    blue = training_batches(LARGE, seed=0, batch_size=10, sequence_length=4, weights={"red": 0, "green": 0, "blue": 1})(
+        0
+    )
     assert set(both.domain) == {0, 2}
     assert [window for window in windows_of(both) if window[0] == 2] == windows_of(blue)
 
 
-@pytest.mark.parametrize(("weights", "message"), [
-    ({"red": 1, "green": 1, "blue": 1, "pink": 1}, "pink=1, but the corpus has no such domain.*red, green"),
-    ({"red": 1}, "names no green and must name every domain"),
-    ({"red": -1, "green": 1, "blue": 1}, r"data.weights.red=-1 must be a finite number of at least 0"),
-    ({"red": float("nan"), "green": 1, "blue": 1}, r"data.weights.red=nan must be"),
-    ({"red": float("inf"), "green": 1, "blue": 1}, r"data.weights.red=inf must be"),
-    ({"red": "1", "green": 1, "blue": 1}, r"data.weights.red='1' must be"),
-    ({"red": 0, "green": 0, "blue": 0}, "are all 0 and at least one must be positive"),
-])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            {"red": 1, "green": 1, "blue": 1, "pink": 1},
+            "pink=1, but the corpus has no such domain.*red, green",
+        ),
+        ({"red": 1}, "names no green and must name every domain"),
+        ({"red": -1, "green": 1, "blue": 1}, r"data.weights.red=-1 must be a finite number of at least 0"),
+        ({"red": float("nan"), "green": 1, "blue": 1}, r"data.weights.red=nan must be"),
+        ({"red": float("inf"), "green": 1, "blue": 1}, r"data.weights.red=inf must be"),
+        ({"red": "1", "green": 1, "blue": 1}, r"data.weights.red='1' must be"),
+        ({"red": 0, "green": 0, "blue": 0}, "are all 0 and at least one must be positive"),
+    ],
+)
 def test_bad_weights_are_refused_in_a_sentence(weights, message):
     with pytest.raises(ValueError, match=message):
         training_batches(LARGE, seed=0, batch_size=1, sequence_length=4, weights=weights)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-    ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
-    ({"process_count": 4}, "batch_size=6 must be divisible by the number of processes=4; try 8"),
-    ({"process_count": 2, "process_index": 2}, "process_index=2 must be at least 0 and below process_count"),
-    ({"seed": -1}, "data.seed=-1 must be at least 0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
+        ({"process_count": 4}, "batch_size=6 must be divisible by the number of processes=4; try 8"),
+        (
+            {"process_count": 2, "process_index": 2},
+            "process_index=2 must be at least 0 and below process_count",
+        ),
+        ({"seed": -1}, "data.seed=-1 must be at least 0"),
+    ],
+)
 def test_bad_sizes_are_refused_in_a_sentence(change, message):
     with pytest.raises(ValueError, match=message):
         training_batches(LARGE, **({"seed": 0, "batch_size": 6, "sequence_length": 4} | change))
@@ -253,7 +291,8 @@ def test_evaluation_can_be_repeated_indexed_and_limited():
 
 def test_evaluation_slices_of_all_processes_make_the_global_batches():
     whole = evaluation_batches(SMALL, batch_size=4, sequence_length=1)
-    parts = [evaluation_batches(SMALL, batch_size=4, sequence_length=1, process_index=i, process_count=2)
-             for i in range(2)]
+    parts = [
+        evaluation_batches(SMALL, batch_size=4, sequence_length=1, process_index=i, process_count=2) for i in range(2)
+    ]
     assert len(whole) == len(parts[0]) == len(parts[1])
     assert all(same(rows([part[i] for part in parts]), whole[i]) for i in range(len(whole)))

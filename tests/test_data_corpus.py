@@ -108,8 +108,11 @@ def test_a_prepared_folder_opens_memory_mapped_with_the_same_documents(prepared)
     for domain in opened.domains:
         streams = [opened.stream(split, domain) for split in corpus.SPLITS]
         assert all(isinstance(stream.tokens, np.memmap) for stream in streams)
-        texts = {opened.tokenizer.decode(document) for stream in streams
-                 for document in np.split(stream.tokens, stream.offsets[1:-1])}
+        texts = {
+            opened.tokenizer.decode(document)
+            for stream in streams
+            for document in np.split(stream.tokens, stream.offsets[1:-1])
+        }
         assert texts == {f"text {number} of {domain}" for number in range(3)}
 
 
@@ -164,15 +167,21 @@ def test_a_manifest_cannot_lead_outside_its_folder(folder, name):
             call(str(folder))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda m: m.update(version=2), r"version=2 and this program reads version 1"),
-    (lambda m: m.update(format="x"), r"format='x' and must have 'moe_jax corpus'"),
-    (lambda m: m.update(tokenizer="bpe"), r"tokenizer='bpe' is not known"),
-    (lambda m: m.update(domains={}), r"lists no domain"),
-    (lambda m: m["domains"]["one"].pop("train"), r"train=None and must have a dict there"),
-    (lambda m: m["domains"]["one"]["train"]["tokens"].update(bytes="9"), r"bytes='9' and must have a int"),
-    (lambda m: m["domains"]["one"]["train"].update(num_tokens=3), r"do not fit the sizes of its files"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(version=2), r"version=2 and this program reads version 1"),
+        (lambda m: m.update(format="x"), r"format='x' and must have 'moe_jax corpus'"),
+        (lambda m: m.update(tokenizer="bpe"), r"tokenizer='bpe' is not known"),
+        (lambda m: m.update(domains={}), r"lists no domain"),
+        (lambda m: m["domains"]["one"].pop("train"), r"train=None and must have a dict there"),
+        (
+            lambda m: m["domains"]["one"]["train"]["tokens"].update(bytes="9"),
+            r"bytes='9' and must have a int",
+        ),
+        (lambda m: m["domains"]["one"]["train"].update(num_tokens=3), r"do not fit the sizes of its files"),
+    ],
+)
 def test_a_manifest_of_another_shape_is_refused_in_a_sentence(folder, change, message):
     edit(folder, change)
     for call in (open_corpus, check_corpus):
@@ -203,6 +212,8 @@ def test_an_unknown_verify_is_refused():
 
 
 def test_importing_and_checking_needs_neither_jax_nor_grain():
-    program = ("import sys, moe_jax.data as data; data.check_corpus(); data.open_corpus();"
-               "assert not {'jax', 'flax', 'grain', 'rich'} & set(sys.modules)")
+    program = (
+        "import sys, moe_jax.data as data; data.check_corpus(); data.open_corpus();"
+        "assert not {'jax', 'flax', 'grain', 'rich'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)

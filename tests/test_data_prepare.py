@@ -51,8 +51,12 @@ print("changes:", kill_at)
 def source(tmp_path):
     folder = tmp_path / "in"
     lines = '{"text": "uno"}\n{"text": "due", "more": 1}\n{"text": "tre"}'
-    for name, text in {"prose/one.txt": "first", "prose/deep/two.md": "second ü",
-                       "prose/three.txt": "third\r\n", "lines/all.jsonl": lines}.items():
+    for name, text in {
+        "prose/one.txt": "first",
+        "prose/deep/two.md": "second ü",
+        "prose/three.txt": "third\r\n",
+        "lines/all.jsonl": lines,
+    }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text.encode())
     return folder
@@ -66,8 +70,11 @@ def output(tmp_path):
 def texts(output, domain):
     corpus = open_corpus(str(output))
     streams = [corpus.stream(split, domain) for split in ("train", "validation")]
-    return sorted(corpus.tokenizer.decode(document) for stream in streams
-                  for document in np.split(stream.tokens, stream.offsets[1:-1]))
+    return sorted(
+        corpus.tokenizer.decode(document)
+        for stream in streams
+        for document in np.split(stream.tokens, stream.offsets[1:-1])
+    )
 
 
 def read(folder):
@@ -187,18 +194,28 @@ def test_only_the_first_twenty_bad_documents_are_named(source, output):
 def test_the_command_ends_with_status_one_and_the_list(source, output):
     (source / "prose" / "bad.txt").write_bytes(b"\xff")
     command = [sys.executable, "-W", "error", "-m", "moe_jax.data.prepare"]
-    run = subprocess.run([*command, f"--input={source}", f"--output={output}"],
-                         capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [*command, f"--input={source}", f"--output={output}"], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 1
     assert run.stderr.startswith(f"--input={source} has bad documents")
     assert "prose/bad.txt: is not UTF-8" in run.stderr
 
 
 def test_the_command_takes_every_option(source, output, capsys):
-    main([f"--input={source}", f"--output={output}", "--validation_fraction=0.5", "--text_key=text",
-          "--include=*.txt,*.jsonl,*.md"])
-    assert json.loads((output / "manifest.json").read_text())["options"] == {"validation_fraction": 0.5,
-                                                                              "text_key": "text"}
+    main(
+        [
+            f"--input={source}",
+            f"--output={output}",
+            "--validation_fraction=0.5",
+            "--text_key=text",
+            "--include=*.txt,*.jsonl,*.md",
+        ]
+    )
+    assert json.loads((output / "manifest.json").read_text())["options"] == {
+        "validation_fraction": 0.5,
+        "text_key": "text",
+    }
     main([f"--input={source}", f"--output={output}", "--overwrite"])
     assert json.loads((output / "manifest.json").read_text())["options"]["validation_fraction"] == 0.05
 
@@ -213,7 +230,8 @@ def test_another_text_key_is_read(tmp_path):
 def test_bad_options_are_refused_in_a_sentence(source, output, tmp_path):
     assert "is not a folder; give the folder" in refusal(Options(tmp_path / "nowhere", output))
     assert "--validation_fraction=1.0 must be above 0 and below 1" in refusal(
-        Options(source, output, validation_fraction=1.0))
+        Options(source, output, validation_fraction=1.0)
+    )
     assert "must not lie one in the other" in refusal(Options(source, source / "prose"))
     assert "must not lie one in the other" in refusal(Options(source, tmp_path))
     assert "has no file that matches --include=*.rst" in refusal(Options(source, output, include="*.rst"))
@@ -237,8 +255,21 @@ def test_a_subfolder_and_loose_files_may_not_share_a_domain(source, output):
 def test_a_run_killed_anywhere_and_run_again_gives_the_same_bytes(source, output, tmp_path):
     prepare(Options(source, output))
     (tmp_path / "work").mkdir()
-    run = subprocess.run([sys.executable, "-W", "error", "-c", KILL_EVERYWHERE, str(source), str(output),
-                          str(tmp_path / "work")], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            KILL_EVERYWHERE,
+            str(source),
+            str(output),
+            str(tmp_path / "work"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     # 6 documents; 4 files and a note for each of 2 domains; plan, manifest, and the working folder's removal.
     assert run.stdout.endswith("changes: 19\n")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY_MODEL, tiny_config
 from flax import nnx
 
-from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
 from moe_jax.config import as_dict, validate
 from moe_jax.dispatch import capacity_of
@@ -90,7 +90,9 @@ def test_attention_is_softmax_of_scaled_rotated_products_within_the_segment():
 
     def rotate(v, position):  # pairs (i, i + 2), angle position x 10000^(-i / 2)
         angle = position * 10000.0 ** (-np.arange(2) / 2)
-        return np.concatenate([v[:2] * np.cos(angle) - v[2:] * np.sin(angle), v[2:] * np.cos(angle) + v[:2] * np.sin(angle)])
+        return np.concatenate(
+            [v[:2] * np.cos(angle) - v[2:] * np.sin(angle), v[2:] * np.cos(angle) + v[:2] * np.sin(angle)]
+        )
 
     u = np.asarray(x[0], np.float64)
     q, k, v, o = (np.asarray(w[...], np.float64) for w in (layer.query, layer.key, layer.value, layer.out))

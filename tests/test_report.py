@@ -330,9 +330,7 @@ def test_skipped_steps_and_partial_lines_are_said(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A report with every picture, two seeds and an arm without experts."""
-    directory = simulated_sweep(
-        tmp_path_factory.mktemp("sweep"), ["none", "bias_sign", "dense"], [0, 1], every=50
-    )
+    directory = simulated_sweep(tmp_path_factory.mktemp("sweep"), ["none", "bias_sign", "dense"], [0, 1], every=50)
     assert report.main([str(directory), "--figures"]) == 0
     return directory, (directory / "report.html").read_text(encoding="utf-8")
 
@@ -386,9 +384,7 @@ def test_terminal_table_shows_the_numbers(tmp_path: Path, capsys: pytest.Capture
     assert "1.1000 ± 1.2706" in out and "! aux_loss, seed 1: not started (no metrics)." in out
 
 
-def test_nothing_finished_is_a_sentence_and_no_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_finished_is_a_sentence_and_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sweep(tmp_path, ["none"], [0])
     assert report.main([str(tmp_path)]) == 1
     assert "must hold at least one finished run" in capsys.readouterr().err

@@ -39,6 +39,6 @@ def get_hyper(h):
     arms = h.arms(
         none={"balance": {}},
         aux_loss={"balance": dict(aux_loss=dict(weight=1e-2))},
-        bias_sign={"balance": dict(bias_sign=dict(rate=1e-2))},
+        bias_sign={"balance": dict(bias_sign=dict(rate=5e-3))},
     )
     return h.product(arms, h.sweep("seed", range(3)))

@@ -59,9 +59,7 @@ def z_loss(options: ZLoss) -> Method:
     return Method(loss=loss)
 
 
-def balance_value(
-    counts: Int32[Array, "experts"], mean_scores: Float32[Array, "experts"]
-) -> Float32[Array, ""]:
+def balance_value(counts: Int32[Array, "experts"], mean_scores: Float32[Array, "experts"]) -> Float32[Array, ""]:
     """sum_i f_i P_i with f_i = E x counts_i / sum counts; 0 without any count."""
     total = counts.sum().astype(jnp.float32)
     frequency = counts.shape[0] * counts.astype(jnp.float32) / jnp.maximum(total, 1.0)
@@ -84,9 +82,7 @@ def sequence_balance(
     return (frequency * score_sums).sum() / jnp.maximum(valid(routing).sum(), 1.0)
 
 
-def mean_over_tokens(
-    values: Float32[Array, "tokens columns"], routing: Routing
-) -> Float32[Array, "columns"]:
+def mean_over_tokens(values: Float32[Array, "tokens columns"], routing: Routing) -> Float32[Array, "columns"]:
     """The mean over valid tokens; 0 if there is none."""
     weight = valid(routing)
     return (weight[:, None] * values).sum(0) / jnp.maximum(weight.sum(), 1.0)

@@ -27,7 +27,7 @@ _ENDLESS = 2**60
 
 
 class Batch(NamedTuple):
-    """Rows of token windows; a single window is the same without B.
+    """Rows of token windows: numpy where they are made, jax inside a step; a single window is the same without B.
 
     Args:
         tokens: int32[B, S], the inputs; 0 at padding.
@@ -42,13 +42,13 @@ class Batch(NamedTuple):
         num_bytes: int32[B], UTF-8 bytes of the row's valid targets (separators are 0 bytes).
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    mask: np.ndarray
-    domain: np.ndarray
-    num_bytes: np.ndarray
+    tokens: Any
+    targets: Any
+    segment_ids: Any
+    positions: Any
+    mask: Any
+    domain: Any
+    num_bytes: Any
 
 
 def count_windows(corpus: Corpus, split: str, sequence_length: int) -> tuple[int, ...]:
@@ -65,9 +65,16 @@ def count_windows(corpus: Corpus, split: str, sequence_length: int) -> tuple[int
     return tuple(_count(corpus.stream(split, domain), sequence_length) for domain in corpus.domains)
 
 
-def training_batches(corpus: Corpus, *, seed: int, batch_size: int, sequence_length: int,
-                     weights: Mapping[str, float] | None = None,
-                     process_index: int = 0, process_count: int = 1) -> Callable[[int], Batch]:
+def training_batches(
+    corpus: Corpus,
+    *,
+    seed: int,
+    batch_size: int,
+    sequence_length: int,
+    weights: Mapping[str, float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Callable[[int], Batch]:
     """Makes `batch_at(step)`, a pure function of (seed, step).
 
     Calls may come in any order and from any thread. With several processes each gets its own contiguous rows
@@ -112,9 +119,15 @@ def training_batches(corpus: Corpus, *, seed: int, batch_size: int, sequence_len
     return batch_at
 
 
-def evaluation_batches(corpus: Corpus, *, batch_size: int, sequence_length: int,
-                       max_sequences_per_domain: int = 0,
-                       process_index: int = 0, process_count: int = 1) -> EvaluationBatches:
+def evaluation_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    max_sequences_per_domain: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvaluationBatches:
     """The held-out text, every token once, in order, domain after domain.
 
     Args:
@@ -134,8 +147,7 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, sequence_length: int,
     """
     _check_sizes(batch_size, sequence_length, process_index, process_count)
     if max_sequences_per_domain < 0:
-        raise ValueError(f"max_sequences_per_domain={max_sequences_per_domain} must be at least 0; 0 is all "
-                         "of them.")
+        raise ValueError(f"max_sequences_per_domain={max_sequences_per_domain} must be at least 0; 0 is all of them.")
     sources = [_Windows(corpus, "validation", i, sequence_length) for i in range(len(corpus.domains))]
     counts = [min(len(source), max_sequences_per_domain or len(source)) for source in sources]
     return EvaluationBatches(sources, counts, batch_size, process_index, process_count)
@@ -144,8 +156,14 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, sequence_length: int,
 class EvaluationBatches:
     """Batches that are computed when indexed, as often as one likes; see `evaluation_batches`."""
 
-    def __init__(self, sources: Sequence[_Windows], counts: Sequence[int], batch_size: int,
-                 process_index: int, process_count: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[_Windows],
+        counts: Sequence[int],
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ) -> None:
         self._sources = sources
         self._ends = list(itertools.accumulate(counts))
         self._batch_size = batch_size
@@ -198,8 +216,15 @@ class _Windows:
         segment_ids, positions = _documents(self._stream.offsets, start, len(piece) - 1)
         num_bytes = self._bytes_per_token[piece[1:]].sum()
         pad = self._padded
-        return Batch(pad(piece[:-1]), pad(piece[1:]), pad(segment_ids), pad(positions), pad(segment_ids) > 0,
-                     np.array(self._domain, np.int32), np.array(num_bytes, np.int32))
+        return Batch(
+            pad(piece[:-1]),
+            pad(piece[1:]),
+            pad(segment_ids),
+            pad(positions),
+            pad(segment_ids) > 0,
+            np.array(self._domain, np.int32),
+            np.array(num_bytes, np.int32),
+        )
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         row = np.zeros(self._sequence_length, np.int32)
@@ -274,27 +299,31 @@ def _check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None
     names = f"the domains are {', '.join(domains)}"
     for domain, weight in weights.items():
         if domain not in domains:
-            raise ValueError(f"data.weights has {domain}={weight}, but the corpus has no such domain; "
-                             f"{names}.")
+            raise ValueError(f"data.weights has {domain}={weight}, but the corpus has no such domain; {names}.")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise ValueError(f"data.weights.{domain}={weight!r} must be a finite number of at least 0.")
     missing = [domain for domain in domains if domain not in weights]
     if missing:
-        raise ValueError(f"data.weights names no {missing[0]} and must name every domain ({names}); "
-                         f"give 0 to leave one out.")
+        raise ValueError(
+            f"data.weights names no {missing[0]} and must name every domain ({names}); give 0 to leave one out."
+        )
     if not any(weights.values()):
         raise ValueError(f"data.weights are all 0 and at least one must be positive; {names}.")
 
 
 def _check_sizes(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> None:
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length),
-                        ("process_count", process_count)):
+    for name, value in (
+        ("batch_size", batch_size),
+        ("sequence_length", sequence_length),
+        ("process_count", process_count),
+    ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be at least 0 and below "
-                         f"process_count={process_count}.")
+        raise ValueError(f"process_index={process_index} must be at least 0 and below process_count={process_count}.")
     if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must be divisible by the number of "
-                         f"processes={process_count}; try "
-                         f"{_ceil_divide(batch_size, process_count) * process_count}.")
+        raise ValueError(
+            f"batch_size={batch_size} must be divisible by the number of "
+            f"processes={process_count}; try "
+            f"{_ceil_divide(batch_size, process_count) * process_count}."
+        )

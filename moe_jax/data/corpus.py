@@ -138,8 +138,7 @@ def check_corpus(path: str = "") -> Summary:
     return Summary(manifest.domains, manifest.tokenizer)
 
 
-def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]],
-                tokenizer: ByteTokenizer | None = None) -> Corpus:
+def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer: ByteTokenizer | None = None) -> Corpus:
     """Builds a corpus in memory.
 
     Args:
@@ -157,8 +156,7 @@ def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]],
     for domain, splits in documents.items():
         for split in SPLITS:
             if not splits.get(split):
-                raise ValueError(f"Domain '{domain}' has no {split} document; every domain needs at least "
-                                 "one.")
+                raise ValueError(f"Domain '{domain}' has no {split} document; every domain needs at least one.")
             streams[split, domain] = _concatenate(splits[split], tokenizer)
     return Corpus(tuple(documents), tokenizer, streams)
 
@@ -221,11 +219,14 @@ def _check_file(file: File, full: bool) -> None:
         raise FileNotFoundError(f"data.path={folder} has no {name}, which its {MANIFEST} lists; {_REMAKE}")
     size = file.path.stat().st_size
     if size != file.bytes:
-        raise ValueError(f"data.path={folder}: {name} has {size} bytes and must have {file.bytes}; "
-                         f"it is incomplete or was changed, {_REMAKE}")
+        raise ValueError(
+            f"data.path={folder}: {name} has {size} bytes and must have {file.bytes}; "
+            f"it is incomplete or was changed, {_REMAKE}"
+        )
     if full and sha256_of(file.path) != file.sha256:
-        raise ValueError(f"data.path={folder}: the sha256 of {name} is not the one in {MANIFEST}; it is "
-                         f"damaged, {_REMAKE}")
+        raise ValueError(
+            f"data.path={folder}: the sha256 of {name} is not the one in {MANIFEST}; it is damaged, {_REMAKE}"
+        )
 
 
 _REMAKE = "make it again with python -m moe_jax.data.prepare --overwrite, or copy it again."
@@ -255,27 +256,34 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 def _check_format(folder: pathlib.Path, manifest: dict[str, Any], expected: str) -> None:
     if manifest.get("format") != expected:
-        raise ValueError(f"data.path={folder}: {MANIFEST} has format={manifest.get('format')!r} and must "
-                         f"have '{expected}'; point data.path at a folder made by python -m "
-                         "moe_jax.data.prepare.")
+        raise ValueError(
+            f"data.path={folder}: {MANIFEST} has format={manifest.get('format')!r} and must "
+            f"have '{expected}'; point data.path at a folder made by python -m "
+            "moe_jax.data.prepare."
+        )
     if manifest.get("version") != VERSION:
-        raise ValueError(f"data.path={folder}: {MANIFEST} has version={manifest.get('version')!r} and this "
-                         f"program reads version {VERSION}; {_REMAKE}")
+        raise ValueError(
+            f"data.path={folder}: {MANIFEST} has version={manifest.get('version')!r} and this "
+            f"program reads version {VERSION}; {_REMAKE}"
+        )
 
 
 def _field(folder: pathlib.Path, mapping: Any, key: str, kind: type) -> Any:
     value = mapping.get(key) if isinstance(mapping, dict) else None
     if isinstance(value, kind) and not isinstance(value, bool):
         return value
-    raise ValueError(f"data.path={folder}: {MANIFEST} has {key}={value!r} and must have a {kind.__name__} "
-                     f"there; {_REMAKE}")
+    raise ValueError(
+        f"data.path={folder}: {MANIFEST} has {key}={value!r} and must have a {kind.__name__} there; {_REMAKE}"
+    )
 
 
 def _file(folder: pathlib.Path, entry: Any) -> File:
     name = _field(folder, entry, "file", str)
     if not NAME.fullmatch(name):  # no separators: a manifest never leads outside its own folder
-        raise ValueError(f"data.path={folder}: {MANIFEST} has file={name!r} and must have a plain file name "
-                         f"of that folder there; {_REMAKE}")
+        raise ValueError(
+            f"data.path={folder}: {MANIFEST} has file={name!r} and must have a plain file name "
+            f"of that folder there; {_REMAKE}"
+        )
     return File(folder / name, _field(folder, entry, "bytes", int), _field(folder, entry, "sha256", str))
 
 
@@ -285,8 +293,7 @@ def _read_prepared(folder: pathlib.Path) -> _Manifest:
     tokenizer = get_tokenizer(_field(folder, raw, "tokenizer", str))
     domains = _field(folder, raw, "domains", dict)
     if not domains:
-        raise ValueError(f"data.path={folder}: {MANIFEST} lists no domain and must list at least one; "
-                         f"{_REMAKE}")
+        raise ValueError(f"data.path={folder}: {MANIFEST} lists no domain and must list at least one; {_REMAKE}")
     files: dict[tuple[str, str, str], File] = {}
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for domain, splits in domains.items():
@@ -303,8 +310,10 @@ def _counts(folder: pathlib.Path, entry: dict[str, Any], files: Sequence[File]) 
     documents = _field(folder, entry, "num_documents", int)
     expected = (tokens * TOKEN_DTYPE.itemsize, (documents + 1) * OFFSET_DTYPE.itemsize)
     if documents < 1 or tokens < 2 * documents or tuple(file.bytes for file in files) != expected:
-        raise ValueError(f"data.path={folder}: {MANIFEST} has num_tokens={tokens}, "
-                         f"num_documents={documents}, which do not fit the sizes of its files; {_REMAKE}")
+        raise ValueError(
+            f"data.path={folder}: {MANIFEST} has num_tokens={tokens}, "
+            f"num_documents={documents}, which do not fit the sizes of its files; {_REMAKE}"
+        )
     return tokens, documents
 
 
@@ -312,8 +321,10 @@ def _map_stream(manifest: _Manifest, key: tuple[str, str]) -> Stream:
     tokens, offsets = (manifest.files[(*key, part)].path for part in PARTS)
     stream = Stream(np.memmap(tokens, TOKEN_DTYPE, "r"), np.memmap(offsets, OFFSET_DTYPE, "r"))
     if stream.offsets[0] != 0 or stream.offsets[-1] != stream.num_tokens:
-        raise ValueError(f"data.path={manifest.folder}: {offsets.name} must begin with 0 and end with "
-                         f"{stream.num_tokens}, the number of tokens; {_REMAKE}")
+        raise ValueError(
+            f"data.path={manifest.folder}: {offsets.name} must begin with 0 and end with "
+            f"{stream.num_tokens}, the number of tokens; {_REMAKE}"
+        )
     return stream
 
 

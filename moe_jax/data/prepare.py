@@ -138,19 +138,22 @@ def find_sources(options: Options) -> dict[str, list[Source]]:
     ignored: list[str] = []
     patterns = [pattern.strip() for pattern in options.include.split(",")]
     for folder, subfolders, files in os.walk(root, onerror=_raise):
-        skipped = [name for name in subfolders
-                   if name.startswith(".") or os.path.islink(os.path.join(folder, name))]
+        skipped = [name for name in subfolders if name.startswith(".") or os.path.islink(os.path.join(folder, name))]
         subfolders[:] = [name for name in subfolders if name not in skipped]
         for name in [*files, *skipped]:
             path = pathlib.Path(folder, name).relative_to(root)
             wanted = name in files and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
             (taken if wanted and not name.startswith(".") else ignored).append(path.as_posix())
     if ignored:
-        print(f"Ignored, for they do not match --include={options.include} or are hidden or linked folders: "
-              f"{', '.join(sorted(ignored))}")
+        print(
+            f"Ignored, for they do not match --include={options.include} or are hidden or linked folders: "
+            f"{', '.join(sorted(ignored))}"
+        )
     if not taken:
-        raise ValueError(f"--input={root} has no file that matches --include={options.include}; give another "
-                         f"folder or other patterns.")
+        raise ValueError(
+            f"--input={root} has no file that matches --include={options.include}; give another "
+            f"folder or other patterns."
+        )
     return _by_domain(options, sorted(taken))
 
 
@@ -158,19 +161,25 @@ def _by_domain(options: Options, names: Sequence[str]) -> dict[str, list[Source]
     own = options.domain or options.input.resolve().name
     direct = [name for name in names if "/" not in name]
     if options.domain and not direct:
-        raise ValueError(f"--domain={own} names the files directly in --input={options.input}, and there are "
-                         f"none; leave it out: subfolders name their own domains.")
+        raise ValueError(
+            f"--domain={own} names the files directly in --input={options.input}, and there are "
+            f"none; leave it out: subfolders name their own domains."
+        )
     domains: dict[str, list[Source]] = {}
     for name in names:
         domain = name.split("/")[0] if "/" in name else own
         domains.setdefault(domain, []).append(Source(name, (options.input / name).stat().st_size))
     if direct and len(domains[own]) > len(direct):
-        raise ValueError(f"--input={options.input} has a subfolder {own}, and the files beside it would "
-                         f"belong to the same domain; name theirs with --domain=NAME.")
+        raise ValueError(
+            f"--input={options.input} has a subfolder {own}, and the files beside it would "
+            f"belong to the same domain; name theirs with --domain=NAME."
+        )
     for domain in domains:
         if not NAME.fullmatch(domain):
-            raise ValueError(f"Domain {domain!r} must be letters, digits, '_', '-' and '.'; rename the "
-                             f"folder, or use --domain=NAME for files directly in --input.")
+            raise ValueError(
+                f"Domain {domain!r} must be letters, digits, '_', '-' and '.'; rename the "
+                f"folder, or use --domain=NAME for files directly in --input."
+            )
     return dict(sorted(domains.items()))
 
 
@@ -205,13 +214,24 @@ def scan(options: Options, domains: dict[str, list[Source]]) -> list[DomainPlan]
                 break
     if problems:
         more = f" (the first {MAX_PROBLEMS}; there may be more)" if len(problems) >= MAX_PROBLEMS else ""
-        raise ValueError("\n".join([f"--input={options.input} has bad documents; mend or remove them{more}:",
-                                    *problems[:MAX_PROBLEMS]]))
+        raise ValueError(
+            "\n".join(
+                [
+                    f"--input={options.input} has bad documents; mend or remove them{more}:",
+                    *problems[:MAX_PROBLEMS],
+                ]
+            )
+        )
     return plans
 
 
-def _scan_domain(options: Options, domain: str, sources: Sequence[Source], problems: list[str],
-                 advance: Callable[[int], None]) -> DomainPlan:
+def _scan_domain(
+    options: Options,
+    domain: str,
+    sources: Sequence[Source],
+    problems: list[str],
+    advance: Callable[[int], None],
+) -> DomainPlan:
     ranks: list[int] = []  # the smallest and the largest
     read: list[Source] = []
     count = 0
@@ -228,8 +248,10 @@ def _scan_domain(options: Options, domain: str, sources: Sequence[Source], probl
         read.append(dataclasses.replace(source, sha256=digest.hexdigest()))
         advance(source.bytes)
     if count < 2:
-        raise ValueError(f"Domain '{domain}' has {count} document and must have at least 2, one to train on "
-                         f"and one to hold out; add documents to it or move its file to another domain.")
+        raise ValueError(
+            f"Domain '{domain}' has {count} document and must have at least 2, one to train on "
+            f"and one to hold out; add documents to it or move its file to another domain."
+        )
     wanted = int(options.validation_fraction * 2**64)
     # The document of smallest rank is always held out, and that of largest rank never.
     return DomainPlan(domain, tuple(read), min(max(wanted, ranks[0] + 1), ranks[1]))
@@ -333,8 +355,14 @@ class _SplitWriter:
 
     def entry(self) -> dict[str, Any]:
         """The manifest's entry of this split."""
-        parts = {part: {"file": pathlib.Path(file.name).name, "bytes": self._bytes[part],
-                        "sha256": self._digests[part].hexdigest()} for part, file in self._files.items()}
+        parts = {
+            part: {
+                "file": pathlib.Path(file.name).name,
+                "bytes": self._bytes[part],
+                "sha256": self._digests[part].hexdigest(),
+            }
+            for part, file in self._files.items()
+        }
         return {"num_tokens": self._tokens, "num_documents": self._documents, **parts}
 
     def _write(self, part: str, values: np.ndarray) -> None:
@@ -366,8 +394,9 @@ def _fill(options: Options, plan: DomainPlan, writers: dict[str, _SplitWriter]) 
                 held_out = document_rank(piece.where) < plan.threshold
                 writers["validation" if held_out else "train"].add(piece.text)
             if digest.hexdigest() != source.sha256:
-                raise ValueError(f"{source.name} changed while it was read; run again when "
-                                 f"--input={options.input} is at rest.")
+                raise ValueError(
+                    f"{source.name} changed while it was read; run again when --input={options.input} is at rest."
+                )
             advance(source.bytes)
 
 
@@ -401,11 +430,11 @@ def _refuse_foreign(options: Options) -> None:
         raise ValueError(f"--output={output} is a file and must be a folder; give another path.")
     ours = not output.exists() or (output / MANIFEST).exists() or (output / PARTIAL).exists()
     if not ours and any(output.iterdir()):
-        raise ValueError(f"--output={output} holds other files and must be new or empty; give another "
-                         "folder.")
+        raise ValueError(f"--output={output} holds other files and must be new or empty; give another folder.")
     if (output / MANIFEST).exists() and _read_note(output / MANIFEST).get("format") != FORMAT:
-        raise ValueError(f"--output={output} has a {MANIFEST} that is not a corpus's; give another folder, "
-                         f"or remove it yourself.")
+        raise ValueError(
+            f"--output={output} has a {MANIFEST} that is not a corpus's; give another folder, or remove it yourself."
+        )
 
 
 def _is_complete(options: Options, fingerprint: str) -> bool:
@@ -414,8 +443,10 @@ def _is_complete(options: Options, fingerprint: str) -> bool:
     for path in (manifest, partial / "plan.json"):
         if path.exists() and _read_note(path).get("fingerprint") != fingerprint:
             if not options.overwrite:
-                raise ValueError(f"--output={options.output} holds a corpus made from other inputs or "
-                                 f"options; give another folder, or --overwrite to replace it.")
+                raise ValueError(
+                    f"--output={options.output} holds a corpus made from other inputs or "
+                    f"options; give another folder, or --overwrite to replace it."
+                )
             _discard(options.output)
     if manifest.exists() and (damage := _damage(options.output)):
         if not options.overwrite:
@@ -451,8 +482,9 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"--output={folder.parent} is being written by another run; wait for it to "
-                             f"end.") from error
+            raise ValueError(
+                f"--output={folder.parent} is being written by another run; wait for it to end."
+            ) from error
         yield
 
 
@@ -466,8 +498,13 @@ def _read_note(path: pathlib.Path) -> dict[str, Any]:
 
 def _fingerprint(options: Options, plans: Sequence[DomainPlan]) -> str:
     """A hash of all that the output depends on."""
-    everything = [VERSION, TOKENIZER.name, options.validation_fraction, options.text_key,
-                  [[plan.name, [[source.name, source.sha256] for source in plan.sources]] for plan in plans]]
+    everything = [
+        VERSION,
+        TOKENIZER.name,
+        options.validation_fraction,
+        options.text_key,
+        [[plan.name, [[source.name, source.sha256] for source in plan.sources]] for plan in plans],
+    ]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
@@ -502,6 +539,7 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task(title, total=total)
@@ -513,22 +551,25 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def _check_options(options: Options) -> None:
     if not options.input.is_dir():
-        raise FileNotFoundError(f"--input={options.input} is not a folder; give the folder that holds the "
-                                "text.")
+        raise FileNotFoundError(f"--input={options.input} is not a folder; give the folder that holds the text.")
     if not 0 < options.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction={options.validation_fraction} must be above 0 and below 1; "
-                         "try 0.05.")
+        raise ValueError(f"--validation_fraction={options.validation_fraction} must be above 0 and below 1; try 0.05.")
     source, target = options.input.resolve(), options.output.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise ValueError(f"--output={options.output} and --input={options.input} must not lie one in the "
-                         f"other; give an output folder elsewhere.")
+        raise ValueError(
+            f"--output={options.output} and --input={options.input} must not lie one in the "
+            f"other; give an output folder elsewhere."
+        )
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m moe_jax.data.prepare", description=__doc__,
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_jax.data.prepare",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--input", required=True, type=pathlib.Path, help="folder of text")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to make")
     parser.add_argument("--validation_fraction", type=float, default=0.05, help="share held out (0.05)")

@@ -54,8 +54,10 @@ class ByteTokenizer:
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         outside = array[(array < 0) | (array >= self.vocab_size)]
         if outside.size:
-            raise ValueError(f"Token id {outside[0]} is outside the vocabulary of tokenizer '{self.name}'; "
-                             f"ids are 0 to {self.vocab_size - 1}.")
+            raise ValueError(
+                f"Token id {outside[0]} is outside the vocabulary of tokenizer '{self.name}'; "
+                f"ids are 0 to {self.vocab_size - 1}."
+            )
         return array[array != self.separator].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     @property
