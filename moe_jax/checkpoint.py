@@ -119,8 +119,7 @@ def _read(path: Path, target: Any) -> Any:
     restore_args = jax.tree.map(_restore_args, abstract)
     with ocp.Checkpointer(_handler()) as reader:
         read = reader.restore(path.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
-    structure = jax.tree.structure(target)
-    return jax.tree.unflatten(structure, jax.tree.leaves(read))
+    return type(target)(**read) if hasattr(target, "_asdict") else read
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:

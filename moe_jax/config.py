@@ -8,11 +8,13 @@ key, its value, the rule and a fix.
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 DType = Literal["float32", "bfloat16"]
@@ -539,18 +541,53 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     A wrong `--config.key` is told with the closest key; the process ends with status 2 and no traceback.
     """
+    from absl import flags, logging
+
+    try:
+        rest = flags.FLAGS(argv, known_only=False)
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            len(flags.FLAGS.config)  # a file that failed to load raises only when it is used
+    except BrokenPipeError:  # whoever read our --help has seen enough
+        raise
+    except Exception as error:  # a config file is the user's program: it may raise anything
+        fail(_explain(argv, error))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # the libraries' info lines hide ours
+    return rest
+
+
+def _explain(argv: list[str], error: BaseException) -> str:
+    """One sentence for whatever went wrong while flags and config file were read."""
     from absl import flags
 
-    flags.FLAGS.set_default("verbosity", -1)  # warnings and worse: the libraries' info lines hide ours
-    try:
-        return flags.FLAGS(argv, known_only=False)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        fail(_first_sentence(error))
+    source = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
+    file = source[1].partition(":")[0] if source else ""
+    if file and not Path(file).is_file():
+        return f"--config={file} does not exist; give a Python file with get_config(), as those in configs/."
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
+        return f"--{missing[1]} is missing; give --{missing[1]}=..."
+    overrides = any(re.match(r"--?config\.", a) for a in argv)
+    if isinstance(error, (AttributeError, KeyError)) and source and overrides:
+        return _wrong_key(argv, source[1])
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, flags.Error)):
+        return text
+    return f"--config={file} could not be read: {type(error).__name__}: {text}"
 
 
-def _first_sentence(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split())
+def _wrong_key(argv: list[str], source: str) -> str:
+    """A sentence on the first `--config.key` that names no key of the config file at `source`."""
+    from absl import flags
+
+    config: Any = flags.FLAGS["config"].parser
+    known = flatten(config.parse(source).to_dict())
+    sections = {key.rpartition(".")[0] for key in known}
+    for argument in argv:
+        key = re.match(r"--?config\.([^=]+)", argument)
+        if key and key[1] not in known and key[1] not in sections:
+            hint = _did_you_mean(key[1], known) or "; the keys are those of the config file and the defaults"
+            return f"--config.{key[1]} is not a configuration key{hint}."
+    return f"--config={source} and its overrides could not be read together; check the keys after --config."
 
 
 def fail(message: str) -> typing.NoReturn:

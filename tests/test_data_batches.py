@@ -244,7 +244,7 @@ def test_bad_weights_are_refused_in_a_sentence(weights, message):
             {"process_count": 2, "process_index": 2},
             "process_index=2 must be at least 0 and below process_count",
         ),
-        ({"seed": -1}, "data.seed=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
 def test_bad_sizes_are_refused_in_a_sentence(change, message):

@@ -101,7 +101,7 @@ def training_batches(
     import grain  # two seconds; reading a corpus or checking a config does not need it
 
     if seed < 0:
-        raise ValueError(f"data.seed={seed} must be at least 0.")
+        raise ValueError(f"seed={seed} must be at least 0.")
     _check_sizes(batch_size, sequence_length, process_index, process_count)
     shares = _shares(corpus, sequence_length, weights)
     kept = [i for i, share in enumerate(shares) if share]
