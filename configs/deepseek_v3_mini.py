@@ -1,4 +1,4 @@
-"""DeepSeek-V3's layer in small: sigmoid affinity, biased selection in the best 2 of 4 groups, gates normalised and scaled.
+"""DeepSeek-V3's layer in small: sigmoid affinity, biased selection inside the best 2 of 4 groups, gates normalised.
 
 The first layer is dense; balance by the bias, and a small sequence-wise loss on the unbiased top-k.
 Source: DeepSeek-V3 (arXiv 2412.19437), equations 12-20; rate 5e-3 for a run of 200 steps (1e-3 there).

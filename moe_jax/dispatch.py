@@ -79,7 +79,7 @@ def _local(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
     hidden = jax.nn.silu(grouped_matmul(copies, weights.gate, routing.loads))
     hidden = hidden * grouped_matmul(copies, weights.up, routing.loads)
     outputs = grouped_matmul(hidden, weights.down, routing.loads)
-    back = _permute(outputs, inverse, order).reshape(x.shape[0], slots, -1)
+    back = _permute(outputs, inverse, order).reshape(x.shape[0], slots, x.shape[1])
     return jnp.einsum("tk,tkd->td", routing.gates, back).astype(x.dtype)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from moe_jax.balance.losses import balance_value, mean_over_tokens
-from moe_jax.routing import Routing, normalize
+from moe_jax.routing import Routing, normalized_scores
 
 
 def max_violation(loads: Any) -> Any:
@@ -55,8 +55,7 @@ def aux_loss_value(routing: Routing) -> Float32[Array, ""]:
 
     Measured without back-propagation, so that methods which do not use it can be compared by it.
     """
-    scores = normalize(routing.scores, routing.logits)
-    return balance_value(routing.loads, mean_over_tokens(scores, routing))
+    return balance_value(routing.loads, mean_over_tokens(normalized_scores(routing), routing))
 
 
 def _shares(loads: Any) -> Any:

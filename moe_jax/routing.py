@@ -28,7 +28,10 @@ class Tokens(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere."""
+    """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere.
+
+    `log_scores` is the logarithm of `scores`, exact where they underflow; None stands for log(scores).
+    """
 
     expert_ids: Int32[Array, "tokens slots"]
     gates: Float32[Array, "tokens slots"]
@@ -37,6 +40,7 @@ class Routing(NamedTuple):
     scores: Float32[Array, "tokens experts"]
     bias: Float32[Array, "experts"]
     tokens: Tokens
+    log_scores: Float32[Array, "tokens experts"] | None = None
 
 
 def route(
@@ -90,9 +94,10 @@ def route(
         expert_ids = select(scores, bias, top_k=top_k, tokens=tokens, key=key, train=train)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
-    gates = gate_scale * _gates(logits, scores, expert_ids, normalize_gates)
+    log_scores = log_affinity(logits, score)
+    gates = gate_scale * _gates(scores, log_scores, expert_ids, normalize_gates)
     loads = count(expert_ids, num_experts)
-    return Routing(expert_ids, gates, loads, logits, scores, bias, tokens)
+    return Routing(expert_ids, gates, loads, logits, scores, bias, tokens, log_scores)
 
 
 def affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
@@ -102,9 +107,18 @@ def affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Ar
     if score == "softmax":
         return jax.nn.softmax(logits, axis=-1)
     if score == "sqrt_softplus":
-        # below -80 softplus nears underflow, where the gradient of the square root is not finite
-        return jnp.sqrt(jax.nn.softplus(jnp.maximum(logits, -80.0)))
+        return jnp.exp(log_affinity(logits, score))  # the square root's own gradient is not finite at underflow
     raise ValueError(f"score={score!r} must be 'sigmoid', 'softmax' or 'sqrt_softplus'; choose one of them.")
+
+
+def log_affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
+    """The logarithm of `affinity`, finite and with a gradient where the affinity itself underflows."""
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(logits)
+    if score == "softmax":
+        return jax.nn.log_softmax(logits, axis=-1)
+    # softplus(x) is e^x to float32 below -20
+    return 0.5 * jnp.where(logits < -20.0, logits, jnp.log(jax.nn.softplus(jnp.maximum(logits, -20.0))))
 
 
 def limit_groups(
@@ -129,43 +143,39 @@ def count(expert_ids: Int32[Array, "..."], num_experts: int) -> Int32[Array, "ex
     return jnp.zeros(num_experts + 1, jnp.int32).at[expert_ids.ravel()].add(1)[:num_experts]
 
 
-def normalize(
-    scores: Float32[Array, "tokens experts"], logits: Float32[Array, "tokens experts"]
-) -> Float32[Array, "tokens experts"]:
-    """Scores divided by their sum over the last axis, with no epsilon for a router to exploit.
+def normalized_scores(routing: Routing) -> Float32[Array, "tokens experts"]:
+    """Each token's scores divided by their sum, as a softmax of their logarithms.
 
-    An epsilon in the denominator would let a router shrink a loss by driving every score to zero. Where
-    the sum itself underflows the limit of the sigmoid stands in for it, which is the softmax of the logits.
+    An epsilon in a denominator would let a router shrink a loss by driving every score to zero; here is none,
+    and nothing underflows.
     """
-    total = scores.sum(-1, keepdims=True)
-    tiny = jnp.finfo(jnp.float32).tiny * 1e3
-    safe = total > tiny
-    limit = jax.nn.softmax(logits, axis=-1)
-    return jnp.where(safe, scores / jnp.where(safe, total, 1.0), limit)
+    log_scores = jnp.log(routing.scores) if routing.log_scores is None else routing.log_scores
+    return jax.nn.softmax(log_scores, axis=-1)
 
 
 def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
-    """GShard's random second expert: keep it with probability min(1, 2 x its gate).
+    """GShard's random second expert: keep it with probability min(1, 2 x its share of the two gates).
 
-    The first gate keeps its normalised value, as in GShard (arXiv 2006.16668) Algorithm 1. A dropped
-    second expert becomes an empty slot.
+    The first gate keeps its value, as in GShard (arXiv 2006.16668) Algorithm 1. A dropped second expert is an
+    empty slot: it travels nowhere, so loads do not count it.
     """
     num_experts = routing.loads.shape[0]
-    keep = 2.0 * routing.gates[:, 1] > jax.random.uniform(key, routing.gates.shape[:1])
+    total = routing.gates.sum(1)
+    second = routing.gates[:, 1] / jnp.where(total > 0, total, 1.0)
+    keep = 2.0 * second > jax.random.uniform(key, routing.gates.shape[:1])
     expert_ids = routing.expert_ids.at[:, 1].set(jnp.where(keep, routing.expert_ids[:, 1], num_experts))
     gates = routing.gates.at[:, 1].multiply(keep)
     return routing._replace(expert_ids=expert_ids, gates=gates, loads=count(expert_ids, num_experts))
 
 
-def _gates(logits: Array, scores: Array, expert_ids: Array, normalize_gates: bool) -> Float32[Array, "tokens slots"]:
+def _gates(scores: Array, log_scores: Array, expert_ids: Array, normalize: bool) -> Float32[Array, "tokens slots"]:
     """The unbiased scores at the selected experts, 0 in empty slots."""
     num_experts = scores.shape[-1]
     filled = expert_ids < num_experts
     index = jnp.minimum(expert_ids, num_experts - 1)
-    chosen = jnp.take_along_axis(scores, index, axis=-1) * filled
-    if not normalize_gates:
-        return chosen
-    chosen_logits = jnp.where(filled, jnp.take_along_axis(logits, index, axis=-1), -jnp.inf)
-    # a token with no expert at all would give softmax(-inf, ...) = NaN
-    chosen_logits = jnp.where(filled.any(-1, keepdims=True), chosen_logits, 0.0)
-    return normalize(chosen, chosen_logits) * filled
+    if not normalize:
+        return jnp.take_along_axis(scores, index, axis=-1) * filled
+    # a token without any expert would give softmax(-inf, ...) = NaN
+    empty = jnp.where(filled.any(-1, keepdims=True), -jnp.inf, 0.0)
+    chosen = jnp.where(filled, jnp.take_along_axis(log_scores, index, axis=-1), empty)
+    return jax.nn.softmax(chosen, axis=-1) * filled

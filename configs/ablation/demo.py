@@ -1,4 +1,4 @@
-"""Which way of balancing experts: none, an auxiliary loss, or the loss-free bias? The same small DeepSeekMoE, three ways.
+"""Which balances experts best: nothing, an auxiliary loss, or the loss-free bias? One small DeepSeekMoE, three ways.
 
 Source: the comparison of Loss-Free Balancing (arXiv 2408.15664, Table 2), in miniature.
 Command: make demo, or python -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
         batch_size=8,
         sequence_length=128,
         log_every=5,
-        eval_every=100,
+        eval_every=50,
         save_every=0,
         model=dict(
             num_layers=4,
@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
             first_dense=1,
         ),
         optimizer=dict(learning_rate=3e-3, warmup_steps=20),
-        data=dict(eval_sequences=64),
+        data=dict(eval_sequences=48),
     )
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax.balance.base import Method, register
 from moe_jax.config import AuxLoss, ZLoss
-from moe_jax.routing import Routing, count, normalize
+from moe_jax.routing import Routing, count, normalized_scores
 
 
 @register("aux_loss")
@@ -31,7 +31,7 @@ def aux_loss(options: AuxLoss) -> Method:
         return count(_counted_ids(options, routing), routing.loads.shape[0])
 
     def loss(routing: Routing, loads: Array, own: Array | None, _: None, __: Array) -> Float32[Array, ""]:
-        scores = normalize(routing.scores, routing.logits) if options.normalize else routing.scores
+        scores = normalized_scores(routing) if options.normalize else routing.scores
         if options.scope == "sequence":
             value = sequence_balance(routing, scores, _counted_ids(options, routing))
         elif options.scope == "microbatch":

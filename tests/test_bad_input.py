@@ -1,0 +1,320 @@
+"""Bad input is refused early, with a sentence that has the key, the value, the rule and a way out."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from drills import rig
+
+from moe_jax.config import as_dict, default, validate
+from moe_jax.data import prepare
+from moe_jax.train import run
+
+CONFIG = rig.drill_config()
+EXPERTS = dict(num_experts=8, top_k=2)
+
+# --- through validate -----------------------------------------------------------------------------------------
+
+BAD = [
+    # overrides, what the sentence names, a word of the fix
+    (dict(num_step=3), "num_step", "did you mean 'num_steps'"),
+    (dict(model=dict(topk=2)), "model.topk", "did you mean 'top_k'"),
+    (dict(model=dict(hidden=2)), "model.hidden", "the keys of model are"),
+    (dict(optimiser={}), "optimiser", "did you mean 'optimizer'"),
+    (dict(balance=dict(bias_sgn={})), "bias_sgn", "did you mean 'bias_sign'"),
+    (dict(balance=dict(bias_sign=dict(rat=1.0))), "balance.bias_sign.rat", "did you mean 'rate'"),
+    (dict(num_steps="many"), "num_steps='many'", "write it as int"),
+    (dict(num_steps=1.5), "num_steps=1.5", "an integer"),
+    (dict(num_steps=True), "num_steps=True", "an integer"),
+    (dict(num_steps=None), "num_steps=None", "an integer"),
+    (dict(optimizer=dict(learning_rate="1e-3")), "optimizer.learning_rate='1e-3'", "write it as float"),
+    (dict(optimizer=dict(learning_rate=float("nan"))), "optimizer.learning_rate=nan", "finite"),
+    (dict(optimizer=dict(learning_rate=float("inf"))), "optimizer.learning_rate=inf", "finite"),
+    (dict(optimizer=dict(learning_rate=-1.0)), "optimizer.learning_rate=-1.0", "raise it"),
+    (dict(optimizer=dict(b1=1.0)), "optimizer.b1=1.0", "try 0.95"),
+    (dict(optimizer=dict(warmup_steps=2000)), "optimizer.warmup_steps=2000", "try 100"),
+    (dict(optimizer=dict(schedule="cosin")), "optimizer.schedule='cosin'", "did you mean 'cosine'"),
+    (dict(optimizer=dict(milestones=0.5)), "optimizer.milestones=0.5", "write (0.5,)"),
+    (dict(optimizer=dict(schedule="multistep", milestones=(0.9, 0.8))), "optimizer.milestones", "try (0.8, 0.9)"),
+    (dict(optimizer=dict(moment_dtype="float16")), "optimizer.moment_dtype='float16'", "bfloat16"),
+    (dict(model=dict(qk_norm=1)), "model.qk_norm=1", "True or False"),
+    (dict(model=3), "model=3", "dict"),
+    (dict(model=None), "model=None", "dict"),
+    (dict(balance="bias_sign"), "balance='bias_sign'", "write balance=dict("),
+    (dict(balance=dict(bias_sign=1e-3)), "balance.bias_sign=0.001", "bias_sign=dict()"),
+    (dict(balance=dict(bias_sign={}, second=dict(method="bias_sign"))), "bias_sign and second", "remove"),
+    (dict(balance=dict(bias=dict(method="bias_sign"))), "balance.bias", "choose another"),
+    (dict(balance=dict(bias_sign=dict(schedule="linear"))), "balance.bias_sign.schedule='linear'", "freeze_step"),
+    (dict(balance=dict(bias_sign=dict(warmup_steps=9, freeze_step=3))), "warmup_steps=9", "lower"),
+    (dict(balance=dict(aux_loss=dict(weight=-1.0))), "balance.aux_loss.weight=-1.0", "raise it"),
+    (dict(balance=dict(aux_loss=dict(scope="batch"))), "balance.aux_loss.scope='batch'", "microbatch"),
+    (dict(balance=dict(z_loss={}), model=dict(num_experts=0)), "model.num_experts=0", "set balance={}"),
+    (dict(batch_size=0), "batch_size=0", "raise it"),
+    (dict(batch_size=8, micro_batches=3), "micro_batches=3", "try 6 or 9"),
+    (dict(log_every=0), "log_every=0", "raise it"),
+    (dict(save_every=-1), "save_every=-1", "raise it"),
+    (dict(sequence_length=0), "sequence_length=0", "raise it"),
+    (dict(seed=-1), "seed=-1", "raise it"),
+    (dict(seed=2**31), "seed=2147483648", "lower it"),
+    (dict(model=dict(num_heads=4, num_kv_heads=3)), "model.num_kv_heads=3", "try 3 or 6"),
+    (dict(model=dict(head_dim=7)), "model.head_dim=7", "try 8"),
+    (dict(model=dict(num_experts=8, top_k=9)), "model.top_k=9", "lower top_k"),
+    (dict(model=dict(EXPERTS, num_groups=3)), "model.num_groups=3", "try 6 or 9"),
+    (dict(model=dict(EXPERTS, num_groups=2, top_groups=3)), "model.top_groups=3", "lower top_groups"),
+    (dict(model=dict(num_experts=8, top_k=4, num_groups=4)), "model.top_k=4", "raise top_groups"),
+    (dict(model=dict(EXPERTS, num_groups=8, top_groups=2)), "model.group_top=2", "fewer groups"),
+    (dict(model=dict(EXPERTS, num_layers=2, first_dense=2)), "model.first_dense=2", "lower them"),
+    (dict(model=dict(EXPERTS, top_k=1)), "model.normalize_gates=True", "set model.normalize_gates=False"),
+    (dict(model=dict(num_experts=8, top_k=3, random_second=True)), "model.random_second=True", "set top_k=2"),
+    (dict(model=dict(EXPERTS, router_jitter=1.0)), "model.router_jitter=1.0", "lower it"),
+    (dict(model=dict(EXPERTS, capacity_factor=0.0)), "model.capacity_factor=0.0", "raise it"),
+    (dict(model=dict(EXPERTS, score="relu")), "model.score='relu'", "sigmoid"),
+    (dict(model=dict(dispatch="locl")), "model.dispatch='locl'", "did you mean 'local'"),
+    (dict(model=dict(param_dtype="float64")), "model.param_dtype='float64'", "float32"),
+    (dict(mesh=dict(expert=2)), "mesh.expert=2", "set mesh.expert=1"),
+    (dict(mesh=dict(data=0)), "mesh.data=0", "set mesh.data=1"),
+    (dict(checkpoint=dict(keep=0)), "checkpoint.keep=0", "raise it"),
+    (dict(checkpoint=dict(verify="no")), "checkpoint.verify='no'", "full"),
+    (dict(data=dict(path=3)), "data.path=3", "a string"),
+    (dict(data=dict(weights=dict(austen="much"))), "data.weights.austen='much'", "a number"),
+    (dict(data=dict(weights=[1, 2])), "data.weights=[1, 2]", "dict"),
+    (dict(data=dict(eval_sequences=-1)), "data.eval_sequences=-1", "raise it"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "names", "fix"), BAD, ids=[f"{n}:{b[1]}" for n, b in enumerate(BAD)])
+def test_a_bad_config_is_refused_with_key_value_and_fix(overrides, names, fix):
+    overrides = dict(overrides)
+    if "balance" in overrides and "model" not in overrides:
+        overrides["model"] = dict(EXPERTS)
+    with pytest.raises(ValueError, match=r".") as caught:
+        validate(overrides)
+    message = str(caught.value)
+    assert names in message
+    assert fix in message
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("config", [None, 3, "text", [1], [("num_steps", 3)]])
+def test_what_is_no_config_at_all_is_refused(config):
+    with pytest.raises(ValueError, match="config"):
+        validate(config)
+
+
+def test_a_config_survives_its_own_dict():
+    assert validate(as_dict(CONFIG)) == CONFIG
+    assert validate(default(**as_dict(CONFIG))) == CONFIG
+    assert validate(json.loads(json.dumps(as_dict(CONFIG)))) == CONFIG
+
+
+# --- through the command line ---------------------------------------------------------------------------------
+
+COMMAND = """
+import runpy, sys, time
+begin = time.perf_counter()
+status, name = 0, sys.argv.pop(1)
+try:
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+except SystemExit as exit:
+    status = exit.code
+print("jax" in sys.modules, round(time.perf_counter() - begin, 2), flush=True)
+sys.exit(status)
+"""
+
+
+class Refusal:
+    """How a command ended that should have refused its input."""
+
+    def __init__(self, name, *flags):
+        begin = time.monotonic()
+        arguments = [sys.executable, "-c", COMMAND, name, *map(str, flags)]
+        done = subprocess.run(arguments, cwd=rig.REPO, capture_output=True, text=True, timeout=60, check=False)
+        self.seconds = time.monotonic() - begin
+        self.status, self.err, self.out = done.returncode, done.stderr, done.stdout
+        self.loaded_jax = done.stdout.split()[-2] == "True" if done.stdout.strip() else None
+
+
+def assert_refused(refusal, *words):
+    """Status 2, one line that begins with error:, no traceback, before jax is loaded, in seconds."""
+    print(f"{refusal.seconds:.2f} s: {refusal.err}")
+    assert refusal.status == 2, refusal.err
+    assert "Traceback" not in refusal.err
+    first, *more = refusal.err.splitlines()
+    assert first.startswith("error: ")
+    assert all(line.startswith("  ") for line in more)  # a list of differences, if anything
+    for word in words:
+        assert word in refusal.err
+    assert refusal.loaded_jax is False
+    assert refusal.seconds < 5
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A config file that is right."""
+    return rig.write_config(tmp_path / "config.py", CONFIG)
+
+
+FLAGS = [
+    (["--config.model.topk=2"], "top_k"),
+    (["--config.num_steps=many"], "num_steps"),
+    (["--config.model=3"], "config.model"),
+    (["--config.model.top_k=9"], "model.top_k=9 must be at most model.num_experts=4"),
+    (["--config.model.num_groups=3"], "must be divisible by model.num_groups=3"),
+    (["--config.micro_batches=3"], "batch_size=8 must be divisible by micro_batches=3; try 6 or 9"),
+    (["--config.mesh.expert=2"], "mesh.expert=2"),
+    (["--config.balance.bias_sgn.rate=1"], "bias_sign"),
+    (["--config.data.path=/no/such/folder"], "/no/such/folder"),
+    (["--bogus=1"], "bogus"),
+    (["--stop_at=-1"], "stop_at"),
+    (["--stop_at=soon"], "stop_at"),
+    (["stray"], "stray"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), FLAGS, ids=[f[0][0] for f in FLAGS])
+def test_a_wrong_flag_is_refused_before_jax_is_loaded(good, tmp_path, flags, words):
+    refusal = Refusal("moe_jax.train", f"--config={good}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert_refused(refusal, words)
+    assert "\\n" not in refusal.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_workdir_is_refused(good):
+    assert_refused(Refusal("moe_jax.train", f"--config={good}"), "--workdir")
+
+
+def test_an_empty_workdir_is_refused(good):
+    # with a bad flag beside it, so that a command that takes it ends before it writes anything
+    refusal = Refusal("moe_jax.train", f"--config={good}", "--workdir=", "--config.data.path=/no/such/folder")
+    assert_refused(refusal, "--workdir")
+
+
+def test_a_missing_config_is_refused(tmp_path):
+    assert_refused(Refusal("moe_jax.train", f"--workdir={tmp_path / 'run'}"), "--config")
+    assert not (tmp_path / "run").exists()
+
+
+CONFIG_FILES = {
+    "syntax error": ("def get_config(arg='')\n    pass\n", "config.py"),
+    "without get_config": ("x = 1\n", "get_config"),
+    "returns nothing": ("def get_config(arg=''):\n    pass\n", "config"),
+    "returns a list": ("def get_config(arg=''):\n    return [1]\n", "config"),
+    "a name that is not there": ("def get_config(arg=''):\n    return defualt()\n", "defualt"),
+    "a typo in a key": (
+        "from moe_jax.config import default\ndef get_config(arg=''):\n    return default(model=dict(topk=3))\n",
+        "model.topk is not a configuration key; did you mean 'top_k'?",
+    ),
+    "an import that is not there": ("import no_such_module\ndef get_config(arg=''):\n    pass\n", "no_such_module"),
+    "an error of its own": ("def get_config(arg=''):\n    return 1 / 0\n", "division by zero"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIG_FILES)
+def test_a_wrong_config_file_is_refused(tmp_path, kind):
+    text, words = CONFIG_FILES[kind]
+    (tmp_path / "config.py").write_text(text)
+    refusal = Refusal("moe_jax.train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
+    assert refusal.status == 2, refusal.err
+    assert "Traceback" not in refusal.err
+    (line,) = [line for line in refusal.err.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert refusal.loaded_jax is False
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_does_not_exist_is_refused(tmp_path):
+    refusal = Refusal("moe_jax.train", f"--config={tmp_path / 'no.py'}", f"--workdir={tmp_path / 'run'}")
+    assert_refused(refusal, "no.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_a_file_is_refused(good, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    refusal = Refusal("moe_jax.train", f"--config={good}", f"--workdir={tmp_path / 'run'}")
+    assert_refused(refusal, "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_workdir_of_another_config_is_refused_by_the_command(good, tmp_path):
+    (tmp_path / "run").mkdir()
+    there = as_dict(rig.drill_config(seed=7))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(there))
+    refusal = Refusal("moe_jax.train", f"--config={good}", f"--workdir={tmp_path / 'run'}")
+    assert_refused(refusal, "another config", "seed: 7 -> 0", "use another workdir")
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(json.dumps(there))
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_checkpoint_of_another_state_ends_the_command_with_a_sentence(good, tmp_path):
+    run(rig.drill_config(), tmp_path / "run", stop_at=1, quiet=True)
+    (tmp_path / "run" / "config.json").unlink()
+    flags = [f"--config={good}", f"--workdir={tmp_path / 'run'}", "--config.model.num_experts=8"]
+    refusal = Refusal("moe_jax.train", *flags)
+    assert refusal.status == 2
+    assert "Traceback" not in refusal.err
+    assert "holds another state than this config makes" in refusal.err
+    assert "router: saved float32" in refusal.err
+    assert "wanted float32" in refusal.err
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A corpus folder."""
+    (tmp_path / "texts" / "prose").mkdir(parents=True)
+    for n in range(40):
+        (tmp_path / "texts" / "prose" / f"{n}.txt").write_text(f"This is document number {n}. " * 5)
+    prepare.prepare(prepare.Options(tmp_path / "texts", tmp_path / "corpus"))
+    return tmp_path / "corpus"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_corpus_is_refused_and_its_file_named(good, prepared, tmp_path, damage):
+    file = prepared / ("manifest.json" if damage == "manifest" else "prose.train.bin")
+    if damage == "flip":
+        rig.flip_bit(file, 1234)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-2])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        file.write_text("{")
+    flags = [f"--config={good}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={prepared}"]
+    assert_refused(Refusal("moe_jax.train", *flags), file.name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_evaluation_of_an_empty_folder_is_refused(tmp_path):
+    assert_refused(Refusal("moe_jax.evaluate", f"--workdir={tmp_path}"), "holds no config.json")
+
+
+def test_a_sweep_that_is_none_is_refused(good, tmp_path):
+    refusal = Refusal("experiments.ablate", f"--config={good}", f"--workdir={tmp_path / 'sweep'}")
+    assert_refused(refusal, "defines no get_hyper")
+    assert not (tmp_path / "sweep").exists()
+
+
+# --- nothing that is read can run -----------------------------------------------------------------------------
+
+SOURCES = sorted(f for folder in ("moe_jax", "experiments") for f in (rig.REPO / folder).rglob("*.py"))
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(Path(f).relative_to(rig.REPO)))
+def test_no_file_can_run_what_it_reads(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            assert not {a.name.split(".")[0] for a in node.names} & UNSAFE_MODULES
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in UNSAFE_MODULES
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in UNSAFE_CALLS
+            assert not (isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in ("os.system", "os.popen"))
+            unsafe = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is True}
+            assert not unsafe & {"allow_pickle", "shell"}

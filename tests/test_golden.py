@@ -1,0 +1,62 @@
+"""Every config file of the repository, as it is understood: a change shows as a difference of a file here."""
+
+import json
+import os
+
+import pytest
+from drills.rig import REPO
+
+from experiments import ablate, hyper
+from moe_jax.config import as_dict, validate
+
+FILES = sorted((REPO / "configs").rglob("*.py"))
+GOLDEN = REPO / "tests" / "golden"
+UPDATE = "UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py"
+
+
+def name_of(file):
+    return "_".join(file.relative_to(REPO / "configs").with_suffix("").parts)
+
+
+def text_of(file):
+    """The config of a file, and the changes of its arms if it has any, as JSON."""
+    namespace = ablate.load_source(str(file)) if "get_hyper" in file.read_text() else load(file)
+    config = as_dict(validate(namespace.get_config()))
+    golden = {"config": config}
+    if hasattr(namespace, "get_hyper"):
+        golden["runs"] = [
+            {"arm": r.arm, "seed": r.seed} | ablate._changed(config, as_dict(r.config))
+            for r in ablate.plan(config, namespace.get_hyper(hyper))
+        ]
+    return json.dumps(golden, indent=1) + "\n"
+
+
+def load(file):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name_of(file), file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_config_file_means_what_its_golden_file_says(file):
+    golden = GOLDEN / f"{name_of(file)}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.mkdir(exist_ok=True)
+        golden.write_text(text_of(file))
+    assert golden.is_file(), f"{golden.name} is missing; run {UPDATE}"
+    assert golden.read_text() == text_of(file), f"{file.name} means something else now; if so, run {UPDATE}"
+
+
+def test_there_is_no_golden_file_without_a_config():
+    assert {f.stem for f in GOLDEN.glob("*.json")} == {name_of(file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_config_file_says_what_it_is_whence_and_how_to_run_it(file):
+    header = (load(file).__doc__ or "").strip()
+    assert "Source:" in header
+    assert "Command:" in header
+    assert f"--config=configs/{file.relative_to(REPO / 'configs')}" in header
