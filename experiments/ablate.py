@@ -83,7 +83,8 @@ def sweep_record(runs: list[Run], base: dict[str, Any], source: Any, command: st
 
 def _changed(base: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     before, after = flatten(base), flatten(json.loads(json.dumps(config)))
-    return {k: v for k, v in after.items() if k != "seed" and before.get(k) != v}
+    keys = (k for k in before | after if k != "seed" and before.get(k) != after.get(k))
+    return {k: after.get(k) for k in keys}  # None: the arm does without it
 
 
 def claim(workdir: Path, record: dict[str, Any]) -> None:
@@ -146,16 +147,15 @@ def main(_: list[str]) -> None:
         runs = plan(base, source.get_hyper(hyper))
         command = "python -m experiments.ablate " + " ".join(sys.argv[1:])
         claim(workdir, sweep_record(runs, base, source, command))
-        stopped = execute(runs[index::count], workdir)
+        if stopped := execute(runs[index::count], workdir):
+            raise SystemExit(128 + stopped)
+        from experiments import report
+
+        report.print_table(workdir)
+        if count == 1:
+            print(f"report: {report.write(workdir)}")
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         fail(str(error))
-    if stopped:
-        raise SystemExit(128 + stopped)
-    from experiments import report
-
-    report.print_table(workdir)
-    if count == 1:
-        print(f"report: {report.write(workdir)}")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from experiments.statistics import (
     SweepError,
     arm_settings,
     curve,
-    flatten,
     read_sweep,
     summarise,
 )
+from moe_jax.config import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.config import flatten
+
 CONFIDENCE = 0.95
 STEPS_KEY = "num_steps"
 DOMAIN_PREFIX = "eval/bits_per_byte/"
@@ -196,18 +198,6 @@ def as_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     return float(value) if math.isfinite(value) else math.nan
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys; an empty mapping stays a value, for `balance = {}` is a setting too."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def arm_settings(sweep: Sweep, arm: str) -> dict[str, Any]:

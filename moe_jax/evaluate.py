@@ -86,6 +86,16 @@ def config_of_run(workdir: Path) -> Config:
     return validate(json.loads(file.read_text()))
 
 
+def restore_run(config: Config, workdir: Path) -> tuple["TrainState", dict[str, Any]] | None:
+    """The newest checkpoint of the workdir as (state, extra), checked against the config; None if there is none."""
+    from moe_jax import checkpoint
+    from moe_jax.state import abstract_state
+
+    options = config.checkpoint
+    target = abstract_state(config)
+    return checkpoint.restore(workdir / "checkpoints", target, verify=options.verify, fallback=options.fallback)
+
+
 def print_table(result: Mapping[str, float | int]) -> None:
     """The evaluation as a table on the terminal."""
     from rich.console import Console
@@ -106,15 +116,7 @@ def main(_: list[str]) -> None:
         from moe_jax.data import open_corpus
 
         corpus = open_corpus(config.data.path, config.data.verify)
-        from moe_jax import checkpoint
-        from moe_jax.state import abstract_state
-
-        found = checkpoint.restore(
-            workdir / "checkpoints",
-            abstract_state(config),
-            verify=config.checkpoint.verify,
-            fallback=config.checkpoint.fallback,
-        )
+        found = restore_run(config, workdir)
         if found is None:
             raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
     except (ValueError, FileNotFoundError) as error:

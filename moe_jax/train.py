@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from moe_jax.config import Config, as_dict, differences, fail, parse_flags, validate
-from moe_jax.evaluate import evaluate
+from moe_jax.evaluate import evaluate, restore_run
 
 if TYPE_CHECKING:
     from moe_jax.data import Corpus
@@ -186,15 +186,9 @@ class Clock:
 
 
 def _restore_or_init(config: Config, workdir: Path) -> tuple["TrainState", int]:
-    from moe_jax import checkpoint
-    from moe_jax.state import abstract_state, init_state
+    from moe_jax.state import init_state
 
-    found = checkpoint.restore(
-        workdir / "checkpoints",
-        abstract_state(config),
-        verify=config.checkpoint.verify,
-        fallback=config.checkpoint.fallback,
-    )
+    found = restore_run(config, workdir)
     if found is None:
         return init_state(config), 0
     return found[0], found[1]["tokens_seen"]

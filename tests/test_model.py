@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_MODEL, tiny_config
 from flax import nnx
 
+from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
 from moe_jax.config import as_dict, validate
 from moe_jax.dispatch import capacity_of

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
 
+from conftest import tiny_config
 from moe_jax.config import OptimizerConfig
 from moe_jax.state import (
     abstract_model,

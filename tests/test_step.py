@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
 
+from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.data.batches import Batch
 from moe_jax.moe import Balancing
