@@ -1,5 +1,6 @@
 """The systems of the field, each against its own paper's equations written out in numpy."""
 
+import functools
 import importlib
 
 import jax
@@ -12,7 +13,7 @@ from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
 from moe_jax.config import as_dict, validate
 from moe_jax.dispatch import capacity_of
-from moe_jax.layers import Attention, RMSNorm, SwiGLU, rope, visibility
+from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, rope, visibility
 from moe_jax.model import Inputs, Run, Transformer, layout, num_moe_layers
 from moe_jax.moe import Balancing, MoE
 from moe_jax.routing import Tokens
@@ -26,25 +27,36 @@ def model_config(name: str, **overrides):
     return validate(config | {"model": config["model"] | SMALL | overrides}).model
 
 
+def filled(make, seed=0, scale=0.5):
+    """A module with random values in every leaf, float32 and int alike in their dtype; nothing is compiled."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(seed)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: jnp.asarray(scale * rng.normal(size=a.shape), a.dtype), state))
+
+
 def moe_layer(config, bias=0.0):
     """An MoE layer with a router strong enough to decide, and a bias."""
-    layer = MoE(config, nnx.Rngs(0))
-    layer.router[...] = jax.random.normal(jax.random.key(7), layer.router.shape)
-    for weight in (layer.gate, layer.up, layer.down):
-        weight[...] = jax.random.normal(jax.random.key(8), weight.shape) * 0.5
+    layer = filled(lambda: MoE(config, nnx.Rngs(0)))
+    layer.router[...] = layer.router[...] * 2
     layer.bias[...] = jnp.full(config.num_experts, 0.0) + bias
     return layer
 
 
-def apply(layer, x, train=False, key=0):
-    """y and Report of a [B, S, D] batch without padding."""
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _apply(graphdef, state, x, key, train):
     tokens = Tokens(mask=jnp.ones(x.shape[0] * x.shape[1], bool))
     balancing = Balancing(balance.make({}), {})
-    return layer(x, tokens, balancing, jax.random.key(key), train)
+    return nnx.merge(graphdef, state)(x, tokens, balancing, jax.random.key(key), train)
+
+
+def apply(layer, x, train=False, key=0):
+    """y and Report of a [B, S, D] batch without padding."""
+    graphdef, state = nnx.split(layer)
+    return _apply(graphdef, state, x, key, train)
 
 
 def vectors(batch, seq, width=8):
-    return jax.random.normal(jax.random.key(3), (batch, seq, width))
+    return jnp.asarray(np.random.default_rng(3).normal(size=(batch, seq, width)), jnp.float32)
 
 
 def sigmoid(z):
@@ -81,9 +93,7 @@ def logits_of(layer, u):
 
 def test_attention_is_softmax_of_scaled_rotated_products_within_the_segment():
     config = validate(dict(model=SMALL)).model
-    layer = Attention(config, nnx.Rngs(0))
-    for weight in (layer.query, layer.key, layer.value, layer.out):
-        weight[...] = jax.random.normal(jax.random.key(1), weight.shape)
+    layer = filled(lambda: Attention(config, nnx.Rngs(0)), scale=1.0)
     x = vectors(1, 5)
     segments, positions = jnp.array([[1, 1, 2, 2, 2]]), jnp.array([[0, 1, 0, 1, 2]])
     got = layer(x, positions, visibility(segments))
@@ -123,7 +133,7 @@ def test_rms_norm_divides_by_the_root_mean_square():
 
 
 def test_swiglu_is_gated_by_silu():
-    layer = SwiGLU(validate(dict(model=SMALL)).model, nnx.Rngs(0), 3)
+    layer = filled(lambda: SwiGLU(validate(dict(model=SMALL)).model, nnx.Rngs(0), 3))
     u = np.asarray(vectors(1, 1)[0, 0], np.float64)
     gate, up, down = (np.asarray(w[...], np.float64) for w in (layer.gate, layer.up, layer.down))
     np.testing.assert_allclose(layer(vectors(1, 1))[0, 0], (silu(u @ gate) * (u @ up)) @ down, rtol=1e-4, atol=1e-8)
@@ -131,7 +141,7 @@ def test_swiglu_is_gated_by_silu():
 
 def test_the_dense_config_has_no_experts_and_reports_nothing():
     config = model_config("dense")
-    model = Transformer(config, nnx.Rngs(0))
+    model = filled(lambda: Transformer(config, nnx.Rngs(0)))
     tokens = jnp.ones((1, 4), jnp.int32)
     inputs = Inputs(tokens, jnp.arange(4)[None], tokens)
     logits, report = model(inputs, Balancing(balance.make({}), {}), key=jax.random.key(0))
@@ -229,7 +239,7 @@ def test_deepseek_moe_adds_shared_experts_to_softmax_weighed_ones():
 
 def test_shared_experts_are_as_many_swiglus_side_by_side():
     config = model_config("deepseek_moe", num_shared_experts=2)
-    layer = MoE(config, nnx.Rngs(0))
+    layer = filled(lambda: MoE(config, nnx.Rngs(0)))
     u = np.asarray(vectors(1, 1)[0, 0], np.float64)
     gate, up, down = (np.asarray(w[...], np.float64) for w in (layer.shared.gate, layer.shared.up, layer.shared.down))
     halves = [(silu(u @ gate[:, i]) * (u @ up[:, i])) @ down[i] for i in (slice(0, 6), slice(6, 12))]
@@ -279,14 +289,23 @@ def test_layers_of_a_kind_are_stacked(overrides, want):
     assert layout(validate(dict(model=TINY_MODEL | overrides)).model) == want
 
 
-def forward(config, inputs, seed=0):
-    """Logits of a freshly drawn model with weights large enough to matter."""
-    model = Transformer(config, nnx.Rngs(seed))
-    graphdef, state = nnx.split(model)
-    state = jax.tree.map(lambda a: a * 5.0, state)
-    model = nnx.merge(graphdef, state)
+@functools.cache
+def model_of(config):
+    """A jitted forward pass of a model with weights large enough to matter."""
+    graphdef, state = nnx.split(filled(lambda: Transformer(config, nnx.Rngs(0)), scale=0.3))
     zeros = jnp.zeros((num_moe_layers(config), config.num_experts))
-    return model(inputs, Balancing(balance.make({}), {"bias": zeros}), key=jax.random.key(0))[0]
+
+    @jax.jit
+    def run(inputs):
+        balancing = Balancing(balance.make({}), {"bias": zeros})
+        return nnx.merge(graphdef, state)(inputs, balancing, key=jax.random.key(0))[0]
+
+    return run
+
+
+def forward(config, inputs):
+    """The logits."""
+    return model_of(config)(inputs)
 
 
 def packed_inputs(tokens, segments):
@@ -322,14 +341,14 @@ def test_padding_changes_nothing_for_real_tokens():
 
 def test_tied_embeddings_have_one_matrix():
     config = tiny_config(model=dict(tied_embeddings=True)).model
-    assert Transformer(config, nnx.Rngs(0)).head is None
+    assert nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))).head is None
     logits = forward(config, packed_inputs([[5, 6, 7, 8]], [[1, 1, 1, 1]]))
     assert logits.shape == (1, 4, config.vocab_size)
 
 
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
     config = tiny_config(model=dict(qk_norm=True, norm_eps=1e-12)).model
-    layer = Attention(config, nnx.Rngs(0))
+    layer = filled(lambda: Attention(config, nnx.Rngs(0)))
     x, positions = vectors(1, 4, 16), jnp.arange(4)[None]
     visible = visibility(jnp.ones((1, 4), jnp.int32))
     before = layer(x, positions, visible)
@@ -340,7 +359,7 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_router_loads_and_bias_stay_float32_and_int32(dtype):
     config = tiny_config(model=dict(compute_dtype=dtype, param_dtype=dtype)).model
-    layer = MoE(config, nnx.Rngs(0))
+    layer = filled(lambda: MoE(config, nnx.Rngs(0)))
     assert layer.router.dtype == jnp.float32
     assert layer.bias.dtype == jnp.float32
     assert layer.gate.dtype == jnp.dtype(dtype)
@@ -355,6 +374,6 @@ def test_router_loads_and_bias_stay_float32_and_int32(dtype):
 
 def test_weights_are_drawn_with_the_configured_deviation():
     config = validate(dict(model=dict(embed_dim=64, vocab_size=300, init_std=0.006))).model
-    weights = np.asarray(Transformer(config, nnx.Rngs(0)).embedding[...])
+    weights = np.asarray(normal(config, nnx.Rngs(0), vocab=300, embed=64)[...])
     assert abs(weights.std() - 0.006) < 2e-4  # 19200 draws: the deviation is known to half a percent
     assert abs(weights.mean()) < 2e-4
