@@ -111,7 +111,7 @@ class Display:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
@@ -129,11 +129,10 @@ class Display:
 
     def report(self, step: int, values: Mapping[str, Any]) -> None:
         """The numbers of a logged step."""
-        note = summary_line(values)
         if self._bar is not None:
-            self._bar.update(self._task, note=note)
+            self._bar.update(self._task, note=summary_line(values, SHORT))
         elif not self._quiet:
-            self.say(f"{self._name} step {step}/{self._total}  {note}")
+            self.say(f"{self._name} step {step}/{self._total}  {summary_line(values, LONG)}")
 
     def say(self, message: str) -> None:
         """One line, above the bar if there is one."""
@@ -143,15 +142,17 @@ class Display:
             print(message, flush=True)
 
 
-def summary_line(values: Mapping[str, Any]) -> str:
-    """The few numbers a person watches."""
-    shown = {
-        "loss": "loss {:.3f}",
-        "bits_per_byte": "bits/byte {:.3f}",
-        "moe/max_violation": "max violation {:.2f}",
-        "moe/dead_experts": "dead {:.0f}",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "eval/bits_per_byte": "held-out bits/byte {:.3f}",
-    }
-    parts = [text.format(float(values[k])) for k, text in shown.items() if values.get(k) is not None]
-    return "  ".join(parts)
+SHORT = {"bits_per_byte": "bits/byte {:.2f}", "moe/max_violation": "violation {:.2f}"}
+LONG = {
+    "loss": "loss {:.3f}",
+    "bits_per_byte": "bits/byte {:.3f}",
+    "moe/max_violation": "max violation {:.2f}",
+    "moe/dead_experts": "dead {:.0f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "eval/bits_per_byte": "held-out bits/byte {:.3f}",
+}
+
+
+def summary_line(values: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    """The few numbers a person watches, those that there are."""
+    return "  ".join(text.format(float(values[k])) for k, text in shown.items() if values.get(k) is not None)
