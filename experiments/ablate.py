@@ -7,6 +7,7 @@ the i-th, so that n machines with a common DIR share the work. Ends with a table
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from experiments import hyper
 from moe_jax.config import Config, as_dict, differences, fail, flatten, parse_flags, validate
+from moe_jax.train import write_json
 
 
 class Run(NamedTuple):
@@ -42,6 +44,8 @@ def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
         if "arm" not in overrides:
             raise ValueError(f"get_hyper returned {setting!r} without an 'arm'; name arms with h.arms(name={{...}}).")
         arm = overrides.pop("arm")
+        if not re.fullmatch(r"\w[\w.-]*", str(arm)):
+            raise ValueError(f"get_hyper names an arm {arm!r}, which cannot be a folder; use letters, digits, _ . -")
         config = validate(override(base, overrides))
         runs.append(Run(arm, config.seed, config))
     names = [(run.arm, run.seed) for run in runs]
@@ -82,7 +86,7 @@ def sweep_record(runs: list[Run], base: dict[str, Any], source: Any, command: st
 
 
 def _changed(base: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    before, after = flatten(base), flatten(json.loads(json.dumps(config)))
+    before, after = (flatten(json.loads(json.dumps(c))) for c in (base, config))
     keys = (k for k in before | after if k != "seed" and before.get(k) != after.get(k))
     return {k: after.get(k) for k in keys}  # None: the arm does without it
 
@@ -99,7 +103,7 @@ def claim(workdir: Path, record: dict[str, Any]) -> None:
                 "The differences (there -> here):\n  " + "\n  ".join(changed)
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(file, record)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -154,7 +158,7 @@ def main(_: list[str]) -> None:
         report.print_table(workdir)
         if count == 1:
             print(f"report: {report.write(workdir)}")
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
 
 

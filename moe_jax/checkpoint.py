@@ -53,7 +53,9 @@ class Checkpointer:
         self.wait()
         path = self._directory / f"{step:08d}"
         if path.exists():  # committed by an earlier process: same seed, same step, same state
-            return
+            if _is_sound(path):
+                return
+            _remove(path)  # damaged, and the reason that this step was done again
         state = _as_dict(state)
         self._orbax.save(path.absolute(), args=ocp.args.PyTreeSave(state))
         record = {"step": step, "leaves": describe_leaves(state), "extra": dict(extra)}
@@ -63,7 +65,7 @@ class Checkpointer:
         self._orbax.wait_until_finished()
         write_manifest(path, record)
         for old in committed(self._directory)[: -self._keep]:
-            shutil.rmtree(self._directory / f"{old:08d}")
+            _remove(self._directory / f"{old:08d}")
 
     def wait(self) -> None:
         """Until nothing is being written; raises what the background save raised."""
@@ -135,11 +137,27 @@ def committed(directory: Path) -> list[int]:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what killed saves left behind: folders of our own naming without a manifest."""
+    """Delete what killed saves left behind, and say so: folders of our own naming without a manifest."""
     for folder in directory.iterdir():
         ours = re.fullmatch(r"\d{8}(\.orbax-checkpoint-tmp.*)?", folder.name)
-        if ours and folder.is_dir() and not (folder / MANIFEST).is_file():
+        real = folder.is_dir() and not folder.is_symlink()
+        if ours and real and not (folder / MANIFEST).is_file():
+            print(f"removing {folder}: a save that did not finish", flush=True)
             shutil.rmtree(folder)
+
+
+def _remove(folder: Path) -> None:
+    """The manifest goes first, so that a removal that is killed leaves an unfinished folder."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        check(path)
+    except ValueError:
+        return False
+    return True
 
 
 def write_manifest(path: Path, record: dict[str, Any]) -> None:
@@ -180,7 +198,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         body = {k: v for k, v in manifest.items() if k != "sha256"}
-        sound = manifest["sha256"] == _digest(body) and body.keys() >= {"step", "leaves", "extra", "files"}
+        sound = manifest["sha256"] == _digest(body) and isinstance(body["step"], int)
+        sound = sound and all(isinstance(body[k], dict) for k in ("leaves", "extra", "files"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound, manifest = False, {}
     if not sound:
@@ -208,7 +227,8 @@ def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
 
     Orbax would cast dtypes silently, and load 16 layers into 12.
     """
-    names = [n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n)]
+    names = [n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n)]
+    names.sort(key=lambda n: (not n.startswith("params/"), n))  # moments differ wherever parameters do
     if not names:
         return
     lines = [f"  {n}: saved {_leaf(saved.get(n))}, wanted {_leaf(wanted.get(n))}" for n in names[:most]]

@@ -212,6 +212,8 @@ def validate(config: Any) -> Config:
     """
     if isinstance(config, Config):
         return config
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise ValueError(f"the config is {config!r} and must be a dict of keys; return moe_jax.config.default(...).")
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     entries = balance_entries(plain.pop("balance", {}))
     result = dataclasses.replace(_build(Config, plain, ""), balance=entries)
@@ -553,6 +555,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(_explain(argv, error))
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries' info lines hide ours
+    if rest[1:]:
+        fail(f"{rest[1]!r} is not a flag; write --flag=value.")
     return rest
 
 
@@ -569,6 +573,8 @@ def _explain(argv: list[str], error: BaseException) -> str:
     overrides = any(re.match(r"--?config\.", a) for a in argv)
     if isinstance(error, (AttributeError, KeyError)) and source and overrides:
         return _wrong_key(argv, source[1])
+    while error.__context__ is not None and "Error whilst parsing config file" in str(error):
+        error = error.__context__  # ml_collections wraps the sentence in a traceback
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, flags.Error)):
         return text

@@ -83,7 +83,22 @@ def config_of_run(workdir: Path) -> Config:
     file = workdir / "config.json"
     if not file.is_file():
         raise ValueError(f"--workdir={workdir} holds no config.json, so no run; give the workdir of a training run.")
-    return validate(json.loads(file.read_text()))
+    return validate(read_config(file))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.json of a workdir.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); restore it, or use another workdir.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no config; restore it, or use another workdir.")
+    return config
 
 
 def restore_run(config: Config, workdir: Path) -> tuple["TrainState", dict[str, Any]] | None:
@@ -119,7 +134,7 @@ def main(_: list[str]) -> None:
         found = restore_run(config, workdir)
         if found is None:
             raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     state = found[0]
     result = {"step": int(state.step), **evaluate(config, state, corpus)}

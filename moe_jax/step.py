@@ -267,4 +267,4 @@ def first_non_finite(config: Config, state: TrainState, batch: Batch) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         if not jnp.isfinite(leaf).all():
             return "gradient of " + jax.tree_util.keystr(path, simple=True, separator="/")
-    return "nothing any more"
+    return "nothing any more" if jnp.isfinite(optax.tree.norm(grads)) else "norm of the gradient"

@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from moe_jax.config import Config, as_dict, differences, fail, parse_flags, validate
-from moe_jax.evaluate import evaluate, restore_run
+from moe_jax.evaluate import evaluate, read_config, restore_run
 
 if TYPE_CHECKING:
     from moe_jax.data import Corpus
@@ -87,9 +87,11 @@ class _Run:
         """Steps `first` to `last`, then save and close."""
         caught: list[int] = []
         try:
-            with self.display.running(self.first), _signals(caught):
-                step = self._steps(self.first, last, caught)
-            self._save(step)
+            with _signals(caught):  # a second signal must not end the save that the first one asked for
+                with self.display.running(self.first):
+                    step = self._steps(self.first, last, caught)
+                self._save(step)
+                self.checkpoints.wait()
         finally:
             self.checkpoints.close()
             self.log.close()
@@ -149,7 +151,8 @@ class _Run:
         """Which tensor was not finite; nothing has moved since the first of these steps."""
         from moe_jax.step import first_non_finite
 
-        where = first_non_finite(self.config, self.state, batch)
+        before = self.state._replace(step=self.state.step - 1)
+        where = first_non_finite(self.config, before, batch)
         return (
             f"step {step}: loss or gradient was not finite {stuck} times in a row (first: {where}); the "
             f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
@@ -186,11 +189,13 @@ class Clock:
 
 
 def _restore_or_init(config: Config, workdir: Path) -> tuple["TrainState", int]:
+    import jax
+
     from moe_jax.state import init_state
 
     found = restore_run(config, workdir)
     if found is None:
-        return init_state(config), 0
+        return jax.device_put(init_state(config), jax.devices()[0]), 0  # placed as a restored one is: one compilation
     return found[0], found[1]["tokens_seen"]
 
 
@@ -228,7 +233,7 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
     wanted = json.loads(json.dumps(as_dict(config)))
     file = workdir / "config.json"
     if file.is_file():
-        changed = differences(json.loads(file.read_text()), wanted)
+        changed = differences(_what_makes_a_run(read_config(file)), _what_makes_a_run(wanted))
         if changed:
             raise ValueError(
                 f"--workdir={workdir} holds a run of another config; use another workdir, or the same config. "
@@ -242,9 +247,15 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
             raise ValueError(
                 f"--workdir={workdir} is in use by another process; wait for it, or use another workdir."
             ) from None
-        _write_json(file, wanted)
-        _write_json(workdir / "run.json", versions() | {"machine": f"{platform.machine()} {platform.system()}"})
+        write_json(file, wanted)
+        write_json(workdir / "run.json", versions() | {"machine": f"{platform.machine()} {platform.system()}"})
         yield
+
+
+def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that change no number of the training, which may differ when a run goes on."""
+    free = ("checkpoint", "log_every", "eval_every", "save_every")
+    return {k: v for k, v in config.items() if k not in free}
 
 
 def versions() -> dict[str, Any]:
@@ -263,7 +274,8 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
+    """The file with the value, whole or not at all."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(file)
@@ -296,6 +308,10 @@ def main(_: list[str]) -> None:
     """Check the config and the data before jax is loaded, then run."""
     flag = flags.FLAGS
     try:
+        if not flag.workdir:
+            raise ValueError(
+                "--workdir= is empty and would be the current folder; name one, or write --workdir=. for it."
+            )
         if flag.stop_at < 0:
             raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
         config = validate(flag.config)
@@ -303,7 +319,7 @@ def main(_: list[str]) -> None:
 
         check_corpus(config.data.path)
         outcome = run(config, Path(flag.workdir), stop_at=flag.stop_at)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
     if outcome.signal:
         raise SystemExit(128 + outcome.signal)

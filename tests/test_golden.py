@@ -7,7 +7,7 @@ import pytest
 from drills.rig import REPO
 
 from experiments import ablate, hyper
-from moe_jax.config import as_dict, validate
+from moe_jax.config import as_dict, differences, validate
 
 FILES = sorted((REPO / "configs").rglob("*.py"))
 GOLDEN = REPO / "tests" / "golden"
@@ -25,10 +25,15 @@ def text_of(file):
     golden = {"config": config}
     if hasattr(namespace, "get_hyper"):
         golden["runs"] = [
-            {"arm": r.arm, "seed": r.seed} | ablate._changed(config, as_dict(r.config))
+            {"arm": r.arm, "seed": r.seed, "changes": differences(plain(config), plain(as_dict(r.config)))}
             for r in ablate.plan(config, namespace.get_hyper(hyper))
         ]
     return json.dumps(golden, indent=1) + "\n"
+
+
+def plain(config):
+    """Tuples become lists, as in a file."""
+    return json.loads(json.dumps(config))
 
 
 def load(file):

@@ -1,0 +1,101 @@
+"""Runs a command pinned to one core, with an accident prepared: `python driver.py NAME --flag=...`.
+
+XLA:CPU gives the same bits from run to run on one core only. Environment: DRILL_CORE is the core to pin to,
+DRILL holds `kind=number` accidents, separated by commas. At exit the number of compilations of the train
+step is written to standard error.
+
+- pace=S: sleep S seconds after every step, so that a signal can be sent between two of them
+- die=N: SIGKILL inside save N (1-based), between the rename and the manifest
+- slow=S: sleep S seconds inside every save, before its manifest
+- full=STEP: from the save of that step on, no file may grow beyond 4 KiB
+- poison=STEP: from that step on, an embedding row is not a number
+"""
+
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+
+
+def main() -> None:
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ.get("DRILL_CORE", "0")) % len(cores)]})
+    sys.path[0] = os.getcwd()
+    name, *sys.argv[1:] = sys.argv[1:]
+    accidents = dict(pair.split("=") for pair in os.environ.get("DRILL", "").split(",") if pair)
+    steps = watch_steps(poison_from=int(accidents.get("poison", 10**9)))
+    if "pace" in accidents:
+        pace(float(accidents["pace"]))
+    if "die" in accidents or "slow" in accidents:
+        disturb_manifest(int(accidents.get("die", 0)), float(accidents.get("slow", 0)))
+    if "full" in accidents:
+        fill_disk(int(accidents["full"]))
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    finally:
+        sizes = sorted({function._cache_size() for function in steps})
+        print(f"train step compilations: {sizes}", file=sys.stderr, flush=True)
+
+
+def watch_steps(poison_from: int) -> list:
+    """Remember every train step that is made, and spoil the parameters from a step on."""
+    from moe_jax import step
+
+    made, original = [], step.make_train_step
+
+    def make_train_step(config):
+        real = original(config)
+        made.append(real)
+
+        def train_step(state, batch, key):
+            if poison_from < 10**9 and int(state.step) >= poison_from:
+                spoiled = state.params["embedding"].at[int(batch.tokens[0, 0])].set(float("nan"))
+                state = state._replace(params=state.params | {"embedding": spoiled})
+            return real(state, batch, key)
+
+        return train_step
+
+    step.make_train_step = make_train_step
+    return made
+
+
+def pace(seconds: float) -> None:
+    from moe_jax.log import Display
+
+    Display.step = lambda self, done: time.sleep(seconds)
+
+
+def disturb_manifest(die_in: int, seconds: float) -> None:
+    from moe_jax import checkpoint
+
+    calls, original = [], checkpoint.write_manifest
+
+    def write_manifest(path, record):
+        calls.append(path)
+        if len(calls) == die_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(seconds)
+        original(path, record)
+
+    checkpoint.write_manifest = write_manifest
+
+
+def fill_disk(step: int) -> None:
+    from moe_jax import checkpoint
+
+    original = checkpoint.Checkpointer.save
+
+    def save(self, done, state, extra):
+        self.wait()
+        if done >= step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        original(self, done, state, extra)
+
+    checkpoint.Checkpointer.save = save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What the reliability drills share: one small config, commands as subprocesses, and ways to read a run."""
+
+import fcntl
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from conftest import tiny_config
+from moe_jax import checkpoint
+from moe_jax.config import Config, as_dict
+from moe_jax.log import read_jsonl
+from moe_jax.state import TrainState, abstract_state
+
+REPO = Path(__file__).parent.parent.parent
+DRIVER = Path(__file__).parent / "driver.py"
+BALANCE = dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2))
+NUM_STEPS = 20
+
+
+def drill_config(**overrides: Any) -> Config:
+    """20 steps, saved every 5. Overrides that no step reads share its one compilation."""
+    settings: dict[str, Any] = dict(num_steps=NUM_STEPS, save_every=5, balance=BALANCE, data=dict(eval_sequences=4))
+    return tiny_config(**(settings | overrides))
+
+
+def write_config(file: Path, config: Config) -> Path:
+    """A config file that returns `config`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f"from moe_jax.config import default\n\n\ndef get_config(arg=''):\n    return default(**{as_dict(config)!r})\n"
+    )
+    return file
+
+
+class Command:
+    """A command running in another process, pinned to one core."""
+
+    def __init__(self, name: str, log: Path, *flags: str, accident: str = "") -> None:
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+        environment = {**os.environ, "DRILL": accident, "DRILL_CORE": worker, "PYTHONUNBUFFERED": "1"}
+        self._log = log
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, str(DRIVER), name, *flags], cwd=REPO, env=environment, stdout=out, stderr=out
+            )
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit status; negative for a signal."""
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def text(self) -> str:
+        """What it wrote so far."""
+        return self._log.read_text()
+
+    @property
+    def compilations(self) -> list[int]:
+        """How often each train step it made was compiled."""
+        return json.loads(re.findall(r"train step compilations: (.*)", self.text)[-1])
+
+
+def start_training(file: Path, workdir: Path, *flags: str, accident: str = "") -> Command:
+    """`python -m moe_jax.train` in another process."""
+    number = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
+    log = workdir.parent / f"{workdir.name}.{number}.log"
+    return Command("moe_jax.train", log, f"--config={file}", f"--workdir={workdir}", *flags, accident=accident)
+
+
+def train(file: Path, workdir: Path, *flags: str, accident: str = "") -> Command:
+    """A training command, ended; it must have ended well."""
+    command = start_training(file, workdir, *flags, accident=accident)
+    assert command.wait() == 0, command.text
+    return command
+
+
+def wait_until(condition: Callable[[], bool], command: Command, seconds: float = 120) -> None:
+    """Poll every few milliseconds until the condition holds or the command has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and command.process.poll() is None:
+        assert time.monotonic() < end, f"nothing happened within {seconds} s:\n{command.text}"
+        time.sleep(0.003)
+
+
+def steps_logged(workdir: Path) -> int:
+    """How many steps metrics.jsonl holds."""
+    return len(read_jsonl(workdir / "metrics.jsonl"))
+
+
+def restored(config: Config, workdir: Path) -> TrainState:
+    """The newest checkpoint's state."""
+    found = checkpoint.restore(workdir / "checkpoints", abstract_state(config))
+    assert found is not None
+    return found[0]
+
+
+def final_hash(config: Config, workdir: Path) -> str:
+    """The state hash of the newest checkpoint."""
+    return checkpoint.state_hash(restored(config, workdir))
+
+
+def curve(workdir: Path) -> list[dict[str, Any]]:
+    """Every number that was logged, per step, without the one that measures time."""
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_jsonl(workdir / "metrics.jsonl")]
+
+
+def layers(workdir: Path) -> list[dict[str, Any]]:
+    """What layers.jsonl holds."""
+    return read_jsonl(workdir / "layers.jsonl")
+
+
+def folders(workdir: Path) -> list[str]:
+    """What lies in the run's checkpoint folder."""
+    return sorted(f.name for f in (workdir / "checkpoints").iterdir())
+
+
+def made_once(tmp_path_factory: Any, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that only the first of the test workers makes; the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / name
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def flip_bit(file: Path, position: int) -> None:
+    """Change one bit of a file; `position` wraps around."""
+    data = bytearray(file.read_bytes())
+    byte, bit = divmod(position % (8 * len(data)), 8)
+    data[byte] ^= 1 << bit
+    file.write_bytes(bytes(data))
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint whose bytes its manifest vouches for."""
+    return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in checkpoint.NOT_HASHED]
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """A manifest with other values and a checksum that fits: what an attacker would write."""
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    body: Mapping[str, Any] = {k: v for k, v in manifest.items() if k != "sha256"} | changes
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": checkpoint._digest(body), **body}))
+
+
+def uninterrupted(tmp_path_factory: Any, config: Config) -> Path:
+    """A folder with `config.py`, and with `run`, the workdir of a command that nothing happened to."""
+    return made_once(
+        tmp_path_factory,
+        "uninterrupted",
+        lambda folder: train(write_config(folder / "config.py", config), folder / "run"),
+    )
+
+
+def assert_same_numbers(config: Config, workdir: Path, reference: Path) -> None:
+    """Every logged number and the final state are the same, bit by bit."""
+    assert curve(workdir) == curve(reference)
+    assert layers(workdir) == layers(reference)
+    assert final_hash(config, workdir) == final_hash(config, reference)
+
+
+def kill_until_done(file: Path, workdir: Path, kills: int, draw: random.Random) -> None:
+    """Start the command, kill it after a random number of steps and milliseconds, again and again; then let it end."""
+    log = workdir / "metrics.jsonl"
+    for _ in range(kills):
+        before = log.stat().st_ino if log.exists() else None  # a process that starts replaces the file
+        last = draw.randrange(NUM_STEPS)
+        command = start_training(file, workdir, accident="pace=0.05")
+
+        def far_enough(before: int | None = before, last: int = last) -> bool:
+            return log.exists() and log.stat().st_ino != before and steps_logged(workdir) > last
+
+        wait_until(far_enough, command)
+        time.sleep(draw.random() * 0.3)
+        command.kill()
+    train(file, workdir)

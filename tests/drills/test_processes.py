@@ -1,0 +1,123 @@
+"""Drills with real processes: a training command is killed, told to end, or runs out of disk, and goes on."""
+
+import random
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from drills import rig
+
+from moe_jax.checkpoint import check, committed
+from moe_jax.train import run
+
+CONFIG = rig.drill_config()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The run of the command that nothing happened to: a folder with `run` and `config.py`."""
+    return rig.uninterrupted(tmp_path_factory, CONFIG)
+
+
+@pytest.mark.parametrize("stop", [10, 7])
+def test_a_stopped_run_goes_on_bit_by_bit(uninterrupted, tmp_path, stop):
+    workdir, file = tmp_path / "run", uninterrupted / "config.py"
+    first = rig.train(file, workdir, f"--stop_at={stop}")
+    assert rig.steps_logged(workdir) == stop
+    second = rig.train(file, workdir)
+    assert first.compilations == second.compilations == [1]
+    rig.assert_same_numbers(CONFIG, workdir, uninterrupted / "run")
+
+
+def test_a_run_killed_at_random_times_ends_as_if_it_had_not_been(uninterrupted, tmp_path):
+    rig.kill_until_done(uninterrupted / "config.py", tmp_path / "run", kills=3, draw=random.Random(0))
+    rig.assert_same_numbers(CONFIG, tmp_path / "run", uninterrupted / "run")
+    assert rig.folders(tmp_path / "run") == ["00000015", "00000020"]
+
+
+def test_a_kill_between_the_rename_and_the_manifest_loses_that_save_only(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    command = rig.start_training(uninterrupted / "config.py", workdir, accident="pace=0.02,die=2")
+    assert command.wait() == -signal.SIGKILL
+    assert "00000010" in rig.folders(workdir)
+    assert committed(workdir / "checkpoints") == [5]
+    run(CONFIG, workdir, stop_at=12, quiet=True)
+    assert rig.folders(workdir) == ["00000010", "00000012"]
+    check(workdir / "checkpoints" / "00000010", "full")
+    assert [r["step"] for r in rig.curve(workdir)] == list(range(12))
+
+
+def test_sigterm_saves_the_last_finished_step_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    command = signalled(uninterrupted, workdir, signal.SIGTERM)
+    sent = time.monotonic()
+    assert command.wait() == 143, command.text
+    assert time.monotonic() - sent < 30
+    done = committed(workdir / "checkpoints")[-1]
+    assert 7 <= done < 20
+    assert rig.steps_logged(workdir) == done
+    assert "SIGTERM" in command.text
+    rig.train(uninterrupted / "config.py", workdir)
+    rig.assert_same_numbers(CONFIG, workdir, uninterrupted / "run")
+
+
+def test_sigint_does_as_sigterm_and_ends_with_130(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    command = signalled(uninterrupted, workdir, signal.SIGINT)
+    assert command.wait() == 130, command.text
+    assert committed(workdir / "checkpoints")[-1] == rig.steps_logged(workdir)
+    assert "Traceback" not in command.text
+
+
+def signalled(uninterrupted, workdir, number):
+    """A training command that gets the signal after its 7th step or a little later."""
+    command = rig.start_training(uninterrupted / "config.py", workdir, accident="pace=0.1")
+    rig.wait_until(lambda: rig.steps_logged(workdir) >= 7, command)
+    command.process.send_signal(number)
+    return command
+
+
+def test_a_second_signal_does_not_disturb_the_save_of_the_first(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    command = rig.start_training(uninterrupted / "config.py", workdir, accident="pace=0.1,slow=0.6")
+    rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, command)
+    for _ in range(9):  # every 50 ms, the last ones well inside the save
+        command.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert command.wait() == 143, command.text
+    assert committed(workdir / "checkpoints") == [rig.steps_logged(workdir)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE of Linux")
+def test_a_full_disk_ends_the_run_with_a_message_and_the_save_before_restores(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    command = rig.start_training(uninterrupted / "config.py", workdir, accident="full=10")
+    assert command.wait() not in (0, None)
+    assert "File too large" in command.text
+    assert committed(workdir / "checkpoints") == [5]
+    assert int(rig.restored(CONFIG, workdir).step) == 5
+
+
+def test_three_non_finite_steps_in_a_row_end_the_run_with_step_and_tensor(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    command = rig.start_training(uninterrupted / "config.py", workdir, accident="poison=6")
+    assert command.wait() == 2, command.text
+    (line,) = [line for line in command.text.splitlines() if line.startswith("error:")]
+    assert "step 8" in line
+    assert "3 times in a row" in line
+    assert "first: loss" in line
+    assert "optimizer.learning_rate" in line
+    assert "Traceback" not in command.text
+    assert committed(workdir / "checkpoints") == [5]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rig.restored(CONFIG, workdir)))
+    assert [r["loss"] is None for r in rig.curve(workdir)] == [False] * 6 + [True] * 3
+
+
+def test_a_training_command_says_what_it_did_and_nothing_else(uninterrupted):
+    lines = (uninterrupted / "run.0.log").read_text().splitlines()
+    assert lines[0].startswith("train step 1/20")
+    assert lines[-2].startswith("20 of 20 steps done")
+    assert all(line.startswith("train step ") for line in [*lines[:-2], lines[-1]])

@@ -1,0 +1,238 @@
+"""Laws of sweeps: planned as a whole before the first run, paired by seed, resumable, never mixed."""
+
+import json
+import signal
+from types import SimpleNamespace
+
+import pytest
+from drills import rig
+
+from experiments import ablate, hyper
+from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
+from moe_jax import checkpoint, train
+from moe_jax.config import as_dict, default, flatten, validate
+from moe_jax.data import open_corpus, training_batches
+from moe_jax.state import init_state
+
+BASE = as_dict(rig.drill_config(save_every=0))
+SETTINGS = hyper.product(
+    hyper.arms(bias={}, none={"balance": {}}),
+    hyper.sweep("seed", range(2)),
+)
+SOURCE = SimpleNamespace(__file__="configs/ablation/pair.py", __doc__="Two arms.\n\nMore.")
+
+SWEEP = """'''Two arms, two seeds: does the command work?'''
+from moe_jax.config import default
+
+
+def get_config(arg=""):
+    return default(**{base!r})
+
+
+def get_hyper(h):
+    return h.product(h.arms(often={{"log_every": 1}}, seldom={{"log_every": 2}}), h.sweep("seed", range(2)))
+"""
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+def test_a_product_is_every_combination_the_first_slowest():
+    settings = hyper.product(hyper.arms(a={"x": 1}, b={}), hyper.sweep("seed", [0, 1]))
+    assert settings == [
+        {"arm": "a", "x": 1, "seed": 0},
+        {"arm": "a", "x": 1, "seed": 1},
+        {"arm": "b", "seed": 0},
+        {"arm": "b", "seed": 1},
+    ]
+
+
+def test_a_plan_has_every_arm_with_every_seed():
+    runs = plan(BASE, SETTINGS)
+    assert [(r.arm, r.seed) for r in runs] == [("bias", 0), ("bias", 1), ("none", 0), ("none", 1)]
+    assert [r.config.seed for r in runs] == [0, 1, 0, 1]
+    assert runs[0].config == rig.drill_config(save_every=0)
+    assert runs[3].config.balance == ()
+
+
+def test_an_override_changes_one_key_and_not_the_base():
+    before = json.dumps(BASE)
+    changed = override(BASE, {"balance.bias_sign.rate": 0.5})
+    old, new = flatten(json.loads(before)), flatten(changed)
+    assert {k for k in new if new[k] != old.get(k)} == {"balance.bias_sign.rate"}
+    assert json.dumps(BASE) == before
+
+
+@pytest.mark.parametrize("key", ["model.topk", "modle.top_k", "model.top_k.more", "balance.z_loss.weight", ""])
+def test_an_override_of_a_key_that_is_not_there_is_refused(key):
+    with pytest.raises(ValueError, match=f"sets '{key}', which is not a key of the config; check its spelling"):
+        override(BASE, {key: 1})
+
+
+def test_a_setting_without_an_arm_is_refused():
+    with pytest.raises(ValueError, match=r"without an 'arm'; name arms with h\.arms"):
+        plan(BASE, hyper.sweep("seed", [0]))
+
+
+def test_two_runs_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="arm 'a' with seed 0 twice; name the arms apart"):
+        plan(BASE, [{"arm": "a"}, {"arm": "a", "model.top_k": 1, "model.normalize_gates": False}])
+
+
+def test_an_invalid_arm_is_refused_before_any_run_starts():
+    settings = hyper.arms(good={}, bad={"model.top_k": 9})
+    with pytest.raises(ValueError, match=r"model\.top_k=9 must be at most"):
+        plan(BASE, settings)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "."])
+def test_an_arm_whose_name_is_not_a_folder_name_is_refused(name):
+    with pytest.raises(ValueError, match="arm"):
+        plan(BASE, [{"arm": name}])
+
+
+# --- pairing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_arm_of_a_seed_starts_from_the_same_weights(seed):
+    hashes = {checkpoint.state_hash(init_state(r.config).params) for r in plan(BASE, SETTINGS) if r.seed == seed}
+    assert len(hashes) == 1
+
+
+def test_two_seeds_start_from_different_weights():
+    first, second = (init_state(r.config).params for r in plan(BASE, SETTINGS)[:2])
+    assert checkpoint.state_hash(first) != checkpoint.state_hash(second)
+
+
+def test_every_arm_of_a_seed_reads_the_same_batches():
+    corpus = open_corpus()
+    runs = [r for r in plan(BASE, SETTINGS) if r.seed == 1]
+    batches = [training_batches(corpus, seed=r.config.seed, batch_size=8, sequence_length=16)(3) for r in runs]
+    assert (batches[0].tokens == batches[1].tokens).all()
+
+
+# --- the folder of a sweep ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_record_tells_the_arms_apart(tmp_path):
+    record = sweep_record(plan(BASE, SETTINGS), BASE, SOURCE, "the command")
+    assert (record["arms"], record["seeds"], record["baseline"]) == (["bias", "none"], [0, 1], "bias")
+    assert record["arms_config"]["bias"] == {}
+    assert all(key.startswith("balance") for key in record["arms_config"]["none"])
+    assert record["description"] == "Two arms."
+    claim(tmp_path, record)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == record
+
+
+def test_the_same_sweep_claims_its_folder_again(tmp_path):
+    runs = plan(BASE, SETTINGS)
+    claim(tmp_path, sweep_record(runs, BASE, SOURCE, "the command"))
+    claim(tmp_path, sweep_record(runs, BASE, SOURCE, "the command --shard=0/2"))
+
+
+def test_another_sweep_in_the_folder_is_refused_with_the_difference(tmp_path):
+    claim(tmp_path, sweep_record(plan(BASE, SETTINGS), BASE, SOURCE, "the command"))
+    before = (tmp_path / "sweep.json").read_bytes()
+    other = BASE | {"num_steps": 30}
+    with pytest.raises(ValueError, match=r"another sweep; use another folder.*\s+config\.num_steps: 20 -> 30"):
+        claim(tmp_path, sweep_record(plan(other, SETTINGS), other, SOURCE, "the command"))
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+# --- executing ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """`train.run` replaced by a recorder."""
+    done = []
+
+    def fake(config, folder, name):
+        done.append((folder.parent.name, folder.name))
+        return train.Outcome(config.num_steps, None, {})
+
+    monkeypatch.setattr(train, "run", fake)
+    return done
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_shards_do_every_run_once(trained, tmp_path, count):
+    runs = plan(BASE, SETTINGS)
+    for index in range(count):
+        index, n = parse_shard(f"{index}/{count}")
+        execute(runs[index::n], tmp_path)
+    assert sorted(trained) == sorted((r.arm, f"seed{r.seed}") for r in runs)
+
+
+@pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "", "1/2/3"])
+def test_a_shard_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="must be i/n with 0 <= i < n; 0/1 does every run"):
+        parse_shard(text)
+
+
+def test_a_finished_run_is_not_run_again(trained, tmp_path):
+    runs = plan(BASE, SETTINGS)
+    finished = tmp_path / "bias" / "seed1" / "checkpoints" / "00000020"
+    unfinished = tmp_path / "none" / "seed0" / "checkpoints" / "00000010"
+    for folder in (finished, unfinished):
+        folder.mkdir(parents=True)
+        (folder / checkpoint.MANIFEST).write_text("{}")
+    execute(runs, tmp_path)
+    assert ("bias", "seed1") not in trained
+    assert len(trained) == 3
+
+
+def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
+    calls = []
+
+    def fake(config, folder, name):
+        calls.append(folder)
+        return train.Outcome(7, signal.SIGTERM if len(calls) == 2 else None, {})
+
+    monkeypatch.setattr(train, "run", fake)
+    assert execute(plan(BASE, SETTINGS), tmp_path) == signal.SIGTERM
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("x = 1\n", "defines no get_hyper"), (None, "is not a Python file|No such file|not exist")]
+)
+def test_a_file_without_a_sweep_is_refused(tmp_path, text, words):
+    file = tmp_path / ("file.py" if text else "file.txt")
+    file.write_text(text or "no python")
+    with pytest.raises(ValueError, match=words):
+        ablate.load_source(str(file))
+
+
+def test_every_file_of_the_repository_that_has_arms_has_a_plan(repo):
+    for file in sorted((repo / "configs" / "ablation").glob("*.py")):
+        source = ablate.load_source(str(file))
+        runs = plan(as_dict(validate(source.get_config())), source.get_hyper(hyper))
+        assert len({r.arm for r in runs}) > 1
+        assert {r.seed for r in runs if r.arm == runs[0].arm} == {r.seed for r in runs}
+
+
+def test_the_command_trains_every_run_prints_a_table_and_writes_the_report(tmp_path):
+    file = tmp_path / "pair.py"
+    file.write_text(SWEEP.format(base=BASE))
+    folder = tmp_path / "sweep"
+    flags = [f"--config={file}", f"--workdir={folder}"]
+    command = rig.Command("experiments.ablate", tmp_path / "log", *flags)
+    assert command.wait() == 0, command.text
+    assert set(command.compilations) == {1}
+    for arm in ("often", "seldom"):
+        for seed in (0, 1):
+            assert checkpoint.committed(folder / arm / f"seed{seed}" / "checkpoints") == [20]
+    one, other = (rig.final_hash(validate(BASE), folder / arm / "seed0") for arm in ("often", "seldom"))
+    assert one == other  # the arms differ in nothing that trains, so pairing makes them equal, bit by bit
+    assert "report: " in command.text
+    assert "seldom" in command.text
+    assert len(list(folder.glob("*.html"))) == 1
+
+
+def test_the_default_config_can_be_overridden_key_by_key():
+    base = as_dict(validate(default(model=dict(num_experts=4), balance=dict(bias_sign={}))))
+    for key, value in flatten(base).items():
+        if value != {}:
+            assert json.dumps(override(base, {key: value})) == json.dumps(base)

@@ -1,0 +1,264 @@
+"""Reliability drills of a training run: it may stop, be killed or be told to end, and the curve does not notice."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drills import rig
+
+from moe_jax import data, step
+from moe_jax.checkpoint import committed, state_hash
+from moe_jax.config import as_dict
+from moe_jax.data import open_corpus, training_batches
+from moe_jax.state import init_state, step_key
+from moe_jax.step import make_train_step
+from moe_jax.train import run
+
+CONFIG = rig.drill_config()
+
+
+# --- resuming -------------------------------------------------------------------------------------------------
+
+
+def test_every_batch_is_trained_on_exactly_once_over_crashes(tmp_path, monkeypatch):
+    consumed = {}
+    crashes = [3, 8, 9, 16]
+
+    def make(config):
+        def train_step(state, batch, key):
+            n = int(state.step)
+            if crashes and n == crashes[0]:
+                crashes.pop(0)
+                raise RuntimeError("crash")
+            consumed[n] = hashlib.sha256(batch.tokens.tobytes() + batch.targets.tobytes()).hexdigest()
+            return real(config)(state, batch, key)
+
+        return train_step
+
+    real = step.make_train_step
+    monkeypatch.setattr(step, "make_train_step", make)
+    while crashes:
+        with pytest.raises(RuntimeError, match="crash"):
+            run(CONFIG, tmp_path, quiet=True)
+    run(CONFIG, tmp_path, quiet=True)
+    batch_at = training_batches(open_corpus(), seed=0, batch_size=8, sequence_length=16)
+    batches = [batch_at(n) for n in range(20)]
+    expected = [hashlib.sha256(b.tokens.tobytes() + b.targets.tobytes()).hexdigest() for b in batches]
+    assert [consumed[n] for n in sorted(consumed)] == expected
+    tokens = np.cumsum([int(b.mask.sum()) for b in batches])
+    assert [r["tokens_seen"] for r in rig.curve(tmp_path)] == list(tokens)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run(CONFIG, tmp_path, quiet=True)
+    before, curve = rig.final_hash(CONFIG, tmp_path), rig.curve(tmp_path)
+    outcome = run(CONFIG, tmp_path, quiet=True)
+    assert outcome.step == 20
+    assert (rig.final_hash(CONFIG, tmp_path), rig.curve(tmp_path)) == (before, curve)
+
+
+def test_stop_at_an_earlier_step_than_is_done_trains_nothing(tmp_path):
+    run(CONFIG, tmp_path, stop_at=7, quiet=True)
+    assert run(CONFIG, tmp_path, stop_at=3, quiet=True).step == 7
+    assert rig.steps_logged(tmp_path) == 7
+
+
+def test_a_run_and_its_continuation_compile_once(tmp_path):
+    step._train_step.cache_clear()  # a train step that no other test has called
+    run(CONFIG, tmp_path, stop_at=4, quiet=True)
+    run(CONFIG, tmp_path, stop_at=8, quiet=True)
+    assert make_train_step(CONFIG)._cache_size() == 1
+
+
+def test_seeds_share_one_train_step():
+    assert make_train_step(CONFIG) is make_train_step(rig.drill_config(seed=5, save_every=3, log_every=2))
+
+
+def test_a_resumed_step_counts_like_the_first(tmp_path):
+    # bias_sign moves each bias by 0.01 a step: after n steps no bias is beyond n x 0.01
+    run(CONFIG, tmp_path, stop_at=3, quiet=True)
+    run(CONFIG, tmp_path, stop_at=6, quiet=True)
+    for n, record in enumerate(rig.layers(tmp_path)):
+        assert np.abs(record["bias"]).max() <= (n + 1) * 0.01 + 1e-6
+
+
+def test_a_run_puts_the_signal_handlers_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run(CONFIG, tmp_path, stop_at=1, quiet=True)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+# --- steps that are not finite --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_batch():
+    return training_batches(open_corpus(), seed=0, batch_size=8, sequence_length=16)(0)
+
+
+def spoiled(state, batch, value):
+    row = int(batch.tokens[0, 3])
+    return state._replace(params=state.params | {"embedding": state.params["embedding"].at[row].set(value)})
+
+
+def exploding(state):
+    """The head is 0, so the loss is log V exactly; its gradient is the last layer's output, times 1e25."""
+    head = jnp.zeros_like(state.params["head"])
+    scale = jnp.full_like(state.params["final_norm"]["scale"], 1e25)
+    return state._replace(params=state.params | {"head": head, "final_norm": {"scale": scale}})
+
+
+def what_may_not_move(state):
+    return state_hash({k: getattr(state, k) for k in ("params", "optimizer", "bias", "balance")})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_loss_moves_nothing_but_the_counters(first_batch, value):
+    state = spoiled(init_state(CONFIG), first_batch, value)
+    before = what_may_not_move(state)
+    after, values = make_train_step(CONFIG)(state, first_batch, step_key(CONFIG))
+    assert not np.isfinite(values["loss"])
+    assert what_may_not_move(after) == before
+    assert (int(after.step), int(after.skipped), int(after.stuck)) == (1, 1, 1)
+
+
+def test_a_non_finite_gradient_of_a_finite_loss_moves_nothing_but_the_counters(first_batch):
+    state = exploding(init_state(CONFIG))
+    before = what_may_not_move(state)
+    after, values = make_train_step(CONFIG)(state, first_batch, step_key(CONFIG))
+    assert float(values["loss"]) == pytest.approx(np.log(264), rel=1e-6)
+    assert not np.isfinite(values["grad_norm"])
+    assert what_may_not_move(after) == before
+    assert (int(after.step), int(after.skipped), int(after.stuck)) == (1, 1, 1)
+
+
+def test_the_step_after_a_skipped_one_is_normal(first_batch):
+    clean = init_state(CONFIG)
+    embedding = np.array(clean.params["embedding"])
+    train_step, key = make_train_step(CONFIG), step_key(CONFIG)
+    after, _ = train_step(spoiled(clean, first_batch, float("nan")), first_batch, key)
+    after = after._replace(params=after.params | {"embedding": jnp.asarray(embedding)})
+    after, values = train_step(after, first_batch, key)
+    assert np.isfinite(values["loss"])
+    assert (int(after.step), int(after.skipped), int(after.stuck)) == (2, 1, 0)
+    assert np.abs(np.asarray(after.params["embedding"]) - embedding).max() > 0
+
+
+def test_a_skipped_step_is_logged_as_null_and_counted(first_batch, tmp_path, monkeypatch):
+    real = step.make_train_step
+
+    def make(config):
+        def train_step(state, batch, key):
+            if int(state.step) != 2:
+                return real(config)(state, batch, key)
+            embedding = jnp.copy(state.params["embedding"])
+            state, values = real(config)(spoiled(state, batch, float("nan")), batch, key)
+            return state._replace(params=state.params | {"embedding": embedding}), values
+
+        return train_step
+
+    monkeypatch.setattr(step, "make_train_step", make)
+    run(CONFIG, tmp_path, stop_at=5, quiet=True)
+    records = rig.curve(tmp_path)
+    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1]
+    assert [r["loss"] is None for r in records] == [False, False, True, False, False]
+    assert records[2]["moe/bias_range"] == records[1]["moe/bias_range"]
+
+
+def test_what_was_not_finite_is_named_even_if_only_the_norm_overflowed(first_batch):
+    state = exploding(init_state(CONFIG))
+    assert "gradient" in step.first_non_finite(CONFIG, state, first_batch)
+
+
+# --- the workdir belongs to one run and one process -----------------------------------------------------------
+
+
+HOLD = """
+import json, sys, time
+from pathlib import Path
+from moe_jax.config import validate
+from moe_jax.train import claim
+with claim(Path(sys.argv[1]), validate(json.loads(sys.argv[2]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_workdir_in_use_by_another_process_is_refused(tmp_path):
+    arguments = [sys.executable, "-c", HOLD, str(tmp_path), json.dumps(as_dict(CONFIG))]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(arguments, cwd=rig.REPO, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="in use by another process; wait for it"):
+            run(CONFIG, tmp_path, quiet=True)
+        other.kill()  # a killed process holds nothing any more
+        other.wait()
+        assert run(CONFIG, tmp_path, stop_at=1, quiet=True).step == 1
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference_and_unchanged(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    other = rig.drill_config(optimizer=dict(learning_rate=2e-3))
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.002"):
+        run(other, tmp_path, quiet=True)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_a_longer_run_is_another_config(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    with pytest.raises(ValueError, match="num_steps: 20 -> 30"):
+        run(rig.drill_config(num_steps=30), tmp_path, quiet=True)
+
+
+def test_how_often_a_run_saves_may_change_when_it_goes_on(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    config = rig.drill_config(save_every=2, checkpoint=dict(keep=5))
+    run(config, tmp_path, stop_at=6, quiet=True)
+    assert committed(tmp_path / "checkpoints") == [2, 4, 6]
+
+
+def test_bad_data_leaves_no_workdir(tmp_path):
+    config = rig.drill_config(data=dict(path=str(tmp_path / "nowhere")))
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        run(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(model=dict(vocab_size=200)), r"model\.vocab_size=200 must be at least the 257"),
+        (dict(data=dict(weights=dict(dickens=1.0))), r"data\.weights names 'dickens'"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_data_is_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run(rig.drill_config(**changes), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_data_module_is_asked_for_every_step_in_order(tmp_path, monkeypatch):
+    asked = []
+    real = data.training_batches
+
+    def recording(*args, **kwargs):
+        batch_at = real(*args, **kwargs)
+        return lambda n: (asked.append(n), batch_at(n))[1]
+
+    monkeypatch.setattr(data, "training_batches", recording)
+    run(CONFIG, tmp_path, stop_at=5, quiet=True)
+    run(CONFIG, tmp_path, stop_at=8, quiet=True)
+    assert asked == list(range(8))
+
+
+def test_a_workdir_may_be_moved_between_two_parts_of_a_run(tmp_path):
+    run(CONFIG, tmp_path / "here", stop_at=5, quiet=True)
+    shutil.move(tmp_path / "here", tmp_path / "there and ünïcödé")
+    assert run(CONFIG, tmp_path / "there and ünïcödé", stop_at=7, quiet=True).step == 7
