@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from drills import rig
 
-from moe_jax.log import Display, RunLog, plain, read_jsonl, summary_line
+from moe_jax.log import LONG, Display, RunLog, plain, read_jsonl, summary_line
 from moe_jax.train import run
 
 CONFIG = rig.drill_config(eval_every=4)
@@ -179,4 +179,4 @@ def test_a_quiet_display_prints_nothing(capsys):
 
 
 def test_a_number_that_is_missing_is_left_out_of_the_line():
-    assert summary_line({"loss": 2.0, "tokens_per_second": None}) == "loss 2.000"
+    assert summary_line({"loss": 2.0, "tokens_per_second": None}, LONG) == "loss 2.000"
