@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["answer", "main", "print_table", "read_sweep", "render", "summarise", "write"]
 
 DPI = 144  # of pixels, and of the heatmaps inside drawings
-TERMINAL_WIDTH = 190  # columns when the output is a file or a pipe, where rich would assume 80
+TERMINAL_WIDTH = 110  # characters when the output is a file or a pipe, where rich would assume 80
+TERMINAL_COLUMNS = (0, 2, 3, 4, 7, 10)  # of the main table: a terminal has room for these
 TABLE_NOTE = (
     "Mean over seeds ± half-width of the 95 % t-interval; differences are paired by seed; "
     "* the interval excludes 0; - not logged or not comparable."
@@ -267,7 +268,7 @@ def _largest(run: Run, key: str) -> float:
 
 
 def print_table(sweep: Sweep | str | Path, console: "Console | None" = None) -> None:
-    """Prints the main table, and a line for each run that is not counted.
+    """Prints the columns of the main table that fit, and a line for each run that is not counted.
 
     Args:
         sweep: a sweep that was read, or its folder.
@@ -285,10 +286,10 @@ def print_table(sweep: Sweep | str | Path, console: "Console | None" = None) -> 
     console = console or Console(width=None if sys.stdout.isatty() else TERMINAL_WIDTH)
     headers, rows = main_table(sweep, summarise(sweep))
     table = Table(title=Text(sweep.name), caption=Text(TABLE_NOTE))
-    for header in headers:
+    for header in (headers[i] for i in TERMINAL_COLUMNS):
         table.add_column(Text(header), justify="left" if header == "arm" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(row[i]) for i in TERMINAL_COLUMNS))
     console.print(table)
     for remark in remarks(sweep):
         console.print(Text(f"! {remark}"))
