@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import hyper
-from moe_jax.config import Config, as_dict, differences, fail, flatten, parse_flags, validate
+from moe_jax.config import Config, as_dict, define_config_flag, differences, fail, flatten, parse_flags, validate
 from moe_jax.train import write_json
 
 
@@ -163,7 +163,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A file with get_config() and get_hyper(h).")
+    define_config_flag("A file with get_config() and get_hyper(h).")
     flags.DEFINE_string("workdir", None, "Where the runs and the report go; made if absent.")
     flags.DEFINE_string("shard", "0/1", "i/n: do every n-th run, from the i-th (0-based).")
     flags.mark_flags_as_required(["config", "workdir"])

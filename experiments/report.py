@@ -29,7 +29,7 @@ from experiments.statistics import (
     read_sweep,
     summarise,
 )
-from moe_jax.config import flatten
+from moe_jax.config import fail, flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -516,18 +516,16 @@ def _write_figures(shown: Iterable[Picture], folder: Path) -> None:
         (folder / f"{picture.name}.png").write_bytes(_saved(picture.figure, "png", {"dpi": DPI}))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 1 with a sentence on standard error."""
+def main(argv: list[str] | None = None) -> None:
+    """The command; bad input ends it with a sentence on standard error and status 2."""
     options = _parser().parse_args(argv)
     try:
         sweep = read_sweep(options.directory, options.baseline)
         output = write(sweep, options.output, options.figures)
     except SweepError as error:
-        print(error, file=sys.stderr)
-        return 1
+        fail(str(error))
     print_table(sweep)
     print(f"Wrote {output}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -541,4 +539,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

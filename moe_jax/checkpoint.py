@@ -64,7 +64,8 @@ class Checkpointer:
     def _commit(self, path: Path, record: dict[str, Any]) -> None:
         self._orbax.wait_until_finished()
         write_manifest(path, record)
-        for old in committed(self._directory)[: -self._keep]:
+        upto = [s for s in committed(self._directory) if s <= record["step"]]  # a later one may be damaged
+        for old in upto[: -self._keep]:
             _remove(self._directory / f"{old:08d}")
 
     def wait(self) -> None:

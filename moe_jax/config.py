@@ -89,7 +89,7 @@ class DataConfig:
     path: str = ""
     weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: as large as it is
     verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
-    eval_sequences: int = _number(0, 0)  # held-out sequences per domain; 0: all of them
+    eval_sequences: int = _number(0, 0)  # held-out sequences per domain while training; 0: all of them
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,10 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
             f"{path} names the balancing method {method!r}, which does not exist{hint}; "
             f"the methods are {', '.join(sorted(BALANCE_METHODS))}."
         )
-    if label in ("bias", "loads"):
-        raise ValueError(f"{path}: a label may not be 'bias' or 'loads', which all methods share; choose another.")
+    if label in ("bias", "loads") or not re.fullmatch(r"\w+", label):
+        raise ValueError(
+            f"{path}: a label is one word, not 'bias' or 'loads', which all methods share; choose another."
+        )
     entry = BalanceEntry(label, method, _build(BALANCE_METHODS[method], options, path + "."))
     if method == "bias_sign":
         _check_bias_schedule(path, entry.options)
@@ -401,6 +403,12 @@ def _check_optimizer(c: Config) -> None:
         raise ValueError(
             f"optimizer.milestones={o.milestones} must rise strictly between 0 and 1 (shares of num_steps); "
             "try (0.8, 0.9)."
+        )
+    decay = round(o.decay_fraction * c.num_steps)
+    if o.schedule == "wsd" and o.warmup_steps + decay > c.num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={o.warmup_steps} and the {decay} steps of optimizer.decay_fraction="
+            f"{o.decay_fraction} must fit into num_steps={c.num_steps}; lower one of them."
         )
     for name in ("b1", "b2"):
         if getattr(o, name) >= 1:
@@ -538,6 +546,42 @@ def _with_placeholders(value: Any) -> Any:
 # --- the command line -----------------------------------------------------------------------------------------
 
 
+def define_config_flag(help_text: str) -> None:
+    """The flag `--config=FILE` with `--config.key=value` for every key of the schema.
+
+    Keys that the file leaves out are added with their defaults, so that each can be overridden.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, help_text)
+    parser: Any = flags.FLAGS["config"].parser
+    parse = parser.parse
+    parser.parse = lambda path: complete(parse(path))
+
+
+def complete(config: Any) -> Any:
+    """The ConfigDict (or dict) of a config file with every key; what is no mapping is left for `validate`."""
+    from ml_collections import ConfigDict
+
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        return config
+    config = config if hasattr(config, "to_dict") else ConfigDict(config)
+    entries = config.get("balance") or {}
+    with config.unlocked():
+        _fill(config, default(balance=entries.to_dict() if hasattr(entries, "to_dict") else entries))
+    return config
+
+
+def _fill(config: Any, full: Any) -> None:
+    """Add what `config` lacks of `full`, in place, so that references between keys stay."""
+    for key in full:
+        if key not in config:
+            config[key] = full.get_ref(key) if full.get(key) is None else full[key]
+        elif hasattr(full[key], "to_dict") and hasattr(config[key], "to_dict"):
+            _fill(config[key], full[key])
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """A parser for `absl.app.run(main, flags_parser=parse_flags)` that answers a mistake with one sentence.
 
@@ -570,12 +614,20 @@ def _explain(argv: list[str], error: BaseException) -> str:
         return f"--config={file} does not exist; give a Python file with get_config(), as those in configs/."
     if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
         return f"--{missing[1]} is missing; give --{missing[1]}=..."
+    if "has no attribute 'get_config'" in str(error):
+        return f"--config={file} defines no get_config(); write get_config() that returns moe_jax.config.default(...)."
     overrides = any(re.match(r"--?config\.", a) for a in argv)
     if isinstance(error, (AttributeError, KeyError)) and source and overrides:
         return _wrong_key(argv, source[1])
     while error.__context__ is not None and "Error whilst parsing config file" in str(error):
         error = error.__context__  # ml_collections wraps the sentence in a traceback
     text = " ".join(str(error).split())
+    wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
+    if wrong and source:
+        config: Any = flags.FLAGS["config"].parser
+        now = flatten(config.parse(source[1]).to_dict()).get(wrong[1])
+        kind = _article(type(now)) if isinstance(now, (bool, int, float, str)) else "of the type of the default"
+        return f"--config.{wrong[1]}={wrong[2]} must be {kind}; it is {now!r} in the config, write it like that."
     if isinstance(error, (ValueError, flags.Error)):
         return text
     return f"--config={file} could not be read: {type(error).__name__}: {text}"

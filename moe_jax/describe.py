@@ -8,9 +8,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from moe_jax.config import Config, ModelConfig, fail, parse_flags, validate
+from moe_jax.config import Config, ModelConfig, define_config_flag, fail, parse_flags, validate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -154,7 +153,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A config file of ours or yours.")
+    define_config_flag("A config file of ours or yours.")
     flags.DEFINE_bool("compile", False, "Also compile the train step, and tell its memory.")
     flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=parse_flags)

@@ -1,19 +1,19 @@
 """`python -m moe_jax.evaluate --workdir=DIR`: the whole held-out set, per domain; nothing moves.
 
 Uses the config the run was started with; `--config=FILE` evaluates its checkpoint under another, for other
-data or another batch size, say.
+data or another batch size, say. `--eval_sequences=N` takes only the first N sequences of each domain.
 """
 
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from moe_jax.config import Config, fail, parse_flags, validate
+from moe_jax.config import Config, define_config_flag, fail, parse_flags, validate
 
 if TYPE_CHECKING:
     from moe_jax.data import Corpus
@@ -128,6 +128,9 @@ def main(_: list[str]) -> None:
     workdir = Path(flag.workdir)
     try:
         config = validate(flag.config) if flag.config is not None else config_of_run(workdir)
+        if flag.eval_sequences < 0:
+            raise ValueError(f"--eval_sequences={flag.eval_sequences} must be at least 0; 0 takes all.")
+        config = replace(config, data=replace(config.data, eval_sequences=flag.eval_sequences))
         from moe_jax.data import open_corpus
 
         corpus = open_corpus(config.data.path, config.data.verify)
@@ -144,5 +147,6 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
-    config_flags.DEFINE_config_file("config", None, "Another config to evaluate under.")
+    flags.DEFINE_integer("eval_sequences", 0, "Held-out sequences per domain; 0 takes all.")
+    define_config_flag("Another config to evaluate under.")
     app.run(main, flags_parser=parse_flags)

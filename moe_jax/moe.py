@@ -68,11 +68,13 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], Report]:
         """x [B, S, D] to y [B, S, D] and the layer's Report; `balancing` is sliced to this layer."""
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.route(flat, tokens, balancing.balancer, key, train)
+        select_key, second_key = jax.random.split(key)
+        routing = self.route(flat, tokens, balancing.balancer, select_key, train)
+        sent = drop_second(routing, second_key) if train and self.config.random_second else routing
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
         y, dropped = apply_experts(
             flat,
-            routing,
+            sent,
             weights,
             backend=self.config.dispatch,
             num_rows=x.shape[0],
@@ -85,14 +87,14 @@ class MoE(nnx.Module):
     def route(
         self, x: Float[Array, "tokens embed"], tokens: Tokens, balancer: Balancer, key: Array, train: bool
     ) -> Routing:
-        """The routing of [T, D] vectors, router in float32; jitter and GShard's dropping in training only."""
+        """The routing of [T, D] vectors, before anything is dropped; router in float32, jitter in training only."""
         c = self.config
-        jitter_key, select_key, drop_key = jax.random.split(key, 3)
+        jitter_key, select_key = jax.random.split(key)
         wide = x.astype(jnp.float32)
         if train and c.router_jitter > 0:
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
             wide = wide * jax.random.uniform(jitter_key, wide.shape, minval=low, maxval=high)
-        routing = route(
+        return route(
             jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST),
             self.bias[...],
             top_k=c.top_k,
@@ -107,7 +109,6 @@ class MoE(nnx.Module):
             key=select_key,
             train=train,
         )
-        return drop_second(routing, drop_key) if train and c.random_second else routing
 
     def _report(self, routing: Routing, balancing: Balancing, dropped: Array) -> Report:
         balancer, state, statistics = balancing

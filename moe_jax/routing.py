@@ -28,10 +28,7 @@ class Tokens(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere.
-
-    `log_scores` is the logarithm of `scores`, exact where they underflow; None stands for log(scores).
-    """
+    """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere."""
 
     expert_ids: Int32[Array, "tokens slots"]
     gates: Float32[Array, "tokens slots"]
@@ -40,7 +37,6 @@ class Routing(NamedTuple):
     scores: Float32[Array, "tokens experts"]
     bias: Float32[Array, "experts"]
     tokens: Tokens
-    log_scores: Float32[Array, "tokens experts"] | None = None
 
 
 def route(
@@ -82,9 +78,14 @@ def route(
     Returns:
         `Routing`; gates sum to `gate_scale` over a token's experts when normalised.
 
+    Raises:
+        ValueError: top_k, groups and experts do not fit together, or `score` is unknown.
+
     Source: DeepSeek-V3 (arXiv 2412.19437) eq. 13-16; Loss-Free Balancing (2408.15664) eq. 3.
     """
     num_experts = logits.shape[-1]
+    _check(num_experts, top_k, num_groups, top_groups, group_top)
+    logits = logits.astype(jnp.float32)
     scores = affinity(logits, score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
     if select is None:
@@ -94,10 +95,21 @@ def route(
         expert_ids = select(scores, bias, top_k=top_k, tokens=tokens, key=key, train=train)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
-    log_scores = log_affinity(logits, score)
-    gates = gate_scale * _gates(scores, log_scores, expert_ids, normalize_gates)
+    gates = gate_scale * _gates(scores, log_affinity(logits, score), expert_ids, normalize_gates)
     loads = count(expert_ids, num_experts)
-    return Routing(expert_ids, gates, loads, logits, scores, bias, tokens, log_scores)
+    return Routing(expert_ids, gates, loads, logits, scores, bias, tokens)
+
+
+def _check(num_experts: int, top_k: int, num_groups: int, top_groups: int, group_top: int) -> None:
+    if num_experts % num_groups:
+        raise ValueError(f"num_experts={num_experts} must be divisible by num_groups={num_groups}; change one.")
+    size = num_experts // num_groups
+    if not 1 <= top_groups <= num_groups:
+        raise ValueError(f"top_groups={top_groups} must be from 1 to num_groups={num_groups}; change one.")
+    if not 1 <= top_k <= top_groups * size:  # more would select experts outside the allowed groups
+        raise ValueError(f"top_k={top_k} must be from 1 to the {top_groups * size} experts it may use; lower it.")
+    if num_groups > 1 and not 1 <= group_top <= size:
+        raise ValueError(f"group_top={group_top} must be from 1 to the {size} experts of a group; lower it.")
 
 
 def affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
@@ -144,13 +156,16 @@ def count(expert_ids: Int32[Array, "..."], num_experts: int) -> Int32[Array, "ex
 
 
 def normalized_scores(routing: Routing) -> Float32[Array, "tokens experts"]:
-    """Each token's scores divided by their sum, as a softmax of their logarithms.
+    """Each token's scores divided by their sum.
 
-    An epsilon in a denominator would let a router shrink a loss by driving every score to zero; here is none,
-    and nothing underflows.
+    An epsilon in a denominator would let a router shrink a loss by driving every score to zero; here is none.
+    Where all scores of a token underflow, the softmax of its logits, which is the limit of normalised
+    sigmoids, keeps both the value and the gradient.
     """
-    log_scores = jnp.log(routing.scores) if routing.log_scores is None else routing.log_scores
-    return jax.nn.softmax(log_scores, axis=-1)
+    smallest = jnp.finfo(jnp.float32).tiny
+    lost = routing.scores.max(-1, keepdims=True) <= smallest
+    log_scores = jnp.log(jnp.maximum(routing.scores, smallest))  # a zero has a gradient of 0, not of 0 x inf
+    return jax.nn.softmax(jnp.where(lost, routing.logits, log_scores), axis=-1)
 
 
 def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:

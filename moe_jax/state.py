@@ -171,14 +171,16 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, config.end_ratio)
+        after = optax.cosine_decay_schedule(peak, max(1, rest - 1), config.end_ratio)
     elif config.schedule == "wsd":
         decay = max(1, round(config.decay_fraction * num_steps))
-        begin = max(0, rest - decay)
-        after = optax.linear_schedule(peak, config.end_ratio * peak, decay, begin)
+        after = optax.linear_schedule(peak, config.end_ratio * peak, decay, max(0, rest - 1 - decay))
     else:
-        steps = (round(m * num_steps) - config.warmup_steps for m in config.milestones)
-        after = optax.piecewise_constant_schedule(peak, dict.fromkeys(steps, config.milestone_ratio))
+        drops = jnp.array([round(m * num_steps) - config.warmup_steps for m in config.milestones])
+
+        def after(step: Any) -> Any:
+            return peak * config.milestone_ratio ** (drops <= step).sum()
+
     warmup = config.warmup_steps
 
     def schedule(step: Any) -> Any:

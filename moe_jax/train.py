@@ -8,7 +8,9 @@ when the same command is given again.
 import concurrent.futures
 import fcntl
 import json
+import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -19,9 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from moe_jax.config import Config, as_dict, differences, fail, parse_flags, validate
+from moe_jax.config import Config, as_dict, define_config_flag, differences, fail, parse_flags, validate
 from moe_jax.evaluate import evaluate, read_config, restore_run
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def run(config: Config, workdir: Path, *, name: str = "train", stop_at: int = 0,
     """
     corpus = open_data(config)
     with claim(workdir, config):
-        return _Run(config, workdir, corpus, name, quiet).until(min(stop_at or config.num_steps, config.num_steps))
+        one = _Run(config, workdir, corpus, name, quiet)
+        record(workdir, config)  # only now: a checkpoint of another shape was refused, with nothing written
+        return one.until(min(stop_at or config.num_steps, config.num_steps))
 
 
 class _Run:
@@ -196,16 +199,23 @@ def _restore_or_init(config: Config, workdir: Path) -> tuple["TrainState", int]:
     found = restore_run(config, workdir)
     if found is None:
         return jax.device_put(init_state(config), jax.devices()[0]), 0  # placed as a restored one is: one compilation
-    return found[0], found[1]["tokens_seen"]
+    state, extra = found
+    if changed := differences(_what_makes_a_run(extra["config"]), _what_makes_a_run(as_json(config))):
+        raise ValueError(
+            f"--workdir={workdir} holds a checkpoint of another config; use another workdir, or the same config. "
+            "The differences (there -> here):\n  " + "\n  ".join(changed)
+        )
+    return state, extra["tokens_seen"]
 
 
 def open_data(config: Config) -> "Corpus":
     """The corpus of the config, checked against it.
 
     Raises:
-        ValueError, FileNotFoundError: missing or damaged files, a vocabulary too small, an unknown domain.
+        ValueError, FileNotFoundError: missing or damaged files, a vocabulary too small, wrong data.weights.
     """
     from moe_jax.data import open_corpus
+    from moe_jax.data.batches import check_weights
 
     corpus = open_corpus(config.data.path, config.data.verify)
     needed = corpus.tokenizer.vocab_size
@@ -214,12 +224,8 @@ def open_data(config: Config) -> "Corpus":
             f"model.vocab_size={config.model.vocab_size} must be at least the {needed} tokens of the "
             f"{corpus.tokenizer.name!r} tokenizer of data.path={config.data.path!r}; set it to {needed} or more."
         )
-    unknown = [d for d in config.data.weights if d not in corpus.domains]
-    if unknown:
-        raise ValueError(
-            f"data.weights names {unknown[0]!r}, which the corpus does not have; "
-            f"its domains are {', '.join(corpus.domains)}."
-        )
+    if config.data.weights:
+        check_weights(corpus.domains, config.data.weights)  # before the workdir is claimed
     return corpus
 
 
@@ -230,7 +236,7 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
     Raises:
         ValueError: another config's run is in it (the differences are shown), or another process's.
     """
-    wanted = json.loads(json.dumps(as_dict(config)))
+    wanted = as_json(config)
     file = workdir / "config.json"
     if file.is_file():
         changed = differences(_what_makes_a_run(read_config(file)), _what_makes_a_run(wanted))
@@ -239,6 +245,8 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
                 f"--workdir={workdir} holds a run of another config; use another workdir, or the same config. "
                 "The differences (there -> here):\n  " + "\n  ".join(changed)
             )
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / ".lock", "w") as lock:
         try:
@@ -247,9 +255,18 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
             raise ValueError(
                 f"--workdir={workdir} is in use by another process; wait for it, or use another workdir."
             ) from None
-        write_json(file, wanted)
-        write_json(workdir / "run.json", versions() | {"machine": f"{platform.machine()} {platform.system()}"})
         yield
+
+
+def record(workdir: Path, config: Config) -> None:
+    """Write config.json, which claims the workdir for this config, and run.json."""
+    write_json(workdir / "config.json", as_dict(config))
+    write_json(workdir / "run.json", versions() | {"machine": f"{platform.machine()} {platform.system()}"})
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The config as it is read back from config.json: tuples are lists."""
+    return json.loads(json.dumps(as_dict(config)))
 
 
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
@@ -262,21 +279,19 @@ def versions() -> dict[str, Any]:
     """What made a run: library versions, and the git revision of this package if it lies in a clone."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    revision = None
+    if shutil.which("git"):  # an installed package runs where there is no git, too
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
-        "git": git.stdout.strip() or None,
+        "git": revision,
     }
 
 
 def write_json(file: Path, value: Any) -> None:
     """The file with the value, whole or not at all."""
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # shards of a sweep write sweep.json at the same time
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(file)
 
@@ -327,7 +342,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A config file of ours or yours.")
+    define_config_flag("A config file of ours or yours.")
     flags.DEFINE_string("workdir", None, "Where the run lives; made if absent.")
     flags.DEFINE_integer("stop_at", 0, "Stop and save after so many steps; the same command without it goes on.")
     flags.mark_flags_as_required(["config", "workdir"])

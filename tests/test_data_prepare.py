@@ -191,13 +191,13 @@ def test_only_the_first_twenty_bad_documents_are_named(source, output):
     assert "the first 20; there may be more" in message
 
 
-def test_the_command_ends_with_status_one_and_the_list(source, output):
+def test_the_command_ends_with_status_two_and_the_list(source, output):
     (source / "prose" / "bad.txt").write_bytes(b"\xff")
     command = [sys.executable, "-W", "error", "-m", "moe_jax.data.prepare"]
     run = subprocess.run(
         [*command, f"--input={source}", f"--output={output}"], capture_output=True, text=True, check=False
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.startswith(f"--input={source} has bad documents")
     assert "prose/bad.txt: is not UTF-8" in run.stderr
 

@@ -135,7 +135,7 @@ def test_padding_rows_change_nothing(state):
 
 def test_the_command_gives_the_numbers_that_the_run_logged(uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted / "run", tmp_path / "run")
-    command = rig.Command("moe_jax.evaluate", tmp_path / "log", f"--workdir={workdir}")
+    command = rig.Command("moe_jax.evaluate", tmp_path / "log", f"--workdir={workdir}", "--eval_sequences=4")
     assert command.wait() == 0, command.text
     result = json.loads((workdir / "evaluation.json").read_text())
     assert result.pop("step") == 20

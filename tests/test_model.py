@@ -205,11 +205,14 @@ def test_gshard_seats_first_choices_before_second_ones_with_gates_normalised_ove
 def test_gshard_uses_the_second_expert_at_random_in_training_only():
     layer = moe_layer(model_config("gshard", capacity_factor=8.0))
     x = vectors(2, 32)
-    always = apply(layer, x, train=False)[1].statistics["loads"].sum()
-    sometimes = [int(apply(layer, x, train=True, key=k)[1].statistics["loads"].sum()) for k in range(3)]
-    assert int(always) == 128
-    assert all(64 < n < 128 for n in sometimes)  # every first expert, some of the second
-    assert len(set(sometimes)) > 1
+    always, report = apply(layer, x, train=False)
+    again = apply(layer, x, train=False, key=1)[0]
+    sometimes, training_report = apply(layer, x, train=True)
+    np.testing.assert_array_equal(always, again)
+    lost = (np.asarray(always) != np.asarray(sometimes)).any(-1).mean()
+    assert 0.05 < lost < 0.95  # tokens that went without their second expert
+    # what a loss counts is the choice, before any dropping
+    np.testing.assert_array_equal(report.statistics["loads"], training_report.statistics["loads"])
 
 
 def test_switch_jitters_the_router_in_training_only():

@@ -407,3 +407,25 @@ def test_the_chance_of_the_second_expert_does_not_depend_on_the_gate_scale():
     before, after = dropped_second()
     scaled = dropping(before._replace(gates=2.5 * np.asarray(before.gates)), jax.random.key(0))
     np.testing.assert_array_equal(scaled.loads, after.loads)
+
+
+# --- hand-made routings and arguments that do not fit ---------------------------------------------------------
+
+
+def test_a_routing_has_the_seven_fields_of_the_protocol():
+    names = ("expert_ids", "gates", "loads", "logits", "scores", "bias", "tokens")
+    assert Routing._fields == names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(top_k=5),
+        dict(top_k=2, num_groups=3),
+        dict(top_k=3, num_groups=2, top_groups=1),
+        dict(top_k=2, num_groups=4, top_groups=2, group_top=2),
+    ],
+)
+def test_route_refuses_what_does_not_fit(options):
+    with pytest.raises(ValueError, match="must be"):
+        route(jnp.zeros((3, 4), jnp.float32), **options)

@@ -107,21 +107,25 @@ def test_warm_up_is_linear_ends_at_the_peak_and_never_starts_at_zero():
 
 
 def test_cosine_falls_to_its_end_ratio():
-    rate = rates(schedule="cosine", warmup_steps=0, end_ratio=0.1)
-    np.testing.assert_allclose(rate[0], 1.0)
-    np.testing.assert_allclose(rate[50], 0.55, rtol=1e-5)  # half way between 1 and 0.1
-    assert 0.1 <= rate[-1] < 0.101
+    rate = rates(num_steps=101, schedule="cosine", warmup_steps=0, end_ratio=0.1)
+    # half way between 1 and 0.1 in the middle of the 101 steps
+    np.testing.assert_allclose(rate[[0, 50, 100]], [1.0, 0.55, 0.1], rtol=1e-5)
 
 
 def test_wsd_is_stable_and_then_decays_linearly():
     rate = rates(schedule="wsd", warmup_steps=10, decay_fraction=0.2, end_ratio=0.0)
-    np.testing.assert_allclose(rate[10:81], 1.0)
-    np.testing.assert_allclose(rate[90], 0.5, rtol=1e-5)
+    np.testing.assert_allclose(rate[10:80], 1.0)
+    np.testing.assert_allclose(rate[[89, 99]], [0.5, 0.0], atol=1e-6)  # 20 steps from 1 to 0
 
 
 def test_multistep_drops_at_its_milestones():
     rate = rates(schedule="multistep", warmup_steps=10, milestones=(0.8, 0.9), milestone_ratio=0.5)
     np.testing.assert_allclose(rate[[10, 79, 81, 89, 91]], [1.0, 1.0, 0.5, 0.5, 0.25])
+
+
+def test_milestones_that_round_to_one_step_both_count():
+    rate = rates(num_steps=5, schedule="multistep", milestones=(0.8, 0.85), milestone_ratio=0.5)
+    np.testing.assert_allclose(rate, [1.0, 1.0, 1.0, 1.0, 0.25])
 
 
 def test_equal_seeds_draw_equal_states_and_others_do_not():

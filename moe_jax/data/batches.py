@@ -289,13 +289,14 @@ def _shares(corpus: Corpus, sequence_length: int, weights: Mapping[str, float] |
     """Whole-number shares of the domains, exactly proportional to the weights as they are written."""
     if not weights:
         return list(count_windows(corpus, "train", sequence_length))
-    _check_weights(corpus.domains, weights)
+    check_weights(corpus.domains, weights)
     fractions = [Fraction(repr(float(weights[domain]))) for domain in corpus.domains]
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * scale) for fraction in fractions]
 
 
-def _check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None:
+def check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None:
+    """Raises a ValueError unless `weights` names every domain, and no other, with a share of 0 or more."""
     names = f"the domains are {', '.join(domains)}"
     for domain, weight in weights.items():
         if domain not in domains:

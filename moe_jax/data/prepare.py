@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.config import fail
 from moe_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -581,11 +582,11 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; bad input ends it with a message and status 1."""
+    """The command line; bad input ends it with a message and status 2."""
     try:
         prepare(parse(arguments))
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        fail(str(error))
 
 
 if __name__ == "__main__":
