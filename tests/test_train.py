@@ -18,7 +18,7 @@ from moe_jax.config import as_dict
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.state import init_state, step_key
 from moe_jax.step import make_train_step
-from moe_jax.train import run
+from moe_jax.train import run, versions
 
 CONFIG = rig.drill_config()
 
@@ -222,6 +222,29 @@ def test_how_often_a_run_saves_may_change_when_it_goes_on(tmp_path):
     config = rig.drill_config(save_every=2, checkpoint=dict(keep=5))
     run(config, tmp_path, stop_at=6, quiet=True)
     assert committed(tmp_path / "checkpoints") == [2, 4, 6]
+
+
+def test_a_checkpoint_of_another_config_is_refused_where_config_json_is_lost(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    (tmp_path / "config.json").unlink()
+    other = rig.drill_config(optimizer=dict(learning_rate=2e-3))
+    with pytest.raises(ValueError, match=r"holds a checkpoint of another config.*\n.*learning_rate: 0\.001 -> 0\.002"):
+        run(other, tmp_path, quiet=True)
+    assert not (tmp_path / "config.json").exists()
+    assert run(CONFIG, tmp_path, stop_at=3, quiet=True).step == 3
+
+
+def test_a_refused_checkpoint_does_not_claim_the_workdir_for_the_wrong_config(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds another state"):
+        run(rig.drill_config(model=dict(num_layers=4)), tmp_path, quiet=True)
+    assert run(CONFIG, tmp_path, stop_at=3, quiet=True).step == 3
+
+
+def test_a_run_does_not_need_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert versions()["git"] is None
 
 
 def test_bad_data_leaves_no_workdir(tmp_path):
