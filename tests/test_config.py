@@ -19,13 +19,15 @@ from moe_jax.config import (
     validate,
 )
 
+MOE = dict(num_experts=4)
+
 
 def test_the_default_config_is_the_schema_with_its_defaults():
     assert validate(default()) == Config()
 
 
 def test_a_config_survives_json():
-    config = validate(default(balance=dict(bias_sign=dict(rate=0.01)), data=dict(weights=dict(a=1.0))))
+    config = validate(default(model=MOE, balance=dict(bias_sign=dict(rate=0.01)), data=dict(weights=dict(a=1.0))))
     assert validate(json.loads(json.dumps(as_dict(config)))) == config
 
 
@@ -48,14 +50,14 @@ def test_an_integer_is_taken_where_a_number_is_meant():
 
 
 def test_named_balance_methods_have_all_their_options_for_overriding():
-    config = default(balance=dict(bias_sign=dict(rate=0.01)))
+    config = default(model=MOE, balance=dict(bias_sign=dict(rate=0.01)))
     assert config.balance.bias_sign.zero_mean is False
     config.balance.bias_sign.freeze_step = 7  # None until then: a placeholder
     assert validate(config).balance[0].options.freeze_step == 7
 
 
 def test_a_file_with_few_keys_is_completed_in_place():
-    config = ConfigDict(dict(num_steps=3, balance=dict(bias_sign=dict(rate=0.5))))
+    config = ConfigDict(dict(num_steps=3, model=MOE, balance=dict(bias_sign=dict(rate=0.5))))
     filled = complete(config)
     assert filled is config
     assert filled.optimizer.learning_rate == Config().optimizer.learning_rate

@@ -2,6 +2,8 @@
 
 Source: Loss-Free Balancing (arXiv 2408.15664), figures 2 and 4, in miniature.
 Command: python -m experiments.ablate --config=configs/ablation/strength.py --workdir=runs/strength
+Result: held-out max violation 2.7 (none), 2.0 to 0.1 to 0.4 over rates 1e-3, 5e-3, 3e-2, and 0.8 to 0.2 over weights
+1e-3 to 1e-1; the table is in experiments/LOG.md.
 """
 
 from configs.ablation import demo
