@@ -2,7 +2,7 @@
 
 Source: Vaswani et al. (arXiv 1706.03762) with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 Command: python -m moe_jax.train --config=configs/dense.py --workdir=/tmp/dense
-Result: 0.46M parameters, 0.46M active; after 200 steps, seed 0, 3.408 bits per byte held out.
+Result: 0.46M parameters, 0.46M active; after 200 steps, seed 0, 3.410 bits per byte held out.
 """
 
 from moe_jax.config import default

@@ -3,8 +3,8 @@
 The second expert is used at random, in proportion to its gate; groups of the capacity are sequences.
 Source: GShard (arXiv 2006.16668), Algorithm 1, with SwiGLU experts.
 Command: python -m moe_jax.train --config=configs/gshard.py --workdir=/tmp/gshard
-Result: 0.90M parameters, 0.46M active; after 200 steps, seed 0, 3.432 bits per byte held out, max violation 0.27,
-6 % of the token copies dropped in the last steps.
+Result: 0.90M parameters, 0.46M active; after 200 steps, seed 0, 3.465 bits per byte held out, max violation 0.26,
+5 % of the token copies dropped in the last steps.
 """
 
 from moe_jax.config import default

@@ -3,8 +3,8 @@
 The gate is the softmax probability itself; the router's input is jittered by 1 % in training.
 Source: Switch Transformers (arXiv 2101.03961), section 2, with SwiGLU experts.
 Command: python -m moe_jax.train --config=configs/switch.py --workdir=/tmp/switch
-Result: 1.49M parameters, 0.46M active; after 200 steps, seed 0, 3.396 bits per byte held out, max violation 0.83,
-10 % of the token copies dropped in the last steps.
+Result: 1.49M parameters, 0.46M active; after 200 steps, seed 0, 3.421 bits per byte held out, max violation 0.51,
+9 % of the token copies dropped in the last steps.
 """
 
 from moe_jax.config import default
