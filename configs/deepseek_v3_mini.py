@@ -4,7 +4,7 @@ The first layer is dense; balance by the bias, and a small sequence-wise loss on
 Source: DeepSeek-V3 (arXiv 2412.19437), equations 12-20; rate 5e-3 for a run of 200 steps (1e-3 there).
 Weights are drawn with deviation 0.02, which suits this width; the papers' models have 0.006.
 Command: python -m moe_jax.train --config=configs/deepseek_v3_mini.py --workdir=/tmp/deepseek_v3_mini
-Result: 0.95M parameters, 0.45M active; after 200 steps, seed 0, 3.473 bits per byte held out, max violation 0.19.
+Result: 0.95M parameters, 0.45M active; after 200 steps, seed 0, 3.489 bits per byte held out, max violation 0.22.
 """
 
 from moe_jax.config import default
