@@ -16,7 +16,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import hyper
-from moe_jax.config import Config, as_dict, define_config_flag, differences, fail, flatten, parse_flags, validate
+from moe_jax.command import define_config_flag, fail, parse_flags
+from moe_jax.config import Config, as_dict, differences, flatten, validate
 from moe_jax.train import write_json
 
 

@@ -29,7 +29,8 @@ from experiments.statistics import (
     read_sweep,
     summarise,
 )
-from moe_jax.config import fail, flatten
+from moe_jax.command import fail
+from moe_jax.config import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,12 +9,10 @@ import dataclasses
 import difflib
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 DType = Literal["float32", "bfloat16"]
@@ -279,7 +277,7 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
     options = dict(options.items())
     method = options.pop("method", label)
     if method not in BALANCE_METHODS:
-        hint = _did_you_mean(str(method), BALANCE_METHODS)
+        hint = did_you_mean(str(method), BALANCE_METHODS)
         raise ValueError(
             f"{path} names the balancing method {method!r}, which does not exist{hint}; "
             f"the methods are {', '.join(sorted(BALANCE_METHODS))}."
@@ -453,7 +451,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], path: str) -> T:
     for key, value in mapping.items():
         if key not in known:
             raise ValueError(
-                f"{path}{key} is not a configuration key{_did_you_mean(key, known)}; "
+                f"{path}{key} is not a configuration key{did_you_mean(key, known)}; "
                 f"the keys {'of ' + path[:-1] if path else 'at the top'} are {', '.join(known)}."
             )
         if cls is Config and key == "balance":
@@ -476,7 +474,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         choices = typing.get_args(hint)
         if value not in choices:
             raise ValueError(
-                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{_did_you_mean(str(value), choices)}."
+                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}."
             )
         return value
     if origin is tuple:
@@ -495,14 +493,15 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(
-            f"{path}={value!r} must be {_article(hint)}, not {type(value).__name__}; write it as {hint.__name__}."
+            f"{path}={value!r} must be {article(hint)}, not {type(value).__name__}; write it as {hint.__name__}."
         )
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{path}={value!r} must be a finite number; give one.")
     return value
 
 
-def _article(hint: type) -> str:
+def article(hint: type) -> str:
+    """What a value of the type is called in a sentence."""
     names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
     return names.get(hint, hint.__name__)
 
@@ -517,7 +516,8 @@ def _check_range(limits: Mapping[str, Any], value: Any, path: str) -> None:
         raise ValueError(f"{path}={value} must be at most {high}; lower it.")
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def did_you_mean(word: str, known: Any) -> str:
+    """A hint at the closest known word, or nothing."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -543,23 +543,6 @@ def _with_placeholders(value: Any) -> Any:
     return config_dict.placeholder(int) if value is None else value
 
 
-# --- the command line -----------------------------------------------------------------------------------------
-
-
-def define_config_flag(help_text: str) -> None:
-    """The flag `--config=FILE` with `--config.key=value` for every key of the schema.
-
-    Keys that the file leaves out are added with their defaults, so that each can be overridden.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, help_text)
-    parser: Any = flags.FLAGS["config"].parser
-    parse = parser.parse
-    parser.parse = lambda path: complete(parse(path))
-
-
 def complete(config: Any) -> Any:
     """The ConfigDict (or dict) of a config file with every key; what is no mapping is left for `validate`."""
     from ml_collections import ConfigDict
@@ -580,75 +563,3 @@ def _fill(config: Any, full: Any) -> None:
             config[key] = full.get_ref(key) if full.get(key) is None else full[key]
         elif hasattr(full[key], "to_dict") and hasattr(config[key], "to_dict"):
             _fill(config[key], full[key])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """A parser for `absl.app.run(main, flags_parser=parse_flags)` that answers a mistake with one sentence.
-
-    A wrong `--config.key` is told with the closest key; the process ends with status 2 and no traceback.
-    """
-    from absl import flags, logging
-
-    try:
-        rest = flags.FLAGS(argv, known_only=False)
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            len(flags.FLAGS.config)  # a file that failed to load raises only when it is used
-    except BrokenPipeError:  # whoever read our --help has seen enough
-        raise
-    except Exception as error:  # a config file is the user's program: it may raise anything
-        fail(_explain(argv, error))
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # the libraries' info lines hide ours
-    if rest[1:]:
-        fail(f"{rest[1]!r} is not a flag; write --flag=value.")
-    return rest
-
-
-def _explain(argv: list[str], error: BaseException) -> str:
-    """One sentence for whatever went wrong while flags and config file were read."""
-    from absl import flags
-
-    source = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
-    file = source[1].partition(":")[0] if source else ""
-    if file and not Path(file).is_file():
-        return f"--config={file} does not exist; give a Python file with get_config(), as those in configs/."
-    if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
-        return f"--{missing[1]} is missing; give --{missing[1]}=..."
-    if "has no attribute 'get_config'" in str(error):
-        return f"--config={file} defines no get_config(); write get_config() that returns moe_jax.config.default(...)."
-    overrides = any(re.match(r"--?config\.", a) for a in argv)
-    if isinstance(error, (AttributeError, KeyError)) and source and overrides:
-        return _wrong_key(argv, source[1])
-    while error.__context__ is not None and "Error whilst parsing config file" in str(error):
-        error = error.__context__  # ml_collections wraps the sentence in a traceback
-    text = " ".join(str(error).split())
-    wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
-    if wrong and source:
-        config: Any = flags.FLAGS["config"].parser
-        now = flatten(config.parse(source[1]).to_dict()).get(wrong[1])
-        kind = _article(type(now)) if isinstance(now, (bool, int, float, str)) else "of the type of the default"
-        return f"--config.{wrong[1]}={wrong[2]} must be {kind}; it is {now!r} in the config, write it like that."
-    if isinstance(error, (ValueError, flags.Error)):
-        return text
-    return f"--config={file} could not be read: {type(error).__name__}: {text}"
-
-
-def _wrong_key(argv: list[str], source: str) -> str:
-    """A sentence on the first `--config.key` that names no key of the config file at `source`."""
-    from absl import flags
-
-    config: Any = flags.FLAGS["config"].parser
-    known = flatten(config.parse(source).to_dict())
-    sections = {key.rpartition(".")[0] for key in known}
-    for argument in argv:
-        key = re.match(r"--?config\.([^=]+)", argument)
-        if key and key[1] not in known and key[1] not in sections:
-            hint = _did_you_mean(key[1], known) or "; the keys are those of the config file and the defaults"
-            return f"--config.{key[1]} is not a configuration key{hint}."
-    return f"--config={source} and its overrides could not be read together; check the keys after --config."
-
-
-def fail(message: str) -> typing.NoReturn:
-    """End the command with status 2 and one sentence on standard error."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

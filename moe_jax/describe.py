@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags
 
-from moe_jax.config import Config, ModelConfig, define_config_flag, fail, parse_flags, validate
+from moe_jax.command import define_config_flag, fail, parse_flags
+from moe_jax.config import Config, ModelConfig, validate
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from moe_jax.config import Config, define_config_flag, fail, parse_flags, validate
+from moe_jax.command import define_config_flag, fail, parse_flags
+from moe_jax.config import Config, validate
 
 if TYPE_CHECKING:
     from moe_jax.data import Corpus

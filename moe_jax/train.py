@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 
-from moe_jax.config import Config, as_dict, define_config_flag, differences, fail, parse_flags, validate
+from moe_jax.command import define_config_flag, fail, parse_flags
+from moe_jax.config import Config, as_dict, differences, validate
 from moe_jax.evaluate import evaluate, read_config, restore_run
 
 if TYPE_CHECKING:

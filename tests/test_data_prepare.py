@@ -198,7 +198,7 @@ def test_the_command_ends_with_status_two_and_the_list(source, output):
         [*command, f"--input={source}", f"--output={output}"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 2
-    assert run.stderr.startswith(f"--input={source} has bad documents")
+    assert run.stderr.startswith(f"error: --input={source} has bad documents")
     assert "prose/bad.txt: is not UTF-8" in run.stderr
 
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import fail
+from moe_jax.command import fail
 from moe_jax.data.corpus import (
     FORMAT,
     MANIFEST,

@@ -1,0 +1,92 @@
+"""The command line: flags for a config file and its keys, and one sentence for whatever is wrong with them.
+
+Imports no jax, as `config`: a mistake is told in well under a second.
+"""
+
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from moe_jax.config import article, complete, did_you_mean, flatten
+
+
+def define_config_flag(help_text: str) -> None:
+    """The flag `--config=FILE` with `--config.key=value` for every key of the schema.
+
+    Keys that the file leaves out are added with their defaults, so that each can be overridden.
+    """
+    config_flags.DEFINE_config_file("config", None, help_text)
+    parser: Any = flags.FLAGS["config"].parser
+    parse = parser.parse
+    parser.parse = lambda path: complete(parse(path))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """A parser for `absl.app.run(main, flags_parser=parse_flags)` that answers a mistake with one sentence.
+
+    A wrong `--config.key` is told with the closest key; the process ends with status 2 and no traceback.
+    """
+    try:
+        rest = flags.FLAGS(argv, known_only=False)
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            len(flags.FLAGS.config)  # a file that failed to load raises only when it is used
+    except BrokenPipeError:  # whoever read our --help has seen enough
+        raise
+    except Exception as error:  # a config file is the user's program: it may raise anything
+        fail(_explain(argv, error))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # the libraries' info lines hide ours
+    if rest[1:]:
+        fail(f"{rest[1]!r} is not a flag; write --flag=value.")
+    return rest
+
+
+def _explain(argv: list[str], error: BaseException) -> str:
+    """One sentence for whatever went wrong while flags and config file were read."""
+    source = re.search(r"(?:^| )--?config[= ](\S+)", " ".join(argv))
+    file = source[1].partition(":")[0] if source else ""
+    if file and not Path(file).is_file():
+        return f"--config={file} does not exist; give a Python file with get_config(), as those in configs/."
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
+        return f"--{missing[1]} is missing; give --{missing[1]}=..."
+    if "has no attribute 'get_config'" in str(error):
+        return f"--config={file} defines no get_config(); write get_config() that returns moe_jax.config.default(...)."
+    overrides = any(re.match(r"--?config\.", a) for a in argv)
+    if isinstance(error, (AttributeError, KeyError)) and source and overrides:
+        return _wrong_key(argv, source[1])
+    while error.__context__ is not None and "Error whilst parsing config file" in str(error):
+        error = error.__context__  # ml_collections wraps the sentence in a traceback
+    text = " ".join(str(error).split())
+    wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
+    if wrong and source:
+        config: Any = flags.FLAGS["config"].parser
+        now = flatten(config.parse(source[1]).to_dict()).get(wrong[1])
+        kind = article(type(now)) if isinstance(now, (bool, int, float, str)) else "of the type of the default"
+        return f"--config.{wrong[1]}={wrong[2]} must be {kind}; it is {now!r} in the config, write it like that."
+    if isinstance(error, (ValueError, flags.Error)):
+        return text
+    return f"--config={file} could not be read: {type(error).__name__}: {text}"
+
+
+def _wrong_key(argv: list[str], source: str) -> str:
+    """A sentence on the first `--config.key` that names no key of the config file at `source`."""
+    config: Any = flags.FLAGS["config"].parser
+    known = flatten(config.parse(source).to_dict())
+    sections = {key.rpartition(".")[0] for key in known}
+    for argument in argv:
+        key = re.match(r"--?config\.([^=]+)", argument)
+        if key and key[1] not in known and key[1] not in sections:
+            hint = did_you_mean(key[1], known) or "; the keys are those of the config file and the defaults"
+            return f"--config.{key[1]} is not a configuration key{hint}."
+    return f"--config={source} and its overrides could not be read together; check the keys after --config."
+
+
+def fail(message: str) -> typing.NoReturn:
+    """End the command with status 2 and one sentence on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
