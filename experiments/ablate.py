@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from experiments import hyper
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, differences, flatten, validate
-from moe_jax.train import write_json
+from moe_jax.files import write_json
 
 
 class Run(NamedTuple):

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.files import sha256_of
+
 MANIFEST = "manifest.json"
 FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares sizes above
 NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds Orbax's timestamps only
@@ -163,7 +165,7 @@ def _is_sound(path: Path) -> bool:
 
 def write_manifest(path: Path, record: dict[str, Any]) -> None:
     """Hash every file of the checkpoint and commit it: the manifest appears whole or not at all."""
-    files = {str(f.relative_to(path)): [f.stat().st_size, file_sha256(f)] for f in _data_files(path)}
+    files = {str(f.relative_to(path)): [f.stat().st_size, sha256_of(f)] for f in _data_files(path)}
     body = {**record, "files": files}
     text = json.dumps({"sha256": _digest(body), **body}, indent=1)
     temporary = path / (MANIFEST + ".tmp")
@@ -190,7 +192,7 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
         file = path / name
         if file.stat().st_size != size:
             raise ValueError(f"{path}: {name} has {file.stat().st_size} bytes, the manifest says {size}.")
-        if full and file_sha256(file) != sha256:
+        if full and sha256_of(file) != sha256:
             raise ValueError(f"{path}: {name} does not have the sha256 of the manifest.")
     return manifest
 
@@ -248,12 +250,6 @@ def state_hash(state: Any) -> str:
         digest.update(f"{_path_name(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

@@ -8,7 +8,6 @@ when the same command is given again.
 import concurrent.futures
 import fcntl
 import json
-import os
 import platform
 import shutil
 import signal
@@ -25,6 +24,7 @@ from absl import app, flags
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, differences, validate
 from moe_jax.evaluate import evaluate, read_config, restore_run
+from moe_jax.files import write_json
 
 if TYPE_CHECKING:
     from moe_jax.data import Corpus
@@ -59,7 +59,7 @@ def run(config: Config, workdir: Path, *, name: str = "train", stop_at: int = 0,
     corpus = open_data(config)
     with claim(workdir, config):
         one = _Run(config, workdir, corpus, name, quiet)
-        record(workdir, config)  # only now: a checkpoint of another shape was refused, with nothing written
+        record(workdir, config, one.made_by)  # only now: a checkpoint of another shape was refused
         return one.until(min(stop_at or config.num_steps, config.num_steps))
 
 
@@ -71,7 +71,8 @@ class _Run:
         from moe_jax.data import training_batches
         from moe_jax.log import Display, RunLog
 
-        self.config, self.workdir, self.corpus = config, workdir, corpus
+        self.config, self.corpus = config, corpus
+        self.made_by = versions()
         self.state, self.tokens_seen = _restore_or_init(config, workdir)
         self.first = int(self.state.step)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
@@ -148,7 +149,7 @@ class _Run:
         self.clock.restart()
 
     def _save(self, step: int) -> None:
-        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, **versions()}
+        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, **self.made_by}
         self.checkpoints.save(step, self.state, extra)
 
     def _why_stuck(self, step: int, batch: "Batch", stuck: int) -> str:
@@ -201,11 +202,7 @@ def _restore_or_init(config: Config, workdir: Path) -> tuple["TrainState", int]:
     if found is None:
         return jax.device_put(init_state(config), jax.devices()[0]), 0  # placed as a restored one is: one compilation
     state, extra = found
-    if changed := differences(_what_makes_a_run(extra["config"]), _what_makes_a_run(as_json(config))):
-        raise ValueError(
-            f"--workdir={workdir} holds a checkpoint of another config; use another workdir, or the same config. "
-            "The differences (there -> here):\n  " + "\n  ".join(changed)
-        )
+    refuse_another_config(workdir, "checkpoint", extra["config"], config)
     return state, extra["tokens_seen"]
 
 
@@ -237,15 +234,9 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
     Raises:
         ValueError: another config's run is in it (the differences are shown), or another process's.
     """
-    wanted = as_json(config)
     file = workdir / "config.json"
     if file.is_file():
-        changed = differences(_what_makes_a_run(read_config(file)), _what_makes_a_run(wanted))
-        if changed:
-            raise ValueError(
-                f"--workdir={workdir} holds a run of another config; use another workdir, or the same config. "
-                "The differences (there -> here):\n  " + "\n  ".join(changed)
-            )
+        refuse_another_config(workdir, "run", read_config(file), config)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -259,15 +250,20 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def record(workdir: Path, config: Config) -> None:
+def record(workdir: Path, config: Config, made_by: dict[str, Any]) -> None:
     """Write config.json, which claims the workdir for this config, and run.json."""
     write_json(workdir / "config.json", as_dict(config))
-    write_json(workdir / "run.json", versions() | {"machine": f"{platform.machine()} {platform.system()}"})
+    write_json(workdir / "run.json", made_by | {"machine": f"{platform.machine()} {platform.system()}"})
 
 
-def as_json(config: Config) -> dict[str, Any]:
-    """The config as it is read back from config.json: tuples are lists."""
-    return json.loads(json.dumps(as_dict(config)))
+def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], config: Config) -> None:
+    """Raise a ValueError with the differences, unless `there` (read back from JSON) is `config`."""
+    here = json.loads(json.dumps(as_dict(config)))  # read back: tuples are lists
+    if changed := differences(_what_makes_a_run(there), _what_makes_a_run(here)):
+        raise ValueError(
+            f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
+            "The differences (there -> here):\n  " + "\n  ".join(changed)
+        )
 
 
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
@@ -288,13 +284,6 @@ def versions() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
         "git": revision,
     }
-
-
-def write_json(file: Path, value: Any) -> None:
-    """The file with the value, whole or not at all."""
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # shards of a sweep write sweep.json at the same time
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(file)
 
 
 def _prefetched(batch_at: Callable[[int], "Batch"], first: int, last: int) -> Iterator[tuple[int, "Batch"]]:

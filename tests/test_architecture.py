@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 config
 command
+files
 routing
 balance
 metrics
@@ -34,7 +35,7 @@ ALLOWED = {
     "ml_collections": {"config", "command"},
     "grain": {"data"},
 }
-WITHOUT_JAX = {"config", "command", "data", "log"}
+WITHOUT_JAX = {"config", "command", "files", "data", "log"}
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 

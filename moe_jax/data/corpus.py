@@ -13,7 +13,6 @@ Legend: N tokens, D documents, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import lzma
 import pathlib
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
+from moe_jax.files import sha256_of
 
 SPLITS = ("train", "validation")
 PARTS = ("tokens", "offsets")
@@ -194,12 +194,6 @@ class _Manifest:
     domains: tuple[str, ...]
     files: Mapping[tuple[str, str, str], File]  # (split, domain, "tokens" | "offsets")
     counts: Mapping[tuple[str, str], tuple[int, int]]  # (split, domain) -> (N, D)
-
-
-def sha256_of(path: pathlib.Path) -> str:
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(files: Iterable[File], full: bool) -> None:

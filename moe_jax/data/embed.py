@@ -28,7 +28,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from moe_jax.data.corpus import EMBEDDED_FORMAT, MANIFEST, SPLITS, VERSION, sha256_of
+from moe_jax.data.corpus import EMBEDDED_FORMAT, MANIFEST, SPLITS, VERSION
+from moe_jax.files import sha256_of
 
 
 @dataclasses.dataclass(frozen=True)
