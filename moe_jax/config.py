@@ -57,8 +57,9 @@ class ModelConfig:
     group_top: int = _number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
     router_jitter: float = _number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
-    dispatch: Literal["auto", "local", "dense", "capacity"] = "auto"
-    capacity_factor: float = _number(1.25, 0.01)  # of `dispatch="capacity"`: slots over the balanced load
+    dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = "auto"
+    # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
+    capacity_factor: float = _number(1.25, 0.01)
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh's axes. One device, so far."""
+    """Sizes of the device mesh's axes; one of them may be -1, which takes the devices that the others leave.
 
-    replica: int = 1
-    data: int = 1
-    expert: int = 1
-    tensor: int = 1
+    The batch is split over replica, data and expert, experts over expert, widths and heads over tensor.
+    """
+
+    replica: int = _number(1, -1)
+    data: int = _number(-1, -1)
+    expert: int = _number(1, -1)
+    tensor: int = _number(1, -1)
 
 
 @dataclass(frozen=True)
@@ -414,12 +418,76 @@ def _check_optimizer(c: Config) -> None:
 
 
 def _check_mesh(c: Config) -> None:
-    for f in fields(MeshConfig):
-        size = getattr(c.mesh, f.name)
-        if size != 1:
+    """What must hold on the mesh, as far as its sizes are known; `resolve` knows them all."""
+    m, mesh = c.model, c.mesh
+    sizes = {f.name: getattr(mesh, f.name) for f in fields(MeshConfig)}
+    for axis, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all devices left; set mesh.{axis}=1.")
+    if (unknown := [axis for axis, size in sizes.items() if size == -1])[1:]:
+        raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
+    divides = [("embed_dim", "data"), ("num_heads", "tensor"), ("num_kv_heads", "tensor"), ("ffw_dim", "tensor")]
+    divides += [("num_experts", "expert"), ("expert_ffw_dim", "tensor")] if m.num_experts else []
+    for key, axis in divides:
+        value = getattr(m, key)
+        if value % sizes[axis]:  # of -1 the remainder is 0
             raise ValueError(
-                f"mesh.{f.name}={size} must be 1: sharding over devices is not built yet; set mesh.{f.name}=1."
+                f"model.{key}={value} must be divisible by mesh.{axis}={sizes[axis]}; "
+                f"try model.{key}={_nearby(value, sizes[axis])}, or another mesh.{axis}."
             )
+    shards = math.prod(max(1, sizes[axis]) for axis in ("replica", "data", "expert"))
+    rows = c.batch_size // c.micro_batches
+    if rows % shards:
+        raise ValueError(
+            f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
+            f"divisible by mesh.replica x data x expert = {shards}; "
+            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}."
+        )
+    if m.num_experts and sizes["expert"] > 1 and m.dispatch == "local":
+        raise ValueError(
+            f"model.dispatch='local' needs every expert on every device, but mesh.expert={sizes['expert']} splits "
+            "them; set model.dispatch='auto'."
+        )
+
+
+def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """(replica, data, expert, tensor) on so many devices, with -1 filled in.
+
+    Raises:
+        ValueError: their product is not the number of devices.
+    """
+    sizes = tuple(getattr(mesh, f.name) for f in fields(MeshConfig))
+    known = math.prod(s for s in sizes if s != -1)
+    written = ", ".join(f"{f.name}={s}" for f, s in zip(fields(MeshConfig), sizes, strict=True))
+    if -1 in sizes and num_devices % known == 0:
+        return tuple(num_devices // known if s == -1 else s for s in sizes)
+    if -1 in sizes:
+        raise ValueError(
+            f"mesh ({written}) needs a multiple of {known} devices, but there are {num_devices}; change the sizes."
+        )
+    if known != num_devices:
+        raise ValueError(
+            f"mesh ({written}) needs {known} devices, but there are {num_devices}; "
+            "change the sizes, or set one to -1, which takes all that are left."
+        )
+    return sizes
+
+
+def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
+    """The config with the mesh's sizes on so many devices ("cpu", "gpu", "tpu"), every rule on them checked.
+
+    Raises:
+        ValueError: the sizes do not fit the devices, the model or the batch; the platform lacks a collective.
+    """
+    sizes = mesh_sizes(config.mesh, num_devices)
+    if platform == "cpu" and config.model.dispatch == "ragged":
+        raise ValueError(
+            "model.dispatch='ragged' needs ragged_all_to_all, which exists on TPU and GPU but not on CPU; "
+            "set model.dispatch='auto' or 'rounds'."
+        )
+    config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
+    _check_mesh(config)
+    return config
 
 
 RULES = (

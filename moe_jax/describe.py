@@ -78,17 +78,11 @@ def memory(config: Config) -> Memory:
 
 def compiled_bytes(config: Config) -> tuple[int, int]:
     """(bytes of the arguments, of temporaries) of the compiled train step, by XLA's own analysis."""
-    import jax
-    import jax.numpy as jnp
-
-    from moe_jax.data.batches import Batch
     from moe_jax.state import abstract_state, step_key
-    from moe_jax.step import make_train_step
+    from moe_jax.step import abstract_batch, make_train_step
 
-    shape = (config.batch_size, config.sequence_length)
-    ints, rows = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    batch = Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(shape, jnp.bool_), rows, rows)
-    compiled = make_train_step(config).lower(abstract_state(config), batch, step_key(config)).compile()
+    lowered = make_train_step(config).lower(abstract_state(config), abstract_batch(config), step_key(config))
+    compiled = lowered.compile()
     analysis = compiled.memory_analysis()
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 

@@ -1,18 +1,25 @@
 """Dispatch: send every token copy to its expert, and combine what comes back, weighed by the gates.
 
-T tokens, K slots (experts per token), N = T K copies, E experts, D embed, F expert ffw, B rows, C capacity.
+T tokens, K slots (experts per token), N = T K copies, E experts, D embed, F expert ffw, B rows, C capacity,
+X devices on the mesh's expert axis, each with E / X consecutive experts.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.grouped import grouped_matmul
-from moe_jax.routing import Routing
+from moe_jax.grouped import grouped_matmul, rows_multiplied
+from moe_jax.mesh import BATCH, GATHERED, is_sharded, per_shard
+from moe_jax.routing import Routing, count
 
 
 class ExpertWeights(NamedTuple):
@@ -23,39 +30,134 @@ class ExpertWeights(NamedTuple):
     down: Float[Array, "experts ffw embed"]
 
 
+class Traffic(NamedTuple):
+    """What a dispatch did, int32 [] each, additive over micro-batches.
+
+    dropped: token copies that no expert saw. rounds: exchanges that were needed, 1 when balanced.
+    rows: rows multiplied, padding included. visits: over all tokens, how many devices their copies went to.
+    """
+
+    dropped: Int32[Array, "*shards"]
+    rounds: Int32[Array, "*shards"]
+    rows: Int32[Array, "*shards"]
+    visits: Int32[Array, "*shards"]
+
+
 def apply_experts(
     x: Float[Array, "tokens embed"],
     routing: Routing,
     weights: ExpertWeights,
     *,
+    mesh: Mesh | None = None,
     backend: str = "auto",
     num_rows: int = 1,
     capacity_factor: float = 1.25,
-) -> tuple[Float[Array, "tokens embed"], Int32[Array, ""]]:
-    """sum over a token's experts of gate x expert(x), and how many token copies were dropped.
+) -> tuple[Float[Array, "tokens embed"], Traffic]:
+    """sum over a token's experts of gate x expert(x), and what it took.
+
+    Dropless and exact whatever the routing, but for "capacity". Tokens lie on the batch axes of the mesh,
+    experts on `expert`, their embed dimension on `data` and their ffw dimension on `tensor`.
 
     Args:
         x: [T, D]; with `num_rows` B, tokens of row b are x[b S : (b + 1) S].
         routing: where the tokens go.
         weights: the experts, in the compute dtype.
-        backend: "local" sorts the copies by expert: dropless, exact, cost not growing with E ("auto" is
-            this on one device). "dense" runs every expert on every token: the oracle. "capacity" gives each
-            expert `capacity` slots per row and drops the rest (GShard, Switch).
+        mesh: where everything lies; None for one device.
+        backend: "local" sorts the copies by expert, every device having all experts: cost does not grow with E.
+            "rounds" ships at most C copies per pair of devices by `all_to_all`, as many times as it takes.
+            "ragged" ships exact amounts by `ragged_all_to_all`, which XLA:CPU does not have, in rounds too.
+            "auto" is "rounds" where experts are split over devices, else "local".
+            "dense" runs every expert on every token: the oracle. "capacity" gives each expert C slots per row
+            and drops the rest (GShard, Switch).
         num_rows: B, used by "capacity" only, whose groups are sequences.
-        capacity_factor: slots over the balanced load, used by "capacity" only.
+        capacity_factor: room over the balanced load: C of an expert ("capacity") or of a round.
 
     Returns:
-        y [T, D] in x's dtype; dropped copies int32 [].
+        y [T, D] in x's dtype; what the exchange took.
+
+    Source: dropless sorting as in MegaBlocks (arXiv 2211.15841); capacity: GShard (2006.16668).
     """
+    if backend == "dense":
+        rows = jnp.int32(x.shape[0] * weights.gate.shape[0])
+        visits = _visits(routing.expert_ids, weights.gate.shape[0], 1)
+        return _dense(x, routing, weights), Traffic(jnp.int32(0), jnp.int32(1), rows, visits)
+    devices = mesh.shape["expert"] if is_sharded(mesh) else 1
+    if backend == "auto":
+        backend = "rounds" if devices > 1 else "local"
     if backend == "capacity":
-        return _capacity(x, routing, weights, num_rows, capacity_factor)
-    run = {"auto": _local, "local": _local, "dense": _dense}[backend]
-    return run(x, routing, weights), jnp.zeros((), jnp.int32)
+        row_tokens = x.shape[0] // num_rows
+        run = functools.partial(_capacity, row_tokens=row_tokens, factor=capacity_factor, devices=devices)
+    elif backend == "local":
+        run = _local
+    else:
+        transport = {"rounds": _padded, "ragged": _ragged}[backend]
+        run = functools.partial(_in_rounds, transport=transport, factor=capacity_factor, devices=devices)
+    on_shard = functools.partial(_with_weights, run) if is_sharded(mesh) else run
+    wide, narrow, tokens = P("expert", "data", "tensor"), P("expert", "tensor", "data"), P(BATCH)
+    experts: Any = ExpertWeights(wide, wide, narrow)  # type: ignore[arg-type]
+    y, traffic = per_shard(on_shard, mesh, (tokens, tokens, tokens, experts), (tokens, tokens))(
+        x, routing.expert_ids, routing.gates, weights
+    )
+    total = jax.tree.map(lambda a: a.sum(dtype=jnp.int32), traffic)
+    return y.astype(x.dtype), total._replace(rounds=traffic.rounds.max())
+
+
+def _with_weights(run: Callable, x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> tuple:
+    """`run` on a shard: weights gathered over `data` (their gradient scatters), partial sums over `tensor` added."""
+
+    def whole(w: Array, axis: int) -> Array:
+        w = lax.all_gather(w, "data", axis=axis, tiled=True)
+        return checkpoint_name(lax.pcast(w, ("replica",), to="varying"), GATHERED)
+
+    weights = ExpertWeights(whole(weights.gate, 1), whole(weights.up, 1), whole(weights.down, 2))
+    x, gates = (lax.pcast(a, ("tensor",), to="varying") for a in (x, gates))
+    y, traffic = run(x, expert_ids, gates, weights)
+    return lax.psum(y, "tensor"), traffic
 
 
 def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     """`(silu(x gate) * (x up)) down`. Source: arXiv 2002.05202."""
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def _grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array) -> Array:
+    """`swiglu` of every row with its expert's weights; rows sorted by expert."""
+    hidden = jax.nn.silu(grouped_matmul(rows, weights.gate, sizes)) * grouped_matmul(rows, weights.up, sizes)
+    return grouped_matmul(hidden, weights.down, sizes)
+
+
+def _visits(expert_ids: Array, experts_per_device: int, devices: int) -> Array:
+    """Over all tokens, the number of distinct devices that their experts are on."""
+    device = jnp.sort(expert_ids // experts_per_device, axis=1)
+    new = jnp.concatenate([jnp.ones_like(device[:, :1], bool), device[:, 1:] != device[:, :-1]], 1)
+    return (new & (device < devices)).sum(dtype=jnp.int32)
+
+
+# --- one linear map, its own transpose ------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def _take(rows: Array, index: Array, back: Array) -> Array:
+    """out[i] = sum_k rows[index[i, k]], 0 out of range. `back` says the same from the other side:
+
+    j in index[i] exactly as often as i in back[j], so the transpose is a gather too, never a scatter.
+    """
+    taken = rows.at[index].get(mode="fill", fill_value=0)
+    if index.shape[1] == 1:
+        return taken[:, 0]
+    return taken.astype(jnp.float32).sum(1).astype(rows.dtype)
+
+
+_take.defvjp(
+    lambda rows, index, back: (_take(rows, index, back), (index, back)),
+    lambda maps, d: (_take(d, maps[1], maps[0]), None, None),
+)
+
+
+def _sorting(keys: Array) -> tuple[Array, Array]:
+    """(which element comes i-th, at which place element j comes), int32, stable."""
+    order = jnp.argsort(keys, stable=True).astype(jnp.int32)
+    return order, jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
 
 
 # --- dense: the oracle ----------------------------------------------------------------------------------------
@@ -71,45 +173,199 @@ def _dense(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
 # --- local: sort by expert, dropless --------------------------------------------------------------------------
 
 
-def _local(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
-    slots = routing.expert_ids.shape[1]
-    order = jnp.argsort(routing.expert_ids.ravel(), stable=True).astype(jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
-    copies = _take_copies(x, order, inverse, slots)
-    hidden = jax.nn.silu(grouped_matmul(copies, weights.gate, routing.loads))
-    hidden = hidden * grouped_matmul(copies, weights.up, routing.loads)
-    outputs = grouped_matmul(hidden, weights.down, routing.loads)
-    back = _permute(outputs, inverse, order).reshape(x.shape[0], slots, x.shape[1])
-    return jnp.einsum("tk,tkd->td", routing.gates, back).astype(x.dtype)
+def _local(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Traffic]:
+    num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]
+    sizes = count(expert_ids, num_experts)
+    order, place = _sorting(expert_ids.ravel())
+    copies = _take(x, order[:, None] // slots, place.reshape(-1, slots))
+    outputs = _grouped_swiglu(copies, weights, sizes)
+    back = _take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
+    y = jnp.einsum("tk,tkd->td", gates, back)
+    return y, _traffic(rounds=1, rows=rows_multiplied(sizes), visits=_visits(expert_ids, num_experts, 1))
 
 
-@jax.custom_vjp
-def _permute(rows: Array, index: Array, inverse: Array) -> Array:
-    """rows[index] for a permutation: its transpose is a gather by the inverse, not a scatter."""
-    return rows[index]
+def _traffic(dropped: Array | int = 0, *, rounds: Array | int, rows: Array | int, visits: Array) -> Traffic:
+    """One row of a per-shard report."""
+    return Traffic(*(jnp.asarray(n, jnp.int32)[None] for n in (dropped, rounds, rows, visits)))
 
 
-_permute.defvjp(
-    lambda rows, index, inverse: (rows[index], inverse),
-    lambda inverse, d: (d[inverse], None, None),
-)
+# --- expert parallel: exchange, multiply, exchange back, in as many rounds as it takes ------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _take_copies(x: Array, order: Array, inverse: Array, slots: int) -> Array:
-    """The copies of the tokens in sorted order, [T K, D]: copy j is of token j // K. Transposed by a gather."""
-    return x[order // slots]
+class _Copies(NamedTuple):
+    """This device's token copies, sorted by expert, and so by device, for a device's experts are consecutive.
+
+    token, copy [N, 1]: which of them stands at a place. place [T, K]: where each copy stands. start, send [X]:
+    the first place and the number of copies for each device. received [X, E / X]: how many copies every source
+    has for each expert here.
+    """
+
+    token: Int32[Array, "copies 1"]
+    copy: Int32[Array, "copies 1"]
+    place: Int32[Array, "tokens slots"]
+    device: Int32[Array, "tokens slots"]
+    start: Int32[Array, "devices"]
+    send: Int32[Array, "devices"]
+    received: Int32[Array, "devices local_experts"]
 
 
-def _take_copies_backward(slots: int, inverse: Array, d: Array) -> tuple[Array, None, None]:
-    per_token = d[inverse].reshape(-1, slots, d.shape[-1])
-    return per_token.astype(jnp.float32).sum(1).astype(d.dtype), None, None
+class _Round(NamedTuple):
+    """One exchange: which slot of the outgoing buffer holds which copy, and how the buffer travels.
+
+    token, copy [slots, 1] of every outgoing slot, slot [T, K] of every copy; out of range where there is none.
+    expert [rows]: the local expert of every incoming row, E / X for none. there, home: buffer <-> rows.
+    """
+
+    token: Array
+    copy: Array
+    slot: Array
+    expert: Array
+    there: Callable[[Array], Array]
+    home: Callable[[Array], Array]
 
 
-_take_copies.defvjp(
-    lambda x, order, inverse, slots: (x[order // slots], inverse),
-    _take_copies_backward,
-)
+def _in_rounds(
+    x: Array,
+    expert_ids: Array,
+    gates: Array,
+    weights: ExpertWeights,
+    *,
+    transport: Callable,
+    factor: float,
+    devices: int,
+) -> tuple[Array, Traffic]:
+    """Dropless expert parallelism in bounded memory: what does not fit into a round waits for the next.
+
+    All devices do as many rounds as the busiest needs, over every axis: a device that stopped early would leave
+    the others waiting. The first round is unconditional, so that a balanced step has no branch on its way and
+    shared experts may compute meanwhile; the others run only if somebody needs them. What a round computes is
+    computed again in the backward pass, so that memory does not grow with the rounds.
+    """
+    num_experts = weights.gate.shape[0] * devices
+    copies = _sort_copies(expert_ids, num_experts, devices)
+    possible, needed, make = transport(copies, factor, devices)
+
+    def one_round(number: Array | int, y: Array, rows: Array) -> tuple[Array, Array]:
+        now: _Round = make(number)
+        incoming = now.there(_take(x, now.token, now.slot))
+        share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
+        outputs, multiplied = _sorted_experts(incoming, now.expert, weights)
+        outgoing = now.home((outputs.astype(jnp.float32) * share).astype(x.dtype))
+        return y + _take(outgoing, now.slot, now.token), rows + multiplied
+
+    def further(y: Array, rows: Array) -> tuple[Array, Array]:
+        def body(sofar: tuple, number: Array) -> tuple[tuple, None]:
+            more = lax.cond(number < needed, one_round, lambda _, *unchanged: unchanged, number, *sofar)
+            return more, None
+
+        return lax.scan(jax.checkpoint(body), (y, rows), jnp.arange(1, possible, dtype=jnp.int32))[0]
+
+    y = jnp.zeros_like(x, jnp.float32)
+    rows = jnp.zeros_like(expert_ids, shape=())
+    y, rows = jax.checkpoint(one_round)(0, y, rows)
+    if possible > 1:
+        rest = lambda y, rows: lax.cond(needed > 1, further, lambda *unchanged: unchanged, y, rows)  # noqa: E731
+        y, rows = jax.checkpoint(rest)(y, rows)
+    visits = _visits(expert_ids, num_experts // devices, devices)
+    return y, _traffic(rounds=needed, rows=rows, visits=visits)
+
+
+def _sorted_experts(rows: Array, expert: Array, weights: ExpertWeights) -> tuple[Array, Array]:
+    """Every row through its expert, 0 where `expert` is past the last; and how many rows were multiplied."""
+    sizes = count(expert, weights.gate.shape[0])
+    order, place = _sorting(expert)
+    outputs = _grouped_swiglu(_take(rows, order[:, None], place[:, None]), weights, sizes)
+    return _take(outputs, place[:, None], order[:, None]), rows_multiplied(sizes)
+
+
+def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> _Copies:
+    slots = expert_ids.shape[1]
+    loads = count(expert_ids, num_experts).reshape(devices, -1)
+    order, place = _sorting(expert_ids.ravel())
+    send = loads.sum(1, dtype=jnp.int32)
+    return _Copies(
+        token=order[:, None] // slots,
+        copy=order[:, None],
+        place=place.reshape(expert_ids.shape),
+        device=expert_ids // (num_experts // devices),
+        start=_before(send),
+        send=send,
+        received=lax.all_to_all(loads, "expert", 0, 0, tiled=True),
+    )
+
+
+def _before(sizes: Array) -> Array:
+    """The sum of all earlier entries, along the first axis."""
+    return jnp.cumsum(sizes, axis=0) - sizes
+
+
+def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array], _Round]]:
+    """Rounds of `all_to_all`, of at most C = factor x mean copies from each device to each; runs anywhere."""
+    num_copies = copies.copy.shape[0]
+    capacity = min(num_copies, math.ceil(factor * num_copies / devices))
+    needed = lax.pmax(-(-copies.send.max() // capacity), BATCH)
+    upto = jnp.cumsum(copies.received, axis=1)
+    inside = jnp.arange(capacity, dtype=jnp.int32)
+
+    def make(number: Array) -> _Round:
+        first = number * capacity
+        filled = first + inside < copies.send[:, None]
+        at = jnp.where(filled, copies.start[:, None] + first + inside, num_copies).ravel()
+        token, copy = (m.at[at].get(mode="fill", fill_value=num_copies) for m in (copies.token, copies.copy))
+        wanted = copies.place - copies.start.at[copies.device].get(mode="fill", fill_value=0) - first
+        here = (wanted >= 0) & (wanted < capacity) & (copies.device < devices)
+        slot = jnp.where(here, copies.device * capacity + wanted, devices * capacity)
+        # a source's copies for this device are sorted by expert: place c of the round is of the first expert
+        # whose copies, with those of all experts before it, are more than that
+        expert = (upto[:, :, None] <= first + inside).sum(1, dtype=jnp.int32).ravel()
+
+        def exchange(buffer: Array) -> Array:
+            return lax.all_to_all(buffer.reshape(devices, capacity, -1), "expert", 0, 0, tiled=True).reshape(
+                buffer.shape
+            )
+
+        return _Round(token, copy, slot, expert, exchange, exchange)
+
+    return math.ceil(num_copies / capacity), needed, make
+
+
+def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array], _Round]]:
+    """Rounds of `ragged_all_to_all`, in which a device takes in at most factor x mean copies from all others.
+
+    The copies for one device, source after source, are one list; round n ships its n-th piece.
+    """
+    num_copies = copies.copy.shape[0]
+    capacity = math.ceil(min(factor, devices) * num_copies)
+    sent = lax.all_gather(copies.send, "expert")  # [source, destination]
+    needed = lax.pmax(-(-sent.sum(0).max() // capacity), BATCH)
+    here = lax.axis_index("expert")
+    offset = _before(sent)  # where a source's copies lie in the destination's list
+    start = (jnp.cumsum(sent, axis=1) - sent)[:, here]  # where the copies for this device lie at every source
+    upto = jnp.cumsum(copies.received.ravel())
+    local_experts = copies.received.shape[1]
+
+    def make(number: Array) -> _Round:
+        first = number * capacity
+        begin, end = (jnp.clip(bound - offset, 0, sent) for bound in (first, first + capacity))
+        amount, landing = end - begin, offset + begin - first
+        listed = first + jnp.arange(capacity, dtype=jnp.int32)
+        run = (upto[:, None] <= listed).sum(0, dtype=jnp.int32)  # runs are those of `received`: sources, then experts
+        expert = jnp.where(run < upto.size, run % local_experts, local_experts)
+
+        def there(buffer: Array) -> Array:
+            rows = jnp.zeros_like(buffer, shape=(capacity, buffer.shape[1]))
+            places = copies.start + begin[here], amount[here], landing[here], amount[:, here]
+            return lax.ragged_all_to_all(buffer, rows, *places, axis_name="expert")
+
+        def home(rows: Array) -> Array:
+            buffer = jnp.zeros_like(rows, shape=(num_copies, rows.shape[1]))
+            places = landing[:, here], amount[:, here], start + begin[:, here], amount[here]
+            return lax.ragged_all_to_all(rows, buffer, *places, axis_name="expert")
+
+        # copies of other rounds lie in the buffer too: they are not shipped, and come home as 0
+        return _Round(copies.token, copies.copy, copies.place, expert, there, home)
+
+    return math.ceil(devices * num_copies / capacity), needed, make
 
 
 # --- capacity: fixed slots per expert and sequence, the rest is dropped ---------------------------------------
@@ -121,35 +377,41 @@ def capacity_of(row_tokens: int, slots: int, num_experts: int, capacity_factor: 
 
 
 def _capacity(
-    x: Array, routing: Routing, weights: ExpertWeights, num_rows: int, capacity_factor: float
-) -> tuple[Array, Array]:
+    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, *, row_tokens: int, factor: float, devices: int
+) -> tuple[Array, Traffic]:
     """GShard's dispatch: first choices of a whole sequence are seated before second choices.
 
     That order is the original's, and it means that with K > 1 a later token's first choice can unseat an
     earlier token's second: capacity dispatch is causal for top-1 only. Source: arXiv 2006.16668 Algorithm 1.
     """
-    num_experts, slots = weights.gate.shape[0], routing.expert_ids.shape[1]
-    row_tokens = x.shape[0] // num_rows
-    capacity = capacity_of(row_tokens, slots, num_experts, capacity_factor)
-    ids = routing.expert_ids.reshape(num_rows, row_tokens, slots)
+    num_experts, slots = weights.gate.shape[0] * devices, expert_ids.shape[1]
+    num_rows = x.shape[0] // row_tokens
+    capacity = capacity_of(row_tokens, slots, num_experts, factor)
+    ids = expert_ids.reshape(num_rows, row_tokens, slots)
     seat = jax.vmap(lambda row: _seats(row, num_experts))(ids)
     kept = (ids < num_experts) & (seat < capacity)
     dropped = ((ids < num_experts) & ~kept).sum(dtype=jnp.int32)
     # slot (e, b, c) of one flat buffer; a copy without a seat points past its end
     position = (ids * num_rows + jnp.arange(num_rows)[:, None, None]) * capacity + seat
     position = jnp.where(kept, position, num_experts * num_rows * capacity).reshape(-1, slots)
-    buffer = jnp.zeros((num_experts * num_rows * capacity, x.shape[1]), x.dtype)
-    buffer = buffer.at[position].set(x[:, None, :], mode="drop")
-    outputs = jax.vmap(swiglu)(buffer.reshape(num_experts, -1, x.shape[1]), *weights)
+    buffer = jnp.zeros_like(x, shape=(num_experts * num_rows * capacity, x.shape[1]))
+    buffer = buffer.at[position].set(x[:, None, :], mode="drop").reshape(num_experts, -1, x.shape[1])
+    if devices > 1:
+        buffer = lax.all_to_all(buffer, "expert", 0, 1, tiled=True)
+    outputs = jax.vmap(swiglu)(buffer, *weights)
+    if devices > 1:
+        outputs = lax.all_to_all(outputs, "expert", 1, 0, tiled=True)
     back = outputs.reshape(-1, x.shape[1]).at[position].get(mode="fill", fill_value=0)
-    return jnp.einsum("tk,tkd->td", routing.gates, back).astype(x.dtype), dropped
+    rows = buffer.shape[0] * buffer.shape[1]
+    seated = jnp.where(kept, ids, num_experts).reshape(-1, slots)
+    visits = _visits(seated, num_experts // devices, devices)
+    return jnp.einsum("tk,tkd->td", gates, back), _traffic(dropped, rounds=1, rows=rows, visits=visits)
 
 
 def _seats(ids: Int32[Array, "tokens slots"], num_experts: int) -> Int32[Array, "tokens slots"]:
     """The place of every copy in its expert's queue: all first choices in token order, then all second ones."""
     queue = ids.T.ravel()
-    order = jnp.argsort(queue, stable=True)
+    _, place = _sorting(queue)
     sizes = jnp.zeros(num_experts + 1, jnp.int32).at[queue].add(1)
     starts = jnp.cumsum(sizes) - sizes
-    place = jnp.zeros_like(queue).at[order].set(jnp.arange(queue.size, dtype=jnp.int32))
     return (place - starts[queue]).reshape(ids.shape[::-1]).T

@@ -59,6 +59,11 @@ def _vjp_backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Arr
 grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
 
 
+def rows_multiplied(group_sizes: Int32[Array, "experts"], tile: int = TILE_ROWS) -> Int32[Array, ""]:
+    """How many rows pass through the matrix units, each group padded to whole tiles: what empty rows cost."""
+    return ((group_sizes + tile - 1) // tile * tile).sum(dtype=jnp.int32)
+
+
 def _ragged_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32)
     return _zero_tail(y, group_sizes).astype(x.dtype)
@@ -66,8 +71,8 @@ def _ragged_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
 
 def _ragged_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
     """sum over the rows of each group of x^T dy: the transpose of `ragged_dot` in its weights."""
-    shape = jax.ShapeDtypeStruct((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
-    transpose = jax.linear_transpose(lambda w: lax.ragged_dot(x.astype(jnp.float32), w, group_sizes), shape)
+    w = jnp.zeros_like(x, jnp.float32, shape=(group_sizes.shape[0], x.shape[1], dy.shape[1]))
+    _, transpose = jax.vjp(lambda w: lax.ragged_dot(x.astype(jnp.float32), w, group_sizes), w)  # the product is unused
     return transpose(_zero_tail(dy, group_sizes).astype(jnp.float32))[0].astype(dtype)
 
 
@@ -102,7 +107,7 @@ def _tile_mask(first: Array, end: Array, num_rows: int, tile: int) -> tuple[Arra
 def _tiled_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     num_rows, tile = x.shape[0], min(TILE_ROWS, x.shape[0])
     if num_rows == 0:
-        return jnp.zeros((0, w.shape[2]), x.dtype)
+        return jnp.zeros_like(x, shape=(0, w.shape[2]))
     group, first, end, num_tiles = _tiles(group_sizes, num_rows, tile)
 
     def body(i: Array, y: Array) -> Array:
@@ -112,12 +117,12 @@ def _tiled_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
         kept = jnp.where(mine, product.astype(y.dtype), lax.dynamic_slice_in_dim(y, start, tile))
         return lax.dynamic_update_slice_in_dim(y, kept, start, 0)
 
-    return lax.fori_loop(0, num_tiles, body, jnp.zeros((num_rows, w.shape[2]), x.dtype))
+    return lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x, shape=(num_rows, w.shape[2])))
 
 
 def _tiled_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
     num_rows, tile = x.shape[0], min(TILE_ROWS, x.shape[0])
-    dw = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
+    dw = jnp.zeros_like(x, jnp.float32, shape=(group_sizes.shape[0], x.shape[1], dy.shape[1]))
     if num_rows == 0:
         return dw.astype(dtype)
     group, first, end, num_tiles = _tiles(group_sizes, num_rows, tile)

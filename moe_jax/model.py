@@ -3,15 +3,19 @@
 Layers of a kind are stacked and scanned, so compile time does not grow with depth.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from moe_jax.config import ModelConfig
 from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, visibility
+from moe_jax.mesh import BATCH, GATHERED, axes_of, constrain, gather, is_expert_weight, is_sharded, spec
 from moe_jax.moe import Balancing, MoE, Report
 from moe_jax.routing import Tokens
 
@@ -66,13 +70,14 @@ class Block(nnx.Module):
         balancing: Balancing,
         key: Key[Array, ""],
         train: bool,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None]:
         """The residual stream after this layer, and the Report if the layer routes."""
         x = x + self.attention(self.attention_norm(x), inputs.positions, visible)
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
             return x + self.ffw(h), None
-        y, report = self.ffw(h, token_info(inputs), balancing, key, train)
+        y, report = self.ffw(h, token_info(inputs), balancing, key, train, mesh)
         return x + y, report
 
 
@@ -102,7 +107,13 @@ class Transformer(nnx.Module):
         self.config = nnx.static(config)
 
     def __call__(
-        self, inputs: Inputs, balancing: Balancing, *, key: Key[Array, ""], train: bool = False
+        self,
+        inputs: Inputs,
+        balancing: Balancing,
+        *,
+        key: Key[Array, ""],
+        train: bool = False,
+        mesh: Mesh | None = None,
     ) -> tuple[Float32[Array, "batch seq vocab"], Report | None]:
         """Next-token logits and what the MoE layers report.
 
@@ -111,18 +122,21 @@ class Transformer(nnx.Module):
             balancing: the balancer with its state stacked over MoE layers; the bias is read from the model.
             key: randomness of this forward pass (router jitter, random second expert, selectors).
             train: False turns that randomness off.
+            mesh: where parameters and rows of the batch lie; None for one device.
 
         Returns:
             logits float32 [B, S, V]; Report with leaves [L, ...], or None for a dense model.
         """
-        x = self.embedding[...].astype(self.config.compute_dtype)[inputs.tokens]
+        table = self.embedding[...].astype(self.config.compute_dtype)
+        x = look_up(table, inputs.tokens, mesh)
         visible = visibility(inputs.segment_ids)
         report = None
         for stack, run in zip(self.stacks, layout(self.config), strict=True):
-            x, stack_report = self._scan(stack, run, x, inputs, visible, balancing, key, train)
+            x, stack_report = self._scan(stack, run, x, inputs, visible, balancing, key, train, mesh)
             report = stack_report if stack_report is not None else report
         x = self.final_norm(x)
-        head = self.embedding[...].T if self.head is None else self.head[...]
+        head = at_use(self.embedding if self.head is None else self.head, mesh, self.config.compute_dtype)[...]
+        head = head.T if self.head is None else head
         logits = jnp.einsum("bsd,dv->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         return logits, report
 
@@ -136,6 +150,7 @@ class Transformer(nnx.Module):
         balancing: Balancing,
         key: Array,
         train: bool,
+        mesh: Mesh | None,
     ) -> tuple[Array, Report | None]:
         routes = "moe" in run.kinds
         state, statistics = (balancing.state, balancing.statistics) if routes else ({}, None)
@@ -143,11 +158,12 @@ class Transformer(nnx.Module):
         def body(x: Array, layer: tuple) -> tuple[Array, Report | None]:
             unit, index, state, statistics = layer
             here = Balancing(balancing.balancer, state, statistics)
-            return unit(x, inputs, visible, here, jax.random.fold_in(key, index), train)
+            unit = at_use(unit, mesh, self.config.compute_dtype)
+            x, report = unit(x, inputs, visible, here, jax.random.fold_in(key, index), train, mesh)
+            return constrain(x, mesh, P(BATCH)), report
 
-        return jax.lax.scan(
-            rematerialized(body, self.config.remat), x, (stack, jnp.arange(run.repeats), state, statistics)
-        )
+        body = rematerialized(body, self.config.remat, is_sharded(mesh))
+        return jax.lax.scan(body, x, (stack, jnp.arange(run.repeats), state, statistics))
 
 
 def token_info(inputs: Inputs) -> Tokens:
@@ -160,11 +176,61 @@ def token_info(inputs: Inputs) -> Tokens:
     )
 
 
-def rematerialized(body, policy: str):  # noqa: ANN001, ANN201 - any scan body
-    """The scan body, keeping for the backward pass all of it ("none"), matmul outputs ("dots") or its input."""
+def look_up(
+    table: Float[Array, "vocab embed"], tokens: Int32[Array, "batch seq"], mesh: Mesh | None
+) -> Float[Array, "batch seq embed"]:
+    """The tokens' rows of the table, which every device gathers from its shards (their gradient scatters).
+
+    Where `tensor` splits the vocabulary, each part looks up its own tokens and the sum has them all.
+    """
+    if not is_sharded(mesh):
+        return table[tokens]
+    place = spec(mesh, ("vocab", "embed"), table.shape)
+    rows, columns = map(axes_of, place)
+
+    def on_shard(part: Array, tokens: Array) -> Array:
+        for axis, names in ((1, columns), (0, tuple(name for name in rows if name != "tensor"))):
+            part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
+        if "tensor" not in rows:
+            return part[tokens]
+        first = jax.lax.axis_index("tensor") * part.shape[0]
+        own = jnp.where(tokens >= first, tokens - first, part.shape[0])
+        return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), "tensor")
+
+    return jax.shard_map(on_shard, mesh=mesh, in_specs=(place, P(BATCH)), out_specs=P(BATCH))(table, tokens)
+
+
+def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:
+    """The parameters of a module as it multiplies by them: gathered from their shards, in the compute dtype.
+
+    The one place where that happens; experts' weights are gathered by dispatch.
+    """
+
+    def one(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        dims = variable.get_metadata()["dims"]
+        if is_expert_weight(dims):
+            return variable
+        narrow = len(dims) > 1 and "experts" not in dims  # the router stays float32
+        value = variable[...].astype(dtype) if narrow else variable[...]
+        return variable.replace(gather(value, mesh, dims))
+
+    if not is_sharded(mesh):
+        return module
+    return jax.tree.map(one, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def rematerialized(body: Callable, policy: str, sharded: bool = False) -> Callable:
+    """The scan body, keeping for the backward pass all of it ("none"), matmul outputs ("dots") or its input.
+
+    Weights gathered from shards are never kept: every layer's would lie whole on every device.
+    """
+    policies = jax.checkpoint_policies
     if policy == "none":
-        return body
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+        keep = policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(body, policy=keep, prevent_cse=False) if sharded else body
+    keep = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return jax.checkpoint(body, policy=keep, prevent_cse=False)
 
 

@@ -3,18 +3,21 @@
 Forward reports and changes nothing: the bias is read here and written only by the train step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Key
 
 from moe_jax import metrics
 from moe_jax.balance import Balancer, State, Statistics
 from moe_jax.config import ModelConfig
-from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.dispatch import ExpertWeights, Traffic, apply_experts
 from moe_jax.layers import SwiGLU, normal
+from moe_jax.mesh import BATCH, per_shard
 from moe_jax.routing import Routing, Tokens, drop_second, route
 
 
@@ -39,7 +42,7 @@ class Report(NamedTuple):
     statistics: Statistics
     loss: Float32[Array, ""]
     aux_loss: Float32[Array, ""]
-    dropped: Int32[Array, ""]
+    traffic: Traffic
 
 
 class MoE(nnx.Module):
@@ -65,55 +68,82 @@ class MoE(nnx.Module):
         balancing: Balancing,
         key: Key[Array, ""],
         train: bool,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Report]:
         """x [B, S, D] to y [B, S, D] and the layer's Report; `balancing` is sliced to this layer."""
         flat = x.reshape(-1, x.shape[-1])
         select_key, second_key = jax.random.split(key)
-        routing = self.route(flat, tokens, balancing.balancer, select_key, train)
+        routing = self.route(flat, tokens, balancing.balancer, select_key, train, mesh)
         sent = drop_second(routing, second_key) if train and self.config.random_second else routing
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
-        y, dropped = apply_experts(
+        y, traffic = apply_experts(
             flat,
             sent,
             weights,
+            mesh=mesh,
             backend=self.config.dispatch,
             num_rows=x.shape[0],
             capacity_factor=self.config.capacity_factor,
         )
         if self.shared is not None:
             y = y + self.shared(flat)
-        return y.reshape(x.shape), self._report(routing, balancing, dropped)
+        return y.reshape(x.shape), self._report(routing, balancing, traffic)
 
     def route(
-        self, x: Float[Array, "tokens embed"], tokens: Tokens, balancer: Balancer, key: Array, train: bool
+        self,
+        x: Float[Array, "tokens embed"],
+        tokens: Tokens,
+        balancer: Balancer,
+        key: Array,
+        train: bool,
+        mesh: Mesh | None = None,
     ) -> Routing:
-        """The routing of [T, D] vectors, before anything is dropped; router in float32, jitter in training only."""
+        """The routing of [T, D] vectors, before anything is dropped; router in float32, jitter in training only.
+
+        Each device routes its own tokens, for XLA would gather all scores to sort them; a selector of its own
+        may need to see the whole batch, and does.
+        """
         c = self.config
         jitter_key, select_key = jax.random.split(key)
         wide = x.astype(jnp.float32)
         if train and c.router_jitter > 0:
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
             wide = wide * jax.random.uniform(jitter_key, wide.shape, minval=low, maxval=high)
-        return route(
-            jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST),
-            self.bias[...],
-            top_k=c.top_k,
-            score=c.score,
-            num_groups=c.num_groups,
-            top_groups=c.top_groups,
-            group_top=c.group_top,
-            normalize_gates=c.normalize_gates,
-            gate_scale=c.gate_scale,
-            tokens=tokens,
-            select=balancer.select,
-            key=select_key,
-            train=train,
-        )
+        logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
 
-    def _report(self, routing: Routing, balancing: Balancing, dropped: Array) -> Report:
+        def pick(logits: Array, bias: Array, tokens: Tokens) -> Routing:
+            return route(
+                logits,
+                bias,
+                top_k=c.top_k,
+                score=c.score,
+                num_groups=c.num_groups,
+                top_groups=c.top_groups,
+                group_top=c.group_top,
+                normalize_gates=c.normalize_gates,
+                gate_scale=c.gate_scale,
+                tokens=tokens,
+                select=balancer.select,
+                key=select_key,
+                train=train,
+            )
+
+        if balancer.select is not None:
+            return pick(logits, self.bias[...], tokens)
+
+        def pick_here(*args: Any) -> Routing:
+            routing = pick(*args)
+            return routing._replace(loads=routing.loads[None])
+
+        split = jax.tree.map(lambda _: P(BATCH), tokens)
+        places: Any = Routing(*[P(BATCH)] * 5, P(), split)  # type: ignore[arg-type]
+        routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, self.bias[...], tokens)
+        return routing._replace(loads=routing.loads.sum(0))
+
+    def _report(self, routing: Routing, balancing: Balancing, traffic: Traffic) -> Report:
         balancer, state, statistics = balancing
         own = balancer.observe(routing)
         joined = state | {"bias": routing.bias}
         loss = balancer.loss(routing, own if statistics is None else statistics, joined, self.router[...])
         aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing))
-        return Report(own, loss, aux_loss, dropped)
+        return Report(own, loss, aux_loss, traffic)

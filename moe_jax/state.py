@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
-from moe_jax.config import Config, ModelConfig, OptimizerConfig
+from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig
+from moe_jax.mesh import platform, replicated, spec
 from moe_jax.model import Transformer, num_moe_layers
 from moe_jax.moe import RouterBias
 
 Tree = Any  # a nested dict of arrays
+Entries = tuple[BalanceEntry, ...]
 
 
 class TrainState(NamedTuple):
@@ -65,16 +68,48 @@ class Dims:
         return f"Dims({', '.join(self.names)})"
 
 
-def init_state(config: Config) -> TrainState:
-    """The state before step 0, drawn from `config.seed` under jit."""
+def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """The state before step 0, drawn from `config.seed` under jit, straight into its shards: same values anywhere."""
     key = jax.random.fold_in(jax.random.key(config.seed), INIT)
-    return _initializer(config.model, config.balance, config.optimizer)(key)
+    return _initializer(config.model, config.balance, config.optimizer, mesh)(key)
 
 
-def abstract_state(config: Config) -> TrainState:
-    """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves."""
-    make = functools.partial(_make_state, config.model, config.balance, config.optimizer)
-    return jax.eval_shape(make, jax.random.key(0))
+def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves; with a mesh also where each lies."""
+    state = _abstract_state(config.model, config.balance, config.optimizer)
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, state_shardings(config, mesh)
+    )
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where every leaf lies: parameters by the table of `mesh`, their moments with them, the rest whole."""
+    return _state_shardings(config.model, config.balance, config.optimizer, mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_state(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig) -> TrainState:
+    return jax.eval_shape(functools.partial(_make_state, model, entries, optimizer), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=16)
+def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+    abstract, whole = abstract_model(model), replicated(mesh)
+    params = jax.tree.map(
+        lambda a, d: NamedSharding(mesh, spec(mesh, d.names, a.shape)), abstract.params, abstract.dims
+    )
+    state = _abstract_state(model, entries, optimizer)
+    moments = optax.tree.map_params(
+        make_optimizer(optimizer, abstract.dims),
+        lambda _, place: place,
+        state.optimizer,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    rest = jax.tree.map(lambda _: whole, state)
+    return rest._replace(params=params, optimizer=moments)
 
 
 FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
@@ -88,10 +123,11 @@ def step_key(config: Config) -> Key[Array, ""]:
 
 @functools.lru_cache(maxsize=16)
 def _initializer(
-    model: ModelConfig, entries: tuple[balance.base.BalanceEntry, ...], optimizer: OptimizerConfig
+    model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: Mesh | None
 ) -> Callable[[Array], TrainState]:
-    make = jax.jit(functools.partial(_make_state, model, entries, optimizer))
-    if jax.default_backend() != "cpu":
+    places = None if mesh is None else _state_shardings(model, entries, optimizer, mesh)
+    make = jax.jit(functools.partial(_make_state, model, entries, optimizer), out_shardings=places)
+    if (jax.default_backend() if mesh is None else platform(mesh)) != "cpu":
         return make
     # XLA:CPU spends half a second on every shape of random draw unless told that speed does not matter here
     return make.lower(jax.random.key(0)).compile(FAST_COMPILE)
@@ -99,7 +135,7 @@ def _initializer(
 
 def _make_state(
     model: ModelConfig,
-    entries: tuple[balance.base.BalanceEntry, ...],
+    entries: Entries,
     optimizer: OptimizerConfig,
     key: Array,
 ) -> TrainState:

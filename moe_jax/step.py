@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from moe_jax import balance, metrics
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
+from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, replicated
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing, Report
 from moe_jax.state import (
@@ -27,6 +30,7 @@ from moe_jax.state import (
     learning_rate,
     make_optimizer,
     read_bias,
+    state_shardings,
     step_key,
     write_bias,
 )
@@ -42,33 +46,47 @@ class Sums(NamedTuple):
     report: Report | None
 
 
-def make_train_step(config: Config) -> TrainStep:
+def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     """(state, batch, key) -> (state, metrics), jitted, the state donated.
 
     Configs that differ in nothing a step reads share one function, and so one compilation: the seeds of an
-    experiment, for example. Metrics are device arrays; fetching them is the caller's to time.
+    experiment, for example. Metrics are device arrays, whole on every device; fetching them is the caller's to
+    time. With a mesh the state lies as `state_shardings` says, the batch as `batch_sharding`.
     """
-    return _train_step(_without_what_no_step_reads(config))
+    return _train_step(_without_what_no_step_reads(config), mesh)
 
 
-def make_eval_step(config: Config) -> Callable[[TrainState, Batch], "Evaluation"]:
-    """(state, batch) -> sums over the batch, jitted. Moves nothing."""
-    return _eval_step(_without_what_no_step_reads(config))
+def make_eval_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], "Evaluation"]:
+    """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing."""
+    return _eval_step(_without_what_no_step_reads(config), mesh)
+
+
+def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
+    """Shapes and dtypes of a step's batch; with a mesh also where it lies."""
+    place = None if mesh is None else batch_sharding(mesh)
+
+    def leaf(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    rows, tokens = (config.batch_size,), (config.batch_size, config.sequence_length)
+    ints = leaf(tokens)
+    return Batch(ints, ints, ints, ints, leaf(tokens, jnp.bool_), leaf(rows), leaf(rows))
 
 
 def _without_what_no_step_reads(config: Config) -> Config:
     plain = Config()
-    keys = ("seed", "log_every", "eval_every", "save_every", "data", "checkpoint")
+    keys = ("seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint")
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
 
 @functools.lru_cache(maxsize=16)
-def _train_step(config: Config) -> TrainStep:
-    return jax.jit(functools.partial(train_step, config), donate_argnums=0)
+def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
+    places = None if mesh is None else (state_shardings(config, mesh), replicated(mesh))
+    return jax.jit(functools.partial(train_step, config, mesh=mesh), donate_argnums=0, out_shardings=places)
 
 
 def train_step(
-    config: Config, state: TrainState, batch: Batch, key: Key[Array, ""]
+    config: Config, state: TrainState, batch: Batch, key: Key[Array, ""], mesh: Mesh | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step, as a pure function.
 
@@ -76,38 +94,41 @@ def train_step(
         state: after `state.step` steps.
         batch: `batch_at(state.step)`, leaves [B, ...].
         key: the run's base key; this step uses `fold_in(key, state.step)`.
+        mesh: where state and batch lie; None for one device.
 
     Returns:
         the next state (or, if loss or gradient is not finite, this one with step and skipped advanced),
         and the step's metrics with per-layer `loads` [L, E] and `bias` [L, E] for a model with experts.
     """
     key = jax.random.fold_in(key, state.step)
-    sums, grads = accumulate(config, state, batch, key)
+    sums, grads = accumulate(config, state, batch, key, mesh)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step)
     moved = advance(config, state, grads, sums.report, rate)
     state = all_or_nothing(finite, moved, state)
-    return state, step_metrics(sums, batch, state, grad_norm, rate)
+    return state, step_metrics(sums, batch, state, grad_norm, rate, config.micro_batches)
 
 
-def accumulate(config: Config, state: TrainState, batch: Batch, key: Array) -> tuple[Sums, Tree]:
+def accumulate(
+    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
+) -> tuple[Sums, Tree]:
     """Sum the loss, its gradient and the reports over the micro-batches, by scan.
 
     Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
     weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
     """
     balancer = balance.make(config.balance)
-    micro = split_batch(batch, config.micro_batches)
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches))
     num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
     statistics = None
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
-        statistics = step_statistics(config, balancer, state, micro, keys)
+        statistics = step_statistics(config, balancer, state, micro, keys, mesh)
 
     def loss(params: Tree, batch: Batch, key: Array) -> tuple[Array, Sums]:
         balancing = Balancing(balancer, state.balance, statistics)
-        nats, report = forward(config, params, state.bias, balancing, batch, key)
+        nats, report = forward(config, params, state.bias, balancing, batch, key, mesh=mesh)
         share = batch.mask.sum() / num_tokens
         balance_loss = 0.0 if report is None else share * report.loss.sum()
         total = nats.sum() / num_tokens + balance_loss
@@ -119,21 +140,31 @@ def accumulate(config: Config, state: TrainState, batch: Batch, key: Array) -> t
 
     def body(sofar: tuple, one: tuple) -> tuple[tuple, None]:
         grads, sums = gradient(state.params, *one)
-        return jax.tree.map(lambda total, new: total + new, sofar, (sums, grads)), None
+        sums, grads = jax.tree.map(lambda total, new: total + new, sofar, (sums, grads))
+        return (sums, _as_parameters(config, grads, mesh)), None
 
     one = jax.tree.map(lambda a: a[0], (micro, keys))
     grads, sums = jax.eval_shape(gradient, state.params, *one)
-    zeros = jax.tree.map(_zeros_to_add_to, (sums, grads))
+    sums, grads = jax.tree.map(_zeros_to_add_to, (sums, grads))
+    zeros = sums, _as_parameters(config, grads, mesh)
     return jax.lax.scan(body, zeros, (micro, keys))[0]
 
 
+def _as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
+    """Gradients laid out as their parameters, so that no device ever holds all of them."""
+    if not is_sharded(mesh):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, state_shardings(config, mesh).params)
+
+
 def step_statistics(
-    config: Config, balancer: balance.Balancer, state: TrainState, micro: Batch, keys: Array
+    config: Config, balancer: balance.Balancer, state: TrainState, micro: Batch, keys: Array, mesh: Mesh | None
 ) -> balance.Statistics:
     """The statistics [L, ...] of the whole step, by a forward-only pass before the pass with gradients."""
 
     def observe(batch: Batch, key: Array) -> balance.Statistics:
-        report = forward(config, state.params, state.bias, Balancing(balancer, state.balance), batch, key)[1]
+        balancing = Balancing(balancer, state.balance)
+        report = forward(config, state.params, state.bias, balancing, batch, key, mesh=mesh)[1]
         assert report is not None  # a config with a balancer has MoE layers
         return report.statistics
 
@@ -153,11 +184,12 @@ def forward(
     batch: Batch,
     key: Array,
     train: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[Float32[Array, "batch"], Report | None]:
     """The cross-entropy of every row in nats, summed over its valid targets, and the layers' reports."""
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
     inputs = Inputs(batch.tokens, batch.positions, batch.segment_ids)
-    logits, report = model(inputs, balancing, key=key, train=train)
+    logits, report = model(inputs, balancing, key=key, train=train, mesh=mesh)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return jnp.where(batch.mask, nats, 0.0).sum(-1), report
 
@@ -193,11 +225,14 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     )
 
 
-def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
+def step_metrics(
+    sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array, micro_batches: int
+) -> dict[str, Array]:
     """What is logged of a step; `state` is the one after it."""
     values = {
         "loss": sums.nats / jnp.maximum(batch.mask.sum(), 1),
         "total_loss": sums.total_loss,
+        "tokens": batch.mask.sum(dtype=jnp.int32),
         "bits_per_byte": sums.nats / (jnp.log(2.0) * jnp.maximum(batch.num_bytes.sum(), 1)),
         "grad_norm": grad_norm,
         "learning_rate": rate,
@@ -208,6 +243,7 @@ def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, 
         return values
     loads, bias = sums.report.statistics["loads"], read_bias(state.bias)
     violation = metrics.max_violation(loads)
+    traffic, copies = sums.report.traffic, jnp.maximum(loads.sum(-1, dtype=jnp.float32), 1.0)
     return values | {
         "moe/max_violation": violation.mean(),
         "moe/max_violation_worst": violation.max(),
@@ -215,31 +251,38 @@ def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, 
         "moe/dead_experts": metrics.dead_experts(loads).sum(),
         "moe/bias_range": metrics.bias_range(bias).max(),
         "moe/aux_loss": sums.report.aux_loss.mean(),
-        "moe/dropped": sums.report.dropped.sum(),
+        "moe/dropped": traffic.dropped.sum(),
+        "moe/rounds": traffic.rounds.mean() / micro_batches,
+        "moe/padding": (traffic.rows / copies).mean(),
+        "moe/devices_per_token": (traffic.visits / jnp.maximum(batch.mask.sum(), 1)).mean(),
         "loads": loads,
         "bias": bias,
     }
 
 
 class Evaluation(NamedTuple):
-    """Sums over one held-out batch: nats and valid targets per row, loads [L, E] or None."""
+    """Sums over one held-out batch: per row nats, valid targets, and its domain and bytes; loads [L, E] or None."""
 
     nats: Float32[Array, "batch"]
     tokens: Int32[Array, "batch"]
+    domain: Int32[Array, "batch"]
+    num_bytes: Int32[Array, "batch"]
     loads: Int32[Array, "layers experts"] | None
 
 
 @functools.lru_cache(maxsize=16)
-def _eval_step(config: Config) -> Callable[[TrainState, Batch], Evaluation]:
+def _eval_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Batch], Evaluation]:
     balancer = balance.make(config.balance)
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         balancing = Balancing(balancer, state.balance)
         key = jax.random.key(0)  # evaluation draws nothing
-        nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False)
-        return Evaluation(nats, batch.mask.sum(-1), None if report is None else report.statistics["loads"])
+        nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
+        loads = None if report is None else report.statistics["loads"]
+        rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
+        return Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, loads)
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def split_batch(batch: Batch, micro_batches: int) -> Batch:
@@ -258,10 +301,10 @@ def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:
     return jnp.zeros(leaf.shape, wide)
 
 
-def first_non_finite(config: Config, state: TrainState, batch: Batch) -> str:
+def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh | None = None) -> str:
     """The first tensor of a step that is not finite: "loss", a gradient's path, or "nothing any more"."""
     key = jax.random.fold_in(step_key(config), state.step)
-    sums, grads = jax.jit(functools.partial(accumulate, config))(state, batch, key)
+    sums, grads = jax.jit(functools.partial(accumulate, config, mesh=mesh))(state, batch, key)
     if not jnp.isfinite(sums.total_loss):
         return "loss"
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):

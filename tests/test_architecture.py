@@ -11,6 +11,7 @@ LAYERS = """
 config
 command
 files
+mesh
 routing
 balance
 metrics

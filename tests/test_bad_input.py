@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from drills import rig
 
-from moe_jax.config import as_dict, default, validate
+from moe_jax.config import MeshConfig, as_dict, default, resolve, validate
 from moe_jax.data import prepare
 from moe_jax.train import run
 
@@ -77,8 +77,18 @@ BAD = [
     (dict(model=dict(EXPERTS, score="relu")), "model.score='relu'", "sigmoid"),
     (dict(model=dict(dispatch="locl")), "model.dispatch='locl'", "did you mean 'local'"),
     (dict(model=dict(param_dtype="float64")), "model.param_dtype='float64'", "float32"),
-    (dict(mesh=dict(expert=2)), "mesh.expert=2", "set mesh.expert=1"),
     (dict(mesh=dict(data=0)), "mesh.data=0", "set mesh.data=1"),
+    (dict(mesh=dict(expert=-2)), "mesh.expert=-2", "raise it"),
+    (dict(mesh=dict(data=-1, expert=-1)), "mesh.data and mesh.expert are -1", "give the others"),
+    (dict(batch_size=6, model=EXPERTS, mesh=dict(expert=3)), "model.num_experts=8", "try model.num_experts=6 or 9"),
+    (dict(mesh=dict(tensor=3)), "model.num_heads=4", "or another mesh.tensor"),
+    (dict(model=dict(num_heads=4, num_kv_heads=1), mesh=dict(tensor=2)), "model.num_kv_heads=1", "mesh.tensor"),
+    (dict(model=dict(ffw_dim=511), mesh=dict(tensor=2)), "model.ffw_dim=511", "try model.ffw_dim=510 or 512"),
+    (dict(model=dict(EXPERTS, expert_ffw_dim=5), mesh=dict(tensor=2)), "model.expert_ffw_dim=5", "4 or 6"),
+    (dict(batch_size=24, mesh=dict(data=24)), "model.embed_dim=128", "or another mesh.data"),
+    (dict(batch_size=12, mesh=dict(data=8)), "12 rows at a time", "try batch_size=8 or 16"),
+    (dict(batch_size=8, micro_batches=2, mesh=dict(replica=8)), "4 rows at a time", "try batch_size=16"),
+    (dict(model=dict(EXPERTS, dispatch="local"), mesh=dict(expert=2)), "model.dispatch='local'", "'auto'"),
     (dict(checkpoint=dict(keep=0)), "checkpoint.keep=0", "raise it"),
     (dict(checkpoint=dict(verify="no")), "checkpoint.verify='no'", "full"),
     (dict(data=dict(path=3)), "data.path=3", "a string"),
@@ -100,6 +110,31 @@ def test_a_bad_config_is_refused_with_key_value_and_fix(overrides, names, fix):
     assert fix in message
     assert message.endswith((".", "?"))
     assert "\n" not in message
+
+
+BAD_DEVICES = [  # overrides, devices, platform, what the sentence names, its fix
+    (dict(mesh=dict(data=1)), 8, "cpu", "needs 1 devices, but there are 8", "set one to -1"),
+    (dict(batch_size=16, mesh=dict(data=16)), 8, "cpu", "needs 16 devices, but there are 8", "change the sizes"),
+    (dict(mesh=dict(expert=3)), 8, "cpu", "a multiple of 3 devices", "change the sizes"),
+    (dict(), 3, "cpu", "model.embed_dim=128", "or another mesh.data"),
+    (dict(batch_size=4), 8, "cpu", "4 rows at a time", "try batch_size=8"),
+    (dict(model=dict(EXPERTS, dispatch="ragged")), 8, "cpu", "model.dispatch='ragged'", "'rounds'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "devices", "platform", "names", "fix"), BAD_DEVICES)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(overrides, devices, platform, names, fix):
+    if overrides.get("mesh", {}).get("expert") == 3:
+        overrides = dict(overrides, batch_size=9)
+    with pytest.raises(ValueError, match=r"\.$") as caught:
+        resolve(validate(overrides), devices, platform)
+    assert names in str(caught.value)
+    assert fix in str(caught.value)
+
+
+def test_resolve_fills_in_what_the_other_axes_leave():
+    config = resolve(validate(dict(model=EXPERTS, mesh=dict(expert=2))), 8, "tpu")
+    assert config.mesh == MeshConfig(replica=1, data=4, expert=2, tensor=1)
 
 
 @pytest.mark.parametrize("config", [None, 3, "text", [1], [("num_steps", 3)]])
@@ -168,7 +203,10 @@ FLAGS = [
     (["--config.model.top_k=9"], "model.top_k=9 must be at most model.num_experts=4"),
     (["--config.model.num_groups=3"], "must be divisible by model.num_groups=3"),
     (["--config.micro_batches=3"], "batch_size=8 must be divisible by micro_batches=3; try 6 or 9"),
-    (["--config.mesh.expert=2"], "mesh.expert=2"),
+    (
+        ["--config.mesh.expert=3"],
+        "model.num_experts=4 must be divisible by mesh.expert=3; try model.num_experts=3 or 6",
+    ),
     (["--config.balance.bias_sgn.rate=1"], "bias_sign"),
     (["--config.data.path=/no/such/folder"], "/no/such/folder"),
     (["--bogus=1"], "bogus"),

@@ -38,8 +38,8 @@ def compiled(backend: str, num_rows: int = 1, capacity_factor: float = 1.25):
 
     def run(x, gates, weights, ids):
         options = {"backend": backend, "num_rows": num_rows, "capacity_factor": capacity_factor}
-        y, dropped = apply_experts(x, routing_of(ids, gates), weights, **options)
-        return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, dropped)
+        y, traffic = apply_experts(x, routing_of(ids, gates), weights, **options)
+        return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic.dropped)
 
     return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
 

@@ -174,7 +174,7 @@ def test_switch_sends_a_token_to_its_top_expert_weighed_by_the_probability_until
                 dropped += 1
             used[e] += 1
     np.testing.assert_allclose(y, want, rtol=2e-4, atol=2e-5)
-    assert int(report.dropped) == dropped
+    assert int(report.traffic.dropped) == dropped
     assert dropped > 0
     assert int(report.statistics["loads"].sum()) == 12  # counted before dropping
 
@@ -199,7 +199,7 @@ def test_gshard_seats_first_choices_before_second_ones_with_gates_normalised_ove
                 dropped += 1
             used[e] += 1
     np.testing.assert_allclose(y[0], want, rtol=2e-4, atol=2e-5)
-    assert int(report.dropped) == dropped
+    assert int(report.traffic.dropped) == dropped
 
 
 def test_gshard_uses_the_second_expert_at_random_in_training_only():
@@ -237,7 +237,7 @@ def test_deepseek_moe_adds_shared_experts_to_softmax_weighed_ones():
         chosen = np.argsort(-s)[:4]
         want = shared(layer, u) + sum(s[e] * expert(layer, e, u) for e in chosen)  # g = s, not normalised
         np.testing.assert_allclose(y[0, t], want, rtol=2e-4, atol=2e-5)
-    assert int(report.dropped) == 0
+    assert int(report.traffic.dropped) == 0
 
 
 def test_shared_experts_are_as_many_swiglus_side_by_side():

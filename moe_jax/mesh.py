@@ -1,0 +1,155 @@
+"""The device mesh, and ONE table: logical dimension -> mesh axes.
+
+An axis splits devices (`replica data expert tensor`), a dim names an axis of an array (`embed ffw experts ...`).
+The batch is split over replica, data and expert; experts live on `expert`; weights are split fully, so that
+a device keeps one part in data x expert x tensor of them; replica repeats everything, across slow links.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from moe_jax.config import MeshConfig, mesh_sizes
+
+AXES = ("replica", "data", "expert", "tensor")
+BATCH = AXES[:3]  # what the rows of a batch are split over
+GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
+
+# The axes that may split a dimension. It takes, in this order, those that no earlier dimension of the array
+# took and that divide it: rows of a weight by `data`, columns by `expert`, since 7168 does not split 2048 ways.
+TABLE: dict[str, tuple[str, ...]] = {
+    "experts": ("expert",),
+    "embed": ("data",),
+    "ffw": ("tensor", "expert"),
+    "heads": ("tensor", "expert"),
+    "kv_heads": ("tensor", "expert"),
+    "head_dim": ("expert",),
+    "vocab": ("tensor", "expert"),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of all devices, neighbours on the chips' own network; `replica` spans slices if there are several.
+
+    Args:
+        config: sizes of the axes; -1 takes what the others leave.
+        devices: all there are if None; a topology's devices to compile for machines that are not here.
+
+    Raises:
+        ValueError: sizes and devices do not fit together.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(
+                f"mesh.replica={sizes[0]} must be a multiple of the {slices} slices, for only replicas cross the "
+                f"network between them; set mesh.replica={slices}."
+            )
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # sort and gather fail on Explicit axes
+
+
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, which are not always this machine's."""
+    return mesh.devices.flat[0].platform
+
+
+# --- where arrays lie -----------------------------------------------------------------------------------------
+
+
+def spec(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> P:
+    """How a parameter lies: by TABLE; vectors (scales of norms, biases) are whole everywhere.
+
+    Args:
+        dims: logical dimensions of the array's last axes; layers stacked in front are not split.
+        shape: the array's.
+    """
+    stacked = len(shape) - len(dims)
+    if len(dims) < 2:
+        return P()
+    parts, taken = [], set()
+    for dim, size in zip(dims, shape[stacked:], strict=True):
+        mine: list[str] = []
+        for axis in TABLE[dim]:
+            ways = mesh.shape[axis]
+            if ways > 1 and axis not in taken and size % (ways * _ways(mesh, mine)) == 0:
+                mine.append(axis)
+        taken |= set(mine)
+        parts.append(tuple(mine) if len(mine) > 1 else mine[0] if mine else None)
+    return P(*[None] * stacked, *parts)
+
+
+def spec_at_use(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> P:
+    """How a layer multiplies by a parameter: only `tensor` still splits it. Experts' weights: see dispatch."""
+    return P(*["tensor" if "tensor" in axes_of(part) else None for part in spec(mesh, dims, shape)])
+
+
+def axes_of(part: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return part if isinstance(part, tuple) else () if part is None else (part,)
+
+
+def is_expert_weight(dims: Sequence[str]) -> bool:
+    """Whether a parameter belongs to the routed experts, which stay on their devices."""
+    return "experts" in dims and "ffw" in dims
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the batch axes, the rest whole."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
+    """Whether there is more than one device: None is one, where nothing needs to be said."""
+    return mesh is not None and mesh.size > 1
+
+
+def constrain(x: Any, mesh: Mesh | None, spec: P) -> Any:
+    """The arrays of a pytree, laid out as `spec` inside a jitted function."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) if is_sharded(mesh) else x
+
+
+def gather(w: Array, mesh: Mesh | None, dims: Sequence[str]) -> Array:
+    """A parameter as a layer multiplies by it; its gradient goes back into shards, never whole to every device."""
+    if not is_sharded(mesh):
+        return w
+    kept, used = spec(mesh, dims, w.shape), spec_at_use(mesh, dims, w.shape)
+    return checkpoint_name(_relayout(w, NamedSharding(mesh, kept), NamedSharding(mesh, used)), GATHERED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relayout(w: Array, kept: NamedSharding, used: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(w, used)
+
+
+_relayout.defvjp(
+    lambda w, kept, used: (jax.lax.with_sharding_constraint(w, used), None),
+    lambda kept, used, _, dw: (jax.lax.with_sharding_constraint(dw, kept),),
+)
+
+
+def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` on every device's part; on one device `f` itself, whose part is the whole."""
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if is_sharded(mesh) else f
+
+
+def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
