@@ -451,10 +451,10 @@ def _check_mesh(c: Config) -> None:
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """(replica, data, expert, tensor) on so many devices, with -1 filled in.
+    """(replica, data, expert, tensor) on so many devices, with -1 filled in; without -1 some may be left over.
 
     Raises:
-        ValueError: their product is not the number of devices.
+        ValueError: there are too few devices, or their number does not divide.
     """
     sizes = tuple(getattr(mesh, f.name) for f in fields(MeshConfig))
     known = math.prod(s for s in sizes if s != -1)
@@ -465,7 +465,7 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
         raise ValueError(
             f"mesh ({written}) needs a multiple of {known} devices, but there are {num_devices}; change the sizes."
         )
-    if known != num_devices:
+    if known > num_devices:
         raise ValueError(
             f"mesh ({written}) needs {known} devices, but there are {num_devices}; "
             "change the sizes, or set one to -1, which takes all that are left."

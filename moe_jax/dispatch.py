@@ -84,6 +84,7 @@ def apply_experts(
     devices = mesh.shape["expert"] if is_sharded(mesh) else 1
     if backend == "auto":
         backend = "rounds" if devices > 1 else "local"
+    run: Callable
     if backend == "capacity":
         row_tokens = x.shape[0] // num_rows
         run = functools.partial(_capacity, row_tokens=row_tokens, factor=capacity_factor, devices=devices)
@@ -94,7 +95,7 @@ def apply_experts(
         run = functools.partial(_in_rounds, transport=transport, factor=capacity_factor, devices=devices)
     on_shard = functools.partial(_with_weights, run) if is_sharded(mesh) else run
     wide, narrow, tokens = P("expert", "data", "tensor"), P("expert", "tensor", "data"), P(BATCH)
-    experts: Any = ExpertWeights(wide, wide, narrow)  # type: ignore[arg-type]
+    experts: Any = ExpertWeights._make([wide, wide, narrow])
     y, traffic = per_shard(on_shard, mesh, (tokens, tokens, tokens, experts), (tokens, tokens))(
         x, routing.expert_ids, routing.gates, weights
     )

@@ -37,10 +37,11 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, neighbours on the chips' own network; `replica` spans slices if there are several.
+    """The mesh, neighbours on the chips' own network; `replica` spans slices if there are several.
 
     Args:
-        config: sizes of the axes; -1 takes what the others leave.
+        config: sizes of the axes; -1 takes what the others leave. Sizes that are all given may leave devices
+            unused, if one process has them all.
         devices: all there are if None; a topology's devices to compile for machines that are not here.
 
     Raises:
@@ -48,6 +49,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
+    if math.prod(sizes) < len(devices) and len({d.process_index for d in devices}) > 1:
+        raise ValueError(
+            f"mesh of {math.prod(sizes)} devices must use all {len(devices)} of a run of several processes; "
+            "set one axis to -1, or start fewer processes."
+        )
+    devices = devices[: math.prod(sizes)]
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
         if sizes[0] % slices:

@@ -136,7 +136,7 @@ class MoE(nnx.Module):
             return routing._replace(loads=routing.loads[None])
 
         split = jax.tree.map(lambda _: P(BATCH), tokens)
-        places: Any = Routing(*[P(BATCH)] * 5, P(), split)  # type: ignore[arg-type]
+        places: Any = Routing._make([P(BATCH)] * 5 + [P(), split])
         routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, self.bias[...], tokens)
         return routing._replace(loads=routing.loads.sum(0))
 

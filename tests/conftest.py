@@ -12,7 +12,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; the others use the first
 
 CHECKED = ("routing", "balance", "metrics", "grouped", "dispatch", "layers", "moe", "model", "state", "step")
 install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
@@ -39,7 +42,9 @@ TINY_MODEL = dict(
 def tiny_config(**overrides) -> Config:
     """Three layers (one dense, two MoE with 4 experts), 8 x 16 tokens a step; `model` is merged."""
     model = TINY_MODEL | overrides.pop("model", {})
-    settings = dict(num_steps=8, batch_size=8, sequence_length=16, log_every=1, eval_every=0, save_every=0)
+    settings = dict(
+        mesh=dict(data=1), num_steps=8, batch_size=8, sequence_length=16, log_every=1, eval_every=0, save_every=0
+    )
     return validate(default(**(settings | overrides), model=model))
 
 

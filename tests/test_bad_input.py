@@ -113,7 +113,6 @@ def test_a_bad_config_is_refused_with_key_value_and_fix(overrides, names, fix):
 
 
 BAD_DEVICES = [  # overrides, devices, platform, what the sentence names, its fix
-    (dict(mesh=dict(data=1)), 8, "cpu", "needs 1 devices, but there are 8", "set one to -1"),
     (dict(batch_size=16, mesh=dict(data=16)), 8, "cpu", "needs 16 devices, but there are 8", "change the sizes"),
     (dict(mesh=dict(expert=3)), 8, "cpu", "a multiple of 3 devices", "change the sizes"),
     (dict(), 3, "cpu", "model.embed_dim=128", "or another mesh.data"),
