@@ -246,29 +246,35 @@ def _in_rounds(
     copies = _sort_copies(expert_ids, num_experts, devices)
     possible, needed, make = transport(copies, factor, devices)
 
-    def one_round(number: Array | int, y: Array, rows: Array) -> tuple[Array, Array]:
+    def one_round(number: Array | int) -> tuple[Array, Array]:
         now: _Round = make(number)
         incoming = now.there(_take(x, now.token, now.slot))
         share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
         outputs, multiplied = _sorted_experts(incoming, now.expert, weights)
         outgoing = now.home((outputs.astype(jnp.float32) * share).astype(x.dtype))
-        return y + _take(outgoing, now.slot, now.token), rows + multiplied
+        return _take(outgoing, now.slot, now.token).astype(jnp.float32), multiplied
 
-    def further(y: Array, rows: Array) -> tuple[Array, Array]:
+    def nothing(number: Array | int = 0) -> tuple[Array, Array]:
+        return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(expert_ids, shape=())
+
+    def further() -> tuple[Array, Array]:
         def body(sofar: tuple, number: Array) -> tuple[tuple, None]:
-            more = lax.cond(number < needed, one_round, lambda _, *unchanged: unchanged, number, *sofar)
-            return more, None
+            # the sum stays outside of the checkpoint, or backward would keep it for every possible round
+            more = jax.checkpoint(lambda n: lax.cond(n < needed, one_round, nothing, n))(number)
+            return _add(sofar, more), None
 
-        return lax.scan(jax.checkpoint(body), (y, rows), jnp.arange(1, possible, dtype=jnp.int32))[0]
+        return lax.scan(body, nothing(), jnp.arange(1, possible, dtype=jnp.int32))[0]
 
-    y = jnp.zeros_like(x, jnp.float32)
-    rows = jnp.zeros_like(expert_ids, shape=())
-    y, rows = jax.checkpoint(one_round)(0, y, rows)
+    total = jax.checkpoint(one_round)(0)
     if possible > 1:
-        rest = lambda y, rows: lax.cond(needed > 1, further, lambda *unchanged: unchanged, y, rows)  # noqa: E731
-        y, rows = jax.checkpoint(rest)(y, rows)
+        total = _add(total, jax.checkpoint(lambda: lax.cond(needed > 1, further, nothing))())
+    y, rows = total
     visits = _visits(expert_ids, num_experts // devices, devices)
     return y, _traffic(rounds=needed, rows=rows, visits=visits)
+
+
+def _add(a: tuple, b: tuple) -> tuple:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def _sorted_experts(rows: Array, expert: Array, weights: ExpertWeights) -> tuple[Array, Array]:

@@ -1,0 +1,228 @@
+"""What expert-parallel dispatch obeys on every mesh: the dense oracle's output and gradients, whatever the routing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import dispatch
+from moe_jax.config import MeshConfig
+from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.mesh import batch_sharding, make_mesh
+from moe_jax.routing import Routing, count, route
+
+TOKENS, EXPERTS, SLOTS, EMBED, FFW = 64, 8, 2, 8, 6
+EMPTY = EXPERTS
+CASES = [("rounds", sizes) for sizes in [(1, 1, 8, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]]
+CASES += [("ragged", sizes) for sizes in [(1, 2, 4, 1), (2, 1, 2, 2)]]
+
+
+def array(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+WEIGHTS = ExpertWeights(array(1, EXPERTS, EMBED, FFW), array(2, EXPERTS, EMBED, FFW), array(3, EXPERTS, FFW, EMBED))
+X, GATES = array(4, TOKENS, EMBED), np.abs(array(5, TOKENS, SLOTS))
+
+
+def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`lax.ragged_all_to_all` by its documentation, on top of all_gather; NaN where both sides disagree on sizes."""
+    rows, first, size, target = (
+        lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    here = lax.axis_index(axis_name)
+    index = jnp.arange(operand.shape[0])
+    for source in range(rows.shape[0]):
+        inside = index - first[source, here]
+        at = jnp.where((inside >= 0) & (inside < size[source, here]), target[source, here] + inside, output.shape[0])
+        output = output.at[at].set(rows[source], mode="drop")
+    agreed = (recv_sizes == size[:, here]).all()
+    return jnp.where(agreed, output, jnp.nan)
+
+
+@pytest.fixture(autouse=True)
+def _cpu_has_no_ragged_all_to_all(monkeypatch):
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+
+
+def mesh_of(sizes):
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+
+def routing_of(ids, gates) -> Routing:
+    """A routing of given ids and gates; empty slots get a gate of 0, as route gives them."""
+    routing = route(jnp.zeros((ids.shape[0], EXPERTS)), top_k=1)
+    return routing._replace(expert_ids=ids, gates=jnp.where(ids < EXPERTS, gates, 0.0), loads=count(ids, EXPERTS))
+
+
+@functools.cache
+def compiled(backend: str, sizes=None, **options):
+    """(x, gates, weights, ids) -> (y, traffic), and the gradients of something of y in the first three."""
+    mesh = None if sizes is None else mesh_of(sizes)
+
+    def run(x, gates, weights, ids):
+        y, traffic = apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, backend=backend, **options)
+        return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic)
+
+    return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
+
+
+def applied(backend: str, sizes, ids, **options):
+    """y, traffic, and gradients, as numpy."""
+    args = X, GATES, WEIGHTS, np.asarray(ids, np.int32)
+    if sizes is not None:
+        tokens, whole = batch_sharding(mesh_of(sizes)), NamedSharding(mesh_of(sizes), P())
+        args = jax.device_put(args, (tokens, tokens, whole, tokens))
+    (_, (y, traffic)), gradients = compiled(backend, sizes, **options)(*args)
+    return jax.tree.map(np.asarray, (y, traffic, gradients))
+
+
+def random_ids(seed: int) -> np.ndarray:
+    """Two different experts for every token."""
+    scores = np.random.default_rng(seed).random((TOKENS, EXPERTS))
+    return scores.argsort(1)[:, :SLOTS]
+
+
+def collapsed() -> np.ndarray:
+    """Every copy to expert 5, which cannot be, but would be the worst."""
+    return np.full((TOKENS, SLOTS), 5)
+
+
+def half_collapsed() -> np.ndarray:
+    """The first half of the tokens (one data or replica group) to experts 0 and 1, the other half anywhere."""
+    ids = random_ids(7)
+    ids[: TOKENS // 2] = [0, 1]
+    return ids
+
+
+def empty_rank() -> np.ndarray:
+    """No token for the last half of the experts, so for the last devices, nor for expert 1."""
+    return np.where(random_ids(8) % 4 == 1, 2, random_ids(8) % 4)
+
+
+def padded() -> np.ndarray:
+    """Some tokens are padding, some have one expert; one shard of 8 tokens has nothing at all."""
+    ids = random_ids(9)
+    ids[::3] = EMPTY
+    ids[1::4, 1] = EMPTY
+    ids[8:16] = EMPTY
+    return ids
+
+
+ROUTINGS = {
+    "random": lambda: random_ids(6),
+    "collapsed": collapsed,
+    "half_collapsed": half_collapsed,
+    "empty_rank": empty_rank,
+    "padded": padded,
+    "nothing": lambda: np.full((TOKENS, SLOTS), EMPTY),
+}
+
+
+@functools.cache
+def oracle(routing: str):
+    return applied("dense", None, ROUTINGS[routing]())
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("backend", "sizes"), CASES, ids=str)
+def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(backend, sizes, routing):
+    ids = ROUTINGS[routing]()
+    y, traffic, gradients = applied(backend, sizes, ids)
+    exact, _, its_gradients = oracle(routing)
+    assert traffic.dropped == 0
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(its_gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    idle = np.bincount(ids.ravel(), minlength=EXPERTS + 1)[:EXPERTS] == 0
+    for dw in gradients[2]:
+        assert (dw[idle] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 1, 2)], ids=str)
+def test_without_an_expert_axis_every_device_has_all_experts(sizes):
+    y, traffic, gradients = applied("auto", sizes, ROUTINGS["half_collapsed"]())
+    exact, _, its_gradients = oracle("half_collapsed")
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(its_gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    assert (traffic.rounds, traffic.visits) == (1, TOKENS)
+
+
+def test_rounds_are_those_of_the_busiest_pair_of_devices():
+    # (1, 2, 4, 1): 8 shards of 8 tokens, 16 copies each; C = 1.25 x 16 / 4 = 5; 16 copies to one device are 4 rounds
+    assert applied("rounds", (1, 2, 4, 1), ROUTINGS["collapsed"]())[1].rounds == 4
+    # experts 0 and 1 are one device's: one group's 16 copies a shard set the rounds of the other, too
+    assert applied("rounds", (1, 2, 4, 1), ROUTINGS["half_collapsed"]())[1].rounds == 4
+    # 4 copies for each of 4 devices
+    balanced = (np.arange(TOKENS * SLOTS) % EXPERTS).reshape(TOKENS, SLOTS)
+    assert applied("rounds", (1, 2, 4, 1), balanced)[1].rounds == 1
+    assert applied("rounds", (1, 2, 4, 1), ROUTINGS["nothing"]())[1].rounds == 0
+
+
+def test_ragged_rounds_are_those_of_the_busiest_receiver():
+    # a device takes in 1.25 x 16 = 20 copies a round; 4 sources x 16 copies are 64: 4 rounds
+    assert applied("ragged", (1, 2, 4, 1), ROUTINGS["collapsed"]())[1].rounds == 4
+    # source s sends all its 16 copies to device s: too many for a pair in `rounds`, one round in `ragged`
+    ids = np.repeat(np.tile(np.arange(4), 2), 8)[:, None] * 2 + np.array([0, 1])
+    assert applied("ragged", (1, 2, 4, 1), ids)[1].rounds == 1
+    assert applied("rounds", (1, 2, 4, 1), ids)[1].rounds == 4
+
+
+def test_visits_count_the_devices_of_a_token_once():
+    ids = np.full((TOKENS, SLOTS), EMPTY)
+    ids[0], ids[1], ids[2] = [0, 1], [0, 7], [3, EMPTY]  # on 4 devices of 2 experts: one, two, one
+    assert applied("rounds", (1, 2, 4, 1), ids)[1].visits == 4
+
+
+def test_capacity_drops_the_same_copies_on_any_mesh():
+    # rows of 8 tokens lie whole on a device, so that seats are given out as on one
+    options = dict(num_rows=8, capacity_factor=1.0)
+    y, traffic, gradients = applied("capacity", (1, 2, 4, 1), ROUTINGS["half_collapsed"](), **options)
+    exact, its_traffic, its_gradients = applied("capacity", None, ROUTINGS["half_collapsed"](), **options)
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(its_gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    assert traffic.dropped == its_traffic.dropped > 0
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+PADDED = dispatch._padded
+
+
+def temporary_bytes(monkeypatch, possible_rounds) -> int:
+    """Of a layer forward and backward on 8 devices whose program has so many possible rounds of the same capacity."""
+
+    def padded(*args):
+        possible, needed, make = PADDED(*args)
+        assert possible == 7  # 512 copies at 80 a round
+        return possible_rounds, needed, make
+
+    monkeypatch.setattr(dispatch, "_padded", padded)
+    mesh = mesh_of((1, 1, 8, 1))
+    tokens, embed, ffw = 2048, 64, 64
+    rows, experts = batch_sharding(mesh), NamedSharding(mesh, P("expert"))
+    x = jax.ShapeDtypeStruct((tokens, embed), jnp.float32, sharding=rows)
+    gates = jax.ShapeDtypeStruct((tokens, SLOTS), jnp.float32, sharding=rows)
+    ids = jax.ShapeDtypeStruct((tokens, SLOTS), jnp.int32, sharding=rows)
+    shapes = [(EXPERTS, embed, ffw)] * 2 + [(EXPERTS, ffw, embed)]
+    weights = ExpertWeights(*(jax.ShapeDtypeStruct(s, jnp.float32, sharding=experts) for s in shapes))
+
+    def run(x, gates, weights, ids):
+        return (apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, backend="rounds")[0] ** 2).sum()
+
+    step = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, gates, weights, ids).compile()
+    return step.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_at_most_that_of_two_rounds_and_does_not_grow_with_the_possible_ones(monkeypatch):
+    one, usual, four_times = (temporary_bytes(monkeypatch, n) for n in (1, 7, 28))
+    assert usual <= 2 * one
+    assert four_times <= 1.01 * usual

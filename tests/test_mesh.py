@@ -1,0 +1,238 @@
+"""The same numbers on any mesh: where arrays lie, one step from equal state, loads and bias of replayed logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conftest import tiny_config
+from moe_jax import balance
+from moe_jax.config import MeshConfig, resolve
+from moe_jax.data import open_corpus, training_batches
+from moe_jax.mesh import AXES, TABLE, batch_sharding, make_mesh, platform, spec, spec_at_use
+from moe_jax.moe import Balancing, MoE, RouterBias
+from moe_jax.routing import Tokens
+from moe_jax.state import abstract_model, abstract_state, init_state, state_shardings, step_key
+from moe_jax.step import forward, make_eval_step, make_train_step
+
+ONE = (1, 1, 1, 1)
+MESHES = [(1, 1, 8, 1), (1, 8, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]
+MODEL = dict(num_layers=2, first_dense=0, num_experts=8, num_heads=4, num_kv_heads=2)
+BALANCE = dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2))
+
+
+def config_on(sizes, **overrides):
+    """The test's config with a mesh of these sizes, and the mesh."""
+    model = MODEL | overrides.pop("model", {})
+    settings = dict(balance=BALANCE, model=model, mesh=dict(zip(AXES, sizes, strict=True))) | overrides
+    config = resolve(tiny_config(**settings), len(jax.devices()), "cpu")
+    return config, make_mesh(config.mesh)
+
+
+def batch_of(config, mesh, step: int = 0):
+    batch_at = training_batches(
+        open_corpus(""), seed=0, batch_size=config.batch_size, sequence_length=config.sequence_length
+    )
+    return jax.device_put(batch_at(step), batch_sharding(mesh))
+
+
+# --- where arrays lie -----------------------------------------------------------------------------------------
+
+
+def test_a_mesh_has_four_auto_axes_and_minus_one_takes_what_is_left():
+    mesh = make_mesh(MeshConfig(replica=1, data=-1, expert=2, tensor=2))
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert platform(mesh) == "cpu"
+    assert make_mesh(MeshConfig(1, 2, 1, 1)).size == 2  # a smaller mesh leaves devices unused
+
+
+class Device:
+    """What a mesh asks of a device of another machine."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, number: int, slices: int = 1, processes: int = 1) -> None:
+        self.id = number
+        self.slice_index = number * slices // 8
+        self.process_index = number * processes // 8
+
+
+def test_replicas_lie_across_slices_and_all_else_inside_one():
+    devices = [Device(n, slices=2) for n in range(8)]
+    mesh = make_mesh(MeshConfig(replica=2, data=2, expert=2, tensor=1), devices)
+    for replica in range(2):
+        assert {d.slice_index for d in mesh.devices[replica].flat} == {replica}
+    with pytest.raises(ValueError, match=r"mesh.replica=1 must be a multiple of the 2 slices.*set mesh.replica=2\."):
+        make_mesh(MeshConfig(replica=1, data=8), devices)
+
+
+def test_several_processes_use_all_their_devices_or_none():
+    with pytest.raises(ValueError, match=r"must use all 8"):
+        make_mesh(MeshConfig(1, 4, 1, 1), [Device(n, processes=2) for n in range(8)])
+
+
+SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replica 1, data 2, expert 2, tensor 2)
+    (("experts", "embed", "ffw"), (3, 8, 16, 8), P(None, "expert", "data", "tensor"), None),
+    (("experts", "ffw", "embed"), (3, 8, 8, 16), P(None, "expert", "tensor", "data"), None),
+    (("embed", "experts"), (3, 16, 8), P(None, "data", "expert"), P(None, None, None)),
+    (("embed", "ffw"), (16, 24), P("data", ("tensor", "expert")), P(None, "tensor")),
+    (("embed", "heads", "head_dim"), (16, 4, 8), P("data", ("tensor", "expert"), None), P(None, "tensor", None)),
+    (("embed", "kv_heads", "head_dim"), (16, 2, 8), P("data", "tensor", "expert"), P(None, "tensor", None)),
+    (("heads", "head_dim", "embed"), (4, 8, 16), P(("tensor", "expert"), None, "data"), P("tensor", None, None)),
+    (("vocab", "embed"), (264, 16), P(("tensor", "expert"), "data"), P("tensor", None)),
+    (("vocab", "embed"), (258, 16), P("tensor", "data"), P("tensor", None)),  # 258 does not divide by 4
+    (("embed",), (3, 16), P(), P()),
+    (("head_dim",), (3, 8), P(), P()),
+]
+
+
+@pytest.mark.parametrize(("dims", "shape", "kept", "used"), SPECS)
+def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used):
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+    assert spec(mesh, dims, shape) == kept
+    if used is not None:
+        assert spec_at_use(mesh, dims, shape) == used
+
+
+def test_every_dimension_of_every_parameter_is_in_the_table():
+    dims = jax.tree.leaves(abstract_model(tiny_config(model=dict(qk_norm=True)).model).dims)
+    assert {name for d in dims for name in d.names} == set(TABLE)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_state_is_split_over_all_of_data_expert_and_tensor_and_moments_follow(sizes):
+    config, mesh = config_on(sizes)
+    places = state_shardings(config, mesh)
+    state = abstract_state(config, mesh)
+    split = sizes[1] * sizes[2] * sizes[3]
+    dims = jax.tree.leaves(abstract_model(config.model).dims)
+    for leaf, d in zip(jax.tree.leaves(state.params), dims, strict=True):
+        parts = 1 if len(d.names) == 1 else split
+        if d.names == ("embed", "experts"):  # the router has no width that `tensor` could split
+            parts = sizes[1] * sizes[2]
+        assert np.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size // parts, d
+    moments = jax.tree.leaves(places.optimizer)
+    params = jax.tree.leaves(places.params)
+    assert [m.spec for m in moments if m.spec != P()] == [p.spec for p in params if p.spec != P()] * 2
+    assert {place.spec for place in jax.tree.leaves((places.bias, places.balance, places.step))} == {P()}
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4, 1), (2, 1, 2, 2)], ids=str)
+def test_the_initial_state_is_the_same_on_any_mesh_and_lies_in_shards(sizes):
+    config, mesh = config_on(sizes)
+    here, there = init_state(config), init_state(config, mesh)
+    assert jax.tree.map(lambda a: a.sharding, there) == state_shardings(config, mesh)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+# --- one step from equal state --------------------------------------------------------------------------------
+
+
+@functools.cache
+def one_step(sizes):
+    """loss, gradients, and per layer the chosen experts and biased scores of every token, as numpy."""
+    config, mesh = config_on(sizes)
+    plain = balance.make(config.balance)
+
+    def observe(routing):
+        return plain.observe(routing) | {"ids": routing.expert_ids, "scores": routing.scores + routing.bias}
+
+    def loss(params, bias, state, batch, key):
+        balancing = Balancing(plain._replace(observe=observe), state)
+        nats, report = forward(config, params, bias, balancing, batch, key, mesh=mesh)
+        return nats.sum() / batch.mask.sum() + report.loss.sum(), (report.statistics, report.traffic)
+
+    state, batch = init_state(config, mesh), batch_of(config, mesh)
+    args = state.params, state.bias, state.balance, batch, step_key(config)
+    (value, (statistics, traffic)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*args)
+    return jax.tree.map(np.asarray, (value, grads, statistics, traffic))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_one_step_from_equal_state_is_the_step_of_one_device(sizes):
+    loss, grads, statistics, traffic = one_step(sizes)
+    exact, its_grads, its, _ = one_step(ONE)
+    best = np.sort(its["scores"], -1)[..., ::-1]
+    clear = best[..., 1] - best[..., 2] > 1e-5  # top_k = 2
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(np.sort(statistics["ids"])[clear], np.sort(its["ids"])[clear])
+    np.testing.assert_allclose(loss, exact, atol=1e-5)
+    assert (traffic.dropped == 0).all()
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(its_grads), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+def test_a_train_step_keeps_every_leaf_in_its_place_and_compiles_once_without_warnings(capfd):
+    config, mesh = config_on((1, 2, 2, 2), micro_batches=2, model=dict(remat="full"))
+    step = make_train_step(config, mesh)
+    state = init_state(config, mesh)
+    for n in range(3):
+        state, values = step(state, batch_of(config, mesh, n), step_key(config))
+        assert jax.tree.map(lambda a: a.sharding, state) == state_shardings(config, mesh)
+    assert step._cache_size() == 1
+    assert all(v.is_fully_replicated for v in jax.tree.leaves(values))
+    assert int(values["skipped"]) == 0
+    evaluation = make_eval_step(config, mesh)(state, batch_of(config, mesh))
+    assert evaluation.loads.sum() == 2 * 2 * evaluation.tokens.sum()  # 2 layers, top-2
+    assert "rematerialization" not in capfd.readouterr().err  # XLA's word for gathering what should stay in parts
+
+
+# --- replayed logits ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def replayed(sizes, steps: int = 50):
+    """Loads [steps, E] and biases [steps, E] of recorded logits: the layer's input is the logits, its router 1."""
+    config, mesh = config_on(sizes, model=dict(embed_dim=8, num_groups=4, top_groups=2))
+    graphdef, params, bias = nnx.split(MoE(config.model, nnx.Rngs(0)), nnx.Param, RouterBias)
+    params["router"][...] = jnp.eye(8)
+    balancer = balance.make(config.balance)
+    drift = np.random.default_rng(0).normal(size=(1, 1, 8))
+    logits = drift + np.random.default_rng(1).normal(size=(steps, 96, 8))
+    logits = jax.device_put(logits.astype(np.float32), NamedSharding(mesh, P(None, AXES[:3])))
+    mask = jax.device_put(np.arange(96) % 5 > 0, batch_sharding(mesh))
+
+    def run(logits, mask):
+        def step(state, now):
+            number, x = now
+            layer = nnx.merge(graphdef, params, {"bias": state["bias"]})
+            routing = layer.route(x, Tokens(mask=mask), balancer, jax.random.key(0), True, mesh)
+            state = balancer.update(balancer.observe(routing), state, number)
+            return state, (routing.loads, state["bias"])
+
+        return jax.lax.scan(step, balancer.init(8), (jnp.arange(steps), logits))[1]
+
+    return jax.tree.map(np.asarray, jax.jit(run)(logits, mask))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_replayed_logits_give_bit_equal_loads_and_bias_for_50_steps(sizes):
+    loads, bias = replayed(sizes)
+    its_loads, its_bias = replayed(ONE)
+    assert (its_loads.sum(1) == 2 * 76).all()  # top-2 of the 76 tokens that are not padding
+    assert np.ptp(its_bias[-1]) > 0.1  # it moved
+    np.testing.assert_array_equal(loads, its_loads)
+    np.testing.assert_array_equal(bias, its_bias)
+
+
+# --- groups ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_groups", "top_groups", "most"), [(4, 2, 4), (2, 1, 4), (8, 2, 2), (16, 4, 4)])
+def test_group_limited_copies_travel_to_few_blocks_of_consecutive_devices(num_groups, top_groups, most):
+    # 16 experts on 8 devices: 4 groups are blocks of 2 devices, 2 groups blocks of 4, 8 groups one device each,
+    # and of 16 groups two share one. `most` devices = top_groups x 8 / num_groups, or top_groups
+    model = dict(num_experts=16, top_k=4, num_groups=num_groups, top_groups=top_groups, group_top=1)
+    config, mesh = config_on((1, 1, 8, 1), model=model)
+    layer = MoE(config.model, nnx.Rngs(0))
+    x = jax.device_put(np.random.default_rng(0).normal(size=(256, 16)).astype(np.float32), batch_sharding(mesh))
+    route = jax.jit(lambda x: layer.route(x, Tokens(), balance.make({}), jax.random.key(0), False, mesh))
+    ids = np.asarray(route(x).expert_ids)
+    assert max(len(set(row)) for row in ids // (16 // num_groups)) <= top_groups
+    assert max(len(set(row)) for row in ids // 2) == most
