@@ -184,8 +184,8 @@ def analyze(text: str, trips: Trips = lambda loop, body: None) -> Cost:
             return inner if length is not None else inner._replace(unknown_loops=inner.unknown_loops | {i.op_name})
         if i.opcode == "conditional":
             return _cheapest([cost(name, fused) for name in called(i)["branch"]])
-        inner = [cost(n, fused or i.opcode == "fusion") for n in called(i)["call"] if i.opcode in CALLERS]
-        return _sum([own, *inner])
+        callees = called(i)["call"] if i.opcode in CALLERS else []
+        return _sum([own, *(cost(n, fused or i.opcode == "fusion") for n in callees)])
 
     return cost(module.entry, False)
 
@@ -339,6 +339,8 @@ def trip_count(loop: Instruction, here: Computation, module: Module) -> int | No
         return i
 
     counter, limit = (resolve(name) for name in compare.operands)
+    if _index(counter) is None or counter.leaves[0].dtype not in ("s32", "s64", "u32", "u64"):
+        return None
     first = _initial(counter, loop, here)
     last = _constant(limit)
     last = _initial(limit, loop, here) if last is None else last

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from absl import app, flags
 
@@ -391,7 +391,11 @@ class Trial(NamedTuple):
     report: dict[str, Any]
 
 
-REMATS = ("none", "dots", "full")  # from what recomputes least to what keeps least
+REMATS: tuple[Literal["none", "dots", "full"], ...] = (
+    "none",
+    "dots",
+    "full",
+)  # from what recomputes least to what keeps least
 
 
 def search(
@@ -420,8 +424,7 @@ def search(
                 yield Trial(sizes, remat, "not tried: time is up", {})
                 continue
             jax.clear_caches()
-            model: Any = dataclasses.replace(resolved.model, **{"remat": remat})
-            one = dataclasses.replace(resolved, model=model)
+            one = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, remat=remat))
             report = plan(one, topology, options)
             yield Trial(sizes, remat, "fits" if report["fits"] in (True, None) else "does not fit", report)
             if report["fits"] in (True, None):
