@@ -90,10 +90,11 @@ class Computation(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A compiled program."""
+    """A compiled program, and on how many devices it runs."""
 
     computations: dict[str, Computation]
     entry: str
+    devices: int
 
 
 class Collective(NamedTuple):
@@ -256,7 +257,8 @@ def parse(text: str) -> Module:
             current.instructions[instruction.name] = instruction
     if not entry:
         raise ValueError("the text has no ENTRY computation; give compiled.as_text().")
-    return Module(computations, entry)
+    partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+    return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
@@ -486,7 +488,7 @@ def kernel_estimate(i: Instruction) -> dict[str, int]:
 
 
 def collective(i: Instruction, here: Computation, module: Module) -> Collective | None:
-    """The exchange an instruction starts, or None.
+    """The exchange an instruction starts, or None: a group of one device exchanges nothing.
 
     TPU writes an asynchronous one as three fusions that each hold the instruction: only the first counts. It
     writes a reduce-scatter as a fusion of an all-reduce and a slice of its result.
@@ -501,7 +503,9 @@ def collective(i: Instruction, here: Computation, module: Module) -> Collective 
         return None
     inputs = [leaf for name in i.operands for leaf in here.instructions[name].leaves]
     out = i.leaves[len(inputs) :] if i.opcode.endswith("-start") and len(i.leaves) > len(inputs) else i.leaves
-    group = replica_group(i.attributes)
+    group = replica_group(i.attributes) or tuple(range(module.devices))
+    if len(group) == 1:
+        return None
     if kind == "all-reduce" and (scattered := _slice_of(i, here)):
         kind, out = "reduce-scatter", scattered
     moved = [leaf for leaf in (out if kind == "all-gather" else inputs) if leaf.dims or kind != "all-gather"]
@@ -521,7 +525,10 @@ def _slice_of(i: Instruction, here: Computation) -> tuple[Leaf, ...]:
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:
-    """The ids of the first group: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `mesh['a'=2,'b'=2] {'b'}`, or pairs of a permute."""
+    """The ids of the first group: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `mesh['a'=2,'b'=2] {'b'}`, or pairs of a permute.
+
+    Nothing if the instruction names none, which means all devices.
+    """
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
     if pairs:
         return int(pairs[1]), int(pairs[2])
@@ -534,7 +541,7 @@ def replica_group(attributes: str) -> tuple[int, ...]:
         order = [int(d) for d in iota[4].split(",")] if iota[4] else list(range(len(dims)))
         return tuple(_transposed(dims, order, n) for n in range(int(iota[2])))
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    return _mesh_group(mesh[1], mesh[2]) if mesh else (0,)
+    return _mesh_group(mesh[1], mesh[2]) if mesh else ()
 
 
 def _transposed(dims: list[int], order: list[int], position: int) -> int:

@@ -371,7 +371,7 @@ def plan(config: Config, topology: Topology, options: dict[str, str] | None = No
     from moe_jax.mesh import make_mesh
 
     devices = topology_devices(topology)
-    config = resolve(config, len(devices))
+    config = resolve(config, len(devices), "cpu" if topology.chip is None else "tpu")
     mesh = make_mesh(config.mesh, devices)
     try:
         return make_report(config, topology, mesh, compile_step(config, mesh, options))

@@ -184,10 +184,21 @@ def test_what_a_scan_keeps_for_its_backward_pass_is_found(sharded):
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
         ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+        ("replica_groups={}", ()),
     ],
 )
 def test_every_way_of_writing_groups_is_read(text, group):
     assert hlo.replica_group(text) == group
+
+
+def test_an_exchange_that_names_no_group_is_of_all_devices():
+    found, _ = next(iter(hlo.analyze(EVERYBODY.format(devices=8)).collectives.items()))
+    assert found.group == tuple(range(8))
+    assert found.sent == 2 * 4 * 64 * 7 / 8
+
+
+def test_a_group_of_one_device_exchanges_nothing():
+    assert not hlo.analyze(EVERYBODY.format(devices=1)).collectives
 
 
 def test_an_asynchronous_exchange_in_three_fusions_counts_once():
@@ -316,6 +327,14 @@ output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}
   %v = f32[16]{0} get-tuple-element(%h), index=2
   ROOT %d = f32[16]{0} fusion(%u, %v), kind=kCustom, calls=%done, output_to_operand_aliasing={{}: (1, {})}
 }
+"""
+
+EVERYBODY = """HloModule everybody, is_scheduled=true, num_partitions={devices}
+
+ENTRY %main (a: f32[64]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %r = f32[64]{{0}} all-reduce(%a), replica_groups={{}}, to_apply=%add
+}}
 """
 
 SCATTER = """HloModule scatter
