@@ -15,6 +15,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -43,7 +44,8 @@ def prepare_environment(topology: Topology) -> None:
         return
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"--topology={topology} needs the TPU compiler, which is not installed; run pip install libtpu."
+            f"--topology={topology} needs the TPU compiler, which is not installed; run pip install 'jax[tpu]', "
+            "which has the libtpu that belongs to a jax."
         )
     quiet = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5p-8")
     # no TPU is opened, so two plans at a time disturb nobody
@@ -130,9 +132,16 @@ def compile_step(config: Config, mesh: "Mesh", options: dict[str, str] | None = 
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         raise DoesNotFit(*out_of_memory(str(error))) from None
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu {metadata.version('libtpu')} writes programs that jax {jax.__version__} cannot read "
+            f"({str(error).splitlines()[0]}); run pip install 'jax[tpu]', which has the libtpu that belongs to a jax."
+        ) from None
     m = compiled.memory_analysis()
     return Compiled(
-        text=compiled.as_text(),
+        text=text,
         arguments=m.argument_size_in_bytes,
         results=m.output_size_in_bytes,
         aliased=m.alias_size_in_bytes,
@@ -230,8 +239,6 @@ def _heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]
     chip = topology.chip
     versions = {"jax": jax.__version__}
     if chip is not None:
-        from importlib import metadata
-
         versions["libtpu"] = metadata.version("libtpu")
     return {
         "topology": str(topology),
@@ -361,8 +368,10 @@ def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:
 # --- one plan, or many ----------------------------------------------------------------------------------------
 
 
-def plan(config: Config, topology: Topology, options: dict[str, str] | None = None) -> dict[str, Any]:
-    """The report of one config on one topology.
+def plan(
+    config: Config, topology: Topology, options: dict[str, str] | None = None, text_file: str = ""
+) -> dict[str, Any]:
+    """The report of one config on one topology; `text_file` gets the compiled program.
 
     Raises:
         ValueError: the topology is refused, or the mesh does not divide.
@@ -374,12 +383,15 @@ def plan(config: Config, topology: Topology, options: dict[str, str] | None = No
     config = resolve(config, len(devices), "cpu" if topology.chip is None else "tpu")
     mesh = make_mesh(config.mesh, devices)
     try:
-        return make_report(config, topology, mesh, compile_step(config, mesh, options))
+        compiled = compile_step(config, mesh, options)
     except DoesNotFit as error:
         parameters, optimizer, rest = state_bytes(config, mesh)
         memory = dict(parameters=parameters, optimizer=optimizer, bias_and_balance=rest, total=error.needed or None)
         available = error.available or (topology.chip.hbm if topology.chip else None)
         return _heading(config, topology, mesh) | {"fits": False, "bytes_per_chip": memory | {"hbm": available}}
+    if text_file:
+        Path(text_file).write_text(compiled.text)
+    return make_report(config, topology, mesh, compiled)
 
 
 class Trial(NamedTuple):
@@ -554,7 +566,7 @@ def main(_: list[str]) -> None:
             show_search(trials, console)
             result: Any = [t._asdict() for t in trials]
         else:
-            result = plan(config, topology, options)
+            result = plan(config, topology, options, flag.hlo)
             show(result, console)
     except ValueError as error:
         fail(str(error))
@@ -566,6 +578,7 @@ if __name__ == "__main__":
     define_config_flag("A config file of ours or yours.")
     flags.DEFINE_string("topology", None, "FAMILY:SHAPE, as v5p:8x16x16, v5e:16x16, 2xv5e:16x16 or cpu:8.")
     flags.DEFINE_string("json", "", "Also write the report to this file.")
+    flags.DEFINE_string("hlo", "", "Also write the compiled program, scheduled HLO, to this file.")
     flags.DEFINE_bool("search", False, "Try every mesh that divides, and the remat policies; best bound first.")
     flags.DEFINE_float("minutes", 60.0, "Begin no trial of a search after so many minutes.")
     flags.DEFINE_multi_string("compiler_option", [], "NAME=VALUE for XLA, on top of the train step's own.")

@@ -221,7 +221,7 @@ def test_a_mesh_that_does_not_divide_is_one_sentence(repo):
 def test_a_missing_tpu_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    with pytest.raises(ValueError, match="needs the TPU compiler, which is not installed; run pip install libtpu"):
+    with pytest.raises(ValueError, match="needs the TPU compiler, which is not installed; run pip install 'jax"):
         plan.prepare_environment(Topology("v5e", (4, 4)))
 
 
@@ -256,7 +256,7 @@ def test_the_compilers_out_of_memory_is_read(message, needed, available):
 
 # --- with the TPU compiler, by hand: python -m pytest -m slow tests/test_plan.py ----------------------------------
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jax[tpu]'")
 
 
 @pytest.mark.slow
