@@ -1,0 +1,54 @@
+"""DeepSeek-V3 at full size: 61 layers, 256 experts, 8 a token from the best 4 of 8 groups, 1 shared; 2048 chips.
+
+Attention is grouped-query with 8 key-value heads until multi-head latent attention exists here, and there is no
+multi-token prediction: 675B parameters, 41B active. The paper's batch grows from 3072 to 15360 sequences; here it is
+one sequence a chip. Its learning rate falls by a cosine over the last third; here linearly.
+Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration published with its weights.
+Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
+Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
+"""
+
+from moe_jax.config import default
+
+
+def get_config(arg: str = ""):
+    """`arg` is unused."""
+    return default(
+        num_steps=1_760_000,
+        batch_size=2048,
+        sequence_length=4096,
+        log_every=10,
+        eval_every=1000,
+        save_every=500,
+        model=dict(
+            vocab_size=129280,
+            num_layers=61,
+            embed_dim=7168,
+            num_heads=128,
+            num_kv_heads=8,
+            head_dim=128,
+            ffw_dim=18432,
+            init_std=0.006,
+            compute_dtype="bfloat16",
+            remat="full",
+            num_experts=256,
+            top_k=8,
+            num_shared_experts=1,
+            expert_ffw_dim=2048,
+            first_dense=3,
+            num_groups=8,
+            top_groups=4,
+            group_top=2,
+            gate_scale=2.5,
+        ),
+        balance=dict(bias_sign=dict(rate=1e-3), aux_loss=dict(weight=1e-4, scope="sequence", counts="unbiased")),
+        optimizer=dict(
+            learning_rate=2.2e-4,
+            schedule="wsd",
+            warmup_steps=2000,
+            end_ratio=0.1,
+            decay_fraction=0.32,
+            moment_dtype="bfloat16",
+        ),
+        mesh=dict(data=-1, expert=64),
+    )
