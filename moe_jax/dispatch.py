@@ -239,38 +239,69 @@ def _in_rounds(
 
     All devices do as many rounds as the busiest needs, over every axis: a device that stopped early would leave
     the others waiting. The first round is unconditional, so that a balanced step has no branch on its way and
-    shared experts may compute meanwhile; the others run only if somebody needs them. What a round computes is
-    computed again in the backward pass, so that memory does not grow with the rounds.
+    shared experts may compute meanwhile; the others run only if somebody needs them.
     """
     num_experts = weights.gate.shape[0] * devices
     copies = _sort_copies(expert_ids, num_experts, devices)
-    possible, needed, make = transport(copies, factor, devices)
-
-    def one_round(number: Array | int) -> tuple[Array, Array]:
-        now: _Round = make(number)
-        incoming = now.there(_take(x, now.token, now.slot))
-        share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
-        outputs, multiplied = _sorted_experts(incoming, now.expert, weights)
-        outgoing = now.home((outputs.astype(jnp.float32) * share).astype(x.dtype))
-        return _take(outgoing, now.slot, now.token).astype(jnp.float32), multiplied
-
-    def nothing(number: Array | int = 0) -> tuple[Array, Array]:
-        return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(expert_ids, shape=())
-
-    def further() -> tuple[Array, Array]:
-        def body(sofar: tuple, number: Array) -> tuple[tuple, None]:
-            # the sum stays outside of the checkpoint, or backward would keep it for every possible round
-            more = jax.checkpoint(lambda n: lax.cond(n < needed, one_round, nothing, n))(number)
-            return _add(sofar, more), None
-
-        return lax.scan(body, nothing(), jnp.arange(1, possible, dtype=jnp.int32))[0]
-
-    total = jax.checkpoint(one_round)(0)
-    if possible > 1:
-        total = _add(total, jax.checkpoint(lambda: lax.cond(needed > 1, further, nothing))())
-    y, rows = total
+    _, needed, make = transport(copies, factor, devices)
+    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights))
+    y, rows = _add(first(x, gates, weights), _further_rounds(transport, factor, devices, x, gates, weights, copies))
     visits = _visits(expert_ids, num_experts // devices, devices)
     return y, _traffic(rounds=needed, rows=rows, visits=visits)
+
+
+def _one_round(now: "_Round", x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
+    """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
+
+    Gates travel with their copies: weighed here, the way home needs not be gone again in the backward pass.
+    """
+    incoming = now.there(_take(x, now.token, now.slot))
+    share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
+    outputs, multiplied = _sorted_experts(incoming, now.expert, weights)
+    outgoing = now.home((outputs.astype(jnp.float32) * share).astype(x.dtype))
+    return _take(outgoing, now.slot, now.token).astype(jnp.float32), multiplied
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _further_rounds(
+    transport: Callable,
+    factor: float,
+    devices: int,
+    x: Array,
+    gates: Array,
+    weights: ExpertWeights,
+    copies: "_Copies",
+) -> tuple[Array, Array]:
+    """The sum of all rounds after the first. Nothing is kept of them for the backward pass, which does them again,
+
+    whatever the layer around keeps: memory must not grow with the number of rounds that could be needed.
+    """
+    possible, needed, make = transport(copies, factor, devices)
+
+    def nothing(_: Array) -> tuple[Array, Array]:
+        return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(copies.send, shape=())
+
+    def one(number: Array) -> tuple[Array, Array]:
+        # the sum stays outside of the checkpoint, or backward would keep it for every possible round
+        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights))
+        return lax.cond(number < needed, run, nothing, number)
+
+    def all_of_them(numbers: Array) -> tuple[Array, Array]:
+        return lax.scan(lambda sofar, n: (_add(sofar, jax.checkpoint(one)(n)), None), nothing(numbers), numbers)[0]
+
+    numbers = jnp.arange(1, possible, dtype=jnp.int32)
+    return lax.cond(needed > 1, all_of_them, nothing, numbers) if possible > 1 else nothing(numbers)
+
+
+def _further_rounds_again(
+    transport: Callable, factor: float, devices: int, kept: tuple, d: tuple
+) -> tuple[Array, Array, ExpertWeights, None]:
+    *inputs, copies = kept
+    run = lambda *inputs: _further_rounds.fun(transport, factor, devices, *inputs, copies)  # noqa: E731
+    return *jax.vjp(run, *inputs)[1](d), None
+
+
+_further_rounds.defvjp(lambda *args: (_further_rounds.fun(*args), args[3:]), _further_rounds_again)
 
 
 def _add(a: tuple, b: tuple) -> tuple:
@@ -314,7 +345,7 @@ def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
     upto = jnp.cumsum(copies.received, axis=1)
     inside = jnp.arange(capacity, dtype=jnp.int32)
 
-    def make(number: Array) -> _Round:
+    def make(number: Array | int) -> _Round:
         first = number * capacity
         filled = first + inside < copies.send[:, None]
         at = jnp.where(filled, copies.start[:, None] + first + inside, num_copies).ravel()
@@ -351,7 +382,7 @@ def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
     upto = jnp.cumsum(copies.received.ravel())
     local_experts = copies.received.shape[1]
 
-    def make(number: Array) -> _Round:
+    def make(number: Array | int) -> _Round:
         first = number * capacity
         begin, end = (jnp.clip(bound - offset, 0, sent) for bound in (first, first + capacity))
         amount, landing = end - begin, offset + begin - first

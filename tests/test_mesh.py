@@ -190,7 +190,7 @@ def test_a_train_step_keeps_every_leaf_in_its_place_and_compiles_once_without_wa
 def replayed(sizes, steps: int = 50):
     """Loads [steps, E] and biases [steps, E] of recorded logits: the layer's input is the logits, its router 1."""
     config, mesh = config_on(sizes, model=dict(embed_dim=8, num_groups=4, top_groups=2))
-    graphdef, params, bias = nnx.split(MoE(config.model, nnx.Rngs(0)), nnx.Param, RouterBias)
+    graphdef, params, _ = nnx.split(MoE(config.model, nnx.Rngs(0)), nnx.Param, RouterBias)
     params["router"][...] = jnp.eye(8)
     balancer = balance.make(config.balance)
     drift = np.random.default_rng(0).normal(size=(1, 1, 8))
