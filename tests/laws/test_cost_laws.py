@@ -1,0 +1,122 @@
+"""What a step costs, read from the compiled program: bytes sent, weights gathered, rows and FLOPs of the experts."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import tiny_config
+from moe_jax import grouped, hlo
+from moe_jax.config import resolve
+from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.grouped import rows_multiplied
+from moe_jax.mesh import AXES, make_mesh
+from moe_jax.routing import Routing, route
+from moe_jax.state import abstract_state, step_key
+from moe_jax.step import abstract_batch, make_train_step
+
+# Token counts that no weight has as a dimension: 16 sequences of 60, 2 of them and 120 tokens a device
+ROWS, SEQ, SLOTS, EMBED, DEVICES = 16, 60, 2, 256, 8
+TOKEN_DIMS = {SEQ, 2 * SEQ, 4 * SEQ, 8 * SEQ, ROWS * SEQ}
+MODEL = dict(num_layers=2, first_dense=0, num_experts=8, num_heads=4, num_kv_heads=2, top_k=SLOTS, num_shared_experts=1)
+MODEL |= dict(embed_dim=EMBED, head_dim=64, expert_ffw_dim=96)
+
+
+@functools.cache
+def collectives(sizes, remat: str) -> dict[hlo.Collective, int]:
+    """What a device exchanges in one train step with balanced routing, and how often."""
+    config = tiny_config(
+        batch_size=ROWS,
+        sequence_length=SEQ,
+        balance=dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2)),
+        mesh=dict(zip(AXES, sizes, strict=True)),
+        model=MODEL | dict(remat=remat),
+    )
+    config = resolve(config, DEVICES, "cpu")
+    mesh = make_mesh(config.mesh)
+    step = make_train_step(config, mesh).lower(
+        abstract_state(config, mesh), abstract_batch(config, mesh), step_key(config)
+    )
+    return dict(hlo.analyze(step.compile().as_text()).collectives)
+
+
+@pytest.mark.parametrize(("remat", "hops"), [("none", 4), ("full", 5)])
+def test_tokens_travel_no_further_than_the_algorithm_needs(remat, hops):
+    # forward there and back, backward there and back: 4 hops of tokens x k x d x 4 bytes. Capacity pads each by
+    # 1.25, and rematerialisation goes there once more. What travels beside the vectors is a gate a copy.
+    exchanged = sum(c.bytes * n for c, n in collectives((1, 2, 4, 1), remat).items() if c.kind == "all-to-all")
+    ideal = 4 * (ROWS * SEQ // DEVICES) * SLOTS * EMBED * 4 * MODEL["num_layers"]
+    assert exchanged <= 1.6 * ideal
+    np.testing.assert_allclose(exchanged / ideal, 1.25 * hops / 4, rtol=0.01)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_tokens_and_no_scores_are_gathered_or_reduced_over_devices(remat):
+    for c in collectives((1, 2, 4, 1), remat):
+        if c.kind != "all-to-all":
+            dims = {
+                int(d) for shape in c.shape.split("], ") for d in shape.partition("[")[2].strip("]").split(",") if d
+            }
+            assert not dims & TOKEN_DIMS, c
+
+
+def test_expert_weights_are_gathered_over_data_only():
+    # gathered whole over `data`, an expert's gate is [2 experts here, 256, 96]; devices 0 and 4 are a data group
+    gathered = [c for c in collectives((1, 2, 4, 1), "full") if c.kind == "all-gather" and "[2,256,96]" in c.shape]
+    assert gathered
+    assert {c.group for c in gathered} == {(0, 4)}
+    assert not [c for c in collectives((1, 2, 4, 1), "full") if c.kind == "all-gather" and "[8,256,96]" in c.shape]
+
+
+def test_statistics_are_small_all_reduces():
+    # loads, mean scores, and sums of traffic: nothing of [E] or less counts a token more than once
+    small = [c for c in collectives((1, 2, 4, 1), "full") if c.kind == "all-reduce" and "s32[8]" in c.shape]
+    assert small
+    assert sum(c.bytes for c in small) < 4096
+
+
+# --- cost does not grow with the number of experts ------------------------------------------------------------
+
+COPIES = 256 * 256  # 256 copies for each of 256 experts
+WIDTH, HIDDEN, TOP_K = 64, 512, 8
+
+
+def random_routing(num_experts: int) -> Routing:
+    logits = np.random.default_rng(0).normal(size=(COPIES // TOP_K, num_experts)).astype(np.float32)
+    return jax.jit(lambda x: route(x, top_k=TOP_K))(logits)
+
+
+def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
+    """FLOPs of router and experts, forward and backward, every loop counted as often as it runs."""
+    tiles = int(rows_multiplied(routing.loads)) // grouped.TILE_ROWS
+    bounded = jax.lax.fori_loop
+    # the number of tiles is known at run time only; a bound in the text lets them be counted
+    monkeypatch.setattr(grouped.lax, "fori_loop", lambda low, high, *args: bounded(low, tiles, *args))
+    x = jax.ShapeDtypeStruct((COPIES // TOP_K, WIDTH), jnp.float32)
+    router = jax.ShapeDtypeStruct((WIDTH, num_experts), jnp.float32)
+    shapes = [(num_experts, WIDTH, HIDDEN)] * 2 + [(num_experts, HIDDEN, WIDTH)]
+    weights = ExpertWeights(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+
+    def run(x, router, weights):
+        chosen = route(x @ router, top_k=TOP_K)
+        return (apply_experts(x, chosen, weights, backend="local")[0] ** 2).sum()
+
+    program = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, router, weights).compile()
+    return hlo.analyze(program.as_text()).flops
+
+
+def test_rows_and_flops_at_256_experts_are_within_1_3_of_those_at_16(monkeypatch):
+    few, many = random_routing(16), random_routing(256)
+    assert int(few.loads.sum()) == int(many.loads.sum()) == COPIES
+    rows = [int(rows_multiplied(r.loads)) for r in (few, many)]
+    assert COPIES <= rows[0] <= rows[1] <= 1.3 * rows[0]
+    with monkeypatch.context() as m:
+        few_flops = layer_flops(16, few, m)
+    with monkeypatch.context() as m:
+        many_flops = layer_flops(256, many, m)
+    experts = [sum(f for name, f in flops.items() if "while" in name) for flops in (few_flops, many_flops)]
+    assert experts[0] == 9 * 2 * rows[0] * WIDTH * HIDDEN  # 3 matrices, forward and two products each backward
+    assert many_flops.total() <= 1.3 * few_flops.total()  # the router included, which does grow with E
