@@ -1,7 +1,8 @@
 """`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is made.
 
-Total and active parameters, FLOPs a token, memory of the state. `--compile` also compiles the train step and
-tells the memory that XLA reserves for it.
+Total and active parameters, FLOPs a token, memory of the state; on several devices how every leaf is split over
+them. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also compiles the train
+step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from absl import app, flags
 
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, ModelConfig, validate
+from moe_jax.config import Config, ModelConfig, resolve, validate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on the device: parameters and biases, optimizer moments, gradients."""
+    """Bytes on each device: parameters and biases, optimizer moments, gradients."""
 
     parameters: int
     optimizer: int
@@ -61,19 +62,60 @@ def parts(config: Config) -> list[Part]:
     return [Part(kind, *row) for kind, row in sums.items()] + [Part("attention scores", 0, 0, scores)]
 
 
-def memory(config: Config) -> Memory:
-    """Bytes of the train state and of its gradients; activations depend on the compiler, see `--compile`."""
+def memory(config: Config, num_devices: int = 1) -> Memory:
+    """Bytes of the train state and of its gradients; activations depend on the compiler, see `moe_jax.plan`."""
+    rows = leaves(config, num_devices)
+    parameters = [row for row in rows if not row.path.startswith("optimizer/")]
+    optimizer = [row for row in rows if row.path.startswith("optimizer/")]
+    gradients = [math.prod(row.part) * 4 for row in rows if row.path.startswith("params/")]
+    return Memory(sum(r.bytes for r in parameters), sum(r.bytes for r in optimizer), sum(gradients))
+
+
+class Leaf(NamedTuple):
+    """One array of the train state: its whole shape, and what one device holds of it."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+    part: tuple[int, ...]
+    bytes: int
+
+
+def leaves(config: Config, num_devices: int = 1) -> list[Leaf]:
+    """Every array of the train state, and how it is split over the mesh; `axes` are those of each dimension.
+
+    Raises:
+        ValueError: the mesh does not fit so many devices.
+    """
     import jax
 
+    from moe_jax.mesh import abstract_mesh, axes_of
     from moe_jax.state import abstract_state
 
-    state = abstract_state(config)
+    state = abstract_state(config, abstract_mesh(config.mesh, num_devices))._asdict()
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        part = leaf.sharding.shard_shape(leaf.shape)
+        axes = (*(axes_of(entry) for entry in leaf.sharding.spec), *[()] * (leaf.ndim - len(leaf.sharding.spec)))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows.append(Leaf(name, str(leaf.dtype), leaf.shape, axes, part, math.prod(part) * leaf.dtype.itemsize))
+    return rows
 
-    def size(tree: object) -> int:
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
-    gradients = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(state.params))
-    return Memory(size((state.params, state.bias, state.balance)), size(state.optimizer), gradients)
+def sharding_table(config: Config, num_devices: int) -> "Table":
+    """Parameters and biases with the mesh axes that split each dimension; moments lie as their parameters."""
+    from rich.table import Table
+
+    sizes = ", ".join(f"{axis} {size}" for axis, size in vars(config.mesh).items())
+    table = Table("parameter", "shape, split by", "on each device", title=f"{num_devices} devices: {sizes}")
+    for row in leaves(config, num_devices):
+        if not row.path.startswith(("params/", "bias/")):
+            continue
+        dims = (" ".join((str(size), *axes)) for size, axes in zip(row.shape, row.axes, strict=True))
+        table.add_row(row.path.partition("/")[2], ", ".join(dims), f"{row.bytes / 2**20:.2f} MiB {row.dtype}")
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    return table
 
 
 def compiled_bytes(config: Config) -> tuple[int, int]:
@@ -126,7 +168,13 @@ def main(_: list[str]) -> None:
     """Print the tables."""
     flag = flags.FLAGS
     try:
+        if flag.num_devices < 0:
+            raise ValueError(f"--num_devices={flag.num_devices} must be at least 0; 0 takes those that are here.")
         config = validate(flag.config)
+        import jax
+
+        num_devices = flag.num_devices or jax.device_count()
+        config = resolve(config, num_devices)
     except ValueError as error:
         fail(str(error))
     from rich.console import Console
@@ -136,9 +184,14 @@ def main(_: list[str]) -> None:
     train_flops = 3 * sum(p.flops for p in parts(config))
     tokens = config.batch_size * config.sequence_length
     console.print(f"training: {train_flops:,} FLOPs a token (forward x 3), {tokens:,} tokens a step")
-    m = memory(config)
+    num_devices = math.prod(vars(config.mesh).values())  # a mesh may leave some unused
+    if num_devices > 1:
+        console.print(sharding_table(config, num_devices))
+    m = memory(config, num_devices)
     sizes = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in m._asdict().items())
-    console.print(f"memory of one device: {sizes}; {sum(m) / 2**20:.1f} MiB before activations")
+    console.print(
+        f"memory of {'one' if num_devices == 1 else 'each'} device: {sizes}; {sum(m) / 2**20:.1f} MiB before activations"
+    )
     if flag.compile:
         arguments, temporaries = compiled_bytes(config)
         console.print(
@@ -149,6 +202,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_config_flag("A config file of ours or yours.")
-    flags.DEFINE_bool("compile", False, "Also compile the train step, and tell its memory.")
+    flags.DEFINE_bool("compile", False, "Also compile the train step for one device, and tell its memory.")
+    flags.DEFINE_integer("num_devices", 0, "Describe the mesh of so many devices; 0 takes those that are here.")
     flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=parse_flags)

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -22,6 +22,8 @@ from moe_jax.config import MeshConfig, mesh_sizes
 AXES = ("replica", "data", "expert", "tensor")
 BATCH = AXES[:3]  # what the rows of a batch are split over
 GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
+
+AnyMesh = Mesh | AbstractMesh
 
 # The axes that may split a dimension. It takes, in this order, those that no earlier dimension of the array
 # took and that divide it: rows of a weight by `data`, columns by `expert`, since 7168 does not split 2048 ways.
@@ -69,6 +71,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # sort and gather fail on Explicit axes
 
 
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh of devices that need not exist: enough to say how arrays would lie.
+
+    Raises:
+        ValueError: sizes and devices do not fit together.
+    """
+    return AbstractMesh(mesh_sizes(config, num_devices), AXES)
+
+
 def platform(mesh: Mesh) -> str:
     """ "cpu", "gpu" or "tpu": of the mesh's devices, which are not always this machine's."""
     return mesh.devices.flat[0].platform
@@ -77,7 +88,7 @@ def platform(mesh: Mesh) -> str:
 # --- where arrays lie -----------------------------------------------------------------------------------------
 
 
-def spec(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> P:
+def spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
     """How a parameter lies: by TABLE; vectors (scales of norms, biases) are whole everywhere.
 
     Args:
@@ -99,7 +110,7 @@ def spec(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> P:
     return P(*[None] * stacked, *parts)
 
 
-def spec_at_use(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> P:
+def spec_at_use(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
     """How a layer multiplies by a parameter: only `tensor` still splits it. Experts' weights: see dispatch."""
     return P(*["tensor" if "tensor" in axes_of(part) else None for part in spec(mesh, dims, shape)])
 
@@ -114,7 +125,7 @@ def is_expert_weight(dims: Sequence[str]) -> bool:
     return "experts" in dims and "ffw" in dims
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())
 
@@ -158,5 +169,5 @@ def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> 
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if is_sharded(mesh) else f
 
 
-def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
+def _ways(mesh: AnyMesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
 from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig
-from moe_jax.mesh import platform, replicated, spec
+from moe_jax.mesh import AnyMesh, platform, replicated, spec
 from moe_jax.model import Transformer, num_moe_layers
 from moe_jax.moe import RouterBias
 
@@ -74,7 +74,7 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     return _initializer(config.model, config.balance, config.optimizer, mesh)(key)
 
 
-def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
     """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves; with a mesh also where each lies."""
     state = _abstract_state(config.model, config.balance, config.optimizer)
     if mesh is None:
@@ -84,7 +84,7 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     )
 
 
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+def state_shardings(config: Config, mesh: AnyMesh) -> TrainState:
     """Where every leaf lies: parameters by the table of `mesh`, their moments with them, the rest whole."""
     return _state_shardings(config.model, config.balance, config.optimizer, mesh)
 
@@ -95,7 +95,7 @@ def _abstract_state(model: ModelConfig, entries: Entries, optimizer: OptimizerCo
 
 
 @functools.lru_cache(maxsize=16)
-def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
+def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: AnyMesh) -> TrainState:
     abstract, whole = abstract_model(model), replicated(mesh)
     params = jax.tree.map(
         lambda a, d: NamedSharding(mesh, spec(mesh, d.names, a.shape)), abstract.params, abstract.dims

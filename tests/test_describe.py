@@ -1,5 +1,6 @@
 """The model summary adds up."""
 
+import math
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import jax
 import pytest
 
 from conftest import tiny_config
-from moe_jax.describe import memory, parts
+from moe_jax.config import resolve
+from moe_jax.describe import leaves, memory, parts
 from moe_jax.state import abstract_state
 
 CONFIG = tiny_config(balance=dict(bias_sign={}))
@@ -56,3 +58,28 @@ def test_the_command_prints_the_table(repo):
     result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
     for word in ("routed experts", "attention", "FLOPs a token", "memory of one device"):
         assert word in result.stdout
+
+
+def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_what_a_device_holds():
+    config = resolve(tiny_config(mesh=dict(data=2, expert=4)), 8)
+    rows = {row.path: row for row in leaves(config, 8)}
+    assert len(rows) == len(jax.tree.leaves(abstract_state(config)))
+    gate = rows["params/stacks/1/blocks/0/ffw/gate"]  # 2 layers, 4 experts, 16 wide, 8 hidden
+    assert gate.axes == ((), ("expert",), ("data",), ())
+    assert (gate.part, gate.bytes) == ((2, 1, 8, 8), 4 * 2 * 8 * 8)
+    assert rows["bias/stacks/1/blocks/0/ffw/bias"].axes == ((), ())
+    # what has one dimension is whole everywhere, all else is in 8 parts
+    whole = sum(math.prod(r.shape) for r in rows.values() if r.path.startswith("params/") and r.part == r.shape)
+    total = sum(p.total for p in parts(config))
+    assert memory(config, 8).gradients == 4 * (whole + (total - whole) // 8)
+
+
+def test_the_command_shows_the_sharding_of_devices_that_are_not_here(repo):
+    command = [sys.executable, "-m", "moe_jax.describe", "--config=configs/deepseek_v3.py", "--num_devices=2048"]
+    result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
+    for word in ("2048 devices", "data 32, expert 64", "stacks/1/blocks/0/ffw/down", "memory of each device"):
+        assert word in result.stdout
+    command[-1] = "--num_devices=100"
+    result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "needs a multiple of 64 devices, but there are 100" in result.stderr

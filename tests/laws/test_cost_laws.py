@@ -1,7 +1,6 @@
 """What a step costs, read from the compiled program: bytes sent, weights gathered, rows and FLOPs of the experts."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
