@@ -189,9 +189,8 @@ def main(_: list[str]) -> None:
         console.print(sharding_table(config, num_devices))
     m = memory(config, num_devices)
     sizes = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in m._asdict().items())
-    console.print(
-        f"memory of {'one' if num_devices == 1 else 'each'} device: {sizes}; {sum(m) / 2**20:.1f} MiB before activations"
-    )
+    each = "one" if num_devices == 1 else "each"
+    console.print(f"memory of {each} device: {sizes}; {sum(m) / 2**20:.1f} MiB before activations")
     if flag.compile:
         arguments, temporaries = compiled_bytes(config)
         console.print(
