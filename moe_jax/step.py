@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 from moe_jax import balance, metrics
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
-from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, replicated
+from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, platform, replicated
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing, Report
 from moe_jax.state import (
@@ -79,10 +79,18 @@ def _without_what_no_step_reads(config: Config) -> Config:
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
 
+# by platform; without it XLA:TPU waits for every all_to_all, and shared experts could not compute meanwhile
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
+
+
 @functools.lru_cache(maxsize=16)
 def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
-    places = None if mesh is None else (state_shardings(config, mesh), replicated(mesh))
-    return jax.jit(functools.partial(train_step, config, mesh=mesh), donate_argnums=0, out_shardings=places)
+    step = functools.partial(train_step, config, mesh=mesh)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    places = state_shardings(config, mesh), replicated(mesh)
+    options = COMPILER_OPTIONS.get(platform(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
 
 
 def train_step(
