@@ -33,6 +33,7 @@ FREE |= {
 }
 # custom calls that stand for no kernel
 BOOKKEEPING = {"AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "Sharding"}
+BOOKKEEPING |= {"PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound"}
 BOOKKEEPING |= {"SPMDFullToShardShape", "SPMDShardToFullShape", "xla.sdy.FuncResultSharding"}
 
 

@@ -15,7 +15,7 @@ from moe_jax.chips import CHIPS, Place, Topology, exchange_seconds, parse_topolo
 from moe_jax.hlo import Collective
 
 V5E, V5P = CHIPS["v5e"], CHIPS["v5p"]
-SMALL = ["--config.model.num_layers=3", "--config.sequence_length=32", "--config.batch_size=8"]
+SMALL = ["--config.model.num_layers=2", "--config.sequence_length=32", "--config.batch_size=8"]
 
 
 def run(repo, *arguments, config="configs/deepseek_v3_mini.py", **environment):
@@ -46,7 +46,7 @@ def test_bytes_of_the_state_follow_from_where_it_lies(report):
     memory = report["bytes_per_chip"]
     # two float32 moments for a float32 parameter, lying where it lies, and Adam's count
     assert memory["optimizer"] == 2 * memory["parameters"] + 4
-    assert memory["bias_and_balance"] == 4 * 2 * 16
+    assert memory["bias_and_balance"] == 4 * 16  # one MoE layer of 16 experts
     known = ("parameters", "optimizer", "bias_and_balance", "batch_and_results", "activations", "temporaries", "code")
     assert memory["total"] >= sum(memory[key] for key in known)
     assert memory["activations"] > 0
@@ -65,8 +65,8 @@ def test_compiled_flops_are_near_the_ideal(report):
 def test_tokens_travel_over_the_expert_axis(report):
     exchanges = [row for row in report["collectives"] if row["kind"] == "all-to-all"]
     assert [row["axes"] for row in exchanges] == [["expert"]]
-    # 2 layers; copies, their gates and their results forward, and again and back in the backward pass
-    assert exchanges[0]["count"] >= 2 * 3 * 3
+    # loads; then copies and results, there and home again, forward and backward
+    assert exchanges[0]["count"] >= 1 + 2 + 2
     assert all(row["seconds"] is None and row["sent"] > 0 for row in report["collectives"])
 
 
@@ -83,8 +83,8 @@ def test_what_is_assumed_is_told(report):
 
 def test_a_search_tries_the_meshes_that_divide(repo, tmp_path):
     file = tmp_path / "search.json"
-    tiny = ["--config.model.num_layers=2", "--config.sequence_length=16", "--config.batch_size=4"]
-    result = run(repo, "--topology=cpu:2", "--search", "--config.mesh.tensor=1", f"--json={file}", *tiny)
+    tiny = ["--config.model.num_layers=1", "--config.sequence_length=16", "--config.batch_size=2"]
+    result = run(repo, "--topology=cpu:2", "--search", f"--json={file}", *tiny, config="configs/dense.py")
     assert result.returncode == 0, result.stderr
     trials = json.loads(file.read_text())
     tried = [tuple(t["mesh"][axis] for axis in ("data", "expert", "tensor")) for t in trials]
