@@ -282,8 +282,7 @@ def _flops(config: Config, chips: int, cost: hlo.Cost) -> dict[str, Any]:
     scores = sum(p.flops for p in rows if p.name == "attention scores")
     phases: Counter[str] = Counter()
     for name, n in cost.flops.items():
-        again = "rematted_computation" in name
-        phases["recomputed" if again else "backward" if "transpose(" in name else "forward"] += n * chips
+        phases[_phase(name)] += n * chips
     compiled = cost.flops.total() * chips
     return {
         "active_parameters": products // 2,
@@ -294,6 +293,14 @@ def _flops(config: Config, chips: int, cost: hlo.Cost) -> dict[str, Any]:
         "compiled_by_phase": dict(phases),
         "compiled_by_origin": dict(_origins(cost, chips)),
     }
+
+
+def _phase(op_name: str) -> str:
+    """The part of a step that an instruction belongs to; XLA drops some names when it rewrites."""
+    if "/" not in op_name:
+        return "unnamed"
+    again = "rematted_computation" in op_name
+    return "recomputed" if again else "backward" if "transpose(" in op_name else "forward"
 
 
 def _origins(cost: hlo.Cost, chips: int) -> Counter[str]:
