@@ -49,7 +49,6 @@ def test_bytes_of_the_state_follow_from_where_it_lies(report):
     assert memory["bias_and_balance"] == 4 * 16  # one MoE layer of 16 experts
     known = ("parameters", "optimizer", "bias_and_balance", "batch_and_results", "activations", "temporaries", "code")
     assert memory["total"] >= sum(memory[key] for key in known)
-    assert memory["activations"] > 0
     assert all(memory[key] >= 0 for key in known)
 
 
