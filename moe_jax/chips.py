@@ -5,7 +5,6 @@ No jax: a wrong topology is told in well under a second.
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,11 +93,12 @@ class Place(NamedTuple):
 def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology) -> float | None:
     """The least time of one collective on the interconnect, alone on it; None without a chip.
 
-    Links carry W bytes/s each way. Along a dimension of the torus that the group spans, a chip has two links if the
-    group closes to a ring there and one if it is a line, shared with the groups between its members. All-gather,
-    reduce-scatter and all-reduce: bytes sent over the links of all spanned dimensions at once. All-to-all: bytes put
-    in x mean hops over the links, in the slowest dimension. Across slices: what must leave the slice over the
-    chip's share of the data-centre network, and the rest inside. Latency is not counted, nor other traffic.
+    Links carry W bytes/s each way. Along a dimension of the torus that the group spans at `a` positions, `s` apart,
+    a chip has two links if the group closes to a ring there and one if it is a line, shared with the s - 1 groups
+    between its members. All-gather, reduce-scatter and all-reduce: bytes sent over the links of all spanned
+    dimensions at once. All-to-all of B bytes a chip: what the busiest link carries in the slowest dimension,
+    s B a / 8 on a ring and s B a / 4 on a line. Across slices: what must leave the slice over the chip's share of
+    the data-centre network, and the rest inside. Latency is not counted, nor other traffic.
     """
     chip = topology.chip
     if chip is None or len(c.group) < 2:
@@ -116,29 +116,18 @@ def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology)
     sent = c._replace(group=c.group[: len(inside)]).sent
     times, links = [], 0.0
     for n, size in enumerate(topology.dims):
-        at = Counter(m.coords[n] for m in inside)
-        if len(at) < 2:
+        used = sorted({m.coords[n] for m in inside})
+        if len(used) < 2:
             continue
-        ring = size % chip.ring_multiple == 0
-        used = sorted(at)
         stride = min(b - a for a, b in itertools.pairwise(used))
-        links += (2 if ring and len(used) * stride == size else 1) / stride
-        width = 2.0 if ring else 2 * (size - 1) / size
-        times.append(c.bytes * _mean_hops(at, size if ring else 0) / (width * chip.link))
+        ring = size % chip.ring_multiple == 0 and len(used) * stride == size
+        links += (2 if ring else 1) / stride
+        halves = (len(used) // 2) * ((len(used) + 1) // 2)  # pairs on either side of the middle
+        times.append(stride * c.bytes * halves / len(used) / (2 if ring else 1) / chip.link)
     if not times:  # two devices of one chip
         return across
     alone = max(times) if c.kind in ("all-to-all", "ragged-all-to-all") else sent / (links * chip.link)
     return across + alone
-
-
-def _mean_hops(at: Counter[int], ring: int) -> float:
-    """Mean distance of two members along one dimension, each position as often as it has members."""
-    total = sum(at.values())
-
-    def hops(a: int, b: int) -> int:
-        return min(abs(a - b), ring - abs(a - b)) if ring else abs(a - b)
-
-    return sum(at[a] * at[b] * hops(a, b) for a in at for b in at) / total**2
 
 
 def place_of(device: Any) -> Place:
