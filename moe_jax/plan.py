@@ -444,7 +444,7 @@ def search(
         for remat in REMATS:
             if time.monotonic() > until:
                 yield Trial(sizes, remat, "not tried: time is up", {})
-                continue
+                break
             jax.clear_caches()
             one = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, remat=remat))
             report = plan(one, topology, options)
@@ -454,7 +454,10 @@ def search(
 
 
 def meshes(config: Config, devices: int) -> list[Config]:
-    """The config on every mesh of data x expert x tensor that its rules accept, `replica` as it is; its own first."""
+    """The config on every mesh of data x expert x tensor that its rules accept, `replica` as it is.
+
+    Its own first, then those without `tensor`, nearest in `expert` first, so that little time tries what is likely.
+    """
     from moe_jax.config import resolve
 
     found = [resolve(config, devices)]
@@ -470,7 +473,8 @@ def meshes(config: Config, devices: int) -> list[Config]:
             continue
         if one not in found:
             found.append(one)
-    return found
+    own = found[0].mesh.expert
+    return found[:1] + sorted(found[1:], key=lambda c: (c.mesh.tensor, abs(math.log2(c.mesh.expert / own))))
 
 
 # --- what is printed ------------------------------------------------------------------------------------------
