@@ -110,11 +110,6 @@ def spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
     return P(*[None] * stacked, *parts)
 
 
-def spec_at_use(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
-    """How a layer multiplies by a parameter: only `tensor` still splits it. Experts' weights: see dispatch."""
-    return P(*["tensor" if "tensor" in axes_of(part) else None for part in spec(mesh, dims, shape)])
-
-
 def axes_of(part: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return part if isinstance(part, tuple) else () if part is None else (part,)
@@ -149,19 +144,39 @@ def gather(w: Array, mesh: Mesh | None, dims: Sequence[str]) -> Array:
     """A parameter as a layer multiplies by it; its gradient goes back into shards, never whole to every device."""
     if not is_sharded(mesh):
         return w
-    kept, used = spec(mesh, dims, w.shape), spec_at_use(mesh, dims, w.shape)
-    return checkpoint_name(_relayout(w, NamedSharding(mesh, kept), NamedSharding(mesh, used)), GATHERED)
+    return checkpoint_name(_gathered(w, _way_to_use(mesh, dims, w.shape)), GATHERED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _relayout(w: Array, kept: NamedSharding, used: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(w, used)
+def _way_to_use(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> tuple[NamedSharding, ...]:
+    """The layouts of a parameter from its shards to its use, one axis less each time.
+
+    In one go XLA would fill zeros in and sum the whole over all devices, the gradient likewise; axis by axis it
+    gathers, and scatters the gradient's sums.
+    """
+    parts = [list(axes_of(part)) for part in spec(mesh, dims, shape)]
+    layouts = [P(*map(tuple, parts))]
+    for axis in ("expert", "data"):
+        for mine in parts:
+            if axis in mine:
+                mine.remove(axis)
+                layouts.append(P(*map(tuple, parts)))
+    return tuple(NamedSharding(mesh, layout) for layout in layouts)
 
 
-_relayout.defvjp(
-    lambda w, kept, used: (jax.lax.with_sharding_constraint(w, used), None),
-    lambda kept, used, _, dw: (jax.lax.with_sharding_constraint(dw, kept),),
-)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(w: Array, layouts: tuple[NamedSharding, ...]) -> Array:
+    for layout in layouts[1:]:
+        w = jax.lax.with_sharding_constraint(w, layout)
+    return w
+
+
+def _scattered(layouts: tuple[NamedSharding, ...], _: None, dw: Array) -> tuple[Array]:
+    for layout in layouts[-2::-1]:
+        dw = jax.lax.with_sharding_constraint(dw, layout)
+    return (dw,)
+
+
+_gathered.defvjp(lambda w, layouts: (_gathered(w, layouts), None), _scattered)
 
 
 def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:

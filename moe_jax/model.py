@@ -17,7 +17,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, visibility
 from moe_jax.mesh import BATCH, GATHERED, axes_of, constrain, gather, is_expert_weight, is_sharded, spec
 from moe_jax.moe import Balancing, MoE, Report
-from moe_jax.routing import Tokens
+from moe_jax.routing import Rows, Tokens
 
 
 class Inputs(NamedTuple):
@@ -173,6 +173,7 @@ def token_info(inputs: Inputs) -> Tokens:
         mask=(inputs.segment_ids > 0).ravel(),
         row=rows.ravel().astype(jnp.int32),
         ids=inputs.tokens.ravel(),
+        rows=Rows(len(rows)),
     )
 
 

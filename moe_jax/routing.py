@@ -4,6 +4,7 @@ T tokens, K top_k, S slots (= K for every selector that gives each token K exper
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -14,17 +15,27 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 Select = Callable[..., Int32[Array, "tokens slots"]]
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Rows:
+    """That the tokens are so many sequences of equal length, one after the other: known when compiling."""
+
+    count: int
+
+
 class Tokens(NamedTuple):
     """What is known of each token, [T] each; None where nothing is.
 
     mask: bool, False is padding: it is routed nowhere and counted nowhere. row: int32 in [0, T), which
     sequence of the batch it belongs to (None: all to one). ids: int32, the token's id. kind: int32, its class.
+    rows: if known, how many sequences there are; what is summed by sequence is then a reshape.
     """
 
     mask: Bool[Array, "tokens"] | None = None
     row: Int32[Array, "tokens"] | None = None
     ids: Int32[Array, "tokens"] | None = None
     kind: Int32[Array, "tokens"] | None = None
+    rows: Rows | None = None
 
 
 class Routing(NamedTuple):

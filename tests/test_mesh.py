@@ -14,7 +14,7 @@ from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.mesh import AXES, TABLE, batch_sharding, make_mesh, platform, spec, spec_at_use
+from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, platform, spec
 from moe_jax.moe import Balancing, MoE, RouterBias
 from moe_jax.routing import Tokens
 from moe_jax.state import abstract_model, abstract_state, init_state, state_shardings, step_key
@@ -96,8 +96,10 @@ SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replic
 def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used):
     mesh = make_mesh(MeshConfig(1, 2, 2, 2))
     assert spec(mesh, dims, shape) == kept
-    if used is not None:
-        assert spec_at_use(mesh, dims, shape) == used
+    if used is not None:  # gathered inside a scan: without the stacked layers in front
+        w = jax.device_put(np.zeros(shape[-len(dims) :], np.float32), NamedSharding(mesh, P()))
+        gathered = jax.jit(lambda w: gather(w, mesh, dims))(w)
+        assert gathered.sharding.is_equivalent_to(NamedSharding(mesh, P(*used[-len(dims) :])), w.ndim)
 
 
 def test_every_dimension_of_every_parameter_is_in_the_table():

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax.balance.base import Method, register
 from moe_jax.config import AuxLoss, ZLoss
-from moe_jax.routing import Routing, count, normalized_scores
+from moe_jax.routing import Routing, Tokens, count, normalized_scores
 
 
 @register("aux_loss")
@@ -72,14 +72,25 @@ def sequence_balance(
     expert_ids: Int32[Array, "tokens slots"],
 ) -> Float32[Array, ""]:
     """sum_i f_i P_i within every sequence, averaged over sequences by their number of valid tokens."""
-    num_tokens, num_experts = scores.shape
-    row = jnp.zeros(num_tokens, jnp.int32) if routing.tokens.row is None else routing.tokens.row
-    # a batch has at most as many rows as tokens, so [T, E] is always room enough
-    counts = jnp.zeros((num_tokens, num_experts + 1), jnp.int32).at[row[:, None], expert_ids].add(1)[:, :-1]
-    score_sums = jax.ops.segment_sum(valid(routing)[:, None] * scores, row, num_segments=num_tokens)
+    scores = valid(routing)[:, None] * scores
+    counts, score_sums = _by_row(routing.tokens, expert_ids, scores)
+    num_experts = scores.shape[1]
     totals = counts.sum(-1, keepdims=True).astype(jnp.float32)
     frequency = num_experts * counts.astype(jnp.float32) / jnp.maximum(totals, 1.0)
     return (frequency * score_sums).sum() / jnp.maximum(valid(routing).sum(), 1.0)
+
+
+def _by_row(tokens: Tokens, expert_ids: Array, scores: Array) -> tuple[Array, Array]:
+    """For every row how often each expert was chosen, int32 [B, E], and the sum of its scores [B, E]."""
+    num_tokens, num_experts = scores.shape
+    if tokens.rows is not None:  # no scatter over the whole batch, which may lie on many devices
+        by_row = (tokens.rows.count, num_tokens // tokens.rows.count)
+        chosen = expert_ids.reshape(by_row[0], -1, 1) == jnp.arange(num_experts)
+        return chosen.sum(1, dtype=jnp.int32), scores.reshape(*by_row, num_experts).sum(1)
+    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
+    # a batch has at most as many rows as tokens, so [T, E] is always room enough
+    counts = jnp.zeros((num_tokens, num_experts + 1), jnp.int32).at[row[:, None], expert_ids].add(1)[:, :-1]
+    return counts, jax.ops.segment_sum(scores, row, num_segments=num_tokens)
 
 
 def mean_over_tokens(values: Float32[Array, "tokens columns"], routing: Routing) -> Float32[Array, "columns"]:
