@@ -13,7 +13,7 @@ from moe_jax import balance
 from moe_jax.balance import base
 from moe_jax.balance.bias import load_sign, rate_at
 from moe_jax.config import BALANCE_METHODS, BiasSign, balance_entries
-from moe_jax.routing import Tokens, route
+from moe_jax.routing import Rows, Tokens, route
 
 TOKENS, EXPERTS, TOP_K = 12, 4, 2
 ROWS = np.repeat(np.arange(4, dtype=np.int32), 3)  # four sequences of three tokens
@@ -477,6 +477,20 @@ def test_no_methods_count_loads_and_do_nothing_else():
     assert list(statistics) == ["loads"]
     assert float(balancer.loss(routing, statistics, balancer.init(EXPERTS), jnp.zeros((1, EXPERTS)))) == 0.0
     assert balancer.select is None
+
+
+def test_a_sequence_loss_is_the_same_where_the_number_of_rows_is_known():
+    loss = balance.make({"aux_loss": {"scope": "sequence", "weight": 1.0}})
+    row, mask = jnp.asarray([0, 0, 0, 1, 1, 1]), jnp.asarray([True, True, False, True, True, True])
+
+    def value(logits, tokens):
+        routing = route(logits, top_k=TOP_K, tokens=tokens)
+        return loss.loss(routing, loss.observe(routing), loss.init(EXPERTS), jnp.zeros((1, EXPERTS)))
+
+    by_row, known = (Tokens(mask=mask, row=row, rows=rows) for rows in (None, Rows(2)))
+    (a, da), (b, db) = (jax.value_and_grad(value)(random_logits(0)[:6], tokens) for tokens in (by_row, known))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(da, db, rtol=1e-5, atol=1e-8)
 
 
 def test_one_kind_may_appear_twice_under_labels():

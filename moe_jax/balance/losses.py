@@ -110,5 +110,7 @@ def _counted_ids(options: AuxLoss, routing: Routing) -> Int32[Array, "tokens slo
     """The ids that f counts: those chosen, or the top-k of the scores without the bias."""
     if options.counts == "biased":
         return routing.expert_ids
-    ids = lax.top_k(lax.stop_gradient(routing.scores), routing.expert_ids.shape[1])[1]
+    # a sort by expert stays on each token's device; top_k would gather the scores of all of them
+    best_first = jnp.argsort(-lax.stop_gradient(routing.scores), axis=-1, stable=True)
+    ids = best_first[:, : routing.expert_ids.shape[1]].astype(jnp.int32)
     return jnp.where(valid(routing)[:, None] > 0, ids, routing.scores.shape[1])

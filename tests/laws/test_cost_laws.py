@@ -23,6 +23,13 @@ TOKEN_DIMS = {SEQ, 2 * SEQ, 4 * SEQ, 8 * SEQ, ROWS * SEQ}
 MODEL = dict(num_layers=2, first_dense=0, num_experts=8, num_heads=4, num_kv_heads=2, top_k=SLOTS, num_shared_experts=1)
 MODEL |= dict(embed_dim=EMBED, head_dim=64, expert_ffw_dim=96)
 
+BALANCE = dict(
+    bias_sign=dict(rate=1e-2),
+    aux_loss=dict(weight=1e-2),
+    of_a_row=dict(method="aux_loss", weight=1e-4, scope="sequence", counts="unbiased"),
+    z_loss=dict(),
+)
+
 
 @functools.cache
 def collectives(sizes, remat: str) -> dict[hlo.Collective, int]:
@@ -30,7 +37,7 @@ def collectives(sizes, remat: str) -> dict[hlo.Collective, int]:
     config = tiny_config(
         batch_size=ROWS,
         sequence_length=SEQ,
-        balance=dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2)),
+        balance=BALANCE,
         mesh=dict(zip(AXES, sizes, strict=True)),
         model=MODEL | dict(remat=remat),
     )
