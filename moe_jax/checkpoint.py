@@ -3,6 +3,9 @@
 `checkpoints/00000020` is the state after 20 steps: Orbax's arrays, and a `manifest.json` of ours with the
 sha256 of every file, shape and dtype of every leaf, and what else a run needs. The manifest is written last,
 so a folder without one is a save that did not finish: never restored, and removed when training goes on.
+
+With several processes every one writes its shards and hashes the files it wrote; process 0 puts the hashes
+together in the manifest, and it alone decides, removes and verifies. All of them see one folder.
 """
 
 import concurrent.futures
@@ -11,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moe_jax.files import sha256_of
+from moe_jax import distributed
+from moe_jax.files import sha256_of, write_json
 
 MANIFEST = "manifest.json"
 FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares sizes above
+HASHES = "hashes.{}.json"  # of one process's files, until process 0 has put them into the manifest
 NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds Orbax's timestamps only
 
 
@@ -30,6 +36,7 @@ class Checkpointer:
     """Writes the checkpoints of one run, at most one at a time, off the step path.
 
     A save that failed in the background raises at the next `save` or at `close`, never later and never not.
+    With several processes, each has one of these, and they call the same methods in the same order.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -38,8 +45,7 @@ class Checkpointer:
         self._orbax = ocp.AsyncCheckpointer(_handler())
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-        directory.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(directory)
+        distributed.by_first(lambda: remove_unfinished(directory))
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Copy the state to the host, then write in the background; the state may be donated at once.
@@ -54,10 +60,8 @@ class Checkpointer:
         """
         self.wait()
         path = self._directory / f"{step:08d}"
-        if path.exists():  # committed by an earlier process: same seed, same step, same state
-            if _is_sound(path):
-                return
-            _remove(path)  # damaged, and the reason that this step was done again
+        if distributed.by_first(lambda: _is_there(path)):
+            return
         state = _as_dict(state)
         self._orbax.save(path.absolute(), args=ocp.args.PyTreeSave(state))
         record = {"step": step, "leaves": describe_leaves(state), "extra": dict(extra)}
@@ -65,7 +69,10 @@ class Checkpointer:
 
     def _commit(self, path: Path, record: dict[str, Any]) -> None:
         self._orbax.wait_until_finished()
-        write_manifest(path, record)
+        if distributed.index() > 0:
+            hand_in_hashes(path, distributed.index())
+            return
+        write_manifest(path, record, distributed.count())
         upto = [s for s in committed(self._directory) if s <= record["step"]]  # a later one may be damaged
         for old in upto[: -self._keep]:
             _remove(self._directory / f"{old:08d}")
@@ -99,6 +106,16 @@ def restore(
     Raises:
         ValueError: a damaged checkpoint without fallback, or one whose leaves are not the target's.
     """
+    leaves = describe_leaves(_as_dict(target))
+    found = distributed.by_first(lambda: _newest(directory, leaves, verify, fallback))
+    if found is None:
+        return None
+    step, extra = found
+    return _read(directory / f"{step:08d}", target), extra
+
+
+def _newest(directory: Path, leaves: Mapping[str, Any], verify: str, fallback: bool) -> tuple[int, dict] | None:
+    """Step and `extra` of the checkpoint to restore."""
     steps = committed(directory)
     problems = []
     for step in reversed(steps):
@@ -110,10 +127,10 @@ def restore(
                 raise ValueError(_advise(str(error), directory, steps, step)) from None
             problems.append(str(error))
             continue
-        compare_leaves(path, manifest["leaves"], describe_leaves(_as_dict(target)))
+        compare_leaves(path, manifest["leaves"], leaves)
         for problem in problems:
             print(f"warning: {problem} checkpoint.fallback=True: going on from step {step}.", flush=True)
-        return _read(path, target), manifest["extra"]
+        return step, manifest["extra"]
     if problems:
         raise ValueError(f"{directory} has no sound checkpoint: {' '.join(problems)}")
     return None
@@ -141,6 +158,7 @@ def committed(directory: Path) -> list[int]:
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what killed saves left behind, and say so: folders of our own naming without a manifest."""
+    directory.mkdir(parents=True, exist_ok=True)
     for folder in directory.iterdir():
         ours = re.fullmatch(r"\d{8}(\.orbax-checkpoint-tmp.*)?", folder.name)
         real = folder.is_dir() and not folder.is_symlink()
@@ -155,17 +173,29 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _is_sound(path: Path) -> bool:
+def _is_there(path: Path) -> bool:
+    """Whether the step was saved by an earlier process: same seed, same step, same state. Makes room if not."""
+    if not path.exists():
+        return False
     try:
         check(path)
     except ValueError:
+        _remove(path)  # damaged, and the reason that this step was done again
         return False
     return True
 
 
-def write_manifest(path: Path, record: dict[str, Any]) -> None:
-    """Hash every file of the checkpoint and commit it: the manifest appears whole or not at all."""
-    files = {str(f.relative_to(path)): [f.stat().st_size, sha256_of(f)] for f in _data_files(path)}
+def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -> None:
+    """Hash every file of the checkpoint and commit it: the manifest appears whole or not at all.
+
+    Waits for the hashes of the other processes. One that dies before it hands them in ends this process, too.
+    """
+    files = hash_files(path, 0)
+    for number in range(1, num_processes):
+        part = path / HASHES.format(number)
+        _wait_for(part)
+        files |= json.loads(part.read_text())
+        part.unlink()
     body = {**record, "files": files}
     text = json.dumps({"sha256": _digest(body), **body}, indent=1)
     temporary = path / (MANIFEST + ".tmp")
@@ -174,6 +204,29 @@ def write_manifest(path: Path, record: dict[str, Any]) -> None:
         f.flush()
         os.fsync(f.fileno())
     temporary.rename(path / MANIFEST)
+
+
+def hand_in_hashes(path: Path, process: int) -> None:
+    """What the processes other than 0 do for a manifest; ends when it is written."""
+    write_json(path / HASHES.format(process), hash_files(path, process))
+    _wait_for(path / MANIFEST)
+
+
+def hash_files(path: Path, process: int) -> dict[str, list[Any]]:
+    """name -> [size, sha256] of the files that a process wrote."""
+    names = {str(f.relative_to(path)): f for f in _data_files(path) if not re.fullmatch(HASHES.format(r"\d+"), f.name)}
+    return {name: [f.stat().st_size, sha256_of(f)] for name, f in names.items() if writer(name) == process}
+
+
+def writer(name: str) -> int:
+    """The process that wrote a file: Orbax gives each a folder for its shards; process 0 writes the rest."""
+    folder = re.match(r"ocdbt\.process_(\d+)/", name)
+    return int(folder[1]) if folder else 0
+
+
+def _wait_for(file: Path) -> None:
+    while not file.is_file():
+        time.sleep(0.02)
 
 
 def check(path: Path, verify: str = "auto") -> dict[str, Any]:

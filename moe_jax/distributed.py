@@ -343,12 +343,12 @@ def from_rows(load: Callable[[tuple[int, int]], T], num_rows: int, sharding: Any
     """
     import jax
 
-    def block(slices: tuple[slice, ...]) -> tuple[int, int]:
+    def block(slices: Any) -> tuple[int, int]:
         return slices[0].indices(num_rows)[:2]
 
     mine = sorted({block(slices) for slices in sharding.addressable_devices_indices_map((num_rows,)).values()})
-    loaded = {rows: load(rows) for rows in mine}
-    some: Any = loaded[mine[0]]
+    loaded: dict[tuple[int, int], Any] = {rows: load(rows) for rows in mine}
+    some = loaded[mine[0]]
 
     def place(field: int) -> jax.Array:
         shape = (num_rows, *some[field].shape[1:])

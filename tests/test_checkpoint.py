@@ -232,7 +232,7 @@ def test_a_removal_that_was_killed_leaves_no_checkpoint_that_looks_finished(tmp_
 # --- background failures --------------------------------------------------------------------------------------
 
 
-def no_space(path, record):
+def no_space(path, *_):
     raise OSError(28, "No space left on device", str(path))
 
 

@@ -73,12 +73,12 @@ def disturb_manifest(die_in: int, seconds: float) -> None:
 
     calls, original = [], checkpoint.write_manifest
 
-    def write_manifest(path, record):
+    def write_manifest(path, *rest):
         calls.append(path)
         if len(calls) == die_in:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds)
-        original(path, record)
+        original(path, *rest)
 
     checkpoint.write_manifest = write_manifest
 
