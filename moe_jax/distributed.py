@@ -194,6 +194,9 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
         if isinstance(stop.code, int) and 0 < stop.code < 128:  # 143: all of them stop, which is no error
             _leave(stop.code)
         raise
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        _leave(2)
     except jax.errors.JaxRuntimeError as error:
         end(f"{' '.join(str(error).split())[:400]}\n{_lost(doing())}")
     except BaseException:
@@ -302,30 +305,35 @@ def by_first(function: Callable[[], T]) -> T:
     Raises:
         ValueError, OSError: in process 0 what `function` raised, in the others a ValueError that says the same.
     """
-    return _agree(function, index() == 0)[0]
-
-
-def by_all(function: Callable[[], T]) -> list[T]:
-    """`function()` of every process, JSON values; what one raises is raised in all."""
-    return _agree(function, True)
-
-
-def _agree(function: Callable[[], T], here: bool) -> list[T]:
     if count() == 1:
-        return [function()]
-    result, error = None, None
-    if here:
-        try:
-            result = function()
-        except (ValueError, OSError) as caught:
-            error = caught
-    told = gather([result, None if error is None else str(error)])
+        return function()
+    result, error = _caught(function) if index() == 0 else (None, None)
+    return gather(_agreed(result, error))[0]
+
+
+def by_all(function: Callable[[], T]) -> T:
+    """`function()` in every process; what it raises in one is raised in all."""
+    if count() == 1:
+        return function()
+    return _agreed(*_caught(function))
+
+
+def _caught(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except (ValueError, OSError) as error:
+        return None, error
+
+
+def _agreed(result: Any, error: Exception | None) -> Any:
+    """The result, if no process has an error."""
+    problems = gather(None if error is None else str(error))
     if error is not None:
         raise error
-    for number, (_, problem) in enumerate(told):
+    for number, problem in enumerate(problems):
         if problem is not None:
             raise ValueError(f"process {number}: {problem}")
-    return [result for result, _ in told]
+    return result
 
 
 def from_rows(load: Callable[[tuple[int, int]], T], num_rows: int, sharding: Any) -> T:

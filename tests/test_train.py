@@ -26,18 +26,22 @@ CONFIG = rig.drill_config()
 # --- resuming -------------------------------------------------------------------------------------------------
 
 
+def digest(batch):
+    return hashlib.sha256(np.asarray(batch.tokens).tobytes() + np.asarray(batch.targets).tobytes()).hexdigest()
+
+
 def test_every_batch_is_trained_on_exactly_once_over_crashes(tmp_path, monkeypatch):
     consumed = {}
     crashes = [3, 8, 9, 16]
 
-    def make(config):
+    def make(config, mesh=None):
         def train_step(state, batch, key):
             n = int(state.step)
             if crashes and n == crashes[0]:
                 crashes.pop(0)
                 raise RuntimeError("crash")
-            consumed[n] = hashlib.sha256(batch.tokens.tobytes() + batch.targets.tobytes()).hexdigest()
-            return real(config)(state, batch, key)
+            consumed[n] = digest(batch)
+            return real(config, mesh)(state, batch, key)
 
         return train_step
 
@@ -49,7 +53,7 @@ def test_every_batch_is_trained_on_exactly_once_over_crashes(tmp_path, monkeypat
     run(CONFIG, tmp_path, quiet=True)
     batch_at = training_batches(open_corpus(), seed=0, batch_size=8, sequence_length=16)
     batches = [batch_at(n) for n in range(20)]
-    expected = [hashlib.sha256(b.tokens.tobytes() + b.targets.tobytes()).hexdigest() for b in batches]
+    expected = [digest(b) for b in batches]
     assert [consumed[n] for n in sorted(consumed)] == expected
     tokens = np.cumsum([int(b.mask.sum()) for b in batches])
     assert [r["tokens_seen"] for r in rig.curve(tmp_path)] == list(tokens)
@@ -153,12 +157,12 @@ def test_the_step_after_a_skipped_one_is_normal(first_batch):
 def test_a_skipped_step_is_logged_as_null_and_counted(first_batch, tmp_path, monkeypatch):
     real = step.make_train_step
 
-    def make(config):
+    def make(config, mesh=None):
         def train_step(state, batch, key):
             if int(state.step) != 2:
-                return real(config)(state, batch, key)
+                return real(config, mesh)(state, batch, key)
             embedding = jnp.copy(state.params["embedding"])
-            state, values = real(config)(spoiled(state, batch, float("nan")), batch, key)
+            state, values = real(config, mesh)(spoiled(state, batch, float("nan")), batch, key)
             return state._replace(params=state.params | {"embedding": embedding}), values
 
         return train_step
@@ -274,7 +278,7 @@ def test_the_data_module_is_asked_for_every_step_in_order(tmp_path, monkeypatch)
 
     def recording(*args, **kwargs):
         batch_at = real(*args, **kwargs)
-        return lambda n: (asked.append(n), batch_at(n))[1]
+        return lambda n, rows: (asked.append(n), batch_at(n, rows))[1]
 
     monkeypatch.setattr(data, "training_batches", recording)
     run(CONFIG, tmp_path, stop_at=5, quiet=True)

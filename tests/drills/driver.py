@@ -46,8 +46,8 @@ def watch_steps(poison_from: int) -> list:
 
     made, original = [], step.make_train_step
 
-    def make_train_step(config):
-        real = original(config)
+    def make_train_step(config, mesh=None):
+        real = original(config, mesh)
         made.append(real)
 
         def train_step(state, batch, key):
