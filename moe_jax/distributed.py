@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 TEMPORARY = 75  # exit status (EX_TEMPFAIL): not the run's fault, and the same command goes on
+NETWORK = re.compile("gloo|nccl|unavailable|connection|socket|deadline|heartbeat|barrier", re.IGNORECASE)
 FIRST_PORT, NUM_PORTS = 61440, 4096  # of Slurm and Open MPI jobs; the job's number picks one
 
 T = TypeVar("T")
@@ -197,9 +198,10 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(2)
-    except jax.errors.JaxRuntimeError as error:
-        end(f"{' '.join(str(error).split())[:400]}\n{_lost(doing())}")
-    except BaseException:
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, jax.errors.JaxRuntimeError) and NETWORK.search(text):
+            end(f"{_lost(doing())}\nwhat this process saw of it: {text[:400]}")
         traceback.print_exc()
         _leave(1)
 
@@ -226,7 +228,7 @@ def _initialize(cluster: Cluster, heartbeat_seconds: int) -> None:
 def _lost(doing: str) -> str:
     return (
         f"process {index()} of {count()}, at {doing}: another process of the run has died or cannot be reached; "
-        "its own log, or the line above, says which and why. The same command on all hosts goes on from the "
+        "its own log or the lines around this one say which and why. The same command on all hosts goes on from the "
         "newest checkpoint."
     )
 

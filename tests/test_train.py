@@ -16,6 +16,7 @@ from moe_jax import data, step
 from moe_jax.checkpoint import committed, state_hash
 from moe_jax.config import as_dict
 from moe_jax.data import open_corpus, training_batches
+from moe_jax.mesh import make_mesh
 from moe_jax.state import init_state, step_key
 from moe_jax.step import make_train_step
 from moe_jax.train import run, versions
@@ -77,7 +78,7 @@ def test_a_run_and_its_continuation_compile_once(tmp_path):
     step._train_step.cache_clear()  # a train step that no other test has called
     run(CONFIG, tmp_path, stop_at=4, quiet=True)
     run(CONFIG, tmp_path, stop_at=8, quiet=True)
-    assert make_train_step(CONFIG)._cache_size() == 1
+    assert make_train_step(CONFIG, make_mesh(CONFIG.mesh))._cache_size() == 1
 
 
 def test_seeds_share_one_train_step():
