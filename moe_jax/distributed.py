@@ -274,16 +274,16 @@ _handler: Any = None  # kept alive: C has its address
 
 def index() -> int:
     """This process's number; process 0 writes the logs and decides."""
-    import jax
-
-    return jax.process_index()
+    return sys.modules["jax"].process_index() if _initialized() else 0
 
 
 def count() -> int:
     """How many processes the run has."""
-    import jax
+    return sys.modules["jax"].process_count() if _initialized() else 1
 
-    return jax.process_count()
+
+def _initialized() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()  # a plain host need not load it
 
 
 def gather(value: Any) -> list[Any]:

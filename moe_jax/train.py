@@ -77,11 +77,12 @@ def run(
         ValueError: another config's workdir, bad data, or a damaged or different checkpoint.
         FloatingPointError: several steps in a row were not finite.
     """
-    import jax
-
     corpus = distributed.by_all(lambda: open_data(config))
+    distributed.by_first(lambda: check_workdir(workdir, config))
+    import jax  # from here on: it takes seconds, and a mistake is told before
+
     resolve(config, jax.device_count(), jax.devices()[0].platform)
-    with claim(workdir, config):
+    with claim(workdir):
         one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds))
         distributed.by_first(lambda: record(workdir, config, one.made_by))  # a checkpoint of another shape was refused
         return one.until(min(stop_at or config.num_steps, config.num_steps))
@@ -271,16 +272,24 @@ def open_data(config: Config) -> "Corpus":
     return corpus
 
 
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Raise a ValueError if the workdir is a file, or another config's run is in it (the differences are shown)."""
+    file = workdir / "config.json"
+    if file.is_file():
+        refuse_another_config(workdir, "run", read_config(file), config)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
+
+
 @contextmanager
-def claim(workdir: Path, config: Config) -> Iterator[None]:
-    """Hold the workdir for this config and this run; process 0 does, for all.
+def claim(workdir: Path) -> Iterator[None]:
+    """Hold the workdir, made if absent, for this run; process 0 does, for all.
 
     Raises:
-        ValueError: another config's run is in it (the differences are shown), or another command's, or some
-            processes of this run see another folder under its name.
+        ValueError: another command holds it, or some processes of this run see another folder under its name.
     """
     with ExitStack() as held:
-        distributed.by_first(lambda: held.enter_context(_locked(workdir, config)))
+        distributed.by_first(lambda: held.enter_context(_locked(workdir)))
         if distributed.count() > 1:
             token = distributed.by_first(lambda: _leave_token(workdir))
             distributed.by_all(lambda: _find_token(workdir, token))
@@ -288,12 +297,7 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(workdir: Path, config: Config) -> Iterator[None]:
-    file = workdir / "config.json"
-    if file.is_file():
-        refuse_another_config(workdir, "run", read_config(file), config)
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
+def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / ".lock", "w") as lock:
         try:
