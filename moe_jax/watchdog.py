@@ -63,7 +63,7 @@ class Watchdog:
                 self._under_way.popleft()
                 progress = time.monotonic()
             if self._under_way and time.monotonic() - max(progress, self._under_way[0].began) > self._timeout:
-                self._end(self._under_way[0].name)
+                return self._end(self._under_way[0].name)
 
     def _end(self, name: str) -> None:
         print("where this process is:", file=sys.stderr, flush=True)
