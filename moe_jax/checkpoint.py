@@ -11,9 +11,7 @@ together in the manifest, and it alone decides, removes and verifies. All of the
 import concurrent.futures
 import hashlib
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax import distributed
-from moe_jax.files import sha256_of, write_json
+from moe_jax.files import is_remote, remove_tree, sha256_of, size_of, tree, write_json, write_whole
 
 MANIFEST = "manifest.json"
 FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares sizes above
@@ -63,7 +61,7 @@ class Checkpointer:
         if distributed.by_first(lambda: _is_there(path)):
             return
         state = _as_dict(state)
-        self._orbax.save(path.absolute(), args=ocp.args.PyTreeSave(state))
+        self._orbax.save(_absolute(path), args=ocp.args.PyTreeSave(state))
         record = {"step": step, "leaves": describe_leaves(state), "extra": dict(extra)}
         self._pending = self._worker.submit(self._commit, path, record)
 
@@ -140,7 +138,7 @@ def _read(path: Path, target: Any) -> Any:
     abstract = _as_dict(target)
     restore_args = jax.tree.map(_restore_args, abstract)
     with ocp.Checkpointer(_handler()) as reader:
-        read = reader.restore(path.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
+        read = reader.restore(_absolute(path), args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
     return type(target)(**read) if hasattr(target, "_asdict") else read
 
 
@@ -152,25 +150,26 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
 
 def committed(directory: Path) -> list[int]:
     """The steps with a finished checkpoint, rising."""
-    folders = directory.iterdir() if directory.is_dir() else []
-    return sorted(int(f.name) for f in folders if re.fullmatch(r"\d{8}", f.name) and (f / MANIFEST).is_file())
+    return sorted(
+        int(f.name) for f in _inside(directory) if re.fullmatch(r"\d{8}", f.name) and (f / MANIFEST).is_file()
+    )
 
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what killed saves left behind, and say so: folders of our own naming without a manifest."""
     directory.mkdir(parents=True, exist_ok=True)
-    for folder in directory.iterdir():
+    for folder in _inside(directory):
         ours = re.fullmatch(r"\d{8}(\.orbax-checkpoint-tmp.*)?", folder.name)
-        real = folder.is_dir() and not folder.is_symlink()
+        real = folder.is_dir() and not _is_link(folder)
         if ours and real and not (folder / MANIFEST).is_file():
             print(f"removing {folder}: a save that did not finish", flush=True)
-            shutil.rmtree(folder)
+            remove_tree(folder)
 
 
 def _remove(folder: Path) -> None:
     """The manifest goes first, so that a removal that is killed leaves an unfinished folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    remove_tree(folder)
 
 
 def _is_there(path: Path) -> bool:
@@ -197,13 +196,7 @@ def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -
         files |= json.loads(part.read_text())
         part.unlink()
     body = {**record, "files": files}
-    text = json.dumps({"sha256": _digest(body), **body}, indent=1)
-    temporary = path / (MANIFEST + ".tmp")
-    with open(temporary, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(path / MANIFEST)
+    write_whole(path / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1), durable=True)
 
 
 def hand_in_hashes(path: Path, process: int) -> None:
@@ -215,7 +208,7 @@ def hand_in_hashes(path: Path, process: int) -> None:
 def hash_files(path: Path, process: int) -> dict[str, list[Any]]:
     """name -> [size, sha256] of the files that a process wrote."""
     names = {str(f.relative_to(path)): f for f in _data_files(path) if not re.fullmatch(HASHES.format(r"\d+"), f.name)}
-    return {name: [f.stat().st_size, sha256_of(f)] for name, f in names.items() if writer(name) == process}
+    return {name: [size_of(f), sha256_of(f)] for name, f in names.items() if writer(name) == process}
 
 
 def writer(name: str) -> int:
@@ -243,8 +236,8 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
     full = verify == "full" or (verify == "auto" and sum(s for s, _ in files.values()) < FULL_VERIFY_BYTES)
     for name, (size, sha256) in sorted(files.items()):
         file = path / name
-        if file.stat().st_size != size:
-            raise ValueError(f"{path}: {name} has {file.stat().st_size} bytes, the manifest says {size}.")
+        if size_of(file) != size:
+            raise ValueError(f"{path}: {name} has {size_of(file)} bytes, the manifest says {size}.")
         if full and sha256_of(file) != sha256:
             raise ValueError(f"{path}: {name} does not have the sha256 of the manifest.")
     return manifest
@@ -265,11 +258,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _data_files(path: Path) -> list[Path]:
     """The checkpoint's files; a link could point anywhere, and we write none."""
-    found = sorted(path.rglob("*"))
+    found = sorted(tree(path))
     for f in found:
-        if f.is_symlink():
+        if _is_link(f):
             raise ValueError(f"{path}: {f.relative_to(path)} is a symbolic link, which no checkpoint contains.")
-    return [f for f in found if f.is_file() and f.name not in NOT_HASHED and f.suffix != ".tmp"]
+    return [f for f in found if f.name not in NOT_HASHED and f.suffix != ".tmp"]
+
+
+def _inside(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []  # a bucket has no empty folders
+
+
+def _is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
+
+
+def _absolute(path: Path) -> Path:
+    return path if is_remote(path) else path.absolute()
 
 
 def describe_leaves(state: Any) -> dict[str, list[Any]]:

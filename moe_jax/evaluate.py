@@ -19,6 +19,7 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, MeshConfig, mesh_sizes, resolve, validate
+from moe_jax.files import workdir_of
 from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -192,8 +193,8 @@ def run(config: Config, workdir: Path) -> None:
 def main(_: list[str]) -> None:
     """Check the flags, then run."""
     flag = flags.FLAGS
-    workdir = Path(flag.workdir)
     try:
+        workdir = workdir_of(flag.workdir)
         config = validate(flag.config) if flag.config is not None else config_of_run(workdir)
         if flag.eval_sequences < 0:
             raise ValueError(f"--eval_sequences={flag.eval_sequences} must be at least 0; 0 takes all.")

@@ -32,7 +32,7 @@ from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, differences, resolve, validate
 from moe_jax.evaluate import evaluate, read_config, restore_run
-from moe_jax.files import write_json
+from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -201,6 +201,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self._count()
+        if self.log is not None:
+            self.log.flush()
         extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, **self.made_by}
         self.checkpoints.save(step, self.state, extra)
 
@@ -299,6 +301,9 @@ def claim(workdir: Path) -> Iterator[None]:
 @contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
+    if is_remote(workdir):  # a bucket has no locks: one command at a time is the user's to see to
+        yield
+        return
     with open(workdir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -415,13 +420,13 @@ def main(_: list[str]) -> None:
             )
         if flag.stop_at < 0:
             raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
-        config = validate(flag.config)
+        config, workdir = validate(flag.config), workdir_of(flag.workdir)
         from moe_jax.data import check_corpus
 
         check_corpus(config.data.path)
         watchdog = Watchdog(config.step_timeout_seconds)
         with distributed.joined(config.heartbeat_seconds, lambda: watchdog.doing):
-            outcome = run(config, Path(flag.workdir), stop_at=flag.stop_at, watchdog=watchdog)
+            outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog)
             if outcome.signal:
                 raise SystemExit(128 + outcome.signal)
             if distributed.index() == 0:
