@@ -165,6 +165,8 @@ class Config:
     log_every: int = _number(10, 1)
     eval_every: int = _number(500, 0)  # 0: only after the last step
     save_every: int = _number(500, 0)  # 0: only after the last step
+    heartbeat_seconds: int = _number(100, 1)  # a process of the run not heard of for so long is dead
+    step_timeout_seconds: int = _number(1800, 0)  # a step that takes longer is stuck and ends the run; 0: never
     model: ModelConfig = field(default_factory=ModelConfig)
     balance: tuple[BalanceEntry, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,9 +1,12 @@
 """`python -m moe_jax.evaluate --workdir=DIR`: the whole held-out set, per domain; nothing moves.
 
 Uses the config the run was started with; `--config=FILE` evaluates its checkpoint under another, for other
-data or another batch size, say. `--eval_sequences=N` takes only the first N sequences of each domain.
+data or another batch size, say. `--eval_sequences=N` takes only the first N sequences of each domain. On a
+cluster the same command runs in every process, as training does; on other devices than the run's, the mesh is
+data-parallel unless a config says otherwise.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -13,19 +16,38 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
+from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, validate
+from moe_jax.config import Config, MeshConfig, mesh_sizes, resolve, validate
+from moe_jax.files import workdir_of
+from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from moe_jax.data import Corpus
     from moe_jax.state import TrainState
 
 
-def evaluate(config: Config, state: "TrainState", corpus: "Corpus") -> dict[str, float | int]:
+def evaluate(
+    config: Config,
+    state: "TrainState",
+    corpus: "Corpus",
+    mesh: "Mesh | None" = None,
+    watchdog: Watchdog | None = None,
+) -> dict[str, float | int]:
     """Loss, bits per byte (all and per domain) and balance over the held-out documents.
 
     Bits per byte is nats / (ln 2 x UTF-8 bytes of the targets): comparable across tokenizers. Violations
     count loads over the whole set (MaxVio_global), per layer, then mean and worst over layers.
+
+    Args:
+        config: of the model and the batches.
+        state: on the mesh.
+        corpus: its "validation" streams are used.
+        mesh: the config's on all devices if None. With several processes each loads only its rows, and all
+            get the same numbers.
+        watchdog: told of every batch.
 
     Returns:
         eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>; with experts also eval/max_violation,
@@ -35,33 +57,40 @@ def evaluate(config: Config, state: "TrainState", corpus: "Corpus") -> dict[str,
     import numpy as np
 
     from moe_jax.data import evaluation_batches
+    from moe_jax.mesh import batch_sharding, make_mesh
     from moe_jax.step import make_eval_step
 
-    eval_step = make_eval_step(config)
+    mesh, watchdog = mesh or make_mesh(config.mesh), watchdog or Watchdog(0)
+    eval_step = make_eval_step(config, mesh)
+    batch_size = config.batch_size // config.micro_batches
     batches = evaluation_batches(
         corpus,
-        batch_size=config.batch_size // config.micro_batches,
+        batch_size=batch_size,
         sequence_length=config.sequence_length,
         max_sequences_per_domain=config.data.eval_sequences,
     )
     nats, num_bytes = np.zeros(len(corpus.domains)), np.zeros(len(corpus.domains), np.int64)
     num_tokens, loads = 0, np.zeros((), np.int64)
-    for batch in batches:
-        sums = jax.device_get(eval_step(state, batch))
-        real = batch.domain >= 0
-        np.add.at(nats, batch.domain[real], sums.nats[real].astype(np.float64))
-        np.add.at(num_bytes, batch.domain[real], batch.num_bytes[real])
+    for number in range(len(batches)):
+        rows = functools.partial(batches.batch_at, number)
+        work = watchdog.watch("evaluation batch", number)
+        result = eval_step(state, distributed.from_rows(rows, batch_size, batch_sharding(mesh)))
+        work.result = result.nats
+        sums = jax.device_get(result)
+        real = sums.domain >= 0
+        np.add.at(nats, sums.domain[real], sums.nats[real].astype(np.float64))
+        np.add.at(num_bytes, sums.domain[real], sums.num_bytes[real])
         num_tokens += int(sums.tokens.sum())
         if sums.loads is not None:
             loads = loads + sums.loads
-    result = {
+    numbers = {
         "eval/loss": float(nats.sum()) / num_tokens,
         "eval/bits_per_byte": float(nats.sum()) / (math.log(2) * int(num_bytes.sum())),
     }
     for name, n, b in zip(corpus.domains, nats, num_bytes, strict=True):
         if b:
-            result[f"eval/bits_per_byte/{name}"] = float(n) / (math.log(2) * int(b))
-    return result | (_balance(loads) if loads.ndim else {})
+            numbers[f"eval/bits_per_byte/{name}"] = float(n) / (math.log(2) * int(b))
+    return numbers | (_balance(loads) if loads.ndim else {})
 
 
 def _balance(loads: Any) -> dict[str, float | int]:
@@ -102,13 +131,13 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def restore_run(config: Config, workdir: Path) -> tuple["TrainState", dict[str, Any]] | None:
-    """The newest checkpoint of the workdir as (state, extra), checked against the config; None if there is none."""
+def restore_run(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", dict[str, Any]] | None:
+    """The newest checkpoint of the workdir as (state, extra), on this mesh; None if there is none."""
     from moe_jax import checkpoint
     from moe_jax.state import abstract_state
 
     options = config.checkpoint
-    target = abstract_state(config)
+    target = abstract_state(config, mesh)
     return checkpoint.restore(workdir / "checkpoints", target, verify=options.verify, fallback=options.fallback)
 
 
@@ -123,27 +152,57 @@ def print_table(result: Mapping[str, float | int]) -> None:
     Console().print(table)
 
 
-def main(_: list[str]) -> None:
-    """Restore the newest checkpoint of the workdir, evaluate, print, and write evaluation.json."""
-    flag = flags.FLAGS
-    workdir = Path(flag.workdir)
+def on_these_devices(config: Config) -> Config:
+    """The config with its mesh, or with a data-parallel one where that is of another number of devices.
+
+    Raises:
+        ValueError: no such mesh fits the model and the batch.
+    """
+    import jax
+
+    devices = jax.device_count()
     try:
+        mesh_sizes(config.mesh, devices)
+    except ValueError:
+        config = replace(config, mesh=MeshConfig())
+    return resolve(config, devices, jax.devices()[0].platform)
+
+
+def run(config: Config, workdir: Path) -> None:
+    """Restore the newest checkpoint, evaluate, print, and write evaluation.json.
+
+    Raises:
+        ValueError, OSError: no or a damaged checkpoint, bad data, or a mesh that does not fit.
+    """
+    from moe_jax.data import open_corpus
+    from moe_jax.mesh import make_mesh
+
+    corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
+    config = on_these_devices(config)
+    mesh = make_mesh(config.mesh)
+    found = restore_run(config, workdir, mesh)
+    if found is None:
+        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
+    state = found[0]
+    result = {"step": int(state.step), **evaluate(config, state, corpus, mesh)}
+    if distributed.index() == 0:
+        print_table(result)
+        (workdir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(_: list[str]) -> None:
+    """Check the flags, then run."""
+    flag = flags.FLAGS
+    try:
+        workdir = workdir_of(flag.workdir)
         config = validate(flag.config) if flag.config is not None else config_of_run(workdir)
         if flag.eval_sequences < 0:
             raise ValueError(f"--eval_sequences={flag.eval_sequences} must be at least 0; 0 takes all.")
         config = replace(config, data=replace(config.data, eval_sequences=flag.eval_sequences))
-        from moe_jax.data import open_corpus
-
-        corpus = open_corpus(config.data.path, config.data.verify)
-        found = restore_run(config, workdir)
-        if found is None:
-            raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
+        with distributed.joined(config.heartbeat_seconds, lambda: "evaluation"):
+            run(config, workdir)
     except (ValueError, OSError) as error:
         fail(str(error))
-    state = found[0]
-    result = {"step": int(state.step), **evaluate(config, state, corpus)}
-    print_table(result)
-    (workdir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

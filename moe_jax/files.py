@@ -1,20 +1,90 @@
-"""Files that are whole or not there, and how their bytes are told apart."""
+"""Files that are whole or not there, on this machine or in a `gs://` bucket, and how their bytes are told apart.
+
+A bucket has no folders, links, locks or appending, and an object is there whole or not at all. Its paths are
+etils' `epath`, which look like `pathlib`'s; where the two differ, a function here knows it.
+"""
 
 import hashlib
+import importlib.util
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
+def workdir_of(text: str) -> Path:
+    """The path that a flag names, on this machine or `gs://bucket/folder`.
+
+    Raises:
+        ValueError: what reads buckets is not installed.
+    """
+    if not text.startswith("gs://"):
+        return Path(text)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"--workdir={text} needs gcsfs, which is not installed; pip install 'moe_jax[gcs]'.")
+    import fsspec
+    from etils import epath
+
+    # other processes write there too: a listing that is remembered is a listing that is wrong
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    remote: Any = epath.Path(text)
+    return remote
+
+
+def is_remote(path: Path) -> bool:
+    """Whether the path is in a bucket."""
+    return not isinstance(path, Path)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file."""
+    stat: Any = path.stat()
+    return stat.length if is_remote(path) else stat.st_size
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tree(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder itself; links are not followed."""
+    if is_remote(folder):
+        for path in folder.iterdir():
+            yield from tree(path) if path.is_dir() else [path]
+    else:
+        yield from (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def write_json(path: Path, value: Any) -> None:
     """The file with the value, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str, durable: bool = False) -> None:
+    """The file with the text, whole or not at all; `durable` survives a power cut."""
+    if is_remote(path):
+        path.write_text(text)
+        return
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # shards of a sweep write sweep.json at the same time
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    with open(temporary, "w") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder with all that is in it."""
+    remote: Any = folder
+    if is_remote(folder):
+        remote.rmtree()
+    else:
+        shutil.rmtree(folder)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_jax.files import is_remote, remove_tree, tree, write_whole
+
+FLUSH_SECONDS = 60.0
 METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
 
 
@@ -19,12 +24,16 @@ class RunLog:
     """The log files of one run, opened so that every step appears in them exactly once.
 
     Lines of `first_step` and later, left by a process that was killed after its last checkpoint, are
-    dropped: those steps are about to be done again.
+    dropped: those steps are about to be done again. A bucket cannot be appended to: there the files are written
+    on this machine, and put into the bucket whole at every `flush`, at `close`, and once a minute.
     """
 
     def __init__(self, workdir: Path, first_step: int) -> None:
-        self._files = {name: _reopen(workdir / name, first_step) for name in (METRICS, LAYERS)}
-        self._board = _tensorboard(workdir / "tensorboard", first_step)
+        self._workdir = workdir
+        self._folder = Path(tempfile.mkdtemp(prefix="moe_jax_log_")) if is_remote(workdir) else workdir
+        self._files = {name: _reopen(workdir / name, self._folder / name, first_step) for name in (METRICS, LAYERS)}
+        self._board = _tensorboard(self._folder / "tensorboard", first_step)
+        self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, Any], layers: Mapping[str, Any] | None = None) -> None:
         """One strict-JSON object a step: non-finite numbers are null.
@@ -41,10 +50,19 @@ class RunLog:
             for name, value in values.items():
                 if value is not None:
                     self._board.add_scalar(name, float(value), step)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
     def _line(self, name: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
         self._files[name].flush()
+
+    def flush(self) -> None:
+        """Everything logged so far is in the workdir: due before a checkpoint says that these steps are done."""
+        self._flushed = time.monotonic()
+        if self._folder is not self._workdir:
+            for file in tree(self._folder):
+                (self._workdir / file.relative_to(self._folder)).write_bytes(file.read_bytes())
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -52,6 +70,9 @@ class RunLog:
             file.close()
         if self._board is not None:
             self._board.close()
+        self.flush()
+        if self._folder is not self._workdir:
+            remove_tree(self._folder)
 
 
 def plain(value: Any) -> Any:
@@ -74,12 +95,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _reopen(path: Path, first_step: int) -> Any:
-    """The file for appending, holding the records before `first_step` only; replaced in one move."""
-    kept = [r for r in read_jsonl(path) if r["step"] < first_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
-    temporary.replace(path)
+def _reopen(source: Path, path: Path, first_step: int) -> Any:
+    """The file at `path` for appending, with the records of `source` before `first_step`; replaced in one move."""
+    kept = [r for r in read_jsonl(source) if r["step"] < first_step]
+    write_whole(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
     return open(path, "a")
 
 

@@ -75,7 +75,8 @@ def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
 
 def _without_what_no_step_reads(config: Config) -> Config:
     plain = Config()
-    keys = ("seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint")
+    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint"]
+    keys += ["heartbeat_seconds", "step_timeout_seconds"]
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
 

@@ -3,30 +3,41 @@
 Resuming is the newest verified checkpoint and `batch_at(step)`; the curve does not notice. SIGTERM and SIGINT
 save at the last finished step and end with status 128 + signal (143, 130); a run that was not finished goes on
 when the same command is given again.
+
+On a cluster the same command runs in every process. Each loads only the rows that its devices hold, all save
+together, process 0 writes the logs, and a signal to one of them stops all at the same step, with status 143.
+A lost or stuck process ends the run with status 75.
 """
 
 import concurrent.futures
 import fcntl
+import functools
 import json
+import os
 import platform
+import secrets
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 
+from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, as_dict, differences, validate
+from moe_jax.config import Config, as_dict, differences, resolve, validate
 from moe_jax.evaluate import evaluate, read_config, restore_run
-from moe_jax.files import write_json
+from moe_jax.files import is_remote, workdir_of, write_json
+from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from moe_jax.data import Corpus
     from moe_jax.data.batches import Batch
     from moe_jax.state import TrainState
@@ -42,42 +53,61 @@ class Outcome(NamedTuple):
     evaluation: dict[str, float | int]
 
 
-def run(config: Config, workdir: Path, *, name: str = "train", stop_at: int = 0, quiet: bool = False) -> Outcome:
-    """Train `config` in `workdir` until `num_steps`, resuming what is there.
+def run(
+    config: Config,
+    workdir: Path,
+    *,
+    name: str = "train",
+    stop_at: int = 0,
+    quiet: bool = False,
+    watchdog: Watchdog | None = None,
+) -> Outcome:
+    """Train `config` in `workdir` until `num_steps`, resuming what is there, on all devices of all processes.
 
     Args:
-        config: validated.
-        workdir: made if absent; gets config.json, metrics.jsonl, layers.jsonl, run.json, checkpoints/.
+        config: validated; the same in every process.
+        workdir: made if absent, seen by every process; gets config.json, metrics.jsonl, layers.jsonl, run.json,
+            checkpoints/.
         name: how the progress display calls the run.
         stop_at: stop (and save) after so many steps, as if interrupted; 0 for never.
         quiet: print nothing.
+        watchdog: ends the process if a step gets stuck; made from the config if None.
 
     Raises:
         ValueError: another config's workdir, bad data, or a damaged or different checkpoint.
         FloatingPointError: several steps in a row were not finite.
     """
-    corpus = open_data(config)
-    with claim(workdir, config):
-        one = _Run(config, workdir, corpus, name, quiet)
-        record(workdir, config, one.made_by)  # only now: a checkpoint of another shape was refused
+    corpus = distributed.by_all(lambda: open_data(config))
+    distributed.by_first(lambda: check_workdir(workdir, config))
+    import jax  # from here on: it takes seconds, and a mistake is told before
+
+    resolve(config, jax.device_count(), jax.devices()[0].platform)
+    with claim(workdir):
+        one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds))
+        distributed.by_first(lambda: record(workdir, config, one.made_by))  # a checkpoint of another shape was refused
         return one.until(min(stop_at or config.num_steps, config.num_steps))
 
 
 class _Run:
     """The loop around the train step: data in, numbers out, checkpoints, signals."""
 
-    def __init__(self, config: Config, workdir: Path, corpus: "Corpus", name: str, quiet: bool) -> None:
+    def __init__(
+        self, config: Config, workdir: Path, corpus: "Corpus", name: str, quiet: bool, watchdog: Watchdog
+    ) -> None:
         from moe_jax.checkpoint import Checkpointer
         from moe_jax.data import training_batches
         from moe_jax.log import Display, RunLog
+        from moe_jax.mesh import make_mesh
 
-        self.config, self.corpus = config, corpus
+        self.config, self.corpus, self.watchdog = config, corpus, watchdog
+        self.mesh = make_mesh(config.mesh)
         self.made_by = versions()
-        self.state, self.tokens_seen = _restore_or_init(config, workdir)
+        self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh)
         self.first = int(self.state.step)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
-        self.log = RunLog(workdir, self.first)
-        self.display = Display(name, config.num_steps, quiet)
+        first_process = distributed.index() == 0
+        self.log = RunLog(workdir, self.first) if first_process else None
+        self.display = Display(name, config.num_steps, quiet or not first_process)
         self.batch_at = training_batches(
             corpus,
             seed=config.seed,
@@ -87,38 +117,50 @@ class _Run:
         )
         self.evaluation: dict[str, float | int] = {}
         self.clock = Clock()
+        self.uncounted: list[Any] = []  # valid tokens of the last steps, still on the device
 
     def until(self, last: int) -> Outcome:
         """Steps `first` to `last`, then save and close."""
-        caught: list[int] = []
         try:
-            with _signals(caught):  # a second signal must not end the save that the first one asked for
+            with _signals() as stopped:  # a second signal must not end the save that the first one asked for
                 with self.display.running(self.first):
-                    step = self._steps(self.first, last, caught)
+                    step, number = self._steps(self.first, last, stopped)
                 self._save(step)
                 self.checkpoints.wait()
         finally:
             self.checkpoints.close()
-            self.log.close()
-        return Outcome(step, caught[0] if caught else None, self.evaluation)
+            self.watchdog.close()
+            if self.log is not None:
+                self.log.close()
+        return Outcome(step, number, self.evaluation)
 
-    def _steps(self, first: int, last: int, caught: list[int]) -> int:
+    def _steps(self, first: int, last: int, stopped: Callable[[int], int | None]) -> tuple[int, int | None]:
         from moe_jax.state import step_key
         from moe_jax.step import make_train_step
 
-        train_step, key = make_train_step(self.config), step_key(self.config)
+        train_step, key = make_train_step(self.config, self.mesh), step_key(self.config)
         if first:
             self.display.say(f"going on from step {first}")
-        for step, batch in _prefetched(self.batch_at, first, last):
+        for step, batch in _prefetched(self._load, first, last):
+            work = self.watchdog.watch("step", step)
             self.state, values = train_step(self.state, batch, key)
-            self.tokens_seen += self.clock.count(int(batch.mask.sum()))
+            work.result = values["loss"]
+            self.uncounted.append(values["tokens"])
             if step == first:
-                self.clock.start_after(values["loss"])  # the first step compiles: it says nothing about speed
+                self._count()
+                self.clock.restart()  # the first step compiles: it says nothing about speed
             self._after(step, batch, values)
-            if caught:
-                self.display.say(f"{signal.Signals(caught[0]).name}: saving step {step + 1}")
-                return step + 1
-        return max(first, last)
+            if number := stopped(step):
+                self.display.say(f"{signal.Signals(number).name}: saving step {step + 1}")
+                return step + 1, number
+        return max(first, last), None
+
+    def _load(self, step: int) -> "Batch":
+        """The step's batch on the mesh; only this process's rows are read."""
+        from moe_jax.mesh import batch_sharding
+
+        rows = functools.partial(self.batch_at, step)
+        return distributed.from_rows(rows, self.config.batch_size, batch_sharding(self.mesh))
 
     def _after(self, step: int, batch: "Batch", values: dict[str, Any]) -> None:
         """Log, evaluate and save where it is time to."""
@@ -131,24 +173,36 @@ class _Run:
             self._save(done)
         self.display.step(done)
 
-    def _log(self, step: int, batch: "Batch", values: dict[str, Any], evaluates: bool) -> None:
+    def _count(self, values: Any = None) -> Any:
+        """Count the tokens of the last steps, and fetch `values` in the same transfer."""
         import jax
 
-        numbers = jax.device_get(values)  # the one host transfer
+        values, tokens = jax.device_get((values, self.uncounted))
+        self.uncounted = []
+        self.tokens_seen += self.clock.count(sum(map(int, tokens)))
+        return values
+
+    def _log(self, step: int, batch: "Batch", values: dict[str, Any], evaluates: bool) -> None:
+        numbers = self._count(values)  # the one host transfer
         speed = self.clock.tokens_per_second()
         layers = {k: numbers.pop(k) for k in ("loads", "bias") if k in numbers}
         stuck = int(numbers.pop("stuck"))
+        del numbers["tokens"]
         numbers |= {"tokens_seen": self.tokens_seen, "tokens_per_second": speed}
         if evaluates:
-            self.evaluation = evaluate(self.config, self.state, self.corpus)
+            self.evaluation = evaluate(self.config, self.state, self.corpus, self.mesh, self.watchdog)
             numbers |= self.evaluation
-        self.log.write(step, numbers, layers)
+        if self.log is not None:
+            self.log.write(step, numbers, layers)
         self.display.report(step + 1, numbers)
         if stuck >= MAX_STUCK:
             raise FloatingPointError(self._why_stuck(step, batch, stuck))
         self.clock.restart()
 
     def _save(self, step: int) -> None:
+        self._count()
+        if self.log is not None:
+            self.log.flush()
         extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, **self.made_by}
         self.checkpoints.save(step, self.state, extra)
 
@@ -157,7 +211,7 @@ class _Run:
         from moe_jax.step import first_non_finite
 
         before = self.state._replace(step=self.state.step - 1)
-        where = first_non_finite(self.config, before, batch)
+        where = first_non_finite(self.config, before, batch, self.mesh)
         return (
             f"step {step}: loss or gradient was not finite {stuck} times in a row (first: {where}); the "
             f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
@@ -173,14 +227,9 @@ class Clock:
         self._tokens = 0
 
     def count(self, tokens: int) -> int:
-        """Add the tokens of a step; gives them back."""
+        """Add tokens; gives them back."""
         self._tokens += tokens
         return tokens
-
-    def start_after(self, value: Any) -> None:
-        """Start counting when `value` is computed."""
-        value.block_until_ready()
-        self.restart()
 
     def restart(self) -> None:
         """Count from now."""
@@ -193,14 +242,12 @@ class Clock:
         return self._tokens / (time.perf_counter() - self._since)
 
 
-def _restore_or_init(config: Config, workdir: Path) -> tuple["TrainState", int]:
-    import jax
-
+def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", int]:
     from moe_jax.state import init_state
 
-    found = restore_run(config, workdir)
+    found = restore_run(config, workdir, mesh)
     if found is None:
-        return jax.device_put(init_state(config), jax.devices()[0]), 0  # placed as a restored one is: one compilation
+        return init_state(config, mesh), 0
     state, extra = found
     refuse_another_config(workdir, "checkpoint", extra["config"], config)
     return state, extra["tokens_seen"]
@@ -227,19 +274,36 @@ def open_data(config: Config) -> "Corpus":
     return corpus
 
 
-@contextmanager
-def claim(workdir: Path, config: Config) -> Iterator[None]:
-    """Hold the workdir for this config and this process.
-
-    Raises:
-        ValueError: another config's run is in it (the differences are shown), or another process's.
-    """
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Raise a ValueError if the workdir is a file, or another config's run is in it (the differences are shown)."""
     file = workdir / "config.json"
     if file.is_file():
         refuse_another_config(workdir, "run", read_config(file), config)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
+
+
+@contextmanager
+def claim(workdir: Path) -> Iterator[None]:
+    """Hold the workdir, made if absent, for this run; process 0 does, for all.
+
+    Raises:
+        ValueError: another command holds it, or some processes of this run see another folder under its name.
+    """
+    with ExitStack() as held:
+        distributed.by_first(lambda: held.enter_context(_locked(workdir)))
+        if distributed.count() > 1:
+            token = distributed.by_first(lambda: _leave_token(workdir))
+            distributed.by_all(lambda: _find_token(workdir, token))
+        yield
+
+
+@contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
+    if is_remote(workdir):  # a bucket has no locks: one command at a time is the user's to see to
+        yield
+        return
     with open(workdir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,6 +312,24 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
                 f"--workdir={workdir} is in use by another process; wait for it, or use another workdir."
             ) from None
         yield
+
+
+def _leave_token(workdir: Path) -> str:
+    token = secrets.token_hex(8)
+    (workdir / ".token").write_text(token)
+    return token
+
+
+def _find_token(workdir: Path, token: str, patience_seconds: float = 10.0) -> None:
+    """Raise a ValueError unless process 0's token is seen in the workdir; network file systems take a while."""
+    end = time.monotonic() + patience_seconds
+    while not (workdir / ".token").is_file() or (workdir / ".token").read_text() != token:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"--workdir={workdir} is not the folder that process 0 sees; name one on a file system that all "
+                "hosts share."
+            )
+        time.sleep(0.1)
 
 
 def record(workdir: Path, config: Config, made_by: dict[str, Any]) -> None:
@@ -267,8 +349,8 @@ def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], confi
 
 
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that change no number of the training, which may differ when a run goes on."""
-    free = ("checkpoint", "log_every", "eval_every", "save_every")
+    """Without the keys that change no number of the training (or by rounding: mesh), free when a run goes on."""
+    free = ("mesh", "checkpoint", "log_every", "eval_every", "save_every", "heartbeat_seconds", "step_timeout_seconds")
     return {k: v for k, v in config.items() if k not in free}
 
 
@@ -298,15 +380,34 @@ def _prefetched(batch_at: Callable[[int], "Batch"], first: int, last: int) -> It
 
 
 @contextmanager
-def _signals(caught: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT instead of dying of them; the loop ends after the step under way."""
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds]
+def _signals() -> Iterator[Callable[[int], int | None]]:
+    """Note SIGTERM and SIGINT instead of dying of them; yields `stopped(step)`, the signal to stop for or None.
+
+    With several processes they must stop at the same step. JAX's preemption service agrees on one: it catches
+    SIGTERM (that handler stays), and a SIGINT is passed on to it.
+    """
+    caught: list[int] = []
+    many = distributed.count() > 1
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+
+    def pass_on(number: int, _: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers: dict[int, Any] = {signal.SIGINT: pass_on} if many else {signal.SIGTERM: note, signal.SIGINT: note}
+    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
     try:
-        yield
+        yield _agreed_stop if many else lambda _: caught[0] if caught else None
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def _agreed_stop(step: int) -> int | None:
+    from jax.experimental import multihost_utils
+
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
 
 
 def main(_: list[str]) -> None:
@@ -319,16 +420,19 @@ def main(_: list[str]) -> None:
             )
         if flag.stop_at < 0:
             raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
-        config = validate(flag.config)
+        config, workdir = validate(flag.config), workdir_of(flag.workdir)
         from moe_jax.data import check_corpus
 
         check_corpus(config.data.path)
-        outcome = run(config, Path(flag.workdir), stop_at=flag.stop_at)
+        watchdog = Watchdog(config.step_timeout_seconds)
+        with distributed.joined(config.heartbeat_seconds, lambda: watchdog.doing):
+            outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog)
+            if outcome.signal:
+                raise SystemExit(128 + outcome.signal)
+            if distributed.index() == 0:
+                print(f"{outcome.step} of {config.num_steps} steps done in {flag.workdir}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
-    if outcome.signal:
-        raise SystemExit(128 + outcome.signal)
-    print(f"{outcome.step} of {config.num_steps} steps done in {flag.workdir}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ files
 mesh
 hlo
 chips
+distributed
+watchdog
 routing
 balance
 metrics

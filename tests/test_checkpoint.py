@@ -122,9 +122,9 @@ def test_every_save_holds_the_state_of_its_step_while_the_next_steps_reuse_its_b
     hashes = {}
     real = step.make_train_step
 
-    def make(config):
+    def make(config, mesh=None):
         def train_step(state, batch, key):
-            state, values = real(config)(state, batch, key)
+            state, values = real(config, mesh)(state, batch, key)
             hashes[int(state.step)] = state_hash(jax.tree.map(jnp.copy, state))
             return state, values
 
@@ -232,7 +232,7 @@ def test_a_removal_that_was_killed_leaves_no_checkpoint_that_looks_finished(tmp_
 # --- background failures --------------------------------------------------------------------------------------
 
 
-def no_space(path, record):
+def no_space(path, *_):
     raise OSError(28, "No space left on device", str(path))
 
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_without_bias_is_refused(saved):
 
 def test_another_state_is_refused_before_the_first_step(workdir, monkeypatch):
     (workdir / "config.json").unlink()
-    monkeypatch.setattr(step, "make_train_step", lambda config: pytest.fail("a step was made"))
+    monkeypatch.setattr(step, "make_train_step", lambda *_: pytest.fail("a step was made"))
     before = sorted(workdir.rglob("*"))
     with pytest.raises(ValueError, match="another state"):
         run(rig.drill_config(model=dict(num_experts=8)), workdir, quiet=True)
@@ -416,7 +416,7 @@ def test_sizes_alone_see_truncation_and_not_a_flipped_bit(workdir):
 
 def test_damage_is_told_before_the_first_step_and_with_the_way_out(workdir, monkeypatch):
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
-    monkeypatch.setattr(step, "make_train_step", lambda config: pytest.fail("a step was made"))
+    monkeypatch.setattr(step, "make_train_step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=r"Set checkpoint\.fallback=True to go on from step 5"):
         run(CONFIG, workdir, quiet=True)
 

@@ -160,15 +160,14 @@ def test_another_seed_is_another_order_of_the_same_windows():
     assert sorted(one) == sorted(two)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_slices_of_all_processes_make_the_global_batch(count):
-    whole = training_batches(LARGE, seed=2, batch_size=6, sequence_length=12)
-    parts = [
-        training_batches(LARGE, seed=2, batch_size=6, sequence_length=12, process_index=index, process_count=count)
-        for index in range(count)
-    ]
+SPLITS = [[(0, 6)], [(0, 3), (3, 6)], [(0, 1), (1, 5), (5, 6)], [(i, i + 1) for i in range(6)]]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=len)
+def test_a_batch_is_the_same_however_it_is_split_over_processes(split):
+    batch_at = training_batches(LARGE, seed=2, batch_size=6, sequence_length=12)
     for step in (0, 1, 50, 10**9):
-        assert same(rows([part(step) for part in parts]), whole(step))
+        assert same(rows([batch_at(step, part) for part in split]), batch_at(step))
 
 
 def test_a_process_reads_only_its_own_rows(monkeypatch):
@@ -177,8 +176,17 @@ def test_a_process_reads_only_its_own_rows(monkeypatch):
     seen = []
     real = batches._Windows.__getitem__
     monkeypatch.setattr(batches._Windows, "__getitem__", lambda self, i: seen.append(i) or real(self, i))
-    training_batches(LARGE, seed=2, batch_size=6, sequence_length=12, process_index=1, process_count=3)(4)
+    training_batches(LARGE, seed=2, batch_size=6, sequence_length=12)(4, (2, 4))
     assert len(seen) == 2
+    evaluation_batches(LARGE, batch_size=3, sequence_length=1).batch_at(0, (2, 3))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (2, 2), (3, 2), (0, 7)])
+def test_rows_outside_the_batch_are_refused(rows):
+    batch_at = training_batches(LARGE, seed=2, batch_size=6, sequence_length=12)
+    with pytest.raises(ValueError, match=r"must be \(start, stop\) with 0 <= start < stop <= batch_size=6"):
+        batch_at(0, rows)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +247,6 @@ def test_bad_weights_are_refused_in_a_sentence(weights, message):
     [
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
-        ({"process_count": 4}, "batch_size=6 must be divisible by the number of processes=4; try 8"),
-        (
-            {"process_count": 2, "process_index": 2},
-            "process_index=2 must be at least 0 and below process_count",
-        ),
         ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
@@ -289,10 +292,8 @@ def test_evaluation_can_be_repeated_indexed_and_limited():
         evaluation_batches(SMALL, batch_size=1, sequence_length=1, max_sequences_per_domain=-1)
 
 
-def test_evaluation_slices_of_all_processes_make_the_global_batches():
-    whole = evaluation_batches(SMALL, batch_size=4, sequence_length=1)
-    parts = [
-        evaluation_batches(SMALL, batch_size=4, sequence_length=1, process_index=i, process_count=2) for i in range(2)
-    ]
-    assert len(whole) == len(parts[0]) == len(parts[1])
-    assert all(same(rows([part[i] for part in parts]), whole[i]) for i in range(len(whole)))
+@pytest.mark.parametrize("split", [[(0, 2), (2, 4)], [(0, 1), (1, 4)]])
+def test_an_evaluation_batch_is_the_same_however_it_is_split_over_processes(split):
+    batches = evaluation_batches(SMALL, batch_size=4, sequence_length=1)
+    for index, whole in enumerate(batches):
+        assert same(rows([batches.batch_at(index, part) for part in split]), whole)

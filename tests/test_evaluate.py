@@ -57,12 +57,11 @@ def test_evaluation_gives_the_same_numbers_twice(state):
 def fake_step(nats_of):
     """An evaluation step that charges each row `nats_of(batch)` and sends every token to expert 0."""
 
-    def make(config):
+    def make(config, mesh):
         def eval_step(state, batch):
-            tokens = batch.mask.sum(-1).astype(np.int32)
-            loads = np.zeros((2, 4), np.int32)
-            loads[:, 0] = 2 * tokens.sum()
-            return Evaluation(nats_of(batch).astype(np.float32), tokens, loads)
+            tokens = batch.mask.sum(-1)
+            loads = jnp.zeros((2, 4), jnp.int32).at[:, 0].set(2 * tokens.sum())
+            return Evaluation(nats_of(batch).astype(jnp.float32), tokens, batch.domain, batch.num_bytes, loads)
 
         return eval_step
 

@@ -1,22 +1,22 @@
 """Reliability drills of a training run: it may stop, be killed or be told to end, and the curve does not notice."""
 
 import hashlib
-import json
 import shutil
 import signal
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from drills import rig
 
 from moe_jax import data, step
-from moe_jax.checkpoint import committed, state_hash
-from moe_jax.config import as_dict
+from moe_jax.checkpoint import committed, restore, state_hash
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.state import init_state, step_key
+from moe_jax.mesh import make_mesh
+from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
 from moe_jax.train import run, versions
 
@@ -26,18 +26,22 @@ CONFIG = rig.drill_config()
 # --- resuming -------------------------------------------------------------------------------------------------
 
 
+def digest(batch):
+    return hashlib.sha256(np.asarray(batch.tokens).tobytes() + np.asarray(batch.targets).tobytes()).hexdigest()
+
+
 def test_every_batch_is_trained_on_exactly_once_over_crashes(tmp_path, monkeypatch):
     consumed = {}
     crashes = [3, 8, 9, 16]
 
-    def make(config):
+    def make(config, mesh=None):
         def train_step(state, batch, key):
             n = int(state.step)
             if crashes and n == crashes[0]:
                 crashes.pop(0)
                 raise RuntimeError("crash")
-            consumed[n] = hashlib.sha256(batch.tokens.tobytes() + batch.targets.tobytes()).hexdigest()
-            return real(config)(state, batch, key)
+            consumed[n] = digest(batch)
+            return real(config, mesh)(state, batch, key)
 
         return train_step
 
@@ -49,7 +53,7 @@ def test_every_batch_is_trained_on_exactly_once_over_crashes(tmp_path, monkeypat
     run(CONFIG, tmp_path, quiet=True)
     batch_at = training_batches(open_corpus(), seed=0, batch_size=8, sequence_length=16)
     batches = [batch_at(n) for n in range(20)]
-    expected = [hashlib.sha256(b.tokens.tobytes() + b.targets.tobytes()).hexdigest() for b in batches]
+    expected = [digest(b) for b in batches]
     assert [consumed[n] for n in sorted(consumed)] == expected
     tokens = np.cumsum([int(b.mask.sum()) for b in batches])
     assert [r["tokens_seen"] for r in rig.curve(tmp_path)] == list(tokens)
@@ -73,7 +77,7 @@ def test_a_run_and_its_continuation_compile_once(tmp_path):
     step._train_step.cache_clear()  # a train step that no other test has called
     run(CONFIG, tmp_path, stop_at=4, quiet=True)
     run(CONFIG, tmp_path, stop_at=8, quiet=True)
-    assert make_train_step(CONFIG)._cache_size() == 1
+    assert make_train_step(CONFIG, make_mesh(CONFIG.mesh))._cache_size() == 1
 
 
 def test_seeds_share_one_train_step():
@@ -153,12 +157,12 @@ def test_the_step_after_a_skipped_one_is_normal(first_batch):
 def test_a_skipped_step_is_logged_as_null_and_counted(first_batch, tmp_path, monkeypatch):
     real = step.make_train_step
 
-    def make(config):
+    def make(config, mesh=None):
         def train_step(state, batch, key):
             if int(state.step) != 2:
-                return real(config)(state, batch, key)
+                return real(config, mesh)(state, batch, key)
             embedding = jnp.copy(state.params["embedding"])
-            state, values = real(config)(spoiled(state, batch, float("nan")), batch, key)
+            state, values = real(config, mesh)(spoiled(state, batch, float("nan")), batch, key)
             return state._replace(params=state.params | {"embedding": embedding}), values
 
         return train_step
@@ -180,18 +184,17 @@ def test_what_was_not_finite_is_named_even_if_only_the_norm_overflowed(first_bat
 
 
 HOLD = """
-import json, sys, time
+import sys
 from pathlib import Path
-from moe_jax.config import validate
 from moe_jax.train import claim
-with claim(Path(sys.argv[1]), validate(json.loads(sys.argv[2]))):
+with claim(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def test_a_workdir_in_use_by_another_process_is_refused(tmp_path):
-    arguments = [sys.executable, "-c", HOLD, str(tmp_path), json.dumps(as_dict(CONFIG))]
+    arguments = [sys.executable, "-c", HOLD, str(tmp_path)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(arguments, cwd=rig.REPO, **pipes) as other:
         assert other.stdout.readline() == "held\n"
@@ -274,7 +277,7 @@ def test_the_data_module_is_asked_for_every_step_in_order(tmp_path, monkeypatch)
 
     def recording(*args, **kwargs):
         batch_at = real(*args, **kwargs)
-        return lambda n: (asked.append(n), batch_at(n))[1]
+        return lambda n, rows: (asked.append(n), batch_at(n, rows))[1]
 
     monkeypatch.setattr(data, "training_batches", recording)
     run(CONFIG, tmp_path, stop_at=5, quiet=True)
@@ -286,3 +289,38 @@ def test_a_workdir_may_be_moved_between_two_parts_of_a_run(tmp_path):
     run(CONFIG, tmp_path / "here", stop_at=5, quiet=True)
     shutil.move(tmp_path / "here", tmp_path / "there and ünïcödé")
     assert run(CONFIG, tmp_path / "there and ünïcödé", stop_at=7, quiet=True).step == 7
+
+
+# --- another mesh ---------------------------------------------------------------------------------------------
+
+
+MESHES = [(1, 1), (8, 1), (1, 8), (4, 2)]  # (data, expert)
+
+
+def on_mesh(data, expert):
+    return rig.drill_config(num_steps=10, model=dict(num_experts=8), mesh=dict(data=data, expert=expert))
+
+
+@pytest.fixture(scope="module")
+def two_by_four(tmp_path_factory):
+    """The workdir of a run on data=2, expert=4, stopped and saved after 5 of its 10 steps."""
+    folder = tmp_path_factory.mktemp("two_by_four") / "run"
+    run(on_mesh(2, 4), folder, stop_at=5, quiet=True)
+    return folder
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_run_saved_on_one_mesh_continues_on_every_other_and_back(two_by_four, tmp_path, sizes):
+    there = make_mesh(on_mesh(2, 4).mesh)
+    before, _ = restore(two_by_four / "checkpoints", abstract_state(on_mesh(2, 4), there))
+    workdir = shutil.copytree(two_by_four, tmp_path / "run")
+    config, mesh = on_mesh(*sizes), make_mesh(on_mesh(*sizes).mesh)
+    wanted = abstract_state(config, mesh)
+    after, _ = restore(workdir / "checkpoints", wanted)
+    assert state_hash(after) == state_hash(before)
+    assert all(a.sharding == w.sharding for a, w in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True))
+    assert run(config, workdir, stop_at=7, quiet=True).step == 7
+    assert run(on_mesh(2, 4), workdir, quiet=True).step == 10
+    straight = shutil.copytree(two_by_four, tmp_path / "straight")
+    run(on_mesh(2, 4), straight, quiet=True)
+    rig.assert_close_curves(workdir, straight)

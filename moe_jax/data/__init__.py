@@ -1,12 +1,13 @@
 """Text becomes batches: a corpus of labelled domains, a tokenizer, and `batch_at(step)`."""
 
-from moe_jax.data.batches import Batch, EvaluationBatches, count_windows, evaluation_batches, training_batches
+from moe_jax.data.batches import Batch, BatchAt, EvaluationBatches, count_windows, evaluation_batches, training_batches
 from moe_jax.data.corpus import SPLITS, Corpus, Stream, Summary, check_corpus, make_corpus, open_corpus
 from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
 
 __all__ = [
     "SPLITS",
     "Batch",
+    "BatchAt",
     "ByteTokenizer",
     "Corpus",
     "EvaluationBatches",

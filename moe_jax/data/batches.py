@@ -3,7 +3,7 @@
 A sequence is window i of a domain's stream: inputs are tokens [i*S, i*S + S), targets the same shifted by
 one, so every token but the very first is a target exactly once. Which windows make up batch n is computed
 from (seed, n) alone, by grain: each domain's windows are permuted anew every epoch, and the domains are
-interleaved by weight. Resuming at step n is asking for batch n, on any number of processes.
+interleaved by weight. Resuming at step n is asking for batch n, and a process of many asks for its rows of it.
 
 Legend: B batch, S sequence, V vocabulary.
 """
@@ -14,9 +14,9 @@ import bisect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,6 +51,13 @@ class Batch(NamedTuple):
     num_bytes: Any
 
 
+class BatchAt(Protocol):
+    """(step, rows) -> those rows of the step's batch; all of them where `rows` is left out."""
+
+    def __call__(self, step: int, rows: tuple[int, int] | None = None) -> Batch:
+        """See `training_batches`."""
+
+
 def count_windows(corpus: Corpus, split: str, sequence_length: int) -> tuple[int, ...]:
     """The number of sequences in one epoch of each domain.
 
@@ -72,27 +79,23 @@ def training_batches(
     batch_size: int,
     sequence_length: int,
     weights: Mapping[str, float] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Callable[[int], Batch]:
-    """Makes `batch_at(step)`, a pure function of (seed, step).
+) -> BatchAt:
+    """Makes `batch_at(step, rows=None)`, a pure function of (seed, step).
 
-    Calls may come in any order and from any thread. With several processes each gets its own contiguous rows
-    [p*B/n, (p+1)*B/n) of the same global batch and reads only those.
+    Calls may come in any order and from any thread. With `rows=(start, stop)` only those rows of the batch are
+    made and read: however a batch is split over processes, it is the same batch.
 
     Args:
         corpus: the corpus; its "train" streams are used.
         seed: any integer >= 0.
-        batch_size: B, rows of the global batch, divisible by process_count.
+        batch_size: B, rows of the whole batch.
         sequence_length: S, tokens a row.
         weights: domain -> share of the rows, any scale, naming every domain; 0 leaves a domain out. None or
             empty: proportional to the number of windows, so that one epoch of the mixture is every window
             exactly once.
-        process_index: p, this process.
-        process_count: n, number of processes.
 
     Returns:
-        batch_at: int step >= 0 -> Batch with B/n rows.
+        batch_at: int step >= 0, rows (0 <= start < stop <= B, or None for all) -> Batch of those rows.
 
     Raises:
         ValueError: an argument is out of range, or weights name an unknown domain, miss one, are negative or
@@ -102,19 +105,17 @@ def training_batches(
 
     if seed < 0:
         raise ValueError(f"seed={seed} must be at least 0.")
-    _check_sizes(batch_size, sequence_length, process_index, process_count)
+    _check_sizes(batch_size, sequence_length)
     shares = _shares(corpus, sequence_length, weights)
     kept = [i for i, share in enumerate(shares) if share]
     datasets = [_shuffled(grain.MapDataset, corpus, i, sequence_length, seed) for i in kept]
     mixture = grain.MapDataset.select_from_datasets(datasets, _Interleave([shares[i] for i in kept]))
-    local = mixture.batch(batch_size // process_count, batch_fn=_stack)
 
-    def batch_at(step: int) -> Batch:
+    def batch_at(step: int, rows: tuple[int, int] | None = None) -> Batch:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step={step} must be at least 0.")
-        # Consecutive local batches are the slices of one global batch.
-        return local[step * process_count + process_index]
+        return _stack([mixture[step * batch_size + row] for row in _rows(rows, batch_size)])
 
     return batch_at
 
@@ -125,19 +126,14 @@ def evaluation_batches(
     batch_size: int,
     sequence_length: int,
     max_sequences_per_domain: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> EvaluationBatches:
     """The held-out text, every token once, in order, domain after domain.
 
     Args:
         corpus: the corpus; its "validation" streams are used.
-        batch_size: B, rows of the global batch, divisible by process_count.
+        batch_size: B, rows of a whole batch.
         sequence_length: S.
         max_sequences_per_domain: only the first that many windows of each domain; 0 is all of them.
-        process_index: p, this process.
-        process_count: n; each process gets rows [p*B/n, (p+1)*B/n), and every process the same number of
-            batches.
 
     Returns:
         A sequence of batches; the last one is padded with rows of domain -1.
@@ -145,29 +141,21 @@ def evaluation_batches(
     Raises:
         ValueError: an argument is out of range.
     """
-    _check_sizes(batch_size, sequence_length, process_index, process_count)
+    _check_sizes(batch_size, sequence_length)
     if max_sequences_per_domain < 0:
         raise ValueError(f"max_sequences_per_domain={max_sequences_per_domain} must be at least 0; 0 is all of them.")
     sources = [_Windows(corpus, "validation", i, sequence_length) for i in range(len(corpus.domains))]
     counts = [min(len(source), max_sequences_per_domain or len(source)) for source in sources]
-    return EvaluationBatches(sources, counts, batch_size, process_index, process_count)
+    return EvaluationBatches(sources, counts, batch_size)
 
 
 class EvaluationBatches:
     """Batches that are computed when indexed, as often as one likes; see `evaluation_batches`."""
 
-    def __init__(
-        self,
-        sources: Sequence[_Windows],
-        counts: Sequence[int],
-        batch_size: int,
-        process_index: int,
-        process_count: int,
-    ) -> None:
+    def __init__(self, sources: Sequence[_Windows], counts: Sequence[int], batch_size: int) -> None:
         self._sources = sources
         self._ends = list(itertools.accumulate(counts))
         self._batch_size = batch_size
-        self._process_index, self._process_count = process_index, process_count
 
     def __len__(self) -> int:
         return _ceil_divide(self._ends[-1], self._batch_size)
@@ -176,13 +164,16 @@ class EvaluationBatches:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Batch:
+        return self.batch_at(index)
+
+    def batch_at(self, index: int, rows: tuple[int, int] | None = None) -> Batch:
+        """Batch `index`, or only its rows (start, stop)."""
         index = operator.index(index)
         index += len(self) if index < 0 else 0
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} evaluation batches and no batch {index}.")
-        rows = self._batch_size // self._process_count
-        start = index * self._batch_size + self._process_index * rows
-        return _stack([self._row(row) for row in range(start, start + rows)])
+        start = index * self._batch_size
+        return _stack([self._row(start + row) for row in _rows(rows, self._batch_size)])
 
     def _row(self, row: int) -> Batch:
         if row >= self._ends[-1]:
@@ -312,19 +303,14 @@ def check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None:
         raise ValueError(f"data.weights are all 0 and at least one must be positive; {names}.")
 
 
-def _check_sizes(batch_size: int, sequence_length: int, process_index: int, process_count: int) -> None:
-    for name, value in (
-        ("batch_size", batch_size),
-        ("sequence_length", sequence_length),
-        ("process_count", process_count),
-    ):
+def _check_sizes(batch_size: int, sequence_length: int) -> None:
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be at least 0 and below process_count={process_count}.")
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} must be divisible by the number of "
-            f"processes={process_count}; try "
-            f"{_ceil_divide(batch_size, process_count) * process_count}."
-        )
+
+
+def _rows(rows: tuple[int, int] | None, batch_size: int) -> range:
+    start, stop = (0, batch_size) if rows is None else rows
+    if not 0 <= start < stop <= batch_size:
+        raise ValueError(f"rows={rows} must be (start, stop) with 0 <= start < stop <= batch_size={batch_size}.")
+    return range(start, stop)

@@ -46,8 +46,8 @@ def watch_steps(poison_from: int) -> list:
 
     made, original = [], step.make_train_step
 
-    def make_train_step(config):
-        real = original(config)
+    def make_train_step(config, mesh=None):
+        real = original(config, mesh)
         made.append(real)
 
         def train_step(state, batch, key):
@@ -73,12 +73,12 @@ def disturb_manifest(die_in: int, seconds: float) -> None:
 
     calls, original = [], checkpoint.write_manifest
 
-    def write_manifest(path, record):
+    def write_manifest(path, *rest):
         calls.append(path)
         if len(calls) == die_in:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds)
-        original(path, record)
+        original(path, *rest)
 
     checkpoint.write_manifest = write_manifest
 

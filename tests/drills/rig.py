@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -42,9 +43,12 @@ def write_config(file: Path, config: Config) -> Path:
 class Command:
     """A command running in another process, pinned to one core."""
 
-    def __init__(self, name: str, log: Path, *flags: str, accident: str = "") -> None:
+    def __init__(
+        self, name: str, log: Path, *flags: str, accident: str = "", environ: Mapping[str, str] | None = None
+    ) -> None:
         worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
         environment = {**os.environ, "DRILL": accident, "DRILL_CORE": worker, "PYTHONUNBUFFERED": "1"}
+        environment |= environ or {}
         self._log = log
         with open(log, "w") as out:
             self.process = subprocess.Popen(
@@ -80,6 +84,69 @@ def start_training(file: Path, workdir: Path, *flags: str, accident: str = "") -
     number = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
     log = workdir.parent / f"{workdir.name}.{number}.log"
     return Command("moe_jax.train", log, f"--config={file}", f"--workdir={workdir}", *flags, accident=accident)
+
+
+class Processes:
+    """The same training command in several processes of one run; `with` leaves none behind."""
+
+    def __init__(
+        self,
+        file: Path,
+        workdir: Path,
+        *flags: str,
+        devices: tuple[int, ...],
+        accident: str = "",
+        shared: bool = True,
+    ) -> None:
+        """Args: devices: of each process; accident: happens in every one; shared: they have one workdir."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        start = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
+        cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(len(devices))}
+        xla = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count="
+        self.all = [
+            Command(
+                "moe_jax.train",
+                workdir.parent / f"{workdir.name}.{start + number}.log",
+                f"--config={file}",
+                f"--workdir={workdir if shared else workdir / str(number)}",
+                *flags,
+                accident=accident,
+                environ=cluster
+                | {"JAX_PROCESS_ID": str(number), "DRILL_CORE": str(number), "XLA_FLAGS": f"{xla}{count}"},
+            )
+            for number, count in enumerate(devices)
+        ]
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for command in self.all:
+            command.kill()
+
+    def __getitem__(self, number: int) -> Command:
+        return self.all[number]
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """The exit status of each."""
+        end = time.monotonic() + seconds
+        return [command.wait(max(0.1, end - time.monotonic())) for command in self.all]
+
+    @property
+    def text(self) -> str:
+        """What they wrote so far, one after the other."""
+        return "\n".join(f"--- process {i}:\n{command.text}" for i, command in enumerate(self.all))
+
+
+def train_together(file: Path, workdir: Path, *flags: str, devices: tuple[int, ...]) -> Processes:
+    """A training command of several processes, ended; each must have ended well."""
+    with Processes(file, workdir, *flags, devices=devices) as processes:
+        statuses = processes.wait(240)
+    assert statuses == [0] * len(devices), processes.text
+    return processes
 
 
 def train(file: Path, workdir: Path, *flags: str, accident: str = "") -> Command:
@@ -170,6 +237,16 @@ def uninterrupted(tmp_path_factory: Any, config: Config) -> Path:
         "uninterrupted",
         lambda folder: train(write_config(folder / "config.py", config), folder / "run"),
     )
+
+
+def assert_close_curves(workdir: Path, reference: Path, relative: float = 1e-5) -> None:
+    """Every loss within rounding of the reference's, step by step."""
+    ours, theirs = curve(workdir), curve(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["tokens_seen"] == other["tokens_seen"]
+        for key in ("loss", "total_loss", "bits_per_byte"):
+            assert abs(one[key] - other[key]) <= relative * abs(other[key]), (one["step"], key, one[key], other[key])
 
 
 def assert_same_numbers(config: Config, workdir: Path, reference: Path) -> None:

@@ -1,0 +1,127 @@
+"""Drills with two real processes of one run, two devices each, that talk over Gloo."""
+
+import dataclasses
+import re
+import signal
+import time
+
+import pytest
+from drills import rig
+
+from moe_jax.checkpoint import check, committed
+
+HEARTBEAT_SECONDS = 5
+CONFIG = rig.drill_config(
+    num_steps=8,
+    save_every=4,
+    mesh=dict(data=2, expert=2),
+    heartbeat_seconds=HEARTBEAT_SECONDS,
+    model=dict(num_layers=2),
+)
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """A folder with `config.py`, and in `run` the workdir of one process with four devices."""
+    return rig.made_once(
+        tmp_path_factory,
+        "one_process",
+        lambda folder: rig.train_together(rig.write_config(folder / "config.py", CONFIG), folder / "run", devices=(4,)),
+    )
+
+
+def error_of(command):
+    (line,) = [line for line in command.text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_two_processes_train_as_one_and_killing_one_ends_the_other_and_a_restart_continues(one_process, tmp_path):
+    workdir, file = tmp_path / "run", one_process / "config.py"
+    with rig.Processes(file, workdir, devices=(2, 2)) as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 5, processes[0])
+        processes[1].kill()
+        killed = time.monotonic()
+        assert processes[0].wait(60) == 75, processes.text
+        assert time.monotonic() - killed < HEARTBEAT_SECONDS + 15
+    assert re.match(r"error: process 0 of 2, at step \d: another process of the run has died", error_of(processes[0]))
+    assert "The same command on all hosts goes on from the newest checkpoint." in error_of(processes[0])
+    assert committed(workdir / "checkpoints") == [4]
+    check(workdir / "checkpoints" / "00000004", "full")
+    rig.train_together(file, workdir, devices=(2, 2))
+    assert committed(workdir / "checkpoints") == [4, 8]
+    check(workdir / "checkpoints" / "00000008", "full")
+    rig.assert_close_curves(workdir, one_process / "run")
+    assert not [name for name in rig.folders(workdir) if len(name) != 8]
+
+
+@pytest.mark.slow
+def test_killing_the_process_that_coordinates_ends_the_other(one_process, tmp_path):
+    workdir = tmp_path / "run"
+    with rig.Processes(one_process / "config.py", workdir, devices=(2, 2)) as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, processes[0])
+        processes[0].kill()
+        killed = time.monotonic()
+        assert processes[1].wait(60) == 75, processes.text
+        assert time.monotonic() - killed < HEARTBEAT_SECONDS + 15
+    assert "another process of the run has died" in error_of(processes[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(one_process, tmp_path, number):
+    workdir, file = tmp_path / "run", one_process / "config.py"
+    with rig.Processes(file, workdir, devices=(2, 2), accident="pace=0.3") as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, processes[0])
+        processes[1].process.send_signal(number)
+        assert processes.wait(120) == [143, 143], processes.text
+    done = committed(workdir / "checkpoints")[-1]
+    assert 2 <= done < 8
+    assert rig.steps_logged(workdir) == done
+    assert "SIGTERM: saving step" in processes[0].text
+    rig.train_together(file, workdir, devices=(2, 2))
+    rig.assert_close_curves(workdir, one_process / "run")
+
+
+@pytest.mark.slow
+def test_a_stuck_process_ends_the_run_within_the_limit_and_the_step_is_named(tmp_path):
+    config = dataclasses.replace(CONFIG, heartbeat_seconds=300, step_timeout_seconds=8)
+    workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
+    with rig.Processes(file, workdir, devices=(2, 2), accident="pace=0.3") as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, processes[0])
+        processes[1].process.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert processes[0].wait(60) == 75, processes.text
+        assert time.monotonic() - stopped < 8 + 10
+        done = rig.steps_logged(workdir)
+        assert re.match(rf"error: step {done} has not finished within step_timeout_seconds=8", error_of(processes[0]))
+        assert "in _steps" in processes[0].text  # where the process was
+        processes[1].process.send_signal(signal.SIGCONT)
+        assert processes[1].wait(60) not in (0, None)
+    assert rig.train_together(file, workdir, devices=(2, 2))
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change_whenever_a_run_goes_on(one_process, tmp_path):
+    workdir, file = tmp_path / "run", one_process / "config.py"
+    for devices, stop in (((4,), 3), ((2, 2), 6), ((4,), 8)):
+        rig.train_together(file, workdir, f"--stop_at={stop}", devices=devices)
+    rig.assert_close_curves(workdir, one_process / "run")
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_ends_every_process_with_the_sentence(one_process, tmp_path):
+    workdir, file = tmp_path / "run", one_process / "config.py"
+    rig.train_together(file, workdir, "--stop_at=2", devices=(2, 2))
+    damaged = rig.data_files(workdir / "checkpoints" / "00000002")[-1]
+    rig.flip_bit(damaged, 8)
+    with rig.Processes(file, workdir, devices=(2, 2)) as processes:
+        assert processes.wait(60) == [2, 2], processes.text
+    for command in processes.all:
+        assert damaged.name in error_of(command)
+
+
+@pytest.mark.slow
+def test_a_workdir_that_the_processes_do_not_share_is_refused(one_process, tmp_path):
+    with rig.Processes(one_process / "config.py", tmp_path / "run", devices=(2, 2), shared=False) as processes:
+        assert processes.wait(60) == [2, 2], processes.text
+    assert "is not the folder that process 0 sees" in error_of(processes[0])
