@@ -52,4 +52,6 @@ def get_config(arg: str = ""):
             moment_dtype="bfloat16",
         ),
         mesh=dict(data=-1, expert=64),
+        # or XLA would wait for every all_to_all; with it shared experts compute while tokens travel
+        compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
     )

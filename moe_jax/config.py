@@ -173,6 +173,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # XLA's, for the train step; those named xla_tpu_... (gpu, cpu) are read on that platform only
+    compiler_options: dict[str, str] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash(repr(self))

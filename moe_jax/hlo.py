@@ -128,7 +128,8 @@ class Cost(NamedTuple):
     every scheduled instruction, an upper estimate, for what a kernel keeps on the chip is counted where XLA says
     so only. collectives, kernels: how often each runs. untaken: FLOPs and bytes sent of conditional branches that
     were taken not to run. unknown_loops: op_names of loops whose length is not in the text, counted once.
-    uncosted: kernels that do not tell their FLOPs.
+    uncosted: kernels that do not tell their FLOPs. beside: by kind of collective, the FLOPs that are scheduled
+    between its start and its end, which run while it is under way.
     """
 
     flops: Counter[str]
@@ -138,6 +139,7 @@ class Cost(NamedTuple):
     untaken: tuple[float, float]
     unknown_loops: frozenset[str]
     uncosted: frozenset[str]
+    beside: Counter[str]
 
     @property
     def sent(self) -> float:
@@ -145,7 +147,7 @@ class Cost(NamedTuple):
         return sum(c.sent * n for c, n in self.collectives.items())
 
 
-NOTHING = Cost(Counter(), 0.0, Counter(), Counter(), (0.0, 0.0), frozenset(), frozenset())
+NOTHING = Cost(Counter(), 0.0, Counter(), Counter(), (0.0, 0.0), frozenset(), frozenset(), Counter())
 Trips = Callable[[Instruction, Computation], int | None]  # a guess at how often a loop runs that the text does not tell
 
 
@@ -165,7 +167,8 @@ def analyze(text: str, trips: Trips = lambda loop, body: None) -> Cost:
     def cost(name: str, fused: bool) -> Cost:
         if (name, fused) not in memo:
             here = module.computations[name]
-            memo[name, fused] = _sum([one(i, here, fused) for i in here.instructions.values()])
+            costs = {i.name: one(i, here, fused) for i in here.instructions.values()}
+            memo[name, fused] = _sum([NOTHING._replace(beside=_beside(here, costs)), *costs.values()])
         return memo[name, fused]
 
     def one(i: Instruction, here: Computation, fused: bool) -> Cost:
@@ -195,11 +198,27 @@ def analyze(text: str, trips: Trips = lambda loop, body: None) -> Cost:
 CALLERS = ("fusion", "call", "async-start")
 
 
+def _beside(here: Computation, costs: dict[str, Cost]) -> Counter[str]:
+    """The FLOPs of the instructions between the start and the end of exchanges, each once for a kind."""
+    order = list(here.instructions.values())
+    inside: dict[str, set[str]] = {}
+    for n, start in enumerate(order):
+        if not start.opcode.endswith("-start") or not costs[start.name].collectives:
+            continue
+        ends = (m for m in range(n + 1, len(order)) if order[m].opcode.endswith("-done"))
+        end = next((m for m in ends if start.name in order[m].operands), n)
+        for c in costs[start.name].collectives:
+            inside.setdefault(c.kind, set()).update(i.name for i in order[n + 1 : end])
+    return Counter({kind: sum(costs[name].flops.total() for name in names) for kind, names in inside.items()})
+
+
 def _sum(costs: list[Cost]) -> Cost:
     flops: Counter[str] = Counter()
     collectives: Counter[Collective] = Counter()
     kernels: Counter[str] = Counter()
+    beside: Counter[str] = Counter()
     for c in costs:
+        beside.update(c.beside)
         flops.update(c.flops)
         collectives.update(c.collectives)
         kernels.update(c.kernels)
@@ -211,6 +230,7 @@ def _sum(costs: list[Cost]) -> Cost:
         (sum(c.untaken[0] for c in costs), sum(c.untaken[1] for c in costs)),
         frozenset().union(*(c.unknown_loops for c in costs)),
         frozenset().union(*(c.uncosted for c in costs)),
+        beside,
     )
 
 
@@ -224,6 +244,7 @@ def _times(cost: Cost, n: int) -> Cost:
         collectives=scaled(cost.collectives),
         kernels=scaled(cost.kernels),
         untaken=(cost.untaken[0] * n, cost.untaken[1] * n),
+        beside=scaled(cost.beside),
     )
 
 

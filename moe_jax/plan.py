@@ -222,6 +222,7 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
     report["flops_per_step"] = _flops(config, len(places), cost)
     report["collectives"] = _collectives(cost, mesh, places, topology)
     report["largest_exchanges"] = _largest(cost, mesh, places, topology)
+    report["flops_per_chip_during_exchange"] = {kind: n for kind, n in cost.beside.items() if n}
     report["kernels"] = dict(sorted(cost.kernels.items()))
     report["seconds"], report["bound_by"], report["mfu_bound"] = _roofs(report, cost, topology, len(places))
     report["hbm_traffic_per_chip"] = round(cost.hbm)
@@ -523,6 +524,8 @@ def show(report: dict[str, Any], console: "Console") -> None:
     for column in table.columns[2:]:
         column.justify = "right"
     console.print(table)
+    for kind, n in r["flops_per_chip_during_exchange"].items():
+        console.print(f"  scheduled between start and end of {kind}: {n:.3e} FLOPs of matrix products a chip")
     console.print("kernels: " + (", ".join(f"{k} x {n:,}" for k, n in r["kernels"].items()) or "none but XLA's own"))
     if r["seconds"]:
         times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in r["seconds"].items())

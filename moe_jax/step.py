@@ -80,18 +80,36 @@ def _without_what_no_step_reads(config: Config) -> Config:
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
 
-# by platform; without it XLA:TPU waits for every all_to_all, and shared experts could not compute meanwhile
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
-
-
 @functools.lru_cache(maxsize=16)
 def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
     step = functools.partial(train_step, config, mesh=mesh)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     places = state_shardings(config, mesh), replicated(mesh)
-    options = COMPILER_OPTIONS.get(platform(mesh))
+    options = compiler_options(config, platform(mesh))
+    if options:
+        _check_options(options, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
+
+
+def compiler_options(config: Config, platform: str) -> dict[str, str]:
+    """The options of `config.compiler_options` for XLA on a platform; one named xla_tpu_... is for "tpu" only."""
+    others = tuple(f"xla_{name}_" for name in ("cpu", "gpu", "tpu") if name != platform)
+    return {name: value for name, value in config.compiler_options.items() if not name.startswith(others)}
+
+
+def _check_options(options: dict[str, str], mesh: Mesh) -> None:
+    """Try the options on next to nothing, before minutes are spent on the step.
+
+    Raises:
+        ValueError: XLA does not know an option, or not its value.
+    """
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(scalar).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"compiler_options={options} was refused by XLA: {told}; correct or remove it.") from None
 
 
 def train_step(

@@ -350,7 +350,8 @@ def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], confi
 
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
     """Without the keys that change no number of the training (or by rounding: mesh), free when a run goes on."""
-    free = ("mesh", "checkpoint", "log_every", "eval_every", "save_every", "heartbeat_seconds", "step_timeout_seconds")
+    free = {"mesh", "compiler_options", "checkpoint", "log_every", "eval_every", "save_every"}
+    free |= {"heartbeat_seconds", "step_timeout_seconds"}
     return {k: v for k, v in config.items() if k not in free}
 
 

@@ -208,6 +208,26 @@ def test_an_asynchronous_exchange_in_three_fusions_counts_once():
     assert cost.hbm == 4 * 8 + 4 * 16 + 2 * 4 * 8
 
 
+BESIDE = """HloModule beside, num_partitions=4
+
+ENTRY %main (p: f32[8,16], w: f32[16,32]) -> f32[8,16] {
+  %p = f32[8,16] parameter(0)
+  %w = f32[16,32] parameter(1)
+  %start = (f32[8,16], f32[8,16]) all-to-all-start(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  %during = f32[8,32] dot(%p, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = f32[8,16] all-to-all-done(%start)
+  %after = f32[8,32] dot(%done, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %sum = f32[8,32] add(%during, %after)
+}
+"""
+
+
+def test_what_is_scheduled_between_start_and_end_of_an_exchange_runs_beside_it():
+    cost = hlo.analyze(BESIDE)
+    assert cost.flops.total() == 2 * 2 * 8 * 16 * 32
+    assert cost.beside == {"all-to-all": 2 * 8 * 16 * 32}  # one of the two products
+
+
 def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
     found, _ = next(iter(hlo.analyze(SCATTER).collectives.items()))
     assert (found.kind, found.bytes, found.sent) == ("reduce-scatter", 4 * 64, 4 * 64 * 3 / 4)

@@ -18,7 +18,7 @@ from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, platfor
 from moe_jax.moe import Balancing, MoE, RouterBias
 from moe_jax.routing import Tokens
 from moe_jax.state import abstract_model, abstract_state, init_state, state_shardings, step_key
-from moe_jax.step import forward, make_eval_step, make_train_step
+from moe_jax.step import compiler_options, forward, make_eval_step, make_train_step
 
 ONE = (1, 1, 1, 1)
 MESHES = [(1, 1, 8, 1), (1, 8, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]
@@ -238,3 +238,17 @@ def test_group_limited_copies_travel_to_few_blocks_of_consecutive_devices(num_gr
     ids = np.asarray(route(x).expert_ids)
     assert max(len(set(row)) for row in ids // (16 // num_groups)) <= top_groups
     assert max(len(set(row)) for row in ids // 2) == most
+
+
+# --- options of the compiler ----------------------------------------------------------------------------------
+
+
+def test_compiler_options_of_another_platform_are_not_read_and_unknown_ones_are_refused():
+    config, mesh = config_on(ONE, compiler_options={"xla_tpu_enable_async_all_to_all": "true", "xla_embed_ir": "true"})
+    assert compiler_options(config, "cpu") == {"xla_embed_ir": "true"}
+    assert compiler_options(config, "tpu") == {"xla_tpu_enable_async_all_to_all": "true", "xla_embed_ir": "true"}
+    config, mesh = config_on(ONE, compiler_options={"xla_no_such_thing": "1"})
+    with pytest.raises(
+        ValueError, match=r"compiler_options=\{'xla_no_such_thing': '1'\} was refused by XLA.*remove it\."
+    ):
+        make_train_step(config, mesh)
