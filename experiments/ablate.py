@@ -146,6 +146,8 @@ def main(_: list[str]) -> None:
     flag = flags.FLAGS
     workdir = Path(flag.workdir)
     try:
+        if flag.workdir.startswith("gs://"):
+            raise ValueError(f"--workdir={flag.workdir} is in a bucket, where a sweep cannot be; name a folder.")
         index, count = parse_shard(flag.shard)
         source = load_source(config_flags.get_config_filename(flag["config"]).partition(":")[0])
         base = as_dict(validate(flag.config))
