@@ -133,10 +133,8 @@ class Bucket(BaseHTTPRequestHandler):
     def _batch(self, body: bytes) -> None:
         names = re.findall(r"DELETE \S*?/storage/v1/b/[^/]+/o/(\S+)", body.decode())
         statuses = [self._delete(unquote(name.partition("?")[0]), {}) for name in names]
-        parts = [
-            f"--batch\r\nContent-Type: application/http\r\nContent-ID: <response-{i}>\r\n\r\nHTTP/1.1 {status} X\r\n\r\n\r\n"
-            for i, status in enumerate(statuses, 1)
-        ]
+        head = "--batch\r\nContent-Type: application/http\r\nContent-ID: <response-{}>\r\n\r\n"
+        parts = [f"{head.format(i)}HTTP/1.1 {status} X\r\n\r\n\r\n" for i, status in enumerate(statuses, 1)]
         self._reply(200, "".join([*parts, "--batch--"]).encode(), {"Content-Type": "multipart/mixed; boundary=batch"})
 
     def _about(self, name: str) -> dict[str, str]:
