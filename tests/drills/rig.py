@@ -86,6 +86,14 @@ def start_training(file: Path, workdir: Path, *flags: str, accident: str = "") -
     return Command("moe_jax.train", log, f"--config={file}", f"--workdir={workdir}", *flags, accident=accident)
 
 
+def cluster_of(processes: int) -> dict[str, str]:
+    """The environment of so many processes on this machine, without their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+
+
 class Processes:
     """The same training command in several processes of one run; `with` leaves none behind."""
 
@@ -99,12 +107,9 @@ class Processes:
         shared: bool = True,
     ) -> None:
         """Args: devices: of each process; accident: happens in every one; shared: they have one workdir."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         workdir.parent.mkdir(parents=True, exist_ok=True)
         start = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
-        cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(len(devices))}
+        cluster = cluster_of(len(devices))
         xla = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count="
         self.all = [
             Command(

@@ -1,8 +1,11 @@
 """Drills with two real processes of one run, two devices each, that talk over Gloo."""
 
 import dataclasses
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -125,3 +128,37 @@ def test_a_workdir_that_the_processes_do_not_share_is_refused(one_process, tmp_p
     with rig.Processes(one_process / "config.py", tmp_path / "run", devices=(2, 2), shared=False) as processes:
         assert processes.wait(60) == [2, 2], processes.text
     assert "is not the folder that process 0 sees" in error_of(processes[0])
+
+
+WAITING = """
+import os, signal, time
+from moe_jax import distributed
+with distributed.joined(3, lambda: "step 7"):
+    if distributed.gather(distributed.index()) == [0, 1] and distributed.index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_in_no_collective_has_its_own_last_word_when_the_heartbeat_stops():
+    environ = rig.cluster_of(2) | {"PYTHONUNBUFFERED": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING],
+            cwd=rig.REPO,
+            env=os.environ | environ | {"JAX_PROCESS_ID": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        last = both[0].communicate(timeout=60)[1].splitlines()[-1]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+    assert both[0].returncode == 75
+    assert last.startswith("error: process 0 of 2, at step 7: another process of the run has died")
