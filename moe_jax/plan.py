@@ -523,6 +523,8 @@ def show(report: dict[str, Any], console: "Console") -> None:
         table.add_row(row["kind"], names, *counts, size(row["bytes"]), size(row["sent"]), seconds)
     for column in table.columns[2:]:
         column.justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
     console.print(table)
     for kind, n in r["flops_per_chip_during_exchange"].items():
         console.print(f"  scheduled between start and end of {kind}: {n:.3e} FLOPs of matrix products a chip")
