@@ -7,6 +7,7 @@ the i-th, so that n machines with a common DIR share the work. Ends with a table
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import hyper
+from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, as_dict, differences, flatten, validate
+from moe_jax.config import Config, as_dict, differences, flatten, resolve, validate
 from moe_jax.files import write_json
 
 
@@ -116,9 +118,17 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def execute(runs: list[Run], workdir: Path) -> int | None:
-    """Train the runs that are not finished, one after the other; the signal that stopped them, if one did."""
+    """Train the runs that are not finished, one after the other; the signal that stopped them, if one did.
+
+    Raises:
+        ValueError: one of the runs does not fit the devices; none was started.
+    """
+    import jax
+
     from moe_jax import checkpoint, train
 
+    for run in runs:
+        resolve(run.config, jax.device_count(), jax.devices()[0].platform)
     for number, run in enumerate(runs, 1):
         folder = workdir / run.arm / f"seed{run.seed}"
         if run.config.num_steps in checkpoint.committed(folder / "checkpoints"):
@@ -149,6 +159,11 @@ def main(_: list[str]) -> None:
         if flag.workdir.startswith("gs://"):
             raise ValueError(f"--workdir={flag.workdir} is in a bucket, where a sweep cannot be; name a folder.")
         index, count = parse_shard(flag.shard)
+        if cluster := distributed.find_cluster(os.environ):
+            raise ValueError(
+                f"{cluster.launcher} started this as one process of many, but a sweep's runs are of one process each; "
+                "start it once a machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
+            )
         source = load_source(config_flags.get_config_filename(flag["config"]).partition(":")[0])
         base = as_dict(validate(flag.config))
         runs = plan(base, source.get_hyper(hyper))

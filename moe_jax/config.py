@@ -142,6 +142,8 @@ class ZLoss:
     weight: float = _number(1e-3, 0.0)
 
 
+DROPLESS = ("auto", "local", "rounds", "ragged")  # choices of `model.dispatch` that give the same output
+
 BALANCE_METHODS: dict[str, type] = {"bias_sign": BiasSign, "aux_loss": AuxLoss, "z_loss": ZLoss}
 
 
@@ -430,8 +432,11 @@ def _check_mesh(c: Config) -> None:
             raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all devices left; set mesh.{axis}=1.")
     if (unknown := [axis for axis, size in sizes.items() if size == -1])[1:]:
         raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
-    divides = [("embed_dim", "data"), ("num_heads", "tensor"), ("num_kv_heads", "tensor"), ("ffw_dim", "tensor")]
-    divides += [("num_experts", "expert"), ("expert_ffw_dim", "tensor")] if m.num_experts else []
+    divides = [("num_heads", "tensor"), ("num_kv_heads", "tensor")]
+    if m.num_experts == 0 or m.first_dense or m.moe_every > 1:  # some layer is dense
+        divides += [("ffw_dim", "tensor")]
+    if m.num_experts:
+        divides += [("embed_dim", "data"), ("num_experts", "expert"), ("expert_ffw_dim", "tensor")]
     for key, axis in divides:
         value = getattr(m, key)
         if value % sizes[axis]:  # of -1 the remainder is 0
@@ -445,7 +450,8 @@ def _check_mesh(c: Config) -> None:
         raise ValueError(
             f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
             f"divisible by mesh.replica x data x expert = {shards}; "
-            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}."
+            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, or a mesh of at most {rows} of these "
+            "(mesh.data=1 is one)."
         )
     if m.num_experts and sizes["expert"] > 1 and m.dispatch == "local":
         raise ValueError(
@@ -484,7 +490,7 @@ def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
         ValueError: the sizes do not fit the devices, the model or the batch; the platform lacks a collective.
     """
     sizes = mesh_sizes(config.mesh, num_devices)
-    if platform == "cpu" and config.model.dispatch == "ragged":
+    if platform == "cpu" and config.model.num_experts and config.model.dispatch == "ragged":
         raise ValueError(
             "model.dispatch='ragged' needs ragged_all_to_all, which exists on TPU and GPU but not on CPU; "
             "set model.dispatch='auto' or 'rounds'."

@@ -176,7 +176,8 @@ def main(_: list[str]) -> None:
         num_devices = flag.num_devices or jax.device_count()
         config = resolve(config, num_devices)
     except ValueError as error:
-        fail(str(error))
+        advice = "" if flag.num_devices else " --num_devices=N describes it on others than those here."
+        fail(f"{error}{advice}")
     from rich.console import Console
 
     console = Console()

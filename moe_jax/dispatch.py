@@ -84,6 +84,8 @@ def apply_experts(
     devices = mesh.shape["expert"] if is_sharded(mesh) else 1
     if backend == "auto":
         backend = "rounds" if devices > 1 else "local"
+    if backend in ("rounds", "ragged") and not is_sharded(mesh):
+        backend = "local"  # one device has nobody to ship to
     run: Callable
     if backend == "capacity":
         row_tokens = x.shape[0] // num_rows

@@ -6,6 +6,7 @@ cluster the same command runs in every process, as training does; on other devic
 data-parallel unless a config says otherwise.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from absl import app, flags
 
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, MeshConfig, mesh_sizes, resolve, validate
+from moe_jax.config import DROPLESS, Config, MeshConfig, resolve, validate
 from moe_jax.files import workdir_of
 from moe_jax.watchdog import Watchdog
 
@@ -153,19 +154,25 @@ def print_table(result: Mapping[str, float | int]) -> None:
 
 
 def on_these_devices(config: Config) -> Config:
-    """The config with its mesh, or with a data-parallel one where that is of another number of devices.
+    """The config with its mesh, or where that does not fit with a data-parallel one of as many devices as can be.
 
     Raises:
-        ValueError: no such mesh fits the model and the batch.
+        ValueError: several processes, whose devices the mesh does not fit; or a platform without a collective.
     """
     import jax
 
-    devices = jax.device_count()
+    devices, platform = jax.device_count(), jax.devices()[0].platform
+    if config.model.dispatch in DROPLESS:
+        config = replace(config, model=replace(config.model, dispatch="auto"))
     try:
-        mesh_sizes(config.mesh, devices)
+        return resolve(config, devices, platform)
     except ValueError:
-        config = replace(config, mesh=MeshConfig())
-    return resolve(config, devices, jax.devices()[0].platform)
+        if jax.process_count() > 1:
+            raise
+    for data in range(devices, 1, -1):
+        with contextlib.suppress(ValueError):
+            return resolve(replace(config, mesh=MeshConfig(data=data)), devices, platform)
+    return resolve(replace(config, mesh=MeshConfig(data=1)), devices, platform)
 
 
 def run(config: Config, workdir: Path) -> None:

@@ -557,13 +557,26 @@ def replica_group(attributes: str) -> tuple[int, ...]:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return tuple(int(d) for d in listed[1].split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", attributes)
+    iota = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes)
     if iota:
-        dims = [int(d) for d in iota[3].split(",")]
-        order = [int(d) for d in iota[4].split(",")] if iota[4] else list(range(len(dims)))
-        return tuple(_transposed(dims, order, n) for n in range(int(iota[2])))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    return _mesh_group(mesh[1], mesh[2]) if mesh else ()
+        return tuple(_listed(iota[3], iota[4], n) for n in range(int(iota[2])))
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\({_IOTA}\))?\s*\{{([^}}]*)\}}", attributes)
+    if mesh:
+        group = _mesh_group(mesh[1], mesh[4])
+        return tuple(_listed(mesh[2], mesh[3], n) for n in group) if mesh[2] else group
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"replica groups are written in a way that is not known here: {attributes[:200]}")
+    return ()
+
+
+_IOTA = r"\[([\d,]*)\](?:T\(([\d,]*)\))?"  # dimensions and their order
+
+
+def _listed(sizes: str, transposed: str | None, position: int) -> int:
+    """Element `position` of a list of devices that is written as dimensions and their order."""
+    dims = [int(d) for d in sizes.split(",")]
+    order = [int(d) for d in transposed.split(",")] if transposed else list(range(len(dims)))
+    return _transposed(dims, order, position)
 
 
 def _transposed(dims: list[int], order: list[int], position: int) -> int:

@@ -5,6 +5,7 @@ whether it fits, its bytes, FLOPs, collectives and kernels, and the bound on MFU
 the same for eight fake local devices, without a chip's figures. `--search` tries meshes and remat policies.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -24,7 +25,7 @@ from absl import app, flags
 from moe_jax import hlo
 from moe_jax.chips import GIB, Place, Topology, exchange_seconds, parse_topology, place_of
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, validate
+from moe_jax.config import Config, MeshConfig, validate
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -111,7 +112,7 @@ class DoesNotFit(Exception):
         self.needed, self.available = needed, available
 
 
-def compile_step(config: Config, mesh: "Mesh", options: dict[str, str] | None = None) -> Compiled:
+def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     """Lower and compile the real train step for the devices of `mesh`; no array is made.
 
     Raises:
@@ -128,7 +129,7 @@ def compile_step(config: Config, mesh: "Mesh", options: dict[str, str] | None = 
     key = jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
     try:
-        compiled = lowered.compile(options or None)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
@@ -379,9 +380,7 @@ def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:
 # --- one plan, or many ----------------------------------------------------------------------------------------
 
 
-def plan(
-    config: Config, topology: Topology, options: dict[str, str] | None = None, text_file: str = ""
-) -> dict[str, Any]:
+def plan(config: Config, topology: Topology, text_file: str = "") -> dict[str, Any]:
     """The report of one config on one topology; `text_file` gets the compiled program.
 
     Raises:
@@ -394,7 +393,7 @@ def plan(
     config = resolve(config, len(devices), "cpu" if topology.chip is None else "tpu")
     mesh = make_mesh(config.mesh, devices)
     try:
-        compiled = compile_step(config, mesh, options)
+        compiled = compile_step(config, mesh)
     except DoesNotFit as error:
         parameters, optimizer, rest = state_bytes(config, mesh)
         memory = dict(parameters=parameters, optimizer=optimizer, bias_and_balance=rest, total=error.needed or None)
@@ -421,9 +420,7 @@ REMATS: tuple[Literal["none", "dots", "full"], ...] = (
 )  # from what recomputes least to what keeps least
 
 
-def search(
-    config: Config, topology: Topology, minutes: float, options: dict[str, str] | None = None
-) -> Iterator[Trial]:
+def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial]:
     """Compile the real step on every mesh that divides, until the time is up; each trial as it is done.
 
     On each mesh the remat policies are tried from the one that recomputes least; the first that fits ends them,
@@ -448,7 +445,7 @@ def search(
                 break
             jax.clear_caches()
             one = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, remat=remat))
-            report = plan(one, topology, options)
+            report = plan(one, topology)
             yield Trial(sizes, remat, "fits" if report["fits"] in (True, None) else "does not fit", report)
             if report["fits"] in (True, None):
                 break
@@ -457,25 +454,27 @@ def search(
 def meshes(config: Config, devices: int) -> list[Config]:
     """The config on every mesh of data x expert x tensor that its rules accept, `replica` as it is.
 
-    Its own first, then those without `tensor`, nearest in `expert` first, so that little time tries what is likely.
+    Those without `tensor` first, nearest in `expert` to its own first, so that little time tries what is likely.
+
+    Raises:
+        ValueError: none is accepted.
     """
     from moe_jax.config import resolve
 
-    found = [resolve(config, devices)]
-    rest = devices // found[0].mesh.replica
+    found: list[Config] = []
+    replica, own = max(1, config.mesh.replica), max(1, config.mesh.expert)
+    rest = devices // replica
     sizes = [n for n in range(1, rest + 1) if rest % n == 0]
     for expert, tensor in itertools.product(reversed(sizes), sizes):
         if rest % (expert * tensor):
             continue
-        mesh = dataclasses.replace(found[0].mesh, data=rest // (expert * tensor), expert=expert, tensor=tensor)
-        try:
-            one = resolve(dataclasses.replace(config, mesh=mesh), devices)
-        except ValueError:
-            continue
-        if one not in found:
-            found.append(one)
-    own = found[0].mesh.expert
-    return found[:1] + sorted(found[1:], key=lambda c: (c.mesh.tensor, abs(math.log2(c.mesh.expert / own))))
+        mesh = MeshConfig(replica, rest // (expert * tensor), expert, tensor)
+        with contextlib.suppress(ValueError):
+            found.append(resolve(dataclasses.replace(config, mesh=mesh), devices))
+    if not found:
+        resolve(config, devices)  # says why
+        raise ValueError(f"no mesh of {devices} devices with mesh.replica={replica} fits the model and the batch.")
+    return sorted(found, key=lambda c: (c.mesh.tensor, abs(math.log2(c.mesh.expert / own))))
 
 
 # --- what is printed ------------------------------------------------------------------------------------------
@@ -569,7 +568,10 @@ def main(_: list[str]) -> None:
         topology = parse_topology(flag.topology)
         config = validate(flag.config)
         prepare_environment(topology)
-        options = dict(option.split("=", 1) for option in flag.compiler_option)
+        for name in ("json", "hlo"):
+            file = Path(str(flag[name].value))
+            if flag[name].value and (file.is_dir() or not file.parent.is_dir()):
+                raise ValueError(f"--{name}={file} must be a file in a folder that is there; make {file.parent} first.")
     except ValueError as error:
         fail(str(error))
     from rich.console import Console
@@ -578,14 +580,14 @@ def main(_: list[str]) -> None:
     try:
         if flag.search:
             trials = []
-            for trial in search(config, topology, flag.minutes, options):
+            for trial in search(config, topology, flag.minutes):
                 trials.append(trial)
                 sizes = " x ".join(f"{name} {n}" for name, n in trial.mesh.items() if n > 1)
                 console.print(f"{sizes}, remat {trial.remat}: {trial.verdict}", style="dim")
             show_search(trials, console)
             result: Any = [t._asdict() for t in trials]
         else:
-            result = plan(config, topology, options, flag.hlo)
+            result = plan(config, topology, flag.hlo)
             show(result, console)
     except ValueError as error:
         fail(str(error))
@@ -600,6 +602,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("hlo", "", "Also write the compiled program, scheduled HLO, to this file.")
     flags.DEFINE_bool("search", False, "Try every mesh that divides, and the remat policies; best bound first.")
     flags.DEFINE_float("minutes", 60.0, "Begin no trial of a search after so many minutes.")
-    flags.DEFINE_multi_string("compiler_option", [], "NAME=VALUE for XLA, on top of the train step's own.")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

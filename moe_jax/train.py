@@ -30,7 +30,7 @@ from absl import app, flags
 
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, as_dict, differences, resolve, validate
+from moe_jax.config import DROPLESS, Config, as_dict, differences, resolve, validate
 from moe_jax.evaluate import evaluate, read_config, restore_run
 from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.watchdog import Watchdog
@@ -135,12 +135,16 @@ class _Run:
         return Outcome(step, number, self.evaluation)
 
     def _steps(self, first: int, last: int, stopped: Callable[[int], int | None]) -> tuple[int, int | None]:
+        import jax
+
         from moe_jax.state import step_key
         from moe_jax.step import make_train_step
 
         train_step, key = make_train_step(self.config, self.mesh), step_key(self.config)
         if first:
             self.display.say(f"going on from step {first}")
+        if unused := jax.device_count() - self.mesh.size:
+            self.display.say(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
         for step, batch in _prefetched(self._load, first, last):
             work = self.watchdog.watch("step", step)
             self.state, values = train_step(self.state, batch, key)
@@ -349,10 +353,13 @@ def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], confi
 
 
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that change no number of the training (or by rounding: mesh), free when a run goes on."""
+    """Without the keys that change no number of the training, or by rounding only: free when a run goes on."""
     free = {"mesh", "compiler_options", "checkpoint", "log_every", "eval_every", "save_every"}
     free |= {"heartbeat_seconds", "step_timeout_seconds"}
-    return {k: v for k, v in config.items() if k not in free}
+    model = {k: v for k, v in config.get("model", {}).items() if k != "remat"}
+    if model.get("dispatch") in DROPLESS:
+        model["dispatch"] = "auto"
+    return {k: v for k, v in config.items() if k not in free} | {"model": model}
 
 
 def versions() -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Laws of sweeps: planned as a whole before the first run, paired by seed, resumable, never mixed."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from drills import rig
 
+from conftest import tiny_config
 from experiments import ablate, hyper
 from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
 from moe_jax import checkpoint, train
@@ -236,3 +240,19 @@ def test_the_default_config_can_be_overridden_key_by_key():
     for key, value in flatten(base).items():
         if value != {}:
             assert json.dumps(override(base, {key: value})) == json.dumps(base)
+
+
+def test_a_run_that_does_not_fit_the_devices_is_refused_before_any_is_started(tmp_path):
+    fits, too_large = tiny_config(), tiny_config(batch_size=16, mesh=dict(data=16))
+    with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
+        ablate.execute([ablate.Run("a", 0, fits), ablate.Run("b", 0, too_large)], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_is_not_one_process_of_many(repo, tmp_path):
+    command = [sys.executable, "-m", "experiments.ablate", "--config=configs/ablation/demo.py", f"--workdir={tmp_path}"]
+    many = dict(JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
+    result = subprocess.run(command, cwd=repo, env=os.environ | many, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "one process of many" in result.stderr
+    assert "--shard=i/n" in result.stderr

@@ -85,7 +85,7 @@ BAD = [
     (dict(model=dict(num_heads=4, num_kv_heads=1), mesh=dict(tensor=2)), "model.num_kv_heads=1", "mesh.tensor"),
     (dict(model=dict(ffw_dim=511), mesh=dict(tensor=2)), "model.ffw_dim=511", "try model.ffw_dim=510 or 512"),
     (dict(model=dict(EXPERTS, expert_ffw_dim=5), mesh=dict(tensor=2)), "model.expert_ffw_dim=5", "4 or 6"),
-    (dict(batch_size=24, mesh=dict(data=24)), "model.embed_dim=128", "or another mesh.data"),
+    (dict(batch_size=24, model=EXPERTS, mesh=dict(data=24)), "model.embed_dim=128", "or another mesh.data"),
     (dict(batch_size=12, mesh=dict(data=8)), "12 rows at a time", "try batch_size=8 or 16"),
     (dict(batch_size=8, micro_batches=2, mesh=dict(replica=8)), "4 rows at a time", "try batch_size=16"),
     (dict(model=dict(EXPERTS, dispatch="local"), mesh=dict(expert=2)), "model.dispatch='local'", "'auto'"),
@@ -115,7 +115,8 @@ def test_a_bad_config_is_refused_with_key_value_and_fix(overrides, names, fix):
 BAD_DEVICES = [  # overrides, devices, platform, what the sentence names, its fix
     (dict(batch_size=16, mesh=dict(data=16)), 8, "cpu", "needs 16 devices, but there are 8", "change the sizes"),
     (dict(mesh=dict(expert=3)), 8, "cpu", "a multiple of 3 devices", "change the sizes"),
-    (dict(), 3, "cpu", "model.embed_dim=128", "or another mesh.data"),
+    (dict(model=EXPERTS), 3, "cpu", "model.embed_dim=128", "or another mesh.data"),
+    (dict(), 3, "cpu", "8 rows at a time", "try batch_size=6 or 9, or a mesh of at most 8 of these"),
     (dict(batch_size=4), 8, "cpu", "4 rows at a time", "try batch_size=8"),
     (dict(model=dict(EXPERTS, dispatch="ragged")), 8, "cpu", "model.dispatch='ragged'", "'rounds'"),
 ]

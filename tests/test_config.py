@@ -1,6 +1,7 @@
 """The schema: complete, typed, hashable, and every key of it can be overridden. (Mistakes: test_bad_input.py.)"""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from moe_jax.config import (
     default,
     differences,
     flatten,
+    resolve,
     validate,
 )
 
@@ -84,3 +86,15 @@ def test_a_key_that_a_users_file_leaves_out_can_be_overridden(repo, tmp_path):
     result = subprocess.run([*command, *overrides], cwd=repo, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "2 layers" in result.stdout
+
+
+@pytest.mark.parametrize("devices", [32, 64])
+def test_the_recipes_of_the_readme_fit_their_machines(repo, devices):
+    text = (repo / "README.md").read_text()
+    assert text.count("--config.batch_size=64 --config.mesh.expert=8") == 3  # TPU slice, GKE, Slurm with 4 x 8 GPUs
+    spec = importlib.util.spec_from_file_location("mini", repo / "configs/deepseek_v3_mini.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.batch_size, config.mesh.expert = 64, 8
+    assert resolve(validate(config), devices).mesh.data == devices // 8

@@ -15,7 +15,7 @@ from moe_jax.routing import Routing, count, route
 
 TOKENS, EXPERTS, EMBED, FFW = 6, 4, 3, 5
 EMPTY = EXPERTS  # the id of an empty slot
-DROPLESS = ("auto", "local")
+DROPLESS = ("auto", "local", "rounds", "ragged")
 
 
 def array(seed: int, *shape: int) -> np.ndarray:
@@ -105,9 +105,10 @@ def test_local_equals_dense_value_and_gradient(shape):
     assert_equals_dense("local", SHAPES[shape])
 
 
-def test_auto_is_local_on_one_device():
-    one, other = (applied(backend, SHAPES["padded tokens"]) for backend in DROPLESS)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def test_auto_and_every_exchange_are_local_on_one_device():
+    local, *others = (applied(backend, SHAPES["padded tokens"]) for backend in ("local", *DROPLESS))
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, local, other)
 
 
 @pytest.mark.parametrize("backend", ["local", "dense"])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from drills import rig
 
+from conftest import tiny_config
 from moe_jax import step
 from moe_jax.checkpoint import state_hash
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
-from moe_jax.evaluate import config_of_run, evaluate
+from moe_jax.evaluate import config_of_run, evaluate, on_these_devices
 from moe_jax.log import read_jsonl
 from moe_jax.state import init_state
 from moe_jax.step import Evaluation
@@ -146,3 +147,11 @@ def test_the_command_gives_the_numbers_that_the_run_logged(uninterrupted, tmp_pa
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json, so no run; give the workdir"):
         config_of_run(tmp_path)
+
+
+def test_a_mesh_that_does_not_fit_here_becomes_the_largest_data_parallel_one_that_does():
+    # 4 rows do not split over 8 devices, and 3 neither; a dropless exchange is the same whatever it was trained with
+    config = on_these_devices(tiny_config(batch_size=4, mesh=dict(data=-1), model=dict(dispatch="ragged")))
+    assert (config.mesh.data, config.model.dispatch) == (4, "auto")
+    fits = tiny_config(mesh=dict(data=2, expert=4), model=dict(dispatch="capacity"))
+    assert on_these_devices(fits) == fits

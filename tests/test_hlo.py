@@ -183,12 +183,18 @@ def test_what_a_scan_keeps_for_its_backward_pass_is_found(sharded):
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+        ("replica_groups=mesh['a'=1,'b'=1,'c'=2,'d'=4], device_ids=([2,2,2]T(1,0,2)) {'c'}", (0, 2)),
         ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
         ("replica_groups={}", ()),
     ],
 )
 def test_every_way_of_writing_groups_is_read(text, group):
     assert hlo.replica_group(text) == group
+
+
+def test_groups_in_another_notation_are_not_taken_for_all_devices():
+    with pytest.raises(ValueError, match="not known here"):
+        hlo.replica_group("replica_groups=@mesh<x=2>")
 
 
 def test_an_exchange_that_names_no_group_is_of_all_devices():
