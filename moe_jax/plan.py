@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -522,8 +523,6 @@ def show(report: dict[str, Any], console: "Console") -> None:
         table.add_row(row["kind"], names, *counts, size(row["bytes"]), size(row["sent"]), seconds)
     for column in table.columns[2:]:
         column.justify = "right"
-    for column in table.columns:
-        column.no_wrap = True
     console.print(table)
     for kind, n in r["flops_per_chip_during_exchange"].items():
         console.print(f"  scheduled between start and end of {kind}: {n:.3e} FLOPs of matrix products a chip")
@@ -576,7 +575,7 @@ def main(_: list[str]) -> None:
         fail(str(error))
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 100)  # in a file the tables need not wrap
     try:
         if flag.search:
             trials = []
