@@ -90,7 +90,7 @@ def leaves(config: Config, num_devices: int = 1) -> list[Leaf]:
     """
     import jax
 
-    from moe_jax.mesh import abstract_mesh, axes_of
+    from moe_jax.mesh import abstract_mesh, axes_of, bytes_on_device
     from moe_jax.state import abstract_state
 
     state = abstract_state(config, abstract_mesh(config.mesh, num_devices))._asdict()
@@ -99,7 +99,7 @@ def leaves(config: Config, num_devices: int = 1) -> list[Leaf]:
         part = leaf.sharding.shard_shape(leaf.shape)
         axes = (*(axes_of(entry) for entry in leaf.sharding.spec), *[()] * (leaf.ndim - len(leaf.sharding.spec)))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rows.append(Leaf(name, str(leaf.dtype), leaf.shape, axes, part, math.prod(part) * leaf.dtype.itemsize))
+        rows.append(Leaf(name, str(leaf.dtype), leaf.shape, axes, part, bytes_on_device(leaf)))
     return rows
 
 

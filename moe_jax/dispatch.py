@@ -252,7 +252,7 @@ def _in_rounds(
     return y, _traffic(rounds=needed, rows=rows, visits=visits)
 
 
-def _one_round(now: "_Round", x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
+def _one_round(now: _Round, x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
     """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
 
     Gates travel with their copies: weighed here, the way home needs not be gone again in the backward pass.
@@ -272,7 +272,7 @@ def _further_rounds(
     x: Array,
     gates: Array,
     weights: ExpertWeights,
-    copies: "_Copies",
+    copies: _Copies,
 ) -> tuple[Array, Array]:
     """The sum of all rounds after the first. Nothing is kept of them for the backward pass, which does them again,
 
@@ -380,7 +380,7 @@ def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
     needed = lax.pmax(-(-sent.sum(0).max() // capacity), BATCH)
     here = lax.axis_index("expert")
     offset = _before(sent)  # where a source's copies lie in the destination's list
-    start = (jnp.cumsum(sent, axis=1) - sent)[:, here]  # where the copies for this device lie at every source
+    start = _before(sent.T)[here]  # where the copies for this device lie at every source
     upto = jnp.cumsum(copies.received.ravel())
     local_experts = copies.received.shape[1]
 

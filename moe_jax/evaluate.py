@@ -20,7 +20,7 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, resolve, validate
-from moe_jax.files import workdir_of
+from moe_jax.files import workdir_of, write_json
 from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def run(config: Config, workdir: Path) -> None:
     result = {"step": int(state.step), **evaluate(config, state, corpus, mesh)}
     if distributed.index() == 0:
         print_table(result)
-        (workdir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(workdir / "evaluation.json", result)
 
 
 def main(_: list[str]) -> None:

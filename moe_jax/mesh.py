@@ -102,8 +102,8 @@ def spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
     for dim, size in zip(dims, shape[stacked:], strict=True):
         mine: list[str] = []
         for axis in TABLE[dim]:
-            ways = mesh.shape[axis]
-            if ways > 1 and axis not in taken and size % (ways * _ways(mesh, mine)) == 0:
+            ways = math.prod(mesh.shape[a] for a in (*mine, axis))
+            if mesh.shape[axis] > 1 and axis not in taken and size % ways == 0:
                 mine.append(axis)
         taken |= set(mine)
         parts.append(tuple(mine) if len(mine) > 1 else mine[0] if mine else None)
@@ -123,6 +123,11 @@ def is_expert_weight(dims: Sequence[str]) -> bool:
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())
+
+
+def bytes_on_device(leaf: Any) -> int:
+    """What each device holds of an array with a sharding, or of its `jax.ShapeDtypeStruct`."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -182,7 +187,3 @@ _gathered.defvjp(lambda w, layouts: (_gathered(w, layouts), None), _scattered)
 def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on every device's part; on one device `f` itself, whose part is the whole."""
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if is_sharded(mesh) else f
-
-
-def _ways(mesh: AnyMesh, axes: Sequence[str]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -21,12 +20,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from absl import app, flags
 
 from moe_jax import hlo
 from moe_jax.chips import GIB, Place, Topology, exchange_seconds, parse_topology, place_of
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, MeshConfig, validate
+from moe_jax.files import write_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -120,14 +121,14 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
         DoesNotFit: the compiler ran out of the chip's memory.
     """
     import jax
-    from jax.sharding import NamedSharding, PartitionSpec
 
+    from moe_jax.mesh import replicated
     from moe_jax.state import abstract_state
     from moe_jax.step import abstract_batch, make_train_step
 
     started, busy = time.perf_counter(), time.process_time()
     dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    key = jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    key = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
     lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
     try:
         compiled = lowered.compile()
@@ -172,30 +173,21 @@ def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
     """Bytes a chip of (parameters, optimizer, the rest of the state), by the shardings of the abstract state."""
     import jax
 
+    from moe_jax.mesh import bytes_on_device
     from moe_jax.state import abstract_state
 
     state = abstract_state(config, mesh)
 
     def size(tree: Any) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+        return sum(map(bytes_on_device, jax.tree.leaves(tree)))
 
     return size(state.params), size(state.optimizer), size((state.bias, state.balance))
 
 
 def axes_of(group: Sequence[int], mesh: "Mesh") -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ."""
-    shape = list(mesh.devices.shape)
-    places = [_coordinates(i, shape) for i in group]
-    return tuple(name for n, name in enumerate(mesh.axis_names) if len({p[n] for p in places}) > 1)
-
-
-def _coordinates(i: int, shape: list[int]) -> tuple[int, ...]:
-    at = []
-    for size in reversed(shape):
-        i, here = divmod(i, size)
-        at.append(here)
-    return tuple(reversed(at))
+    places = np.unravel_index(list(group), mesh.devices.shape)
+    return tuple(name for name, at in zip(mesh.axis_names, places, strict=True) if np.ptp(at) > 0)
 
 
 # --- the report -----------------------------------------------------------------------------------------------
@@ -392,7 +384,11 @@ def plan(config: Config, topology: Topology, text_file: str = "") -> dict[str, A
 
     devices = topology_devices(topology)
     config = resolve(config, len(devices), "cpu" if topology.chip is None else "tpu")
-    mesh = make_mesh(config.mesh, devices)
+    return plan_on(config, topology, make_mesh(config.mesh, devices), text_file)
+
+
+def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: str = "") -> dict[str, Any]:
+    """`plan` for a mesh that is made already; the config's is resolved."""
     try:
         compiled = compile_step(config, mesh)
     except DoesNotFit as error:
@@ -414,11 +410,8 @@ class Trial(NamedTuple):
     report: dict[str, Any]
 
 
-REMATS: tuple[Literal["none", "dots", "full"], ...] = (
-    "none",
-    "dots",
-    "full",
-)  # from what recomputes least to what keeps least
+# from what recomputes least to what keeps least
+REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial]:
@@ -446,7 +439,7 @@ def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial
                 break
             jax.clear_caches()
             one = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, remat=remat))
-            report = plan(one, topology)
+            report = plan_on(one, topology, mesh)
             yield Trial(sizes, remat, "fits" if report["fits"] in (True, None) else "does not fit", report)
             if report["fits"] in (True, None):
                 break
@@ -591,7 +584,7 @@ def main(_: list[str]) -> None:
     except ValueError as error:
         fail(str(error))
     if flag.json:
-        Path(flag.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(Path(flag.json), result)
 
 
 if __name__ == "__main__":
