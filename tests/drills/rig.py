@@ -50,10 +50,14 @@ class Command:
         environment = {**os.environ, "DRILL": accident, "DRILL_CORE": worker, "PYTHONUNBUFFERED": "1"}
         environment |= environ or {}
         self._log = log
-        with open(log, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(DRIVER), name, *flags], cwd=REPO, env=environment, stdout=out, stderr=out
-            )
+        command = [sys.executable, str(DRIVER), name, *flags]
+        self.process = subprocess.Popen(
+            command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        with open(log, "w") as out:  # written by another process: a limit on the size of files is not one on the log
+            self._writer = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=out)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def wait(self, seconds: float = 120) -> int:
         """The exit status; negative for a signal."""
@@ -63,10 +67,11 @@ class Command:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """SIGKILL, if it still runs; then all that it wrote is in the log."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        self._writer.wait()
 
     @property
     def text(self) -> str:
