@@ -1,7 +1,6 @@
 """The configuration: one frozen, typed schema; `ConfigDict` in, `Config` or one clear sentence out.
 
-Imports no jax: a typo is told before jax could be loaded. Balancing methods' options live here too, for
-the same reason; `moe_jax.balance` implements them. Every error is a ValueError whose sentence names the
+Imports no jax: a typo is told before jax could be loaded. Every error is a ValueError whose sentence names the
 key, its value, the rule and a fix.
 """
 
@@ -13,71 +12,81 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
+
+from moe_jax.options import (
+    BALANCE_METHODS,
+    SELECTORS,
+    WITH_QUANTILES,
+    BalanceEntry,
+    check_options,
+    check_together,
+    number,
+)
 
 DType = Literal["float32", "bfloat16"]
-
-
-def _number(default: Any, low: float | None = None, high: float | None = None) -> Any:
-    """A numeric field with an inclusive range."""
-    return field(default=default, metadata={"low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One transformer. `num_experts=0` is a dense one; everything from `num_experts` on is then unused."""
 
-    vocab_size: int = _number(264, 1)  # bytes + separator = 257, rounded up so that it divides by 8
-    num_layers: int = _number(4, 1)
-    embed_dim: int = _number(128, 1)
-    num_heads: int = _number(4, 1)
-    num_kv_heads: int = _number(2, 1)
-    head_dim: int = _number(32, 2)
-    ffw_dim: int = _number(512, 1)  # hidden width of a dense feed-forward layer
-    rope_theta: float = _number(10000.0, 1.0)
-    norm_eps: float = _number(1e-6, 0.0)
+    vocab_size: int = number(264, 1)  # bytes + separator = 257, rounded up so that it divides by 8
+    num_layers: int = number(4, 1)
+    embed_dim: int = number(128, 1)
+    num_heads: int = number(4, 1)
+    num_kv_heads: int = number(2, 1)
+    head_dim: int = number(32, 2)
+    ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
+    rope_theta: float = number(10000.0, 1.0)
+    norm_eps: float = number(1e-6, 0.0)
     qk_norm: bool = False
     tied_embeddings: bool = False
-    init_std: float = _number(0.02, 0.0)
+    init_std: float = number(0.02, 0.0)
     param_dtype: DType = "float32"
     compute_dtype: DType = "float32"
     remat: Literal["none", "dots", "full"] = "none"  # what a layer keeps for backward: all, matmuls, input
     # Mixture of experts
-    num_experts: int = _number(0, 0)
-    top_k: int = _number(2, 1)
-    num_shared_experts: int = _number(0, 0)
-    expert_ffw_dim: int = _number(128, 1)  # hidden width of one expert, routed or shared
-    first_dense: int = _number(0, 0)  # the first layers keep a dense feed-forward
-    moe_every: int = _number(1, 1)  # after them, every n-th layer is MoE
+    num_experts: int = number(0, 0)
+    top_k: int = number(2, 1)
+    num_shared_experts: int = number(0, 0)
+    expert_ffw_dim: int = number(128, 1)  # hidden width of one expert, routed or shared
+    first_dense: int = number(0, 0)  # the first layers keep a dense feed-forward
+    moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
     normalize_gates: bool = True
-    gate_scale: float = _number(1.0, 0.0)
-    num_groups: int = _number(1, 1)
-    top_groups: int = _number(1, 1)
-    group_top: int = _number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
-    router_jitter: float = _number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
+    gate_scale: float = number(1.0, 0.0)
+    num_groups: int = number(1, 1)
+    top_groups: int = number(1, 1)
+    group_top: int = number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
+    router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
     dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = "auto"
     # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
-    capacity_factor: float = _number(1.25, 0.01)
+    capacity_factor: float = number(1.25, 0.01)
+    # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
+    num_zero_experts: int = number(0, 0)
+    zero_share: float = number(0.25, 0.0, 1.0)  # share of the chosen slots that balancing gives to all of them
+    class_starts: tuple[int, ...] = ()  # token ids at which class 1, 2, ... begins, each with a bias of its own
+    unroll_layers: bool = False  # compile every layer apart: for reading the program, for it costs compile time
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW behind gradient clipping; `schedule` shapes the learning rate over `num_steps`."""
 
-    learning_rate: float = _number(1e-3, 0.0)
+    learning_rate: float = number(1e-3, 0.0)
     schedule: Literal["constant", "cosine", "wsd", "multistep"] = "cosine"
-    warmup_steps: int = _number(0, 0)
-    end_ratio: float = _number(0.1, 0.0, 1.0)  # last learning rate over the peak (cosine, wsd)
-    decay_fraction: float = _number(0.2, 0.0, 1.0)  # wsd: the last share of the run, decaying
+    warmup_steps: int = number(0, 0)
+    end_ratio: float = number(0.1, 0.0, 1.0)  # last learning rate over the peak (cosine, wsd)
+    decay_fraction: float = number(0.2, 0.0, 1.0)  # wsd: the last share of the run, decaying
     milestones: tuple[float, ...] = (0.8, 0.9)  # multistep: shares of the run at which the rate drops ...
-    milestone_ratio: float = _number(0.316, 0.0, 1.0)  # ... by this factor
-    b1: float = _number(0.9, 0.0, 1.0)
-    b2: float = _number(0.95, 0.0, 1.0)
-    eps: float = _number(1e-8, 0.0)
-    weight_decay: float = _number(0.1, 0.0)
-    clip_norm: float = _number(1.0, 0.0)  # 0 clips nothing
+    milestone_ratio: float = number(0.316, 0.0, 1.0)  # ... by this factor
+    b1: float = number(0.9, 0.0, 1.0)
+    b2: float = number(0.95, 0.0, 1.0)
+    eps: float = number(1e-8, 0.0)
+    weight_decay: float = number(0.1, 0.0)
+    clip_norm: float = number(1.0, 0.0)  # 0 clips nothing
     moment_dtype: DType = "float32"
 
 
@@ -88,7 +97,7 @@ class DataConfig:
     path: str = ""
     weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: as large as it is
     verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
-    eval_sequences: int = _number(0, 0)  # held-out sequences per domain while training; 0: all of them
+    eval_sequences: int = number(0, 0)  # held-out sequences per domain while training; 0: all of them
 
 
 @dataclass(frozen=True)
@@ -98,77 +107,40 @@ class MeshConfig:
     The batch is split over replica, data and expert, experts over expert, widths and heads over tensor.
     """
 
-    replica: int = _number(1, -1)
-    data: int = _number(-1, -1)
-    expert: int = _number(1, -1)
-    tensor: int = _number(1, -1)
+    replica: int = number(1, -1)
+    data: int = number(-1, -1)
+    expert: int = number(1, -1)
+    tensor: int = number(1, -1)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """`keep` newest checkpoints stay; `fallback` may restore an older one when the newest is damaged."""
 
-    keep: int = _number(2, 1)
+    keep: int = number(2, 1)
     verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
     fallback: bool = False
 
 
-@dataclass(frozen=True)
-class BiasSign:
-    """Options of `bias_sign` (Loss-Free Balancing, arXiv 2408.15664, Algorithm 1)."""
-
-    rate: float = _number(1e-3, 0.0)
-    zero_mean: bool = False
-    warmup_steps: int = _number(0, 0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    freeze_step: int | None = _number(None, 0)
-
-
-@dataclass(frozen=True)
-class AuxLoss:
-    """Options of `aux_loss` (DeepSeekMoE, arXiv 2401.06066, eq. 12-14; DeepSeek-V3, eq. 17-20)."""
-
-    weight: float = _number(1e-2, 0.0)
-    level: Literal["expert"] = "expert"
-    scope: Literal["sequence", "microbatch", "global"] = "microbatch"
-    normalize: bool = True
-    counts: Literal["biased", "unbiased"] = "biased"
-
-
-@dataclass(frozen=True)
-class ZLoss:
-    """Options of `z_loss` (ST-MoE, arXiv 2202.08906, eq. 5)."""
-
-    weight: float = _number(1e-3, 0.0)
-
-
 DROPLESS = ("auto", "local", "rounds", "ragged")  # choices of `model.dispatch` that give the same output
-
-BALANCE_METHODS: dict[str, type] = {"bias_sign": BiasSign, "aux_loss": AuxLoss, "z_loss": ZLoss}
-
-
-class BalanceEntry(NamedTuple):
-    """One line of `config.balance`: `label` names its state and statistics, `method` what it does."""
-
-    label: str
-    method: str
-    options: Any
 
 
 @dataclass(frozen=True)
 class Config:
     """A run. Hashable, and equal configs make equal runs."""
 
-    seed: int = _number(0, 0, 2**31 - 1)
-    num_steps: int = _number(1000, 1)
-    batch_size: int = _number(8, 1)  # sequences per optimizer step, over all devices
-    micro_batches: int = _number(1, 1)
-    sequence_length: int = _number(128, 1)
-    log_every: int = _number(10, 1)
-    eval_every: int = _number(500, 0)  # 0: only after the last step
-    save_every: int = _number(500, 0)  # 0: only after the last step
-    heartbeat_seconds: int = _number(100, 1)  # a process of the run not heard of for so long is dead
-    step_timeout_seconds: int = _number(1800, 0)  # a step that takes longer is stuck and ends the run; 0: never
+    seed: int = number(0, 0, 2**31 - 1)
+    num_steps: int = number(1000, 1)
+    batch_size: int = number(8, 1)  # sequences per optimizer step, over all devices
+    micro_batches: int = number(1, 1)
+    sequence_length: int = number(128, 1)
+    log_every: int = number(10, 1)
+    eval_every: int = number(500, 0)  # 0: only after the last step
+    save_every: int = number(500, 0)  # 0: only after the last step
+    measure_every: int = number(0, 0)  # interference, churn and more, on a step's first micro-batch; 0: never
+    record_scores_every: int = number(0, 0)  # router logits of a step's first micro-batch, into scores/; 0: never
+    heartbeat_seconds: int = number(100, 1)  # a process of the run not heard of for so long is dead
+    step_timeout_seconds: int = number(1800, 0)  # a step that takes longer is stuck and ends the run; 0: never
     model: ModelConfig = field(default_factory=ModelConfig)
     balance: tuple[BalanceEntry, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -269,15 +241,8 @@ def balance_entries(mapping: Mapping[str, Any] | None) -> tuple[BalanceEntry, ..
             "write balance=dict(bias_sign=dict(rate=1e-3)), or balance={} for none."
         )
     entries = tuple(_balance_entry(label, options) for label, options in sorted((mapping or {}).items()))
-    owners = [e.label for e in entries if e.method in BIAS_METHODS]
-    if len(owners) > 1:
-        raise ValueError(
-            f"balance has {' and '.join(owners)}, but only one method may own the bias; remove all but one."
-        )
+    check_together(entries)
     return entries
-
-
-BIAS_METHODS = frozenset({"bias_sign"})
 
 
 def _balance_entry(label: str, options: Any) -> BalanceEntry:
@@ -292,24 +257,14 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
             f"{path} names the balancing method {method!r}, which does not exist{hint}; "
             f"the methods are {', '.join(sorted(BALANCE_METHODS))}."
         )
-    if label in ("bias", "loads") or not re.fullmatch(r"\w+", label):
-        raise ValueError(
-            f"{path}: a label is one word, not 'bias' or 'loads', which all methods share; choose another."
-        )
+    if label in SHARED or not re.fullmatch(r"\w+", label):
+        raise ValueError(f"{path}: a label is one word and not {', '.join(SHARED)}, which all share; choose another.")
     entry = BalanceEntry(label, method, _build(BALANCE_METHODS[method], options, path + "."))
-    if method == "bias_sign":
-        _check_bias_schedule(path, entry.options)
+    check_options(path, entry.options)
     return entry
 
 
-def _check_bias_schedule(path: str, o: Any) -> None:
-    if o.schedule != "constant" and o.freeze_step is None:
-        raise ValueError(f"{path}.schedule={o.schedule!r} must know where the rate reaches 0; set {path}.freeze_step.")
-    if o.freeze_step is not None and o.warmup_steps > o.freeze_step:
-        raise ValueError(
-            f"{path}.warmup_steps={o.warmup_steps} must be at most {path}.freeze_step={o.freeze_step}; "
-            "lower the first or raise the second."
-        )
+SHARED = ("bias", "direction", "loads")  # names in a balancer's state and statistics that no label may take
 
 
 # --- rules across keys ----------------------------------------------------------------------------------------
@@ -396,6 +351,96 @@ def _check_balance_use(c: Config) -> None:
             f"balance has {', '.join(e.label for e in c.balance)}, but model.num_experts=0 has no experts to "
             "balance; set balance={} or model.num_experts."
         )
+
+
+def _check_balance_fits(c: Config) -> None:
+    """What a balancing method asks of the model."""
+    m, layers = c.model, num_moe_layers(c.model)
+    for e in c.balance:
+        path, o = f"balance.{e.label}", e.options
+        if o.layers and o.layers[1] > layers:
+            raise ValueError(
+                f"{path}.layers={o.layers} must end within the {layers} MoE layers of the model; lower its stop."
+            )
+        classes = getattr(o, "num_classes", len(m.class_starts) + 1)
+        if classes != len(m.class_starts) + 1:
+            raise ValueError(
+                f"{path}.num_classes={classes} must be the number of classes that model.class_starts="
+                f"{m.class_starts} makes, {len(m.class_starts) + 1}; change one."
+            )
+        if e.method in WITH_QUANTILES and m.score == "sqrt_softplus":
+            raise ValueError(
+                f"{path} counts scores between 0 and 1, but those of model.score='sqrt_softplus' are unbounded; "
+                "set model.score='sigmoid' or 'softmax'."
+            )
+        if e.method in SELECTORS | {"quantile"} and m.num_groups > 1 and m.top_groups < m.num_groups:
+            raise ValueError(
+                f"{path} knows no group limit, but model.top_groups={m.top_groups} of model.num_groups="
+                f"{m.num_groups}; set model.top_groups={m.num_groups}, or another method."
+            )
+        if e.method in SELECTORS and m.random_second:
+            raise ValueError(
+                f"{path} does not rank a token's experts, so that model.random_second=True has no second to drop; "
+                "set model.random_second=False."
+            )
+        if getattr(o, "level", "expert") != "expert" or e.method == "device_capacity":
+            _check_logical_devices(path, o.num_devices or m.num_groups, m)
+
+
+def _check_logical_devices(path: str, devices: int, m: ModelConfig) -> None:
+    if devices < 2 or m.num_experts % devices:
+        raise ValueError(
+            f"{path}.num_devices={devices} logical devices (0 takes model.num_groups={m.num_groups}) must be at least "
+            f"2 and divide model.num_experts={m.num_experts}; set {path}.num_devices."
+        )
+    if m.num_zero_experts:
+        raise ValueError(
+            f"{path} needs every expert on a device, but model.num_zero_experts={m.num_zero_experts} are on none; "
+            "set model.num_zero_experts=0, or another method."
+        )
+
+
+def _check_classes(c: Config) -> None:
+    m = c.model
+    if list(m.class_starts) != sorted(set(m.class_starts)) or any(not 0 < s < m.vocab_size for s in m.class_starts):
+        raise ValueError(
+            f"model.class_starts={m.class_starts} must rise strictly between 0 and model.vocab_size={m.vocab_size}; "
+            "write (), or the first token id of each further class."
+        )
+
+
+def _check_zero_experts(c: Config) -> None:
+    m = c.model
+    if not m.num_zero_experts or m.num_experts == 0:
+        return
+    if m.num_groups > 1:
+        raise ValueError(
+            f"model.num_zero_experts={m.num_zero_experts} belong to no group, but model.num_groups={m.num_groups}; "
+            "set one of them to its default."
+        )
+    for e in c.balance:
+        if e.method in SELECTORS | {"quantile"}:
+            raise ValueError(
+                f"balance.{e.label} treats all experts alike, but model.num_zero_experts={m.num_zero_experts} are to "
+                f"get model.zero_share={m.zero_share} of the copies; set model.num_zero_experts=0, or another method."
+            )
+
+
+def _check_measures(c: Config) -> None:
+    for name in ("measure_every", "record_scores_every"):
+        every = getattr(c, name)
+        if every and c.model.num_experts == 0:
+            raise ValueError(f"{name}={every} measures routing, but model.num_experts=0 has none; set {name}=0.")
+    if c.measure_every % c.log_every:
+        raise ValueError(
+            f"measure_every={c.measure_every} must be a multiple of log_every={c.log_every}, for it is logged with it; "
+            f"try {_nearby(c.measure_every, c.log_every)}."
+        )
+
+
+def num_moe_layers(m: ModelConfig) -> int:
+    """L: how many layers route tokens to experts."""
+    return (m.num_layers - m.first_dense) // m.moe_every if m.num_experts else 0
 
 
 def _check_optimizer(c: Config) -> None:
@@ -507,6 +552,10 @@ RULES = (
     _check_gates,
     _check_groups,
     _check_balance_use,
+    _check_balance_fits,
+    _check_classes,
+    _check_zero_experts,
+    _check_measures,
     _check_optimizer,
     _check_mesh,
 )

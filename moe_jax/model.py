@@ -48,11 +48,6 @@ def layout(config: ModelConfig) -> tuple[Run, ...]:
     return tuple(run for run in runs if run.repeats)
 
 
-def num_moe_layers(config: ModelConfig) -> int:
-    """L: how many layers route tokens to experts."""
-    return sum(run.repeats for run in layout(config) if "moe" in run.kinds)
-
-
 class Block(nnx.Module):
     """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
 
@@ -77,7 +72,7 @@ class Block(nnx.Module):
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
             return x + self.ffw(h), None
-        y, report = self.ffw(h, token_info(inputs), balancing, key, train, mesh)
+        y, report = self.ffw(h, token_info(inputs, self.ffw.config.class_starts), balancing, key, train, mesh)
         return x + y, report
 
 
@@ -153,26 +148,29 @@ class Transformer(nnx.Module):
         mesh: Mesh | None,
     ) -> tuple[Array, Report | None]:
         routes = "moe" in run.kinds
-        state, statistics = (balancing.state, balancing.statistics) if routes else ({}, None)
+        _, *by_layer = balancing if routes else Balancing(balancing.balancer, {})
 
         def body(x: Array, layer: tuple) -> tuple[Array, Report | None]:
-            unit, index, state, statistics = layer
-            here = Balancing(balancing.balancer, state, statistics)
+            unit, index, by_layer = layer
+            here = Balancing(balancing.balancer, *by_layer)
             unit = at_use(unit, mesh, self.config.compute_dtype)
             x, report = unit(x, inputs, visible, here, jax.random.fold_in(key, index), train, mesh)
             return constrain(x, mesh, P(BATCH)), report
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))
-        return jax.lax.scan(body, x, (stack, jnp.arange(run.repeats), state, statistics))
+        layers = stack, jnp.arange(run.repeats), by_layer
+        return jax.lax.scan(body, x, layers, unroll=self.config.unroll_layers)
 
 
-def token_info(inputs: Inputs) -> Tokens:
-    """What routing may know of each token of the batch, flattened to [B S]."""
+def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
+    """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
+    kind = (inputs.tokens[..., None] >= jnp.asarray(class_starts)).sum(-1, dtype=jnp.int32) if class_starts else None
     rows = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[0])[:, None], inputs.tokens.shape)
     return Tokens(
         mask=(inputs.segment_ids > 0).ravel(),
         row=rows.ravel().astype(jnp.int32),
         ids=inputs.tokens.ravel(),
+        kind=None if kind is None else kind.ravel(),
         rows=Rows(len(rows)),
     )
 

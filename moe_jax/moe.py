@@ -3,6 +3,7 @@
 Forward reports and changes nothing: the bias is read here and written only by the train step.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from moe_jax import metrics
 from moe_jax.balance import Balancer, State, Statistics
@@ -18,31 +19,48 @@ from moe_jax.config import ModelConfig
 from moe_jax.dispatch import ExpertWeights, Traffic, apply_experts
 from moe_jax.layers import SwiGLU, normal
 from moe_jax.mesh import BATCH, per_shard
-from moe_jax.routing import Routing, Tokens, drop_second, route
+from moe_jax.routing import Routing, Tokens, count, counts_by_row, drop_second, route
 
 
 class RouterBias(nnx.Variable):
     """The selection bias, float32 [E]: by type not a Param, so no gradient, optimizer or decay can touch it."""
 
 
+class Details(NamedTuple):
+    """What measuring reads of one layer's routing, and training does not: without a reader it is not computed.
+
+    routing: of the micro-batch. next_ids: what its tokens would choose under the bias that the update from this
+    micro-batch alone gives. row_loads: copies per expert of every sequence.
+    """
+
+    routing: Routing
+    next_ids: Int32[Array, "tokens slots"]
+    row_loads: Int32[Array, "batch experts"]
+
+
 class Balancing(NamedTuple):
-    """What balancing needs in a forward pass; State and Statistics stacked over the MoE layers [L, ...].
+    """What balancing needs in a forward pass; all but the balancer stacked over the MoE layers [L, ...].
 
     statistics: those of the whole optimizer step where a loss reads them, None for this forward's own.
+    earlier: those of the step's micro-batches before this one, where a loss reads the sum so far.
+    offset: added to the layers' inputs [L, B, S, D], zeros by which to differentiate; None for nothing.
     """
 
     balancer: Balancer
     state: State
     statistics: Statistics | None = None
+    earlier: Statistics | None = None
+    offset: Array | None = None
 
 
 class Report(NamedTuple):
-    """What one MoE layer tells: additive statistics, its balancing loss, and measures for the log."""
+    """What one MoE layer tells: additive statistics, its balancing losses, and measures for the log."""
 
     statistics: Statistics
-    loss: Float32[Array, ""]
+    losses: dict[str, Float32[Array, ""]]
     aux_loss: Float32[Array, ""]
     traffic: Traffic
+    details: Details
 
 
 class MoE(nnx.Module):
@@ -53,8 +71,10 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, experts, ffw = config.embed_dim, config.num_experts, config.expert_ffw_dim
-        self.router = normal(config, rngs, dtype="float32", embed=width, experts=experts)
-        self.bias = RouterBias(jnp.zeros(experts, jnp.float32), dims=("experts",))
+        choices, classes = experts + config.num_zero_experts, len(config.class_starts) + 1
+        self.router = normal(config, rngs, dtype="float32", embed=width, experts=choices)
+        shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
+        self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
         self.gate = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
         self.up = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
         self.down = normal(config, rngs, experts=experts, ffw=ffw, embed=width)
@@ -71,23 +91,34 @@ class MoE(nnx.Module):
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Report]:
         """x [B, S, D] to y [B, S, D] and the layer's Report; `balancing` is sliced to this layer."""
+        c, balancer = self.config, balancing.balancer
+        if balancing.offset is not None:
+            x = x + balancing.offset.astype(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         select_key, second_key = jax.random.split(key)
-        routing = self.route(flat, tokens, balancing.balancer, select_key, train, mesh)
-        sent = drop_second(routing, second_key) if train and self.config.random_second else routing
+        state = balancing.state | {"bias": self.bias[...]}
+        routing = self.route(flat, tokens, balancer, select_key, train, mesh, state)
+        sent = drop_second(routing, second_key) if train and c.random_second else routing
+        if balancer.drop is not None:
+            sent = only(sent, balancer.drop(sent, state, second_key, train))
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
         y, traffic = apply_experts(
             flat,
-            sent,
+            real_part(sent, c.num_experts),
             weights,
             mesh=mesh,
-            backend=self.config.dispatch,
+            backend=c.dispatch,
             num_rows=x.shape[0],
-            capacity_factor=self.config.capacity_factor,
+            capacity_factor=c.capacity_factor,
         )
+        if balancer.drop is not None:
+            lost = count(routing.expert_ids, c.num_experts).sum() - count(sent.expert_ids, c.num_experts).sum()
+            traffic = traffic._replace(dropped=traffic.dropped + lost)
+        if c.num_zero_experts:
+            y = y + through_zero_experts(flat, sent, c.num_experts)
         if self.shared is not None:
             y = y + self.shared(flat)
-        return y.reshape(x.shape), self._report(routing, balancing, traffic)
+        return y.reshape(x.shape), self._report(routing, balancing, state, traffic)
 
     def route(
         self,
@@ -97,6 +128,7 @@ class MoE(nnx.Module):
         key: Array,
         train: bool,
         mesh: Mesh | None = None,
+        state: State | None = None,
     ) -> Routing:
         """The routing of [T, D] vectors, before anything is dropped; router in float32, jitter in training only.
 
@@ -110,40 +142,85 @@ class MoE(nnx.Module):
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
             wide = wide * jax.random.uniform(jitter_key, wide.shape, minval=low, maxval=high)
         logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
+        state = {"bias": self.bias[...]} if state is None else state
+        if balancer.select is not None and (train or balancer.inference == "same"):
+            select = functools.partial(balancer.select, state=state)
+            return self.pick(logits, state["bias"], tokens, balancer, select=select, key=select_key, train=train)
+        return self.pick_by_bias(logits, state["bias"], tokens, balancer, mesh)
 
-        def pick(logits: Array, bias: Array, tokens: Tokens) -> Routing:
-            return route(
-                logits,
-                bias,
-                top_k=c.top_k,
-                score=c.score,
-                num_groups=c.num_groups,
-                top_groups=c.top_groups,
-                group_top=c.group_top,
-                normalize_gates=c.normalize_gates,
-                gate_scale=c.gate_scale,
-                tokens=tokens,
-                select=balancer.select,
-                key=select_key,
-                train=train,
-            )
+    def pick_by_bias(
+        self, logits: Array, bias: Array, tokens: Tokens, balancer: Balancer, mesh: Mesh | None = None
+    ) -> Routing:
+        """Route by the k best biased scores, every device its own tokens."""
 
-        if balancer.select is not None:
-            return pick(logits, self.bias[...], tokens)
-
-        def pick_here(*args: Any) -> Routing:
-            routing = pick(*args)
+        def pick_here(logits: Array, bias: Array, tokens: Tokens) -> Routing:
+            routing = self.pick(logits, bias, tokens, balancer)
             return routing._replace(loads=routing.loads[None])
 
         split = jax.tree.map(lambda _: P(BATCH), tokens)
         places: Any = Routing._make([P(BATCH)] * 5 + [P(), split])
-        routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, self.bias[...], tokens)
+        routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, bias, tokens)
         return routing._replace(loads=routing.loads.sum(0))
 
-    def _report(self, routing: Routing, balancing: Balancing, traffic: Traffic) -> Report:
-        balancer, state, statistics = balancing
+    def pick(self, logits: Array, bias: Array, tokens: Tokens, balancer: Balancer, **how: Any) -> Routing:
+        """`route` as the config says."""
+        c = self.config
+        return route(
+            logits,
+            bias,
+            top_k=c.top_k,
+            score=c.score,
+            num_groups=c.num_groups,
+            top_groups=c.top_groups,
+            group_top=c.group_top,
+            normalize_gates=c.normalize_gates,
+            gate_scale=c.gate_scale,
+            tokens=tokens,
+            combine=balancer.combine,
+            **how,
+        )
+
+    def _report(self, routing: Routing, balancing: Balancing, state: State, traffic: Traffic) -> Report:
+        balancer = balancing.balancer
         own = balancer.observe(routing)
-        joined = state | {"bias": routing.bias}
-        loss = balancer.loss(routing, own if statistics is None else statistics, joined, self.router[...])
+        seen = own if balancing.statistics is None else balancing.statistics
+        if balancing.earlier is not None:
+            seen = jax.tree.map(jnp.add, own, balancing.earlier)
+        losses = balancer.losses(routing, seen, state, self.router[...])
         aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing))
-        return Report(own, loss, aux_loss, traffic)
+        return Report(own, losses, aux_loss, traffic, self._details(routing, own, balancing, state))
+
+    def _details(self, routing: Routing, own: Statistics, balancing: Balancing, state: State) -> Details:
+        routing = jax.lax.stop_gradient(routing)
+        moved = balancing.balancer.update(own, state, jnp.int32(0))["bias"]
+        after = self.pick_by_bias(routing.logits, moved, routing.tokens, balancing.balancer)
+        rows = routing.tokens.rows
+        assert rows is not None  # the model says how its batch is made
+        row_loads = counts_by_row(routing.expert_ids, rows.count, routing.loads.shape[0])
+        return Details(routing, after.expert_ids, row_loads)
+
+
+def only(routing: Routing, keep: Bool[Array, "tokens slots"]) -> Routing:
+    """The routing without the copies that are not kept; `loads` still counts them."""
+    num_choices = routing.loads.shape[0]
+    return routing._replace(
+        expert_ids=jnp.where(keep, routing.expert_ids, num_choices), gates=jnp.where(keep, routing.gates, 0.0)
+    )
+
+
+def real_part(routing: Routing, num_experts: int) -> Routing:
+    """The routing to experts that compute: copies for the others become empty slots."""
+    real = routing.expert_ids < num_experts
+    return routing._replace(
+        expert_ids=jnp.where(real, routing.expert_ids, num_experts),
+        gates=jnp.where(real, routing.gates, 0.0),
+        loads=routing.loads[:num_experts],
+    )
+
+
+def through_zero_experts(
+    x: Float[Array, "tokens embed"], routing: Routing, num_experts: int
+) -> Float[Array, "tokens embed"]:
+    """The sum of the gates of a token's zero-computation experts, times the token. Source: LongCat-Flash (2509.01322)."""
+    chosen = (routing.expert_ids >= num_experts) & (routing.expert_ids < routing.loads.shape[0])
+    return jnp.where(chosen, routing.gates, 0.0).sum(1, keepdims=True).astype(x.dtype) * x

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 Select = Callable[..., Int32[Array, "tokens slots"]]
+Combine = Callable[[Array, Array], Float32[Array, "tokens experts"]]
 
 
 @jax.tree_util.register_static
@@ -46,13 +47,13 @@ class Routing(NamedTuple):
     loads: Int32[Array, "experts"]
     logits: Float32[Array, "tokens experts"]
     scores: Float32[Array, "tokens experts"]
-    bias: Float32[Array, "experts"]
+    bias: Float32[Array, "*classes experts"]
     tokens: Tokens
 
 
 def route(
     logits: Float32[Array, "tokens experts"],
-    bias: Float32[Array, "experts"] | None = None,
+    bias: Float32[Array, "*classes experts"] | None = None,
     *,
     top_k: int,
     score: str = "sigmoid",
@@ -63,6 +64,7 @@ def route(
     gate_scale: float = 1.0,
     tokens: Tokens = Tokens(),
     select: Select | None = None,
+    combine: Combine | None = None,
     key: Key[Array, ""] | None = None,
     train: bool = False,
 ) -> Routing:
@@ -73,7 +75,8 @@ def route(
 
     Args:
         logits: float32 [T, E], any finite values.
-        bias: float32 [E], selection only: no gradient, no effect on gates. None is zero.
+        bias: float32 [E], selection only: no gradient, no effect on gates. None is zero. Or [C, E], one for each
+            class of tokens, which `tokens.kind` names (0 where it is None).
         top_k: experts per token, 1 to E.
         score: "sigmoid" | "softmax" | "sqrt_softplus", the affinity in [0, 1] or [0, inf).
         num_groups: G, divides E; experts e of group g have e // (E / G) == g.
@@ -83,6 +86,7 @@ def route(
         gate_scale: factor on the gates, after normalisation.
         tokens: mask and more, see `Tokens`.
         select: replaces top-k of the biased scores: (scores, bias, *, top_k, tokens, key, train) -> ids [T, S].
+        combine: replaces scores + bias: (scores, bias) -> biased scores.
         key: randomness for `select`.
         train: True in training; selectors may infer otherwise than they train.
 
@@ -99,11 +103,12 @@ def route(
     logits = logits.astype(jnp.float32)
     scores = affinity(logits, score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
+    own_bias = bias if bias.ndim == 1 else bias[0 if tokens.kind is None else tokens.kind]
     if select is None:
-        biased = limit_groups(scores + bias, num_groups, top_groups, group_top)
-        expert_ids = lax.top_k(biased, top_k)[1]
+        biased = scores + own_bias if combine is None else combine(scores, own_bias)
+        expert_ids = lax.top_k(limit_groups(biased, num_groups, top_groups, group_top), top_k)[1]
     else:
-        expert_ids = select(scores, bias, top_k=top_k, tokens=tokens, key=key, train=train)
+        expert_ids = select(scores, own_bias, top_k=top_k, tokens=tokens, key=key, train=train)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
     gates = gate_scale * _gates(scores, log_affinity(logits, score), expert_ids, normalize_gates)
@@ -161,9 +166,25 @@ def limit_groups(
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
 
 
+def best(values: Float32[Array, "tokens experts"], k: int) -> Int32[Array, "tokens slots"]:
+    """Each token's `k` best columns in falling order, ties to the lowest: `lax.top_k`, by a sort.
+
+    Seen as a whole batch on many devices, a sort of rows stays where the rows are; top_k would gather them all.
+    """
+    return jnp.argsort(-lax.stop_gradient(values), axis=-1, stable=True)[:, :k].astype(jnp.int32)
+
+
 def count(expert_ids: Int32[Array, "..."], num_experts: int) -> Int32[Array, "experts"]:
     """How often each expert id occurs: exact int32; ids equal to `num_experts` are not counted."""
     return jnp.zeros(num_experts + 1, jnp.int32).at[expert_ids.ravel()].add(1)[:num_experts]
+
+
+def counts_by_row(
+    expert_ids: Int32[Array, "tokens slots"], num_rows: int, num_experts: int
+) -> Int32[Array, "rows experts"]:
+    """`count` of every row of the batch, whose tokens lie one after the other: no scatter, so rows stay in place."""
+    chosen = expert_ids.reshape(num_rows, -1, 1) == jnp.arange(num_experts)
+    return chosen.sum(1, dtype=jnp.int32)
 
 
 def normalized_scores(routing: Routing) -> Float32[Array, "tokens experts"]:

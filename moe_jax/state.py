@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
-from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig
+from moe_jax.config import Config, ModelConfig, OptimizerConfig, num_moe_layers
 from moe_jax.mesh import AnyMesh, platform, replicated, spec
-from moe_jax.model import Transformer, num_moe_layers
+from moe_jax.model import Transformer
 from moe_jax.moe import RouterBias
+from moe_jax.options import BalanceEntry
 
 Tree = Any  # a nested dict of arrays
 Entries = tuple[BalanceEntry, ...]
@@ -141,7 +142,7 @@ def _make_state(
 ) -> TrainState:
     values = nnx.state(Transformer(model, nnx.Rngs(params=key)))
     params, bias = map(nnx.to_pure_dict, nnx.split_state(values, nnx.Param, RouterBias))
-    layers = _init_balance(balance.make(entries), model)
+    layers = _init_balance(balance.make(entries, model), model)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -156,17 +157,22 @@ def _make_state(
 
 def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
     layers = num_moe_layers(model)
-    one = balancer.init(model.num_experts) if layers else {}
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), one)
+    if not layers:
+        return {}
+    experts, classes = model.num_experts + model.num_zero_experts, len(model.class_starts) + 1
+    state = jax.vmap(functools.partial(balancer.init, experts))(jnp.arange(layers))
+    if classes > 1 and state["bias"].ndim == 2:  # no method owns it
+        state["bias"] = jnp.zeros((layers, classes, experts), jnp.float32)
+    return state
 
 
-def read_bias(bias: Tree) -> Float32[Array, "layers experts"]:
-    """The biases of all MoE layers in execution order, [L, E]."""
+def read_bias(bias: Tree) -> Float32[Array, "layers *classes experts"]:
+    """The biases of all MoE layers in execution order, [L, E], or [L, C, E] with classes of tokens."""
     return jnp.concatenate(jax.tree.leaves(bias))
 
 
-def write_bias(bias: Tree, value: Float32[Array, "layers experts"]) -> Tree:
-    """The bias variables holding `value` [L, E]: the inverse of `read_bias`."""
+def write_bias(bias: Tree, value: Float32[Array, "layers *classes experts"]) -> Tree:
+    """The bias variables holding `value`: the inverse of `read_bias`."""
     leaves, structure = jax.tree.flatten(bias)
     bounds, at = [], 0
     for leaf in leaves[:-1]:

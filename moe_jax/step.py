@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 from moe_jax import balance, metrics
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
+from moe_jax.dispatch import Traffic
 from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, platform, replicated
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing, Report
@@ -38,12 +39,21 @@ from moe_jax.state import (
 TrainStep = Any  # a jitted (TrainState, Batch, key) -> (TrainState, metrics)
 
 
+class Reported(NamedTuple):
+    """What the step keeps of the layers' `Report`s, added up: all but the details."""
+
+    statistics: balance.Statistics
+    losses: dict[str, Float32[Array, "layers"]]
+    aux_loss: Float32[Array, "layers"]
+    traffic: Traffic
+
+
 class Sums(NamedTuple):
     """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports."""
 
     nats: Float32[Array, ""]
     total_loss: Float32[Array, ""]
-    report: Report | None
+    report: Reported | None
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
@@ -76,7 +86,7 @@ def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
 def _without_what_no_step_reads(config: Config) -> Config:
     plain = Config()
     keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint"]
-    keys += ["heartbeat_seconds", "step_timeout_seconds"]
+    keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
 
@@ -145,7 +155,7 @@ def accumulate(
     Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
     weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
     """
-    balancer = balance.make(config.balance)
+    balancer = balance.make(config.balance, config.model)
     micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches))
     num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
@@ -153,25 +163,31 @@ def accumulate(
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
         statistics = step_statistics(config, balancer, state, micro, keys, mesh)
 
-    def loss(params: Tree, batch: Batch, key: Array) -> tuple[Array, Sums]:
-        balancing = Balancing(balancer, state.balance, statistics)
+    running = config.micro_batches > 1 and balance.needs_running_statistics(config.balance)
+
+    def loss(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
+        balancing = Balancing(balancer, state.balance, statistics, earlier)
         nats, report = forward(config, params, state.bias, balancing, batch, key, mesh=mesh)
-        share = batch.mask.sum() / num_tokens
-        balance_loss = 0.0 if report is None else share * report.loss.sum()
-        total = nats.sum() / num_tokens + balance_loss
-        if report is not None:
-            report = report._replace(loss=share * report.loss, aux_loss=share * report.aux_loss)
-        return total, Sums(nats.sum(), total, report)
+        total, share = nats.sum() / num_tokens, batch.mask.sum() / num_tokens
+        if report is None:
+            return total, Sums(nats.sum(), total, None)
+        losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
+        total = sum((value.sum() for value in losses.values()), total)
+        summed = Reported(report.statistics, losses, aux_loss, report.traffic)
+        return total, Sums(nats.sum(), total, summed)
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
 
     def body(sofar: tuple, one: tuple) -> tuple[tuple, None]:
-        grads, sums = gradient(state.params, *one)
+        grads, sums = gradient(state.params, *one, sofar[0].report.statistics if running else None)
         sums, grads = jax.tree.map(lambda total, new: total + new, sofar, (sums, grads))
         return (sums, _as_parameters(config, grads, mesh)), None
 
     one = jax.tree.map(lambda a: a[0], (micro, keys))
-    grads, sums = jax.eval_shape(gradient, state.params, *one)
+    earlier = None
+    if running:
+        earlier = jax.eval_shape(lambda: gradient(state.params, *one, None)[1].report.statistics)
+    grads, sums = jax.eval_shape(gradient, state.params, *one, earlier)
     sums, grads = jax.tree.map(_zeros_to_add_to, (sums, grads))
     zeros = sums, _as_parameters(config, grads, mesh)
     return jax.lax.scan(body, zeros, (micro, keys))[0]
@@ -221,7 +237,7 @@ def forward(
     return jnp.where(batch.mask, nats, 0.0).sum(-1), report
 
 
-def advance(config: Config, state: TrainState, grads: Tree, report: Report | None, rate: Array) -> TrainState:
+def advance(config: Config, state: TrainState, grads: Tree, report: Reported | None, rate: Array) -> TrainState:
     """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
@@ -232,7 +248,7 @@ def advance(config: Config, state: TrainState, grads: Tree, report: Report | Non
 
 def balance_update(config: Config, state: TrainState, statistics: balance.Statistics) -> TrainState:
     """`balancer.update` in every MoE layer, from the statistics [L, ...] of the step just trained on."""
-    balancer = balance.make(config.balance)
+    balancer = balance.make(config.balance, config.model)
     joined = state.balance | {"bias": read_bias(state.bias)}
     moved = jax.vmap(balancer.update, in_axes=(0, 0, None))(statistics, joined, state.step)
     bias = write_bias(state.bias, moved.pop("bias"))
@@ -299,7 +315,7 @@ class Evaluation(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _eval_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Batch], Evaluation]:
-    balancer = balance.make(config.balance)
+    balancer = balance.make(config.balance, config.model)
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         balancing = Balancing(balancer, state.balance)

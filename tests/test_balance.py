@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from moe_jax import balance
 from moe_jax.balance import base
-from moe_jax.balance.bias import load_sign, rate_at
-from moe_jax.config import BALANCE_METHODS, BiasSign, balance_entries
+from moe_jax.balance.bias import load_sign
+from moe_jax.balance.wrappers import factor_at
+from moe_jax.config import balance_entries
+from moe_jax.options import BALANCE_METHODS, BiasSign
 from moe_jax.routing import Rows, Tokens, route
 
 TOKENS, EXPERTS, TOP_K = 12, 4, 2
@@ -388,7 +390,7 @@ SCHEDULES = {
 def test_rate_follows_its_schedule_step_by_step(name):
     options, factors = SCHEDULES[name]
     steps = np.arange(len(factors), dtype=np.int32)
-    rates = jax.jit(jax.vmap(functools.partial(rate_at, BiasSign(rate=0.5, **options))))(steps)
+    rates = 0.5 * jax.jit(jax.vmap(functools.partial(factor_at, BiasSign(rate=0.5, **options))))(steps)
     np.testing.assert_allclose(rates, 0.5 * np.asarray(factors), atol=1e-5)
     assert rates.dtype == jnp.float32
 

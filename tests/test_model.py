@@ -11,10 +11,10 @@ from flax import nnx
 
 from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
-from moe_jax.config import as_dict, validate
+from moe_jax.config import as_dict, num_moe_layers, validate
 from moe_jax.dispatch import capacity_of
 from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, rope, visibility
-from moe_jax.model import Inputs, Run, Transformer, layout, num_moe_layers
+from moe_jax.model import Inputs, Run, Transformer, layout
 from moe_jax.moe import Balancing, MoE
 from moe_jax.routing import Tokens
 

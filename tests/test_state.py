@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from conftest import tiny_config
-from moe_jax.config import OptimizerConfig
+from moe_jax.config import OptimizerConfig, num_moe_layers
 from moe_jax.state import (
     abstract_model,
     abstract_state,
@@ -15,7 +15,6 @@ from moe_jax.state import (
     init_state,
     learning_rate,
     make_optimizer,
-    num_moe_layers,
     read_bias,
     write_bias,
 )

@@ -1,7 +1,17 @@
 """Ways to balance experts: `make(config.balance)` gives one `Balancer`; `names()` lists the methods."""
 
-from moe_jax.balance import bias, losses  # importing registers the methods
-from moe_jax.balance.base import Balancer, Method, State, Statistics, make, names, needs_step_statistics
+from moe_jax.balance import bias, losses, selectors  # importing registers the methods
+from moe_jax.balance.base import (
+    Balancer,
+    State,
+    Statistics,
+    make,
+    names,
+    needs_running_statistics,
+    needs_step_statistics,
+    register,
+)
+from moe_jax.balance.method import Method
 
 __all__ = [
     "Balancer",
@@ -12,5 +22,8 @@ __all__ = [
     "losses",
     "make",
     "names",
+    "needs_running_statistics",
     "needs_step_statistics",
+    "register",
+    "selectors",
 ]

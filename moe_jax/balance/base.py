@@ -1,4 +1,4 @@
-"""The balancing protocol: a method is five pure functions, composed by label, as optax composes transforms.
+"""The balancing protocol: a method is a few pure functions, composed by label, as optax composes transforms.
 
 A method sees one MoE layer. Inside a composition its statistics and state live under its label; `loads`
 and `bias` are shared. Balancing has no other home: nothing is mutated in the forward pass.
@@ -6,62 +6,59 @@ and `bias` are shared. Balancing has no other home: nothing is mutated in the fo
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
-from moe_jax.config import BALANCE_METHODS, BalanceEntry, balance_entries
+from moe_jax.balance import wrappers
+from moe_jax.balance.method import Method
+from moe_jax.config import ModelConfig, balance_entries
+from moe_jax.options import BALANCE_METHODS, BalanceEntry, BiasOptions
 from moe_jax.routing import Routing
 
-State = dict[str, Any]  # {"bias": float32[E], <label>: ...}
-Statistics = dict[str, Any]  # {"loads": int32[E], <label>: ...}
+State = dict[str, Any]  # {"bias": float32 [E] or [C, E], <label>: ...}
+Statistics = dict[str, Any]  # {"loads": int32 [E], <label>: ...}
 
 
 class Balancer(NamedTuple):
-    """How one way of balancing experts acts on one MoE layer.
+    """How one way of balancing experts acts on one MoE layer. E counts zero-computation experts too.
 
-    init: (num_experts) -> State. The bias starts at 0.
-    select: None, or (scores, bias, *, top_k, tokens, key, train) -> int32 [T, S]; replaces biased top-k.
+    init: (num_experts, layer=0) -> State. The bias starts at 0, or at 1 where it multiplies. A State also holds
+        `direction`, the signs of the last move, where a method moves the bias.
+    combine: None, or (scores, bias) -> biased scores [T, E]; replaces their sum.
+    select: None, or (scores, bias, *, top_k, tokens, key, train, state=None) -> int32 [T, S]; replaces biased top-k.
+    drop: None, or (routing, state, key, train) -> bool [T, S], the copies that travel; loads count the others too.
     observe: (Routing) -> Statistics. ADDITIVE over micro-batches and shards; always has `loads` int32 [E].
-    loss: (Routing, Statistics, State, router_weight [D, E]) -> float32 []. Differentiable, averaged over the
-        valid tokens of the Routing; the Statistics are those of the whole optimizer step. 0 for bias methods.
-    update: (Statistics, State, step) -> State. Once per optimizer step; identity for loss methods.
+    losses: (Routing, Statistics, State, router_weight [D, E]) -> {label: float32 []}. Differentiable, averaged
+        over the valid tokens of the Routing; the Statistics are those of the whole optimizer step.
+    update: (Statistics, State, step) -> State. Once per optimizer step; identity for methods without state.
+    inference: "same", or "top_k" where evaluation selects by biased top-k instead.
     """
 
-    init: Callable[[int], State]
+    init: Callable[..., State]
+    combine: Callable[[Array, Array], Array] | None
     select: Callable[..., Array] | None
+    drop: Callable[..., Bool[Array, "tokens slots"]] | None
     observe: Callable[[Routing], Statistics]
-    loss: Callable[[Routing, Statistics, State, Array], Float32[Array, ""]]
+    losses: Callable[[Routing, Statistics, State, Array], dict[str, Float32[Array, ""]]]
     update: Callable[[Statistics, State, Array], State]
+    inference: Literal["same", "top_k"]
+
+    def loss(self, routing: Routing, statistics: Statistics, state: State, router_weight: Array) -> Float32[Array, ""]:
+        """The sum of all losses; 0 for methods without one."""
+        return sum(self.losses(routing, statistics, state, router_weight).values(), jnp.zeros((), jnp.float32))
 
 
-class Method(NamedTuple):
-    """What one method adds to a composition; each function sees only the method's own state and statistics.
-
-    init: (num_experts) -> own state, a pytree (None for none).
-    select: as in Balancer.
-    observe: (Routing) -> own additive statistics (None for none).
-    loss: (Routing, loads of the step, own statistics of the step, own state, router_weight) -> float32 [].
-    update: (loads, own statistics, bias, own state, step) -> (bias, own state).
-    """
-
-    init: Callable[[int], Any] = lambda num_experts: None
-    select: Callable[..., Array] | None = None
-    observe: Callable[[Routing], Any] = lambda routing: None
-    loss: Callable[..., Float32[Array, ""]] | None = None
-    update: Callable[..., tuple[Array, Any]] | None = None
+REGISTRY: dict[str, Callable[[Any, ModelConfig], Method]] = {}
 
 
-REGISTRY: dict[str, Callable[[Any], Method]] = {}
+def register(name: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Decorator: `name` in a config builds its Method by the decorated function of (options, model config)."""
+    assert name in BALANCE_METHODS, f"{name} needs an options dataclass in moe_jax.options.BALANCE_METHODS"
 
-
-def register(name: str) -> Callable[[Callable[[Any], Method]], Callable[[Any], Method]]:
-    """Decorator: `name` in a config builds its Method by the decorated function of the options."""
-    assert name in BALANCE_METHODS, f"{name} needs an options dataclass in moe_jax.config.BALANCE_METHODS"
-
-    def add(build: Callable[[Any], Method]) -> Callable[[Any], Method]:
+    def add(build: Callable[..., Method]) -> Callable[..., Method]:
         REGISTRY[name] = build
         return build
 
@@ -73,24 +70,32 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(REGISTRY))
 
 
-def make(mapping: Mapping[str, Any] | tuple[BalanceEntry, ...] | None = None) -> Balancer:
+def make(
+    mapping: Mapping[str, Any] | tuple[BalanceEntry, ...] | None = None, model: ModelConfig = ModelConfig()
+) -> Balancer:
     """A Balancer from `config.balance`; `make({})` does not balance, but counts loads.
 
     Args:
         mapping: label -> options, as `dict(bias_sign=dict(rate=1e-3), aux_loss=dict(weight=1e-4))`; the
             label is the method's name, or any word with `method=` when one kind appears twice.
+        model: what some methods must know: groups, zero experts, the vocabulary.
 
     Raises:
         ValueError: an unknown method or option, or two methods that both own the bias or both select.
     """
     entries = mapping if isinstance(mapping, tuple) else balance_entries(mapping)
-    methods = {e.label: REGISTRY[e.method](e.options) for e in entries}
+    methods = {e.label: _wrapped(REGISTRY[e.method](e.options, model), e.options) for e in entries}
+    selector, dropper, combiner = (_only(methods, what) for what in ("select", "drop", "combine"))
+    combine = None if combiner is None else methods[combiner].combine
     return Balancer(
         init=functools.partial(_init, methods),
-        select=_only_selector(methods),
+        combine=combine,
+        select=None if selector is None else functools.partial(_select, selector, methods[selector], combine),
+        drop=None if dropper is None else functools.partial(_drop, dropper, methods[dropper]),
         observe=functools.partial(_observe, methods),
-        loss=functools.partial(_loss, methods),
+        losses=functools.partial(_losses, methods),
         update=functools.partial(_update, methods),
+        inference="same" if selector is None else methods[selector].inference,
     )
 
 
@@ -99,18 +104,65 @@ def needs_step_statistics(entries: tuple[BalanceEntry, ...]) -> bool:
     return any(getattr(e.options, "scope", None) == "global" for e in entries)
 
 
-def _only_selector(methods: Mapping[str, Method]) -> Callable[..., Array] | None:
-    selectors = [label for label, m in methods.items() if m.select is not None]
-    if len(selectors) > 1:
+def needs_running_statistics(entries: tuple[BalanceEntry, ...]) -> bool:
+    """True if a loss reads the statistics of the micro-batches so far."""
+    return any(getattr(e.options, "scope", None) == "global_running" for e in entries)
+
+
+def _wrapped(method: Method, options: Any) -> Method:
+    """The method under the options that all share."""
+    if getattr(options, "ema", 0.0) and isinstance(options, BiasOptions):
+        method = wrappers.smoothed(method, options.ema)
+    if getattr(options, "num_classes", 1) > 1:
+        method = wrappers.per_class(method, options.num_classes)
+    if method.loss is not None and (options.warmup_steps or options.freeze_step is not None):
+        method = wrappers.scheduled(method, options)
+    return wrappers.within(method, options.layers) if options.layers else method
+
+
+def _only(methods: Mapping[str, Method], what: str) -> str | None:
+    """The label of the one method that has the function `what`, if any; two are an error."""
+    found = [label for label, m in methods.items() if getattr(m, what) is not None]
+    if len(found) > 1:
         raise ValueError(
-            f"balance has {' and '.join(selectors)}, but only one method may select experts; remove all but one."
+            f"balance has {' and '.join(found)}, but only one method may {what} experts; remove all but one."
         )
-    return methods[selectors[0]].select if selectors else None
+    return found[0] if found else None
 
 
-def _init(methods: Mapping[str, Method], num_experts: int) -> State:
-    own = {label: m.init(num_experts) for label, m in methods.items()}
-    return {"bias": jnp.zeros(num_experts, jnp.float32)} | _present(own)
+def _init(methods: Mapping[str, Method], num_experts: int, layer: Any = 0) -> State:
+    own = {label: m.init(num_experts, layer) for label, m in methods.items()}
+    owner = next((m for m in methods.values() if m.update_bias is not None), None)
+    if owner is None:
+        return {"bias": jnp.zeros(num_experts, jnp.float32)} | _present(own)
+    shape = (num_experts,) if owner.num_classes == 1 else (owner.num_classes, num_experts)
+    bias = jnp.full(shape, owner.initial_bias, jnp.float32)
+    return {"bias": bias, "direction": jnp.zeros(shape, jnp.int8)} | _present(own)
+
+
+def _select(
+    label: str,
+    method: Method,
+    combine: Callable[[Array, Array], Array] | None,
+    scores: Float32[Array, "tokens experts"],
+    bias: Array,
+    *,
+    train: bool,
+    state: State | None = None,
+    top_k: int,
+    **how: Any,
+) -> Array:
+    assert method.select is not None
+    biased = scores + bias if combine is None else combine(scores, bias)
+    if not train and method.inference == "top_k":
+        return jax.lax.top_k(biased, top_k)[1]
+    own = None if state is None else state.get(label)
+    return method.select(scores, biased, top_k=top_k, train=train, state=own, **how)
+
+
+def _drop(label: str, method: Method, routing: Routing, state: State, key: Array, train: bool) -> Array:
+    assert method.drop is not None
+    return method.drop(routing, key, train, state.get(label))
 
 
 def _observe(methods: Mapping[str, Method], routing: Routing) -> Statistics:
@@ -118,30 +170,39 @@ def _observe(methods: Mapping[str, Method], routing: Routing) -> Statistics:
     return jax.lax.stop_gradient({"loads": routing.loads} | _present(own))
 
 
-def _loss(
+def _losses(
     methods: Mapping[str, Method],
     routing: Routing,
     statistics: Statistics,
     state: State,
     router_weight: Float32[Array, "embed experts"],
-) -> Float32[Array, ""]:
-    total = jnp.zeros((), jnp.float32)
+) -> dict[str, Float32[Array, ""]]:
+    values = {}
     for label, m in methods.items():
         if m.loss is not None:
             own = statistics.get(label), state.get(label)
-            total += m.loss(routing, statistics["loads"], *own, router_weight)
-    return total
+            values[label] = m.loss(routing, statistics["loads"], *own, router_weight)
+    for label, m in methods.items():
+        if m.factor is not None:
+            values[m.controls] *= jax.lax.stop_gradient(m.factor(state.get(label)))
+    return values
 
 
 def _update(methods: Mapping[str, Method], statistics: Statistics, state: State, step: Array) -> State:
     new = dict(state)
     for label, m in methods.items():
-        if m.update is not None:
-            own = statistics.get(label), new["bias"], new.get(label)
-            new["bias"], own_state = m.update(statistics["loads"], *own, step)
-            if own_state is not None:
-                new[label] = own_state
-    return new
+        seen = statistics["loads"], statistics.get(label)
+        if m.update_bias is not None:
+            new["bias"], own = m.update_bias(*seen, state["bias"], state.get(label), step)
+            new["direction"] = jnp.sign(new["bias"] - state["bias"]).astype(jnp.int8)
+        elif m.update is not None:
+            own = m.update(*seen, state.get(label), step)
+        else:
+            continue
+        if own is not None:
+            new[label] = own
+    any_token = statistics["loads"].sum() > 0  # a step without tokens teaches nothing
+    return jax.tree.map(lambda a, b: jnp.where(any_token, a, b), new, dict(state))
 
 
 def _present(tree: Mapping[str, Any]) -> dict[str, Any]:

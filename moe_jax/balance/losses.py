@@ -2,16 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from moe_jax.balance.base import Method, register
-from moe_jax.config import AuxLoss, ZLoss
-from moe_jax.routing import Routing, Tokens, count, normalized_scores
+from moe_jax.balance.base import register
+from moe_jax.balance.method import Method
+from moe_jax.config import ModelConfig
+from moe_jax.options import AuxLoss, ZLoss
+from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normalized_scores
 
 
 @register("aux_loss")
-def aux_loss(options: AuxLoss) -> Method:
+def aux_loss(options: AuxLoss, model: ModelConfig) -> Method:
     """The expert-level auxiliary loss `weight x sum_i f_i P_i`: 1 x weight at perfect balance.
 
     f_i = E x (share of the chosen slots that went to expert i), no gradient, counted before any dropping;
@@ -46,7 +47,7 @@ def aux_loss(options: AuxLoss) -> Method:
 
 
 @register("z_loss")
-def z_loss(options: ZLoss) -> Method:
+def z_loss(options: ZLoss, model: ModelConfig) -> Method:
     """The router z-loss `weight x mean_t (logsumexp_i logits_ti)^2`: keeps logits small, does not balance.
 
     Source: ST-MoE (arXiv 2202.08906) eq. 5.
@@ -84,9 +85,8 @@ def _by_row(tokens: Tokens, expert_ids: Array, scores: Array) -> tuple[Array, Ar
     """For every row how often each expert was chosen, int32 [B, E], and the sum of its scores [B, E]."""
     num_tokens, num_experts = scores.shape
     if tokens.rows is not None:  # no scatter over the whole batch, which may lie on many devices
-        by_row = (tokens.rows.count, num_tokens // tokens.rows.count)
-        chosen = expert_ids.reshape(by_row[0], -1, 1) == jnp.arange(num_experts)
-        return chosen.sum(1, dtype=jnp.int32), scores.reshape(*by_row, num_experts).sum(1)
+        num_rows = tokens.rows.count
+        return counts_by_row(expert_ids, num_rows, num_experts), scores.reshape(num_rows, -1, num_experts).sum(1)
     row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
     # a batch has at most as many rows as tokens, so [T, E] is always room enough
     counts = jnp.zeros((num_tokens, num_experts + 1), jnp.int32).at[row[:, None], expert_ids].add(1)[:, :-1]
@@ -110,7 +110,5 @@ def _counted_ids(options: AuxLoss, routing: Routing) -> Int32[Array, "tokens slo
     """The ids that f counts: those chosen, or the top-k of the scores without the bias."""
     if options.counts == "biased":
         return routing.expert_ids
-    # a sort by expert stays on each token's device; top_k would gather the scores of all of them
-    best_first = jnp.argsort(-lax.stop_gradient(routing.scores), axis=-1, stable=True)
-    ids = best_first[:, : routing.expert_ids.shape[1]].astype(jnp.int32)
+    ids = best(routing.scores, routing.expert_ids.shape[1])
     return jnp.where(valid(routing)[:, None] > 0, ids, routing.scores.shape[1])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax import balance
-from moe_jax.config import BIAS_METHODS
 from moe_jax.metrics import max_violation
+from moe_jax.options import BIAS_METHODS
 from moe_jax.routing import Tokens, route
 
 EXPERTS, TOP_K, TOKENS, EMBED = 4, 2, 12, 3

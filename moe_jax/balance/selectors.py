@@ -1,0 +1,1 @@
+"""Methods that choose experts otherwise than by the k best biased scores."""
