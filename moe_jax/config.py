@@ -258,7 +258,10 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
             f"the methods are {', '.join(sorted(BALANCE_METHODS))}."
         )
     if label in SHARED or not re.fullmatch(r"\w+", label):
-        raise ValueError(f"{path}: a label is one word and not {', '.join(SHARED)}, which all share; choose another.")
+        raise ValueError(
+            f"{path}: a label is one word, not 'bias' or 'loads' or 'direction', which all methods share; "
+            "choose another."
+        )
     entry = BalanceEntry(label, method, _build(BALANCE_METHODS[method], options, path + "."))
     check_options(path, entry.options)
     return entry

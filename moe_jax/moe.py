@@ -118,7 +118,10 @@ class MoE(nnx.Module):
             y = y + through_zero_experts(flat, sent, c.num_experts)
         if self.shared is not None:
             y = y + self.shared(flat)
-        return y.reshape(x.shape), self._report(routing, balancing, state, traffic)
+        losses, own = self._balance(routing, balancing, state)
+        aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing))
+        details = self._details(routing, own, balancer, state, x.shape[0])
+        return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
 
     def route(
         self,
@@ -180,24 +183,22 @@ class MoE(nnx.Module):
             **how,
         )
 
-    def _report(self, routing: Routing, balancing: Balancing, state: State, traffic: Traffic) -> Report:
-        balancer = balancing.balancer
-        own = balancer.observe(routing)
-        seen = own if balancing.statistics is None else balancing.statistics
+    def _balance(
+        self, routing: Routing, balancing: Balancing, state: State
+    ) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
+        """The balancing losses, and what this forward pass adds to the statistics of the step."""
+        own = seen = balancing.balancer.observe(routing)
+        if balancing.statistics is not None:
+            seen = balancing.statistics
         if balancing.earlier is not None:
             seen = jax.tree.map(jnp.add, own, balancing.earlier)
-        losses = balancer.losses(routing, seen, state, self.router[...])
-        aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing))
-        return Report(own, losses, aux_loss, traffic, self._details(routing, own, balancing, state))
+        return balancing.balancer.losses(routing, seen, state, self.router[...]), own
 
-    def _details(self, routing: Routing, own: Statistics, balancing: Balancing, state: State) -> Details:
+    def _details(self, routing: Routing, own: Statistics, balancer: Balancer, state: State, num_rows: int) -> Details:
         routing = jax.lax.stop_gradient(routing)
-        moved = balancing.balancer.update(own, state, jnp.int32(0))["bias"]
-        after = self.pick_by_bias(routing.logits, moved, routing.tokens, balancing.balancer)
-        rows = routing.tokens.rows
-        assert rows is not None  # the model says how its batch is made
-        row_loads = counts_by_row(routing.expert_ids, rows.count, routing.loads.shape[0])
-        return Details(routing, after.expert_ids, row_loads)
+        next_bias = balancer.update(own, state, jnp.int32(0))["bias"]
+        after = self.pick_by_bias(routing.logits, next_bias, routing.tokens, balancer)
+        return Details(routing, after.expert_ids, counts_by_row(routing.expert_ids, num_rows, routing.loads.shape[0]))
 
 
 def only(routing: Routing, keep: Bool[Array, "tokens slots"]) -> Routing:
@@ -221,6 +222,6 @@ def real_part(routing: Routing, num_experts: int) -> Routing:
 def through_zero_experts(
     x: Float[Array, "tokens embed"], routing: Routing, num_experts: int
 ) -> Float[Array, "tokens embed"]:
-    """The sum of the gates of a token's zero-computation experts, times the token. Source: LongCat-Flash (2509.01322)."""
+    """A token times the sum of its zero-computation experts' gates. Source: LongCat-Flash (arXiv 2509.01322)."""
     chosen = (routing.expert_ids >= num_experts) & (routing.expert_ids < routing.loads.shape[0])
     return jnp.where(chosen, routing.gates, 0.0).sum(1, keepdims=True).astype(x.dtype) * x

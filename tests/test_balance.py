@@ -576,11 +576,14 @@ def test_what_the_schema_refuses_make_refuses():
 
 
 def test_two_methods_that_select_are_refused_and_one_is_used(monkeypatch):
-    def select(scores, bias, **_):
-        return jnp.zeros((scores.shape[0], 1), jnp.int32)
+    def select(scores, biased, **_):
+        return jnp.full((scores.shape[0], 1), 3, jnp.int32)
 
-    monkeypatch.setitem(base.REGISTRY, "z_loss", lambda options: base.Method(select=select))
-    assert balance.make({"z_loss": {}, "bias_sign": {}}).select is select
+    monkeypatch.setitem(base.REGISTRY, "z_loss", lambda options, model: base.Method(select=select))
+    used = balance.make({"z_loss": {}, "bias_sign": {}}).select(
+        jnp.zeros((2, 4)), jnp.zeros(4), top_k=1, tokens=Tokens(), key=None, train=True
+    )
+    np.testing.assert_array_equal(used, [[3], [3]])
     with pytest.raises(ValueError, match="a and b, but only one method may select experts"):
         balance.make({"a": {"method": "z_loss"}, "b": {"method": "z_loss"}})
 
@@ -588,10 +591,10 @@ def test_two_methods_that_select_are_refused_and_one_is_used(monkeypatch):
 def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
     # a method that keeps its own number of updates beside bias_sign's bias
     counting = base.Method(
-        init=lambda experts: jnp.zeros((), jnp.int32),
-        update=lambda loads, statistics, bias, own, step: (bias, own + 1),
+        init=lambda experts, layer: jnp.zeros((), jnp.int32),
+        update=lambda loads, statistics, own, step: own + 1,
     )
-    monkeypatch.setitem(base.REGISTRY, "z_loss", lambda options: counting)
+    monkeypatch.setitem(base.REGISTRY, "z_loss", lambda options, model: counting)
     balancer = balance.make({"z_loss": {}, "bias_sign": {"rate": 0.5}})
     state = balancer.init(EXPERTS)
     for step in range(3):

@@ -370,7 +370,7 @@ def test_router_loads_and_bias_stay_float32_and_int32(dtype):
     y, report = apply(layer, x)
     assert y.dtype == jnp.dtype(dtype)
     assert report.statistics["loads"].dtype == jnp.int32
-    assert report.loss.dtype == jnp.float32
+    assert report.aux_loss.dtype == jnp.float32
     routing = layer.route(x[0], Tokens(), balance.make({}), jax.random.key(0), False)
     assert routing.logits.dtype == routing.scores.dtype == routing.gates.dtype == jnp.float32
 

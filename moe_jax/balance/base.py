@@ -194,7 +194,8 @@ def _update(methods: Mapping[str, Method], statistics: Statistics, state: State,
         seen = statistics["loads"], statistics.get(label)
         if m.update_bias is not None:
             new["bias"], own = m.update_bias(*seen, state["bias"], state.get(label), step)
-            new["direction"] = jnp.sign(new["bias"] - state["bias"]).astype(jnp.int8)
+            if "direction" in state:
+                new["direction"] = jnp.sign(new["bias"] - state["bias"]).astype(jnp.int8)
         elif m.update is not None:
             own = m.update(*seen, state.get(label), step)
         else:

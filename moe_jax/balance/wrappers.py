@@ -106,8 +106,8 @@ def within(method: Method, layers: tuple[int, ...]) -> Method:
         assert method.factor is not None
         return jnp.where(state["active"], method.factor(state["own"]), 1.0)
 
-    functions = {f.__name__: f for f in (update, update_bias, select, drop, loss, factor)}
-    return method._replace(init=init, **{n: f for n, f in functions.items() if getattr(method, n) is not None})
+    limited: dict[str, Any] = {f.__name__: f for f in (update, update_bias, select, drop, loss, factor)}
+    return method._replace(init=init, **{n: f for n, f in limited.items() if getattr(method, n) is not None})
 
 
 def per_class(method: Method, num_classes: int) -> Method:
