@@ -29,11 +29,12 @@ class RouterBias(nnx.Variable):
 class Details(NamedTuple):
     """What measuring reads of one layer's routing, and training does not: without a reader it is not computed.
 
-    routing: of the micro-batch. next_ids: what its tokens would choose under the bias that the update from this
-    micro-batch alone gives. row_loads: copies per expert of every sequence.
+    routing: of the micro-batch. unbiased_ids: what its tokens would choose by their scores alone. next_ids: under
+    the bias that the update from this micro-batch alone gives. row_loads: copies per expert of every sequence.
     """
 
     routing: Routing
+    unbiased_ids: Int32[Array, "tokens slots"]
     next_ids: Int32[Array, "tokens slots"]
     row_loads: Int32[Array, "batch experts"]
 
@@ -196,9 +197,11 @@ class MoE(nnx.Module):
 
     def _details(self, routing: Routing, own: Statistics, balancer: Balancer, state: State, num_rows: int) -> Details:
         routing = jax.lax.stop_gradient(routing)
+        num_choices = routing.loads.shape[0]
         next_bias = balancer.update(own, state, jnp.int32(0))["bias"]
-        after = self.pick_by_bias(routing.logits, next_bias, routing.tokens, balancer)
-        return Details(routing, after.expert_ids, counts_by_row(routing.expert_ids, num_rows, routing.loads.shape[0]))
+        biases = balancer.init(num_choices)["bias"], next_bias
+        others = [self.pick_by_bias(routing.logits, b, routing.tokens, balancer).expert_ids for b in biases]
+        return Details(routing, *others, counts_by_row(routing.expert_ids, num_rows, num_choices))
 
 
 def only(routing: Routing, keep: Bool[Array, "tokens slots"]) -> Routing:

@@ -63,12 +63,12 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     experiment, for example. Metrics are device arrays, whole on every device; fetching them is the caller's to
     time. With a mesh the state lies as `state_shardings` says, the batch as `batch_sharding`.
     """
-    return _train_step(_without_what_no_step_reads(config), mesh)
+    return _train_step(without_what_no_step_reads(config), mesh)
 
 
 def make_eval_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], "Evaluation"]:
     """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing."""
-    return _eval_step(_without_what_no_step_reads(config), mesh)
+    return _eval_step(without_what_no_step_reads(config), mesh)
 
 
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
@@ -83,7 +83,8 @@ def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
     return Batch(ints, ints, ints, ints, leaf(tokens, jnp.bool_), leaf(rows), leaf(rows))
 
 
-def _without_what_no_step_reads(config: Config) -> Config:
+def without_what_no_step_reads(config: Config) -> Config:
+    """The config by which steps are compiled: runs that differ elsewhere share one compilation."""
     plain = Config()
     keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint"]
     keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
@@ -143,8 +144,11 @@ def train_step(
     finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step)
     moved = advance(config, state, grads, sums.report, rate)
-    state = all_or_nothing(finite, moved, state)
-    return state, step_metrics(sums, batch, state, grad_norm, rate, config.micro_batches)
+    after = all_or_nothing(finite, moved, state)
+    values = step_metrics(sums, batch, after, grad_norm, rate)
+    if sums.report is not None:
+        values |= balance_metrics(config, sums.report, batch, state, after, mesh)
+    return after, values
 
 
 def accumulate(
@@ -268,11 +272,9 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     )
 
 
-def step_metrics(
-    sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array, micro_batches: int
-) -> dict[str, Array]:
-    """What is logged of a step; `state` is the one after it."""
-    values = {
+def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
+    """What is logged of every step; `state` is the one after it."""
+    return {
         "loss": sums.nats / jnp.maximum(batch.mask.sum(), 1),
         "total_loss": sums.total_loss,
         "tokens": batch.mask.sum(dtype=jnp.int32),
@@ -282,22 +284,42 @@ def step_metrics(
         "skipped": state.skipped,
         "stuck": state.stuck,
     }
-    if sums.report is None:
-        return values
-    loads, bias = sums.report.statistics["loads"], read_bias(state.bias)
-    violation = metrics.max_violation(loads)
-    traffic, copies = sums.report.traffic, jnp.maximum(loads.sum(-1, dtype=jnp.float32), 1.0)
+
+
+def balance_metrics(
+    config: Config,
+    report: Reported,
+    batch: Batch,
+    before: TrainState,
+    after: TrainState,
+    mesh: Mesh | None = None,
+) -> dict[str, Array]:
+    """What is logged of a step's routing, the same for every method, and `loads` and `bias` layer by layer.
+
+    Losses are logged once, as they stand in the total loss, summed over layers. `moe/dropped` are copies, and
+    `moe/drop_rate` is their share.
+    """
+    m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum()
+    loads, traffic = report.statistics["loads"], report.traffic
+    copies = jnp.maximum(loads[:, : m.num_experts].sum(-1, dtype=jnp.float32), 1.0)
+    values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens, m.top_k).items()}
+    values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
+    if "direction" in before.balance:
+        flips = metrics.flip_rate(before.balance["direction"], after.balance["direction"])
+        values |= {"moe/bias_flips": flips.mean()}
+    if is_sharded(mesh) and mesh.shape["expert"] > 1:
+        on_devices = metrics.device_violation(loads[:, : m.num_experts], mesh.shape["expert"])
+        values |= {"moe/device_violation": on_devices.mean(), "moe/device_violation_worst": on_devices.max()}
+    if m.num_zero_experts:
+        values |= {"moe/zero_share": (loads[:, m.num_experts :].sum(-1) / jnp.maximum(loads.sum(-1), 1)).mean()}
     return values | {
-        "moe/max_violation": violation.mean(),
-        "moe/max_violation_worst": violation.max(),
-        "moe/load_entropy": metrics.load_entropy(loads).mean(),
-        "moe/dead_experts": metrics.dead_experts(loads).sum(),
         "moe/bias_range": metrics.bias_range(bias).max(),
-        "moe/aux_loss": sums.report.aux_loss.mean(),
+        "moe/aux_loss": report.aux_loss.mean(),
         "moe/dropped": traffic.dropped.sum(),
-        "moe/rounds": traffic.rounds.mean() / micro_batches,
+        "moe/drop_rate": (traffic.dropped / copies).mean(),
+        "moe/rounds": traffic.rounds.mean() / config.micro_batches,
         "moe/padding": (traffic.rows / copies).mean(),
-        "moe/devices_per_token": (traffic.visits / jnp.maximum(batch.mask.sum(), 1)).mean(),
+        "moe/devices_per_token": (traffic.visits / jnp.maximum(tokens, 1)).mean(),
         "loads": loads,
         "bias": bias,
     }

@@ -12,6 +12,7 @@ A lost or stuck process ends the run with status 75.
 import concurrent.futures
 import fcntl
 import functools
+import io
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from absl import app, flags
 
 from moe_jax import distributed
@@ -99,7 +101,7 @@ class _Run:
         from moe_jax.log import Display, RunLog
         from moe_jax.mesh import make_mesh
 
-        self.config, self.corpus, self.watchdog = config, corpus, watchdog
+        self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
         self.mesh = make_mesh(config.mesh)
         self.made_by = versions()
         self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh)
@@ -141,13 +143,16 @@ class _Run:
         from moe_jax.step import make_train_step
 
         train_step, key = make_train_step(self.config, self.mesh), step_key(self.config)
+        observer = Observer(self.config, self.mesh, self.workdir)
         if first:
             self.display.say(f"going on from step {first}")
         if unused := jax.device_count() - self.mesh.size:
             self.display.say(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
         for step, batch in _prefetched(self._load, first, last):
             work = self.watchdog.watch("step", step)
+            measured = observer.before(step, self.state, batch, key)
             self.state, values = train_step(self.state, batch, key)
+            values |= measured
             work.result = values["loss"]
             self.uncounted.append(values["tokens"])
             if step == first:
@@ -189,7 +194,8 @@ class _Run:
     def _log(self, step: int, batch: "Batch", values: dict[str, Any], evaluates: bool) -> None:
         numbers = self._count(values)  # the one host transfer
         speed = self.clock.tokens_per_second()
-        layers = {k: numbers.pop(k) for k in ("loads", "bias") if k in numbers}
+        layers = {k: v for k, v in numbers.items() if np.ndim(v)}
+        numbers = {k: mean_of_layers(v) if k in layers else v for k, v in numbers.items() if np.ndim(v) < 2}
         stuck = int(numbers.pop("stuck"))
         del numbers["tokens"]
         numbers |= {"tokens_seen": self.tokens_seen, "tokens_per_second": speed}
@@ -221,6 +227,41 @@ class _Run:
             f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
             "or look at the data; the newest checkpoint is finite."
         )
+
+
+class Observer:
+    """What is measured or recorded of a step before it is done, at the intervals of the config."""
+
+    def __init__(self, config: Config, mesh: "Mesh", workdir: Path) -> None:
+        self._config, self._folder = config, workdir / "scores"
+        self._mesh = mesh
+
+    def before(self, step: int, state: "TrainState", batch: "Batch", key: Any) -> dict[str, Any]:
+        """The measures of the step that is due next, on the device; recorded scores go to a file."""
+        from moe_jax.measure import make_measure_step, make_recorder
+
+        c, done = self._config, step + 1
+        if c.record_scores_every and done % c.record_scores_every == 0:
+            self._write(step, make_recorder(c, self._mesh)(state, batch, key))
+        if c.measure_every and done % c.measure_every == 0:
+            return make_measure_step(c, self._mesh)(state, batch, key)
+        return {}
+
+    def _write(self, step: int, scores: Any) -> None:
+        import jax
+
+        arrays = jax.device_get(scores)._asdict()
+        if distributed.index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            packed = io.BytesIO()
+            np.savez_compressed(packed, **arrays)
+            (self._folder / f"{step:08d}.npz").write_bytes(packed.getvalue())
+
+
+def mean_of_layers(values: Any) -> float | None:
+    """The mean over the layers where the value exists; None where it does in none."""
+    exists = values[np.isfinite(values)]
+    return float(exists.mean()) if exists.size else None
 
 
 class Clock:

@@ -28,6 +28,7 @@ model
 data
 state
 step
+measure
 checkpoint
 log
 evaluate

@@ -1,7 +1,16 @@
 """Text becomes batches: a corpus of labelled domains, a tokenizer, and `batch_at(step)`."""
 
 from moe_jax.data.batches import Batch, BatchAt, EvaluationBatches, count_windows, evaluation_batches, training_batches
-from moe_jax.data.corpus import SPLITS, Corpus, Stream, Summary, check_corpus, make_corpus, open_corpus
+from moe_jax.data.corpus import (
+    SPLITS,
+    Corpus,
+    Stream,
+    Summary,
+    check_corpus,
+    make_corpus,
+    open_corpus,
+    token_frequencies,
+)
 from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
 
 __all__ = [
@@ -19,5 +28,6 @@ __all__ = [
     "get_tokenizer",
     "make_corpus",
     "open_corpus",
+    "token_frequencies",
     "training_batches",
 ]

@@ -77,6 +77,25 @@ class Corpus:
         return self.streams[split, domain]
 
 
+def token_frequencies(
+    corpus: Corpus, vocab_size: int, weights: Mapping[str, float] | None = None, at_most: int = 10**8
+) -> np.ndarray:
+    """How often each token id occurs in training, as a share: float64[V], summing to 1.
+
+    Args:
+        corpus: its "train" streams are counted, the first `at_most` tokens of each.
+        vocab_size: V, at least the tokenizer's.
+        weights: domain -> share of the tokens, as `training_batches` takes them; None or empty: by size.
+    """
+    total = np.zeros(vocab_size)
+    for domain in corpus.domains:
+        stream = corpus.stream("train", domain)
+        counts = np.bincount(stream.tokens[:at_most], minlength=vocab_size)
+        share = weights[domain] if weights else stream.num_tokens
+        total += share * counts / max(1, counts.sum())
+    return total / total.sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What a corpus says about itself before any token is read.

@@ -1,0 +1,158 @@
+"""What balancing does inside a step: how its gradient stands to the language model's, and what the bias decides.
+
+Measured on the first micro-batch of a step, before it, and apart from it: the train step is the same program
+whether or not anything is measured. L MoE layers, T tokens, S slots, E experts, D embed.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int32
+
+from moe_jax import balance, metrics
+from moe_jax.config import Config
+from moe_jax.data.batches import Batch
+from moe_jax.mesh import BATCH, constrain, replicated
+from moe_jax.moe import Balancing, Details
+from moe_jax.state import TrainState, Tree
+from moe_jax.step import forward, split_batch, without_what_no_step_reads
+
+Measure = Any  # a jitted (TrainState, Batch, key) -> {name: [L]}
+
+
+def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
+    """(state, batch, key) -> what `measure` gives, jitted, whole on every device; the state is left alone."""
+    return _jitted(measure, without_what_no_step_reads(config), mesh)
+
+
+def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
+    """(state, batch, key) -> `Scores` of the step's first micro-batch, jitted, whole on every device."""
+    return _jitted(record, without_what_no_step_reads(config), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(function: Any, config: Config, mesh: Mesh | None) -> Measure:
+    places = None if mesh is None else replicated(mesh)
+    return jax.jit(functools.partial(function, config, mesh=mesh), out_shardings=places)
+
+
+def measure(
+    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
+) -> dict[str, Float[Array, "layers"]]:
+    """Numbers of every MoE layer, float32 [L].
+
+    Args:
+        state, batch, key: what the train step is about to be given.
+
+    Returns:
+        interference/router_ratio: norm of the balancing losses' gradient over that of the language model's, at the
+            router weight; 0 for methods without a loss. interference/router_cosine: of the angle between the two,
+            NaN where one is 0. interference/input_ratio, input_cosine: the same at the layer's input.
+            interference/z_...: the same for z-losses, which do not balance and are not in the former.
+        moe/microbatch_violation, moe/sequence_violation: MaxVio of the micro-batch's loads, and the mean over its
+            sequences. moe/bias_changed: share of the choices that the bias changes. moe/churn: share that the
+            update from this micro-batch alone would change, where the bias alone selects.
+
+    Source: LongCat-Flash (arXiv 2509.01322) watches the ratio of the gradients; here both are pulled back through
+    one linearisation.
+    """
+    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    gradients, details = _gradients(config, state, micro, key, mesh)
+    values = {}
+    for name, of in {"": gradients.balance, "z_": gradients.z}.items():
+        for place in Places._fields:
+            ours, theirs = getattr(of, place), getattr(gradients.language, place)
+            values[f"interference/{name}{place}_ratio"] = jax.vmap(metrics.norm_ratio)(ours, theirs)
+            values[f"interference/{name}{place}_cosine"] = jax.vmap(metrics.cosine)(ours, theirs)
+    return values | _choices(config, details)
+
+
+class Places(NamedTuple):
+    """Gradients of one loss in every layer: at the router weight [L, D, E] and the layer's input [L, B, S, D]."""
+
+    router: Array
+    input: Array
+
+
+class Gradients(NamedTuple):
+    """Of the cross-entropy, of the losses that balance, and of z-losses."""
+
+    language: Places
+    balance: Places
+    z: Places
+
+
+def _gradients(
+    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None
+) -> tuple[Gradients, Details]:
+    """One forward pass, linearised once, and pulled back from each of the three losses."""
+    balancer = balance.make(config.balance, config.model)
+    z_labels = {e.label for e in config.balance if e.method == "z_loss"}
+    num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
+    routers = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if _is_router(path)}
+    assert len(routers) == 1  # all MoE layers lie in one stack
+    (router,) = routers.values()
+
+    def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
+        params = jax.tree_util.tree_map_with_path(lambda p, a: router if _is_router(p) else a, state.params)
+        balancing = Balancing(balancer, state.balance, offset=offset)
+        nats, report = forward(config, params, state.bias, balancing, batch, key, mesh=mesh)
+        assert report is not None  # only models with experts are measured
+        apart = {True: jnp.zeros(()), False: jnp.zeros(())}
+        for label, value in report.losses.items():
+            apart[label in z_labels] += value.sum()
+        return (nats.sum() / num_tokens, apart[False], apart[True]), report.details
+
+    shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
+    offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, P(None, BATCH))
+    _, pull, details = jax.vjp(losses, router, offset, has_aux=True)
+    return Gradients(*(Places(*pull(tuple(map(jnp.float32, unit)))) for unit in jnp.eye(3))), details
+
+
+def _choices(config: Config, details: Details) -> dict[str, Array]:
+    """How the micro-batch chose, layer by layer."""
+    routing, real = details.routing, config.model.num_experts
+    num_choices, mask = routing.loads.shape[-1], routing.tokens.mask
+    changed = jax.vmap(functools.partial(metrics.decisions_changed, num_experts=num_choices))
+    values = {
+        "moe/microbatch_violation": metrics.max_violation(routing.loads[:, :real]),
+        "moe/sequence_violation": metrics.sequence_violation(details.row_loads[..., :real]),
+        "moe/bias_changed": changed(routing.expert_ids, details.unbiased_ids, mask=mask),
+    }
+    if balance.make(config.balance, config.model).select is None:
+        values["moe/churn"] = changed(routing.expert_ids, details.next_ids, mask=mask)
+    return values
+
+
+class Scores(NamedTuple):
+    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids."""
+
+    logits: Float[Array, "layers tokens experts"]
+    mask: Bool[Array, "tokens"]
+    ids: Int32[Array, "tokens"]
+
+
+def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
+    """The router logits of the step's first micro-batch, as the train step is about to see them."""
+    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    balancing = Balancing(balance.make(config.balance, config.model), state.balance)
+    report = forward(config, state.params, state.bias, balancing, micro, key, mesh=mesh)[1]
+    assert report is not None  # only models with experts are recorded
+    tokens = report.details.routing.tokens
+    assert tokens.mask is not None and tokens.ids is not None
+    return Scores(report.details.routing.logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])
+
+
+def _first_micro_batch(
+    config: Config, batch: Batch, key: Array, state: TrainState, mesh: Mesh | None
+) -> tuple[Batch, Array]:
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
+    return jax.tree.map(lambda a: a[0], micro), jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
+
+
+def _is_router(path: Tree) -> bool:
+    return path[-1] == jax.tree_util.DictKey("router")
