@@ -1,15 +1,62 @@
-"""Measures of balance: pure functions of loads, the same for every method. numpy or jax arrays alike.
+"""Measures of balance, of choice and of interference: pure functions, the same for every method.
 
-Loads are token copies per expert, any integer dtype, with experts last; leading dimensions (layers) stay.
+Loads are token copies per expert, any integer dtype, with experts last; leading dimensions (layers) stay. numpy and
+jax arrays alike, so that training, evaluation and simulation report the same numbers under the same names.
+
+Legend: T tokens, K top_k, S slots, E experts, L layers, B sequences, D domains.
 """
 
+import functools
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from moe_jax.balance.losses import balance_value, mean_over_tokens
 from moe_jax.routing import Routing, normalized_scores
+
+STARVED = 0.1  # of the mean load: an expert with less has next to nothing to learn from
+
+
+# --- loads ----------------------------------------------------------------------------------------------------
+
+
+def of_loads(loads: Any, num_real_experts: int, num_tokens: Any = None, top_k: Any = None) -> dict[str, Any]:
+    """Every number that loads give, under the names they are logged by.
+
+    Means over layers, but for `max_violation_worst` and `max_expert_share`, the largest of any layer, and
+    `dead_experts`, a count over all layers.
+
+    Args:
+        loads: int [L, E].
+        num_real_experts: the first so many columns count; zero-computation experts come after them.
+        num_tokens: how many valid tokens made these loads: adds `violation_floor`. Scalar; may be traced.
+        top_k: copies a token; None measures them, as the real experts' loads over the tokens.
+
+    Returns:
+        name -> scalar, float32 or (dead_experts) int.
+    """
+    xp, loads = loads.__array_namespace__(), loads[..., :num_real_experts]
+    violation = max_violation(loads)
+    measured = {
+        "min_violation": min_violation(loads),
+        "mean_violation": mean_violation(loads),
+        "load_cv": coefficient_of_variation(loads),
+        "load_entropy": load_entropy(loads),
+        "effective_experts": effective_experts(loads),
+        "gini": gini(loads),
+        "starved_experts": starved_experts(loads),
+    }
+    values = {"max_violation": xp.mean(violation), "max_violation_worst": xp.max(violation)}
+    values |= {name: xp.mean(value) for name, value in measured.items()}
+    values["dead_experts"] = xp.sum(dead_experts(loads))
+    values["max_expert_share"] = xp.max(max_expert_share(loads))
+    if num_tokens is not None:
+        copies = loads.sum(-1) / xp.maximum(xp.asarray(num_tokens), 1) if top_k is None else top_k
+        values["violation_floor"] = xp.mean(xp.asarray(violation_floor(num_tokens, copies, num_real_experts)))
+    return values
 
 
 def max_violation(loads: Any) -> Any:
@@ -28,14 +75,50 @@ def max_violation(loads: Any) -> Any:
     return xp.max(share, axis=-1) * loads.shape[-1] - 1.0
 
 
+def min_violation(loads: Any) -> Any:
+    """MinVio: (min load - mean load) / mean load, -1 (a dead expert) to 0. int [..., E] -> float32 [...]."""
+    xp = loads.__array_namespace__()
+    return xp.min(_shares(loads), axis=-1) * loads.shape[-1] - 1.0
+
+
+def mean_violation(loads: Any) -> Any:
+    """AvgVio: the mean of |load - mean load| / mean load, 0 to 2 (E - 1) / E. int [..., E] -> float32 [...]."""
+    xp = loads.__array_namespace__()
+    return xp.mean(xp.abs(_shares(loads) * loads.shape[-1] - 1.0), axis=-1)
+
+
+def coefficient_of_variation(loads: Any) -> Any:
+    """Standard deviation (of the population) over mean, 0 to sqrt(E - 1). int [..., E] -> float32 [...].
+
+    Source: the CV of Shazeer et al. (arXiv 1701.06538) sec. 4, which squares it into a loss.
+    """
+    xp = loads.__array_namespace__()
+    return xp.std(_shares(loads) * loads.shape[-1], axis=-1)
+
+
 def load_entropy(loads: Any) -> Any:
     """Entropy of the load shares over log E: 1 is uniform, 0 one expert only. float32 [...]."""
     xp = loads.__array_namespace__()
-    share = _shares(loads)
-    terms = xp.where(share > 0, share * xp.log(xp.where(share > 0, share, 1.0)), 0.0)
     if loads.shape[-1] == 1:
-        return xp.ones(loads.shape[:-1], dtype=share.dtype)
-    return (0.0 - xp.sum(terms, axis=-1)) / xp.log(xp.asarray(loads.shape[-1], dtype=share.dtype))
+        return xp.ones(loads.shape[:-1], dtype=jnp.float32)
+    entropy = _entropy(_shares(loads))
+    return entropy / xp.log(xp.asarray(loads.shape[-1], dtype=entropy.dtype))
+
+
+def effective_experts(loads: Any) -> Any:
+    """exp(entropy of the load shares): how many equally loaded experts are as even, 1 to E. float32 [...]."""
+    xp = loads.__array_namespace__()
+    return xp.exp(_entropy(_shares(loads)))
+
+
+def gini(loads: Any) -> Any:
+    """The Gini coefficient sum_ij |F_i - F_j| / (2 E) of the shares F: 0 is uniform, 1 - 1 / E one expert only.
+
+    Sorted, x_1 <= ... <= x_E: sum_i (2 i - E - 1) x_i / E. int [..., E] -> float32 [...].
+    """
+    xp, num_experts = loads.__array_namespace__(), loads.shape[-1]
+    rank = 2 * xp.arange(1, num_experts + 1, dtype=jnp.float32) - (num_experts + 1)
+    return xp.sum(rank * xp.sort(_shares(loads), axis=-1), axis=-1) / num_experts
 
 
 def dead_experts(loads: Any) -> Any:
@@ -44,10 +127,265 @@ def dead_experts(loads: Any) -> Any:
     return xp.sum(loads == 0, axis=-1)
 
 
+def starved_experts(loads: Any) -> Any:
+    """The share of experts with less than a tenth of the mean load, dead ones included: 0 to 1, float32 [...]."""
+    xp = loads.__array_namespace__()
+    return xp.mean(xp.astype(_shares(loads) * loads.shape[-1] < STARVED, jnp.float32), axis=-1)
+
+
+def max_expert_share(loads: Any) -> Any:
+    """The share of all copies that the busiest expert has: 1 / E to 1, float32 [...]."""
+    xp = loads.__array_namespace__()
+    return xp.max(_shares(loads), axis=-1)
+
+
+def device_violation(loads: Any, num_devices: int) -> Any:
+    """MaxVio of groups of E / num_devices consecutive experts, as if each lay on a device: 0 to num_devices - 1.
+
+    Raises:
+        ValueError: num_devices does not divide E.
+    """
+    num_experts = loads.shape[-1]
+    if num_experts % num_devices:
+        raise ValueError(f"num_devices={num_devices} must divide the {num_experts} experts; choose another.")
+    grouped = loads.reshape(*loads.shape[:-1], num_devices, num_experts // num_devices)
+    return max_violation(grouped.sum(-1))
+
+
+def sequence_violation(row_loads: Any) -> Any:
+    """The mean over sequences of their own MaxVio: float32 [...]; sequences without any token do not count.
+
+    Args:
+        row_loads: int [..., B, E], the loads of each sequence.
+    """
+    return _mean_of_rows(max_violation(row_loads), row_loads)
+
+
+def sequence_floor(row_loads: Any, top_k: Any) -> Any:
+    """What `sequence_violation` would be under uniform random choice: `violation_floor` of each sequence's tokens."""
+    xp = row_loads.__array_namespace__()
+    floor = violation_floor(row_loads.sum(-1) / top_k, top_k, row_loads.shape[-1])
+    return _mean_of_rows(xp.asarray(floor), row_loads)
+
+
+def _mean_of_rows(values: Any, row_loads: Any) -> Any:
+    xp = row_loads.__array_namespace__()
+    real = row_loads.sum(-1) > 0
+    count = xp.astype(xp.maximum(xp.sum(real, axis=-1), 1), values.dtype)
+    return xp.sum(xp.where(real, values, 0.0), axis=-1) / count
+
+
+def _shares(loads: Any) -> Any:
+    """Loads over their sum, float32; uniform where there is no load."""
+    xp = loads.__array_namespace__()
+    total = xp.sum(loads, axis=-1, keepdims=True)
+    share = xp.astype(loads, jnp.float32) / xp.astype(xp.maximum(total, 1), jnp.float32)
+    return xp.where(total > 0, share, xp.asarray(1.0 / loads.shape[-1], dtype=share.dtype))
+
+
+def _entropy(share: Any) -> Any:
+    """-sum p log p over the last axis, in nats."""
+    xp = share.__array_namespace__()
+    terms = xp.where(share > 0, share * xp.log(xp.where(share > 0, share, 1.0)), 0.0)
+    return 0.0 - xp.sum(terms, axis=-1)
+
+
+# --- what chance alone gives ----------------------------------------------------------------------------------
+
+
+def violation_floor(num_tokens: Any, top_k: Any, num_experts: int) -> Float32[Array, "..."]:
+    """The MaxVio to expect of a perfectly uniform router: each token picks K of E experts at random, on its own.
+
+    No balancing is better than this on a batch of so many tokens, and tokens of a text, which resemble each other,
+    keep real batches above it. A load is binomial(T, K / E), by Camp and Paulson's normal score z; the loads add up
+    to T K, so that their scores correlate by -1 / (E - 1) and E of them all stay below m with the probability
+    Phi(z(m) sqrt((E - 1) / E))^E. The largest load's mean is the sum over m of the probability that one is above.
+
+    Within 1 % of simulation where the mean load is 4 or more, 4 % at 1/2, 8 % at 1/4 (E = 256).
+
+    Args:
+        num_tokens: T, a number or array, may be traced; 0 gives 0.
+        top_k: K, 1 to E, or copies a token where that is no constant; broadcasts against T.
+        num_experts: E.
+
+    Returns:
+        float32 of T's and K's joint shape, 0 to E - 1; 0 where K is E.
+
+    Source: Camp (1951) and Paulson (1942) for the score; the rest is ours.
+    """
+    tokens, top_k = jnp.asarray(num_tokens, jnp.float32), jnp.asarray(top_k, jnp.float32)
+    if num_experts == 1:
+        return jnp.zeros(jnp.broadcast_shapes(tokens.shape, top_k.shape), jnp.float32)
+    return _violation_floor(tokens, top_k, num_experts)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _violation_floor(tokens: Array, top_k: Array, num_experts: int) -> Array:
+    chosen, some = top_k / num_experts, (tokens > 0) & (top_k > 0) & (top_k < num_experts)
+    tokens, p = jnp.where(some, tokens, 1.0)[..., None], jnp.where(some, chosen, 0.5)[..., None]
+    mean = tokens * p
+    first = jnp.ceil(mean * (1.0 - 1e-6))  # the largest load is never below the mean
+    width = jnp.maximum(1.0, jnp.sqrt(mean * (1.0 - p)) / 6.0)  # loads lumped together where they are many
+    load = first + width * jnp.arange(64) + (width - 1.0) / 2.0
+    score = _binomial_score(load, tokens, p) * math.sqrt(1.0 - 1.0 / num_experts)
+    below = jnp.where(load < tokens, jax.scipy.special.ndtr(score) ** num_experts, 1.0)
+    largest = first - mean + width * (1.0 - below).sum(-1, keepdims=True)
+    return jnp.where(some, (largest / mean)[..., 0], 0.0)
+
+
+def _binomial_score(load: Array, tokens: Array, p: Array) -> Array:
+    """z with Phi(z) = P(binomial(tokens, p) <= load), nearly: the cube root of an F ratio is almost normal."""
+    rest = jnp.maximum(tokens - load, 1e-6)
+    a, b = 1.0 / (9.0 * rest), 1.0 / (9.0 * (load + 1.0))
+    root = jnp.cbrt((load + 1.0) * (1.0 - p) / (rest * p))
+    return ((1.0 - b) * root - (1.0 - a)) / jnp.sqrt(b * root**2 + a)
+
+
+# --- the bias -------------------------------------------------------------------------------------------------
+
+
 def bias_range(bias: Any) -> Any:
-    """Largest minus smallest bias: float32 [...]; selection only sees differences."""
+    """Largest minus smallest bias: float32 [...]; selection only sees differences.
+
+    With a bias for each class of tokens, [..., C, E], one range a class: a token sees those of its own class only.
+    """
     xp = bias.__array_namespace__()
     return xp.max(bias, axis=-1) - xp.min(bias, axis=-1)
+
+
+def bias_mean(bias: Any) -> Any:
+    """Mean bias: float32 [...]. It changes no selection; where it drifts, `zero_mean` would hold it at 0."""
+    xp = bias.__array_namespace__()
+    return xp.mean(bias, axis=-1)
+
+
+def bias_std(bias: Any) -> Any:
+    """Standard deviation (of the population) of the biases: float32 [...]."""
+    xp = bias.__array_namespace__()
+    return xp.std(bias, axis=-1)
+
+
+def flip_rate(direction_before: Any, direction_after: Any) -> Any:
+    """The share of experts whose bias turned round: up in one move and down in the next, or the reverse.
+
+    1 is a bias that only chatters around its place, 0 one that still travels, or rests.
+
+    Args:
+        direction_before, direction_after: signs of two consecutive moves, int8 [..., E].
+
+    Returns:
+        float32 [...], 0 to 1.
+    """
+    xp = direction_before.__array_namespace__()
+    turned = direction_before * direction_after < 0
+    return xp.mean(xp.astype(turned, jnp.float32), axis=-1)
+
+
+# --- the choices ----------------------------------------------------------------------------------------------
+
+
+def decisions_changed(ids: Any, other_ids: Any, num_experts: int, mask: Any = None) -> Any:
+    """The share of the decisions `ids` that `other_ids` does not make: 0 (none) to 1, float32 [...].
+
+    Of the biased ids against the best k unbiased scores: how much the bias changes. Of this step's ids against
+    those under the next bias: churn. The order within a token does not matter. 0 where nothing is chosen.
+
+    Args:
+        ids: int [..., T, S]; num_experts or more is an empty slot.
+        other_ids: int [..., T, S'], of the same tokens.
+        num_experts: E.
+        mask: bool [..., T], the tokens that count; None for all.
+    """
+    xp = ids.__array_namespace__()
+    kept, chosen = decisions_kept(ids, other_ids, num_experts, mask)
+    return xp.astype(chosen - kept, jnp.float32) / xp.astype(xp.maximum(chosen, 1), jnp.float32)
+
+
+def decisions_kept(ids: Any, other_ids: Any, num_experts: int, mask: Any = None) -> tuple[Any, Any]:
+    """How many of the decisions `ids` are also in `other_ids`, and how many there are: int [...] each, additive."""
+    xp = ids.__array_namespace__()
+    real = ids < num_experts if mask is None else (ids < num_experts) & mask[..., None]
+    kept = real & xp.any(ids[..., :, None] == other_ids[..., None, :], axis=-1)
+    return xp.sum(kept, axis=(-2, -1)), xp.sum(real, axis=(-2, -1))
+
+
+def saturation(ids_then: Any, ids_now: Any, num_experts: int) -> Any:
+    """Router saturation: the mean over tokens of |experts then and now| / K; 1 is a router that has settled.
+
+    Args:
+        ids_then, ids_now: int [..., T, K], the same tokens routed early and at the end; num_experts is empty.
+
+    Returns:
+        float32 [...], 0 to 1; K / E by chance.
+
+    Source: OLMoE (arXiv 2409.02060) sec. 5.1, as its run_moe_analysis.py computes it.
+    """
+    return 1.0 - decisions_changed(ids_now, ids_then, num_experts)
+
+
+# --- specialisation -------------------------------------------------------------------------------------------
+
+
+def domain_matrix(loads: Any) -> Any:
+    """How much each expert is used by each domain, relative to balance: 1 is as much as the others, 0 to E.
+
+    Args:
+        loads: int [..., D, E], by domain.
+
+    Returns:
+        float32 [..., E, D].
+
+    Source: DeepSeek-V3 (arXiv 2412.19437) Fig. 9: the actual over the balanced load.
+    """
+    xp = loads.__array_namespace__()
+    return xp.swapaxes(_shares(loads), -1, -2) * loads.shape[-1]
+
+
+def mutual_information(loads: Any) -> Any:
+    """I(expert; domain) in bits: what the expert of a copy tells about its domain. 0 to log2 min(D, E), float32 [...].
+
+    Few copies look like information: independence gives about (D - 1)(E - 1) / (2 ln 2 N) bits for N copies.
+
+    Args:
+        loads: int [..., D, E], by domain.
+    """
+    xp = loads.__array_namespace__()
+    total = xp.maximum(xp.sum(loads, axis=(-2, -1), keepdims=True), 1)
+    joint = xp.astype(loads, jnp.float32) / xp.astype(total, jnp.float32)
+    apart = xp.sum(joint, axis=-1, keepdims=True) * xp.sum(joint, axis=-2, keepdims=True)
+    ratio = xp.where(joint > 0, joint / xp.where(joint > 0, apart, 1.0), 1.0)
+    return xp.maximum(xp.sum(joint * xp.log2(ratio), axis=(-2, -1)), 0.0)
+
+
+def pair_counts(ids: Any, num_experts: int) -> Any:
+    """How many tokens chose both expert i and expert j, on the diagonal i at all: int [..., E, E], additive.
+
+    Args:
+        ids: int [..., T, S]; num_experts or more is an empty slot. T below 2^24: counted in float32, exactly.
+    """
+    xp = ids.__array_namespace__()
+    chosen = xp.any(ids[..., None] == xp.arange(num_experts), axis=-2)
+    chosen = xp.astype(chosen, jnp.float32)
+    return xp.astype(xp.matmul(xp.swapaxes(chosen, -1, -2), chosen), jnp.int32)
+
+
+def coactivation(pairs: Any) -> Any:
+    """N(i, j) / N(i): of the tokens of expert i the share that also chose j. 1 on the diagonal, 0 for a dead expert.
+
+    Args:
+        pairs: int [..., E, E], of `pair_counts`.
+
+    Returns:
+        float32 [..., E, E], 0 to 1; (K - 1) / (E - 1) off the diagonal by chance.
+
+    Source: OLMoE (arXiv 2409.02060) eq. 6. Its script counts neighbours in the order of scores only; these are all.
+    """
+    xp = pairs.__array_namespace__()
+    own = xp.linalg.diagonal(pairs)[..., None]
+    return xp.astype(pairs, jnp.float32) / xp.astype(xp.maximum(own, 1), jnp.float32)
+
+
+# --- the auxiliary loss, and what it does to the gradient -----------------------------------------------------
 
 
 def aux_loss_value(routing: Routing) -> Float32[Array, ""]:
@@ -58,9 +396,33 @@ def aux_loss_value(routing: Routing) -> Float32[Array, ""]:
     return balance_value(routing.loads, mean_over_tokens(normalized_scores(routing), routing))
 
 
-def _shares(loads: Any) -> Any:
-    """Loads over their sum, float32; uniform where there is no load."""
-    xp = loads.__array_namespace__()
-    total = xp.sum(loads, axis=-1, keepdims=True)
-    share = xp.astype(loads, jnp.float32) / xp.astype(xp.maximum(total, 1), jnp.float32)
-    return xp.where(total > 0, share, xp.asarray(1.0 / loads.shape[-1], dtype=share.dtype))
+def cosine(a: Any, b: Any) -> Float32[Array, ""]:
+    """The cosine of the angle between two gradients, -1 to 1; NaN, logged as null, where one of them is 0.
+
+    -1 is a balancing loss that undoes what the language model learns. Any two pytrees of the same structure.
+    """
+    (a, norm_a), (b, norm_b) = _scaled(a), _scaled(b)
+    product = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    nothing = (norm_a == 0) | (norm_b == 0)
+    return jnp.where(nothing, jnp.nan, product / jnp.where(nothing, 1.0, norm_a * norm_b))
+
+
+def norm_ratio(a: Any, b: Any) -> Float32[Array, ""]:
+    """|a| / |b|, say of the balancing gradient over the language model's: 0 where a is 0, infinite where only b is.
+
+    Source: the ratio R_g that LongCat-Flash (arXiv 2509.01322) keeps below 0.1.
+    """
+    largest_a, largest_b = _largest(a), _largest(b)
+    ratio = _scaled(a)[1] / jnp.where(largest_b > 0, _scaled(b)[1], 1.0) * (largest_a / largest_b)
+    return jnp.where(largest_a == 0, 0.0, ratio)
+
+
+def _scaled(tree: Any) -> tuple[Any, Array]:
+    """The tree over its largest entry, and its norm then: squares of small gradients are 0 in float32."""
+    largest = _largest(tree)
+    scaled = jax.tree.map(lambda x: x.astype(jnp.float32) / jnp.where(largest > 0, largest, 1.0), tree)
+    return scaled, jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(scaled)))
+
+
+def _largest(tree: Any) -> Array:
+    return functools.reduce(jnp.maximum, (jnp.abs(x).max().astype(jnp.float32) for x in jax.tree.leaves(tree)))
