@@ -104,7 +104,7 @@ class _Run:
         self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
         self.mesh = make_mesh(config.mesh)
         self.made_by = versions()
-        self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh)
+        self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh, corpus)
         self.first = int(self.state.step)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
         first_process = distributed.index() == 0
@@ -287,15 +287,39 @@ class Clock:
         return self._tokens / (time.perf_counter() - self._since)
 
 
-def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", int]:
+def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> tuple["TrainState", int]:
     from moe_jax.state import init_state
 
     found = restore_run(config, workdir, mesh)
     if found is None:
-        return init_state(config, mesh), 0
+        return with_hash_tables(config, init_state(config, mesh), corpus), 0
     state, extra = found
     refuse_another_config(workdir, "checkpoint", extra["config"], config)
     return state, extra["tokens_seen"]
+
+
+def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "TrainState":
+    """The state with the tables of `hash` balanced for the corpus's token frequencies; each layer has its own."""
+    import jax
+
+    from moe_jax.balance.selectors import balanced_table
+    from moe_jax.data import token_frequencies
+
+    labels = [e.label for e in config.balance if e.method == "hash"]
+    if not labels:
+        return state
+    m = config.model
+    frequencies = token_frequencies(corpus, m.vocab_size, config.data.weights)
+    table = balanced_table(frequencies, m.num_experts, m.top_k, config.seed)
+
+    def filled(path: Any, leaf: Any) -> Any:
+        if path[-1] != jax.tree_util.DictKey("table"):
+            return leaf
+        orders = (np.random.default_rng((config.seed, layer)).permutation(m.num_experts) for layer in range(len(leaf)))
+        return jax.device_put(np.stack([order[table] for order in orders]).astype(np.int32), leaf.sharding)
+
+    own = {label: jax.tree_util.tree_map_with_path(filled, state.balance[label]) for label in labels}
+    return state._replace(balance=state.balance | own)
 
 
 def open_data(config: Config) -> "Corpus":
