@@ -70,9 +70,9 @@ def test_equal_scores_go_to_the_earlier_token():
 
 
 def test_padding_is_not_chosen_and_leaves_no_room():
-    # three valid tokens: C = round(1.5) = 2, from .8 .3 .1 and .7 .6 .5
-    mask = np.asarray([False, True, True, True])
-    assert experts(chosen("expert_choice", FOUR, tokens=Tokens(mask=mask)), 2) == [[], [0, 1], [0, 1], []]
+    # two valid tokens: C = 1, not 2
+    mask = np.asarray([False, True, True, False])
+    assert experts(chosen("expert_choice", FOUR, tokens=Tokens(mask=mask)), 2) == [[], [0, 1], [], []]
 
 
 def test_experts_choose_within_each_sequence_if_so_told():

@@ -433,14 +433,17 @@ def test_permuting_experts_permutes_routing_loads_and_bias_and_keeps_the_loss(ca
     obeys("permutation", case, check)
 
 
+def changed_from(t: int) -> np.ndarray:
+    """The logits of seed 7, others from token t on."""
+    return np.concatenate([random_logits(7)[:t], 9.0 * random_logits(8)[t:]])
+
+
 @every_case
 def test_a_later_token_changes_no_routing_before_it(case):
     def check():
         before = run(case, random_logits(7), biased(case))
         for t in (1, 5, 11):
-            changed = random_logits(7)
-            changed[t:] = 9.0 * random_logits(8)[t:]
-            after = run(case, changed, biased(case))
+            after = run(case, changed_from(t), biased(case))
             np.testing.assert_array_equal(after.sent[:t], before.sent[:t])
             np.testing.assert_array_equal(after.routing.gates[:t], before.routing.gates[:t])
 
@@ -458,6 +461,15 @@ def test_evaluation_routes_as_training_or_by_biased_top_k_as_the_method_says(cas
     chosen = best(jnp.asarray(seen.routing.scores + seen.routing.bias), TOP_K)
     np.testing.assert_array_equal(seen.evaluated.expert_ids, chosen)
     assert not np.array_equal(seen.evaluated.expert_ids, seen.routing.expert_ids)
+
+
+@every_case
+def test_in_evaluation_a_later_token_changes_nothing_before_it_whatever_the_method(case):
+    before = run(case, random_logits(7), biased(case))
+    for t in (1, 5, 11):
+        after = run(case, changed_from(t), biased(case))
+        np.testing.assert_array_equal(after.evaluated_sent[:t], before.evaluated_sent[:t])
+        np.testing.assert_array_equal(after.evaluated.gates[:t], before.evaluated.gates[:t])
 
 
 @every_case
