@@ -87,8 +87,8 @@ def test_multiplicative_bias_selects_by_products_and_pays_by_scores():
     scores = np.asarray([[0.5, 0.4, 0.2]], np.float32)
     bias = np.asarray([1.0, 2.0, 2.0], np.float32)
     combine = made("bias_multiplicative").combine
-    pick = jax.jit(lambda logits: route(logits, bias, top_k=2, normalize_gates=False, combine=combine))
-    routing = pick(logit(scores))
+    pick = jax.jit(lambda logits, bias: route(logits, bias, top_k=2, normalize_gates=False, combine=combine))
+    routing = pick(logit(scores), bias)
     np.testing.assert_array_equal(routing.expert_ids, [[1, 0]])
     np.testing.assert_allclose(routing.gates, [[0.4, 0.5]], rtol=1e-6)
     np.testing.assert_array_equal(routed(logit(scores), bias, top_k=2).expert_ids, [[1, 2]])
@@ -106,9 +106,9 @@ def test_rms_rule_moves_nothing_in_balance():
 
 
 def test_rms_rule_does_not_blow_up_what_float32_rounds():
-    # targets of 0.9 x 70 / 3 = 21 are 20.999998 in float32, and errors of 1e-7 over their own size would be 1
+    # targets of 0.9 x 90 / 3 = 27 are not quite 27 in float32, and errors of 1e-7 over their own size would be 1
     model = (("num_experts", 3), ("num_zero_experts", 1), ("zero_share", 0.1))
-    loads = np.asarray([21, 21, 21, 7], np.int32)
+    loads = np.asarray([27, 27, 27, 9], np.int32)
     np.testing.assert_array_equal(moved("bias_rms", loads, rate=0.5, model=model), np.zeros(4))
 
 
@@ -390,6 +390,14 @@ def test_histogram_counts_every_valid_token_once_for_every_expert():
     np.testing.assert_array_equal(whole.sum(1), [8, 8, 8, 8])
     np.testing.assert_array_equal(whole, histogram(50)(routed(logits[mask], TILT, top_k=2)))
     assert whole.dtype == jnp.int32
+
+
+def test_a_quantile_is_linear_within_its_bin():
+    # biases of 0: bins of 0.5 from -1; loads 3 and 2 have the mean 2.5: one and a half of the 4 in the second bin,
+    # -0.5 + 0.5 x 1.5 / 4, and two and a half of the 5 in the third, 0 + 0.5 x 2.5 / 5
+    loads, counts = np.asarray([3, 2], np.int32), np.asarray([[1, 4, 0, 0], [0, 0, 5, 0]], np.int32)
+    found = jax.jit(balanced_bias)(loads, counts, np.zeros(2, np.float32))
+    np.testing.assert_allclose(found, [-0.3125, 0.25], rtol=1e-6)
 
 
 def test_equal_scores_have_the_tied_one_as_the_edge():

@@ -2,7 +2,8 @@
 
 E real experts come first, then Z zero-computation experts (`model.num_zero_experts`), which are to get the share
 `model.zero_share` of the copies; without them every expert's target is the mean load. The bias of a
-zero-computation expert stays: where the real ones have their targets, it has its own. T tokens, S slots, N bins.
+zero-computation expert stays, but for the common shift of `zero_mean`: where the real ones have their targets, it
+has its own. T tokens, S slots, N bins.
 """
 
 from typing import Any
