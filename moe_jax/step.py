@@ -308,7 +308,7 @@ def balance_metrics(
     m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum()
     loads, traffic = report.statistics["loads"], report.traffic
     copies = jnp.maximum(loads[:, : m.num_experts].sum(-1, dtype=jnp.float32), 1.0)
-    values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens, m.top_k).items()}
+    values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens).items()}
     values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
     if "direction" in before.balance:
         flips = metrics.flip_rate(before.balance["direction"], after.balance["direction"])

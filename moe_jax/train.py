@@ -33,7 +33,7 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, as_dict, differences, resolve, validate
-from moe_jax.evaluate import evaluate, read_config, restore_run
+from moe_jax.evaluate import evaluate, read_config, restore_run, store_routing
 from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.watchdog import Watchdog
 
@@ -200,7 +200,9 @@ class _Run:
         del numbers["tokens"]
         numbers |= {"tokens_seen": self.tokens_seen, "tokens_per_second": speed}
         if evaluates:
-            self.evaluation = evaluate(self.config, self.state, self.corpus, self.mesh, self.watchdog)
+            where = self.config, self.state, self.corpus, self.mesh
+            self.evaluation = evaluate(*where, self.watchdog)
+            store_routing(*where, self.workdir, self.watchdog)
             numbers |= self.evaluation
         if self.log is not None:
             self.log.write(step, numbers, layers)
@@ -408,8 +410,9 @@ def record(workdir: Path, config: Config, made_by: dict[str, Any]) -> None:
 
 
 def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], config: Config) -> None:
-    """Raise a ValueError with the differences, unless `there` (read back from JSON) is `config`."""
-    here = json.loads(json.dumps(as_dict(config)))  # read back: tuples are lists
+    """Raise a ValueError with the differences, unless `there` (read from JSON) is `config`."""
+    # a key that is younger than the run has its default; as_dict of a file read back has lists for tuples
+    there, here = (json.loads(json.dumps(as_dict(validate(c)))) for c in (there, config))
     if changed := differences(_what_makes_a_run(there), _what_makes_a_run(here)):
         raise ValueError(
             f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
@@ -420,8 +423,8 @@ def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], confi
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
     """Without the keys that change no number of the training, or by rounding only: free when a run goes on."""
     free = {"mesh", "compiler_options", "checkpoint", "log_every", "eval_every", "save_every"}
-    free |= {"heartbeat_seconds", "step_timeout_seconds"}
-    model = {k: v for k, v in config.get("model", {}).items() if k != "remat"}
+    free |= {"heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"}
+    model = {k: v for k, v in config.get("model", {}).items() if k not in ("remat", "unroll_layers")}
     if model.get("dispatch") in DROPLESS:
         model["dispatch"] = "auto"
     return {k: v for k, v in config.items() if k not in free} | {"model": model}
