@@ -1,17 +1,30 @@
 """Methods that move the selection bias against the load just seen: state, and no gradient.
 
 E real experts come first, then Z zero-computation experts (`model.num_zero_experts`), which are to get the share
-`model.zero_share` of the copies; without them every expert's target is the mean load.
+`model.zero_share` of the copies; without them every expert's target is the mean load. The bias of a
+zero-computation expert stays: where the real ones have their targets, it has its own. T tokens, S slots, N bins.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, Float32, Int32, Shaped
 
 from moe_jax.balance.base import register
 from moe_jax.balance.method import Method
 from moe_jax.balance.wrappers import factor_at
 from moe_jax.config import ModelConfig
-from moe_jax.options import BiasOptions, BiasSign
+from moe_jax.options import (
+    BiasMultiplicative,
+    BiasOptions,
+    BiasPi,
+    BiasProportional,
+    BiasRms,
+    BiasSign,
+    BiasSmebu,
+    Quantile,
+)
+from moe_jax.routing import Routing
 
 
 @register("bias_sign")
@@ -28,6 +41,160 @@ def bias_sign(options: BiasSign, model: ModelConfig) -> Method:
         return moved(options, bias, load_sign(loads, model), step), None
 
     return Method(update_bias=update_bias)
+
+
+@register("bias_proportional")
+def bias_proportional(options: BiasProportional, model: ModelConfig) -> Method:
+    """Proportional rule: `b_i += u e_i`, where `e_i = mean load - load_i` in the unit that `error` names.
+
+    "relative" to the mean load, in [1 - E, 1]; a "fraction" of all copies, E times smaller; or a "count" of copies,
+    which grows with the batch. The paper names no unit, but its rates of 1e-4 to 1e-2 for a batch of 2 million
+    tokens leave only the relative one: by counts, an error of 10 % would move a bias by 2 or more in one step.
+
+    Source: arXiv 2408.15664, Table 3 (u = 0.01 has the best balance) and Table 6 (u = 0.001 with softmax scores).
+    """
+    errors = {"relative": relative_error, "fraction": share_error, "count": copies_error}
+
+    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
+        return moved(options, bias, errors[options.error](loads, model), step), None
+
+    return Method(update_bias=update_bias)
+
+
+@register("bias_multiplicative")
+def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Method:
+    """Multiplicative bias: `select by s_i b_i`, where b starts at 1 and `b_i += u sign(mean load - load_i)`.
+
+    Selection sees ratios of biases, not differences, so that `zero_mean` does change it: it holds their mean at 1.
+
+    Source: arXiv 2408.15664, eq. 5 and Table 4.
+    """
+
+    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
+        return moved(options, bias, load_sign(loads, model), step), None
+
+    return Method(update_bias=update_bias, initial_bias=1.0, combine=jnp.multiply)
+
+
+@register("bias_rms")
+def bias_rms(options: BiasRms, model: ModelConfig) -> Method:
+    """Normalised gradient descent: `b_i -= u (F_i - Q_i) / RMS(F - Q)`, with F the shares of copies, Q the targets.
+
+    As long a step as the sign's at the same rate, so rates carry over, but an expert near its target moves little.
+    Errors that are all below a millionth of the load are the rounding of float32, and move nothing.
+
+    Source: Su, kexue.fm/archives/10757 (the improved version).
+    """
+
+    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
+        error = relative_error(loads, model)
+        rms = jnp.sqrt((error**2).sum() / (loads.shape[0] - model.num_zero_experts))
+        return moved(options, bias, jnp.where(rms > 1e-6, error / jnp.maximum(rms, 1e-6), 0.0), step), None
+
+    return Method(update_bias=update_bias)
+
+
+@register("bias_pi")
+def bias_pi(options: BiasPi, model: ModelConfig) -> Method:
+    """LongCat-Flash's controller: `b_i += mu ((K_e / K) (1 / N) - T_i / (K T_all))`, a target share less the share had.
+
+    N real experts are to get K_e of a token's K slots, `1 - model.zero_share` of all. The sum of such errors is the
+    I of a PID controller; `gain` adds the P, gain x the last error, shaped over steps as the rate is. Own state:
+    that P, float32 [E + Z]. Errors are of order 1 / N: rate / N is the rate of `bias_proportional`.
+
+    Source: arXiv 2509.01322 (LongCat-Flash), expert bias under "computational budget control"; the P is ours.
+    """
+
+    def update_bias(loads: Array, _: None, bias: Array, last: Array, step: Array) -> tuple[Array, Array]:
+        error, factor = share_error(loads, model), factor_at(options, step)
+        now = jnp.where(factor > 0, options.gain * factor * error, last)  # what is frozen keeps its P
+        return moved(options, bias + (now - last), error, step), now
+
+    return Method(init=_zeros, update_bias=update_bias)
+
+
+@register("bias_smebu")
+def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Method:
+    """Soft-clamped momentum: `m = beta m + (1 - beta) u (v - mean v)`, `b += m`, `v_i = tanh(kappa e_i)`, e relative.
+
+    Near balance the step shrinks, where a sign would chatter. Own state: the momentum of v, float32 [E + Z], in
+    [-1, 1]; rate and mean are taken on the way to the bias, which is the same sum, and stands still when frozen.
+
+    Source: arXiv 2602.17004 (Arcee Trinity Large): u = 5e-4, kappa = 2, beta = 0.5.
+    """
+
+    def update_bias(loads: Array, _: None, bias: Array, momentum: Array, step: Array) -> tuple[Array, Array]:
+        clamped = jnp.tanh(options.kappa * relative_error(loads, model))
+        momentum = options.beta * momentum + (1.0 - options.beta) * clamped
+        return moved(options, bias, momentum, step), momentum
+
+    return Method(init=_zeros, update_bias=update_bias)
+
+
+@register("quantile")
+def quantile(options: Quantile, _: ModelConfig) -> Method:
+    """Quantile balancing: `b_j <- quantile_{K/E}(r_j) - mean`, `r_tj = alpha_t - s_tj`, no rate to choose.
+
+    alpha is a token's (K + 1)-th biased score, the best one it did not select, so it selects expert j where
+    `s_j + b_j > alpha`, or `r_j < b_j`. Balance is that of all tokens' r_j a share K / E lies below b_j. alpha depends
+    on the bias, so this is one step of a descent that takes few; `damping` g goes `b <- (1 - g) b + g quantile`.
+
+    Statistics: a histogram of r, int32 [E, N]. With scores in (0, 1), r lies in [min b - 1, max b + 1], which the
+    bins divide: a quantile is exact to (max b - min b + 2) / N, 0.002 for small biases, and linear within a bin.
+    A token that selects every expert has no alpha and is not counted; an expert never counted keeps its bias.
+
+    Source: Su, kexue.fm/archives/11619; range and bins as in Kimi K3 (arXiv 2607.24653), appendix D.
+    """
+
+    def observe(routing: Routing) -> Int32[Array, "experts bins"]:
+        return needed_bias_histogram(routing, options.bins)
+
+    def update_bias(loads: Array, counts: Array, bias: Array, _: None, step: Array) -> tuple[Array, None]:
+        target = balanced_bias(loads, counts, bias)
+        known = counts.sum(1) > 0
+        if options.zero_mean:
+            target = target - jnp.where(known, target, 0.0).sum() / jnp.maximum(known.sum(), 1)
+        share = options.damping * factor_at(options, step)
+        return jnp.where(known, (1.0 - share) * bias + share * target, bias), None
+
+    return Method(observe=observe, update_bias=update_bias)
+
+
+def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts bins"]:
+    """How many valid tokens would need which bias to be on the edge of selecting an expert: counts of r_tj.
+
+    One scatter of T x E ones; the comparison with [T, S, E] is fused and never in memory.
+    """
+    num_experts = routing.scores.shape[1]
+    experts = jnp.arange(num_experts)
+    chosen = (routing.expert_ids[:, :, None] == experts).any(1)
+    alpha = jnp.where(chosen, -jnp.inf, routing.scores + routing.bias).max(1, keepdims=True)
+    low, width = bin_range(routing.bias, bins)
+    place = jnp.clip((alpha - routing.scores - low) / width, 0, bins - 1).astype(jnp.int32) + bins * experts
+    counted = alpha > -jnp.inf
+    if routing.tokens.mask is not None:
+        counted &= routing.tokens.mask[:, None]
+    empty = jnp.zeros(num_experts * bins, jnp.int32)
+    place = jnp.where(counted, place, len(empty))  # one past the end, which is dropped
+    return empty.at[place].add(1, mode="drop", wrap_negative_indices=False).reshape(num_experts, bins)
+
+
+def balanced_bias(
+    loads: Int32[Array, "experts"], counts: Int32[Array, "experts bins"], bias: Float32[Array, "experts"]
+) -> Float32[Array, "experts"]:
+    """The bias below which each expert's histogram has the mean load: exact ranks, linear within the bin."""
+    rank, rest = jnp.divmod(loads.sum(), loads.shape[0])  # the mean load, K / E of all tokens, without rounding
+    below = jnp.cumsum(counts, axis=1)
+    place = (below >= rank + (rest > 0)).argmax(1)[:, None]
+    in_bin = jnp.take_along_axis(counts, place, axis=1)
+    wanted = rank - (jnp.take_along_axis(below, place, axis=1) - in_bin) + rest / loads.shape[0]
+    low, width = bin_range(bias, counts.shape[1])
+    return (low + width * (place + wanted / jnp.maximum(in_bin, 1)))[:, 0]
+
+
+def bin_range(bias: Float32[Array, "experts"], bins: int) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Where the histogram of `bias` starts, and how wide a bin is."""
+    return bias.min() - 1.0, (bias.max() - bias.min() + 2.0) / bins
 
 
 def moved(options: BiasOptions, bias: Array, direction: Float32[Array, "experts"], step: Array) -> Array:
@@ -69,6 +236,21 @@ def relative_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float
     target = target_loads(loads, model)
     real = jnp.arange(loads.shape[0]) < loads.shape[0] - model.num_zero_experts
     return jnp.where(real & (target > 0), 1.0 - loads / jnp.where(target > 0, target, 1.0), 0.0)
+
+
+def copies_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
+    """target - load in copies; 0 for zero-computation experts."""
+    real = jnp.arange(loads.shape[0]) < loads.shape[0] - model.num_zero_experts
+    return jnp.where(real, target_loads(loads, model) - loads, 0.0)
+
+
+def share_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
+    """The target's share of all copies less the load's; 0 for zero-computation experts."""
+    return copies_error(loads, model) / jnp.maximum(loads.sum(), 1)
+
+
+def _zeros(num_experts: int, _: Any) -> Float32[Array, "experts"]:
+    return jnp.zeros(num_experts, jnp.float32)
 
 
 def _part(total: Array, share: float) -> Array:
