@@ -1,54 +1,76 @@
-"""Methods that balance by a differentiable loss on the router, averaged over the valid tokens."""
+"""Methods that balance by a differentiable loss on the router, averaged over the valid tokens.
+
+T tokens, S slots of a token, E experts that compute, which come first, D logical devices. Without a valid token
+every loss and its gradient are 0.
+"""
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, Shaped
 
 from moe_jax.balance.base import register
 from moe_jax.balance.method import Method
 from moe_jax.config import ModelConfig
-from moe_jax.options import AuxLoss, ZLoss
+from moe_jax.options import AuxLoss, ImportanceLoss, LoadLoss, OrthogonalLoss, SimilarityLoss, TargetViolation, ZLoss
 from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normalized_scores
 
 
 @register("aux_loss")
 def aux_loss(options: AuxLoss, model: ModelConfig) -> Method:
-    """The expert-level auxiliary loss `weight x sum_i f_i P_i`: 1 x weight at perfect balance.
+    """Auxiliary loss: `weight x sum_i f_i P_i` over experts, over devices, or over visits to devices.
 
-    f_i = E x (share of the chosen slots that went to expert i), no gradient, counted before any dropping;
-    P_i = mean score of expert i over valid tokens, of scores normalised per token (`normalize=True`, as in
-    DeepSeek-V3) or raw (as in Loss-Free Balancing eq. 2, where balance gives weight x sum of mean scores).
-    `scope` says over which tokens f and P belong together: each `sequence` (averaged by token), the
-    `microbatch`, or f over the whole step (`global`). `counts="unbiased"` counts the top-k of the scores
-    without the bias, which is what DeepSeek-V3 eq. 18 writes.
+    P_i is the mean over valid tokens of the score of expert i, or of the summed scores of the experts of device i:
+    scores divided by each token's sum (`normalize=True`, as in DeepSeek-V3), or raw (as in Loss-Free Balancing
+    eq. 2). f has no gradient and is counted before any dropping:
 
-    Source: DeepSeekMoE (arXiv 2401.06066) eq. 12-14; DeepSeek-V3 (2412.19437) eq. 17-20; global scope:
-    arXiv 2501.11873.
+    - `level="expert"`: f_i = E x (share of the chosen slots that went to expert i);
+    - `level="device"`: f_i = mean f of the experts of device i, that is D x (its share of the chosen slots);
+    - `level="communication"`: f_i = D / (M T) x (number of tokens sent to device i). M is the most devices that a
+      token may be sent to: `model.top_groups` where the devices are the model's groups, otherwise min(S, D).
+
+    The D devices (`num_devices`, by default `model.num_groups`) are consecutive experts, and have nothing to do with
+    the mesh. At perfect balance the loss is weight x 1 for experts and for devices, and weight x m / M for
+    communication where a token visits m devices in the mean; with raw scores times the sum of the mean scores.
+
+    `scope` says over which tokens f and P belong together: each `sequence` (averaged by token), the `microbatch`,
+    or P of the micro-batch and f of the optimizer step: all of it (`global`), or as far as it has come, this
+    micro-batch included (`global_running`). `counts="unbiased"` counts the top-k of the scores without the bias and
+    without a group limit, which is what DeepSeek-V3 eq. 18 writes. Zero-computation experts have no part in f and P,
+    and scores are normalised without theirs.
+
+    Source: DeepSeekMoE (arXiv 2401.06066) eq. 12-17; DeepSeek-V2 (2405.04434) eq. 23-31; DeepSeek-V3 (2412.19437)
+    eq. 17-20; global scope: arXiv 2501.11873.
     """
+    of_step = options.scope in ("global", "global_running")
+    from_loads = options.counts == "biased" and options.level != "communication"
 
-    def observe(routing: Routing) -> Int32[Array, "experts"] | None:
-        if options.counts == "biased" or options.scope != "global":
-            return None
-        return count(_counted_ids(options, routing), routing.loads.shape[0])
+    def counted(routing: Routing) -> Int32[Array, "counts"]:
+        groups = _groups(options, model, routing)
+        return count(_counted_ids(options, groups, routing), groups.num_counts)
+
+    def observe(routing: Routing) -> Int32[Array, "counts"] | None:
+        return counted(routing) if of_step and not from_loads else None
 
     def loss(routing: Routing, loads: Array, own: Array | None, _: None, __: Array) -> Float32[Array, ""]:
-        scores = normalized_scores(routing) if options.normalize else routing.scores
+        groups = _groups(options, model, routing)
+        scores = _summed(groups, _real_scores(options, groups, routing))
         if options.scope == "sequence":
-            value = sequence_balance(routing, scores, _counted_ids(options, routing))
-        elif options.scope == "microbatch":
-            counts = count(_counted_ids(options, routing), routing.loads.shape[0])
-            value = balance_value(counts, mean_over_tokens(scores, routing))
+            return options.weight * _sequence_value(groups, routing, scores, _counted_ids(options, groups, routing))
+        if from_loads:
+            counts = _summed(groups, (loads if of_step else routing.loads)[: groups.num_experts])
         else:
-            counts = loads if own is None else own
-            value = balance_value(counts, mean_over_tokens(scores, routing))
-        return options.weight * value
+            counts = counted(routing) if own is None else own
+        return options.weight * (_frequencies(groups, counts) * mean_over_tokens(scores, routing)).sum()
 
     return Method(observe=observe, loss=loss)
 
 
 @register("z_loss")
 def z_loss(options: ZLoss, model: ModelConfig) -> Method:
-    """The router z-loss `weight x mean_t (logsumexp_i logits_ti)^2`: keeps logits small, does not balance.
+    """Router z-loss: `weight x mean_t (logsumexp_i logits_ti)^2` keeps logits small, and does not balance.
 
     Source: ST-MoE (arXiv 2202.08906) eq. 5.
     """
@@ -60,37 +82,140 @@ def z_loss(options: ZLoss, model: ModelConfig) -> Method:
     return Method(loss=loss)
 
 
+@register("importance_loss")
+def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Method:
+    """Importance loss: `weight x CV(sum_t g_t)^2` makes the experts' summed gates equal.
+
+    g_ti is the gate of expert i for token t, 0 where it was not chosen; CV is the standard deviation over experts
+    divided by their mean, so the factor on the gates cancels. 0 where all experts weigh the same, E - 1 where one
+    has everything. Equal importance may still be unequal load: few large gates weigh as much as many small ones.
+
+    Not linear in the gates: under accumulation each micro-batch has its own value, these are averaged by tokens, and
+    the result depends on the number of micro-batches (small ones look less balanced than they are together).
+    Zero-computation experts have no part in it.
+
+    Source: Shazeer et al. (arXiv 1701.06538) eq. 6-7.
+    """
+
+    def loss(routing: Routing, *_: object) -> Float32[Array, ""]:
+        experts = jnp.arange(routing.loads.shape[0] - model.num_zero_experts)
+        # a comparison instead of a scatter over the whole batch, which may lie on many devices
+        at_experts = jnp.where(routing.expert_ids[:, :, None] == experts, routing.gates[:, :, None], 0.0)
+        return options.weight * squared_variation(at_experts.sum((0, 1)))
+
+    return Method(loss=loss)
+
+
+@register("load_loss")
+def load_loss(options: LoadLoss, model: ModelConfig) -> Method:
+    """Load loss: `weight x CV(sum_t Phi((x_ti - kth_excluding(x_t, k, i)) / noise_std))^2` equalises smooth loads.
+
+    Phi(...) is the probability that expert i would be among the k best logits x of token t if noise were added to
+    its logit alone; kth_excluding is the k-th best of the others, and k the number of slots. With logits that already
+    carry noise it is the chance that the expert stays chosen when its noise is drawn again. Our routing has no noise,
+    so this is the limit in which none has been drawn, and `noise_std` (0 means 1 / number of choices, as in V-MoE)
+    only says how far from the threshold a token still counts in part. As it goes to 0 the sums become the loads of
+    top-k routing by logits, without gradient. Neither the bias nor a group limit is seen.
+
+    Not linear in the probabilities: under accumulation each micro-batch has its own value, these are averaged by
+    tokens, and the result depends on the number of micro-batches. Zero-computation experts compete for slots, but
+    have no part in the sums. V-MoE has the k-th best of all, expert i included, as the threshold.
+
+    Source: Shazeer et al. (arXiv 1701.06538) eq. 8-11; V-MoE (2106.05974) appendix A.2.
+    """
+
+    def loss(routing: Routing, *_: object) -> Float32[Array, ""]:
+        choices, slots = routing.logits.shape[1], routing.expert_ids.shape[1]
+        if slots >= choices:  # every expert is certain
+            return jnp.zeros((), jnp.float32)
+        distance = routing.logits - _kth_excluding(routing.logits, slots)
+        chance = jax.scipy.special.ndtr(distance / (options.noise_std or 1.0 / choices))
+        sums = (valid(routing)[:, None] * chance).sum(0)
+        return options.weight * squared_variation(sums[: choices - model.num_zero_experts])
+
+    return Method(loss=loss)
+
+
+@register("orthogonal_loss")
+def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Method:
+    """Router orthogonalisation: `weight x sum_ij (w_i . w_j - delta_ij)^2` of the router's normalised rows w.
+
+    Rows that point apart send the same token to fewer experts at once; loads are not seen. The diagonal is 0, or 1
+    for a row of zeros. 0 needs as many dimensions as experts: E unit rows in d < E dimensions cost E^2 / d - E or more.
+    It reads nothing but the router's weight, so it is the same however a batch is split.
+
+    Source: ERNIE 4.5 technical report (2025), router orthogonalisation loss. Its published code takes the mean over
+    the E^2 pairs, with a weight of 1e-2; here it is the sum.
+    """
+
+    def loss(routing: Routing, _: Array, __: None, ___: None, router_weight: Array) -> Float32[Array, ""]:
+        squared = (router_weight**2).sum(0)
+        rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+        return _unless_no_token(routing, options.weight * (_gram_minus_identity(rows) ** 2).sum())
+
+    return Method(loss=loss)
+
+
+@register("similarity_loss")
+def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Method:
+    """SimBal: `weight x ||R^T R - I||_1`, the sum of absolute entries, of the router's weight R.
+
+    An orthonormal router keeps the angles between tokens, so that similar tokens go to similar experts, and no expert
+    is favoured by its length; loads are not seen. The paper starts from an orthogonal router, and finds little
+    difference between weights of 0.01, 0.1 and 1. It reads nothing but the router's weight, so it is the same however
+    a batch is split.
+
+    Source: SimBal (arXiv 2506.14038), the loss L_orth and its listing in the appendix; weight 0.1.
+    """
+
+    def loss(routing: Routing, _: Array, __: None, ___: None, router_weight: Array) -> Float32[Array, ""]:
+        return _unless_no_token(routing, options.weight * jnp.abs(_gram_minus_identity(router_weight)).sum())
+
+    return Method(loss=loss)
+
+
+@register("target_violation")
+def target_violation(options: TargetViolation, model: ModelConfig) -> Method:
+    """Held balance: `log factor += rate x clip(MaxVio / target - 1, -1, 1)`, where factor multiplies another loss.
+
+    Methods can be compared at the same balance only if their strength is what gives it. After every step the weight
+    of the loss labelled `controls` rises where the step's MaxVio over the experts that compute was above the target,
+    and falls where it was below; the factor starts at 1 and stays between 1 / limit and limit. A target below what
+    sampling alone makes of a step's loads cannot be held: the factor then stays at its limit.
+
+    In the spirit of ReMoE's adaptive coefficient, lambda x alpha^sign(target sparsity - sparsity), with the size of
+    the error instead of its sign alone, so that the weight comes to rest, and with balance instead of sparsity.
+
+    Source: this project, after ReMoE (arXiv 2412.14711) eq. 7; MaxVio: Loss-Free Balancing (2408.15664) eq. 4.
+    """
+    limit = math.log(options.limit)
+
+    def update(loads: Shaped[Array, "choices"], _: None, log_factor: Array, step: Array) -> Float32[Array, ""]:
+        real = loads[: loads.shape[0] - model.num_zero_experts].astype(jnp.float32)
+        violation = real.max() / jnp.maximum(real.mean(), jnp.finfo(jnp.float32).tiny) - 1.0
+        error = jnp.clip(violation / options.target - 1.0, -1.0, 1.0)
+        moved = log_factor + options.rate * error
+        return jnp.where(real.sum() > 0, jnp.clip(moved, -limit, limit), log_factor)
+
+    return Method(
+        init=lambda num_experts, layer: jnp.zeros((), jnp.float32),
+        update=update,
+        factor=jnp.exp,
+        controls=options.controls,
+    )
+
+
 def balance_value(counts: Int32[Array, "experts"], mean_scores: Float32[Array, "experts"]) -> Float32[Array, ""]:
     """sum_i f_i P_i with f_i = E x counts_i / sum counts; 0 without any count."""
-    total = counts.sum().astype(jnp.float32)
-    frequency = counts.shape[0] * counts.astype(jnp.float32) / jnp.maximum(total, 1.0)
-    return (frequency * mean_scores).sum()
+    return (_shares(counts) * mean_scores).sum()
 
 
-def sequence_balance(
-    routing: Routing,
-    scores: Float32[Array, "tokens experts"],
-    expert_ids: Int32[Array, "tokens slots"],
-) -> Float32[Array, ""]:
-    """sum_i f_i P_i within every sequence, averaged over sequences by their number of valid tokens."""
-    scores = valid(routing)[:, None] * scores
-    counts, score_sums = _by_row(routing.tokens, expert_ids, scores)
-    num_experts = scores.shape[1]
-    totals = counts.sum(-1, keepdims=True).astype(jnp.float32)
-    frequency = num_experts * counts.astype(jnp.float32) / jnp.maximum(totals, 1.0)
-    return (frequency * score_sums).sum() / jnp.maximum(valid(routing).sum(), 1.0)
-
-
-def _by_row(tokens: Tokens, expert_ids: Array, scores: Array) -> tuple[Array, Array]:
-    """For every row how often each expert was chosen, int32 [B, E], and the sum of its scores [B, E]."""
-    num_tokens, num_experts = scores.shape
-    if tokens.rows is not None:  # no scatter over the whole batch, which may lie on many devices
-        num_rows = tokens.rows.count
-        return counts_by_row(expert_ids, num_rows, num_experts), scores.reshape(num_rows, -1, num_experts).sum(1)
-    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
-    # a batch has at most as many rows as tokens, so [T, E] is always room enough
-    counts = jnp.zeros((num_tokens, num_experts + 1), jnp.int32).at[row[:, None], expert_ids].add(1)[:, :-1]
-    return counts, jax.ops.segment_sum(scores, row, num_segments=num_tokens)
+def squared_variation(sums: Float32[Array, "experts"]) -> Float32[Array, ""]:
+    """The square of standard deviation over mean; 0 where the mean is."""
+    mean = sums.mean()
+    some = mean > 1e-30  # gates that underflow would have infinite gradients
+    relative = sums / jnp.where(some, mean, 1.0)
+    return jnp.where(some, ((relative - 1.0) ** 2).mean(), 0.0)
 
 
 def mean_over_tokens(values: Float32[Array, "tokens columns"], routing: Routing) -> Float32[Array, "columns"]:
@@ -106,9 +231,116 @@ def valid(routing: Routing) -> Float32[Array, "tokens"]:
     return routing.tokens.mask.astype(jnp.float32)
 
 
-def _counted_ids(options: AuxLoss, routing: Routing) -> Int32[Array, "tokens slots"]:
-    """The ids that f counts: those chosen, or the top-k of the scores without the bias."""
-    if options.counts == "biased":
-        return routing.expert_ids
-    ids = best(routing.scores, routing.expert_ids.shape[1])
-    return jnp.where(valid(routing)[:, None] > 0, ids, routing.scores.shape[1])
+class Groups(NamedTuple):
+    """What an auxiliary loss balances: `number` groups of consecutive experts, of `num_experts` that compute.
+
+    most: the most groups a token may visit where visits are balanced, 0 where slots are.
+    """
+
+    num_experts: int
+    number: int
+    most: int
+
+    @property
+    def num_counts(self) -> int:
+        """Visits have one count more than groups, of the tokens themselves: f is relative to it."""
+        return self.number + (self.most > 0)
+
+
+def _groups(options: AuxLoss, model: ModelConfig, routing: Routing) -> Groups:
+    num_experts = routing.loads.shape[0] - model.num_zero_experts
+    if options.level == "expert":
+        return Groups(num_experts, num_experts, 0)
+    devices = options.num_devices or model.num_groups
+    if options.level == "device":
+        return Groups(num_experts, devices, 0)
+    limited = devices == model.num_groups and model.top_groups < devices and options.counts == "biased"
+    return Groups(num_experts, devices, model.top_groups if limited else min(routing.expert_ids.shape[1], devices))
+
+
+def _counted_ids(options: AuxLoss, groups: Groups, routing: Routing) -> Int32[Array, "tokens slots"]:
+    """What f counts of every token: ids of groups, `groups.num_counts` for nothing."""
+    ids = routing.expert_ids
+    if options.counts == "unbiased":
+        ids = best(routing.scores, ids.shape[1])
+        ids = jnp.where(valid(routing)[:, None] > 0, ids, groups.num_experts)
+    group_ids = jnp.minimum(ids, groups.num_experts) // (groups.num_experts // groups.number)
+    return _visits(groups, group_ids, valid(routing) > 0) if groups.most else group_ids
+
+
+def _visits(groups: Groups, group_ids: Array, is_token: Array) -> Int32[Array, "tokens columns"]:
+    """Each group that a token visits, once, and group `number` for the token itself."""
+    each = jnp.arange(groups.number, dtype=jnp.int32)
+    visited = (group_ids[:, :, None] == each).any(1)
+    ids = jnp.where(visited, each, groups.num_counts)
+    token = jnp.where(is_token, groups.number, groups.num_counts).astype(jnp.int32)
+    return jnp.concatenate([ids, token[:, None]], axis=1)
+
+
+def _real_scores(options: AuxLoss, groups: Groups, routing: Routing) -> Float32[Array, "tokens experts"]:
+    scores, logits = (a[:, : groups.num_experts] for a in (routing.scores, routing.logits))
+    return normalized_scores(routing._replace(scores=scores, logits=logits)) if options.normalize else scores
+
+
+def _summed(groups: Groups, values: Shaped[Array, "*rest experts"]) -> Shaped[Array, "*rest groups"]:
+    if groups.number == groups.num_experts:
+        return values
+    return values.reshape(*values.shape[:-1], groups.number, -1).sum(-1)
+
+
+def _frequencies(groups: Groups, counts: Int32[Array, "*rows counts"]) -> Float32[Array, "*rows groups"]:
+    """f: of slots relative to an equal share of them, of visits to an equal share of the most there can be."""
+    if not groups.most:
+        return _shares(counts)
+    visits, tokens = counts[..., :-1].astype(jnp.float32), counts[..., -1:].astype(jnp.float32)
+    return groups.number * visits / (groups.most * jnp.maximum(tokens, 1.0))
+
+
+def _shares(counts: Int32[Array, "*rows groups"]) -> Float32[Array, "*rows groups"]:
+    total = counts.sum(-1, keepdims=True).astype(jnp.float32)
+    return counts.shape[-1] * counts.astype(jnp.float32) / jnp.maximum(total, 1.0)
+
+
+def _sequence_value(
+    groups: Groups,
+    routing: Routing,
+    scores: Float32[Array, "tokens groups"],
+    ids: Int32[Array, "tokens slots"],
+) -> Float32[Array, ""]:
+    """sum_i f_i P_i within every sequence, averaged over sequences by their number of valid tokens."""
+    is_token = valid(routing)
+    counts, score_sums = _by_row(routing.tokens, ids, is_token[:, None] * scores, groups.num_counts)
+    return (_frequencies(groups, counts) * score_sums).sum() / jnp.maximum(is_token.sum(), 1.0)
+
+
+def _by_row(tokens: Tokens, ids: Array, scores: Array, num_counts: int) -> tuple[Array, Array]:
+    """For every row how often each id occurs, int32 [B, C], and the sum of its scores [B, G]."""
+    num_tokens = scores.shape[0]
+    if tokens.rows is not None:  # no scatter over the whole batch, which may lie on many devices
+        num_rows = tokens.rows.count
+        return counts_by_row(ids, num_rows, num_counts), scores.reshape(num_rows, -1, scores.shape[1]).sum(1)
+    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
+    # a batch has at most as many rows as tokens, so [T, C] is always room enough
+    counts = jnp.zeros((num_tokens, num_counts + 1), jnp.int32).at[row[:, None], ids].add(1)[:, :-1]
+    return counts, jax.ops.segment_sum(scores, row, num_segments=num_tokens)
+
+
+def _kth_excluding(values: Float32[Array, "tokens choices"], k: int) -> Float32[Array, "tokens choices"]:
+    """For every column of a row the k-th largest of the others: one of the row's own k best has the next to pass."""
+    order = best(values, k + 1)
+    kth, following = (_at(values, order[:, i])[:, None] for i in (k - 1, k))
+    return jnp.where(values >= kth, following, kth)
+
+
+def _at(values: Float32[Array, "tokens choices"], ids: Int32[Array, "tokens"]) -> Float32[Array, "tokens"]:
+    """Each row's value at its id; a sum, whose gradient stays where the rows are, as a gather's might not."""
+    return jnp.where(ids[:, None] == jnp.arange(values.shape[1]), values, 0.0).sum(1)
+
+
+def _gram_minus_identity(columns: Float32[Array, "embed choices"]) -> Float32[Array, "choices choices"]:
+    gram = jnp.matmul(columns.T, columns, precision=jax.lax.Precision.HIGHEST)
+    return gram - jnp.eye(columns.shape[1], dtype=jnp.float32)
+
+
+def _unless_no_token(routing: Routing, value: Float32[Array, ""]) -> Float32[Array, ""]:
+    return jnp.where(valid(routing).any(), value, 0.0)
