@@ -112,8 +112,11 @@ class Recording(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What is seen of every step, float32 [steps]: the loads' max violation and how many experts had no token; of the
-    bias after it the range, the root mean square of its change, and the share of experts that it turned round for.
+    """What is seen of every step, float32 [steps].
+
+    violation, dead: max violation of the loads, and how many experts had no token. bias_range, bias_change, flips:
+    of the bias after the step, largest minus smallest; the root mean square of its change; and the share of experts
+    for which that went the other way than in the step before.
     """
 
     violation: np.ndarray
@@ -332,7 +335,8 @@ def make_stream(s: Settings, recording: Recording | None = None) -> "Stream":
     from moe_jax import streams
 
     if recording is not None:
-        return streams.recorded(*(jnp.asarray(a) for a in recording[:3]), s.sequences)
+        logits, mask, ids = map(jnp.asarray, recording[:3])
+        return streams.recorded(logits, mask, ids, s.sequences)
     offsets = getattr(streams, s.stream)(s.experts, *(getattr(s, name) for name in STREAMS[s.stream]))
     return streams.synthetic(offsets, s.tokens, s.experts, s.sequences, s.noise, VOCAB_SIZE)
 
@@ -347,7 +351,7 @@ def closed_loop(
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.metrics import bias_range, dead_experts, max_violation
+    from moe_jax.metrics import bias_range, dead_experts, flip_rate, max_violation
     from moe_jax.routing import route
 
     router = jax.random.normal(jax.random.key(0), (32, s.experts))  # for losses on it; it stays
@@ -360,19 +364,20 @@ def closed_loop(
         return balancer.loss(routing, statistics, state, router), statistics
 
     def step(carry: tuple[Any, ...], inputs: tuple[Any, Any]) -> tuple[tuple[Any, ...], Trace]:
-        world, offset, state, loads, turn = carry
+        world, offset, state, last_loads, last_direction = carry
         index, key = inputs
         stream_key, select_key = jax.random.split(key)
-        world, logits, tokens = stream.next(world, stream_key, index, loads)
+        world, logits, tokens = stream.next(world, stream_key, index, last_loads)
         gradient, statistics = jax.grad(forward, has_aux=True)(offset, logits, tokens, state, select_key)
         new = balancer.update(statistics, state, index)
         change = sign * (new["bias"] - state["bias"])
         new["bias"] = state["bias"] + change
-        flips = (jnp.sign(change) * turn < 0).mean()
-        seen = (max_violation(statistics["loads"]), dead_experts(statistics["loads"]).astype(jnp.float32))
-        trace = Trace(*seen, bias_range(new["bias"]), jnp.sqrt((change**2).mean()), flips)
+        direction = jnp.sign(change)
+        loads = statistics["loads"]
+        of_bias = bias_range(new["bias"]), jnp.sqrt((change**2).mean()), flip_rate(last_direction, direction)
+        trace: Any = Trace(max_violation(loads), dead_experts(loads).astype(jnp.float32), *of_bias)
         offset = offset - sign * s.router_rate * s.experts * gradient
-        return (world, offset, new, statistics["loads"], jnp.where(change == 0, turn, jnp.sign(change))), trace
+        return (world, offset, new, loads, direction), trace
 
     @jax.jit
     def run(seed: Any) -> Trace:
@@ -404,8 +409,10 @@ def simulate(arm: Arm, s: Settings, seeds: int = 1, recording: Recording | None 
 
 def floor(s: Settings, recording: Recording | None = None) -> float:
     """The max violation that a uniform random router has by chance, for the tokens of a step."""
+    from moe_jax.metrics import violation_floor
+
     tokens = s.tokens if recording is None else round(float(recording.mask.sum(1).mean()))
-    return 2.8 * ((1 - s.top_k / s.experts) * s.experts / (tokens * s.top_k)) ** 0.5
+    return float(violation_floor(tokens, s.top_k, s.experts))
 
 
 def threshold(s: Settings, recording: Recording | None = None) -> float:
@@ -456,7 +463,8 @@ def best(results: Sequence[Result], s: Settings) -> str:
     found = sorted(filter(steady, results), key=level)
     if not found:
         return f"None settled within {s.steps} steps; try other rates, or more --steps."
-    return f"Lowest final level of the {len(found)} of {len(results)} that settled: {found[0].arm.name}, {level(found[0]):.3g}."
+    among = f"of the {len(found)} of {len(results)} that settled"
+    return f"Lowest final level {among}: {found[0].arm.name}, {level(found[0]):.3g}."
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------
@@ -591,7 +599,7 @@ def asked() -> Asked:
     if {arm.sign for arm in arms} - {1, -1}:
         raise ValueError(f"--sign={','.join(flag.sign)} must be 1, or -1 to turn the balancing round; or both.")
     for name in ("json", "out"):
-        file = Path(flag[name].value)
+        file = Path(str(flag[name].value))
         if flag[name].value and (file.is_dir() or not file.parent.is_dir()):
             raise ValueError(f"--{name}={file} must be a file in a folder that is there; make {file.parent} first.")
     if flag.scores:
@@ -607,11 +615,11 @@ def asked() -> Asked:
 
 
 def _numbers(name: str, kind: type) -> list[Any]:
+    texts: Any = flags.FLAGS[name].value
     try:
-        return [kind(text) for text in flags.FLAGS[name].value]
+        return [kind(text) for text in texts]
     except ValueError:
-        text = ",".join(flags.FLAGS[name].value)
-        raise ValueError(f"--{name}={text} must be numbers between commas, each {article(kind)}.") from None
+        raise ValueError(f"--{name}={','.join(texts)} must have {article(kind)} between commas.") from None
 
 
 def main(_: list[str]) -> None:
@@ -647,7 +655,7 @@ def main(_: list[str]) -> None:
 
 def define_flags() -> None:
     """The flags; those of `Settings` have its names and defaults."""
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for f in fields(Settings):
         define[type(f.default)](f.name, f.default, f.metadata["help"])
     flags.DEFINE_multi_string("balance", None, "METHOD[:OPTION=VALUE,...][+METHOD...], or none; may be repeated.")

@@ -117,17 +117,18 @@ def synthetic(
     take longer than all the rest. The windows begin anywhere, so that a token meets other numbers every step.
     """
     size = num_tokens * num_experts
+    room = max(4 * size, 2**20)  # of a small pool, the seed would be seen in the loads' spread
 
     def init(key: Array) -> dict[str, Any]:
         pool_key, own_key = jax.random.split(key)
-        return {"pool": jax.random.normal(pool_key, (2 * size,)), "offsets": offsets.init(own_key)}
+        return {"pool": jax.random.normal(pool_key, (room,)), "offsets": offsets.init(own_key)}
 
     def next(state: dict[str, Any], key: Array, step: Array, loads: Array) -> tuple[Any, Array, Tokens]:
         window_key, move_key, id_key = jax.random.split(key, 3)
         own, offset = offsets.move(state["offsets"], move_key, step, loads)
         windows = [
             lax.dynamic_slice(state["pool"], (start,), (size,))
-            for start in jax.random.randint(window_key, (2,), 0, size)
+            for start in jax.random.randint(window_key, (2,), 0, room - size)
         ]
         z = (windows[0] + windows[1]).reshape(num_tokens, num_experts) * 0.5**0.5
         ids = jax.random.randint(id_key, (num_tokens,), 0, vocab_size)
