@@ -374,10 +374,10 @@ def closed_loop(
         new["bias"] = state["bias"] + change
         direction = jnp.sign(change)
         loads = statistics["loads"]
-        of_bias = bias_range(new["bias"]), jnp.sqrt((change**2).mean()), flip_rate(last_direction, direction)
-        trace: Any = Trace(max_violation(loads), dead_experts(loads).astype(jnp.float32), *of_bias)
+        of_loads: Any = max_violation(loads), dead_experts(loads).astype(jnp.float32)
+        of_bias: Any = bias_range(new["bias"]), jnp.sqrt((change**2).mean()), flip_rate(last_direction, direction)
         offset = offset - sign * s.router_rate * s.experts * gradient
-        return (world, offset, new, loads, direction), trace
+        return (world, offset, new, loads, direction), Trace(*of_loads, *of_bias)
 
     @jax.jit
     def run(seed: Any) -> Trace:
