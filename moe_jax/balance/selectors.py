@@ -1,1 +1,350 @@
-"""Methods that choose experts otherwise than by the k best biased scores."""
+"""Methods that choose experts otherwise than by the k best biased scores, and the one that drops copies.
+
+A selector's ids are int32 [T, S]; id == E is an empty slot. Padding is chosen by nobody and influences nobody.
+"""
+
+import heapq
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from moe_jax.balance.base import register
+from moe_jax.balance.method import Method
+from moe_jax.config import ModelConfig
+from moe_jax.options import Bip, DeviceCapacity, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
+from moe_jax.routing import Routing, Tokens, best, count
+
+
+@register("expert_choice")
+def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
+    """Expert Choice: `expert j takes its C = round(capacity_factor k T / E) tokens of highest s_tj`.
+
+    T are the valid tokens among which an expert chooses: those of the micro-batch, or of each sequence apart. Loads
+    are equal at once; a token has 0 to E experts (so E slots), equal scores go to the earlier token. It is not causal:
+    whether a token is chosen depends on later ones (`leak_bits`), so evaluation routes by top-k instead.
+
+    Source: arXiv 2202.09368 eq. 1, whose c is capacity_factor k; the leak: arXiv 2408.15664, section 5.2.
+    """
+
+    def choose(scores: Array, valid: Array, row: Array, num_rows: int, top_k: int) -> Bool[Array, "tokens experts"]:
+        num_experts = scores.shape[1]
+        sizes = count(jnp.where(valid, row, num_rows), num_rows)
+        capacity = jnp.round(options.capacity_factor * top_k / num_experts * sizes)
+        group = jnp.where(valid, row, num_rows)[:, None] * num_experts + jnp.arange(num_experts)
+        rank = rank_in_group(scores.ravel(), group.ravel(), (num_rows + 1) * num_experts)
+        return valid[:, None] & (rank.reshape(scores.shape) < capacity[row][:, None])
+
+    def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens experts"]:
+        scores, valid = lax.stop_gradient(scores), is_valid(tokens, len(scores))
+        if options.scope == "sequence" and tokens.rows is not None:  # apart from each other, so rows stay in place
+            rows = tokens.rows.count
+            alone = jnp.zeros(len(scores) // rows, jnp.int32)
+            split = scores.reshape(rows, -1, scores.shape[1]), valid.reshape(rows, -1)
+            chosen = jax.vmap(lambda s, v: choose(s, v, alone, 1, top_k))(*split).reshape(scores.shape)
+        elif options.scope == "sequence" and tokens.row is not None:
+            chosen = choose(scores, valid, tokens.row, len(scores), top_k)
+        else:
+            chosen = choose(scores, valid, jnp.zeros(len(scores), jnp.int32), 1, top_k)
+        return jnp.where(chosen, jnp.arange(scores.shape[1]), scores.shape[1])
+
+    return Method(select=select, inference="top_k")
+
+
+@register("sinkhorn")
+def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
+    """Sinkhorn: `top-k of u_t s_tj v_j`, where u and v give every token the mass 1/T and every expert 1/E.
+
+    `iterations` rounds of u, then v, from v = 1, by logarithms. The factor u_t ranks nothing, so the choice is the
+    top-k of log s_tj + log v_j. Megatron balances exp(logits); softmax scores are the same up to u. Sigmoid scores
+    are that matrix with every entry above 1 pressed below it: exp(x) / (1 + exp(x)). It is not causal, for v is of the
+    whole micro-batch, so evaluation routes by top-k instead. No gradient passes u and v; gates are the scores.
+
+    Source: Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which
+    relaxes the linear assignment of BASE layers (2103.16716).
+    """
+
+    def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
+        num_tokens, num_experts = scores.shape
+        log_scores = jnp.log(jnp.maximum(lax.stop_gradient(scores), jnp.finfo(jnp.float32).tiny))
+        valid = is_valid(tokens, num_tokens)
+
+        def balance(_: Any, v: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
+            u = jnp.where(valid, -jax.nn.logsumexp(log_scores + v, axis=1), -jnp.inf)
+            mass = jax.nn.logsumexp(log_scores + u[:, None], axis=0)
+            return jnp.where(valid.any(), -mass, 0.0)  # up to a constant, which ranks nothing
+
+        v = lax.fori_loop(0, options.iterations, balance, jnp.zeros(num_experts, jnp.float32))
+        return best(log_scores + v, top_k)
+
+    return Method(select=select, inference="top_k")
+
+
+@register("bip")
+def bip(options: Bip, model: ModelConfig) -> Method:
+    """BIP: `top-k of s_tj - q_j`, the prices q of a binary integer program over the micro-batch.
+
+    From q = 0, `iterations` times: p_t = max(0, (k+1)-th largest_j of s_tj - q_j), then
+    q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), T the valid tokens and kT/E rounded down: coordinate descent
+    in the dual of "at most k experts a token, at most kT/E tokens an expert, the highest sum of scores". Prices are
+    never negative, so they press crowded experts down but cannot lift starved ones. They are found before routing,
+    so it is not causal, and evaluation routes by top-k instead.
+
+    Source: arXiv 2502.15451; the update as kexue.fm 11619 restates it.
+    """
+
+    def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
+        num_experts = scores.shape[1]
+        scores = lax.stop_gradient(scores)
+        valid = is_valid(tokens, len(scores))
+        room = top_k * valid.sum() // num_experts
+
+        def prices(_: Any, q: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
+            p = nth_largest((scores - q).T, top_k)
+            return nth_largest(jnp.where(valid[:, None], scores - p[:, None], -jnp.inf), room)
+
+        q = lax.fori_loop(0, options.iterations, prices, jnp.zeros(num_experts, jnp.float32))
+        return best(scores - q, top_k)
+
+    def nth_largest(values: Float32[Array, "items columns"], n: Array | int) -> Float32[Array, "columns"]:
+        """Of each column the value above which n lie, at least 0; 0 where there are no more than n."""
+        falling = -jnp.sort(-values, axis=0)
+        return jnp.maximum(jnp.take(falling, n, axis=0, mode="fill", fill_value=-jnp.inf), 0.0)
+
+    return Method(select=select, inference="top_k")
+
+
+@register("expert_threshold")
+def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Method:
+    """Expert Threshold: `token t uses expert j iff s_tj > c_j`, c_j a moving average of expert choice's cutoffs.
+
+    The cutoff of a step is the score above which lie k T / E of expert j's scores, read from a histogram over [0, 1].
+    It moves the threshold for the next step, so this is causal expert choice: k experts a token on average, 0 to E
+    (or `slots`) for each, and evaluation routes the same. The bias is -c. All zero it says that no cutoff was seen:
+    then a token uses its k best scores, and the first cutoff becomes the threshold at once. (The paper instead warms
+    up by expert choice, which is not causal.)
+
+    Source: arXiv 2603.11535; kexue.fm 11626, whose decay is 0.9.
+    """
+
+    def select(scores: Array, biased: Array, *, top_k: int, **_: Any) -> Int32[Array, "tokens slots"]:
+        num_experts = scores.shape[1]
+        slots = min(options.slots or num_experts, num_experts)
+        ids = best(biased, slots)
+        unseen = (biased == scores).all(-1, keepdims=True)
+        over = jnp.take_along_axis(biased, ids, axis=-1) > 0
+        return jnp.where(jnp.where(unseen, jnp.arange(slots) < top_k, over), ids, num_experts)
+
+    def observe(routing: Routing) -> Int32[Array, "experts bins"]:
+        num_tokens, num_experts = routing.scores.shape
+        bins = jnp.clip(jnp.floor(routing.scores * options.bins).astype(jnp.int32), 0, options.bins - 1)
+        place = jnp.where(is_valid(routing.tokens, num_tokens)[:, None], bins, options.bins)
+        histogram = jnp.zeros((num_experts, options.bins + 1), jnp.int32)
+        return histogram.at[jnp.arange(num_experts), place].add(1)[:, :-1]
+
+    def update_bias(_: Array, histogram: Array, bias: Array, __: None, step: Array) -> tuple[Array, None]:
+        target = -cutoffs(histogram, model.top_k)
+        new = jnp.where((bias == 0).all(), target, options.ema * bias + (1.0 - options.ema) * target)
+        frozen = False if options.freeze_step is None else step >= options.freeze_step
+        return jnp.where(frozen, bias, new), None
+
+    return Method(select=select, observe=observe, update_bias=update_bias)
+
+
+def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Array, "experts"]:
+    """Of each expert the score, 0 to 1, above which lie k T / E of its T scores: its 1 - k/E quantile.
+
+    Scores are taken to lie evenly within a bin, so the value is right to a bin's width.
+    """
+    num_experts, bins = histogram.shape
+    target = top_k / num_experts * histogram.sum(1).astype(jnp.float32)
+    at_least = jnp.cumsum(histogram[:, ::-1], axis=1)[:, ::-1]  # how many lie in this bin or above
+    place = jnp.maximum((at_least >= target[:, None]).sum(1) - 1, 0)  # the highest bin that reaches the target
+    in_bin, reached = (jnp.take_along_axis(a, place[:, None], axis=1)[:, 0] for a in (histogram, at_least))
+    return (place + (reached - target) / jnp.maximum(in_bin, 1)) / bins
+
+
+@register("hash")
+def hash_routing(options: Hash, model: ModelConfig) -> Method:
+    """Hash: `experts of token t = table[id_t]`, a fixed table from token ids to k experts; gates stay learned.
+
+    The table int32 [V, K] is state under "table". `init` gives each layer another one, in which all experts stand
+    equally often (to 1), as fits tokens of equal frequency; `balanced_table` makes one for given frequencies. Ids
+    from V on are taken modulo V. Without a state, expert i of a token is (id k + i) mod E. It is causal, and evaluation
+    routes the same.
+
+    Raises:
+        ValueError: the tokens have no ids.
+
+    Source: Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers.
+    """
+
+    def init(num_experts: int, layer: Any) -> dict[str, Array]:
+        return {"table": _uniform_table(model.vocab_size, num_experts, model.top_k, layer)}
+
+    def select(
+        scores: Array, biased: Array, *, top_k: int, tokens: Tokens, state: dict[str, Array] | None = None, **_: Any
+    ) -> Int32[Array, "tokens slots"]:
+        if tokens.ids is None:
+            raise ValueError("hash chooses experts by token id, but tokens.ids is None; give the ids of the tokens.")
+        if state is None:
+            return _in_turn(tokens.ids, top_k, scores.shape[1])
+        table = state["table"]
+        assert table.shape[1] == top_k
+        return table[tokens.ids % table.shape[0]]
+
+    return Method(init=init, select=select)
+
+
+def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
+    """A table int32 [V, K] for `hash` whose experts have nearly equal loads under these token frequencies.
+
+    Greedy: tokens by falling frequency, each to the K experts with the least load so far. Tokens that never occur are
+    spread as if each occurred half as often as the rarest. Where a token is more frequent than K / E no table balances.
+
+    Args:
+        frequencies: [V], counts or shares, at least 0.
+        seed: breaks ties, so that layers may have different tables; the same seed gives the same table.
+
+    Raises:
+        ValueError: a frequency is negative or not finite, or top_k is not from 1 to num_experts.
+
+    Source: kexue.fm 11681.
+    """
+    weights = np.asarray(frequencies, np.float64)
+    if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError("frequencies must be one finite number of at least 0 for every token id; count them anew.")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} must be from 1 to num_experts={num_experts}; change one.")
+    seen = weights[weights > 0]
+    weights = np.where(weights > 0, weights, seen.min() / 2 if len(seen) else 1.0)
+    ties = np.random.default_rng(seed).random((len(weights), top_k))
+    table = np.zeros((len(weights), top_k), np.int32)
+    least = [(0.0, float(expert), expert) for expert in range(num_experts)]  # a heap of (load, tie, expert)
+    for token in np.argsort(-weights, kind="stable"):
+        experts = [heapq.heappop(least) for _ in range(top_k)]
+        table[token] = [expert for *_, expert in experts]
+        for (load, _, expert), tie in zip(experts, ties[token], strict=True):
+            heapq.heappush(least, (load + weights[token], tie, expert))
+    return table
+
+
+@register("random")
+def random(options: Random, model: ModelConfig) -> Method:
+    """Random: `k distinct experts, uniformly`, drawn anew for every token: the control without any router.
+
+    Loads are those of a uniform router, the noise floor of max_violation. It is causal, and evaluation draws too, by
+    the key it is given.
+
+    Source: a control, as Megatron-LM's --moe-router-force-load-balancing.
+    """
+
+    def select(scores: Array, biased: Array, *, top_k: int, key: Any, **_: Any) -> Int32[Array, "tokens slots"]:
+        if key is None:
+            raise ValueError("random draws experts, but key is None; give a key.")
+        return best(jax.random.uniform(key, scores.shape), top_k)
+
+    return Method(select=select)
+
+
+@register("forced")
+def forced(options: Forced, model: ModelConfig) -> Method:
+    """Forced: `expert i of valid token n = (n k + i) mod E`: the control in perfect balance, whatever the scores.
+
+    Loads differ by at most 1. It is causal, and evaluation routes the same.
+
+    Source: a control of our own.
+    """
+
+    def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
+        number = jnp.cumsum(is_valid(tokens, len(scores)).astype(jnp.int32)) - 1
+        return _in_turn(number, top_k, scores.shape[1])
+
+    return Method(select=select)
+
+
+@register("device_capacity")
+def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
+    """Device capacity: `each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj`.
+
+    What is beyond is dropped in training: it travels nowhere and adds nothing, but loads count it. A device is a
+    logical group of consecutive experts: `num_devices`, else model.num_groups, else (both unset) one expert each. The
+    sequences of a share `protected`, drawn anew each time, keep all copies, first of their devices' budgets.
+    It is not causal, for copies of later tokens compete; evaluation drops nothing.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2.
+    """
+
+    def drop(routing: Routing, key: Array, train: bool, _: None) -> Bool[Array, "tokens slots"]:
+        ids, num_experts = routing.expert_ids, routing.loads.shape[0]
+        travels = ids < num_experts
+        if not train:
+            return travels
+        devices = _devices(num_experts)
+        budget = jnp.round(options.capacity_factor / devices * travels.sum())
+        affinity = jnp.take_along_axis(routing.scores, jnp.minimum(ids, num_experts - 1), axis=-1)
+        safe = _drawn_sequences(routing.tokens, len(ids), key, options.protected)[:, None]
+        device = jnp.where(travels, ids * devices // num_experts, devices)
+        order = lax.stop_gradient(jnp.where(safe, jnp.inf, affinity))
+        rank = rank_in_group(order.ravel(), device.ravel(), devices + 1).reshape(ids.shape)
+        return travels & (safe | (rank < budget))
+
+    def _devices(num_experts: int) -> int:
+        devices = options.num_devices or (model.num_groups if model.num_groups > 1 else num_experts)
+        assert num_experts % devices == 0, "the config checks that experts divide among devices"
+        return devices
+
+    return Method(drop=drop)
+
+
+def rank_in_group(
+    values: Float32[Array, "items"], group: Int32[Array, "items"], num_groups: int
+) -> Int32[Array, "items"]:
+    """Each item's place in its group by falling value, from 0; equal values in their order."""
+    order = jnp.lexsort((-values, group))
+    place = jnp.zeros_like(group).at[order].set(jnp.arange(len(group), dtype=group.dtype))
+    sizes = count(group, num_groups)
+    return place - (jnp.cumsum(sizes) - sizes)[group]
+
+
+def is_valid(tokens: Tokens, num_tokens: int) -> Bool[Array, "tokens"]:
+    """True for a token, False for padding."""
+    return jnp.ones(num_tokens, bool) if tokens.mask is None else tokens.mask
+
+
+def leak_bits(num_experts: int, top_k: int, num_layers: int = 1) -> float:
+    """How many bits on the future expert choice can leak per token, at least: `layers x K log2((1 - R) / R)`, R = K/E.
+
+    So much information lies in which tokens the experts choose. 0 where R is a half or more and the bound says nothing.
+
+    Source: Loss-Free Balancing (arXiv 2408.15664) eq. 7: 16 experts, 2 a token, 9 layers leak more than 50 bits.
+    """
+    share = top_k / num_experts
+    return num_layers * top_k * max(0.0, math.log2((1.0 - share) / share)) if share < 1.0 else 0.0
+
+
+def _in_turn(number: Int32[Array, "tokens"], top_k: int, num_experts: int) -> Int32[Array, "tokens slots"]:
+    """Experts in turn: number n gets n k to n k + k - 1, modulo E."""
+    return (number[:, None] * top_k + jnp.arange(top_k)) % num_experts
+
+
+def _uniform_table(vocab_size: int, num_experts: int, top_k: int, layer: Any) -> Int32[Array, "vocab slots"]:
+    """Experts in turn, in an order that is drawn anew each time all have had the same number of ids."""
+    ids = jnp.arange(vocab_size, dtype=jnp.int32)
+    period = num_experts // math.gcd(num_experts, top_k)
+    key = jax.random.fold_in(jax.random.key(0), layer)
+    order = best(jax.random.uniform(key, (-(-vocab_size // period), num_experts)), num_experts)
+    return order[ids[:, None] // period, _in_turn(ids % period, top_k, num_experts)]
+
+
+def _drawn_sequences(tokens: Tokens, num_tokens: int, key: Array, share: float) -> Bool[Array, "tokens"]:
+    """True for the tokens of a random share of the sequences."""
+    if tokens.rows is not None:
+        drawn = jax.random.uniform(key, (tokens.rows.count,)) < share
+        return jnp.repeat(drawn, num_tokens // tokens.rows.count)
+    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
+    return (jax.random.uniform(key, (num_tokens,)) < share)[row]
