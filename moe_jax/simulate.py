@@ -53,7 +53,7 @@ STREAMS = {
     "drifting": ("skew", "drift"),
     "bursty": ("skew", "burst", "period"),
     "domains": ("skew", "domains", "period"),
-    "shift": ("skew", "middle"),
+    "shift": ("skew", "shift_step"),
     "adversarial": ("skew", "drift", "bound"),
 }
 VOCAB_SIZE = 4096  # of synthetic token ids
@@ -89,7 +89,7 @@ class Settings:
     window: int = setting(20, "How many steps that mean is over.")
 
     @property
-    def middle(self) -> int:
+    def shift_step(self) -> int:
         """The step at which the stream `shift` changes."""
         return self.steps // 2
 
@@ -243,19 +243,19 @@ def check(s: Settings) -> None:
         raise ValueError(f"--tokens={s.tokens} must be divisible by --sequences={s.sequences}; change one.")
     if s.stream not in STREAMS:
         raise ValueError(f"--stream={s.stream} must be one of {', '.join(STREAMS)}; choose one.")
-    if s.window > s.middle:
+    if s.window > s.shift_step:
         raise ValueError(f"--window={s.window} must be at most half of --steps={s.steps}; lower it.")
 
 
 def check_unused(given: set[str], s: Settings, scores: str) -> None:
     """Raise a ValueError for a flag that was given and would be ignored."""
-    only_some = {name for names in STREAMS.values() for name in names if name != "middle"}
+    only_some = {name for names in STREAMS.values() for name in names if name != "shift_step"}
     synthetic = only_some | {"experts", "tokens", "stream", "noise"}
     if scores and (extra := sorted(given & synthetic)):
         raise ValueError(f"--{extra[0]} is for synthetic streams, and --scores={scores} replays one; leave one out.")
     if not scores and "layer" in given:
         raise ValueError("--layer is a layer of recorded scores; give --scores=FOLDER too, or leave it out.")
-    for name in sorted(given & only_some - set(STREAMS[s.stream])):
+    for name in sorted(given & only_some - set(STREAMS.get(s.stream, only_some))):
         readers = [stream for stream, names in STREAMS.items() if name in names]
         raise ValueError(f"--{name} is not read by --stream={s.stream}; choose {' or '.join(readers)}.")
 
@@ -270,6 +270,7 @@ def config_of(s: Settings, entries: tuple[BalanceEntry, ...], num_layers: int = 
         num_experts=s.experts,
         top_k=s.top_k,
         score=s.score,
+        normalize_gates=s.top_k > 1,
         num_layers=num_layers,
         vocab_size=vocab_size or VOCAB_SIZE,
     )
@@ -358,8 +359,9 @@ def closed_loop(
 
     def forward(offset: Any, logits: Any, tokens: Any, state: Any, key: Any) -> tuple[Any, Any]:
         select = None if balancer.select is None else functools.partial(balancer.select, state=state)
-        how = dict(top_k=s.top_k, score=s.score, tokens=tokens, combine=balancer.combine, key=key)
-        routing = route(logits + offset, state["bias"], select=select, train=True, **how)
+        how = dict(select=select, combine=balancer.combine, key=key, train=True)
+        how |= dict(top_k=s.top_k, score=s.score, normalize_gates=s.top_k > 1, tokens=tokens)
+        routing = route(logits + offset, state["bias"], **how)
         statistics = balancer.observe(routing)
         return balancer.loss(routing, statistics, state, router), statistics
 
@@ -435,7 +437,9 @@ def settling(violation: np.ndarray, limit: float, window: int) -> int | None:
 def summarize(trace: Trace, s: Settings, limit: float) -> Summary:
     """A run in numbers."""
     shifted = s.stream == "shift"
-    before, after = (trace.violation[: s.middle], trace.violation[s.middle :]) if shifted else (trace.violation, None)
+    before, after = (
+        (trace.violation[: s.shift_step], trace.violation[s.shift_step :]) if shifted else (trace.violation, None)
+    )
     end = slice(-max(2, round(FINAL * s.steps)), None)
     return Summary(
         settled=settling(before, limit, s.window),
@@ -480,16 +484,17 @@ COLUMNS = {
     "dead": "dead",
     "bias_range": "bias range",
 }
+STEPS = ("settled", "recovered")  # numbers of steps, or never
 
 
-def cell(values: Sequence[float | None], steps: bool) -> str:
-    """Mean, and standard deviation over several seeds; how many seeds if not all have a value."""
+def cell(values: Sequence[float | None], steps: bool, spread: bool = True) -> str:
+    """The mean, its standard deviation over several seeds, and how many have a value if not all do."""
     known = np.asarray([v for v in values if v is not None], float)
     if not known.size:
         return "never" if steps else "-"
     mean = f"{known.mean():.0f}" if steps else f"{known.mean():.3g}"
-    spread = f" ± {known.std(ddof=1):.{'0f' if steps else '2g'}}" if known.size > 1 else ""
-    return mean + spread + (f" ({known.size} of {len(values)})" if known.size < len(values) else "")
+    more = f" ± {known.std(ddof=1):.{'0f' if steps else '1g'}}" if spread and known.size > 1 else ""
+    return mean + more + (f" ({known.size} of {len(values)})" if known.size < len(values) else "")
 
 
 def make_table(results: Sequence[Result], s: Settings, title: str) -> "Table":
@@ -500,17 +505,19 @@ def make_table(results: Sequence[Result], s: Settings, title: str) -> "Table":
     table = Table("balance", *(COLUMNS[key] for key in shown), title=title, title_justify="left")
     for result in results:
         values = {key: [getattr(summary, key) for summary in result.summaries] for key in shown}
-        table.add_row(result.arm.name, *(cell(v, key in ("settled", "recovered")) for key, v in values.items()))
+        cells = (cell(v, key in STEPS, key in (*STEPS, "peak", "final")) for key, v in values.items())
+        table.add_row(result.arm.name, *cells)
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     return table
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5AA6", "#222222")  # Okabe and Ito's
+MANY = 4  # more arms than these are drawn without single steps
 
 
 def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: Path) -> None:
-    """Max violation over steps as a PNG: thick the moving mean over steps and seeds, thin the first seed's steps."""
+    """Max violation over steps as a PNG: thick a mean over steps and seeds, thin each step of the first seed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -520,19 +527,30 @@ def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: P
         axes = figure.subplots()
         for i, result in enumerate(results):
             look = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", (0, (4, 1)))[i // len(COLOURS) % 2])
-            _curve(axes, result, s, look)
+            _curve(axes, result, s, len(results) <= MANY, look)
         axes.axhline(low, color="#555555", linestyle="--", linewidth=1.3, label=f"uniform random router, {low:.2g}")
         if s.stream == "shift":
-            axes.axvline(s.middle, color="#999999", linestyle=":", linewidth=1.3, label="shift")
+            axes.axvline(s.shift_step, color="#999999", linestyle=":", linewidth=1.3, label="shift")
         _label(figure, axes, title)
         figure.savefig(file, dpi=130)
 
 
-def _curve(axes: "Axes", result: Result, s: Settings, look: Mapping[str, Any]) -> None:
-    steps = np.stack([trace.violation for trace in result.traces])
-    axes.plot(steps[0], color=look["color"], alpha=0.18, linewidth=0.7)
-    smooth = moving_mean(steps.mean(0), s.window)
-    axes.plot(np.arange(smooth.size) + (s.window - 1) / 2, smooth, linewidth=1.9, label=result.arm.name, **look)
+def _curve(axes: "Axes", result: Result, s: Settings, single: bool, look: Mapping[str, Any]) -> None:
+    seen = np.stack([trace.violation for trace in result.traces])
+    if single:
+        axes.plot(seen[0], color=look["color"], alpha=0.18, linewidth=0.7)
+    # what was before the shift has no part in a mean after it
+    parts = np.split(seen.mean(0), [s.shift_step]) if s.stream == "shift" else [seen.mean(0)]
+    mean = np.concatenate([centred_mean(part, s.window) for part in parts])
+    axes.plot(mean, linewidth=1.9, label=result.arm.name, **look)
+
+
+def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean over about `window` steps around each; at the ends over as many as there are on both sides."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(values.size)
+    half = np.minimum(window // 2, np.minimum(at, at[::-1]))
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
 
 
 def _label(figure: "Figure", axes: "Axes", title: str) -> None:
@@ -591,8 +609,8 @@ def asked() -> Asked:
     if flag.drift > 0 and "drift" in given and "stream" not in given:
         values["stream"] = "drifting"
     s = Settings(**values)
-    check(s)
     check_unused(given, s, flag.scores)
+    check(s)
     if flag.seeds < 1:
         raise ValueError(f"--seeds={flag.seeds} must be at least 1; raise it.")
     arms = arms_of(flag.balance, _numbers("rates", float), _numbers("sign", int))
@@ -631,7 +649,7 @@ def main(_: list[str]) -> None:
         fail(str(error))
     from rich.console import Console
 
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     started = time.perf_counter()
     results = []
     for arm in arms:
