@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moe_jax.balance import Balancer
+    from moe_jax.routing import Routing
     from moe_jax.streams import Stream
 
 # every synthetic stream with the settings that it alone reads, in the order of its function's arguments
@@ -342,6 +343,25 @@ def make_stream(s: Settings, recording: Recording | None = None) -> "Stream":
     return streams.synthetic(offsets, s.tokens, s.experts, s.sequences, s.noise, VOCAB_SIZE)
 
 
+def routed(balancer: "Balancer", s: Settings, logits: Any, tokens: Any, state: Any, key: Any) -> "Routing":
+    """One layer's routing in training."""
+    from moe_jax.routing import route
+
+    select = None if balancer.select is None else functools.partial(balancer.select, state=state)
+    return route(
+        logits,
+        state["bias"],
+        top_k=s.top_k,
+        score=s.score,
+        normalize_gates=s.top_k > 1,
+        tokens=tokens,
+        select=select,
+        combine=balancer.combine,
+        key=key,
+        train=True,
+    )
+
+
 def closed_loop(
     balancer: "Balancer", stream: "Stream", s: Settings, sign: int = 1, layer: int = 0
 ) -> Callable[[int], Trace]:
@@ -353,15 +373,11 @@ def closed_loop(
     import jax.numpy as jnp
 
     from moe_jax.metrics import bias_range, dead_experts, flip_rate, max_violation
-    from moe_jax.routing import route
 
     router = jax.random.normal(jax.random.key(0), (32, s.experts))  # for losses on it; it stays
 
     def forward(offset: Any, logits: Any, tokens: Any, state: Any, key: Any) -> tuple[Any, Any]:
-        select = None if balancer.select is None else functools.partial(balancer.select, state=state)
-        how = dict(select=select, combine=balancer.combine, key=key, train=True)
-        how |= dict(top_k=s.top_k, score=s.score, normalize_gates=s.top_k > 1, tokens=tokens)
-        routing = route(logits + offset, state["bias"], **how)
+        routing = routed(balancer, s, logits + offset, tokens, state, key)
         statistics = balancer.observe(routing)
         return balancer.loss(routing, statistics, state, router), statistics
 
