@@ -16,8 +16,9 @@ experts are popular for a while; `domains` batches switch between domains; `shif
 `record_scores_every` wrote into WORKDIR/scores.
 
 A loss acts on its router: here on an offset for each expert, which all tokens share, by
-offset -= router_rate x E x gradient; nothing else pulls at the router, so a loss finds balance at any weight, the
-sooner the larger. Losses on the router's weights alone do nothing here.
+offset -= router_rate x E x gradient. No language model pulls against it, so any loss that is lower for smaller
+differences in popularity finds balance here, the sooner the larger its weight; what it costs is not seen. Losses on
+the router's weights alone do nothing here.
 """
 
 import ast
@@ -201,7 +202,7 @@ def _option(pair: str, text: str) -> tuple[str, Any]:
 
 
 def arms_of(texts: Sequence[str], rates: Sequence[float] = (), signs: Sequence[int] = (1,)) -> list[Arm]:
-    """Every text at every rate with every sign.
+    """Every text at every rate with every sign; "none" has one only.
 
     Raises:
         ValueError: a text is wrong, or has not one rate to be set.
@@ -214,7 +215,12 @@ def arms_of(texts: Sequence[str], rates: Sequence[float] = (), signs: Sequence[i
             made = [(write_balance(v), balance_entries(v)) for v in versions]
         except ValueError as error:
             raise ValueError(f"--balance={text}: {error}") from None
-        arms += [Arm(name + ", turned round" * (sign < 0), entries, sign) for name, entries in made for sign in signs]
+        arms += [
+            Arm(name + ", turned round" * (sign < 0), entries, sign)
+            for name, entries in made
+            for sign in signs
+            if entries or sign > 0  # of nothing there is nothing to turn
+        ]
     return arms
 
 
@@ -562,11 +568,12 @@ def _curve(axes: "Axes", result: Result, s: Settings, single: bool, look: Mappin
 
 
 def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over about `window` steps around each; at the ends over as many as there are on both sides."""
+    """The mean over about `window` steps around each, fewer at the ends: step n never sees one before n / 2."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(values.size)
-    half = np.minimum(window // 2, np.minimum(at, at[::-1]))
-    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+    before = np.minimum(window // 2, at // 2)
+    after = np.minimum(before, at[::-1])
+    return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
 
 
 def _label(figure: "Figure", axes: "Axes", title: str) -> None:

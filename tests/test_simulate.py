@@ -70,6 +70,7 @@ def test_rates_and_signs_repeat_a_method():
     assert [arm.name for arm in arms] == both
     assert [arm.sign for arm in arms] == [1, -1, 1, -1]
     assert arms[3].entries == balance_entries({"bias_sign": {"rate": 0.2}, "aux_loss": {}})
+    assert [arm.name for arm in simulate.arms_of(["none"], signs=[1, -1])] == ["none"]
 
 
 # --- streams ----------------------------------------------------------------------------------------------------
@@ -261,8 +262,10 @@ def test_a_cell_tells_mean_spread_and_how_many():
     assert simulate.cell([0.1, 0.2], steps=False, spread=False) == "0.15"
 
 
-def test_a_drawn_mean_is_of_equally_many_steps_on_both_sides():
-    np.testing.assert_allclose(simulate.centred_mean(np.asarray([1.0, 2, 6, 4, 0]), 4), [1, 3, 2.6, 10 / 3, 0])
+def test_a_drawn_mean_does_not_smear_the_start():
+    # over steps 0, 1, 1 to 3, 2 to 4 and, where there is no later one, 2 to 4
+    drawn = simulate.centred_mean(np.asarray([1.0, 2, 6, 4, 0]), 4)
+    np.testing.assert_allclose(drawn, [1, 2, 4, 10 / 3, 10 / 3])
 
 
 # --- the published behaviour ------------------------------------------------------------------------------------
