@@ -37,6 +37,8 @@ evaluate
 train
 describe
 plan
+streams
+simulate
 """.split()
 ALLOWED = {
     "flax": {"layers", "moe", "model", "state", "step"},
@@ -99,11 +101,11 @@ def test_config_and_data_do_not_import_jax(file):
         assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "describe", "plan"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "describe", "plan", "simulate"])
 def test_commands_import_jax_late(name):
     top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
     assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)
-    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation"}
+    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams"}
     assert not any(internal(n) in heavy for n in top)
 
 

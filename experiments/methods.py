@@ -1,0 +1,356 @@
+"""`python -m experiments.methods`: what every balancing method is and does, as a table that nobody writes by hand.
+
+Writes methods.md and its pictures into `--folder`. Names, equations and sources are those of the code; state,
+statistics and causality are found by running it, and speed and level by `moe_jax.simulate`. The pictures reproduce
+in the simulator what was published of the rules: the chatter of the sign follows its rate (Loss-Free Balancing,
+arXiv 2408.15664, figure 4), rules whose step shrinks with the error end below it (table 3), and an update of the
+wrong sign collapses. The commands that draw them are printed with them. It takes some minutes on two cores.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from moe_jax import balance, simulate, streams
+from moe_jax.balance.base import REGISTRY, Balancer
+from moe_jax.balance.method import Method
+from moe_jax.command import fail, parse_flags
+from moe_jax.config import ModelConfig, balance_entries
+from moe_jax.files import write_whole
+from moe_jax.options import BALANCE_METHODS
+from moe_jax.simulate import Arm, Result, Settings
+
+SETTINGS = Settings(experts=64, top_k=6, tokens=4096, steps=400)
+FEW_STEPS = 60
+SMALL = Settings(experts=24, top_k=2, tokens=64)  # for what is seen in one step
+SHAPES = Settings(experts=72, top_k=6, tokens=96)  # sizes that tell one dimension from another
+DIMENSIONS = {72: "E", 6: "K", 96: "T", simulate.VOCAB_SIZE: "V"}
+FAMILIES = ("bias", "loss", "control", "selector")
+
+
+class Picture(NamedTuple):
+    """A simulation to be drawn: the name of its file, what to see in it, and the flags."""
+
+    name: str
+    caption: str
+    flags: tuple[str, ...]
+
+
+SIZE = ("--experts=64", "--top_k=6")
+PICTURES = (
+    Picture(
+        "simulate_rates",
+        "The sign rule at four rates, with so many tokens that chance is small: a rate that is low is slow, and one "
+        "that is high chatters, well above chance in proportion to the rate.",
+        ("--balance=bias_sign", "--rates=1e-4,1e-3,1e-2,1e-1", *SIZE, "--tokens=16384", "--steps=1000"),
+    ),
+    Picture(
+        "simulate_rules",
+        "Rules at their own default rates, and a shift in the middle: rules that see the size of the error are "
+        "faster than the sign, or calmer, or both; the quantile needs no rate and a step or two.",
+        (
+            *(f"--balance={name}" for name in ("bias_sign", "bias_proportional", "bias_rms", "bias_smebu", "bias_pi")),
+            *("--balance=quantile", *SIZE, "--tokens=4096", "--steps=1000", "--stream=shift"),
+        ),
+    ),
+    Picture(
+        "simulate_flipped",
+        "The sign rule, the same with its sign turned round, and none: positive feedback collapses onto the experts "
+        "that were ahead.",
+        ("--balance=none", "--balance=bias_sign", "--sign=1,-1", *SIZE, "--tokens=4096", "--steps=500"),
+    ),
+)
+
+
+# --- what the code says -----------------------------------------------------------------------------------------
+
+
+def composition(name: str) -> dict[str, dict[str, Any]]:
+    """The method with what it cannot do without: the loss it controls, a target within reach, logical devices."""
+    options = BALANCE_METHODS[name]()
+    own: dict[str, Any] = {}
+    mapping = {name: own}
+    if hasattr(options, "controls"):
+        mapping[options.controls] = {}
+    if hasattr(options, "target"):
+        own["target"] = round(simulate.threshold(SETTINGS), 2)
+    try:
+        simulate.config_of(SETTINGS, balance_entries(mapping))
+    except ValueError:  # the only thing that a method lacks by default
+        own["num_devices"] = 8
+    return mapping
+
+
+def arm_of(name: str) -> Arm:
+    """The method as the simulator runs it."""
+    mapping = composition(name)
+    return Arm(simulate.write_balance(mapping), balance_entries(mapping))
+
+
+def made(name: str, s: Settings) -> Balancer:
+    """The method and what it needs, for one layer of these sizes."""
+    config = simulate.config_of(s, arm_of(name).entries)
+    return balance.make(config.balance, config.model)
+
+
+def method_of(name: str) -> Method:
+    """The functions that the method has, at its default options."""
+    return REGISTRY[name](BALANCE_METHODS[name](), ModelConfig())
+
+
+def family(name: str) -> str:
+    """By what the method has: a factor on a loss, a selection of its own, a bias to move, a loss."""
+    method = method_of(name)
+    if method.factor is not None:
+        return "control"
+    if method.select is not None or method.drop is not None:
+        return "selector"
+    return "bias" if method.update_bias is not None else "loss"
+
+
+def equation(name: str) -> str:
+    """The formulas in the first paragraph of the docstring: what stands between backticks and has a space."""
+    first = (inspect.getdoc(REGISTRY[name]) or "").split("\n\n")[0]
+    found = [" ".join(text.split()) for text in re.findall(r"`([^`]*)`", first)]
+    return "; ".join(f"`{text}`" for text in found if " " in text)
+
+
+def source(name: str) -> str:
+    """The identifiers in the docstring's "Source:", or its first clause where it has none."""
+    text = " ".join((inspect.getdoc(REGISTRY[name]) or "").partition("Source:")[2].split("\n\n")[0].split())
+    papers = [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\b\d{4}\.\d{5}\b", text)]
+    essays = [f"[kexue {n}](https://kexue.fm/archives/{n})" for n in re.findall(r"kexue\.fm\D{1,10}?(\d{4,5})", text)]
+    return ", ".join(dict.fromkeys(papers + essays)) or re.split(r"[,.;] ", text)[0].rstrip(".")
+
+
+# --- what running it shows --------------------------------------------------------------------------------------
+
+
+def shapes(tree: Mapping[str, Any], name: str) -> str:
+    """Names, dtypes and shapes, with letters for the sizes of `SHAPES`; what is under the method's label is its own."""
+    tree = {"own" if key == name else key: value for key, value in tree.items()}
+    cells = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dims = ", ".join(DIMENSIONS.get(size, str(size)) for size in leaf.shape)
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        cells.append(f"{where} {leaf.dtype}[{dims}]")
+    return ", ".join(cells)
+
+
+def forward(balancer: Balancer, s: Settings, logits: Any, state: Any, ids: Any) -> tuple[Any, Any]:
+    """Experts [T, S] of one layer's tokens, where a dropped copy is an empty slot, and statistics."""
+    tokens, key = streams.rows_of(s.sequences, s.tokens)._replace(ids=ids), jax.random.key(0)
+    routing = simulate.routed(balancer, s, logits, tokens, state, key)
+    if balancer.drop is None:
+        return routing.expert_ids, balancer.observe(routing)
+    keep = balancer.drop(routing, state, key, True)
+    return jnp.where(keep, routing.expert_ids, s.experts), balancer.observe(routing)
+
+
+def state_and_statistics(name: str) -> tuple[str, str]:
+    """Shapes of what the method keeps from step to step, and of what it sums over a step."""
+    balancer, s = made(name, SHAPES), SHAPES
+
+    def run(logits: Any, ids: Any) -> tuple[Any, Any]:
+        state = balancer.init(s.experts)
+        return state, forward(balancer, s, logits, state, ids)[1]
+
+    logits = jax.ShapeDtypeStruct((s.tokens, s.experts), jnp.float32)
+    state, statistics = jax.eval_shape(run, logits, jax.ShapeDtypeStruct((s.tokens,), jnp.int32))
+    shared = {"direction"} if method_of(name).update_bias is not None else {"direction", "bias"}
+    kept = {key: value for key, value in state.items() if key not in shared}
+    return shapes(kept, name) or "none", shapes(statistics, name)
+
+
+def settings_of(name: str) -> Settings:
+    """Fewer steps for a method that changes nothing from one step to the next: to it they are all alike."""
+    method = method_of(name)
+    learns = method.update_bias is not None or method.update is not None or method.loss is not None
+    return SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS)
+
+
+def is_causal(name: str) -> bool:
+    """Whether no token's experts change when later tokens of the batch do, at a state that three steps have moved."""
+    balancer, s = made(name, SMALL), SMALL
+    run = jax.jit(functools.partial(forward, balancer, s))
+    random = np.random.default_rng(0)
+
+    def draw() -> np.ndarray:
+        return random.normal(size=(s.tokens, s.experts)).astype(np.float32)
+
+    ids = random.integers(0, simulate.VOCAB_SIZE, s.tokens, dtype=np.int32)
+    state = balancer.init(s.experts)
+    for step in range(3):
+        state = balancer.update(run(draw(), state, ids)[1], state, jnp.int32(step))
+    logits = draw()
+    before = np.asarray(run(logits, state, ids)[0])
+    for t in range(1, s.tokens, 7):
+        changed, other_ids = logits.copy(), ids.copy()
+        changed[t:] = 3.0 * draw()[t:]
+        other_ids[t:] = random.integers(0, simulate.VOCAB_SIZE, s.tokens - t)
+        if (np.asarray(run(changed, state, other_ids)[0])[:t] != before[:t]).any():
+            return False
+    return True
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; a pipe within a cell would end it, so norms get the bars that mathematics has for them."""
+
+    def line(cells: Sequence[str]) -> str:
+        return (
+            "| "
+            + " | ".join(cell.replace("||", "\N{DOUBLE VERTICAL LINE}").replace("|", "\N{DIVIDES}") for cell in cells)
+            + " |"
+        )
+
+    return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])
+
+
+HEADER = (
+    "method",
+    "family",
+    "equation",
+    "source",
+    "state",
+    "statistics of a step",
+    "causal",
+    "inference",
+    "settled after",
+    "final / floor",
+)
+
+
+def row(name: str, result: Result, low: float) -> list[str]:
+    """What is known of one method."""
+    state, statistics = state_and_statistics(name)
+    causal = "yes" if is_causal(name) else "no"
+    inference = made(name, SETTINGS).inference
+    about = [f"`{name}`", family(name), equation(name), source(name), state, statistics, causal, inference]
+    return about + speed_and_level(result, low)
+
+
+def speed_and_level(result: Result, low: float) -> list[str]:
+    """Steps until it settled, and the final level over the floor."""
+    settled = simulate.cell([summary.settled for summary in result.summaries], steps=True)
+    return [settled, simulate.cell([summary.final / low for summary in result.summaries], steps=False)]
+
+
+def methods_table(seeds: int) -> str:
+    """Every registered method, family by family, after no balancing at all."""
+    names = sorted(REGISTRY, key=lambda name: (FAMILIES.index(family(name)), name))
+
+    def run(name: str) -> Result:
+        return simulate.simulate(arm_of(name), settings_of(name), seeds)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the compiled loops hold no lock
+        results = list(pool.map(run, names))
+    low = simulate.floor(SETTINGS)
+    free = simulate.simulate(Arm("none", ()), SETTINGS, seeds)
+    nothing = ["none", *"-------", *speed_and_level(free, low)]
+    rows = [row(name, result, low) for name, result in zip(names, results, strict=True)]
+    return markdown_table(HEADER, [nothing, *rows])
+
+
+def drawn(picture: Picture, folder: Path) -> str:
+    """The picture, drawn by the very command that is shown with it, and its numbers."""
+    command = ["-m", "moe_jax.simulate", *picture.flags]
+    with tempfile.TemporaryDirectory() as scratch:
+        numbers = Path(scratch) / "numbers.json"
+        files = [f"--out={folder / picture.name}.png", f"--json={numbers}"]
+        subprocess.run([sys.executable, *command, *files], check=True)
+        told = json.loads(numbers.read_text())
+    text = " ".join(["python", *command, f"--out={picture.name}.png"])
+    shown = f"![max violation over steps]({picture.name}.png)\n\n{picture.caption}"
+    return f"{shown}\n\n```\n{text}\n```\n\n{numbers_table(told)}"
+
+
+def numbers_table(told: Mapping[str, Any]) -> str:
+    """What the simulator printed: a row for every arm."""
+    shifted = told["settings"]["stream"] == "shift"
+    columns = {k: v for k, v in simulate.COLUMNS.items() if shifted or k not in ("recovered", "peak")}
+    rows = []
+    for arm in told["methods"]:
+        values = ([seed[key] for seed in arm["seeds"]] for key in columns)
+        cells = (simulate.cell(v, key in simulate.STEPS) for key, v in zip(columns, values, strict=True))
+        rows.append([f"`{arm['balance']}`", *cells])
+    return markdown_table(["balance", *columns.values()], rows)
+
+
+PAGE = """# Ways to balance experts
+
+Written by `python -m experiments.methods`; nothing here is written by hand.
+
+E experts, K experts a token, T tokens a step, V token ids. *State* is what a method keeps from step to step, of which
+`bias` is the selection bias; *statistics* are summed over micro-batches and devices. *Causal*: changing later tokens of
+a batch changed no earlier token's experts (measured). *Inference*: evaluation selects by biased top-k, or the same way.
+
+The last two columns are measured in the simulator at default options, as mean ± standard deviation over {seeds} seeds,
+with {what}.
+*Settled*: the mean of max violation over {window} steps stays below {limit:.3g}, which is {within:g} above the floor
+{floor:.3g} of a uniform random router. *Final*: the mean of max violation over the last fifth of {steps} steps.
+A loss moves an offset of each expert's logits by `router_rate x E x gradient` a step, router_rate={router_rate:g}. No
+language model pulls against it: any loss that is lower for smaller differences in popularity comes to balance here, and
+what it costs is not seen; a loss on the router's weights alone has nothing to move. A method that changes nothing from
+step to step is run for {few} steps.
+
+{table}
+
+Run with other than default options, which could do nothing here: {others}.
+
+## What was published, in the simulator
+
+{pictures}
+"""
+
+
+def page(folder: Path, seeds: int) -> str:
+    """The whole page; its pictures are drawn into the folder."""
+    s = SETTINGS
+    others = [f"`{arm_of(n).name}`" for n in sorted(REGISTRY) if arm_of(n).name != n]
+    return PAGE.format(
+        seeds=seeds,
+        what=simulate.told(s, "", seeds).rpartition(";")[0],
+        window=s.window,
+        limit=simulate.threshold(s),
+        within=s.within,
+        floor=simulate.floor(s),
+        steps=s.steps,
+        few=FEW_STEPS,
+        router_rate=s.router_rate,
+        others=", ".join(others) or "none",
+        table=methods_table(seeds),
+        pictures="\n\n".join(drawn(picture, folder) for picture in PICTURES),
+    )
+
+
+def main(_: list[str]) -> None:
+    """Write the page."""
+    folder = Path(flags.FLAGS.folder)
+    if not folder.is_dir():
+        fail(f"--folder={folder} must be a folder that is there; make it first.")
+    if flags.FLAGS.seeds < 1:
+        fail(f"--seeds={flags.FLAGS.seeds} must be at least 1; raise it.")
+    write_whole(folder / "methods.md", page(folder, flags.FLAGS.seeds))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("folder", "experiments/results", "Where methods.md and its pictures go.")
+    flags.DEFINE_integer("seeds", 3, "Runs of every method.")
+    app.run(main, flags_parser=parse_flags)

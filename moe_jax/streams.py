@@ -1,0 +1,153 @@
+"""Streams of router logits to balance: synthetic ones that drift, burst, switch or fight back, and recorded ones.
+
+A stream gives every step the logits of one MoE layer and what is known of its tokens. Synthetic logits are
+`noise x (z + offset)`: z is a token's own, of standard deviation 1, and the offset is how popular an expert is with
+all tokens, in the same units.
+
+T tokens, E experts, N recorded steps, R sequences of a batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from moe_jax.routing import Rows, Tokens
+
+
+class Stream(NamedTuple):
+    """init: (key) -> state. next: (state, key, step, loads of the last step) -> (state, logits [T, E], Tokens)."""
+
+    init: Callable[[Array], Any]
+    next: Callable[[Any, Array, Array, Array], tuple[Any, Array, Tokens]]
+
+
+class Offsets(NamedTuple):
+    """init: (key) -> state. move: (state, key, step, loads of the last step) -> (state, offset float32 [E])."""
+
+    init: Callable[[Array], Any]
+    move: Callable[[Any, Array, Array, Array], tuple[Any, Array]]
+
+
+# --- how popular experts are ------------------------------------------------------------------------------------
+
+
+def skewed(num_experts: int, skew: float) -> Offsets:
+    """Fixed offsets, normal with standard deviation `skew`."""
+    return Offsets(lambda key: _drawn(key, num_experts, skew), lambda offset, *_: (offset, offset))
+
+
+def drifting(num_experts: int, skew: float, drift: float) -> Offsets:
+    """Offsets that begin as `skewed` and take a normal step of standard deviation `drift` each time."""
+
+    def move(offset: Array, key: Array, step: Array, loads: Array) -> tuple[Array, Array]:
+        offset = offset + _drawn(key, num_experts, drift)
+        return offset, offset
+
+    return Offsets(lambda key: _drawn(key, num_experts, skew), move)
+
+
+def bursty(num_experts: int, skew: float, burst: float, period: int) -> Offsets:
+    """Offsets as `skewed`; now and then an expert gets `burst` more for `period` steps, 2 % of them at a time."""
+
+    def init(key: Array) -> tuple[Array, Array]:
+        return _drawn(key, num_experts, skew), jnp.zeros(num_experts, jnp.int32)
+
+    def move(state: tuple[Array, Array], key: Array, step: Array, loads: Array) -> tuple[Any, Array]:
+        offset, left = state
+        begins = jax.random.bernoulli(key, 0.02 / period, (num_experts,))
+        left = jnp.where(begins, period, jnp.maximum(left - 1, 0))
+        return (offset, left), offset + burst * (left > 0)
+
+    return Offsets(init, move)
+
+
+def domains(num_experts: int, skew: float, domains: int, period: int) -> Offsets:
+    """So many domains with offsets of their own as `skewed`; every `period` steps one is drawn for the batches."""
+
+    def init(key: Array) -> tuple[Array, Array]:
+        return jax.random.normal(key, (domains, num_experts)) * skew, key
+
+    def move(state: tuple[Array, Array], key: Array, step: Array, loads: Array) -> tuple[Any, Array]:
+        offsets, own_key = state
+        return state, offsets[jax.random.randint(jax.random.fold_in(own_key, step // period), (), 0, domains)]
+
+    return Offsets(init, move)
+
+
+def shift(num_experts: int, skew: float, at: int) -> Offsets:
+    """Offsets as `skewed`, drawn anew from step `at` on."""
+
+    def init(key: Array) -> Array:
+        return jnp.stack([_drawn(k, num_experts, skew) for k in jax.random.split(key)])
+
+    return Offsets(init, lambda offsets, key, step, loads: (offsets, offsets[(step >= at).astype(jnp.int32)]))
+
+
+def adversarial(num_experts: int, skew: float, drift: float, bound: float) -> Offsets:
+    """Offsets that begin as `skewed`; every step raises that of the most loaded expert by `drift`.
+
+    The others fall by as much together, and all stay within `bound` of 0.
+    """
+
+    def move(offset: Array, key: Array, step: Array, loads: Array) -> tuple[Array, Array]:
+        push = jax.nn.one_hot(loads.argmax(), num_experts) - 1.0 / num_experts
+        offset = jnp.clip(offset + drift * push * (loads.sum() > 0), -bound, bound)
+        return offset, offset
+
+    return Offsets(lambda key: _drawn(key, num_experts, skew), move)
+
+
+def _drawn(key: Array, num_experts: int, deviation: float) -> Array:
+    return deviation * jax.random.normal(key, (num_experts,))
+
+
+# --- logits -----------------------------------------------------------------------------------------------------
+
+
+def synthetic(
+    offsets: Offsets, num_tokens: int, num_experts: int, num_rows: int, noise: float, vocab_size: int
+) -> Stream:
+    """Logits `noise x (z + offset)` of T tokens in R sequences, with uniform token ids.
+
+    z is the sum of two windows, drawn at random, of a pool of normal numbers: a new T x E normals every step would
+    take longer than all the rest. The windows begin anywhere, so that a token meets other numbers every step.
+    """
+    size = num_tokens * num_experts
+    room = max(4 * size, 2**20)  # of a small pool, the seed would be seen in the loads' spread
+
+    def init(key: Array) -> dict[str, Any]:
+        pool_key, own_key = jax.random.split(key)
+        return {"pool": jax.random.normal(pool_key, (room,)), "offsets": offsets.init(own_key)}
+
+    def next(state: dict[str, Any], key: Array, step: Array, loads: Array) -> tuple[Any, Array, Tokens]:
+        window_key, move_key, id_key = jax.random.split(key, 3)
+        own, offset = offsets.move(state["offsets"], move_key, step, loads)
+        windows = [
+            lax.dynamic_slice(state["pool"], (start,), (size,))
+            for start in jax.random.randint(window_key, (2,), 0, room - size)
+        ]
+        z = (windows[0] + windows[1]).reshape(num_tokens, num_experts) * 0.5**0.5
+        ids = jax.random.randint(id_key, (num_tokens,), 0, vocab_size)
+        return state | {"offsets": own}, noise * (z + offset), rows_of(num_rows, num_tokens)._replace(ids=ids)
+
+    return Stream(init, next)
+
+
+def recorded(logits: Array, mask: Array, ids: Array, num_rows: int) -> Stream:
+    """Replays [N, T, E], [N, T] and [N, T], step after step and then again from the first."""
+
+    def next(state: tuple[Array, ...], key: Array, step: Array, loads: Array) -> tuple[Any, Array, Tokens]:
+        own_logits, own_mask, own_ids = (a[step % len(a)] for a in state)
+        tokens = rows_of(num_rows, logits.shape[1])._replace(mask=own_mask, ids=own_ids)
+        return state, own_logits.astype(jnp.float32), tokens
+
+    return Stream(lambda key: (logits, mask, ids), next)
+
+
+def rows_of(num_rows: int, num_tokens: int) -> Tokens:
+    """T tokens as R sequences of equal length, one after the other."""
+    return Tokens(row=jnp.arange(num_tokens, dtype=jnp.int32) * num_rows // num_tokens, rows=Rows(num_rows))
