@@ -4,14 +4,13 @@ The train step of the config is compiled with every method and without any, whic
 count of FLOPs and bytes is compared: exact, and the same on any machine of a platform. `--methods=a,b` takes some.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from absl import app, flags
 
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, balance_entries, resolve, validate
+from moe_jax.config import Config, as_dict, resolve, validate
 from moe_jax.options import BALANCE_METHODS
 
 
@@ -47,8 +46,7 @@ def balance_of(method: str) -> dict[str, dict]:
 def costs(config: Config, methods: Iterable[str]) -> Iterator[tuple[str, Cost]]:
     """(method, cost), one compilation after the other."""
     for method in methods:
-        entries = balance_entries(balance_of(method))
-        yield method, compiled_cost(dataclasses.replace(config, balance=entries))
+        yield method, compiled_cost(validate(as_dict(config) | {"balance": balance_of(method)}))
 
 
 def main(_: list[str]) -> None:
@@ -63,10 +61,13 @@ def main(_: list[str]) -> None:
         fail(str(error))
     base = None
     print(f"{'method':20} {'GFLOP':>9} {'more':>9} {'GB':>9} {'more':>9}")
-    for method, cost in costs(config, ["none", *flag.methods]):
-        base = base or cost
-        more = [f"{ours / theirs - 1:+9.4%}" for ours, theirs in zip(cost, base, strict=True)]
-        print(f"{method:20} {cost.flops / 1e9:9.3f} {more[0]} {cost.bytes / 1e9:9.3f} {more[1]}", flush=True)
+    try:
+        for method, cost in costs(config, ["none", *flag.methods]):
+            base = base or cost
+            more = [f"{ours / theirs - 1:+9.4%}" for ours, theirs in zip(cost, base, strict=True)]
+            print(f"{method:20} {cost.flops / 1e9:9.3f} {more[0]} {cost.bytes / 1e9:9.3f} {more[1]}", flush=True)
+    except ValueError as error:  # a method that does not fit the config
+        fail(str(error))
 
 
 if __name__ == "__main__":

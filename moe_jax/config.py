@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from moe_jax.options import (
     BALANCE_METHODS,
+    BIAS_METHODS,
     SELECTORS,
     WITH_QUANTILES,
     BalanceEntry,
@@ -66,7 +67,7 @@ class ModelConfig:
     capacity_factor: float = number(1.25, 0.01)
     # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
     num_zero_experts: int = number(0, 0)
-    zero_share: float = number(0.25, 0.0, 1.0)  # share of the chosen slots that balancing gives to all of them
+    zero_share: float = number(0.25, 0.0, 0.99)  # share of all copies that a method with a bias gives to them
     class_starts: tuple[int, ...] = ()  # token ids at which class 1, 2, ... begins, each with a bias of its own
     unroll_layers: bool = False  # compile every layer apart: for reading the program, for it costs compile time
 
@@ -251,7 +252,7 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
         raise ValueError(f"{path}={options!r} must be a dict of options; write {label}=dict() for its defaults.")
     options = dict(options.items())
     method = options.pop("method", label)
-    if method not in BALANCE_METHODS:
+    if not isinstance(method, str) or method not in BALANCE_METHODS:
         hint = did_you_mean(str(method), BALANCE_METHODS)
         raise ValueError(
             f"{path} names the balancing method {method!r}, which does not exist{hint}; "
@@ -365,11 +366,11 @@ def _check_balance_fits(c: Config) -> None:
             raise ValueError(
                 f"{path}.layers={o.layers} must end within the {layers} MoE layers of the model; lower its stop."
             )
-        classes = getattr(o, "num_classes", len(m.class_starts) + 1)
-        if classes != len(m.class_starts) + 1:
+        classes = getattr(o, "num_classes", 1)
+        if e.method in BIAS_METHODS and classes != len(m.class_starts) + 1:
             raise ValueError(
-                f"{path}.num_classes={classes} must be the number of classes that model.class_starts="
-                f"{m.class_starts} makes, {len(m.class_starts) + 1}; change one."
+                f"{path} has num_classes={classes}, which must be the number of classes that model.class_starts="
+                f"{m.class_starts} makes, {len(m.class_starts) + 1} (expert_threshold knows one only); change one."
             )
         if e.method in WITH_QUANTILES and m.score == "sqrt_softplus":
             raise ValueError(
@@ -409,6 +410,11 @@ def _check_classes(c: Config) -> None:
         raise ValueError(
             f"model.class_starts={m.class_starts} must rise strictly between 0 and model.vocab_size={m.vocab_size}; "
             "write (), or the first token id of each further class."
+        )
+    if m.class_starts and not any(e.method in BIAS_METHODS for e in c.balance):
+        raise ValueError(
+            f"model.class_starts={m.class_starts} gives each class of tokens a bias of its own, but balance has no "
+            "method that moves a bias; set model.class_starts=(), or add bias_sign=dict(num_classes=...)."
         )
 
 

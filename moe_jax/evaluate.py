@@ -64,7 +64,7 @@ def evaluate(
     Returns:
         eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>; with experts also what `metrics.of_loads` gives
         of the whole set, as eval/max_violation; eval/max_violation/<domain>, mean over layers;
-        eval/sequence_violation, the mean over layers and sequences of a sequence's own, and
+        eval/sequence_max_violation, the mean over layers and sequences of a sequence's own, and
         eval/sequence_violation_floor, what chance would make of it; eval/domain_information, bits that a copy's
         expert tells about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
         that would be others without it.
@@ -111,7 +111,7 @@ class Totals:
         self.num_experts = num_experts  # those that compute; loads of zero-computation experts come after them
         self.nats, self.num_bytes = np.zeros(num_domains), np.zeros(num_domains, np.int64)
         self.lengths: collections.Counter[int] = collections.Counter()  # valid tokens of a sequence -> sequences
-        self.sequence_violation = 0.0  # summed over sequences, each the mean over layers
+        self.by_sequence: dict[str, float] = collections.defaultdict(float)  # of violations over layers, the sums
         self.loads: Any = None  # [D, L, E]
         self.kept = self.chosen = 0  # decisions that the bias does not change, and all
 
@@ -137,7 +137,8 @@ class Totals:
         if self.loads is None:
             self.loads = np.zeros((len(self.nats), *row_loads.shape[1:]), np.int64)
         np.add.at(self.loads, domain, row_loads)
-        self.sequence_violation += float(metrics.max_violation(row_loads).mean(-1).astype(np.float64).sum())
+        for name, values in metrics.violations(row_loads).items():  # [B, L]
+            self.by_sequence[name] += float(values.mean(-1).astype(np.float64).sum())
 
     @property
     def num_tokens(self) -> int:
@@ -165,7 +166,9 @@ class Totals:
         numbers = {f"eval/{name}": value.item() for name, value in whole.items()}
         for name, loads in zip(domains, self.loads, strict=True):
             if loads.any():
-                numbers[f"eval/max_violation/{name}"] = float(metrics.max_violation(loads).mean())
+                measured = metrics.over_layers(metrics.violations(loads))
+                numbers |= {f"eval/{measure}/{name}": value.item() for measure, value in measured.items()}
+                numbers[f"eval/violation_floor/{name}"] = float(self._floor(loads))
         information = metrics.mutual_information(self.loads.swapaxes(0, 1))
         numbers["eval/domain_information"] = float(information.mean())
         numbers |= self._by_sequence()
@@ -177,12 +180,21 @@ class Totals:
         from moe_jax import metrics
 
         lengths, counts = np.array(list(self.lengths)), np.array(list(self.lengths.values()))
-        copies = self.loads.sum() / (self.loads.shape[1] * self.num_tokens)  # of a token, in a layer
-        floor = np.asarray(metrics.violation_floor(lengths, copies, self.num_experts), np.float64)
-        return {
-            "eval/sequence_violation": self.sequence_violation / int(counts.sum()),
-            "eval/sequence_violation_floor": float((floor * counts).sum() / counts.sum()),
-        }
+        floor = np.asarray(metrics.violation_floor(lengths, self._copies, self.num_experts), np.float64)
+        numbers = {f"eval/sequence_{name}": total / int(counts.sum()) for name, total in self.by_sequence.items()}
+        return numbers | {"eval/sequence_violation_floor": float((floor * counts).sum() / counts.sum())}
+
+    @property
+    def _copies(self) -> float:
+        """How many real experts a token has in a layer, on average."""
+        return self.loads.sum() / (self.loads.shape[1] * self.num_tokens)
+
+    def _floor(self, loads: Any) -> Any:
+        """The violation floor of loads [L, E]: at as many tokens as made them."""
+        from moe_jax import metrics
+
+        tokens = loads.sum() / (len(loads) * self._copies)
+        return metrics.violation_floor(tokens, self._copies, self.num_experts)
 
 
 def store_routing(

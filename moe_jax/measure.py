@@ -18,6 +18,7 @@ from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import BATCH, constrain, replicated
 from moe_jax.moe import Balancing, Details
+from moe_jax.options import BIAS_METHODS
 from moe_jax.state import TrainState, Tree
 from moe_jax.step import forward, split_batch, without_what_no_step_reads
 
@@ -42,8 +43,8 @@ def _jitted(function: Any, config: Config, mesh: Mesh | None) -> Measure:
 
 def measure(
     config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
-) -> dict[str, Float[Array, "layers"]]:
-    """Numbers of every MoE layer, float32 [L].
+) -> dict[str, Float[Array, "*layers"]]:
+    """Numbers of every MoE layer, float32 [L]; those of violations over the layers, float32 [].
 
     Args:
         state, batch, key: what the train step is about to be given.
@@ -52,10 +53,12 @@ def measure(
         interference/router_ratio: norm of the balancing losses' gradient over that of the language model's, at the
             router weight; 0 for methods without a loss. interference/router_cosine: of the angle between the two,
             NaN where one is 0. interference/input_ratio, input_cosine: the same at the layer's input.
-            interference/z_...: the same for z-losses, which do not balance and are not in the former.
-        moe/microbatch_violation, moe/sequence_violation: MaxVio of the micro-batch's loads, and the mean over its
-            sequences. moe/bias_changed: share of the choices that the bias changes. moe/churn: share that the
-            update from this micro-batch alone would change, where the bias alone selects.
+            interference/z_...: the same for z-losses, which do not balance and are not in the former. Losses of
+            scope global read the counts of this micro-batch alone.
+        moe/microbatch_max_violation, moe/sequence_max_violation: MaxVio of the micro-batch's loads, the tokens that
+            compute together, and the mean of that of its sequences; min_, mean_, _worst and _violation_floor as of
+            a step. moe/bias_changed: share of the choices that the bias changes, where there is one. moe/churn:
+            share that the update from this micro-batch alone would change, where the bias alone selects.
 
     Source: LongCat-Flash (arXiv 2509.01322) watches the ratio of the gradients; here both are pulled back through
     one linearisation.
@@ -99,7 +102,8 @@ def _gradients(
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
         params = jax.tree_util.tree_map_with_path(lambda p, a: router if _is_router(p) else a, state.params)
-        balancing = Balancing(balancer, state.balance, offset=offset)
+        steps = jnp.full(router.shape[0], state.step)
+        balancing = Balancing(balancer, state.balance, offset=offset, step=steps)
         nats, report = forward(config, params, state.bias, balancing, batch, key, mesh=mesh)
         assert report is not None  # only models with experts are measured
         apart = {True: jnp.zeros(()), False: jnp.zeros(())}
@@ -114,15 +118,25 @@ def _gradients(
 
 
 def _choices(config: Config, details: Details) -> dict[str, Array]:
-    """How the micro-batch chose, layer by layer."""
+    """How the micro-batch chose."""
     routing, real = details.routing, config.model.num_experts
+    loads, row_loads = routing.loads[:, :real], details.row_loads[..., :real]
     num_choices, mask = routing.loads.shape[-1], routing.tokens.mask
     changed = jax.vmap(functools.partial(metrics.decisions_changed, num_experts=num_choices))
-    values = {
-        "moe/microbatch_violation": metrics.max_violation(routing.loads[:, :real]),
-        "moe/sequence_violation": metrics.sequence_violation(details.row_loads[..., :real]),
-        "moe/bias_changed": changed(routing.expert_ids, details.unbiased_ids, mask=mask),
+    assert mask is not None
+    tokens = jnp.maximum(mask[0].sum(), 1)
+    copies = loads.sum(-1) / tokens
+    floors = {
+        "microbatch": metrics.violation_floor(tokens, copies, real),
+        "sequence": metrics.sequence_floor(row_loads, copies[:, None]),
     }
+    scopes = {"microbatch": metrics.violations(loads), "sequence": metrics.sequence_violations(row_loads)}
+    values = {}
+    if any(e.method in BIAS_METHODS for e in config.balance):
+        values["moe/bias_changed"] = changed(routing.expert_ids, details.unbiased_ids, mask=mask)
+    for scope, measured in scopes.items():
+        values |= {f"moe/{scope}_{name}": value for name, value in metrics.over_layers(measured).items()}
+        values[f"moe/{scope}_violation_floor"] = floors[scope].mean()
     if balance.make(config.balance, config.model).select is None:
         values["moe/churn"] = changed(routing.expert_ids, details.next_ids, mask=mask)
     return values

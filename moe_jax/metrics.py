@@ -26,7 +26,7 @@ STARVED = 0.1  # of the mean load: an expert with less has next to nothing to le
 def of_loads(loads: Any, num_real_experts: int, num_tokens: Any = None, top_k: Any = None) -> dict[str, Any]:
     """Every number that loads give, under the names they are logged by.
 
-    Means over layers, but for `max_violation_worst` and `max_expert_share`, the largest of any layer, and
+    Means over layers, but for those named `_worst` and `max_expert_share`, which are of the worst layer, and
     `dead_experts`, a count over all layers.
 
     Args:
@@ -39,17 +39,14 @@ def of_loads(loads: Any, num_real_experts: int, num_tokens: Any = None, top_k: A
         name -> scalar, float32 or (dead_experts) int.
     """
     xp, loads = loads.__array_namespace__(), loads[..., :num_real_experts]
-    violation = max_violation(loads)
     measured = {
-        "min_violation": min_violation(loads),
-        "mean_violation": mean_violation(loads),
         "load_cv": coefficient_of_variation(loads),
         "load_entropy": load_entropy(loads),
         "effective_experts": effective_experts(loads),
         "gini": gini(loads),
         "starved_experts": starved_experts(loads),
     }
-    values = {"max_violation": xp.mean(violation), "max_violation_worst": xp.max(violation)}
+    values = over_layers(violations(loads))
     values |= {name: xp.mean(value) for name, value in measured.items()}
     values["dead_experts"] = xp.sum(dead_experts(loads))
     values["max_expert_share"] = xp.max(max_expert_share(loads))
@@ -57,6 +54,23 @@ def of_loads(loads: Any, num_real_experts: int, num_tokens: Any = None, top_k: A
         copies = loads.sum(-1) / xp.maximum(xp.asarray(num_tokens), 1) if top_k is None else top_k
         values["violation_floor"] = xp.mean(xp.asarray(violation_floor(num_tokens, copies, num_real_experts)))
     return values
+
+
+def violations(loads: Any) -> dict[str, Any]:
+    """MaxVio, MinVio and AvgVio by name: int [..., E] -> float32 [...] each."""
+    return {
+        "max_violation": max_violation(loads),
+        "min_violation": min_violation(loads),
+        "mean_violation": mean_violation(loads),
+    }
+
+
+def over_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """The mean of each over the layers [L] and, named `_worst`, the one farthest from 0."""
+    xp = next(iter(values.values())).__array_namespace__()
+    means = {name: xp.mean(value) for name, value in values.items()}
+    worst = {f"{name}_worst": (xp.min if "min_" in name else xp.max)(value) for name, value in values.items()}
+    return means | worst
 
 
 def max_violation(loads: Any) -> Any:
@@ -152,17 +166,17 @@ def device_violation(loads: Any, num_devices: int) -> Any:
     return max_violation(grouped.sum(-1))
 
 
-def sequence_violation(row_loads: Any) -> Any:
-    """The mean over sequences of their own MaxVio: float32 [...]; sequences without any token do not count.
+def sequence_violations(row_loads: Any) -> dict[str, Any]:
+    """The means over sequences of their own `violations`: float32 [...]; sequences without tokens do not count.
 
     Args:
         row_loads: int [..., B, E], the loads of each sequence.
     """
-    return _mean_of_rows(max_violation(row_loads), row_loads)
+    return {name: _mean_of_rows(values, row_loads) for name, values in violations(row_loads).items()}
 
 
 def sequence_floor(row_loads: Any, top_k: Any) -> Any:
-    """What `sequence_violation` would be under uniform random choice: `violation_floor` of each sequence's tokens."""
+    """The max of `sequence_violations` under uniform random choice: the `violation_floor` of each sequence's tokens."""
     xp = row_loads.__array_namespace__()
     floor = violation_floor(row_loads.sum(-1) / top_k, top_k, row_loads.shape[-1])
     return _mean_of_rows(xp.asarray(floor), row_loads)
@@ -266,7 +280,7 @@ def bias_std(bias: Any) -> Any:
 
 
 def flip_rate(direction_before: Any, direction_after: Any) -> Any:
-    """The share of experts whose bias turned round: up in one move and down in the next, or the reverse.
+    """The share of the biases that moved whose move turned round: up in one and down in the next, or the reverse.
 
     1 is a bias that only chatters around its place, 0 one that still travels, or rests.
 
@@ -278,7 +292,9 @@ def flip_rate(direction_before: Any, direction_after: Any) -> Any:
     """
     xp = direction_before.__array_namespace__()
     turned = direction_before * direction_after < 0
-    return xp.mean(xp.astype(turned, jnp.float32), axis=-1)
+    moved = direction_before * direction_after != 0
+    counts = xp.sum(turned, axis=-1), xp.maximum(xp.sum(moved, axis=-1), 1)
+    return xp.astype(counts[0], jnp.float32) / xp.astype(counts[1], jnp.float32)
 
 
 # --- the choices ----------------------------------------------------------------------------------------------
@@ -388,12 +404,15 @@ def coactivation(pairs: Any) -> Any:
 # --- the auxiliary loss, and what it does to the gradient -----------------------------------------------------
 
 
-def aux_loss_value(routing: Routing) -> Float32[Array, ""]:
+def aux_loss_value(routing: Routing, num_experts: int | None = None) -> Float32[Array, ""]:
     """The expert-level auxiliary loss of this micro-batch, weight 1, scores normalised: 1.0 at balance.
 
-    Measured without back-propagation, so that methods which do not use it can be compared by it.
+    Of the first `num_experts`, where zero-computation experts come after them. Measured without back-propagation, so
+    that methods which do not use it can be compared by it.
     """
-    return balance_value(routing.loads, mean_over_tokens(normalized_scores(routing), routing))
+    logits, scores, loads = (a[..., :num_experts] for a in (routing.logits, routing.scores, routing.loads))
+    routing = routing._replace(logits=logits, scores=scores, loads=loads)
+    return balance_value(loads, mean_over_tokens(normalized_scores(routing), routing))
 
 
 def cosine(a: Any, b: Any) -> Float32[Array, ""]:

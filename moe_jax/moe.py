@@ -45,6 +45,7 @@ class Balancing(NamedTuple):
     statistics: those of the whole optimizer step where a loss reads them, None for this forward's own.
     earlier: those of the step's micro-batches before this one, where a loss reads the sum so far.
     offset: added to the layers' inputs [L, B, S, D], zeros by which to differentiate; None for nothing.
+    step: the optimizer step [L], the same for all, where the next bias is asked for; None for 0.
     """
 
     balancer: Balancer
@@ -52,6 +53,7 @@ class Balancing(NamedTuple):
     statistics: Statistics | None = None
     earlier: Statistics | None = None
     offset: Array | None = None
+    step: Array | None = None
 
 
 class Report(NamedTuple):
@@ -120,8 +122,8 @@ class MoE(nnx.Module):
         if self.shared is not None:
             y = y + self.shared(flat)
         losses, own = self._balance(routing, balancing, state)
-        aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing))
-        details = self._details(routing, own, balancer, state, x.shape[0])
+        aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing, c.num_experts))
+        details = self._details(routing, own, balancing, state, x.shape[0], mesh)
         return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
 
     def route(
@@ -195,17 +197,26 @@ class MoE(nnx.Module):
             seen = jax.tree.map(jnp.add, own, balancing.earlier)
         return balancing.balancer.losses(routing, seen, state, self.router[...]), own
 
-    def _details(self, routing: Routing, own: Statistics, balancer: Balancer, state: State, num_rows: int) -> Details:
+    def _details(
+        self,
+        routing: Routing,
+        own: Statistics,
+        balancing: Balancing,
+        state: State,
+        num_rows: int,
+        mesh: Mesh | None,
+    ) -> Details:
         routing = jax.lax.stop_gradient(routing)
-        num_choices = routing.loads.shape[0]
+        balancer, num_choices = balancing.balancer, routing.loads.shape[0]
+        step = jnp.int32(0) if balancing.step is None else balancing.step
 
         def chosen_under(bias: Array) -> Array:
-            return self.pick_by_bias(routing.logits, bias, routing.tokens, balancer).expert_ids
+            return self.pick_by_bias(routing.logits, bias, routing.tokens, balancer, mesh).expert_ids
 
         return Details(
             routing,
             unbiased_ids=chosen_under(balancer.init(num_choices)["bias"]),
-            next_ids=chosen_under(balancer.update(own, state, jnp.int32(0))["bias"]),
+            next_ids=chosen_under(balancer.update(own, state, step)["bias"]),
             row_loads=counts_by_row(routing.expert_ids, num_rows, num_choices),
         )
 

@@ -254,6 +254,7 @@ BIAS_METHODS = frozenset(name for name in BALANCE_METHODS if name.startswith("bi
     "expert_threshold",
 }
 SELECTORS = frozenset({"expert_choice", "sinkhorn", "bip", "expert_threshold", "hash", "random", "forced"})
+WITHOUT_TOP_K = frozenset({"expert_choice", "expert_threshold"})  # a token has as many experts as want it
 WITH_QUANTILES = frozenset({"quantile", "expert_threshold"})  # their histograms need scores between 0 and 1
 
 
@@ -281,6 +282,11 @@ def check_options(path: str, options: Options) -> None:
             f"{path}.warmup_steps={o.warmup_steps} must be at most {path}.freeze_step={freeze}; "
             "lower the first or raise the second."
         )
+    if isinstance(options, BiasPi) and options.rate == 0 and options.gain > 0:
+        raise ValueError(
+            f"{path}.gain={options.gain} would move the bias at {path}.rate=0, which means that it rests; "
+            "set gain=0, or a small rate."
+        )
     if getattr(o, "num_devices", 0) == 1:
         raise ValueError(f"{path}.num_devices=1 is one group, which is always in balance; set 2 or more, or 0.")
     if isinstance(options, AuxLoss) and options.level == "expert" and options.num_devices:
@@ -306,6 +312,14 @@ def check_together(entries: tuple[BalanceEntry, ...]) -> None:
                     f"balance.{selector.label} selects without the bias, which balance.{owner.label} would move for "
                     "nothing; remove one, or give them different layers=(start, stop)."
                 )
+    for e in entries:
+        unsure = e.method == "load_loss" or getattr(e.options, "counts", "") == "unbiased"
+        free = [s.label for s in selectors if s.method in WITHOUT_TOP_K and overlap(s.options, e.options)]
+        if unsure and free:
+            raise ValueError(
+                f"balance.{e.label} reads who would be among a token's k best, but under balance.{free[0]} a token has "
+                "no fixed number of experts; remove one, or give them different layers=(start, stop)."
+            )
     scopes = {getattr(e.options, "scope", "") for e in entries if e.method == "aux_loss"}
     if {"global", "global_running"} <= scopes:
         raise ValueError(
@@ -335,6 +349,17 @@ def _check_controlled(entry: BalanceEntry, entries: tuple[BalanceEntry, ...]) ->
             f"balance.{entry.label}.controls={entry.options.controls!r} must be the label of a loss in the same "
             f"balance, of which there {'is ' + ', '.join(losses) if losses else 'is none'}; "
             "add aux_loss=dict() or name another."
+        )
+    (controlled,) = (e for e in entries if e.label == entry.options.controls)
+    if controlled.method == "z_loss" or controlled.options.weight == 0:
+        raise ValueError(
+            f"balance.{entry.label}.controls={controlled.label!r} must be a loss that balances, with a weight above 0, "
+            "or its weight can reach no target; name another, or raise its weight."
+        )
+    if not overlap(entry.options, controlled.options):
+        raise ValueError(
+            f"balance.{entry.label}.layers={entry.options.layers} must meet balance.{controlled.label}.layers="
+            f"{controlled.options.layers}, whose loss it controls; change one."
         )
     rivals = [e for e in entries if e.method == "target_violation" and e.options.controls == entry.options.controls]
     if len(rivals) > 1:

@@ -24,9 +24,13 @@ the router's weights alone do nothing here.
 import ast
 import dataclasses
 import functools
+import json
+import math
+import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -197,7 +201,7 @@ def _option(pair: str, text: str) -> tuple[str, Any]:
         raise ValueError(f"--balance={text} must have option=value after its colon, not {pair!r}; write rate=1e-3.")
     try:
         return key.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return key.strip(), value.strip()  # a word, as in scope=sequence
 
 
@@ -321,7 +325,7 @@ def _read_step(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as arrays:
             step = {key: arrays[key] for key in ("logits", "mask", "ids")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise ValueError(f"{file} must hold logits, mask and ids; it could not be read: {error}.") from None
     logits, mask, ids = step["logits"], step["mask"], step["ids"]
     kinds = logits.dtype.kind, mask.dtype.kind, ids.dtype.kind
@@ -631,11 +635,18 @@ def asked() -> Asked:
     given = {name for name in flag if flag[name].present}
     if flag.drift > 0 and "drift" in given and "stream" not in given:
         values["stream"] = "drifting"
-    s = Settings(**values)
+    s = Settings(**(values | _of_the_run(Path(flag.scores), given)))
     check_unused(given, s, flag.scores)
     check(s)
     if flag.seeds < 1:
         raise ValueError(f"--seeds={flag.seeds} must be at least 1; raise it.")
+    if s.seed + flag.seeds > 2**31:
+        raise ValueError(f"--seed={s.seed} and --seeds={flag.seeds} must stay below 2^31; lower --seed.")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name}={value} must be a finite number; give one.")
+    if flag.out and Path(flag.out).suffix.lower() not in PICTURES:
+        raise ValueError(f"--out={flag.out} must end in {', '.join(PICTURES)}; name it simulation.png.")
     arms = arms_of(flag.balance, _numbers("rates", float), _numbers("sign", int))
     if {arm.sign for arm in arms} - {1, -1}:
         raise ValueError(f"--sign={','.join(flag.sign)} must be 1, or -1 to turn the balancing round; or both.")
@@ -643,6 +654,8 @@ def asked() -> Asked:
         file = Path(str(flag[name].value))
         if flag[name].value and (file.is_dir() or not file.parent.is_dir()):
             raise ValueError(f"--{name}={file} must be a file in a folder that is there; make {file.parent} first.")
+        if flag[name].value and not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"--{name}={file} cannot be written; name a file in a folder of yours.")
     if flag.scores:
         recording = read_scores(Path(flag.scores), flag.layer)
         tokens, experts = recording.logits.shape[1:]
@@ -653,6 +666,22 @@ def asked() -> Asked:
     for arm in arms:
         config_of(s, arm.entries)
     return Asked(s, arms, recording)
+
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def _of_the_run(scores: Path, given: set[str]) -> dict[str, Any]:
+    """`score` and `top_k` of the run that recorded the scores, where its config is there and no flag says otherwise."""
+    file = scores.parent / "config.json"
+    if scores == Path() or not file.is_file():
+        return {}
+    model = json.loads(file.read_text())["model"]
+    if zero := model.get("num_zero_experts", 0):
+        raise ValueError(
+            f"--scores={scores} has {zero} zero-computation experts, of which the simulator knows nothing."
+        )
+    return {name: model[name] for name in ("score", "top_k") if name not in given}
 
 
 def _numbers(name: str, kind: type) -> list[Any]:

@@ -176,5 +176,5 @@ def _read(workdir: Path, step: int) -> np.ndarray:
     file = workdir / "routing" / f"{step}.npy"
     try:
         return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it.") from None

@@ -311,8 +311,8 @@ def balance_metrics(
     values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens).items()}
     values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
     if "direction" in before.balance:
-        flips = metrics.flip_rate(before.balance["direction"], after.balance["direction"])
-        values |= {"moe/bias_flips": flips.mean()}
+        directions = (state.balance["direction"].ravel() for state in (before, after))
+        values |= {"moe/bias_flips": metrics.flip_rate(*directions)}
     if is_sharded(mesh) and mesh.shape["expert"] > 1:
         on_devices = metrics.device_violation(loads[:, : m.num_experts], mesh.shape["expert"])
         values |= {"moe/device_violation": on_devices.mean(), "moe/device_violation_worst": on_devices.max()}
@@ -361,7 +361,8 @@ def _eval_step(
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         balancing = Balancing(balancer, state.balance)
-        key = jax.random.key(0)  # evaluation draws nothing
+        # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
+        key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum())
         nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)

@@ -301,7 +301,10 @@ def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpu
 
 
 def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "TrainState":
-    """The state with the tables of `hash` balanced for the corpus's token frequencies; each layer has its own."""
+    """The state with the tables of `hash` balanced for the corpus's token frequencies.
+
+    Every layer has the same groups of tokens, and its experts in an order of its own.
+    """
     import jax
 
     from moe_jax.balance.selectors import balanced_table

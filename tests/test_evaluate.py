@@ -122,7 +122,8 @@ def test_loads_are_told_apart_by_domain_and_by_sequence(monkeypatch):
     monkeypatch.setattr(step, "make_eval_step", spread_step)
     result = evaluate(CONFIG, None, CORPUS)
     assert result["eval/max_violation"] == 1.0
-    assert result["eval/sequence_violation"] == 3.0
+    assert result["eval/sequence_max_violation"] == 3.0
+    assert result["eval/sequence_min_violation"] == -1.0 and result["eval/sequence_mean_violation"] == 1.5
     assert [result[f"eval/max_violation/{d}"] for d in CORPUS.domains] == [3.0] * 4
     assert result["eval/domain_information"] == pytest.approx(1.0, abs=1e-6)
     assert result["eval/dead_experts"] == 4 and result["eval/starved_experts"] == 0.5
@@ -134,6 +135,8 @@ def test_the_floors_are_those_of_the_whole_set_and_of_a_sequence(monkeypatch):
     monkeypatch.setattr(step, "make_eval_step", spread_step)
     result = evaluate(CONFIG, None, CORPUS)
     assert result["eval/violation_floor"] == pytest.approx(float(metrics.violation_floor(256, 1, 4)), rel=1e-6)
+    of_a_domain = float(metrics.violation_floor(64, 1, 4))  # four of the sequences
+    assert result[f"eval/violation_floor/{CORPUS.domains[0]}"] == pytest.approx(of_a_domain, rel=1e-6)
     assert result["eval/sequence_violation_floor"] == pytest.approx(float(metrics.violation_floor(16, 1, 4)), rel=1e-6)
 
 

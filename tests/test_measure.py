@@ -97,22 +97,26 @@ def test_a_bias_that_pushes_everything_to_one_expert_changes_half_of_two_choices
     np.testing.assert_allclose(changed[0], (1 - chosen_before) / 2, atol=1e-6)
 
 
-def test_churn_is_zero_at_rate_zero_and_not_at_a_large_one():
-    def churn(rate):
-        config = tiny_config(balance=dict(bias_sign=dict(rate=rate)))
-        values = make_measure_step(config)(init_state(config), batch_of(config), step_key(config))
+def test_churn_is_of_the_rate_at_this_step():
+    config = tiny_config(balance=dict(bias_sign=dict(rate=1.0, freeze_step=3)))
+    state, measure = init_state(config), make_measure_step(config)
+
+    def churn(step):
+        values = measure(state._replace(step=jnp.int32(step)), batch_of(config), step_key(config))
         return np.asarray(values["moe/churn"])
 
-    np.testing.assert_array_equal(churn(0.0), [0.0, 0.0])
-    assert (churn(1.0) > 0.1).all()
+    assert (churn(2) > 0.1).all()
+    np.testing.assert_array_equal(churn(3), [0.0, 0.0])
 
 
 def test_violation_of_the_micro_batch_is_that_of_the_step_with_one_and_of_sequences_is_larger():
     config = config_of("none")
     _, values = make_train_step(config)(init_state(config), batch_of(config), step_key(config))
     values, here = jax.device_get(values), measured("none")
-    np.testing.assert_allclose(here["moe/microbatch_violation"].mean(), values["moe/max_violation"], rtol=1e-6)
-    assert (here["moe/sequence_violation"] >= here["moe/microbatch_violation"]).all()
+    for name in ("max_violation", "max_violation_worst", "min_violation", "mean_violation", "violation_floor"):
+        np.testing.assert_allclose(here[f"moe/microbatch_{name}"], values[f"moe/{name}"], rtol=1e-5, err_msg=name)
+    for name in ("max_violation", "max_violation_worst", "violation_floor"):
+        assert here[f"moe/sequence_{name}"] > here[f"moe/microbatch_{name}"]
 
 
 def test_measuring_leaves_the_state_and_is_the_same_on_a_mesh():
@@ -134,7 +138,7 @@ def test_recorded_scores_are_the_logits_of_the_first_micro_batch():
     assert (scores.logits.shape, scores.logits.dtype) == ((2, 4 * 16, 4), np.float16)
     np.testing.assert_array_equal(scores.ids, np.asarray(batch.tokens)[::2].ravel())
     np.testing.assert_array_equal(scores.mask, np.asarray(batch.segment_ids)[::2].ravel() > 0)
-    loads = np.asarray(make_measure_step(config)(state, batch, step_key(config))["moe/microbatch_violation"])
+    loads = np.asarray(make_measure_step(config)(state, batch, step_key(config))["moe/microbatch_max_violation"])
     top = np.argsort(-scores.logits.astype(np.float32), axis=-1)[..., :2]
     counts = np.stack([np.bincount(layer[scores.mask].ravel(), minlength=4) for layer in top])
-    np.testing.assert_allclose(counts.max(1) / counts.mean(1) - 1, loads, atol=0.05)  # float16 may turn a tie
+    np.testing.assert_allclose((counts.max(1) / counts.mean(1) - 1).mean(), loads, atol=0.05)  # float16 may turn a tie

@@ -193,7 +193,9 @@ def test_of_loads_averages_layers_takes_the_worst_and_leaves_out_zero_computatio
         max_violation=0.5,  # 0 and 1
         max_violation_worst=1.0,
         min_violation=-0.5,
+        min_violation_worst=-1.0,
         mean_violation=0.5,
+        mean_violation_worst=1.0,
         load_cv=0.5,
         load_entropy=0.75,  # 1 and log 2 / log 4
         effective_experts=3.0,  # 4 and 2
@@ -286,10 +288,10 @@ def test_device_violation_is_that_of_consecutive_blocks():
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
-def test_sequence_violation_averages_sequences_that_have_tokens(kind):
+def test_sequence_violations_average_sequences_that_have_tokens(kind):
     # 0 and 1; the third sequence is padding. Pooled, (12, 4) would give 0.5 as well: the second layer tells
     rows = kind([[[4, 4], [8, 0], [0, 0]], [[8, 0], [0, 8], [0, 0]]])
-    np.testing.assert_allclose(metrics.sequence_violation(rows), [0.5, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(metrics.sequence_violations(rows)["max_violation"], [0.5, 1.0], rtol=1e-6)
     floor = metrics.violation_floor(8, 1, 2)
     np.testing.assert_allclose(metrics.sequence_floor(rows, 1), [floor, floor], rtol=1e-6)
 
@@ -308,7 +310,7 @@ def test_a_bias_for_each_class_has_a_range_for_each_class():
 def test_flip_rate_counts_biases_that_turned_round_and_not_those_that_rest():
     before = np.asarray([[1, -1, 1, 0], [1, 1, 1, 1]], np.int8)
     after = np.asarray([[-1, 1, 1, 1], [1, 1, 0, 1]], np.int8)
-    np.testing.assert_allclose(metrics.flip_rate(before, after), [0.5, 0.0])
+    np.testing.assert_allclose(metrics.flip_rate(before, after), [2 / 3, 0.0], rtol=1e-6)
 
 
 # --- the choices ----------------------------------------------------------------------------------------------

@@ -254,6 +254,6 @@ def _zeros(num_experts: int, _: Any) -> Float32[Array, "experts"]:
 
 
 def _part(total: Array, share: float) -> Array:
-    """A share, in thousandths, of an int32, without overflow."""
-    thousandths = round(1000 * share)
-    return total // 1000 * thousandths + total % 1000 * thousandths // 1000
+    """A share, in parts of 2^15, of an int32 below 2^31, without overflow."""
+    parts = round(2**15 * share)
+    return total // 2**15 * parts + total % 2**15 * parts // 2**15

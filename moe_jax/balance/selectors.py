@@ -60,9 +60,9 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
     """Sinkhorn: `top-k of u_t s_tj v_j`, where u and v give every token the mass 1/T and every expert 1/E.
 
     `iterations` rounds of u, then v, from v = 1, by logarithms. The factor u_t ranks nothing, so the choice is the
-    top-k of log s_tj + log v_j. Megatron balances exp(logits); softmax scores are the same up to u. Sigmoid scores
-    are that matrix with every entry above 1 pressed below it: exp(x) / (1 + exp(x)). It is not causal, for v is of the
-    whole micro-batch, so evaluation routes by top-k instead. No gradient passes u and v; gates are the scores.
+    top-k of log s_tj + log v_j. The matrix s is exp(logits), found back from the scores (up to u, for softmax). It is
+    not causal, for v is of the whole micro-batch, so evaluation routes by top-k instead. No gradient passes u and v;
+    gates are the scores.
 
     Source: Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which
     relaxes the linear assignment of BASE layers (2103.16716).
@@ -70,7 +70,7 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
         num_tokens, num_experts = scores.shape
-        log_scores = jnp.log(jnp.maximum(lax.stop_gradient(scores), jnp.finfo(jnp.float32).tiny))
+        log_scores = logits_of(lax.stop_gradient(scores), model.score)
         valid = is_valid(tokens, num_tokens)
 
         def balance(_: Any, v: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
@@ -82,6 +82,19 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
         return best(log_scores + v, top_k)
 
     return Method(select=select, inference="top_k")
+
+
+def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
+    """The logits that gave these scores, up to a constant of each token for softmax.
+
+    As far as float32 knows them: a sigmoid of 17 and more is 1, and a score below 1e-38 is taken for that.
+    """
+    scores = jnp.maximum(scores, jnp.finfo(jnp.float32).tiny)
+    if score == "sigmoid":
+        return jnp.log(scores) - jnp.log(jnp.maximum(1.0 - scores, 2.0**-25))
+    if score == "sqrt_softplus":
+        return jnp.log(jnp.expm1(jnp.clip(scores**2, 1e-30, 80.0)))
+    return jnp.log(scores)
 
 
 @register("bip")
@@ -272,7 +285,7 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
     """Device capacity: `each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj`.
 
     What is beyond is dropped in training: it travels nowhere and adds nothing, but loads count it. A device is a
-    logical group of consecutive experts: `num_devices`, else model.num_groups, else (both unset) one expert each. The
+    logical group of consecutive experts: `num_devices`, else model.num_groups, else (in no config) one expert. The
     sequences of a share `protected`, drawn anew each time, keep all copies, first of their devices' budgets.
     It is not causal, for copies of later tokens compete; evaluation drops nothing.
 
