@@ -4,13 +4,19 @@ Uses the config the run was started with; `--config=FILE` evaluates its checkpoi
 data or another batch size, say. `--eval_sequences=N` takes only the first N sequences of each domain. On a
 cluster the same command runs in every process, as training does; on other devices than the run's, the mesh is
 data-parallel unless a config says otherwise.
+
+`--specialisation` adds which experts each domain uses and which are used together (specialisation.json, .png);
+`--ablate` what the model loses without its shared or its best routed experts (ablation.json). Where the run stored
+its routing at several evaluations (`measure_every`), how early it settled is told too (saturation.json).
 """
 
+import collections
 import contextlib
 import functools
+import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +25,18 @@ from absl import app, flags
 
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import DROPLESS, Config, MeshConfig, resolve, validate
+from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
 from moe_jax.files import workdir_of, write_json
 from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from moe_jax.data import Corpus
+    from moe_jax.balance import Balancer
+    from moe_jax.data import Batch, Corpus
+    from moe_jax.specialisation import Survey
     from moe_jax.state import TrainState
+    from moe_jax.step import Evaluation
 
 
 def evaluate(
@@ -36,6 +45,7 @@ def evaluate(
     corpus: "Corpus",
     mesh: "Mesh | None" = None,
     watchdog: Watchdog | None = None,
+    balancer: "Balancer | None" = None,
 ) -> dict[str, float | int]:
     """Loss, bits per byte (all and per domain) and balance over the held-out documents.
 
@@ -49,20 +59,37 @@ def evaluate(
         mesh: the config's on all devices if None. With several processes each loads only its rows, and all
             get the same numbers.
         watchdog: told of every batch.
+        balancer: chooses experts in place of the config's; it reads the same state.
 
     Returns:
-        eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>; with experts also eval/max_violation,
-        eval/max_violation_worst, eval/dead_experts.
+        eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>; with experts also what `metrics.of_loads` gives
+        of the whole set, as eval/max_violation; eval/max_violation/<domain>, mean over layers;
+        eval/sequence_violation, the mean over layers and sequences of a sequence's own, and
+        eval/sequence_violation_floor, what chance would make of it; eval/domain_information, bits that a copy's
+        expert tells about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
+        that would be others without it.
     """
     import jax
-    import numpy as np
 
-    from moe_jax.data import evaluation_batches
-    from moe_jax.mesh import batch_sharding, make_mesh
+    from moe_jax.mesh import make_mesh
     from moe_jax.step import make_eval_step
 
     mesh, watchdog = mesh or make_mesh(config.mesh), watchdog or Watchdog(0)
-    eval_step = make_eval_step(config, mesh)
+    eval_step = make_eval_step(config, mesh, balancer)
+    totals = Totals(len(corpus.domains), config.model.num_experts)
+    for number, batch in enumerate(held_out(config, corpus, mesh)):
+        work = watchdog.watch("evaluation batch", number)
+        result = eval_step(state, batch)
+        work.result = result.nats
+        totals.add(jax.device_get(result))
+    return totals.losses(corpus.domains) | totals.balance(corpus.domains)
+
+
+def held_out(config: Config, corpus: "Corpus", mesh: "Mesh") -> Iterator["Batch"]:
+    """The held-out batches on the mesh, of a micro-batch's size; each process loads only its rows."""
+    from moe_jax.data import evaluation_batches
+    from moe_jax.mesh import batch_sharding
+
     batch_size = config.batch_size // config.micro_batches
     batches = evaluation_batches(
         corpus,
@@ -70,39 +97,147 @@ def evaluate(
         sequence_length=config.sequence_length,
         max_sequences_per_domain=config.data.eval_sequences,
     )
-    nats, num_bytes = np.zeros(len(corpus.domains)), np.zeros(len(corpus.domains), np.int64)
-    num_tokens, loads = 0, np.zeros((), np.int64)
     for number in range(len(batches)):
         rows = functools.partial(batches.batch_at, number)
-        work = watchdog.watch("evaluation batch", number)
-        result = eval_step(state, distributed.from_rows(rows, batch_size, batch_sharding(mesh)))
-        work.result = result.nats
-        sums = jax.device_get(result)
+        yield distributed.from_rows(rows, batch_size, batch_sharding(mesh))
+
+
+class Totals:
+    """What evaluation adds up on the host, in float64 and int64: by domain, by layer, and over sequences."""
+
+    def __init__(self, num_domains: int, num_experts: int) -> None:
+        import numpy as np
+
+        self.num_experts = num_experts  # those that compute; loads of zero-computation experts come after them
+        self.nats, self.num_bytes = np.zeros(num_domains), np.zeros(num_domains, np.int64)
+        self.lengths: collections.Counter[int] = collections.Counter()  # valid tokens of a sequence -> sequences
+        self.sequence_violation = 0.0  # summed over sequences, each the mean over layers
+        self.loads: Any = None  # [D, L, E]
+        self.kept = self.chosen = 0  # decisions that the bias does not change, and all
+
+    def add(self, sums: "Evaluation") -> None:
+        """Count one batch, fetched."""
+        import numpy as np
+
         real = sums.domain >= 0
-        np.add.at(nats, sums.domain[real], sums.nats[real].astype(np.float64))
-        np.add.at(num_bytes, sums.domain[real], sums.num_bytes[real])
-        num_tokens += int(sums.tokens.sum())
-        if sums.loads is not None:
-            loads = loads + sums.loads
-    numbers = {
-        "eval/loss": float(nats.sum()) / num_tokens,
-        "eval/bits_per_byte": float(nats.sum()) / (math.log(2) * int(num_bytes.sum())),
-    }
-    for name, n, b in zip(corpus.domains, nats, num_bytes, strict=True):
-        if b:
-            numbers[f"eval/bits_per_byte/{name}"] = float(n) / (math.log(2) * int(b))
-    return numbers | (_balance(loads) if loads.ndim else {})
+        domain = sums.domain[real]
+        np.add.at(self.nats, domain, sums.nats[real].astype(np.float64))
+        np.add.at(self.num_bytes, domain, sums.num_bytes[real])
+        self.lengths.update(sums.tokens[real].tolist())
+        if sums.row_loads is not None:
+            self._add_loads(domain, sums.row_loads[real][..., : self.num_experts])
+        if sums.kept is not None and sums.chosen is not None:
+            self.kept, self.chosen = self.kept + int(sums.kept.sum()), self.chosen + int(sums.chosen.sum())
+
+    def _add_loads(self, domain: Any, row_loads: Any) -> None:
+        import numpy as np
+
+        from moe_jax import metrics
+
+        if self.loads is None:
+            self.loads = np.zeros((len(self.nats), *row_loads.shape[1:]), np.int64)
+        np.add.at(self.loads, domain, row_loads)
+        self.sequence_violation += float(metrics.max_violation(row_loads).mean(-1).astype(np.float64).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """The valid targets."""
+        return sum(length * count for length, count in self.lengths.items())
+
+    def losses(self, domains: Sequence[str]) -> dict[str, float]:
+        """eval/loss and bits per byte, of all and of each domain with text."""
+        numbers = {
+            "eval/loss": float(self.nats.sum()) / self.num_tokens,
+            "eval/bits_per_byte": float(self.nats.sum()) / (math.log(2) * int(self.num_bytes.sum())),
+        }
+        for name, nats, num_bytes in zip(domains, self.nats, self.num_bytes, strict=True):
+            if num_bytes:
+                numbers[f"eval/bits_per_byte/{name}"] = float(nats) / (math.log(2) * int(num_bytes))
+        return numbers
+
+    def balance(self, domains: Sequence[str]) -> dict[str, float | int]:
+        """How even loads are, in all, by domain and by sequence; nothing for a dense model."""
+        from moe_jax import metrics
+
+        if self.loads is None:
+            return {}
+        whole = metrics.of_loads(self.loads.sum(0), self.num_experts, self.num_tokens)
+        numbers = {f"eval/{name}": value.item() for name, value in whole.items()}
+        for name, loads in zip(domains, self.loads, strict=True):
+            if loads.any():
+                numbers[f"eval/max_violation/{name}"] = float(metrics.max_violation(loads).mean())
+        information = metrics.mutual_information(self.loads.swapaxes(0, 1))
+        numbers["eval/domain_information"] = float(information.mean())
+        numbers |= self._by_sequence()
+        return numbers | ({"eval/bias_changed": 1.0 - self.kept / self.chosen} if self.chosen else {})
+
+    def _by_sequence(self) -> dict[str, float]:
+        import numpy as np
+
+        from moe_jax import metrics
+
+        lengths, counts = np.array(list(self.lengths)), np.array(list(self.lengths.values()))
+        copies = self.loads.sum() / (self.loads.shape[1] * self.num_tokens)  # of a token, in a layer
+        floor = np.asarray(metrics.violation_floor(lengths, copies, self.num_experts), np.float64)
+        return {
+            "eval/sequence_violation": self.sequence_violation / int(counts.sum()),
+            "eval/sequence_violation_floor": float((floor * counts).sum() / counts.sum()),
+        }
 
 
-def _balance(loads: Any) -> dict[str, float | int]:
-    from moe_jax import metrics
+def store_routing(
+    config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", workdir: Path, watchdog: Watchdog | None = None
+) -> None:
+    """Write which experts the tokens of the first held-out batch have now, to workdir/routing/<step>.npy.
 
-    violation = metrics.max_violation(loads)
-    return {
-        "eval/max_violation": float(violation.mean()),
-        "eval/max_violation_worst": float(violation.max()),
-        "eval/dead_experts": int(metrics.dead_experts(loads).sum()),
-    }
+    uint16 [L, T, S], by process 0, if `config.measure_every` > 0; every process must call it. What the evaluate
+    command computes router saturation from.
+    """
+    import jax
+
+    from moe_jax.specialisation import make_choices_step, store_ids
+
+    if not config.measure_every:
+        return
+    work = (watchdog or Watchdog(0)).watch("routing of evaluation", 0)
+    chosen = make_choices_step(config, mesh)(state, next(held_out(config, corpus, mesh))).expert_ids
+    work.result = chosen
+    if distributed.index() == 0:
+        store_ids(workdir, int(state.step), jax.device_get(chosen))
+
+
+def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh") -> "Survey":
+    """Which experts each held-out domain uses, and which are used together."""
+    import jax
+    import numpy as np
+
+    from moe_jax.specialisation import Survey, make_choices_step
+
+    step, layers, experts = make_choices_step(config, mesh), num_moe_layers(config.model), config.model.num_experts
+    loads = np.zeros((len(corpus.domains), layers, experts), np.int64)
+    pairs = np.zeros((layers, experts, experts), np.int64)
+    for batch in held_out(config, corpus, mesh):
+        domain, row_loads, new = jax.device_get(step(state, batch)[1:])
+        np.add.at(loads, domain[domain >= 0], row_loads[domain >= 0])
+        pairs += new
+    return Survey(corpus.domains, loads, pairs)
+
+
+def ablate(
+    config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", whole: Mapping[str, float | int]
+) -> dict[str, dict[str, float | int]]:
+    """Loss and bits per byte of the model as it is, whose evaluation is `whole`, and of its variants.
+
+    Raises:
+        ValueError: there is nothing to take away.
+    """
+    from moe_jax.surgery import variants
+
+    found = {"as it is": dict(whole)}
+    for name, variant in variants(config, state).items():
+        found[name] = evaluate(variant.config, variant.state, corpus, mesh, balancer=variant.balancer)
+    keys = ("eval/loss", "eval/bits_per_byte")
+    return {name: {key.removeprefix("eval/"): result[key] for key in keys} for name, result in found.items()}
 
 
 def config_of_run(workdir: Path) -> Config:
@@ -142,6 +277,30 @@ def restore_run(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainStat
     return checkpoint.restore(workdir / "checkpoints", target, verify=options.verify, fallback=options.fallback)
 
 
+def print_ablation(result: Mapping[str, Mapping[str, float | int]]) -> None:
+    """The variants as a table, with what each costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table, whole = Table("model", "loss", "bits per byte", "difference"), result["as it is"]["bits_per_byte"]
+    for name, values in result.items():
+        bits = values["bits_per_byte"]
+        table.add_row(name, f"{values['loss']:.4f}", f"{bits:.4f}", f"{bits - whole:+.4f}")
+    Console().print(table)
+
+
+def print_saturation(result: Mapping[str, Any]) -> None:
+    """How much of the last routing each stored step had, in per cent: mean over layers, first and last layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("step", "eval/saturation", "first MoE layer", "last", caption="share of the last step's choices")
+    for step, layers in zip(result["steps"], result["saturation"], strict=True):
+        shares = (sum(layers) / len(layers), layers[0], layers[-1])
+        table.add_row(str(step), *(f"{100 * share:.1f} %" for share in shares))
+    Console().print(table)
+
+
 def print_table(result: Mapping[str, float | int]) -> None:
     """The evaluation as a table on the terminal."""
     from rich.console import Console
@@ -175,15 +334,16 @@ def on_these_devices(config: Config) -> Config:
     return resolve(replace(config, mesh=MeshConfig(data=1)), devices, platform)
 
 
-def run(config: Config, workdir: Path) -> None:
-    """Restore the newest checkpoint, evaluate, print, and write evaluation.json.
+def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation: bool = False) -> None:
+    """Restore the newest checkpoint, evaluate, print, and write evaluation.json and what else was asked for.
 
     Raises:
-        ValueError, OSError: no or a damaged checkpoint, bad data, or a mesh that does not fit.
+        ValueError, OSError: no or a damaged checkpoint, bad data, a mesh that does not fit, or nothing to measure.
     """
     from moe_jax.data import open_corpus
     from moe_jax.mesh import make_mesh
 
+    check_asked(config, specialisation, ablation)
     corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     config = on_these_devices(config)
     mesh = make_mesh(config.mesh)
@@ -191,10 +351,53 @@ def run(config: Config, workdir: Path) -> None:
     if found is None:
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
     state = found[0]
-    result = {"step": int(state.step), **evaluate(config, state, corpus, mesh)}
+    whole = evaluate(config, state, corpus, mesh)
+    tell(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
+    if specialisation:
+        draw_survey(workdir, survey(config, state, corpus, mesh))
+    if ablation:
+        tell(workdir, "ablation", ablate(config, state, corpus, mesh, whole), print_ablation)
+    tell_saturation(config, workdir)
+
+
+def check_asked(config: Config, specialisation: bool, ablation: bool) -> None:
+    """Raise a ValueError where a dense model is asked about its experts."""
+    for flag, asked in (("--specialisation", specialisation), ("--ablate", ablation)):
+        if asked and not config.model.num_experts:
+            raise ValueError(f"{flag} is about experts, and model.num_experts=0 has none; leave {flag} out.")
+
+
+def tell(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[Any], None]) -> None:
+    """Print a result and write it to workdir/<name>.json; process 0 does."""
     if distributed.index() == 0:
-        print_table(result)
-        write_json(workdir / "evaluation.json", result)
+        show(result)
+        write_json(workdir / f"{name}.json", result)
+
+
+def draw_survey(workdir: Path, found: "Survey") -> None:
+    """Write specialisation.json and specialisation.png; process 0 does."""
+    from moe_jax.specialisation import as_json, draw
+
+    if distributed.index() == 0:
+        write_json(workdir / "specialisation.json", as_json(found))
+        picture = io.BytesIO()
+        draw(found).savefig(picture, format="png", dpi=100)
+        (workdir / "specialisation.png").write_bytes(picture.getvalue())
+        print(f"wrote {workdir / 'specialisation.json'} and specialisation.png")
+
+
+def tell_saturation(config: Config, workdir: Path) -> None:
+    """Print router saturation and write saturation.json, or say what is missing, where a run stored its routing."""
+    from moe_jax.specialisation import saturation, stored_steps
+
+    if distributed.index() != 0 or not stored_steps(workdir):
+        return
+    try:
+        result = saturation(workdir, config.model.num_experts + config.model.num_zero_experts)
+    except ValueError as error:
+        print(f"no router saturation: {error}")
+    else:
+        tell(workdir, "saturation", result, print_saturation)
 
 
 def main(_: list[str]) -> None:
@@ -207,7 +410,7 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--eval_sequences={flag.eval_sequences} must be at least 0; 0 takes all.")
         config = replace(config, data=replace(config.data, eval_sequences=flag.eval_sequences))
         with distributed.joined(config.heartbeat_seconds, lambda: "evaluation"):
-            run(config, workdir)
+            run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
     except (ValueError, OSError) as error:
         fail(str(error))
 
@@ -215,5 +418,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
     flags.DEFINE_integer("eval_sequences", 0, "Held-out sequences per domain; 0 takes all.")
+    flags.DEFINE_bool("specialisation", False, "Also which experts each domain uses, and which are used together.")
+    flags.DEFINE_bool("ablate", False, "Also what is lost without the shared, or the best routed, experts.")
     define_config_flag("Another config to evaluate under.")
     app.run(main, flags_parser=parse_flags)

@@ -201,7 +201,7 @@ def violation_floor(num_tokens: Any, top_k: Any, num_experts: int) -> Float32[Ar
     to T K, so that their scores correlate by -1 / (E - 1) and E of them all stay below m with the probability
     Phi(z(m) sqrt((E - 1) / E))^E. The largest load's mean is the sum over m of the probability that one is above.
 
-    Within 1 % of simulation where the mean load is 4 or more, 4 % at 1/2, 8 % at 1/4 (E = 256).
+    Within 1 % of simulation where the mean load is 4 or more, 3 % at 1, 8 % at 1/4 (of 256 experts).
 
     Args:
         num_tokens: T, a number or array, may be traced; 0 gives 0.

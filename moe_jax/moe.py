@@ -198,10 +198,16 @@ class MoE(nnx.Module):
     def _details(self, routing: Routing, own: Statistics, balancer: Balancer, state: State, num_rows: int) -> Details:
         routing = jax.lax.stop_gradient(routing)
         num_choices = routing.loads.shape[0]
-        next_bias = balancer.update(own, state, jnp.int32(0))["bias"]
-        biases = balancer.init(num_choices)["bias"], next_bias
-        others = [self.pick_by_bias(routing.logits, b, routing.tokens, balancer).expert_ids for b in biases]
-        return Details(routing, *others, counts_by_row(routing.expert_ids, num_rows, num_choices))
+
+        def chosen_under(bias: Array) -> Array:
+            return self.pick_by_bias(routing.logits, bias, routing.tokens, balancer).expert_ids
+
+        return Details(
+            routing,
+            unbiased_ids=chosen_under(balancer.init(num_choices)["bias"]),
+            next_ids=chosen_under(balancer.update(own, state, jnp.int32(0))["bias"]),
+            row_loads=counts_by_row(routing.expert_ids, num_rows, num_choices),
+        )
 
 
 def only(routing: Routing, keep: Bool[Array, "tokens slots"]) -> Routing:

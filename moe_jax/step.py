@@ -23,7 +23,8 @@ from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
 from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, platform, replicated
 from moe_jax.model import Inputs
-from moe_jax.moe import Balancing, Report
+from moe_jax.moe import Balancing, Details, Report
+from moe_jax.options import BIAS_METHODS
 from moe_jax.state import (
     TrainState,
     Tree,
@@ -66,9 +67,14 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     return _train_step(without_what_no_step_reads(config), mesh)
 
 
-def make_eval_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], "Evaluation"]:
-    """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing."""
-    return _eval_step(without_what_no_step_reads(config), mesh)
+def make_eval_step(
+    config: Config, mesh: Mesh | None = None, balancer: balance.Balancer | None = None
+) -> Callable[[TrainState, Batch], "Evaluation"]:
+    """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing.
+
+    Experts are chosen as the config's balance says, or by another `balancer` with the same state.
+    """
+    return _eval_step(without_what_no_step_reads(config), mesh, balancer)
 
 
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
@@ -302,7 +308,7 @@ def balance_metrics(
     m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum()
     loads, traffic = report.statistics["loads"], report.traffic
     copies = jnp.maximum(loads[:, : m.num_experts].sum(-1, dtype=jnp.float32), 1.0)
-    values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens, m.top_k).items()}
+    values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens).items()}
     values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
     if "direction" in before.balance:
         flips = metrics.flip_rate(before.balance["direction"], after.balance["direction"])
@@ -326,28 +332,54 @@ def balance_metrics(
 
 
 class Evaluation(NamedTuple):
-    """Sums over one held-out batch: per row nats, valid targets, and its domain and bytes; loads [L, E] or None."""
+    """Sums over one held-out batch: of every row, and over all; None where there are no experts, or no bias.
+
+    nats, tokens, domain, num_bytes: of a row, its valid targets alone. row_loads: of a row's sequence.
+    kept, chosen: how many decisions are the same without the bias, and how many there are.
+    """
 
     nats: Float32[Array, "batch"]
     tokens: Int32[Array, "batch"]
     domain: Int32[Array, "batch"]
     num_bytes: Int32[Array, "batch"]
-    loads: Int32[Array, "layers experts"] | None
+    row_loads: Int32[Array, "batch layers experts"] | None
+    kept: Int32[Array, "layers"] | None = None
+    chosen: Int32[Array, "layers"] | None = None
+
+    @property
+    def loads(self) -> Int32[Array, "layers experts"] | None:
+        """Of the whole batch."""
+        return None if self.row_loads is None else self.row_loads.sum(0)
 
 
 @functools.lru_cache(maxsize=16)
-def _eval_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Batch], Evaluation]:
-    balancer = balance.make(config.balance, config.model)
+def _eval_step(
+    config: Config, mesh: Mesh | None, balancer: balance.Balancer | None
+) -> Callable[[TrainState, Batch], Evaluation]:
+    balancer = balance.make(config.balance, config.model) if balancer is None else balancer
+    has_bias = any(entry.method in BIAS_METHODS for entry in config.balance)
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         balancing = Balancing(balancer, state.balance)
         key = jax.random.key(0)  # evaluation draws nothing
         nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
-        loads = None if report is None else report.statistics["loads"]
+        row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
-        return Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, loads)
+        result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)
+        if report is None or not has_bias:
+            return result
+        kept, chosen = _kept_without_bias(state, report.details)
+        return result._replace(kept=kept, chosen=chosen)
 
     return jax.jit(evaluate, out_shardings=None if mesh is None else replicated(mesh))
+
+
+def _kept_without_bias(state: TrainState, details: Details) -> tuple[Int32[Array, "layers"], Int32[Array, "layers"]]:
+    """How many decisions of each layer its scores alone would make too, and how many there are."""
+    routing, bias = details.routing, read_bias(state.bias)
+    kept, chosen = metrics.decisions_kept(routing.expert_ids, details.unbiased_ids, routing.loads.shape[-1])
+    biased = (metrics.bias_range(bias) > 0).reshape(len(bias), -1).any(-1)  # else a rule chose, as in layers that hash
+    return jnp.where(biased, kept, chosen), chosen
 
 
 def split_batch(batch: Batch, micro_batches: int) -> Batch:

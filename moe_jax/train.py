@@ -33,7 +33,7 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, as_dict, differences, resolve, validate
-from moe_jax.evaluate import evaluate, read_config, restore_run
+from moe_jax.evaluate import evaluate, read_config, restore_run, store_routing
 from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.watchdog import Watchdog
 
@@ -104,7 +104,7 @@ class _Run:
         self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
         self.mesh = make_mesh(config.mesh)
         self.made_by = versions()
-        self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh)
+        self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh, corpus)
         self.first = int(self.state.step)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
         first_process = distributed.index() == 0
@@ -200,7 +200,9 @@ class _Run:
         del numbers["tokens"]
         numbers |= {"tokens_seen": self.tokens_seen, "tokens_per_second": speed}
         if evaluates:
-            self.evaluation = evaluate(self.config, self.state, self.corpus, self.mesh, self.watchdog)
+            where = self.config, self.state, self.corpus, self.mesh
+            self.evaluation = evaluate(*where, self.watchdog)
+            store_routing(*where, self.workdir, self.watchdog)
             numbers |= self.evaluation
         if self.log is not None:
             self.log.write(step, numbers, layers)
@@ -287,15 +289,39 @@ class Clock:
         return self._tokens / (time.perf_counter() - self._since)
 
 
-def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", int]:
+def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> tuple["TrainState", int]:
     from moe_jax.state import init_state
 
     found = restore_run(config, workdir, mesh)
     if found is None:
-        return init_state(config, mesh), 0
+        return with_hash_tables(config, init_state(config, mesh), corpus), 0
     state, extra = found
     refuse_another_config(workdir, "checkpoint", extra["config"], config)
     return state, extra["tokens_seen"]
+
+
+def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "TrainState":
+    """The state with the tables of `hash` balanced for the corpus's token frequencies; each layer has its own."""
+    import jax
+
+    from moe_jax.balance.selectors import balanced_table
+    from moe_jax.data import token_frequencies
+
+    labels = [e.label for e in config.balance if e.method == "hash"]
+    if not labels:
+        return state
+    m = config.model
+    frequencies = token_frequencies(corpus, m.vocab_size, config.data.weights)
+    table = balanced_table(frequencies, m.num_experts, m.top_k, config.seed)
+
+    def filled(path: Any, leaf: Any) -> Any:
+        if path[-1] != jax.tree_util.DictKey("table"):
+            return leaf
+        orders = (np.random.default_rng((config.seed, layer)).permutation(m.num_experts) for layer in range(len(leaf)))
+        return jax.device_put(np.stack([order[table] for order in orders]).astype(np.int32), leaf.sharding)
+
+    own = {label: jax.tree_util.tree_map_with_path(filled, state.balance[label]) for label in labels}
+    return state._replace(balance=state.balance | own)
 
 
 def open_data(config: Config) -> "Corpus":
@@ -384,8 +410,9 @@ def record(workdir: Path, config: Config, made_by: dict[str, Any]) -> None:
 
 
 def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], config: Config) -> None:
-    """Raise a ValueError with the differences, unless `there` (read back from JSON) is `config`."""
-    here = json.loads(json.dumps(as_dict(config)))  # read back: tuples are lists
+    """Raise a ValueError with the differences, unless `there` (read from JSON) is `config`."""
+    # a key that is younger than the run has its default; as_dict of a file read back has lists for tuples
+    there, here = (json.loads(json.dumps(as_dict(validate(c)))) for c in (there, config))
     if changed := differences(_what_makes_a_run(there), _what_makes_a_run(here)):
         raise ValueError(
             f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
@@ -396,8 +423,8 @@ def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], confi
 def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
     """Without the keys that change no number of the training, or by rounding only: free when a run goes on."""
     free = {"mesh", "compiler_options", "checkpoint", "log_every", "eval_every", "save_every"}
-    free |= {"heartbeat_seconds", "step_timeout_seconds"}
-    model = {k: v for k, v in config.get("model", {}).items() if k != "remat"}
+    free |= {"heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"}
+    model = {k: v for k, v in config.get("model", {}).items() if k not in ("remat", "unroll_layers")}
     if model.get("dispatch") in DROPLESS:
         model["dispatch"] = "auto"
     return {k: v for k, v in config.items() if k not in free} | {"model": model}

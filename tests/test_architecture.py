@@ -31,6 +31,8 @@ step
 measure
 checkpoint
 log
+surgery
+specialisation
 evaluate
 train
 describe
@@ -103,7 +105,7 @@ def test_config_and_data_do_not_import_jax(file):
 def test_commands_import_jax_late(name):
     top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
     assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)
-    heavy = {"step", "state", "model", "checkpoint", "metrics", "streams"}
+    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams"}
     assert not any(internal(n) in heavy for n in top)
 
 

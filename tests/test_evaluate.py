@@ -11,16 +11,19 @@ import pytest
 from drills import rig
 
 from conftest import tiny_config
-from moe_jax import step
+from moe_jax import metrics, step
 from moe_jax.checkpoint import state_hash
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
-from moe_jax.evaluate import config_of_run, evaluate, on_these_devices
+from moe_jax.evaluate import config_of_run, evaluate, on_these_devices, run, store_routing, tell_saturation
 from moe_jax.log import read_jsonl
+from moe_jax.mesh import make_mesh
+from moe_jax.specialisation import store_ids
 from moe_jax.state import init_state
 from moe_jax.step import Evaluation
 
 CONFIG = rig.drill_config()
 CORPUS = open_corpus()
+SIZES = dict(batch_size=8, sequence_length=16, max_sequences_per_domain=4)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +61,11 @@ def test_evaluation_gives_the_same_numbers_twice(state):
 def fake_step(nats_of):
     """An evaluation step that charges each row `nats_of(batch)` and sends every token to expert 0."""
 
-    def make(config, mesh):
+    def make(config, mesh, balancer=None):
         def eval_step(state, batch):
             tokens = batch.mask.sum(-1)
-            loads = jnp.zeros((2, 4), jnp.int32).at[:, 0].set(2 * tokens.sum())
-            return Evaluation(nats_of(batch).astype(jnp.float32), tokens, batch.domain, batch.num_bytes, loads)
+            row_loads = jnp.zeros((len(tokens), 2, 4), jnp.int32).at[:, :, 0].set(2 * tokens[:, None])
+            return Evaluation(nats_of(batch).astype(jnp.float32), tokens, batch.domain, batch.num_bytes, row_loads)
 
         return eval_step
 
@@ -99,12 +102,70 @@ def test_loads_are_summed_over_the_whole_set(monkeypatch):
     assert result["eval/dead_experts"] == 6
 
 
+def spread_step(config, mesh, balancer=None):
+    """An evaluation step in which sequences of even domains use expert 0 alone, of odd ones expert 1, top 1."""
+
+    def eval_step(state, batch):
+        tokens = batch.mask.sum(-1)
+        expert = jax.nn.one_hot(batch.domain % 2, 4, dtype=jnp.int32)  # none for padding, whose tokens are 0 anyway
+        row_loads = (tokens[:, None] * expert)[:, None].repeat(2, 1)
+        decisions = tokens.sum() * jnp.ones(2, jnp.int32)
+        nats = tokens.astype(jnp.float32)
+        return Evaluation(nats, tokens, batch.domain, batch.num_bytes, row_loads, decisions // 4, decisions)
+
+    return eval_step
+
+
+def test_loads_are_told_apart_by_domain_and_by_sequence(monkeypatch):
+    # four windows of each of four domains: half of all on expert 0, half on 1, so (T/2 - T/4) / (T/4) = 1 in all,
+    # 3 within any domain or sequence; the expert tells one of two halves: 1 bit
+    monkeypatch.setattr(step, "make_eval_step", spread_step)
+    result = evaluate(CONFIG, None, CORPUS)
+    assert result["eval/max_violation"] == 1.0
+    assert result["eval/sequence_violation"] == 3.0
+    assert [result[f"eval/max_violation/{d}"] for d in CORPUS.domains] == [3.0] * 4
+    assert result["eval/domain_information"] == pytest.approx(1.0, abs=1e-6)
+    assert result["eval/dead_experts"] == 4 and result["eval/starved_experts"] == 0.5
+    assert result["eval/bias_changed"] == 0.75
+
+
+def test_the_floors_are_those_of_the_whole_set_and_of_a_sequence(monkeypatch):
+    # 16 sequences of 16 tokens, one copy each
+    monkeypatch.setattr(step, "make_eval_step", spread_step)
+    result = evaluate(CONFIG, None, CORPUS)
+    assert result["eval/violation_floor"] == pytest.approx(float(metrics.violation_floor(256, 1, 4)), rel=1e-6)
+    assert result["eval/sequence_violation_floor"] == pytest.approx(float(metrics.violation_floor(16, 1, 4)), rel=1e-6)
+
+
+def biased(state, bias):
+    """The state with these biases in every layer."""
+    return state._replace(bias=jax.tree.map(lambda b: jnp.broadcast_to(jnp.asarray(bias), b.shape), state.bias))
+
+
+def test_a_bias_that_is_the_same_for_all_changes_no_decision(state):
+    assert evaluate(CONFIG, biased(state, 0.0), CORPUS)["eval/bias_changed"] == 0.0
+    assert evaluate(CONFIG, biased(state, 3.0), CORPUS)["eval/bias_changed"] == 0.0
+
+
+def test_decisions_that_the_bias_changes_are_those_that_the_scores_would_not_make(state):
+    # with 9 on experts 0 and 1 all tokens choose them: what the first layer's scores send elsewhere is changed
+    eval_step, batch = step.make_eval_step(CONFIG), next(iter(evaluation_batches(CORPUS, **SIZES)))
+    forced, free = (eval_step(biased(state, bias), batch) for bias in ([9.0, 9.0, 0.0, 0.0], [0.0] * 4))
+    assert forced.loads[:, 2:].sum() == 0 < free.loads[0, 2:].sum()
+    assert forced.chosen[0] - forced.kept[0] == free.loads[0, 2:].sum()
+
+
+def test_a_model_without_a_bias_has_no_decisions_changed_by_it(state):
+    config = rig.drill_config(balance=dict(aux_loss=dict(weight=1e-2)))
+    assert "eval/bias_changed" not in evaluate(config, init_state(config), CORPUS)
+
+
 def test_a_model_that_knows_nothing_pays_log_v_for_every_token(state):
     # a head of zeros: every logit is 0, every token costs ln 264 nats = log2 264 bits
     uniform = state._replace(params=state.params | {"head": jnp.zeros_like(state.params["head"])})
     result = evaluate(CONFIG, uniform, CORPUS)
     assert result["eval/loss"] == pytest.approx(math.log(264), rel=1e-6)
-    batches = list(evaluation_batches(CORPUS, batch_size=8, sequence_length=16, max_sequences_per_domain=4))
+    batches = list(evaluation_batches(CORPUS, **SIZES))
     tokens = sum(int(b.mask.sum()) for b in batches)
     num_bytes = sum(int(b.num_bytes.sum()) for b in batches)
     assert result["eval/bits_per_byte"] == pytest.approx(math.log2(264) * tokens / num_bytes, rel=1e-6)
@@ -113,7 +174,7 @@ def test_a_model_that_knows_nothing_pays_log_v_for_every_token(state):
 def test_domains_average_to_the_total_by_bytes(state):
     result = evaluate(CONFIG, state, CORPUS)
     weights = dict.fromkeys(CORPUS.domains, 0)
-    for batch in evaluation_batches(CORPUS, batch_size=8, sequence_length=16, max_sequences_per_domain=4):
+    for batch in evaluation_batches(CORPUS, **SIZES):
         for domain, n in zip(batch.domain, batch.num_bytes, strict=True):
             if domain >= 0:
                 weights[CORPUS.domains[domain]] += int(n)
@@ -142,6 +203,74 @@ def test_the_command_gives_the_numbers_that_the_run_logged(uninterrupted, tmp_pa
     logged = read_jsonl(workdir / "metrics.jsonl")[-1]
     assert result == {k: v for k, v in logged.items() if k.startswith("eval/")}
     assert "bits_per_byte" in command.text
+
+
+@pytest.fixture(scope="module")
+def dissected(uninterrupted, tmp_path_factory):
+    """A copy of the run, evaluated with everything; its routing was stored at init and at the end."""
+    workdir = shutil.copytree(uninterrupted / "run", tmp_path_factory.mktemp("dissected") / "run")
+    measured = rig.drill_config(measure_every=1)
+    mesh = make_mesh(measured.mesh)
+    for state in (init_state(measured, mesh), rig.restored(CONFIG, workdir)):
+        store_routing(measured, state, CORPUS, mesh, workdir)
+    run(CONFIG, workdir, specialisation=True, ablation=True)
+    return workdir
+
+
+def read(workdir, name):
+    return json.loads((workdir / f"{name}.json").read_text())
+
+
+def test_specialisation_is_written_for_every_layer_expert_and_domain(dissected):
+    written = read(dissected, "specialisation")
+    assert np.shape(written["relative_load"]) == (2, 4, len(CORPUS.domains))
+    assert np.shape(written["coactivation"]) == (2, 4, 4)
+    information = read(dissected, "evaluation")["eval/domain_information"]
+    assert np.mean(written["domain_information"]) == pytest.approx(information, rel=1e-6)
+    assert (dissected / "specialisation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_tells_what_every_variant_costs(dissected):
+    written, whole = read(dissected, "ablation"), read(dissected, "evaluation")
+    assert written.pop("as it is") == {key: whole[f"eval/{key}"] for key in ("loss", "bits_per_byte")}
+    expected = ["without shared", "without shared, one routed more", "without the best 1", "without the best 2"]
+    assert list(written) == expected
+    assert len({values["loss"] for values in written.values()} | {whole["eval/loss"]}) == 5  # each is another model
+
+
+def test_routing_is_that_of_the_first_held_out_batch(dissected):
+    stored = np.load(dissected / "routing" / "20.npy")
+    state = rig.restored(CONFIG, dissected)
+    loads = step.make_eval_step(CONFIG)(state, evaluation_batches(CORPUS, **SIZES)[0]).loads
+    assert stored.shape == (2, 8 * 16, 2)
+    np.testing.assert_array_equal([np.bincount(layer.ravel(), minlength=4) for layer in stored], loads)
+
+
+def test_saturation_is_told_of_every_stored_step(dissected):
+    written = read(dissected, "saturation")
+    assert written["steps"] == [0, 20]
+    then, now = (np.load(dissected / "routing" / f"{n}.npy") for n in (0, 20))
+    shared = [[len(set(a) & set(b)) for a, b in zip(*layer, strict=True)] for layer in zip(then, now, strict=True)]
+    np.testing.assert_allclose(written["saturation"], [np.mean(shared, axis=1) / 2, [1.0, 1.0]], rtol=1e-6)
+
+
+def test_routing_is_not_stored_unless_the_run_measures(state, tmp_path):
+    store_routing(CONFIG, state, CORPUS, make_mesh(CONFIG.mesh), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_stored_its_routing_once_is_told_what_is_missing(tmp_path, capsys):
+    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int))
+    tell_saturation(CONFIG, tmp_path)
+    assert "no router saturation: " in capsys.readouterr().out
+    assert not (tmp_path / "saturation.json").exists()
+
+
+@pytest.mark.parametrize("flag", ["specialisation", "ablation"])
+def test_a_dense_model_is_not_asked_about_experts(flag, tmp_path):
+    dense = rig.drill_config(model=dict(num_experts=0), balance={})
+    with pytest.raises(ValueError, match=r"model\.num_experts=0 has none; leave --\w+ out"):
+        run(dense, tmp_path, **{flag: True})
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

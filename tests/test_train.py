@@ -1,6 +1,7 @@
 """Reliability drills of a training run: it may stop, be killed or be told to end, and the curve does not notice."""
 
 import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from drills import rig
 
 from moe_jax import data, step
 from moe_jax.checkpoint import committed, restore, state_hash
-from moe_jax.data import open_corpus, training_batches
+from moe_jax.data import open_corpus, token_frequencies, training_batches
 from moe_jax.mesh import make_mesh
 from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
@@ -324,3 +325,56 @@ def test_a_run_saved_on_one_mesh_continues_on_every_other_and_back(two_by_four, 
     straight = shutil.copytree(two_by_four, tmp_path / "straight")
     run(on_mesh(2, 4), straight, quiet=True)
     rig.assert_close_curves(workdir, straight)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------
+
+
+def test_a_measured_run_has_the_curve_of_one_that_is_not_and_its_measures_at_their_interval(tmp_path):
+    plain, measured = tmp_path / "plain", tmp_path / "measured"
+    config = rig.drill_config(measure_every=5, record_scores_every=10)
+    run(CONFIG, plain, stop_at=10, quiet=True)
+    run(config, measured, stop_at=10, quiet=True)
+    for want, have in zip(rig.curve(plain), rig.curve(measured), strict=True):
+        ours = {k: v for k, v in have.items() if k in want}
+        assert ours.keys() == want.keys()
+        np.testing.assert_allclose([ours[k] for k in want], [want[k] for k in want], rtol=1e-5, atol=1e-6)
+        assert ("interference/router_ratio" in have) == ((have["step"] + 1) % 5 == 0)
+    last = rig.layers(measured)[-1]
+    assert np.shape(last["interference/router_ratio"]) == (2,)
+    assert (np.asarray(last["interference/router_ratio"]) > 0).all()  # the drill has an auxiliary loss
+    assert [f.name for f in sorted((measured / "scores").iterdir())] == ["00000009.npz"]
+    with np.load(measured / "scores" / "00000009.npz") as scores:
+        assert (scores["logits"].shape, scores["logits"].dtype) == ((2, 8 * 16, 4), np.float16)
+        assert (scores["mask"].shape, scores["ids"].shape) == ((8 * 16,), (8 * 16,))
+
+
+def test_a_run_made_before_a_key_existed_goes_on(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["measure_every"], config["model"]["num_zero_experts"]
+    file.write_text(json.dumps(config))
+    assert run(CONFIG, tmp_path, stop_at=3, quiet=True).step == 3
+
+
+def test_interference_of_a_bias_method_is_logged_as_zero_and_null(tmp_path):
+    config = rig.drill_config(measure_every=1, balance=dict(bias_sign=dict(rate=1e-2)))
+    run(config, tmp_path, stop_at=1, quiet=True)
+    (record,) = rig.curve(tmp_path)
+    for place in ("router", "input"):
+        assert record[f"interference/{place}_ratio"] == 0.0
+        assert record[f"interference/{place}_cosine"] is None
+
+
+def test_hash_layers_are_balanced_for_the_tokens_of_the_corpus_and_the_table_is_in_the_checkpoint(tmp_path):
+    config = rig.drill_config(balance=dict(hash={}))
+    run(config, tmp_path, stop_at=1, quiet=True)
+    table = np.asarray(rig.restored(config, tmp_path).balance["hash"]["table"])
+    assert (table.shape, table.dtype) == ((2, 264, 2), np.int32)
+    shares = token_frequencies(open_corpus(), 264)
+    for layer in table:
+        loads = np.bincount(layer.ravel(), np.repeat(shares, 2), minlength=4)
+        assert loads.max() / loads.mean() - 1 < 0.02
+        assert (layer[:, 0] != layer[:, 1]).all()
+    assert (table[0] != table[1]).any()

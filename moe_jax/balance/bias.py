@@ -2,7 +2,8 @@
 
 E real experts come first, then Z zero-computation experts (`model.num_zero_experts`), which are to get the share
 `model.zero_share` of the copies; without them every expert's target is the mean load. The bias of a
-zero-computation expert stays: where the real ones have their targets, it has its own. T tokens, S slots, N bins.
+zero-computation expert stays, but for the common shift of `zero_mean`: where the real ones have their targets, it
+has its own. T tokens, S slots, N bins.
 """
 
 from typing import Any
@@ -234,8 +235,7 @@ def target_loads(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32
 def relative_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
     """(target - load) / target for the real experts, 1 for one without load; 0 for zero-computation experts."""
     target = target_loads(loads, model)
-    real = jnp.arange(loads.shape[0]) < loads.shape[0] - model.num_zero_experts
-    return jnp.where(real & (target > 0), 1.0 - loads / jnp.where(target > 0, target, 1.0), 0.0)
+    return jnp.where(target > 0, copies_error(loads, model) / jnp.where(target > 0, target, 1.0), 0.0)
 
 
 def copies_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:

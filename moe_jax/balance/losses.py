@@ -150,7 +150,7 @@ def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Method:
 
     def loss(routing: Routing, _: Array, __: None, ___: None, router_weight: Array) -> Float32[Array, ""]:
         squared = (router_weight**2).sum(0)
-        rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+        rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, 1e-20))  # less would have an infinite gradient
         return _unless_no_token(routing, options.weight * (_gram_minus_identity(rows) ** 2).sum())
 
     return Method(loss=loss)

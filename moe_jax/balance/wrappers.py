@@ -4,11 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from moe_jax.balance.method import Method
-from moe_jax.routing import Routing, count
+from moe_jax.routing import Routing, best, count
 
 
 def factor_at(options: Any, step: Int32[Array, ""] | int) -> Float32[Array, ""]:
@@ -89,7 +88,7 @@ def within(method: Method, layers: tuple[int, ...]) -> Method:
         if state is None:
             return method.select(scores, biased, top_k=top_k, state=None, **how)
         ids = method.select(scores, biased, top_k=top_k, state=state["own"], **how)
-        usual = lax.top_k(biased, top_k)[1]
+        usual = best(biased, top_k)  # no top_k, which would gather the scores of a sharded batch
         slots = max(ids.shape[1], top_k)
         ids, usual = (_with_slots(a, slots, scores.shape[1]) for a in (ids, usual))
         return jnp.where(state["active"], ids, usual)

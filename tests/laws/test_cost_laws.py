@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.balance_cost import get_config
 from conftest import tiny_config
+from experiments.cost import costs
 from moe_jax import grouped, hlo
-from moe_jax.config import resolve
+from moe_jax.config import resolve, validate
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.grouped import rows_multiplied
 from moe_jax.mesh import AXES, make_mesh
@@ -140,3 +142,19 @@ def test_rows_and_flops_at_256_experts_are_within_1_3_of_those_at_16(monkeypatch
     experts = [sum(f for name, f in flops.items() if "while" in name) for flops in (few_flops, many_flops)]
     assert experts[0] == 9 * 2 * rows[0] * WIDTH * HIDDEN  # 3 matrices, forward and two products each backward
     assert many_flops.total() <= 1.3 * few_flops.total()  # the router included, which does grow with E
+
+
+# --- what balancing adds ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def balancing_costs():
+    return dict(costs(validate(get_config()), ["none", "bias_sign", "quantile"]))
+
+
+@pytest.mark.parametrize(("method", "flops", "bytes_accessed"), [("bias_sign", 1e-3, 1e-2), ("quantile", 2e-2, 2e-2)])
+def test_moving_a_bias_costs_next_to_nothing(balancing_costs, method, flops, bytes_accessed):
+    # against a step without balancing, which counts loads too
+    none, ours = balancing_costs["none"], balancing_costs[method]
+    assert none.flops < ours.flops <= (1 + flops) * none.flops
+    assert ours.bytes <= (1 + bytes_accessed) * none.bytes

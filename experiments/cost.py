@@ -1,0 +1,76 @@
+"""`python -m experiments.cost --config=configs/balance_cost.py`: what each way of balancing adds to the compiled step.
+
+The train step of the config is compiled with every method and without any, which reports loads too, and XLA's
+count of FLOPs and bytes is compared: exact, and the same on any machine of a platform. `--methods=a,b` takes some.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from absl import app, flags
+
+from moe_jax.command import define_config_flag, fail, parse_flags
+from moe_jax.config import Config, balance_entries, resolve, validate
+from moe_jax.options import BALANCE_METHODS
+
+
+class Cost(NamedTuple):
+    """FLOPs and bytes accessed of one compiled train step."""
+
+    flops: float
+    bytes: float
+
+
+def compiled_cost(config: Config) -> Cost:
+    """The cost of the config's train step on one device of this machine, by the compiler's own count."""
+    import jax
+
+    from moe_jax.state import abstract_state
+    from moe_jax.step import abstract_batch, make_train_step
+
+    config = resolve(config, 1, jax.devices()[0].platform)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = make_train_step(config).lower(abstract_state(config), abstract_batch(config), key).compile()
+    counted = compiled.cost_analysis()
+    return Cost(counted["flops"], counted["bytes accessed"])
+
+
+def balance_of(method: str) -> dict[str, dict]:
+    """A composition in which the method can be compiled: alone, or with the loss that it controls."""
+    if method == "none":
+        return {}
+    needs = dict(num_devices=2) if method == "device_capacity" else {}
+    return {method: needs} | ({"aux_loss": {}} if method == "target_violation" else {})
+
+
+def costs(config: Config, methods: Iterable[str]) -> Iterator[tuple[str, Cost]]:
+    """(method, cost), one compilation after the other."""
+    for method in methods:
+        entries = balance_entries(balance_of(method))
+        yield method, compiled_cost(dataclasses.replace(config, balance=entries))
+
+
+def main(_: list[str]) -> None:
+    """Check the flags, compile, print a row as soon as it is known."""
+    flag = flags.FLAGS
+    try:
+        config = validate(flag.config)
+        unknown = [m for m in flag.methods if m not in BALANCE_METHODS]
+        if unknown:
+            raise ValueError(f"--methods names {unknown[0]!r}; the methods are {', '.join(BALANCE_METHODS)}.")
+    except ValueError as error:
+        fail(str(error))
+    base = None
+    print(f"{'method':20} {'GFLOP':>9} {'more':>9} {'GB':>9} {'more':>9}")
+    for method, cost in costs(config, ["none", *flag.methods]):
+        base = base or cost
+        more = [f"{ours / theirs - 1:+9.4%}" for ours, theirs in zip(cost, base, strict=True)]
+        print(f"{method:20} {cost.flops / 1e9:9.3f} {more[0]} {cost.bytes / 1e9:9.3f} {more[1]}", flush=True)
+
+
+if __name__ == "__main__":
+    define_config_flag("The config to compile.")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_list("methods", sorted(BALANCE_METHODS), "The methods to compile.")
+    app.run(main, flags_parser=parse_flags)
