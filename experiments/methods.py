@@ -61,9 +61,9 @@ PICTURES = (
     ),
     Picture(
         "simulate_rules",
-        "Rules at their own default rates, and a shift in the middle: bias_proportional, bias_rms and bias_pi come down "
-        "sooner than the sign, bias_smebu, at half the sign's rate, later. The quantile has no rate and needs a step or "
-        "two; it ends a little above the others, for it answers the noise of every batch.",
+        "Rules at their own default rates, and a shift in the middle: bias_proportional, bias_rms and bias_pi come "
+        "down sooner than the sign, bias_smebu, at half the sign's rate, later. The quantile has no rate and needs a "
+        "step or two; it ends a little above the others, for it answers the noise of every batch.",
         (
             *(f"--balance={name}" for name in ("bias_sign", "bias_proportional", "bias_rms", "bias_smebu", "bias_pi")),
             *("--balance=quantile", *SIZE, "--tokens=4096", "--steps=1000", "--stream=shift"),
