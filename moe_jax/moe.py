@@ -65,6 +65,11 @@ class Report(NamedTuple):
     traffic: Traffic
     details: Details
 
+    @property
+    def loss(self) -> Float32[Array, "*layers"]:
+        """The sum of the layer's losses; 0 for methods without one."""
+        return sum(self.losses.values(), jnp.zeros_like(self.aux_loss))
+
 
 class MoE(nnx.Module):
     """y = sum of gate x routed expert + sum of shared experts. Source: DeepSeekMoE (arXiv 2401.06066) eq. 9-11.
