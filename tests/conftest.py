@@ -1,5 +1,6 @@
 """Shared by all tests: shapes and dtypes checked at run time, one compilation cache, tiny configs."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -46,6 +47,14 @@ def tiny_config(**overrides) -> Config:
         mesh=dict(data=1), num_steps=8, batch_size=8, sequence_length=16, log_every=1, eval_every=0, save_every=0
     )
     return validate(default(**(settings | overrides), model=model))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_executables():
+    """Forget what a module compiled: XLA:CPU maps memory for each, and Linux ends a process with 65,530 maps."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

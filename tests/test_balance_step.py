@@ -13,7 +13,7 @@ from moe_jax import checkpoint
 from moe_jax.config import resolve
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.mesh import AXES, batch_sharding, make_mesh
-from moe_jax.state import abstract_state, init_state, read_bias, step_key
+from moe_jax.state import abstract_state, init_state, read_bias, state_shardings, step_key
 from moe_jax.step import make_train_step
 
 # family -> balance, model: with all that makes a state larger than one vector of an expert
@@ -115,8 +115,10 @@ def test_a_checkpoint_has_all_of_the_state_and_the_run_goes_on_as_if_nothing_had
     saver = checkpoint.Checkpointer(tmp_path, 1)
     saver.save(1, jax.tree.map(jnp.asarray, state), {})
     saver.close()
-    restored, _ = checkpoint.restore(tmp_path, abstract_state(config))
+    mesh = make_mesh(config.mesh)
+    restored, _ = checkpoint.restore(tmp_path, abstract_state(config, mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state)
+    state = jax.device_put(state, state_shardings(config, mesh))  # as restored, so that nothing compiles anew
     (on, on_values), (off, off_values) = (stepped(config, s, first=1) for s in (restored, state))
     np.testing.assert_array_equal(on_values["loads"], off_values["loads"])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), on, off)
