@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax import balance
 from moe_jax.metrics import max_violation
-from moe_jax.options import BALANCE_METHODS, BIAS_METHODS, BiasOptions, LossOptions
+from moe_jax.options import BALANCE_METHODS, BIAS_METHODS, WITHOUT_TOP_K, BiasOptions, LossOptions
 from moe_jax.routing import Routing, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
@@ -546,6 +546,8 @@ def partner(case: str) -> dict[str, Any]:
     """A loss that may stand beside any method, with statistics of its own where it can."""
     if "aux_loss" in CASES[case]:
         return {"method": "z_loss"}
+    if WITHOUT_TOP_K & CASES[case].keys():  # no token has k best there, whom unbiased counts would count
+        return {"method": "aux_loss", "scope": "global", "level": "communication", "num_devices": 2}
     return {"method": "aux_loss", "scope": "global", "counts": "unbiased"}
 
 
