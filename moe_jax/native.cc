@@ -1,0 +1,537 @@
+// SwiGLU experts on a CPU: sort the token copies by expert, multiply, combine; forward and backward.
+//
+// T tokens, K slots, N = T K copies, E experts, D embed, F ffw. Products accumulate in float32; X is the type of x
+// and of the weights, float or bfloat16. A task is a run of rows of one expert: its rows of x, its hidden rows and
+// their gradients stay in the caches of one core, and only outputs of size [N, D] wait in memory to be combined.
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// --- vectors ------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kVectors = 2;
+#else
+constexpr int kLanes = 4, kVectors = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+
+Vec all(float x) { return Vec{} + x; }
+
+// a vector, or its first n elements and zeros
+Vec load(const float* p, int n = kLanes) {
+  if (n >= kLanes) return *reinterpret_cast<const Vec*>(p);
+  float padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(float));
+  return load(padded);
+}
+
+void store(float* p, Vec v, int n = kLanes) {
+  if (n >= kLanes)
+    *reinterpret_cast<Vec*>(p) = v;
+  else
+    std::memcpy(p, &v, n * sizeof(float));
+}
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+float to_float(float x) { return x; }
+float to_float(Bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+void from_float(float x, float* to) { *to = x; }
+void from_float(float x, Bf16* to) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <class X>
+void widen(const X* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
+}
+
+template <class X>
+void narrow(const float* from, int64_t n, X* to) {
+  for (int64_t i = 0; i < n; i++) from_float(from[i], to + i);
+}
+
+// 1 / (1 + e^-x) to 2e-7: e^t = 2^n e^r with |r| <= ln 2 / 2, and e^r by a polynomial
+Vec sigmoid(Vec x) {
+  Vec t = -x;
+  t = t < all(-87.0f) ? all(-87.0f) : t;
+  t = t > all(87.0f) ? all(87.0f) : t;
+  Vec shifted = t * 1.44269504f + 12582912.0f;  // 1.5 x 2^23: the low bits are the nearest integer
+  Vec n = shifted - 12582912.0f;
+  Vec r = t - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec e = all(1.9875691500e-4f);
+#pragma GCC unroll 8
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f, 1.0f, 1.0f})
+    e = e * r + c;
+  IntVec power = ((IntVec)shifted - 0x4b400000 + 127) << 23;
+  Vec s = 1.0f / (1.0f + e * (Vec)power);
+  return x == x ? s : x;
+}
+
+// --- products -----------------------------------------------------------------------------------------------------
+
+constexpr int kTileRows = 6, kTileCols = kVectors * kLanes;  // of C, held in registers
+constexpr int kDepth = 128;  // of the blocks that the inner dimension is cut into: a panel of B stays in the L1 cache
+
+// memory of a thread, kept from call to call, aligned as vectors are
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(p_); }
+  float* of(int64_t n) {
+    if (n > size_) {
+      std::free(p_);
+      size_ = (n + 1023) / 1024 * 1024;
+      p_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+    }
+    return p_;
+  }
+
+ private:
+  float* p_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct Scratch {
+  Buffer columns, panel, x, dy, gate, up, hidden, dw;
+};
+thread_local Scratch scratch;
+
+// C[M, n] (+)= A[M, k] B[k, n]; A(i, j) is a[i * stride + j], or if ByColumns a[j * kTileRows + i]; B is a panel
+template <int M, bool ByColumns>
+void tile(int k, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride, int n, bool add) {
+  Vec sum[M][kVectors] = {};
+  for (int j = 0; j < k; j++) {
+    Vec row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) row[v] = load(b + j * kTileCols + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) sum[i][v] += (ByColumns ? a[j * kTileRows + i] : a[i * stride + j]) * row[v];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) {
+      float* to = c + i * c_stride + v * kLanes;
+      int width = n - v * kLanes;
+      if (width > 0) store(to, add ? load(to, width) + sum[i][v] : sum[i][v], width);
+    }
+}
+
+template <bool ByColumns, int M = kTileRows, class... Rest>
+void tile_of(int rows, Rest... rest) {
+  if constexpr (M > 0) rows == M ? tile<M, ByColumns>(rest...) : tile_of<ByColumns, M - 1>(rows, rest...);
+}
+
+// a block [k, n] of a matrix as a panel [k, kTileCols], in float
+template <class X>
+void pack(const X* b, int64_t stride, int k, int n, float* panel) {
+  for (int j = 0; j < k; j++, b += stride, panel += kTileCols)
+    n == kTileCols ? widen(b, kTileCols, panel) : widen(b, n, panel);  // a constant width is worth a branch
+}
+
+// a square of vectors, transposed by exchanging ever smaller quarters
+template <int Half = kLanes / 2>
+void transpose(Vec* rows) {
+  if constexpr (Half > 0) {
+    IntVec low, high;  // which elements of two rows, the second's counted from kLanes
+    for (int j = 0; j < kLanes; j++) {
+      low[j] = j & Half ? kLanes + j - Half : j;
+      high[j] = j & Half ? kLanes + j : j + Half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++)
+      if (!(i & Half)) {
+        Vec upper = rows[i], lower = rows[i + Half];
+        rows[i] = __builtin_shuffle(upper, lower, low);
+        rows[i + Half] = __builtin_shuffle(upper, lower, high);
+      }
+    transpose<Half / 2>(rows);
+  }
+}
+
+// the same panel of the transpose of a block [n, k]
+template <class X>
+void pack_transposed(const X* b, int64_t stride, int k, int n, float* panel) {
+  for (int n0 = 0; n0 < n; n0 += kLanes)
+    for (int k0 = 0; k0 < k; k0 += kLanes) {
+      Vec square[kLanes];
+      int width = std::min(kLanes, n - n0), depth = std::min(kLanes, k - k0);
+      const X* from = b + n0 * stride + k0;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        float row[kLanes] = {};
+        if (depth == kLanes && i < width)
+          widen(from + i * stride, kLanes, row);
+        else if (i < width)
+          widen(from + i * stride, depth, row);
+        square[i] = load(row);
+      }
+      transpose(square);
+      for (int j = 0; j < depth; j++) store(panel + (k0 + j) * kTileCols + n0, square[j]);
+    }
+}
+
+// C[m, n] (+)= A[m, k] B, with B [k, n], or [n, k] if Transposed
+template <bool Transposed, class X>
+void multiply(int m, int k, int n, const float* a, const X* b, float* c, bool add = false) {
+  float* panel = scratch.panel.of(kDepth * kTileCols);
+  for (int k0 = 0; k0 < k; k0 += kDepth)
+    for (int n0 = 0; n0 < n; n0 += kTileCols) {
+      int depth = std::min(kDepth, k - k0), width = std::min(kTileCols, n - n0);
+      if constexpr (Transposed)
+        pack_transposed(b + int64_t(n0) * k + k0, k, depth, width, panel);
+      else
+        pack(b + int64_t(k0) * n + n0, n, depth, width, panel);
+      for (int64_t i = 0; i < m; i += kTileRows)
+        tile_of<false>(std::min<int>(kTileRows, m - i), depth, a + i * k + k0, k, panel, c + i * n + n0, n, width,
+                       add || k0 > 0);
+    }
+}
+
+// C[p, q] (+)= A^T B, with A [m, p] and B [m, q]
+void multiply_outer(int m, int p, int q, const float* a, const float* b, float* c, bool add) {
+  int tiles = (p + kTileRows - 1) / kTileRows;
+  float* columns = scratch.columns.of(int64_t(tiles) * kDepth * kTileRows);
+  float* panel = scratch.panel.of(kDepth * kTileCols);
+  for (int k0 = 0; k0 < m; k0 += kDepth) {
+    int depth = std::min(kDepth, m - k0);
+    for (int64_t i = 0; i < tiles; i++)
+      for (int64_t j = 0; j < depth; j++)
+        std::memcpy(columns + (i * kDepth + j) * kTileRows, a + (k0 + j) * p + i * kTileRows,
+                    std::min<int>(kTileRows, p - i * kTileRows) * sizeof(float));
+    for (int n0 = 0; n0 < q; n0 += kTileCols) {
+      int width = std::min(kTileCols, q - n0);
+      pack(b + int64_t(k0) * q + n0, q, depth, width, panel);
+      for (int64_t i = 0; i < tiles; i++)
+        tile_of<true>(std::min<int>(kTileRows, p - i * kTileRows), depth, columns + i * kDepth * kTileRows, int64_t(0),
+                      panel, c + i * kTileRows * q + n0, q, width, add || k0 > 0);
+    }
+  }
+}
+
+// --- threads and memory -------------------------------------------------------------------------------------------
+
+// run(0) ... run(n - 1) on all threads of the pool; the caller works too, so that a busy pool cannot block it
+template <class Run>
+void parallel(ffi::ThreadPool& pool, int64_t n, const Run& run) {
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  std::function<void()> work = [progress, n, &run] {  // a late thread finds nothing left, and does not touch `run`
+    for (int64_t i; (i = progress->next.fetch_add(1)) < n; progress->done.fetch_add(1)) run(i);
+  };
+  for (int64_t i = 1; i < std::min<int64_t>(n, pool.num_threads()); i++) pool.Schedule(std::function<void()>(work));
+  work();
+  while (progress->done.load() < n) std::this_thread::yield();
+}
+
+// what nobody has touched yet shall come in pages of 2 MB: a fault for every 4 KB costs a tenth of a layer
+template <class X>
+X* huge(X* p, int64_t n) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  uintptr_t from = (uintptr_t(p) + kPage - 1) & ~(kPage - 1), to = uintptr_t(p + n) & ~(kPage - 1);
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish; it may be refused
+#endif
+  return p;
+}
+
+// --- experts ------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kChunk = 384;     // rows that are worked on at once
+constexpr int64_t kPartRows = 256;  // the least that an expert is split into for the sake of more threads
+
+struct Shape {
+  int64_t tokens, slots, experts;
+  int embed, ffw;
+  int64_t copies() const { return tokens * slots; }
+  int64_t matrix() const { return int64_t(embed) * ffw; }
+};
+
+template <class X>
+struct Weights {
+  X *gate, *up, *down;  // [E, D, F], [E, D, F], [E, F, D]
+};
+
+// where the copies went: order [N], the copy that stands at each place; place [N], where each copy stands, -1 for
+// nowhere; sizes [E]
+struct Places {
+  int32_t *order, *place, *sizes;
+};
+
+struct Part {  // rows [first, last) of the sorted copies, all of one expert, which has so many parts
+  int64_t expert, first, last, parts;
+};
+
+// stable, by counting; ids out of range are left out
+void sort_copies(const Shape& s, const int32_t* ids, Places to) {
+  std::fill(to.sizes, to.sizes + s.experts, 0);
+  std::fill(to.order, to.order + s.copies(), 0);
+  for (int64_t i = 0; i < s.copies(); i++)
+    if (uint32_t(ids[i]) < s.experts) to.sizes[ids[i]]++;
+  std::vector<int32_t> next(s.experts, 0);
+  for (int64_t e = 1; e < s.experts; e++) next[e] = next[e - 1] + to.sizes[e - 1];
+  for (int64_t i = 0; i < s.copies(); i++) {
+    to.place[i] = uint32_t(ids[i]) < s.experts ? next[ids[i]]++ : -1;
+    if (to.place[i] >= 0) to.order[to.place[i]] = int32_t(i);
+  }
+}
+
+// every expert in about equal parts, so that no thread waits for a busy expert; largest first
+std::vector<Part> split(const Shape& s, const int32_t* sizes, int64_t threads) {
+  int64_t most = std::max(kPartRows, s.copies() / (4 * threads) + 1), first = 0;
+  std::vector<Part> parts;
+  for (int64_t e = 0; e < s.experts; first += sizes[e++]) {
+    int64_t pieces = std::max<int64_t>(1, (sizes[e] + most - 1) / most);
+    for (int64_t i = 0; i < pieces; i++)
+      parts.push_back({e, first + sizes[e] * i / pieces, first + sizes[e] * (i + 1) / pieces, pieces});
+  }
+  auto larger = [](const Part& a, const Part& b) { return a.last - a.first > b.last - b.first; };
+  std::stable_sort(parts.begin(), parts.end(), larger);
+  return parts;
+}
+
+// run(first row, number of rows) on even chunks of a part
+template <class Run>
+void by_chunks(const Part& part, const Run& run) {
+  int64_t rows = part.last - part.first, pieces = (rows + kChunk - 1) / kChunk;
+  for (int64_t i = 0; i < pieces; i++) {
+    int64_t from = part.first + rows * i / pieces, to = part.first + rows * (i + 1) / pieces;
+    run(from, int(to - from));
+  }
+}
+
+template <class X>
+void gather(const Shape& s, const X* x, const int32_t* copies, int rows, float* to) {
+  for (int64_t i = 0; i < rows; i++) widen(x + copies[i] / s.slots * s.embed, s.embed, to + i * s.embed);
+}
+
+// out[t] = sum of the rows of a token's copies
+template <class X>
+void combine(ffi::ThreadPool& pool, const Shape& s, const float* rows, const int32_t* place, X* out) {
+  constexpr int64_t kTokens = 64;
+  parallel(pool, (s.tokens + kTokens - 1) / kTokens, [&](int64_t block) {
+    float* sum = scratch.x.of(s.embed);
+    for (int64_t t = block * kTokens; t < std::min(s.tokens, (block + 1) * kTokens); t++) {
+      std::fill(sum, sum + s.embed, 0.0f);
+      for (int64_t k = 0; k < s.slots; k++) {
+        int64_t from = place[t * s.slots + k];
+        for (int i = 0; from >= 0 && i < s.embed; i++) sum[i] += rows[from * s.embed + i];
+      }
+      narrow(sum, s.embed, out + t * s.embed);
+    }
+  });
+}
+
+// up = share silu(gate) up
+void activate(int n, float share, const float* gate, float* up) {
+  for (int j = 0; j < n; j += kLanes) {
+    Vec g = load(gate + j, n - j);
+    store(up + j, g * sigmoid(g) * load(up + j, n - j) * share, n - j);
+  }
+}
+
+// from the gradient of the hidden row that weighs 1: gate and up become their gradients, hidden share silu(gate) up;
+// returns the gradient of the share
+float activate_backward(int n, float share, float* gate, float* up, float* hidden) {
+  Vec total = {};
+  for (int j = 0; j < n; j += kLanes) {
+    int rest = n - j;
+    Vec g = load(gate + j, rest), u = load(up + j, rest), d = load(hidden + j, rest);
+    Vec sig = sigmoid(g), silu = g * sig, product = silu * u;
+    total += d * product;
+    d *= share;
+    store(gate + j, d * u * (sig + silu * (1.0f - sig)), rest);
+    store(up + j, d * silu, rest);
+    store(hidden + j, product * share, rest);
+  }
+  float sum = 0;
+  for (int j = 0; j < kLanes; j++) sum += total[j];
+  return sum;
+}
+
+// y [T, D] and for the backward pass gate and up [N, F] before the activation; outputs [N, D] is room to work in
+template <class X>
+void forward(ffi::ThreadPool& pool, const Shape& s, const X* x, const int32_t* ids, const float* gates,
+             Weights<const X> w, float* y, X* gate, X* up, Places places, float* outputs) {
+  sort_copies(s, ids, places);
+  std::vector<Part> parts = split(s, places.sizes, pool.num_threads());
+  parallel(pool, parts.size(), [&](int64_t number) {
+    const Part& part = parts[number];
+    const int64_t at = part.expert * s.matrix();
+    by_chunks(part, [&](int64_t first, int rows) {
+      float* rows_x = scratch.x.of(rows * int64_t(s.embed));
+      float* g = scratch.gate.of(rows * int64_t(s.ffw));
+      float* u = scratch.up.of(rows * int64_t(s.ffw));
+      gather(s, x, places.order + first, rows, rows_x);
+      multiply<false>(rows, s.embed, s.ffw, rows_x, w.gate + at, g);
+      multiply<false>(rows, s.embed, s.ffw, rows_x, w.up + at, u);
+      narrow(g, rows * int64_t(s.ffw), gate + first * s.ffw);
+      narrow(u, rows * int64_t(s.ffw), up + first * s.ffw);
+      for (int64_t i = 0; i < rows; i++)
+        activate(s.ffw, gates[places.order[first + i]], g + i * s.ffw, u + i * s.ffw);
+      multiply<false>(rows, s.ffw, s.embed, u, w.down + at, outputs + first * s.embed);
+    });
+  });
+  combine(pool, s, outputs, places.place, y);
+}
+
+// the weight gradients of experts in several parts
+template <class X>
+void add_parts(ffi::ThreadPool& pool, const Shape& s, const std::vector<Part>& parts,
+               const std::vector<std::vector<float>>& partial, Weights<X> dw) {
+  std::vector<std::vector<const float*>> of_expert(s.experts);
+  for (size_t i = 0; i < parts.size(); i++)
+    if (parts[i].parts > 1) of_expert[parts[i].expert].push_back(partial[i].data());
+  parallel(pool, 3 * s.experts, [&](int64_t i) {
+    X* to = (i % 3 == 0 ? dw.gate : i % 3 == 1 ? dw.up : dw.down) + i / 3 * s.matrix();
+    if (of_expert[i / 3].empty()) return;
+    for (int64_t j = 0; j < s.matrix(); j++) {
+      float sum = 0;
+      for (const float* one : of_expert[i / 3]) sum += one[i % 3 * s.matrix() + j];
+      from_float(sum, to + j);
+    }
+  });
+}
+
+// the gradients of all inputs; outputs [N, D] is room to work in
+template <class X>
+void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x, const float* gates,
+              Weights<const X> w, const X* gate, const X* up, Places places, X* dx, float* d_gates, Weights<X> dw,
+              float* outputs) {
+  std::vector<Part> parts = split(s, places.sizes, pool.num_threads());
+  std::vector<std::vector<float>> partial(parts.size());  // weight gradients of experts in several parts
+  std::fill(d_gates, d_gates + s.copies(), 0.0f);
+  parallel(pool, parts.size(), [&](int64_t number) {
+    const Part& part = parts[number];
+    const int64_t at = part.expert * s.matrix();
+    const bool whole = part.parts == 1, direct = whole && std::is_same_v<X, float>;
+    if (!whole) partial[number].resize(3 * s.matrix());
+    float* room = whole ? scratch.dw.of(direct ? 0 : 3 * s.matrix()) : partial[number].data();
+    Weights<float> sum = {room, room + s.matrix(), room + 2 * s.matrix()};
+    if constexpr (std::is_same_v<X, float>)
+      if (direct) sum = {dw.gate + at, dw.up + at, dw.down + at};
+    if (part.first == part.last)
+      for (float* zeros : {sum.gate, sum.up, sum.down}) std::fill(zeros, zeros + s.matrix(), 0.0f);
+    by_chunks(part, [&](int64_t first, int rows) {
+      const int64_t size = rows * int64_t(s.embed), hidden_size = rows * int64_t(s.ffw);
+      const int32_t* copies = places.order + first;
+      float *rows_x = scratch.x.of(size), *rows_dy = scratch.dy.of(size);
+      float *g = scratch.gate.of(hidden_size), *u = scratch.up.of(hidden_size), *h = scratch.hidden.of(hidden_size);
+      gather(s, x, copies, rows, rows_x);
+      gather(s, dy, copies, rows, rows_dy);
+      widen(gate + first * s.ffw, hidden_size, g);
+      widen(up + first * s.ffw, hidden_size, u);
+      multiply<true>(rows, s.embed, s.ffw, rows_dy, w.down + at, h);
+      for (int64_t i = 0, j = 0; i < rows; i++, j += s.ffw)
+        d_gates[copies[i]] = activate_backward(s.ffw, gates[copies[i]], g + j, u + j, h + j);
+      multiply<true>(rows, s.ffw, s.embed, g, w.gate + at, outputs + first * s.embed);
+      multiply<true>(rows, s.ffw, s.embed, u, w.up + at, outputs + first * s.embed, true);
+      const bool add = first > part.first;
+      multiply_outer(rows, s.embed, s.ffw, rows_x, g, sum.gate, add);
+      multiply_outer(rows, s.embed, s.ffw, rows_x, u, sum.up, add);
+      multiply_outer(rows, s.ffw, s.embed, h, rows_dy, sum.down, add);
+    });
+    if (whole && !direct) {
+      narrow(sum.gate, s.matrix(), dw.gate + at);
+      narrow(sum.up, s.matrix(), dw.up + at);
+      narrow(sum.down, s.matrix(), dw.down + at);
+    }
+  });
+  add_parts(pool, s, parts, partial, dw);
+  combine(pool, s, outputs, places.place, dx);
+}
+
+// --- the interface to XLA -----------------------------------------------------------------------------------------
+
+using In = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+template <class X>
+X* data(const In& buffer) {
+  return static_cast<X*>(buffer.untyped_data());
+}
+
+template <class X>
+X* data(Out& buffer) {
+  return huge(static_cast<X*>(buffer->untyped_data()), buffer->element_count());
+}
+
+Shape shape_of(const In& x, const In& gates, const In& w) {
+  return {int64_t(x.dimensions()[0]), int64_t(gates.dimensions()[1]), int64_t(w.dimensions()[0]),
+          int(w.dimensions()[1]), int(w.dimensions()[2])};
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, In x, In ids, In gates, In w_gate, In w_up, In w_down, Out y, Out gate, Out up,
+                   Out order, Out place, Out sizes, Out outputs) {
+  auto run = [&](auto zero) {
+    using X = decltype(zero);
+    forward<X>(pool, shape_of(x, gates, w_gate), data<X>(x), data<int32_t>(ids), data<float>(gates),
+               {data<X>(w_gate), data<X>(w_up), data<X>(w_down)}, data<float>(y), data<X>(gate), data<X>(up),
+               {data<int32_t>(order), data<int32_t>(place), data<int32_t>(sizes)}, data<float>(outputs));
+  };
+  x.element_type() == ffi::F32 ? run(float{}) : run(Bf16{});
+  return ffi::Error::Success();
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, In dy, In x, In gates, In w_gate, In w_up, In w_down, In gate, In up,
+                    In order, In place, In sizes, Out dx, Out d_gates, Out dw_gate, Out dw_up, Out dw_down,
+                    Out outputs) {
+  auto run = [&](auto zero) {
+    using X = decltype(zero);
+    backward<X>(pool, shape_of(x, gates, w_gate), data<float>(dy), data<X>(x), data<float>(gates),
+                {data<X>(w_gate), data<X>(w_up), data<X>(w_down)}, data<X>(gate), data<X>(up),
+                {data<int32_t>(order), data<int32_t>(place), data<int32_t>(sizes)}, data<X>(dx), data<float>(d_gates),
+                {data<X>(dw_gate), data<X>(dw_up), data<X>(dw_down)}, data<float>(outputs));
+  };
+  x.element_type() == ffi::F32 ? run(float{}) : run(Bf16{});
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    moe_experts_forward, Forward,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>()  //
+        .Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    moe_experts_backward, Backward,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>()  //
+        .Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>());
