@@ -26,7 +26,7 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
-from moe_jax.files import workdir_of, write_json
+from moe_jax.files import workdir_of, write_json, write_whole
 from moe_jax.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -394,7 +394,7 @@ def draw_survey(workdir: Path, found: "Survey") -> None:
         write_json(workdir / "specialisation.json", as_json(found))
         picture = io.BytesIO()
         draw(found).savefig(picture, format="png", dpi=100)
-        (workdir / "specialisation.png").write_bytes(picture.getvalue())
+        write_whole(workdir / "specialisation.png", picture.getvalue())
         print(f"wrote {workdir / 'specialisation.json'} and specialisation.png")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_jax.files import is_remote, remove_tree, tree, write_whole
+from moe_jax.files import copy_tree, is_remote, remove_tree, write_whole
 
 FLUSH_SECONDS = 60.0
 METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
@@ -61,8 +61,7 @@ class RunLog:
         """Everything logged so far is in the workdir: due before a checkpoint says that these steps are done."""
         self._flushed = time.monotonic()
         if self._folder is not self._workdir:
-            for file in tree(self._folder):
-                (self._workdir / file.relative_to(self._folder)).write_bytes(file.read_bytes())
+            copy_tree(self._folder, self._workdir)
 
     def close(self) -> None:
         """Flush and close every file."""

@@ -12,7 +12,6 @@ A lost or stuck process ends the run with status 75.
 import concurrent.futures
 import fcntl
 import functools
-import io
 import json
 import os
 import platform
@@ -139,6 +138,7 @@ class _Run:
     def _steps(self, first: int, last: int, stopped: Callable[[int], int | None]) -> tuple[int, int | None]:
         import jax
 
+        from moe_jax.observer import Observer
         from moe_jax.state import step_key
         from moe_jax.step import make_train_step
 
@@ -229,35 +229,6 @@ class _Run:
             f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
             "or look at the data; the newest checkpoint is finite."
         )
-
-
-class Observer:
-    """What is measured or recorded of a step before it is done, at the intervals of the config."""
-
-    def __init__(self, config: Config, mesh: "Mesh", workdir: Path) -> None:
-        self._config, self._folder = config, workdir / "scores"
-        self._mesh = mesh
-
-    def before(self, step: int, state: "TrainState", batch: "Batch", key: Any) -> dict[str, Any]:
-        """The measures of the step that is due next, on the device; recorded scores go to a file."""
-        from moe_jax.measure import make_measure_step, make_recorder
-
-        c, done = self._config, step + 1
-        if c.record_scores_every and done % c.record_scores_every == 0:
-            self._write(step, make_recorder(c, self._mesh)(state, batch, key))
-        if c.measure_every and done % c.measure_every == 0:
-            return make_measure_step(c, self._mesh)(state, batch, key)
-        return {}
-
-    def _write(self, step: int, scores: Any) -> None:
-        import jax
-
-        arrays = jax.device_get(scores)._asdict()
-        if distributed.index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            packed = io.BytesIO()
-            np.savez_compressed(packed, **arrays)
-            (self._folder / f"{step:08d}.npz").write_bytes(packed.getvalue())
 
 
 def mean_of_layers(values: Any) -> float | None:

@@ -31,6 +31,7 @@ step
 measure
 checkpoint
 log
+observer
 surgery
 specialisation
 evaluate
