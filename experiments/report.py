@@ -48,9 +48,9 @@ TABLE_NOTE = (
 )
 TIME_NOTE = (
     "Wall-clock time of all finished runs, every attempt counted; the share of step is the goodput. compile: until the "
-    "first step of a start is done; lost: steps done again after a crash, and all else. Data wait: the share of the time "
-    "of steps in which no device had a batch. GFLOP/s: the model's own FLOPs, forward and backward, of the median logged "
-    "step; MFU: their share of the devices' bf16 peak, where that is known."
+    "first step of a start is done; lost: steps done again after a crash, and all else. Data wait: the share of the "
+    "time of steps in which no device had a batch. GFLOP/s: the model's own FLOPs, forward and backward, of the median "
+    "logged step; MFU: their share of the devices' bf16 peak, where that is known."
 )
 CSS = """
 :root { color-scheme: light; }
