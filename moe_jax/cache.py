@@ -1,6 +1,8 @@
 """Compiled programs outlive the process: JAX's persistent cache is on, in the user's cache folder.
 
 No jax: JAX reads these settings from the environment when it is imported, and what the user has set there wins.
+Processes may share the folder, and anyone may delete it. JAX writes an entry in place: one cut short by a kill or a
+full disk is told at every start, compiled anew, and not replaced until it is deleted.
 """
 
 import contextlib
@@ -9,23 +11,36 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 from moe_jax.files import tree
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
+EVERYTHING: dict[str, float] = {  # whatever it took to compile, and however small it is
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+}
 MAX_BYTES = 4 * 2**30
 
 
 def keep_compiled() -> None:
     """Have JAX keep every program that it compiles; one line says so where the folder cannot be written."""
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    for name, value in EVERYTHING.items():
+        _set(name, value)
     if FOLDER in os.environ:
         return
     try:
-        os.environ[FOLDER] = str(_made(default_folder()))
+        _set(FOLDER, str(_made(default_folder())))
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         print(f"compiled programs are not kept: {error}; {FOLDER}=... names another folder.", file=sys.stderr)
+
+
+def _set(name: str, value: Any) -> None:
+    """Unless the user has: for the jax that will be imported, and the one that a config file has imported already."""
+    if name not in os.environ:
+        os.environ[name] = str(value)
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update(name.lower(), value)
 
 
 def default_folder() -> Path:

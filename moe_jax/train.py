@@ -270,7 +270,8 @@ class _Run:
         self._count()
         if self.log is not None:
             self.log.flush()
-        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, "seconds": self.ledger.seconds}
+        seconds = dict(self.ledger.seconds)  # as they are now: it is written while they go on
+        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, "seconds": seconds}
         self.checkpoints.save(step, self.state, extra | self.made_by)
         self.ledger.charge("checkpoint")
 

@@ -2,8 +2,11 @@
 
 import os
 import stat
+import sys
+from types import SimpleNamespace
 
 import pytest
+from drills import rig
 
 from moe_jax import cache
 
@@ -16,6 +19,7 @@ def home(tmp_path, monkeypatch):
     for name in (*NAMES, "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)  # these tests' own jax keeps its cache
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
@@ -24,9 +28,16 @@ def test_it_is_on_in_the_users_cache_folder_and_keeps_every_program(home, capsys
     cache.keep_compiled()
     folder = cache.default_folder()
     assert folder.is_relative_to(home / ".cache" / "moe_jax" / "xla")
-    assert [os.environ[name] for name in NAMES] == [str(folder), "0", "-1"]
+    assert [os.environ[name] for name in NAMES] == [str(folder), "0.0", "-1"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # who can write there can run code as the user
     assert capsys.readouterr().err == ""
+
+
+def test_a_jax_that_a_config_file_has_imported_is_told_too(home, monkeypatch):
+    told = {}
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__)))
+    cache.keep_compiled()
+    assert told == dict(zip(map(str.lower, NAMES), [str(cache.default_folder()), 0.0, -1], strict=True))
 
 
 def test_xdg_cache_home_is_followed(home, monkeypatch):
@@ -70,3 +81,13 @@ def test_what_was_used_longest_ago_is_deleted_until_the_rest_fits(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["b", "c"]
     cache.prune(tmp_path, 30)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["b"]
+
+
+def test_a_second_start_finds_every_program_and_computes_the_same_bits(home, tmp_path):
+    file = rig.write_config(tmp_path / "config.py", rig.drill_config())
+    rig.train(file, tmp_path / "first", "--stop_at=2")
+    kept = sorted(cache.default_folder().iterdir())
+    assert any("train_step" in program.name for program in kept)
+    rig.train(file, tmp_path / "second", "--stop_at=2")
+    assert sorted(cache.default_folder().iterdir()) == kept
+    assert rig.curve(tmp_path / "second") == rig.curve(tmp_path / "first")
