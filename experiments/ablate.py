@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from experiments import hyper
 from moe_jax import distributed
+from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, differences, flatten, resolve, validate
 from moe_jax.files import write_json
@@ -154,6 +155,7 @@ def load_source(path: str) -> Any:
 def main(_: list[str]) -> None:
     """Plan, check, train, report."""
     flag = flags.FLAGS
+    keep_compiled()
     workdir = Path(flag.workdir)
     try:
         if flag.workdir.startswith("gs://"):

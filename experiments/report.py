@@ -31,6 +31,7 @@ from experiments.statistics import (
 )
 from moe_jax.command import fail
 from moe_jax.config import flatten
+from moe_jax.ledger import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,12 @@ TERMINAL_COLUMNS = (0, 2, 3, 4, 7, 10)  # of the main table: a terminal has room
 TABLE_NOTE = (
     "Mean over seeds ± half-width of the 95 % t-interval; differences are paired by seed; "
     "* the interval excludes 0; - not logged or not comparable."
+)
+TIME_NOTE = (
+    "Wall-clock time of all finished runs, every attempt counted; the share of step is the goodput. compile: until the "
+    "first step of a start is done; lost: steps done again after a crash, and all else. Data wait: the share of the "
+    "time of steps in which no device had a batch. GFLOP/s: the model's own FLOPs, forward and backward, of the median "
+    "logged step; MFU: their share of the devices' bf16 peak, where that is known."
 )
 CSS = """
 :root { color-scheme: light; }
@@ -153,6 +160,29 @@ def domain_table(sweep: Sweep, summaries: Iterable[ArmSummary]) -> tuple[list[st
         ]
         rows.append([summary.arm, *cells])
     return ["arm", *domains], rows
+
+
+def time_table(summaries: Iterable[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Where each arm's wall-clock time went, and what its steps achieved, as text.
+
+    Returns:
+        (headers, rows), a row an arm that has kept account, the arm's name first.
+    """
+    headers = ["arm", "minutes", *KINDS, "data wait", "GFLOP/s", "MFU"]
+    return headers, [_time_row(summary) for summary in summaries if sum(summary.seconds.values())]
+
+
+def _time_row(summary: ArmSummary) -> list[str]:
+    seconds = {kind: summary.seconds.get(kind, 0.0) for kind in KINDS}
+    total, stepping = sum(seconds.values()), seconds["data"] + seconds["step"]
+    return [
+        summary.arm,
+        f"{total / 60:,.1f}",
+        *(f"{spent / total:.1%}" for spent in seconds.values()),
+        f"{seconds['data'] / stepping:.2%}" if stepping else "-",
+        f"{summary.gflops_per_second:,.1f}" if math.isfinite(summary.gflops_per_second) else "-",
+        f"{summary.mfu:.1%}" if math.isfinite(summary.mfu) else "-",
+    ]
 
 
 def _under(text: str) -> str:
@@ -389,6 +419,10 @@ def _tables(sweep: Sweep, summaries: list[ArmSummary]) -> str:
     if len(headers) > 1:
         html += "<h3>Held-out bits per byte by domain</h3>" + _html_table(sweep, headers, rows)
         html += f'<p class="note">Second line: paired difference to {escape(sweep.baseline)}.</p>'
+    headers, rows = time_table(summaries)
+    if rows:
+        html += "<h3>Where the time went</h3>" + _html_table(sweep, headers, rows)
+        html += f'<p class="note">{escape(TIME_NOTE)}</p>'
     rows = [[arm, _settings_text(arm_settings(sweep, arm)) or "the base config"] for arm in sweep.arms]
     return html + "<h3>What the arms change</h3>" + _html_table(sweep, ["arm", "settings"], rows, "settings")
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import flatten
+from moe_jax.ledger import KINDS
 
 CONFIDENCE = 0.95
 STEPS_KEY = "num_steps"
@@ -96,6 +97,8 @@ class ArmSummary:
         eval_dead_experts: experts without one held-out token, as the run logged them.
         aux_loss: auxiliary loss, 1 = balanced, mean over the last quarter; measured, trained on or not.
         tokens_per_second: median over steps of each run, then over runs; nan when not logged.
+        gflops_per_second, mfu: the same of the model's FLOPs, and of their share of the devices' peak.
+        seconds: kind of work -> wall-clock seconds of all finished runs; empty when none says.
         domains: domain -> held-out bits per byte.
         domain_differences: domain -> paired difference to the baseline.
     """
@@ -112,6 +115,9 @@ class ArmSummary:
     eval_dead_experts: Interval
     aux_loss: Interval
     tokens_per_second: float
+    gflops_per_second: float
+    mfu: float
+    seconds: dict[str, float]
     domains: dict[str, Interval]
     domain_differences: dict[str, Interval]
 
@@ -447,13 +453,19 @@ def dead_at_end(run: Run) -> float:
     return float((last_quarter(loads).sum(axis=0) == 0).sum())
 
 
-def _median_speed(runs: Iterable[Run]) -> float:
+def _median_speed(runs: Iterable[Run], key: str) -> float:
     medians = []
     for run in runs:
-        _, values = curve(run, "tokens_per_second")
+        _, values = curve(run, key)
         if np.isfinite(values).any():
             medians.append(float(np.median(values[np.isfinite(values)])))
     return float(np.median(medians)) if medians else math.nan
+
+
+def _seconds(runs: Iterable[Run]) -> dict[str, float]:
+    """What the runs' ledgers add up to, by kind of work."""
+    times = [time for run in runs if isinstance(time := run.info.get("time"), Mapping)]
+    return {kind: sum(as_number(time.get(kind, 0.0)) for time in times) for kind in KINDS} if times else {}
 
 
 # --- arms -----------------------------------------------------------------------------------------------
@@ -516,7 +528,10 @@ def _summary(sweep: Sweep, arm: str) -> ArmSummary:
         dead_experts=interval(dead_at_end(run) for run in runs),
         eval_dead_experts=last("eval/dead_experts"),
         aux_loss=tail("moe/aux_loss"),
-        tokens_per_second=_median_speed(runs),
+        tokens_per_second=_median_speed(runs, "tokens_per_second"),
+        gflops_per_second=_median_speed(runs, "gflops_per_second"),
+        mfu=_median_speed(runs, "mfu"),
+        seconds=_seconds(runs),
         domains={name: last(key) for name, key in domains.items()},
         domain_differences={name: to_baseline(sweep, arm, key) for name, key in domains.items()},
     )

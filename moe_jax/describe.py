@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from absl import app, flags
 
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, ModelConfig, resolve, validate
+from moe_jax.config import Config, resolve, validate
+from moe_jax.flops import parts, train_flops
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-class Part(NamedTuple):
-    """Parameters of one kind: all of them, those a token uses, and its forward matmul FLOPs in them."""
-
-    name: str
-    total: int
-    active: int
-    flops: int
 
 
 class Memory(NamedTuple):
@@ -32,34 +24,6 @@ class Memory(NamedTuple):
     parameters: int
     optimizer: int
     gradients: int
-
-
-def parts(config: Config) -> list[Part]:
-    """The model by kind of parameter, plus the attention scores, which have FLOPs and no parameters.
-
-    A multiply and an add are two FLOPs; the scores of causal attention over a full sequence are halved.
-    """
-    import jax
-
-    from moe_jax.state import abstract_model
-
-    model = abstract_model(config.model)
-    sums: dict[str, list[int]] = {}
-    dims = jax.tree.leaves(model.dims)
-    for (path, leaf), d in zip(jax.tree_util.tree_leaves_with_path(model.params), dims, strict=True):
-        kind = _kind(jax.tree_util.keystr(path, simple=True, separator="/"), d.names, config.model)
-        active = math.prod(leaf.shape)
-        if kind == "routed experts":
-            active = active * config.model.top_k // config.model.num_experts
-        row = sums.setdefault(kind, [0, 0, 0])
-        row[0] += math.prod(leaf.shape)
-        row[1] += active
-        row[2] += 2 * active if len(d.names) > 1 and kind != "embedding" else 0
-    if config.model.tied_embeddings:
-        sums["embedding"][2] = 2 * sums["embedding"][0]
-    m = config.model
-    scores = 2 * m.num_layers * config.sequence_length * m.num_heads * m.head_dim
-    return [Part(kind, *row) for kind, row in sums.items()] + [Part("attention scores", 0, 0, scores)]
 
 
 def memory(config: Config, num_devices: int = 1) -> Memory:
@@ -129,18 +93,6 @@ def compiled_bytes(config: Config) -> tuple[int, int]:
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
 
-def _kind(path: str, dims: tuple[str, ...], m: ModelConfig) -> str:
-    if len(dims) == 1:
-        return "norms"
-    if "experts" in dims:
-        return "routed experts" if "ffw" in dims else "router"
-    if "ffw" in dims:
-        return "shared experts" if "/shared/" in path else "dense feed-forward"
-    if "vocab" in dims:
-        return "embedding" if dims[0] == "vocab" else "head"
-    return "attention"
-
-
 def model_table(config: Config) -> "Table":
     """The summary as a rich table."""
     from rich.table import Table
@@ -182,9 +134,8 @@ def main(_: list[str]) -> None:
 
     console = Console()
     console.print(model_table(config))
-    train_flops = 3 * sum(p.flops for p in parts(config))
     tokens = config.batch_size * config.sequence_length
-    console.print(f"training: {train_flops:,} FLOPs a token (forward x 3), {tokens:,} tokens a step")
+    console.print(f"training: {train_flops(config):,} FLOPs a token (forward x 3), {tokens:,} tokens a step")
     num_devices = math.prod(vars(config.mesh).values())  # a mesh may leave some unused
     if num_devices > 1:
         console.print(sharding_table(config, num_devices))

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import functools
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 
 from moe_jax import distributed
+from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
-from moe_jax.files import workdir_of, write_json
+from moe_jax.files import workdir_of, write_json, write_whole
+from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog
+from moe_jax.workdir import config_of_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -97,9 +99,12 @@ def held_out(config: Config, corpus: "Corpus", mesh: "Mesh") -> Iterator["Batch"
         sequence_length=config.sequence_length,
         max_sequences_per_domain=config.data.eval_sequences,
     )
-    for number in range(len(batches)):
+
+    def load(number: int) -> "Batch":
         rows = functools.partial(batches.batch_at, number)
-        yield distributed.from_rows(rows, batch_size, batch_sharding(mesh))
+        return distributed.from_rows(rows, batch_size, batch_sharding(mesh))
+
+    yield from (batch for _, batch in prefetched(load, 0, len(batches)))
 
 
 class Totals:
@@ -252,33 +257,6 @@ def ablate(
     return {name: {key.removeprefix("eval/"): result[key] for key in keys} for name, result in found.items()}
 
 
-def config_of_run(workdir: Path) -> Config:
-    """The config a workdir's run was started with.
-
-    Raises:
-        ValueError: the workdir holds no run.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ValueError(f"--workdir={workdir} holds no config.json, so no run; give the workdir of a training run.")
-    return validate(read_config(file))
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The config.json of a workdir.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); restore it, or use another workdir.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no config; restore it, or use another workdir.")
-    return config
-
-
 def restore_run(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", dict[str, Any]] | None:
     """The newest checkpoint of the workdir as (state, extra), on this mesh; None if there is none."""
     from moe_jax import checkpoint
@@ -394,7 +372,7 @@ def draw_survey(workdir: Path, found: "Survey") -> None:
         write_json(workdir / "specialisation.json", as_json(found))
         picture = io.BytesIO()
         draw(found).savefig(picture, format="png", dpi=100)
-        (workdir / "specialisation.png").write_bytes(picture.getvalue())
+        write_whole(workdir / "specialisation.png", picture.getvalue())
         print(f"wrote {workdir / 'specialisation.json'} and specialisation.png")
 
 
@@ -415,6 +393,7 @@ def tell_saturation(config: Config, workdir: Path) -> None:
 def main(_: list[str]) -> None:
     """Check the flags, then run."""
     flag = flags.FLAGS
+    keep_compiled()
     try:
         workdir = workdir_of(flag.workdir)
         config = validate(flag.config) if flag.config is not None else config_of_run(workdir)

@@ -67,18 +67,27 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str, durable: bool = False) -> None:
-    """The file with the text, whole or not at all; `durable` survives a power cut."""
+def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """The file with the content, whole or not at all; `durable` survives a power cut."""
+    data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # shards of a sweep write sweep.json at the same time
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         if durable:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """The files below a folder also below another, folders that are missing made."""
+    for file in tree(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
 
 
 def remove_tree(folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_jax.files import is_remote, remove_tree, tree, write_whole
+from moe_jax.files import copy_tree, is_remote, remove_tree, write_whole
 
 FLUSH_SECONDS = 60.0
 METRICS, LAYERS = "metrics.jsonl", "layers.jsonl"
@@ -31,7 +31,9 @@ class RunLog:
     def __init__(self, workdir: Path, first_step: int) -> None:
         self._workdir = workdir
         self._folder = Path(tempfile.mkdtemp(prefix="moe_jax_log_")) if is_remote(workdir) else workdir
-        self._files = {name: _reopen(workdir / name, self._folder / name, first_step) for name in (METRICS, LAYERS)}
+        there = {name: read_jsonl(workdir / name) for name in (METRICS, LAYERS)}
+        self.former: dict[str, Any] = there[METRICS][-1] if there[METRICS] else {}  # the newest line there was
+        self._files = {name: _reopen(there[name], self._folder / name, first_step) for name in there}
         self._board = _tensorboard(self._folder / "tensorboard", first_step)
         self._flushed = time.monotonic()
 
@@ -61,8 +63,7 @@ class RunLog:
         """Everything logged so far is in the workdir: due before a checkpoint says that these steps are done."""
         self._flushed = time.monotonic()
         if self._folder is not self._workdir:
-            for file in tree(self._folder):
-                (self._workdir / file.relative_to(self._folder)).write_bytes(file.read_bytes())
+            copy_tree(self._folder, self._workdir)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -95,9 +96,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _reopen(source: Path, path: Path, first_step: int) -> Any:
-    """The file at `path` for appending, with the records of `source` before `first_step`; replaced in one move."""
-    kept = [r for r in read_jsonl(source) if r["step"] < first_step]
+def _reopen(records: list[dict[str, Any]], path: Path, first_step: int) -> Any:
+    """The file at `path` for appending, with the records before `first_step`; replaced in one move."""
+    kept = [r for r in records if r["step"] < first_step]
     write_whole(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
     return open(path, "a")
 
@@ -168,6 +169,8 @@ LONG = {
     "moe/max_violation": "max violation {:.2f}",
     "moe/dead_experts": "dead {:.0f}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "gflops_per_second": "{:,.1f} GFLOP/s",
+    "mfu": "MFU {:.1%}",
     "eval/bits_per_byte": "held-out bits/byte {:.3f}",
 }
 

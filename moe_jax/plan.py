@@ -269,7 +269,7 @@ def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled
 
 
 def _flops(config: Config, chips: int, cost: hlo.Cost) -> dict[str, Any]:
-    from moe_jax.describe import parts
+    from moe_jax.flops import parts
 
     tokens = config.batch_size * config.sequence_length
     rows = parts(config)

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
+from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, article, balance_entries, validate
 from moe_jax.files import write_json
@@ -695,6 +696,7 @@ def _numbers(name: str, kind: type) -> list[Any]:
 def main(_: list[str]) -> None:
     """Simulate, print, draw."""
     flag = flags.FLAGS
+    keep_compiled()
     try:
         s, arms, recording = asked()
     except ValueError as error:

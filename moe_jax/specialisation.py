@@ -5,7 +5,6 @@ D domains, L MoE layers, T tokens, S slots, B sequences, E experts that compute 
 
 import functools
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +18,7 @@ from jaxtyping import Array, Int32
 from moe_jax import balance, metrics
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
-from moe_jax.files import is_remote
+from moe_jax.files import write_whole
 from moe_jax.mesh import replicated
 from moe_jax.moe import Balancing
 from moe_jax.state import TrainState
@@ -124,12 +123,7 @@ def store_ids(workdir: Path, step: int, expert_ids: np.ndarray) -> None:
     folder, buffer = workdir / "routing", io.BytesIO()
     folder.mkdir(parents=True, exist_ok=True)
     np.save(buffer, np.asarray(expert_ids).astype(np.uint16))
-    if is_remote(workdir):
-        (folder / f"{step}.npy").write_bytes(buffer.getvalue())
-        return
-    temporary = folder / f"{step}.{os.getpid()}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(folder / f"{step}.npy")
+    write_whole(folder / f"{step}.npy", buffer.getvalue())
 
 
 def stored_steps(workdir: Path) -> list[int]:

@@ -9,21 +9,11 @@ together, process 0 writes the logs, and a signal to one of them stops all at th
 A lost or stuck process ends the run with status 75.
 """
 
-import concurrent.futures
-import fcntl
 import functools
-import io
-import json
 import os
-import platform
-import secrets
-import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib import metadata
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,17 +21,22 @@ import numpy as np
 from absl import app, flags
 
 from moe_jax import distributed
+from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import DROPLESS, Config, as_dict, differences, resolve, validate
-from moe_jax.evaluate import evaluate, read_config, restore_run, store_routing
-from moe_jax.files import is_remote, workdir_of, write_json
-from moe_jax.watchdog import Watchdog
+from moe_jax.config import Config, as_dict, resolve, validate
+from moe_jax.evaluate import evaluate, restore_run, store_routing
+from moe_jax.files import workdir_of
+from moe_jax.ledger import Ledger, of_earlier_attempts
+from moe_jax.prefetch import prefetched
+from moe_jax.watchdog import Watchdog, Work
+from moe_jax.workdir import check_workdir, claim, read_run, record, refuse_another_config, versions, write_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from moe_jax.data import Corpus
     from moe_jax.data.batches import Batch
+    from moe_jax.profiling import Profiler
     from moe_jax.state import TrainState
 
 MAX_STUCK = 3  # so many non-finite steps in a row end the run: the next would not be finite either
@@ -63,6 +58,7 @@ def run(
     stop_at: int = 0,
     quiet: bool = False,
     watchdog: Watchdog | None = None,
+    profile: int = 0,
 ) -> Outcome:
     """Train `config` in `workdir` until `num_steps`, resuming what is there, on all devices of all processes.
 
@@ -74,27 +70,36 @@ def run(
         stop_at: stop (and save) after so many steps, as if interrupted; 0 for never.
         quiet: print nothing.
         watchdog: ends the process if a step gets stuck; made from the config if None.
+        profile: trace so many steps, from the third of this start on, into workdir/profile; 0 for none.
 
     Raises:
-        ValueError: another config's workdir, bad data, or a damaged or different checkpoint.
+        ValueError: another config's workdir, bad data, a damaged or different checkpoint, or too few steps to trace.
         FloatingPointError: several steps in a row were not finite.
     """
+    ledger = Ledger()
     corpus = distributed.by_all(lambda: open_data(config))
     distributed.by_first(lambda: check_workdir(workdir, config))
     import jax  # from here on: it takes seconds, and a mistake is told before
 
     resolve(config, jax.device_count(), jax.devices()[0].platform)
     with claim(workdir):
-        one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds))
-        distributed.by_first(lambda: record(workdir, config, one.made_by))  # a checkpoint of another shape was refused
-        return one.until(min(stop_at or config.num_steps, config.num_steps))
+        one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds), ledger)
+        distributed.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
+        return one.until(min(stop_at or config.num_steps, config.num_steps), profile)
 
 
 class _Run:
     """The loop around the train step: data in, numbers out, checkpoints, signals."""
 
     def __init__(
-        self, config: Config, workdir: Path, corpus: "Corpus", name: str, quiet: bool, watchdog: Watchdog
+        self,
+        config: Config,
+        workdir: Path,
+        corpus: "Corpus",
+        name: str,
+        quiet: bool,
+        watchdog: Watchdog,
+        ledger: Ledger,
     ) -> None:
         from moe_jax.checkpoint import Checkpointer
         from moe_jax.data import training_batches
@@ -102,13 +107,14 @@ class _Run:
         from moe_jax.mesh import make_mesh
 
         self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
-        self.mesh = make_mesh(config.mesh)
+        self.mesh, self.ledger = make_mesh(config.mesh), ledger
         self.made_by = versions()
-        self.state, self.tokens_seen = _restore_or_init(config, workdir, self.mesh, corpus)
-        self.first = int(self.state.step)
+        self.state, extra = _restore_or_init(config, workdir, self.mesh, corpus)
+        self.first, self.tokens_seen = int(self.state.step), extra.get("tokens_seen", 0)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
         first_process = distributed.index() == 0
         self.log = RunLog(workdir, self.first) if first_process else None
+        self.about = self.made_by | distributed.by_first(lambda: self._continue_ledger(extra))
         self.display = Display(name, config.num_steps, quiet or not first_process)
         self.batch_at = training_batches(
             corpus,
@@ -118,51 +124,70 @@ class _Run:
             weights=config.data.weights,
         )
         self.evaluation: dict[str, float | int] = {}
-        self.clock = Clock()
         self.uncounted: list[Any] = []  # valid tokens of the last steps, still on the device
+        self.cost = _cost_of_token(config, self.mesh)
 
-    def until(self, last: int) -> Outcome:
+    def _continue_ledger(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Take over what earlier attempts spent; gives what run.json said of it, to be kept until this one ends."""
+        assert self.log is not None
+        ended = read_run(self.workdir)
+        self.ledger.carry(of_earlier_attempts(self.first, extra.get("seconds", {}), ended, self.log.former))
+        return {key: ended[key] for key in ("step", "seconds", "time", "goodput") if key in ended}
+
+    def until(self, last: int, profile: int) -> Outcome:
         """Steps `first` to `last`, then save and close."""
+        from moe_jax.profiling import Profiler, steps_to_trace
+
         try:
+            profiler = Profiler(self.workdir / "profile", *steps_to_trace(profile, self.first, last))
             with _signals() as stopped:  # a second signal must not end the save that the first one asked for
-                with self.display.running(self.first):
-                    step, number = self._steps(self.first, last, stopped)
+                with self.display.running(self.first), closing(profiler):
+                    step, number = self._steps(self.first, last, stopped, profiler)
                 self._save(step)
                 self.checkpoints.wait()
+                self.ledger.charge("checkpoint")
         finally:
             self.checkpoints.close()
             self.watchdog.close()
             if self.log is not None:
                 self.log.close()
+        self._tell_ledger(step)
         return Outcome(step, number, self.evaluation)
 
-    def _steps(self, first: int, last: int, stopped: Callable[[int], int | None]) -> tuple[int, int | None]:
-        import jax
-
+    def _steps(
+        self, first: int, last: int, stopped: Callable[[int], int | None], profiler: "Profiler"
+    ) -> tuple[int, int | None]:
+        from moe_jax.observer import Observer
         from moe_jax.state import step_key
         from moe_jax.step import make_train_step
 
         train_step, key = make_train_step(self.config, self.mesh), step_key(self.config)
         observer = Observer(self.config, self.mesh, self.workdir)
-        if first:
-            self.display.say(f"going on from step {first}")
-        if unused := jax.device_count() - self.mesh.size:
-            self.display.say(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
-        for step, batch in _prefetched(self._load, first, last):
-            work = self.watchdog.watch("step", step)
+        self._greet(first)
+        work: Work | None = None
+        for step, batch in prefetched(self._load, first, last):
+            self.ledger.charge(_waited_for(work))
+            profiler.before(step)
+            self.ledger.charge("lost")
             measured = observer.before(step, self.state, batch, key)
-            self.state, values = train_step(self.state, batch, key)
-            values |= measured
+            self.ledger.charge("evaluation")
+            work = self.watchdog.watch("step", step)
+            with profiler.named(step):
+                self.state, values = train_step(self.state, batch, key)
             work.result = values["loss"]
-            self.uncounted.append(values["tokens"])
-            if step == first:
-                self._count()
-                self.clock.restart()  # the first step compiles: it says nothing about speed
-            self._after(step, batch, values)
+            self._done(step, batch, values | measured, profiler)
             if number := stopped(step):
                 self.display.say(f"{signal.Signals(number).name}: saving step {step + 1}")
                 return step + 1, number
         return max(first, last), None
+
+    def _greet(self, first: int) -> None:
+        import jax
+
+        if first:
+            self.display.say(f"going on from step {first}")
+        if unused := jax.device_count() - self.mesh.size:
+            self.display.say(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
 
     def _load(self, step: int) -> "Batch":
         """The step's batch on the mesh; only this process's rows are read."""
@@ -170,6 +195,19 @@ class _Run:
 
         rows = functools.partial(self.batch_at, step)
         return distributed.from_rows(rows, self.config.batch_size, batch_sharding(self.mesh))
+
+    def _done(self, step: int, batch: "Batch", values: dict[str, Any], profiler: "Profiler") -> None:
+        """Count a step that was given to the devices, and do what is due after it."""
+        self.uncounted.append(values["tokens"])
+        if step == self.first:
+            self._count(kind="compile")
+            self.ledger.restart()  # the first step compiles: it says nothing about speed
+        if profiler.is_last(step):
+            self._count()  # waits for the steps that were traced
+            profiler.close()
+            self.display.say(f"a trace of the last steps is in {self.workdir / 'profile'}")
+            self.ledger.charge("lost")
+        self._after(step, batch, values)
 
     def _after(self, step: int, batch: "Batch", values: dict[str, Any]) -> None:
         """Log, evaluate and save where it is time to."""
@@ -182,41 +220,65 @@ class _Run:
             self._save(done)
         self.display.step(done)
 
-    def _count(self, values: Any = None) -> Any:
-        """Count the tokens of the last steps, and fetch `values` in the same transfer."""
+    def _count(self, values: Any = None, kind: str = "step") -> Any:
+        """Count the tokens of the last steps, and fetch `values` in the same transfer; what it waits for is `kind`."""
         import jax
 
         values, tokens = jax.device_get((values, self.uncounted))
+        self.ledger.charge(kind)
         self.uncounted = []
-        self.tokens_seen += self.clock.count(sum(map(int, tokens)))
+        self.tokens_seen += self.ledger.count(sum(map(int, tokens)))
         return values
 
     def _log(self, step: int, batch: "Batch", values: dict[str, Any], evaluates: bool) -> None:
         numbers = self._count(values)  # the one host transfer
-        speed = self.clock.tokens_per_second()
+        speed = self._speed()
         layers = {k: v for k, v in numbers.items() if np.ndim(v)}
         numbers = {k: mean_of_layers(v) if k in layers else v for k, v in numbers.items() if np.ndim(v) < 2}
         stuck = int(numbers.pop("stuck"))
         del numbers["tokens"]
-        numbers |= {"tokens_seen": self.tokens_seen, "tokens_per_second": speed}
+        numbers |= {"tokens_seen": self.tokens_seen, **speed}
         if evaluates:
-            where = self.config, self.state, self.corpus, self.mesh
-            self.evaluation = evaluate(*where, self.watchdog)
-            store_routing(*where, self.workdir, self.watchdog)
-            numbers |= self.evaluation
+            numbers |= self._evaluate()
+        numbers |= self.ledger.columns()
         if self.log is not None:
             self.log.write(step, numbers, layers)
         self.display.report(step + 1, numbers)
         if stuck >= MAX_STUCK:
             raise FloatingPointError(self._why_stuck(step, batch, stuck))
-        self.clock.restart()
+        self.ledger.charge("lost")
+        self.ledger.restart()
+
+    def _speed(self) -> dict[str, float | None]:
+        """What the steps since the last logged one achieved."""
+        tokens_per_second, data_wait = self.ledger.speed()
+        flops = None if tokens_per_second is None else tokens_per_second * self.cost.flops
+        numbers = {"tokens_per_second": tokens_per_second, "data_wait": data_wait}
+        numbers["gflops_per_second"] = None if flops is None else flops / 1e9
+        if self.cost.peak is not None:
+            numbers["mfu"] = None if flops is None else flops / self.cost.peak
+        return numbers
+
+    def _evaluate(self) -> dict[str, float | int]:
+        where = self.config, self.state, self.corpus, self.mesh
+        self.evaluation = evaluate(*where, self.watchdog)
+        store_routing(*where, self.workdir, self.watchdog)
+        self.ledger.charge("evaluation")
+        return self.evaluation
 
     def _save(self, step: int) -> None:
         self._count()
         if self.log is not None:
             self.log.flush()
-        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, **self.made_by}
-        self.checkpoints.save(step, self.state, extra)
+        seconds = dict(self.ledger.seconds)  # as they are now: it is written while they go on
+        extra = {"config": as_dict(self.config), "tokens_seen": self.tokens_seen, "seconds": seconds}
+        self.checkpoints.save(step, self.state, extra | self.made_by)
+        self.ledger.charge("checkpoint")
+
+    def _tell_ledger(self, step: int) -> None:
+        """Into run.json, unless there was nothing to do."""
+        if self.log is not None and step > self.first:
+            write_run(self.workdir, self.made_by | self.ledger.summary(step))
 
     def _why_stuck(self, step: int, batch: "Batch", stuck: int) -> str:
         """Which tensor was not finite; nothing has moved since the first of these steps."""
@@ -231,73 +293,45 @@ class _Run:
         )
 
 
-class Observer:
-    """What is measured or recorded of a step before it is done, at the intervals of the config."""
-
-    def __init__(self, config: Config, mesh: "Mesh", workdir: Path) -> None:
-        self._config, self._folder = config, workdir / "scores"
-        self._mesh = mesh
-
-    def before(self, step: int, state: "TrainState", batch: "Batch", key: Any) -> dict[str, Any]:
-        """The measures of the step that is due next, on the device; recorded scores go to a file."""
-        from moe_jax.measure import make_measure_step, make_recorder
-
-        c, done = self._config, step + 1
-        if c.record_scores_every and done % c.record_scores_every == 0:
-            self._write(step, make_recorder(c, self._mesh)(state, batch, key))
-        if c.measure_every and done % c.measure_every == 0:
-            return make_measure_step(c, self._mesh)(state, batch, key)
-        return {}
-
-    def _write(self, step: int, scores: Any) -> None:
-        import jax
-
-        arrays = jax.device_get(scores)._asdict()
-        if distributed.index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            packed = io.BytesIO()
-            np.savez_compressed(packed, **arrays)
-            (self._folder / f"{step:08d}.npz").write_bytes(packed.getvalue())
-
-
 def mean_of_layers(values: Any) -> float | None:
     """The mean over the layers where the value exists; None where it does in none."""
     exists = values[np.isfinite(values)]
     return float(exists.mean()) if exists.size else None
 
 
-class Clock:
-    """Tokens per second between logged steps, with compilation and evaluation left out."""
+class Cost(NamedTuple):
+    """Model FLOPs of a token's training, and peak FLOP/s of all devices of the mesh, None where unknown."""
 
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._tokens = 0
-
-    def count(self, tokens: int) -> int:
-        """Add tokens; gives them back."""
-        self._tokens += tokens
-        return tokens
-
-    def restart(self) -> None:
-        """Count from now."""
-        self._since, self._tokens = time.perf_counter(), 0
-
-    def tokens_per_second(self) -> float | None:
-        """None where nothing has been timed."""
-        if self._since is None or self._tokens == 0:
-            return None
-        return self._tokens / (time.perf_counter() - self._since)
+    flops: int
+    peak: float | None
 
 
-def _restore_or_init(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> tuple["TrainState", int]:
+def _cost_of_token(config: Config, mesh: "Mesh") -> Cost:
+    from moe_jax.flops import peak_flops, train_flops
+
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return Cost(train_flops(config), None if peak is None else peak * mesh.size)
+
+
+def _waited_for(work: Work | None) -> str:
+    """What the time until the next batch came was spent on: the devices still do `work`, or have nothing to do."""
+    if work is None:
+        return "init"
+    return "data" if work.finished() else "step"
+
+
+def _restore_or_init(
+    config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus"
+) -> tuple["TrainState", dict[str, Any]]:
+    """The state to go on from, and what was saved beside it: nothing for a new run."""
     from moe_jax.state import init_state
 
     found = restore_run(config, workdir, mesh)
     if found is None:
-        return with_hash_tables(config, init_state(config, mesh), corpus), 0
+        return with_hash_tables(config, init_state(config, mesh), corpus), {}
     state, extra = found
     refuse_another_config(workdir, "checkpoint", extra["config"], config)
-    return state, extra["tokens_seen"]
+    return state, extra
 
 
 def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "TrainState":
@@ -348,116 +382,6 @@ def open_data(config: Config) -> "Corpus":
     return corpus
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
-    """Raise a ValueError if the workdir is a file, or another config's run is in it (the differences are shown)."""
-    file = workdir / "config.json"
-    if file.is_file():
-        refuse_another_config(workdir, "run", read_config(file), config)
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
-
-
-@contextmanager
-def claim(workdir: Path) -> Iterator[None]:
-    """Hold the workdir, made if absent, for this run; process 0 does, for all.
-
-    Raises:
-        ValueError: another command holds it, or some processes of this run see another folder under its name.
-    """
-    with ExitStack() as held:
-        distributed.by_first(lambda: held.enter_context(_locked(workdir)))
-        if distributed.count() > 1:
-            token = distributed.by_first(lambda: _leave_token(workdir))
-            distributed.by_all(lambda: _find_token(workdir, token))
-        yield
-
-
-@contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if is_remote(workdir):  # a bucket has no locks: one command at a time is the user's to see to
-        yield
-        return
-    with open(workdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--workdir={workdir} is in use by another process; wait for it, or use another workdir."
-            ) from None
-        yield
-
-
-def _leave_token(workdir: Path) -> str:
-    token = secrets.token_hex(8)
-    (workdir / ".token").write_text(token)
-    return token
-
-
-def _find_token(workdir: Path, token: str, patience_seconds: float = 10.0) -> None:
-    """Raise a ValueError unless process 0's token is seen in the workdir; network file systems take a while."""
-    end = time.monotonic() + patience_seconds
-    while not (workdir / ".token").is_file() or (workdir / ".token").read_text() != token:
-        if time.monotonic() > end:
-            raise ValueError(
-                f"--workdir={workdir} is not the folder that process 0 sees; name one on a file system that all "
-                "hosts share."
-            )
-        time.sleep(0.1)
-
-
-def record(workdir: Path, config: Config, made_by: dict[str, Any]) -> None:
-    """Write config.json, which claims the workdir for this config, and run.json."""
-    write_json(workdir / "config.json", as_dict(config))
-    write_json(workdir / "run.json", made_by | {"machine": f"{platform.machine()} {platform.system()}"})
-
-
-def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], config: Config) -> None:
-    """Raise a ValueError with the differences, unless `there` (read from JSON) is `config`."""
-    # a key that is younger than the run has its default; as_dict of a file read back has lists for tuples
-    there, here = (json.loads(json.dumps(as_dict(validate(c)))) for c in (there, config))
-    if changed := differences(_what_makes_a_run(there), _what_makes_a_run(here)):
-        raise ValueError(
-            f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
-            "The differences (there -> here):\n  " + "\n  ".join(changed)
-        )
-
-
-def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that change no number of the training, or by rounding only: free when a run goes on."""
-    free = {"mesh", "compiler_options", "checkpoint", "log_every", "eval_every", "save_every"}
-    free |= {"heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"}
-    model = {k: v for k, v in config.get("model", {}).items() if k not in ("remat", "unroll_layers")}
-    if model.get("dispatch") in DROPLESS:
-        model["dispatch"] = "auto"
-    return {k: v for k, v in config.items() if k not in free} | {"model": model}
-
-
-def versions() -> dict[str, Any]:
-    """What made a run: library versions, and the git revision of this package if it lies in a clone."""
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    revision = None
-    if shutil.which("git"):  # an installed package runs where there is no git, too
-        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    return {
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
-        "git": revision,
-    }
-
-
-def _prefetched(batch_at: Callable[[int], "Batch"], first: int, last: int) -> Iterator[tuple[int, "Batch"]]:
-    """(step, batch) for every step; the next batch is made while the device works on this one."""
-    with concurrent.futures.ThreadPoolExecutor(1, "data") as pool:
-        ahead = pool.submit(batch_at, first) if first < last else None
-        for step in range(first, last):
-            assert ahead is not None
-            batch = ahead.result()
-            ahead = pool.submit(batch_at, step + 1) if step + 1 < last else None
-            yield step, batch
-
-
 @contextmanager
 def _signals() -> Iterator[Callable[[int], int | None]]:
     """Note SIGTERM and SIGINT instead of dying of them; yields `stopped(step)`, the signal to stop for or None.
@@ -492,11 +416,14 @@ def _agreed_stop(step: int) -> int | None:
 def main(_: list[str]) -> None:
     """Check the config and the data before jax is loaded, then run."""
     flag = flags.FLAGS
+    keep_compiled()
     try:
         if not flag.workdir:
             raise ValueError(
                 "--workdir= is empty and would be the current folder; name one, or write --workdir=. for it."
             )
+        if flag.profile < 0:
+            raise ValueError(f"--profile={flag.profile} must be at least 0; it is how many steps to trace.")
         if flag.stop_at < 0:
             raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
         config, workdir = validate(flag.config), workdir_of(flag.workdir)
@@ -505,7 +432,7 @@ def main(_: list[str]) -> None:
         check_corpus(config.data.path)
         watchdog = Watchdog(config.step_timeout_seconds)
         with distributed.joined(config.heartbeat_seconds, lambda: watchdog.doing):
-            outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog)
+            outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog, profile=flag.profile)
             if outcome.signal:
                 raise SystemExit(128 + outcome.signal)
             if distributed.index() == 0:
@@ -518,5 +445,6 @@ if __name__ == "__main__":
     define_config_flag("A config file of ours or yours.")
     flags.DEFINE_string("workdir", None, "Where the run lives; made if absent.")
     flags.DEFINE_integer("stop_at", 0, "Stop and save after so many steps; the same command without it goes on.")
+    flags.DEFINE_integer("profile", 0, "Trace so many steps, once they are compiled, into WORKDIR/profile.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

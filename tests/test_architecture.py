@@ -12,11 +12,15 @@ options
 config
 command
 files
+cache
+ledger
+prefetch
 mesh
 hlo
 chips
 distributed
 watchdog
+workdir
 routing
 balance
 metrics
@@ -27,10 +31,13 @@ moe
 model
 data
 state
+flops
 step
 measure
 checkpoint
 log
+observer
+profiling
 surgery
 specialisation
 evaluate
@@ -47,7 +54,7 @@ ALLOWED = {
     "ml_collections": {"config", "command"},
     "grain": {"data"},
 }
-WITHOUT_JAX = {"options", "config", "command", "files", "hlo", "chips", "data", "log"}
+WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log"}
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 

@@ -212,6 +212,7 @@ FLAGS = [
     (["--bogus=1"], "bogus"),
     (["--stop_at=-1"], "stop_at"),
     (["--stop_at=soon"], "stop_at"),
+    (["--profile=-1"], "profile"),
     (["stray"], "stray"),
 ]
 

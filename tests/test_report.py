@@ -120,6 +120,7 @@ def simulated_sweep(directory: Path, arms: list[str], seeds: list[int], every: i
             folder = directory / arm / f"seed{seed}"
             write_run(folder, metrics, layers)
             info = {"versions": {"jax": "0.7.0"}, "machine": "one CPU", "git": "abc1234", "seconds": 600.0}
+            info["time"] = {"init": 60.0, "step": 540.0}
             (folder / "run.json").write_text(json.dumps(info))
     return directory
 
@@ -245,6 +246,40 @@ def test_table_equals_numbers_computed_by_hand(tmp_path: Path) -> None:
     half = ["0.500 ± 0.000", "1.000 ± 0.000", "0.750 ± 0.000", *even[3:]]
     assert rows[0] == ["none", "3", "1.2000 ± 0.4968", "-", *even, "1,375"]
     assert rows[1] == ["aux_loss", "3", "1.0000 ± 0.2484", "-0.2000 ± 0.2484", *half, "1,375"]
+
+
+def keep_account(folder: Path, gflops: float, mfu: float | None = None, **seconds: float) -> None:
+    """A run's ledger in run.json, and its rates in every line but the first."""
+    (folder / "run.json").write_text(json.dumps({"time": seconds}))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line |= {"gflops_per_second": gflops} | ({} if mfu is None else {"mfu": mfu})
+    lines[0]["gflops_per_second"] = None  # it compiled
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_time_of_an_arms_runs_is_added_up_and_shared_out(tmp_path: Path) -> None:
+    sweep = tiny_sweep(tmp_path, {"none": [1.0, 1.2], "aux_loss": [0.9, 1.0], "old": [1.0, 1.0]})
+    keep_account(
+        sweep / "none" / "seed0", 10.0, init=6, compile=12, data=3, step=33, evaluation=3, checkpoint=2, lost=1
+    )
+    keep_account(sweep / "none" / "seed1", 30.0, init=6, compile=0, data=3, step=51, lost=0)
+    keep_account(sweep / "aux_loss" / "seed0", 2048.0, mfu=0.4, step=30)
+    headers, rows = report.time_table(summarise(read_sweep(sweep)))
+    kinds = ["init", "compile", "data", "step", "evaluation", "checkpoint", "lost"]
+    assert headers == ["arm", "minutes", *kinds, "data wait", "GFLOP/s", "MFU"]
+    # 120 s: 12 init, 12 compile, 6 data, 84 step, 3 evaluation, 2 checkpoint, 1 lost; data 6 of 90
+    shares = ["10.0%", "10.0%", "5.0%", "70.0%", "2.5%", "1.7%", "0.8%"]
+    assert rows[0] == ["none", "2.0", *shares, "6.67%", "20.0", "-"]
+    assert rows[1] == ["aux_loss", "0.5", *["0.0%"] * 3, "100.0%", *["0.0%"] * 3, "0.00%", "2,048.0", "40.0%"]
+    assert len(rows) == 2  # the third arm's runs are older than the account
+
+
+def test_the_page_shows_where_the_time_went_if_any_run_says_so(tmp_path: Path) -> None:
+    tiny_sweep(tmp_path, {"none": [1.0, 1.2]})
+    assert "Where the time went" not in report.write(tmp_path).read_text()
+    keep_account(tmp_path / "none" / "seed0", 10.0, init=1, step=3)
+    assert "<td>75.0%</td>" in report.write(tmp_path).read_text().partition("Where the time went")[2]
 
 
 def test_domains_are_paired_too(tmp_path: Path) -> None:

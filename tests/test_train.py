@@ -1,5 +1,6 @@
 """Reliability drills of a training run: it may stop, be killed or be told to end, and the curve does not notice."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -16,10 +17,13 @@ from drills import rig
 from moe_jax import data, step
 from moe_jax.checkpoint import committed, restore, state_hash
 from moe_jax.data import open_corpus, token_frequencies, training_batches
+from moe_jax.flops import train_flops
+from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
 from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
-from moe_jax.train import run, versions
+from moe_jax.train import run
+from moe_jax.workdir import versions
 
 CONFIG = rig.drill_config()
 
@@ -187,7 +191,7 @@ def test_what_was_not_finite_is_named_even_if_only_the_norm_overflowed(first_bat
 HOLD = """
 import sys
 from pathlib import Path
-from moe_jax.train import claim
+from moe_jax.workdir import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -378,3 +382,96 @@ def test_hash_layers_are_balanced_for_the_tokens_of_the_corpus_and_the_table_is_
         assert loads.max() / loads.mean() - 1 < 0.02
         assert (layer[:, 0] != layer[:, 1]).all()
     assert (table[0] != table[1]).any()
+
+
+# --- where the time goes --------------------------------------------------------------------------------------
+
+
+def total(about):
+    return sum(about["time"].values())
+
+
+def test_run_json_and_the_log_say_where_the_time_went_over_all_attempts(tmp_path):
+    config = rig.drill_config(eval_every=5)
+    run(config, tmp_path, stop_at=6, quiet=True)
+    first = json.loads((tmp_path / "run.json").read_text())
+    assert first["step"] == 6
+    assert first["seconds"] == pytest.approx(total(first))
+    assert all(first["time"][kind] > 0 for kind in ("init", "compile", "step", "evaluation", "checkpoint"))
+    assert first["goodput"] == pytest.approx(first["time"]["step"] / total(first), abs=1e-3)
+    run(config, tmp_path, stop_at=8, quiet=True)
+    second = json.loads((tmp_path / "run.json").read_text())
+    assert all(second["time"][kind] >= spent for kind, spent in first["time"].items())
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    totals = [sum(v for k, v in line.items() if k.startswith("time/")) for line in lines]
+    assert totals == sorted(totals)  # the second attempt went on counting
+    assert totals[-1] <= total(second) + 0.01  # what came after the last line, and rounding
+
+
+def test_the_steps_that_a_crash_makes_the_next_attempt_do_again_are_lost(tmp_path, monkeypatch):
+    def make(config, mesh=None):
+        def train_step(state, batch, key):
+            if int(state.step) == 8:
+                raise RuntimeError("crash")
+            return real(config, mesh)(state, batch, key)
+
+        return train_step
+
+    real = step.make_train_step
+    monkeypatch.setattr(step, "make_train_step", make)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(CONFIG, tmp_path, quiet=True)  # saved at 5, logged steps 5, 6 and 7
+    monkeypatch.setattr(step, "make_train_step", real)
+    crashed = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r["step"] >= 5]
+    again = crashed[-1]["time/step"] - crashed[0]["time/step"]  # two of the three, to be done again
+    run(CONFIG, tmp_path, stop_at=6, quiet=True)
+    assert json.loads((tmp_path / "run.json").read_text())["time"]["lost"] >= again > 0
+
+
+def test_a_start_without_a_step_to_do_leaves_the_account_as_it_was(tmp_path):
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    before = json.loads((tmp_path / "run.json").read_text())
+    run(CONFIG, tmp_path, stop_at=2, quiet=True)
+    assert json.loads((tmp_path / "run.json").read_text()) == before
+
+
+def test_a_logged_steps_rate_is_its_tokens_at_the_models_flops(tmp_path):
+    run(CONFIG, tmp_path, stop_at=3, quiet=True)
+    first, *others = read_jsonl(tmp_path / "metrics.jsonl")
+    assert first["tokens_per_second"] is first["gflops_per_second"] is first["data_wait"] is None  # it compiled
+    for line in others:
+        assert line["gflops_per_second"] == pytest.approx(line["tokens_per_second"] * train_flops(CONFIG) / 1e9)
+        assert 0 <= line["data_wait"] < 1
+        assert "mfu" not in line  # a CPU's peak is not known
+
+
+# --- a trace --------------------------------------------------------------------------------------------------
+
+
+def trace_of(workdir):
+    (file,) = (workdir / "profile").rglob("perfetto_trace.json.gz")
+    return json.loads(gzip.decompress(file.read_bytes()))
+
+
+def test_a_trace_of_so_many_steps_after_compilation_is_written_for_perfetto_and_xprof(tmp_path):
+    run(CONFIG, tmp_path, stop_at=6, quiet=True, profile=2)
+    steps = [e["args"] for e in trace_of(tmp_path)["traceEvents"] if e.get("name") == "train"]
+    assert [int(arguments["step_num"]) for arguments in steps] == [2, 3]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert rig.steps_logged(tmp_path) == 6
+
+
+def test_a_trace_that_the_steps_left_are_too_few_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--profile=3 must leave 2 steps before it, and this start has 4 to do"):
+        run(CONFIG, tmp_path, stop_at=4, quiet=True, profile=3)
+
+
+def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path, monkeypatch):
+    def interrupt(self, done):
+        if done == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Display, "step", interrupt)
+    assert run(CONFIG, tmp_path, quiet=True, profile=10).signal == signal.SIGTERM
+    steps = [e["args"] for e in trace_of(tmp_path)["traceEvents"] if e.get("name") == "train"]
+    assert [int(arguments["step_num"]) for arguments in steps] == [2, 3]

@@ -192,8 +192,14 @@ def final_hash(config: Config, workdir: Path) -> str:
 
 
 def curve(workdir: Path) -> list[dict[str, Any]]:
-    """Every number that was logged, per step, without the one that measures time."""
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_jsonl(workdir / "metrics.jsonl")]
+    """Every number that was logged, per step, without those that measure time."""
+    return [untimed(record) for record in read_jsonl(workdir / "metrics.jsonl")]
+
+
+def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what a clock says, which no two runs share."""
+    timed = ("tokens_per_second", "gflops_per_second", "mfu", "data_wait", "goodput")
+    return {k: v for k, v in record.items() if k not in timed and not k.startswith("time/")}
 
 
 def layers(workdir: Path) -> list[dict[str, Any]]:

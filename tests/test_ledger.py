@@ -1,0 +1,112 @@
+"""Laws of the ledger: every second is charged once, over all attempts, and what was done twice is lost."""
+
+import pytest
+
+from moe_jax.ledger import KINDS, Ledger, of_earlier_attempts
+
+
+class Clock:
+    """Shows what it is told to."""
+
+    def __init__(self):
+        self.time = 100.0
+
+    def __call__(self):
+        return self.time
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def spend(ledger, clock, *parts):
+    for kind, seconds in parts:
+        clock.time += seconds
+        ledger.charge(kind)
+
+
+def test_the_kinds_add_up_to_the_wall_time(clock):
+    ledger = Ledger(clock)
+    spend(ledger, clock, ("init", 2.0), ("compile", 8.0), ("data", 0.25), ("step", 1.0), ("evaluation", 0.5))
+    spend(ledger, clock, ("checkpoint", 0.125), ("lost", 0.0), ("step", 3.0))
+    assert sum(ledger.seconds.values()) == clock.time - 100.0 == 14.875
+    assert ledger.seconds["step"] == 4.0
+    assert ledger.goodput == 4.0 / 14.875
+
+
+def test_speed_is_of_steps_and_of_waits_for_their_data_only(clock):
+    ledger = Ledger(clock)
+    spend(ledger, clock, ("init", 5.0), ("compile", 10.0))
+    ledger.count(1000)  # of the step that compiled
+    ledger.restart()
+    spend(ledger, clock, ("data", 1.0), ("step", 3.0), ("evaluation", 50.0), ("checkpoint", 50.0))
+    assert ledger.count(800) == 800
+    assert ledger.speed() == (200.0, 0.25)  # 800 tokens in 4 s, 1 of them without a batch
+
+
+def test_nothing_timed_has_no_speed_and_no_goodput(clock):
+    ledger = Ledger(clock)
+    assert ledger.speed() == (None, None)
+    assert ledger.goodput is None
+    ledger.count(10)
+    spend(ledger, clock, ("compile", 1.0))
+    assert ledger.speed() == (None, None)
+
+
+def test_what_is_logged_and_what_is_written_at_the_end_are_the_same_seconds(clock):
+    ledger = Ledger(clock)
+    spend(ledger, clock, ("init", 1.5), ("step", 4.5))
+    columns, summary = ledger.columns(), ledger.summary(7)
+    assert {key.removeprefix("time/"): value for key, value in columns.items() if "/" in key} == summary["time"]
+    assert columns["goodput"] == summary["goodput"] == 0.75
+    assert (summary["step"], summary["seconds"]) == (7, 6.0)
+
+
+SAVED = {"init": 2.0, "step": 10.0}  # at the checkpoint of step 50
+
+
+def logged(**seconds):
+    return {f"time/{kind}": spent for kind, spent in seconds.items()}
+
+
+def test_a_first_attempt_has_nothing_before_it():
+    assert of_earlier_attempts(0, {}, {}, {}) == dict.fromkeys(KINDS, 0.0)
+
+
+def test_steps_that_are_done_again_are_lost():
+    # killed 4 s of steps after its checkpoint, of which the log knows
+    before = of_earlier_attempts(50, SAVED, {}, logged(init=2.0, step=14.0))
+    assert before == dict.fromkeys(KINDS, 0.0) | SAVED | {"lost": 4.0}
+
+
+def test_all_of_an_attempt_without_a_checkpoint_is_lost():
+    assert of_earlier_attempts(0, {}, {}, logged(init=2.0, step=14.0))["lost"] == 16.0
+
+
+def test_nothing_is_lost_of_an_attempt_that_ended_well():
+    # run.json also has the second that the last save took, which no checkpoint can know of itself
+    ended = {"step": 50, "time": SAVED | {"checkpoint": 1.0}}
+    assert of_earlier_attempts(50, SAVED, ended, logged(**SAVED)) == dict.fromkeys(KINDS, 0.0) | ended["time"]
+
+
+def test_a_crash_after_an_attempt_that_ended_well_loses_only_its_own_time():
+    # ended at step 50 after 13 s; the next attempt got to 20 s, and has no checkpoint of its own
+    ended = {"step": 50, "time": SAVED | {"checkpoint": 1.0}}
+    assert of_earlier_attempts(50, SAVED, ended, logged(**SAVED, checkpoint=1.0, compile=7.0))["lost"] == 7.0
+
+
+def test_losses_add_up_over_attempts():
+    # the checkpoint of the second attempt knows what the first one lost
+    saved = SAVED | {"lost": 4.0}
+    assert of_earlier_attempts(60, saved, {"step": 20, "time": {"step": 5.0}}, logged(step=17.0))["lost"] == 5.0
+
+
+def test_seconds_carried_over_belong_to_the_whole_and_not_to_the_speed(clock):
+    ledger = Ledger(clock)
+    ledger.carry({"step": 30.0, "lost": 10.0})
+    ledger.restart()
+    spend(ledger, clock, ("step", 10.0))
+    ledger.count(50)
+    assert ledger.speed() == (5.0, 0.0)
+    assert ledger.goodput == 0.8  # 40 of 50

@@ -1,0 +1,41 @@
+"""Laws of prefetching: the same results in the same order, made ahead, and nothing beyond the end."""
+
+import threading
+
+import pytest
+
+from moe_jax.prefetch import prefetched
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 3), (0, 1), (2, 9)])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_every_number_is_made_once_and_in_order(first, last, depth):
+    asked = []
+
+    def make(n):
+        asked.append(n)
+        return n * n
+
+    assert list(prefetched(make, first, last, depth)) == [(n, n * n) for n in range(first, last)]
+    assert asked == list(range(first, last))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_so_many_are_made_while_one_is_used(depth):
+    made = threading.Semaphore(0)
+    numbers = prefetched(lambda n: made.release(), 0, 100, depth)
+    next(numbers)
+    for _ in range(1 + depth):
+        assert made.acquire(timeout=60)
+    assert not made.acquire(timeout=0.05)  # and no more
+    numbers.close()
+
+
+def test_a_failure_is_told_when_its_number_is_due():
+    def make(n):
+        return 1 / (2 - n)
+
+    numbers = prefetched(make, 0, 5)
+    assert [next(numbers), next(numbers)] == [(0, 0.5), (1, 1.0)]
+    with pytest.raises(ZeroDivisionError):
+        next(numbers)
