@@ -21,6 +21,7 @@ routing
 balance
 metrics
 grouped
+attention
 dispatch
 layers
 moe
