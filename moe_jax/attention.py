@@ -4,6 +4,8 @@ B batch, S sequence, H query heads, G heads of keys and values, K width of queri
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +54,7 @@ def attend(
     return mixed[..., : value.shape[-1]]
 
 
-def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> str:
+def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Literal["splash", "cudnn", "xla"]:
     """Which kernel serves these shapes on the mesh's devices: the one place where it is picked.
 
     "splash" on TPU, Pallas' flash attention that skips what is not causal. "cudnn" on NVIDIA, flash attention too,
@@ -112,14 +114,15 @@ def splash(
     return run(query, key, value, segment_ids)
 
 
-def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> jax.stages.Wrapped:
+def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., Array]:
     """Splash attention of [B, heads, length, width] arrays and their segments."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = pallas.make_splash_mha(
         pallas.MultiHeadMask([pallas.CausalMask((length, length))] * heads),
-        block_sizes=pallas.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=pallas.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

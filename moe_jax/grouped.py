@@ -6,7 +6,7 @@ M rows, E groups (experts), D in, F out. KERNELS is the one place where a platfo
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def _zero_tail(y: Array, group_sizes: Array) -> Array:
 # --- TPU: megablox ---------------------------------------------------------------------------------------------
 
 
-def _tpu_matmul(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, interpret: bool = False) -> Array:
+def _tpu_matmul(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, interpret: Any = False) -> Array:
     """megablox rather than `ragged_dot`, which is grouped too, but reads its rows once for every 128 columns."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
@@ -119,7 +119,7 @@ def _tpu_matmul(x: Array, w: Array, group_sizes: Array, *, transposed: bool = Fa
     return _zero_tail(around_kernel(kernel, _whole_tiles(x, tile[0]), w, group_sizes)[:rows], group_sizes)
 
 
-def _tpu_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype, *, interpret: bool = False) -> Array:
+def _tpu_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype, *, interpret: Any = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     rows, groups = x.shape[0], group_sizes.shape[0]
