@@ -1,14 +1,19 @@
 """One function: rows times the matrix of their group, with the best kernel of each platform.
 
-M rows, E groups (experts), D in, F out.
+M rows, E groups (experts), D in, F out. KERNELS is the one place where a platform's kernels are picked.
 """
 
 import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
+
+from moe_jax.mesh import around_kernel
 
 TILE_ROWS = 128  # rows a CPU tile multiplies at once: large enough for GEMM speed, small against an expert's load
 
@@ -21,8 +26,7 @@ def grouped_matmul(
 ) -> Float[Array, "rows out_dim"]:
     """`x[i] @ w[e]` for every row i of group e, where groups are consecutive runs of rows.
 
-    Cost follows the rows, not the number of groups: on CPU a loop over row tiles (XLA lowers `ragged_dot`
-    densely there), elsewhere `lax.ragged_dot`. The platform is that of the devices compiled for.
+    Cost follows the rows, not the number of groups. The platform is that of the devices compiled for.
 
     Args:
         x: [M, D], rows sorted by group.
@@ -32,28 +36,17 @@ def grouped_matmul(
     Returns:
         [M, F] in x's dtype, accumulated in float32. A group of zero rows has a gradient of exactly 0.
     """
-    return _forward(x, w, group_sizes)
-
-
-def _forward(x: Array, w: Array, group_sizes: Array) -> Array:
-    return lax.platform_dependent(x, w, group_sizes, cpu=_tiled_matmul, default=_ragged_matmul)
+    return _best("product", x, w, group_sizes)
 
 
 def _vjp_forward(x: Array, w: Array, group_sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _forward(x, w, group_sizes), (x, w, group_sizes)
+    return _best("product", x, w, group_sizes), (x, w, group_sizes)
 
 
 def _vjp_backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
     x, w, group_sizes = residuals
-    dx = _forward(dy, w.swapaxes(1, 2), group_sizes)
-    dw = lax.platform_dependent(
-        x,
-        dy,
-        group_sizes,
-        cpu=functools.partial(_tiled_outer, dtype=w.dtype),
-        default=functools.partial(_ragged_outer, dtype=w.dtype),
-    )
-    return dx, dw, None
+    dx = _best("transposed", dy, w, group_sizes)
+    return dx, _best("outer", x, dy, group_sizes, dtype=w.dtype), None
 
 
 grouped_matmul.defvjp(_vjp_forward, _vjp_backward)
@@ -64,20 +57,106 @@ def rows_multiplied(group_sizes: Int32[Array, "experts"], tile: int = TILE_ROWS)
     return ((group_sizes + tile - 1) // tile * tile).sum(dtype=jnp.int32)
 
 
+# --- ragged products, as XLA or tokamax has them ---------------------------------------------------------------
+
+# which dimensions are summed over, which of the left operand is ragged, which of the right is the groups'
+PRODUCT = lax.RaggedDotDimensionNumbers((([1], [1]), ([], [])), [0], [0])
+TRANSPOSED = lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
+OUTER = lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+
+
 def _ragged_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-    y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32)
-    return _zero_tail(y, group_sizes).astype(x.dtype)
+    return _zero_tail(_ragged(x, w, group_sizes, PRODUCT, x.dtype), group_sizes)
+
+
+def _ragged_transposed(dy: Array, w: Array, group_sizes: Array) -> Array:
+    return _zero_tail(_ragged(dy, w, group_sizes, TRANSPOSED, dy.dtype), group_sizes)
 
 
 def _ragged_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
-    """sum over the rows of each group of x^T dy: the transpose of `ragged_dot` in its weights."""
-    w = jnp.zeros_like(x, jnp.float32, shape=(group_sizes.shape[0], x.shape[1], dy.shape[1]))
-    _, transpose = jax.vjp(lambda w: lax.ragged_dot(x.astype(jnp.float32), w, group_sizes), w)  # the product is unused
-    return transpose(_zero_tail(dy, group_sizes).astype(jnp.float32))[0].astype(dtype)
+    return _ragged(_zero_tail(x, group_sizes), _zero_tail(dy, group_sizes), group_sizes, OUTER, dtype)
+
+
+def _ragged(a: Array, b: Array, group_sizes: Array, which: lax.RaggedDotDimensionNumbers, dtype: jnp.dtype) -> Array:
+    if not has_tokamax():
+        return lax.ragged_dot_general(a, b, group_sizes, which, preferred_element_type=jnp.float32).astype(dtype)
+    import tokamax
+
+    def kernel(a: Array, b: Array, group_sizes: Array) -> Array:
+        return tokamax.ragged_dot_general(a, b, group_sizes, which, preferred_element_type=dtype)
+
+    return around_kernel(kernel, a, b, group_sizes)
+
+
+def has_tokamax() -> bool:
+    """Whether GPUs multiply with tokamax: XLA multiplies every row with every group there, or so by default.
+
+    It asks the default device for the platform, so it serves where that is a GPU and nowhere else.
+    """
+    return importlib.util.find_spec("tokamax") is not None and jax.default_backend() == "gpu"
 
 
 def _zero_tail(y: Array, group_sizes: Array) -> Array:
     return jnp.where(jnp.arange(y.shape[0])[:, None] < group_sizes.sum(), y, 0)
+
+
+# --- TPU: megablox ---------------------------------------------------------------------------------------------
+
+
+def _tpu_matmul(x: Array, w: Array, group_sizes: Array, *, transposed: bool = False, interpret: Any = False) -> Array:
+    """megablox rather than `ragged_dot`, which is grouped too, but reads its rows once for every 128 columns."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    rows, out_dim, narrow = x.shape[0], w.shape[1 if transposed else 2], x.dtype
+    x, w = (a.astype(jnp.promote_types(a.dtype, jnp.bfloat16)) for a in (x, w))
+    tile = tpu_tile(rows, x.shape[1], out_dim, w.shape[0], max(x.itemsize, w.itemsize))
+
+    def kernel(x: Array, w: Array, group_sizes: Array) -> Array:
+        return gmm(x, w, group_sizes, narrow, tile, transpose_rhs=transposed, interpret=interpret)
+
+    if rows == 0:
+        return jnp.zeros_like(x, narrow, shape=(0, out_dim))
+    return _zero_tail(around_kernel(kernel, _whole_tiles(x, tile[0]), w, group_sizes)[:rows], group_sizes)
+
+
+def _tpu_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype, *, interpret: Any = False) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    rows, groups = x.shape[0], group_sizes.shape[0]
+    x, dy = (a.astype(jnp.promote_types(a.dtype, jnp.bfloat16)) for a in (x, dy))
+    tile = tpu_tile(rows, x.shape[1], dy.shape[1], groups, max(x.itemsize, jnp.dtype(dtype).itemsize))
+
+    def kernel(x: Array, dy: Array, group_sizes: Array) -> Array:
+        return tgmm(x.T, dy, group_sizes, dtype, tile, interpret=interpret)
+
+    if rows == 0:
+        return jnp.zeros_like(x, dtype, shape=(groups, x.shape[1], dy.shape[1]))
+    return around_kernel(kernel, _whole_tiles(x, tile[0]), _whole_tiles(dy, tile[0]), group_sizes)
+
+
+def tpu_tile(rows: int, in_dim: int, out_dim: int, groups: int, itemsize: int) -> tuple[int, int, int]:
+    """How many rows, in and out dimensions the TPU multiplies at once: as many as its vector memory holds.
+
+    A group multiplies whole tiles of rows, so a tile is at most a quarter of the mean group, but for the least.
+    """
+    row_tile = 128
+    while row_tile < 512 and 8 * row_tile * groups <= rows:
+        row_tile *= 2
+    most = 2048 // itemsize
+    return row_tile, _even_part(in_dim, most), _even_part(out_dim, most)
+
+
+def _even_part(size: int, most: int) -> int:
+    """`size` if it is at most `most`, else a multiple of 128 that covers it in as few and even parts as possible."""
+    parts = -(-size // most)
+    return size if parts == 1 else -(-size // (parts * 128)) * 128
+
+
+def _whole_tiles(rows: Array, tile: int) -> Array:
+    return jnp.pad(rows, ((0, -rows.shape[0] % tile), (0, 0)))
+
+
+# --- CPU: a loop over tiles of rows ----------------------------------------------------------------------------
 
 
 def _tiles(group_sizes: Array, num_rows: int, tile: int) -> tuple[Array, Array, Array, Array]:
@@ -135,3 +214,38 @@ def _tiled_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> A
         return lax.dynamic_update_index_in_dim(dw, sofar + rows.T @ grads, group[i], 0)
 
     return lax.fori_loop(0, num_tiles, body, dw).astype(dtype)
+
+
+def _tiled_transposed(dy: Array, w: Array, group_sizes: Array) -> Array:
+    return _tiled_matmul(dy, w.swapaxes(1, 2), group_sizes)
+
+
+# --- which is best where ---------------------------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """x w, dy w^T and the groups' x^T dy."""
+
+    product: Callable[..., Array]
+    transposed: Callable[..., Array]
+    outer: Callable[..., Array]
+
+
+# by the names of `lax.platform_dependent`
+KERNELS = {
+    "cpu": Kernels(_tiled_matmul, _tiled_transposed, _tiled_outer),
+    "tpu": Kernels(_tpu_matmul, functools.partial(_tpu_matmul, transposed=True), _tpu_outer),
+    "default": Kernels(_ragged_matmul, _ragged_transposed, _ragged_outer),
+}
+
+
+def _best(which: str, *arrays: Array, **options: jnp.dtype) -> Array:
+    """One of `Kernels` on the devices compiled for. All are traced, TPU's only where its compiler is."""
+    names = [name for name in KERNELS if name != "tpu" or has_tpu_compiler()]
+    branches = {name: functools.partial(getattr(KERNELS[name], which), **options) for name in names}
+    return lax.platform_dependent(*arrays, **branches)
+
+
+def has_tpu_compiler() -> bool:
+    """Whether this process may compile for a TPU, here or somewhere else."""
+    return importlib.util.find_spec("libtpu") is not None or jax.default_backend() == "tpu"

@@ -259,6 +259,7 @@ def _cheapest(branches: list[Cost]) -> Cost:
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_LINE_BREAK_INSIDE = re.compile(r"\n(?=\"|\}\})")  # an instruction: a Pallas kernel's metadata has several lines
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
@@ -266,7 +267,7 @@ def parse(text: str) -> Module:
     """The computations of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _LINE_BREAK_INSIDE.sub(" ", text).splitlines():
         if current is None:
             header = _HEADER.match(line)
             if header:
@@ -497,7 +498,8 @@ def kernel_name(i: Instruction) -> str:
     target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
     if i.opcode != "custom-call" or not target or target[1] in BOOKKEEPING:
         return ""
-    return (i.op_name.rpartition("/")[2] or target[1]) if target[1] == "tpu_custom_call" else target[1]
+    own = re.search(r"(?:^|/)(?:jit\()?([^/()]*)\)?(?:/pallas_call)?$", i.op_name)
+    return own[1] if target[1] == "tpu_custom_call" and own and own[1] else target[1]
 
 
 def kernel_estimate(i: Instruction) -> dict[str, int]:

@@ -7,8 +7,10 @@ weight decay and sharding read them. B batch, S sequence, D embed, H heads, F ff
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
 
+from moe_jax.attention import attend
 from moe_jax.config import ModelConfig
 from moe_jax.dispatch import swiglu
 
@@ -65,24 +67,18 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq embed"],
         positions: Int32[Array, "batch seq"],
-        visible: Bool[Array, "batch 1 seq seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """x [B, S, D]; `visible[b, 0, i, j]`: may i see j (causality included)."""
+        """x [B, S, D] with each token's position in its segment, and its segment."""
         query = jnp.einsum("bsd,dhk->bshk", x, self.query.astype(x.dtype))
         key = jnp.einsum("bsd,dhk->bshk", x, self.key.astype(x.dtype))
         value = jnp.einsum("bsd,dhk->bshk", x, self.value.astype(x.dtype))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rope(query, positions, self.theta), rope(key, positions, self.theta)
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible)
+        mixed = attend(query, key, value, segment_ids, mesh=mesh)
         return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
-
-
-def visibility(segment_ids: Int32[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
-    """Who may attend to whom: earlier or same position, same segment. Padding (0) sees padding only."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = jnp.tril(jnp.ones(2 * segment_ids.shape[1:], bool))
-    return (same & causal)[:, None]
 
 
 class SwiGLU(nnx.Module):

@@ -184,6 +184,24 @@ def _scattered(layouts: tuple[NamedSharding, ...], _: None, dw: Array) -> tuple[
 _gathered.defvjp(lambda w, layouts: (_gathered(w, layouts), None), _scattered)
 
 
-def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` on every device's part; on one device `f` itself, whose part is the whole."""
-    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if is_sharded(mesh) else f
+def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, kernel: bool = False) -> Callable:
+    """`f` on every device's part; on one device `f` itself, whose part is the whole.
+
+    With `kernel`, f may be a Pallas kernel that does not say over which axes its results vary; then the output
+    must be split over every axis, for nothing else checks that a gradient is summed where it must be.
+    """
+    if not is_sharded(mesh):
+        return f
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=not kernel)
+
+
+def around_kernel(kernel: Callable[..., Array], *arrays: Array) -> Array:
+    """`kernel(*arrays)` inside `per_shard`, for a kernel that does not say over which axes its result varies.
+
+    It varies over all axes that an operand varies over. Not differentiable: for use within a `custom_vjp`.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return kernel(*arrays)
+    varying = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    y = jax.shard_map(kernel, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
+    return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Int32, Key
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, visibility
+from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal
 from moe_jax.mesh import BATCH, GATHERED, axes_of, constrain, gather, is_expert_weight, is_sharded, spec
 from moe_jax.moe import Balancing, MoE, Report
 from moe_jax.routing import Rows, Tokens
@@ -61,14 +61,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch seq embed"],
         inputs: Inputs,
-        visible: Bool[Array, "batch 1 seq seq"],
         balancing: Balancing,
         key: Key[Array, ""],
         train: bool,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None]:
         """The residual stream after this layer, and the Report if the layer routes."""
-        x = x + self.attention(self.attention_norm(x), inputs.positions, visible)
+        x = x + self.attention(self.attention_norm(x), inputs.positions, inputs.segment_ids, mesh)
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
             return x + self.ffw(h), None
@@ -124,10 +123,9 @@ class Transformer(nnx.Module):
         """
         table = self.embedding[...].astype(self.config.compute_dtype)
         x = look_up(table, inputs.tokens, mesh)
-        visible = visibility(inputs.segment_ids)
         report = None
         for stack, run in zip(self.stacks, layout(self.config), strict=True):
-            x, stack_report = self._scan(stack, run, x, inputs, visible, balancing, key, train, mesh)
+            x, stack_report = self._scan(stack, run, x, inputs, balancing, key, train, mesh)
             report = stack_report if stack_report is not None else report
         x = self.final_norm(x)
         head = at_use(self.embedding if self.head is None else self.head, mesh, self.config.compute_dtype)[...]
@@ -141,7 +139,6 @@ class Transformer(nnx.Module):
         run: Run,
         x: Array,
         inputs: Inputs,
-        visible: Array,
         balancing: Balancing,
         key: Array,
         train: bool,
@@ -154,7 +151,7 @@ class Transformer(nnx.Module):
             unit, index, by_layer = layer
             here = Balancing(balancing.balancer, *by_layer)
             unit = at_use(unit, mesh, self.config.compute_dtype)
-            x, report = unit(x, inputs, visible, here, jax.random.fold_in(key, index), train, mesh)
+            x, report = unit(x, inputs, here, jax.random.fold_in(key, index), train, mesh)
             return constrain(x, mesh, P(BATCH)), report
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))

@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,7 +19,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; the others use the first
 
-CHECKED = ("routing", "balance", "metrics", "grouped", "dispatch", "layers", "moe", "model", "state", "step")
+CHECKED = "routing balance metrics grouped attention dispatch layers moe model state step".split()
 install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import pytest  # noqa: E402
@@ -61,3 +62,22 @@ def _few_executables():
 def repo() -> Path:
     """The root of the repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tpu_devices() -> Iterator[Callable[[str], list]]:
+    """topology -> devices to compile for, though they are not here; skipped without the TPU compiler."""
+    from moe_jax import plan
+
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
+    # what only compiles cannot read programs back from the cache, so none is written
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+
+    def devices(text: str) -> list:
+        topology = plan.parse_topology(text)
+        plan.prepare_environment(topology)
+        return list(plan.topology_devices(topology))
+
+    yield devices
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)

@@ -132,6 +132,13 @@ def test_a_kernel_is_counted_by_what_it_tells():
     assert hlo.analyze(KERNEL.format(config='"x":1')).uncosted == {"grouped"}
 
 
+def test_a_kernel_of_pallas_has_its_own_name_and_metadata_of_several_lines():
+    text = KERNEL.format(config='"x":1').replace("(f)/grouped", "(f)/while/jit(gmm)/pallas_call")
+    pallas = text.replace("metadata=", 'frontend_attributes={kernel_metadata={\n"xprof":"{\\"a\\": 1}"\n}}, metadata=')
+    assert hlo.analyze(text).kernels == {"gmm": 1}
+    assert hlo.analyze(pallas) == hlo.analyze(text)
+
+
 def test_a_batched_product_written_as_a_dilated_convolution_counts_what_it_multiplies():
     # TPU: 4 products of 8 x 16 by 16 x 32, as one convolution of 4 positions, each meeting its own matrix only
     assert hlo.analyze(CONVOLUTION).flops.total() == 4 * 2 * 8 * 16 * 32

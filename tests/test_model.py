@@ -13,7 +13,7 @@ from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
 from moe_jax.config import as_dict, num_moe_layers, validate
 from moe_jax.dispatch import capacity_of
-from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, rope, visibility
+from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, rope
 from moe_jax.model import Inputs, Run, Transformer, layout
 from moe_jax.moe import Balancing, MoE
 from moe_jax.routing import Tokens
@@ -96,7 +96,7 @@ def test_attention_is_softmax_of_scaled_rotated_products_within_the_segment():
     layer = filled(lambda: Attention(config, nnx.Rngs(0)), scale=1.0)
     x = vectors(1, 5)
     segments, positions = jnp.array([[1, 1, 2, 2, 2]]), jnp.array([[0, 1, 0, 1, 2]])
-    got = layer(x, positions, visibility(segments))
+    got = layer(x, positions, segments)
 
     def rotate(v, position):  # pairs (i, i + 2), angle position x 10000^(-i / 2)
         angle = position * 10000.0 ** (-np.arange(2) / 2)
@@ -353,10 +353,10 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
     config = tiny_config(model=dict(qk_norm=True, norm_eps=1e-12)).model
     layer = filled(lambda: Attention(config, nnx.Rngs(0)))
     x, positions = vectors(1, 4, 16), jnp.arange(4)[None]
-    visible = visibility(jnp.ones((1, 4), jnp.int32))
-    before = layer(x, positions, visible)
+    segments = jnp.ones((1, 4), jnp.int32)
+    before = layer(x, positions, segments)
     layer.query[...] = layer.query[...] * 7.0
-    np.testing.assert_allclose(layer(x, positions, visible), before, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(layer(x, positions, segments), before, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

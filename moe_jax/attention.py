@@ -1,0 +1,130 @@
+"""One function: what every token takes from the tokens it may see, with the best kernel of each platform.
+
+B batch, S sequence, H query heads, G heads of keys and values, K width of queries and keys, V width of values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int32
+
+from moe_jax.mesh import BATCH, per_shard, platform
+
+BLOCK = 512  # queries and keys the TPU kernel compares at once; of a shorter sequence, all
+
+
+def attend(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads value_dim"],
+    segment_ids: Int32[Array, "batch seq"],
+    *,
+    scale: float | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "batch seq heads value_dim"]:
+    """The mean of the values of earlier tokens of the same segment, weighed by softmax(scale query . key).
+
+    Args:
+        query: [B, S, H, K].
+        key: [B, S, G, K]; H is a multiple of G, and consecutive H / G query heads share one of them.
+        value: [B, S, G, V]; V may differ from K.
+        segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
+        scale: 1 / sqrt(K) if None.
+        mesh: where the arrays lie, rows over the batch axes and heads over `tensor`. None is one device, whatever
+            it is, and XLA's own code.
+
+    Returns:
+        [B, S, H, V] in the query's dtype, softmax in float32.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    best = kernel_for(query, key, value, mesh)
+    if best == "splash":
+        return splash(query, key, value, segment_ids, scale, mesh)
+    width, mask = max(query.shape[-1], value.shape[-1]), visibility(segment_ids)
+    query, key, wide = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (query, key, value))
+    causal = best == "cudnn"  # so that it skips what the mask hides anyway
+    mixed = jax.nn.dot_product_attention(
+        query, key, wide, mask=mask, is_causal=causal, scale=scale, implementation=best
+    )
+    return mixed[..., : value.shape[-1]]
+
+
+def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Literal["splash", "cudnn", "xla"]:
+    """Which kernel serves these shapes on the mesh's devices: the one place where it is picked.
+
+    "splash" on TPU, Pallas' flash attention that skips what is not causal. "cudnn" on NVIDIA, flash attention too,
+    of narrow floats and equal widths only. "xla", which writes all scores to memory, everywhere else.
+    """
+    if mesh is None:
+        return "xla"
+    parts = mesh.shape["tensor"]
+    if platform(mesh) == "tpu" and query.shape[2] % parts == key.shape[2] % parts == 0:
+        return "splash"
+    nvidia = "NVIDIA" in mesh.devices.flat[0].device_kind
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
+    same_width = query.shape[3] == value.shape[3] and query.shape[3] % 8 == 0 and query.shape[3] <= 128
+    return "cudnn" if nvidia and fits and same_width else "xla"
+
+
+def visibility(segment_ids: Int32[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
+    """Who may attend to whom: earlier or same position, same segment. Padding (0) sees padding only."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    causal = jnp.tril(jnp.ones(2 * segment_ids.shape[1:], bool))
+    return (same & causal)[:, None]
+
+
+def _even_part(length: int, most: int) -> int:
+    """A multiple of 128, about `most`, that covers the length in as few and even parts as possible."""
+    parts = -(-length // most)
+    return -(-length // (parts * 128)) * 128
+
+
+# --- TPU ------------------------------------------------------------------------------------------------------
+
+
+def splash(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    scale: float,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> Array:
+    """`attend` by Pallas' splash attention, every device its own rows and heads; `interpret` runs it anywhere."""
+
+    def on_shard(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+        length = segment_ids.shape[1]
+        block = _even_part(length, BLOCK)
+        rest = -length % block  # tokens of a segment of their own
+        segments = jnp.pad(segment_ids, ((0, 0), (0, rest)), constant_values=-1)
+        query, key, value = (
+            jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0))).swapaxes(1, 2) for a in (query * scale, key, value)
+        )
+        kernel = _splash_kernel(query.shape[1], length + rest, block, interpret)
+        return kernel(query, key, value, segments).swapaxes(1, 2)[:, :length]
+
+    heads, rows = P(BATCH, None, "tensor"), P(BATCH)
+    run = per_shard(on_shard, mesh, (heads, heads, heads, rows), heads, kernel=True)
+    return run(query, key, value, segment_ids)
+
+
+def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., Array]:
+    """Splash attention of [B, heads, length, width] arrays and their segments."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    kernel = pallas.make_splash_mha(
+        pallas.MultiHeadMask([pallas.CausalMask((length, length))] * heads),
+        block_sizes=pallas.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    return jax.vmap(lambda q, k, v, segments: kernel(q, k, v, pallas.SegmentIds(segments, segments)))

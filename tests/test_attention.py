@@ -1,0 +1,183 @@
+"""Laws of attention: who sees whom, with what weight, by every platform's kernel."""
+
+import functools
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import attention
+from moe_jax.attention import attend, kernel_for, splash, visibility
+from moe_jax.mesh import AXES, BATCH
+
+
+def mesh_of(devices, sizes) -> Mesh:
+    return Mesh(np.array(devices).ravel()[: np.prod(sizes)].reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def arrays(rows, length, heads, kv_heads, width, value_width, dtype=jnp.float32):
+    """query, key, value, and a gradient of the result."""
+    draw = np.random.default_rng(0).normal
+    shapes = (heads, width), (kv_heads, width), (kv_heads, value_width), (heads, value_width)
+    return [jnp.asarray(draw(size=(rows, length, *s)), dtype) for s in shapes]
+
+
+def segments(rows, length):
+    """Three documents of other lengths in every row, and padding at its end."""
+    cuts = np.sort(np.random.default_rng(1).integers(1, length, (rows, 3)), 1)
+    number = 1 + (np.arange(length) >= cuts[:, :, None]).sum(1)
+    return jnp.asarray(np.where(number == 4, 0, number), jnp.int32)
+
+
+def oracle(query, key, value, segment_ids, scale=None):
+    """Token by token, in float64."""
+    query, key, value, segment_ids = (np.asarray(a, np.float64) for a in (query, key, value, segment_ids))
+    shared = query.shape[2] // key.shape[2]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    mixed = np.zeros((*query.shape[:3], value.shape[3]))
+    for b, i, h in np.ndindex(query.shape[:3]):
+        seen = [j for j in range(i + 1) if segment_ids[b, j] == segment_ids[b, i]]
+        weight = np.exp(scale * key[b, seen, h // shared] @ query[b, i, h])
+        mixed[b, i, h] = weight @ value[b, seen, h // shared] / weight.sum()
+    return mixed
+
+
+def as_on_tpu(query, key, value, segment_ids, scale=None, mesh=None):
+    """TPU's kernel, interpreted."""
+    return splash(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, mesh, interpret=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(run, query, key, value, segment_ids, gradient):
+    mixed, backward = jax.vjp(lambda *a: run(*a, segment_ids), query, key, value)
+    return mixed, *backward(gradient)
+
+
+# --- values and gradients -------------------------------------------------------------------------------------
+
+SHAPES = {  # rows, length, heads, key-value heads, width, width of values
+    "one head each": (2, 128, 2, 2, 16, 16),
+    "two queries a key, odd length": (2, 37, 4, 2, 16, 16),
+    "wider keys than values, several blocks, odd length": (1, 301, 2, 1, 24, 8),
+    "wider values than keys": (1, 20, 2, 2, 8, 24),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """The least block there is, so that 301 tokens are three of them."""
+    monkeypatch.setattr(attention, "BLOCK", 128)
+
+
+@pytest.mark.parametrize("run", [attend, as_on_tpu])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_token_gets_the_weighed_values_of_its_segment_so_far(run, shape, small_blocks):
+    query, key, value, _ = arrays(*shape)
+    segment_ids = segments(*shape[:2])
+    mixed = jax.jit(run)(query, key, value, segment_ids)
+    np.testing.assert_allclose(mixed, oracle(query, key, value, segment_ids), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_kernel_of_tpus_has_the_gradients_of_xla(shape, small_blocks):
+    *inputs, gradient = arrays(*shape)
+    segment_ids = segments(*shape[:2])
+    expected = with_gradients(attend, *inputs, segment_ids, gradient)
+    for ours, theirs in zip(with_gradients(as_on_tpu, *inputs, segment_ids, gradient), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [attend, as_on_tpu])
+def test_the_scale_is_ours_to_say(run):
+    query, key, value, _ = arrays(1, 20, 2, 1, 8, 8)
+    segment_ids = segments(1, 20)
+    mixed = jax.jit(functools.partial(run, scale=2.0))(query, key, value, segment_ids)
+    np.testing.assert_allclose(mixed, oracle(query, key, value, segment_ids, 2.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", [attend, as_on_tpu])
+def test_bfloat16_is_off_by_its_rounding(run):
+    *inputs, gradient = arrays(1, 37, 4, 2, 16, 16, jnp.bfloat16)
+    segment_ids = segments(1, 37)
+    exact = with_gradients(
+        attend, *(a.astype(jnp.float32) for a in (*inputs,)), segment_ids, gradient.astype(jnp.float32)
+    )
+    for ours, wide in zip(with_gradients(run, *inputs, segment_ids, gradient), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # of sums of up to 37 weighed values and gradients of order 1
+        np.testing.assert_allclose(np.asarray(ours, np.float32), wide, rtol=2**-6, atol=2**-5)
+
+
+def test_padding_and_documents_do_not_see_each_other():
+    seen = np.asarray(visibility(jnp.array([[1, 1, 2, 0, 0]])))[0, 0]
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(seen, np.array(expected, bool))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_heads):
+    # rows over data, heads over tensor; nothing checks how the kernel's results vary but this
+    shape = (2, 20, 4, 2 * kv_heads, 8, 8)
+    *inputs, gradient = arrays(*shape)
+    segment_ids = segments(*shape[:2])
+    mesh = mesh_of(jax.devices(), (1, 2, 1, 2))
+    expected = with_gradients(attend, *inputs, segment_ids, gradient)
+    on_mesh = with_gradients(functools.partial(as_on_tpu, mesh=mesh), *inputs, segment_ids, gradient)
+    for ours, theirs in zip(on_mesh, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# --- which kernel ---------------------------------------------------------------------------------------------
+
+
+def machine(platform: str, kind: str, tensor: int = 1):
+    """A mesh of devices that are not here."""
+    device = SimpleNamespace(platform=platform, device_kind=kind, id=0)
+    mesh = mock.create_autospec(Mesh, instance=True)
+    mesh.devices, mesh.shape = np.full((1, 1, 1, tensor), device), dict(zip(AXES, (1, 1, 1, tensor), strict=True))
+    return mesh
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape", "dtype", "kernel"),
+    [
+        (None, (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),
+        (machine("cpu", "cpu"), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),
+        (machine("tpu", "TPU v5"), (1, 7, 4, 2, 192, 128), "float32", "splash"),
+        (machine("tpu", "TPU v5", 2), (1, 8, 4, 2, 64, 64), "bfloat16", "splash"),
+        (machine("tpu", "TPU v5", 4), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),  # a key's heads on two devices
+        (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 64, 64), "bfloat16", "cudnn"),
+        (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 64, 64), "float32", "xla"),
+        (machine("gpu", "NVIDIA H100"), (1, 7, 4, 2, 64, 64), "bfloat16", "xla"),
+        (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 192, 128), "bfloat16", "xla"),
+        (machine("gpu", "AMD Instinct"), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),
+    ],
+)
+def test_the_kernel_is_that_of_the_devices_compiled_for(mesh, shape, dtype, kernel):
+    query, key, value, _ = arrays(*shape, dtype=dtype)
+    assert kernel_for(query, key, value, mesh) == kernel
+
+
+@pytest.mark.parametrize(("width", "value_width", "length"), [(128, 128, 2048), (64, 64, 1000), (192, 128, 1024)])
+def test_on_tpu_scores_never_lie_in_memory(tpu_devices, width, value_width, length):
+    mesh = mesh_of(tpu_devices("v5p:2x2x1"), (1, 2, 1, 2))
+
+    def abstract(place, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, place))
+
+    heads = functools.partial(abstract, P(BATCH, None, "tensor"), 4, length)
+    query, key, value = heads(8, width), heads(4, width), heads(4, value_width)
+    segment_ids = abstract(P(BATCH), 4, length, dtype=jnp.int32)
+
+    def total(query, key, value, segment_ids):
+        return attend(query, key, value, segment_ids, mesh=mesh).astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(query, key, value, segment_ids).compile()
+    scores_of_a_device = 2 * 4 * length**2 * 2  # rows, heads, bfloat16
+    assert compiled.memory_analysis().temp_size_in_bytes < scores_of_a_device
+    assert "all-gather" not in compiled.as_text()
