@@ -86,7 +86,8 @@ def _forward_and_backward(shape: Shape) -> Callable[..., tuple]:
     balancing = Balancing(balance.make({}), {})
 
     def run(layer: Any, x: Any, dy: Any) -> tuple:
-        graph, params, rest = nnx.split(layer, nnx.Param, ...)
+        split: Any = nnx.split(layer, nnx.Param, ...)
+        graph, params, rest = split
 
         def forward(params: Any, x: Any) -> Any:
             return nnx.merge(graph, params, rest)(x, Tokens(), balancing, jax.random.key(0), True)[0]

@@ -1,5 +1,6 @@
 """The MoE layers of other projects as contestants of `layer`, with our weights in their layout."""
 
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ def torchtitan(task: Task) -> Contestant:
     """torchtitan's MoE, sigmoid scores. It casts to bfloat16 to multiply; equal work in float32 is without the cast."""
     torch = torch_here(task.platform)
     need("torchtitan")
+    warnings.filterwarnings("ignore", "In CPU autocast")  # its router asks for float32, which float32 is already
     try:
         from torchtitan.models.common import moe as theirs
         from torchtitan.models.common.linear import Linear
