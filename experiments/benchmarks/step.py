@@ -308,10 +308,22 @@ def shown_parts(result: dict[str, Any]) -> str:
     return timing.table(["", "ms a step", "of the step"], [[n, t, share.get(n, "")] for n, t in milliseconds.items()])
 
 
+def define_size_flags() -> None:
+    """A flag for every entry of SIZES and BATCH."""
+    for name, value in (SIZES | BATCH).items():
+        flags.DEFINE_integer(name, value, f"The model's or the batch's {name}.", lower_bound=1)
+
+
+def sizes_of_flags() -> tuple[dict[str, int], dict[str, int]]:
+    """SIZES and BATCH as the command line has them."""
+    flag = flags.FLAGS
+    return {name: getattr(flag, name) for name in SIZES}, {name: getattr(flag, name) for name in BATCH}
+
+
 def main(_: list[str]) -> None:
     """Check the flags, compare, time, tell."""
     flag = flags.FLAGS
-    sizes, batch = ({name: getattr(flag, name) for name in names} for names in (SIZES, BATCH))
+    sizes, batch = sizes_of_flags()
     try:
         timing.check_json(flag.json)
         config_like(QWEN, sizes, batch)
@@ -333,7 +345,6 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     timing.define_flags()
-    for name, value in (SIZES | BATCH).items():
-        flags.DEFINE_integer(name, value, f"The model's {name}.", lower_bound=1)
+    define_size_flags()
     flags.DEFINE_bool("attribute", False, "Time the parts of our step instead of the peers.")
     app.run(main, flags_parser=parse_flags)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "torchtitan", "maxtext")
 PAUSE_SECONDS = 0.01  # the threads of the one before may still spin, waiting for work
 
+BUSY = 0.5  # load per thread above which a reader is told
+
 Times = dict[str, list[float]]  # contestant -> seconds in each round
 
 
@@ -129,8 +131,12 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name, and how many threads jax and torch may use."""
-    return {"cpu": _cpu_model(), "threads": num_threads()}
+    """The processor's name, how many threads jax and torch may use, and how many others wanted to run just now.
+
+    load: processes running or waiting, over the last minute; on a machine for ourselves near 0 at the start.
+    """
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {"cpu": _cpu_model(), "threads": num_threads(), "load": load}
 
 
 def num_threads() -> int:
@@ -146,10 +152,13 @@ def _cpu_model() -> str:
 
 
 def heading(facts: Mapping[str, Any]) -> str:
-    """`about` as two lines of text."""
+    """`about` as two lines of text, and a third where others use the machine."""
+    here = facts["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    where = f"{facts['machine']['cpu']}, {facts['machine']['threads']} threads, {facts['rounds']} rounds"
-    return f"{where}\n{packages}"
+    lines = [f"{here['cpu']}, {here['threads']} threads, {facts['rounds']} rounds", packages]
+    if here["load"] and here["load"] > BUSY * here["threads"]:
+        lines.append(f"the machine is busy (load {here['load']}): threads that wait for each other lose most by that")
+    return "\n".join(lines)
 
 
 def check_json(path: str) -> None:
