@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments.benchmarks import layer, peers, problem, scaling, start, step, step_peers, timing
+from experiments.benchmarks import layer, layer_peers, peers, problem, scaling, start, step, step_peers, timing
 
 ROOT = Path(__file__).parent.parent
 TINY = layer.SHAPES["tiny"]  # T 64, d 16, E 8, h 8, k 2
@@ -191,7 +191,7 @@ def test_a_peers_ratio_is_our_speed_over_its():
 @pytest.mark.parametrize("skew", ["uniform", "collapsed"])
 def test_transformers_layers_compute_what_ours_computes(skew, dtype):
     pytest.importorskip("transformers")
-    result = layer.measure(TINY, dtype=dtype, skew=skew, rounds=1, eager=True)
+    result = layer.measure(TINY, dtype=dtype, skew=skew, rounds=1, names=[*layer_peers.PEERS, layer_peers.EAGER])
     assert {"transformers_deepseek_v3", "transformers_qwen3_moe", "transformers_deepseek_v3_eager"} <= set(
         result["differences"]
     )
@@ -312,6 +312,7 @@ def test_a_start_tells_the_seconds_of_its_parts(capsys):
     ("script", "flag", "sentence"),
     [
         ("layer", "--shapes=a,q", "--shapes=q must be a list from a, b, c"),
+        ("layer", "--peers=none", "--peers=none must be a list from transformers_deepseek_v3"),
         ("step", "--num_heads=3", "--num_heads=3 must be even"),
         ("scaling", "--devices=3", "--devices=3 must divide a batch of 8"),
         ("start", "--rounds=0", "flag --rounds=0"),

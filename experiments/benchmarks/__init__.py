@@ -9,7 +9,8 @@ Peers are optional and pinned, and one that is absent is said to be absent:
 
     pip install torch==2.13.0 transformers==5.23.0 torchtitan==0.3.0 triton==3.9.0
 
-(without a GPU, torch's build for CPU, `torch==2.13.0+cpu`, is a tenth of the size). Contestants run in interleaved
+(without a GPU, torch's build for CPU, `torch==2.13.0+cpu`, is a tenth of the size; `peers.INSTALL` has the command for
+each, MaxText's too). Contestants run in interleaved
 rounds after one round that is not counted; a ratio is the median over rounds, with the extremes. `--json=FILE`
 keeps every time.
 """

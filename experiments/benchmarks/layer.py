@@ -4,25 +4,26 @@
     --dtype=float32     or bfloat16 (the default on an accelerator): activations and expert weights; the router's
                         logits and scores are float32
     --skew=uniform      of the experts' loads; zipf; collapsed (every token chooses the same k)
+    --peers=...         some of the peers only: transformers_deepseek_v3, transformers_qwen3_moe, torchtitan, maxtext
+                        (whose dropless layer takes minutes a call on a CPU, for `lax.ragged_dot` multiplies densely)
     --eager             transformers' loop over experts too
     --rounds=8 --json=FILE
 
 Ours is `moe_jax.moe.MoE` under `jax.jit`: y and the gradients of x, router and expert weights by a given dy. Every
 contestant gets the same numbers and its outcome is compared with ours before anything is timed. The limit is the
-useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch in the same round. Peers that are not
+useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch, in the same dtype and round. Peers that are not
 installed are said to be absent; `experiments.benchmarks.peers.INSTALL` has the command for each.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
-import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import layer_peers, peers, problem, timing
-from experiments.benchmarks.problem import Contestant, DType, Outcome, Problem, Shape, Skew
+from experiments.benchmarks.problem import Contestant, DType, Problem, Shape, Skew
 from moe_jax.command import fail, parse_flags
 
 SHAPES = {
@@ -35,23 +36,12 @@ SHAPES = {
 }
 Score = Literal["sigmoid", "softmax"]
 OURS = "moe_jax"
-QWEN = "transformers_qwen3_moe"  # the one peer whose scores are a softmax
+WITH_SOFTMAX = ("transformers_qwen3_moe", "maxtext")  # the others' scores are sigmoids
 
 
 def ours(shape: Shape, numbers: Problem, dtype: DType, score: Score) -> Contestant:
     """Our layer as a contestant; compiled here."""
-    import jax
-
-    layer, x, dy = _module(shape, numbers, dtype, score)
-    compiled = jax.jit(_forward_and_backward(shape)).lower(layer, x, dy).compile()
-    memory = compiled.memory_analysis()
-
-    def peak() -> int | None:
-        if memory is None:
-            return None
-        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-
-    return Contestant(lambda: jax.block_until_ready(compiled(layer, x, dy)), _read, peak, dtype)
+    return layer_peers.in_jax(_forward_and_backward(), _module(shape, numbers, dtype, score), dtype)
 
 
 def _module(shape: Shape, numbers: Problem, dtype: DType, score: Score) -> tuple[Any, Any, Any]:
@@ -74,7 +64,7 @@ def _module(shape: Shape, numbers: Problem, dtype: DType, score: Score) -> tuple
     return layer, jnp.asarray(numbers.x, dtype)[None], jnp.asarray(numbers.dy, dtype)[None]
 
 
-def _forward_and_backward(shape: Shape) -> Callable[..., tuple]:
+def _forward_and_backward() -> Callable[..., tuple]:
     """(layer, x, dy) -> y, and the gradients of x, router, gate, up, down."""
     import jax
     from flax import nnx
@@ -97,11 +87,6 @@ def _forward_and_backward(shape: Shape) -> Callable[..., tuple]:
         return (y, dx, *(weights[name][...] for name in ("router", "gate", "up", "down")))
 
     return run
-
-
-def _read(result: tuple) -> Outcome:
-    y, dx, *weights = (np.asarray(a, np.float32) for a in result)
-    return Outcome(y[0], dx[0], *weights)
 
 
 def matmuls(shape: Shape, dtype: DType, platform: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
@@ -143,16 +128,23 @@ def _torch_matmul(m: int, k: int, n: int, dtype: DType, repeats: int, platform: 
 
 
 def measure(
-    shape: Shape, *, dtype: DType, skew: Skew, rounds: int, eager: bool = False, platform: str = "cpu"
+    shape: Shape,
+    *,
+    dtype: DType,
+    skew: Skew,
+    rounds: int,
+    names: Collection[str] = layer_peers.PEERS,
+    platform: str = "cpu",
 ) -> dict[str, Any]:
-    """Everything about one shape, ready for JSON.
+    """Everything about one shape against the peers named, ready for JSON.
 
     Raises:
         ValueError: a peer computes something else.
     """
     numbers = problem.draw(shape, skew, dtype)
     task = layer_peers.Task(shape, numbers, dtype, platform)
-    rivals, absent = peers.gather(layer_peers.builders(task, eager=eager))
+    builders = layer_peers.builders(task)
+    rivals, absent = peers.gather({name: builders[name] for name in names})
     entries = {OURS: ours(shape, numbers, dtype, "sigmoid"), **rivals}
     differences = compare(entries, lambda: ours(shape, numbers, dtype, "softmax"))
     memory = {name: entry.memory() for name, entry in entries.items()}
@@ -167,7 +159,7 @@ def compare(entries: dict[str, Contestant], with_softmax: Callable[[], Contestan
     outcomes = {"sigmoid": entries[OURS].read(entries[OURS].run())}
     found = {}
     for name, entry in entries.items():
-        score = "softmax" if name == QWEN else "sigmoid"
+        score = "softmax" if name in WITH_SOFTMAX else "sigmoid"
         if score not in outcomes:
             same = with_softmax()
             outcomes[score] = same.read(same.run())
@@ -228,6 +220,19 @@ def chosen(names: list[str]) -> dict[str, Shape]:
     return {name: SHAPES[name] for name in names}
 
 
+def rivals_of_flags() -> list[str]:
+    """The peers that `--peers` and `--eager` ask for.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    asked = [*flags.FLAGS.peers, *([layer_peers.EAGER] if flags.FLAGS.eager else [])]
+    unknown = [name for name in asked if name not in (*layer_peers.PEERS, layer_peers.EAGER)]
+    if unknown:
+        raise ValueError(f"--peers={unknown[0]} must be a list from {', '.join(layer_peers.PEERS)}.")
+    return asked
+
+
 def main(_: list[str]) -> None:
     """Check the flags, measure shape by shape, print each as soon as it is known."""
     flag = flags.FLAGS
@@ -235,6 +240,7 @@ def main(_: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         timing.check_json(flag.json)
+        names = rivals_of_flags()
         chosen(flag.shapes or ["a"])
         import jax
 
@@ -245,9 +251,7 @@ def main(_: list[str]) -> None:
         print(f"{timing.heading(facts)}\n{dtype}, {flag.skew} loads, forward + backward\n", flush=True)
         results = {}
         for name, shape in shapes.items():
-            result = measure(
-                shape, dtype=dtype, skew=flag.skew, rounds=flag.rounds, eager=flag.eager, platform=platform
-            )
+            result = measure(shape, dtype=dtype, skew=flag.skew, rounds=flag.rounds, names=names, platform=platform)
             results[name] = result | {key: facts[key] for key in ("rounds", "versions")}
             print(shown(name, result) + "\n", flush=True)
             timing.write_json(flag.json, facts | {"shapes": results})
@@ -260,5 +264,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("shapes", None, f"Of {', '.join(SHAPES)}.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations and expert weights.")
     flags.DEFINE_enum("skew", "uniform", ["uniform", "zipf", "collapsed"], "Of the experts' loads.")
+    flags.DEFINE_list("peers", list(layer_peers.PEERS), "Which to time.")
     flags.DEFINE_bool("eager", False, "Time transformers' loop over experts too.")
     app.run(main, flags_parser=parse_flags)

@@ -1,7 +1,9 @@
 """The MoE layers of other projects as contestants of `layer`, with our weights in their layout."""
 
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,17 +30,19 @@ class _Layer(NamedTuple):
     read: Callable[..., tuple]
 
 
-def builders(task: Task, *, eager: bool = False) -> dict[str, Callable[[], Contestant]]:
+PEERS = ("transformers_deepseek_v3", "transformers_qwen3_moe", "torchtitan", "maxtext")
+EAGER = "transformers_deepseek_v3_eager"
+
+
+def builders(task: Task) -> dict[str, Callable[[], Contestant]]:
     """Every peer by name; building one raises Absent where it cannot take part."""
-    several = {
+    return {
         "transformers_deepseek_v3": lambda: transformers_deepseek_v3(task, "grouped_mm"),
         "transformers_qwen3_moe": lambda: transformers_qwen3_moe(task, "grouped_mm"),
         "torchtitan": lambda: torchtitan(task),
         "maxtext": lambda: maxtext(task),
+        EAGER: lambda: transformers_deepseek_v3(task, "eager"),
     }
-    if eager:
-        several["transformers_deepseek_v3_eager"] = lambda: transformers_deepseek_v3(task, "eager")
-    return several
 
 
 def transformers_deepseek_v3(task: Task, implementation: str) -> Contestant:
@@ -137,12 +141,107 @@ def _without_casts(torch: ModuleType, block: Callable) -> Callable[[Any], Any]:
 
 
 def maxtext(task: Task) -> Contestant:
-    """MaxText's layer is built from the config of a whole model, for accelerators: it is not run here.
+    """MaxText's RoutedMoE where nothing is dropped (`sparse_matmul`), softmax scores; without Pallas kernels."""
+    need("maxtext")
+    try:
+        from flax import nnx
+        from maxtext.layers.initializers import nd_dense_init
+        from maxtext.layers.moe import RoutedMoE
+    except Exception as error:  # its wheel names none of the packages that it imports
+        raise Absent(f"maxtext's MoE does not import here: {type(error).__name__}: {error}") from error
+    config, mesh = _maxtext_config(task)
+    _, _, e, h, k = task.shape
+    layer = RoutedMoE(
+        config=config,
+        num_experts=e,
+        num_experts_per_tok=k,
+        mesh=mesh,
+        kernel_init=nd_dense_init(1.0, "fan_in", "truncated_normal"),
+        kernel_axes=("embed", "mlp"),
+        rngs=nnx.Rngs(0),
+        intermediate_dim=h,
+        dtype=task.dtype,
+        weight_dtype=task.dtype,
+    )
+    return _maxtext_contestant(task, layer, mesh)
 
-    Raises:
-        Absent: always.
-    """
-    raise Absent("maxtext's MoE layer takes the configuration of a whole run and a mesh; it is not timed here.")
+
+def _maxtext_config(task: Task) -> tuple[Any, Any]:
+    """Its configuration of a run with such a layer, and a mesh of one device."""
+    import jax
+    import maxtext as package
+    from jax.sharding import Mesh
+    from maxtext.configs import pyconfig
+
+    base = str(Path(package.__path__[0]) / "configs" / "base.yml")
+    t, d, e, h, k = task.shape
+    config = pyconfig.initialize(
+        ["", base],
+        run_name="benchmark",
+        base_output_directory=tempfile.gettempdir(),  # nothing is written there
+        hardware="cpu" if task.platform == "cpu" else "gpu",
+        skip_jax_distributed_system=True,
+        enable_checkpointing=False,
+        override_model_config=True,
+        decoder_block="mixtral",
+        base_emb_dim=d,
+        base_mlp_dim=h,
+        base_moe_mlp_dim=h,
+        num_experts=e,
+        num_experts_per_tok=k,
+        sparse_matmul=True,
+        megablox=False,
+        capacity_factor=-1.0,
+        dtype=task.dtype,
+        weight_dtype=task.dtype,
+        float32_gate_logits=True,
+        per_device_batch_size=1,
+        max_target_length=t,
+    )
+    grid = np.asarray(jax.devices()[:1]).reshape([1] * len(config.mesh_axes))
+    return config, Mesh(grid, config.mesh_axes)
+
+
+def _maxtext_contestant(task: Task, layer: Any, mesh: Any) -> Contestant:
+    """The layer with our weights, as one jitted function of them, x and dy."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    p = task.problem
+    weights = (layer.gate.kernel, layer.wi_0, layer.wi_1, layer.wo)
+    for weight, value in zip(weights, (p.router, p.gate, p.up, p.down), strict=True):
+        weight.set_value(jnp.asarray(value, task.dtype))
+    split: Any = nnx.split(layer, nnx.Param, ...)
+    graph, params, rest = split
+
+    def run(params: Any, rest: Any, x: Any, dy: Any) -> tuple:
+        y, backward = jax.vjp(lambda params, x: nnx.merge(graph, params, rest)(x)[0], params, x)
+        d, dx = backward(dy)
+        return y, dx, d["gate"]["kernel"][...], d["wi_0"][...], d["wi_1"][...], d["wo"][...]
+
+    x, dy = (jnp.asarray(a, task.dtype)[None] for a in (p.x, p.dy))
+    with jax.set_mesh(mesh):
+        return in_jax(run, (params, rest, x, dy), task.dtype)
+
+
+def in_jax(run: Callable[..., tuple], arguments: tuple, dtype: DType) -> Contestant:
+    """A function that returns y and the gradients of x, router, gate, up and down, compiled for its arguments."""
+    import jax
+
+    compiled = jax.jit(run).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+
+    def read(result: tuple) -> Outcome:
+        y, dx, *weights = (np.asarray(a, np.float32) for a in result)
+        return Outcome(y[0], dx[0], *weights)
+
+    def peak() -> int | None:
+        if memory is None:
+            return None
+        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    return Contestant(lambda: jax.block_until_ready(compiled(*arguments)), read, peak, dtype)
 
 
 def _transformers() -> ModuleType:

@@ -14,7 +14,9 @@ INSTALL = {
     "torch": "pip install torch==2.13.0",
     "transformers": "pip install torch==2.13.0 transformers==5.23.0",
     "torchtitan": "pip install torch==2.13.0 torchtitan==0.3.0 triton==3.9.0",
-    "maxtext": "pip install maxtext==0.2.5 (Python 3.12 or newer)",
+    # its wheel needs Python 3.12, and names none of the packages that the layer imports
+    "maxtext": "pip install maxtext==0.2.5 aqtp qwix tokamax drjax transformers pathwaysutils tensorboardX gcsfs "
+    "google-cloud-storage google-cloud-mldiagnostics jinja2 omegaconf psutil pydantic",
 }
 
 T = TypeVar("T")
