@@ -1,0 +1,115 @@
+"""`python -m experiments.benchmarks.start`: from the start of the process to the first step, cold and warm.
+
+    --num_layers=8 --embed_dim=256 ...    the model and the batch, as in `experiments.benchmarks.step`
+    --rounds=3 --json=FILE
+
+Every figure is of a fresh process. Cold has an empty folder for jax's persistent cache of compiled programs, warm
+the folder that the cold start of the same round has filled. import: jax, flax, optax and ours. init: the state,
+drawn under jit. first_step: trace, compile (or read) and run it. second_step: what running it alone takes. total:
+from the start of the process to the end of the first step, the interpreter's own start included.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import app, flags
+
+from experiments.benchmarks import timing
+from experiments.benchmarks.step import DEEPSEEK, config_like, define_size_flags, sizes_of_flags
+from moe_jax.command import fail, parse_flags
+
+PARTS = ("import", "init", "first_step", "second_step", "total")
+
+
+def run(sizes: dict[str, int], batch: dict[str, int]) -> None:
+    """What the fresh process does: print the seconds of every part but `total`, and when the first step was done."""
+    stamps = [time.time()]
+    import jax
+
+    from experiments.benchmarks.step import random_batch
+    from moe_jax.data.batches import Batch
+    from moe_jax.state import init_state, step_key
+    from moe_jax.step import make_train_step
+
+    config = config_like(DEEPSEEK, sizes, batch)
+    data: Batch = jax.device_put(random_batch(config))
+    stamps.append(time.time())
+    state, key = jax.block_until_ready(init_state(config)), step_key(config)
+    stamps.append(time.time())
+    step = make_train_step(config)
+    for _ in range(2):
+        state, _ = jax.block_until_ready(step(state, data, key))
+        stamps.append(time.time())
+    seconds = {name: stamps[i + 1] - stamps[i] for i, name in enumerate(PARTS[:4])}
+    print(json.dumps(seconds | {"done": stamps[3]}))
+
+
+def start(cache: str, sizes: dict[str, int], batch: dict[str, int]) -> dict[str, float]:
+    """Seconds of every part in a fresh process whose cache of compiled programs is the folder `cache`.
+
+    Raises:
+        ValueError: the process failed; its own error stands above.
+    """
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    code = f"from experiments.benchmarks import start; start.run({sizes}, {batch})"
+    began = time.time()
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        raise ValueError("the process that was to start a run failed; its error stands above.")
+    seconds = json.loads(child.stdout.splitlines()[-1])
+    return seconds | {"total": seconds.pop("done") - began}
+
+
+def measure(sizes: dict[str, int], batch: dict[str, int], rounds: int) -> dict[str, Any]:
+    """Every figure, ready for JSON: `seconds[cold or warm][part]` in each round."""
+    seconds: dict[str, timing.Times] = {kind: {part: [] for part in PARTS} for kind in ("cold", "warm")}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in seconds:
+                found = start(cache, sizes, batch)
+                for part in PARTS:
+                    seconds[kind][part].append(found[part])
+    totals = {kind: times["total"] for kind, times in seconds.items()}
+    warm = timing.ratio(totals, "cold", "warm")
+    return {"ratio_warm_to_cold": warm.median, "warm_over_cold": warm._asdict(), "seconds": seconds}
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The result as text."""
+    seconds = result["seconds"]
+    rows = [[part, *(timing.Spread.of(seconds[kind][part]).text() for kind in seconds)] for part in PARTS]
+    rows.append(["warm over cold", "", timing.Spread(**result["warm_over_cold"]).text()])
+    return timing.table(["seconds", *seconds], rows)
+
+
+def main(_: list[str]) -> None:
+    """Check the flags, start processes, tell."""
+    flag = flags.FLAGS
+    sizes, batch = sizes_of_flags()
+    try:
+        timing.check_json(flag.json)
+        config_like(DEEPSEEK, sizes, batch)
+        facts = timing.about(flag.rounds) | {"sizes": sizes | batch}
+        print(f"{timing.heading(facts)}\n", flush=True)
+        result = measure(sizes, batch, flag.rounds)
+        print(shown(result))
+        timing.write_json(flag.json, facts | result)
+    except ValueError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    timing.define_flags(rounds=3)
+    define_size_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,350 @@
+"""`python -m experiments.benchmarks.step`: a whole train step against transformers on torch, in tokens per second.
+
+    --num_layers=8 --embed_dim=256 --num_heads=8 --num_experts=16 --top_k=2 --expert_ffw_dim=256 --vocab_size=8192
+    --batch_size=8 --sequence_length=256     the model (31M parameters with these) and the batch, float32
+    --attribute                              where our step spends its time, instead of the peers
+    --rounds=8 --json=FILE
+
+Forward, backward, clipping by the norm of the gradient, AdamW (torch's fused), the loss read. Each peer has its own
+opponent, our model with the same work:
+
+* `transformers_qwen3_moe` is the same model: softmax scores, grouped-query attention with normalised queries and
+  keys, no shared expert. It gets our weights, and the losses of the first three steps must agree.
+* `transformers_deepseek_v3` has sigmoid scores and one shared expert, as ours has then, but multi-head latent
+  attention where ours is grouped-query: heads as wide, and a latent that gives attention as many parameters (all
+  but the norm of the latent) and the same FLOPs of scores and mixing. The losses can only be compared as those of
+  two random models: both near ln V.
+
+Neither side balances its experts. Ours also checks that everything is finite and reports loads and the rest of its
+metrics; the peers mask nothing and know no documents.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks import peers, step_peers, timing
+from moe_jax.command import fail, parse_flags
+from moe_jax.config import Config, default, validate
+
+SIZES = dict(
+    num_layers=8, embed_dim=256, num_heads=8, num_experts=16, top_k=2, expert_ffw_dim=256, vocab_size=8192
+)  # of the model
+BATCH = dict(batch_size=8, sequence_length=256)
+QWEN, DEEPSEEK = "transformers_qwen3_moe", "transformers_deepseek_v3"
+OURS = {QWEN: "moe_jax_like_qwen3_moe", DEEPSEEK: "moe_jax_like_deepseek_v3"}
+SAME_LOSS = 1e-4  # relative, of the first steps of the same model in two frameworks
+SAME_SIZE = 1e-2  # relative, of the numbers of parameters: the latent is a whole number
+NEAR_RANDOM = 0.05  # relative to ln V
+CHECKED_STEPS = 3
+
+
+class Trainer(NamedTuple):
+    """Our model in training: one step, which returns its loss; its number of parameters; its first parameters."""
+
+    step: Callable[[], float]
+    num_params: int
+    params: Any
+
+
+def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int]) -> Config:
+    """Our config with the peer's work.
+
+    Raises:
+        ValueError: sizes that make no model.
+    """
+    likes: dict[str, dict[str, Any]] = {QWEN: dict(score="softmax", qk_norm=True), DEEPSEEK: dict(num_shared_experts=1)}
+    heads = sizes["num_heads"]
+    if heads % 2 or sizes["embed_dim"] % (4 * heads):
+        raise ValueError(
+            f"--num_heads={heads} must be even, and 4 x num_heads must divide --embed_dim={sizes['embed_dim']}; "
+            "try 8 and 256."
+        )
+    shape = dict(num_kv_heads=heads // 2, head_dim=sizes["embed_dim"] // heads, ffw_dim=sizes["expert_ffw_dim"])
+    model: dict[str, Any] = {**sizes, **shape, **likes[peer]}
+    optimizer = dict(schedule="constant", learning_rate=1e-3)
+    return validate(default(**batch, mesh=dict(data=1), model=model, optimizer=optimizer))
+
+
+def random_batch(config: Config, seed: int = 0) -> Any:
+    """A batch of one document a row, its tokens drawn alike; every target counts."""
+    from moe_jax.data.batches import Batch
+
+    rows, length = config.batch_size, config.sequence_length
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, config.model.vocab_size, (rows, length + 1), np.int32)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.ones((rows, length), np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        mask=np.ones((rows, length), bool),
+        domain=np.zeros(rows, np.int32),
+        num_bytes=np.full(rows, length, np.int32),
+    )
+
+
+def trainer(config: Config) -> Trainer:
+    """Our train step as a user runs it: jitted, the state donated."""
+    import jax
+
+    from moe_jax.state import init_state, step_key
+    from moe_jax.step import make_train_step
+
+    state, key = init_state(config), step_key(config)
+    batch = jax.device_put(random_batch(config))
+    params = jax.tree.map(np.asarray, state.params)
+    run = make_train_step(config)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = run(state, batch, key)
+        jax.block_until_ready(state.params)
+        return float(metrics["loss"])
+
+    return Trainer(step, sum(a.size for a in jax.tree.leaves(params)), params)
+
+
+def opponents(sizes: dict[str, int], batch: dict[str, int], platform: str) -> tuple[dict, dict, dict[str, str]]:
+    """Our trainers, the peers that are here, both by the peer's name, and why the others are absent."""
+    configs = {peer: config_like(peer, sizes, batch) for peer in OURS}
+    ours = {peer: trainer(config) for peer, config in configs.items()}
+    data = random_batch(configs[QWEN])
+    tokens = data.tokens, data.targets
+    here, absent = peers.gather(
+        {
+            QWEN: lambda: step_peers.qwen3_moe(configs[QWEN], ours[QWEN].params, *tokens, platform),
+            DEEPSEEK: lambda: step_peers.deepseek_v3(configs[DEEPSEEK], *tokens, platform),
+        }
+    )
+    return ours, here, absent
+
+
+def compare(peer: str, ours: Trainer, theirs: step_peers.Peer, vocab_size: int) -> dict[str, Any]:
+    """Parameters and losses of both, from the steps that are run here.
+
+    Raises:
+        ValueError: the two do not do the same work.
+    """
+    losses = [(ours.step(), theirs.step()) for _ in range(CHECKED_STEPS)]
+    if abs(theirs.num_params / ours.num_params - 1) > SAME_SIZE:
+        told = f"{theirs.num_params:,} parameters and moe_jax {ours.num_params:,}"
+        raise ValueError(f"{peer} has {told}, which must be alike; choose other sizes.")
+    worst = max(abs(a / b - 1) for a, b in losses)
+    if peer == DEEPSEEK:
+        worst = max(abs(loss / math.log(vocab_size) - 1) for loss in losses[0])
+    if not worst <= (NEAR_RANDOM if peer == DEEPSEEK else SAME_LOSS):
+        told = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in losses)
+        raise ValueError(f"the losses of moe_jax and {peer} are {told}: not the same training, nothing is timed.")
+    return {"losses": losses, "params": {"moe_jax": ours.num_params, peer: theirs.num_params}}
+
+
+def measure(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, platform: str = "cpu") -> dict[str, Any]:
+    """Every figure, ready for JSON.
+
+    Raises:
+        ValueError: a peer trains something else.
+    """
+    ours, here, absent = opponents(sizes, batch, platform)
+    checked = {peer: compare(peer, ours[peer], theirs, sizes["vocab_size"]) for peer, theirs in here.items()}
+    contestants = {OURS[peer]: entry.step for peer, entry in ours.items()}
+    contestants |= {peer: entry.step for peer, entry in here.items()}
+    times = timing.interleave(contestants, rounds)
+    to_peer = {peer: timing.ratio(times, OURS[peer], peer) for peer in here}
+    num_tokens = batch["batch_size"] * batch["sequence_length"]
+    speed = {name: timing.Spread.of([num_tokens / s for s in seconds]) for name, seconds in times.items()}
+    return {
+        **{f"ratio_to_{peer}": spread.median for peer, spread in to_peer.items()},
+        "num_params": {OURS[peer]: entry.num_params for peer, entry in ours.items()},
+        "tokens_per_second": {name: spread._asdict() for name, spread in speed.items()},
+        "ours_over": {peer: spread._asdict() for peer, spread in to_peer.items()},
+        "compared": checked,
+        "absent": absent,
+        "seconds": times,
+    }
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The result as text."""
+    rows = []
+    for name, speed in result["tokens_per_second"].items():
+        over = result["ours_over"].get(name)
+        rows.append([name, timing.Spread(**speed).text(0), timing.Spread(**over).text() if over else ""])
+    absent = [f"{peer} is absent: {why}" for peer, why in result["absent"].items()]
+    params = ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in result["num_params"].items())
+    return "\n".join([f"parameters: {params}", timing.table(["", "tokens/s", "ours over theirs"], rows), *absent])
+
+
+# --- where our step spends its time -----------------------------------------------------------------------------
+
+
+def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int) -> dict[str, Any]:
+    """Seconds of our step's parts, each timed as a program of its own in the same rounds as the whole step.
+
+    attention, moe: one layer's module forward + backward, times the layers. head: logits and cross-entropy forward +
+    backward. optimizer: clipping, AdamW and the new parameters. rest: the step without these: norms, residual sums,
+    embedding, metrics, and whatever a program apart does better or worse than as a part of the whole; so it may be
+    negative.
+    """
+    config = config_like(DEEPSEEK, sizes, batch)
+    layers = config.model.num_layers
+    parts = {"attention": _attention(config), "moe": _moe(config), "head": _head(config)}
+    times = timing.interleave({"step": trainer(config).step, **parts, "optimizer": _optimizer(config)}, rounds)
+    seconds = {n: [s * (layers if n in ("attention", "moe") else 1) for s in t] for n, t in times.items()}
+    known = [name for name in seconds if name != "step"]
+    seconds["rest"] = [s - sum(seconds[n][i] for n in known) for i, s in enumerate(seconds["step"])]
+    return {"seconds": seconds, "share": _shares(seconds)}
+
+
+def _shares(seconds: timing.Times) -> dict[str, dict[str, float]]:
+    parts = [name for name in seconds if name != "step"]
+    of_step = {n: [a / b for a, b in zip(seconds[n], seconds["step"], strict=True)] for n in parts}
+    return {name: timing.Spread.of(values)._asdict() for name, values in of_step.items()}
+
+
+def _hidden(config: Config, seed: int = 0) -> Any:
+    """Random vectors [B, S, d], as wide as what a norm gives."""
+    import jax
+
+    shape = config.batch_size, config.sequence_length, config.model.embed_dim
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _timed(forward: Callable, *arguments: Any) -> Callable[[], Any]:
+    """Forward + backward of a function of arrays: its value, and its gradients by all arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    def run(arguments: tuple, d: Any) -> Any:
+        y, backward = jax.vjp(forward, *arguments)
+        return y, backward(d)
+
+    d = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(forward, *arguments))
+    compiled = jax.jit(run).lower(arguments, d).compile()
+    return lambda: jax.block_until_ready(compiled(arguments, d))
+
+
+def _module(make: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    """(graph, parameters, other variables) of a module."""
+    from flax import nnx
+
+    split: Any = nnx.split(nnx.jit(make)(nnx.Rngs(0)), nnx.Param, ...)
+    return split
+
+
+def _attention(config: Config) -> Callable[[], Any]:
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from moe_jax.layers import Attention, visibility
+
+    data = random_batch(config)
+    graph, params, rest = _module(functools.partial(Attention, config.model))
+    visible = visibility(jnp.asarray(data.segment_ids))
+    positions = jnp.asarray(data.positions)
+    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, positions, visible), params, _hidden(config))
+
+
+def _moe(config: Config) -> Callable[[], Any]:
+    import jax
+    from flax import nnx
+
+    from moe_jax import balance
+    from moe_jax.moe import Balancing, MoE
+    from moe_jax.routing import Tokens
+
+    graph, params, rest = _module(functools.partial(MoE, config.model))
+    others = Tokens(), Balancing(balance.make({}), {}), jax.random.key(0), True
+    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, *others)[0], params, _hidden(config))
+
+
+def _head(config: Config) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    m, targets = config.model, jnp.asarray(random_batch(config).targets)
+    weight = m.init_std * jax.random.normal(jax.random.key(1), (m.embed_dim, m.vocab_size))
+
+    def loss(weight: Any, x: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(x @ weight, targets).mean()
+
+    return _timed(loss, weight, _hidden(config))
+
+
+def _optimizer(config: Config) -> Callable[[], Any]:
+    import jax
+    import optax
+
+    from moe_jax.state import abstract_model, init_state, make_optimizer
+
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
+    state = init_state(config)
+    params, moments = state.params, state.optimizer
+    grads = jax.tree.map(lambda a: 1e-3 * a, params)
+
+    def move(params: Any, moments: Any, grads: Any) -> tuple[Any, Any]:
+        updates, moments = optimizer.update(grads, moments, params)
+        rate = config.optimizer.learning_rate
+        return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), moments
+
+    run = jax.jit(move, donate_argnums=(0, 1))
+
+    def once() -> None:
+        nonlocal params, moments
+        params, moments = jax.block_until_ready(run(params, moments, grads))
+
+    return once
+
+
+def shown_parts(result: dict[str, Any]) -> str:
+    """The attribution as text."""
+    milliseconds = {n: timing.Spread.of([1e3 * s for s in t]).text(1) for n, t in result["seconds"].items()}
+    share = {n: timing.Spread(**s).text() for n, s in result["share"].items()}
+    return timing.table(["", "ms a step", "of the step"], [[n, t, share.get(n, "")] for n, t in milliseconds.items()])
+
+
+def define_size_flags() -> None:
+    """A flag for every entry of SIZES and BATCH."""
+    for name, value in (SIZES | BATCH).items():
+        flags.DEFINE_integer(name, value, f"The model's or the batch's {name}.", lower_bound=1)
+
+
+def sizes_of_flags() -> tuple[dict[str, int], dict[str, int]]:
+    """SIZES and BATCH as the command line has them."""
+    flag = flags.FLAGS
+    return {name: getattr(flag, name) for name in SIZES}, {name: getattr(flag, name) for name in BATCH}
+
+
+def main(_: list[str]) -> None:
+    """Check the flags, compare, time, tell."""
+    flag = flags.FLAGS
+    sizes, batch = sizes_of_flags()
+    try:
+        timing.check_json(flag.json)
+        config_like(QWEN, sizes, batch)
+        import jax
+
+        platform = jax.devices()[0].platform
+        facts = timing.about(flag.rounds) | {"platform": platform, "dtype": "float32", "sizes": sizes | batch}
+        print(f"{timing.heading(facts)}\n", flush=True)
+        if flag.attribute:
+            result = attribute(sizes, batch, rounds=flag.rounds)
+            print(shown_parts(result))
+        else:
+            result = measure(sizes, batch, rounds=flag.rounds, platform=platform)
+            print(shown(result))
+        timing.write_json(flag.json, facts | result)
+    except ValueError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    timing.define_flags()
+    define_size_flags()
+    flags.DEFINE_bool("attribute", False, "Time the parts of our step instead of the peers.")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,185 @@
+"""Timing contestants against each other: interleaved rounds, ratios within a round, a table and a JSON file.
+
+Other work on the machine slows everybody alike only if everybody runs at the same time: so each round runs every
+contestant once, and a ratio is the median over rounds of the ratio in one round. Imports neither jax nor torch.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "torchtitan", "maxtext")
+PAUSE_SECONDS = 0.01  # the threads of the one before may still spin, waiting for work
+
+BUSY = 0.5  # load per thread above which a reader is told
+
+Times = dict[str, list[float]]  # contestant -> seconds in each round
+
+
+class Spread(NamedTuple):
+    """The median of all rounds, and the extremes."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 2) -> str:
+        """`0.61 (0.55-0.66)`."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+
+def order(names: Sequence[str], turn: int) -> list[str]:
+    """Who runs after whom: every round begins one further, so that nobody always follows the same noise."""
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> Times:
+    """Seconds of every contestant in every round, after one round of all that is not counted.
+
+    Args:
+        contestants: what to call, by name; a call returns when its work is done, not when it is queued.
+        rounds: counted rounds, at least 1.
+        clock: seconds.
+
+    Returns:
+        name -> `rounds` values, in the contestants' order.
+    """
+    times: Times = {name: [] for name in contestants}
+    for turn in range(-1, rounds):
+        for name in order(list(contestants), turn):
+            seconds = _seconds(contestants[name], clock)
+            if turn >= 0:
+                times[name].append(seconds)
+    return times
+
+
+def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Of one call; what it returns is freed after the clock was read."""
+    time.sleep(PAUSE_SECONDS)
+    start = clock()
+    result = run()
+    seconds = clock() - start
+    del result
+    return seconds
+
+
+def ratio(times: Times, ours: str, theirs: str) -> Spread:
+    """Our speed over theirs: above 1 we are faster."""
+    return Spread.of([b / a for a, b in zip(times[ours], times[theirs], strict=True)])
+
+
+def best_rates(times: Times, work: Mapping[str, float]) -> list[float]:
+    """Work per second of the fastest in each round; `work` names the contestants that count, and how much each does."""
+    rates = ([amount / seconds for seconds in times[name]] for name, amount in work.items())
+    return [max(several) for several in zip(*rates, strict=True)]
+
+
+def ratio_to_limit(times: Times, name: str, work: float, limit: Sequence[float]) -> Spread:
+    """A contestant's useful work per second over what the machine could do in the same round."""
+    return Spread.of([work / seconds / best for seconds, best in zip(times[name], limit, strict=True)])
+
+
+# --- what is told -----------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they need, the first to the left, numbers to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def one(line: list[str]) -> str:
+        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        return "  ".join([line[0].ljust(len(first)), *rest]).rstrip()
+
+    return "\n".join(map(one, lines))
+
+
+def about(rounds: int) -> dict[str, Any]:
+    """What a figure is worth nothing without: command, machine, versions, rounds."""
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "machine": machine(),
+        "versions": versions(),
+        "rounds": rounds,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package here that takes part; one that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name, how many threads jax and torch may use, and how many others wanted to run just now.
+
+    load: processes running or waiting, over the last minute; on a machine for ourselves near 0 at the start.
+    """
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {"cpu": _cpu_model(), "threads": num_threads(), "load": load}
+
+
+def num_threads() -> int:
+    """The processors that this process may run on: the threads that every contestant gets."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def heading(facts: Mapping[str, Any]) -> str:
+    """`about` as two lines of text, and a third where others use the machine."""
+    here = facts["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [f"{here['cpu']}, {here['threads']} threads, {facts['rounds']} rounds", packages]
+    if here["load"] and here["load"] > BUSY * here["threads"]:
+        lines.append(f"the machine is busy (load {here['load']}): threads that wait for each other lose most by that")
+    return "\n".join(lines)
+
+
+def check_json(path: str) -> None:
+    """Say now, not after minutes, that a result could not be written.
+
+    Raises:
+        ValueError: no folder to write into.
+    """
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(f"--json={path} must name a file in a folder that exists; make the folder, or name another.")
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Nothing where no path was given."""
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def define_flags(rounds: int = 8, least: int = 1) -> None:
+    """`--rounds` and `--json`, which every benchmark has."""
+    from absl import flags
+
+    flags.DEFINE_integer("rounds", rounds, "How often each contestant is timed.", lower_bound=least)
+    flags.DEFINE_string("json", "", "A file to write the figures to.")
