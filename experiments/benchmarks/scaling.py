@@ -1,7 +1,8 @@
 """`python -m experiments.benchmarks.scaling`: what our cost depends on, and what it must not depend on.
 
 --sections=experts,skew,depth,devices
---experts=8,16,32,64,128,256    a layer's forward + backward at fixed T, d, h, k, over that with the first E
+--experts=8,16,32,64,128,256    a layer's forward + backward at fixed T, d, h, k, over that with the first E;
+                                the weights' gradient alone must grow, for it is written for every expert
 --tokens=4096 --embed_dim=256 --expert_ffw_dim=256 --top_k=2    of the layer in `experts` and `skew`
 --depths=4,8,24                 seconds to trace and compile the train step, the persistent cache off
 --devices=1,2,4,8               the train step on so many fake devices of one CPU, experts and batch split over
