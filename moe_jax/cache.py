@@ -30,7 +30,9 @@ def keep_compiled() -> None:
     if FOLDER in os.environ:
         return
     try:
-        _set(FOLDER, str(_made(default_folder())))
+        folder = user_folder("xla")
+        prune(folder, MAX_BYTES)
+        _set(FOLDER, str(folder))
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         print(f"compiled programs are not kept: {error}; {FOLDER}=... names another folder.", file=sys.stderr)
 
@@ -43,10 +45,18 @@ def _set(name: str, value: Any) -> None:
             sys.modules["jax"].config.update(name.lower(), value)
 
 
-def default_folder() -> Path:
-    """Where programs compiled on this kind of machine lie; homes are shared by machines of several kinds."""
+def user_folder(kind: str) -> Path:
+    """Where what is compiled on this kind of machine lies, made if need be; homes are shared by several kinds.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written; the user has no home.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moe_jax" / "xla" / _machine()
+    folder = Path(base) / "moe_jax" / kind / _machine()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can run code as this user
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    return folder
 
 
 def _machine() -> str:
@@ -55,14 +65,6 @@ def _machine() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can run code as this user
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written")
-    prune(folder, MAX_BYTES)
-    return folder
 
 
 def prune(folder: Path, max_bytes: int) -> None:

@@ -63,6 +63,7 @@ class ModelConfig:
     router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
     dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = "auto"
+    cpu_kernel: Literal["auto", "native", "xla"] = "auto"  # on CPUs experts multiply in C++, or in XLA
     # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
     capacity_factor: float = number(1.25, 0.01)
     # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input

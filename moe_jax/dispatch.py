@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.grouped import grouped_matmul, rows_multiplied
-from moe_jax.mesh import BATCH, GATHERED, is_sharded, per_shard
+from moe_jax import native
+from moe_jax.grouped import TILE_ROWS, grouped_matmul, rows_multiplied
+from moe_jax.mesh import BATCH, GATHERED, is_sharded, per_shard, platform
 from moe_jax.routing import Routing, count
 
 
@@ -52,6 +53,7 @@ def apply_experts(
     backend: str = "auto",
     num_rows: int = 1,
     capacity_factor: float = 1.25,
+    cpu_kernel: str = "auto",
 ) -> tuple[Float[Array, "tokens embed"], Traffic]:
     """sum over a token's experts of gate x expert(x), and what it took.
 
@@ -71,9 +73,13 @@ def apply_experts(
             and drops the rest (GShard, Switch).
         num_rows: B, used by "capacity" only, whose groups are sequences.
         capacity_factor: room over the balanced load: C of an expert ("capacity") or of a round.
+        cpu_kernel: how CPUs multiply, see `in_native`.
 
     Returns:
         y [T, D] in x's dtype; what the exchange took.
+
+    Raises:
+        ValueError: `cpu_kernel="native"` where that cannot be.
 
     Source: dropless sorting as in MegaBlocks (arXiv 2211.15841); capacity: GShard (2006.16668).
     """
@@ -86,15 +92,16 @@ def apply_experts(
         backend = "rounds" if devices > 1 else "local"
     if backend in ("rounds", "ragged") and not is_sharded(mesh):
         backend = "local"  # one device has nobody to ship to
+    kernel = NATIVE if in_native(cpu_kernel, mesh, x.dtype) else IN_XLA
     run: Callable
     if backend == "capacity":
         row_tokens = x.shape[0] // num_rows
         run = functools.partial(_capacity, row_tokens=row_tokens, factor=capacity_factor, devices=devices)
     elif backend == "local":
-        run = _local
+        run = functools.partial(_local, kernel=kernel)
     else:
         transport = {"rounds": _padded, "ragged": _ragged}[backend]
-        run = functools.partial(_in_rounds, transport=transport, factor=capacity_factor, devices=devices)
+        run = functools.partial(_in_rounds, exchange=_Exchange(transport, capacity_factor, devices, kernel))
     on_shard = functools.partial(_with_weights, run) if is_sharded(mesh) else run
     wide, narrow, tokens = P("expert", "data", "tensor"), P("expert", "tensor", "data"), P(BATCH)
     experts: Any = ExpertWeights._make([wide, wide, narrow])
@@ -176,15 +183,48 @@ def _dense(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
 # --- local: sort by expert, dropless --------------------------------------------------------------------------
 
 
-def _local(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Traffic]:
+class Kernel(NamedTuple):
+    """(x [T, D], expert_ids [T, K], gates [T, K], weights) -> float32 [T, D], an expert's rows padded to tiles."""
+
+    multiply: Callable[[Array, Array, Array, ExpertWeights], Array]
+    tile: int
+
+
+def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
+    """Whether experts run in C++ here: "xla" nowhere; "auto" on CPUs that can; "native" on CPUs, or not at all.
+
+    Raises:
+        ValueError: `cpu_kernel="native"` on a CPU without a compiler.
+    """
+    here = jax.default_backend() if mesh is None else platform(mesh)
+    if here != "cpu" or cpu_kernel == "xla" or dtype not in native.DTYPES:
+        return False
+    why = native.missing()
+    if why and cpu_kernel == "native":
+        raise ValueError(f'model.cpu_kernel="native" cannot be: {why}; or set it to "auto" or "xla".')
+    return why is None
+
+
+def _by_sorting(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
+    """`native.experts` in XLA, for every platform."""
     num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]
-    sizes = count(expert_ids, num_experts)
     order, place = _sorting(expert_ids.ravel())
     copies = _take(x, order[:, None] // slots, place.reshape(-1, slots))
-    outputs = _grouped_swiglu(copies, weights, sizes)
+    outputs = _grouped_swiglu(copies, weights, count(expert_ids, num_experts))
     back = _take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
-    y = jnp.einsum("tk,tkd->td", gates, back)
-    return y, _traffic(rounds=1, rows=rows_multiplied(sizes), visits=_visits(expert_ids, num_experts, 1))
+    return jnp.einsum("tk,tkd->td", gates, back)
+
+
+NATIVE, IN_XLA = Kernel(native.experts, 1), Kernel(_by_sorting, TILE_ROWS)
+
+
+def _local(
+    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, *, kernel: Kernel
+) -> tuple[Array, Traffic]:
+    num_experts = weights.gate.shape[0]
+    rows = rows_multiplied(count(expert_ids, num_experts), kernel.tile)
+    y = kernel.multiply(x, expert_ids, gates, weights)
+    return y, _traffic(rounds=1, rows=rows, visits=_visits(expert_ids, num_experts, 1))
 
 
 def _traffic(dropped: Array | int = 0, *, rounds: Array | int, rows: Array | int, visits: Array) -> Traffic:
@@ -227,15 +267,21 @@ class _Round(NamedTuple):
     home: Callable[[Array], Array]
 
 
+class _Exchange(NamedTuple):
+    """How copies travel: by which transport, with how much room, between how many devices, multiplied by what."""
+
+    transport: Callable
+    factor: float
+    devices: int
+    kernel: Kernel
+
+    def plan(self, copies: _Copies) -> tuple[int, Array, Callable[[Array | int], _Round]]:
+        """Rounds that could be needed, that are, and round by number."""
+        return self.transport(copies, self.factor, self.devices)
+
+
 def _in_rounds(
-    x: Array,
-    expert_ids: Array,
-    gates: Array,
-    weights: ExpertWeights,
-    *,
-    transport: Callable,
-    factor: float,
-    devices: int,
+    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, *, exchange: _Exchange
 ) -> tuple[Array, Traffic]:
     """Dropless expert parallelism in bounded memory: what does not fit into a round waits for the next.
 
@@ -243,49 +289,43 @@ def _in_rounds(
     the others waiting. The first round is unconditional, so that a balanced step has no branch on its way and
     shared experts may compute meanwhile; the others run only if somebody needs them.
     """
-    num_experts = weights.gate.shape[0] * devices
-    copies = _sort_copies(expert_ids, num_experts, devices)
-    _, needed, make = transport(copies, factor, devices)
-    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights))
-    y, rows = _add(first(x, gates, weights), _further_rounds(transport, factor, devices, x, gates, weights, copies))
-    visits = _visits(expert_ids, num_experts // devices, devices)
+    num_local, devices = weights.gate.shape[0], exchange.devices
+    copies = _sort_copies(expert_ids, num_local * devices, devices)
+    _, needed, make = exchange.plan(copies)
+    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights, exchange.kernel))
+    y, rows = _add(first(x, gates, weights), _further_rounds(exchange, x, gates, weights, copies))
+    visits = _visits(expert_ids, num_local, devices)
     return y, _traffic(rounds=needed, rows=rows, visits=visits)
 
 
-def _one_round(now: _Round, x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
+def _one_round(now: _Round, x: Array, gates: Array, weights: ExpertWeights, kernel: Kernel) -> tuple[Array, Array]:
     """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
 
     Gates travel with their copies: weighed here, the way home needs not be gone again in the backward pass.
     """
     incoming = now.there(_take(x, now.token, now.slot))
     share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
-    outputs, multiplied = _sorted_experts(incoming, now.expert, weights)
-    outgoing = now.home((outputs.astype(jnp.float32) * share).astype(x.dtype))
-    return _take(outgoing, now.slot, now.token).astype(jnp.float32), multiplied
+    outgoing = now.home(kernel.multiply(incoming, now.expert[:, None], share, weights).astype(x.dtype))
+    rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), kernel.tile)
+    return _take(outgoing, now.slot, now.token).astype(jnp.float32), rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _further_rounds(
-    transport: Callable,
-    factor: float,
-    devices: int,
-    x: Array,
-    gates: Array,
-    weights: ExpertWeights,
-    copies: _Copies,
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: _Copies
 ) -> tuple[Array, Array]:
     """The sum of all rounds after the first. Nothing is kept of them for the backward pass, which does them again,
 
     whatever the layer around keeps: memory must not grow with the number of rounds that could be needed.
     """
-    possible, needed, make = transport(copies, factor, devices)
+    possible, needed, make = exchange.plan(copies)
 
     def nothing(_: Array) -> tuple[Array, Array]:
         return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(copies.send, shape=())
 
     def one(number: Array) -> tuple[Array, Array]:
         # the sum stays outside of the checkpoint, or backward would keep it for every possible round
-        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights))
+        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.kernel))
         return lax.cond(number < needed, run, nothing, number)
 
     def all_of_them(numbers: Array) -> tuple[Array, Array]:
@@ -295,27 +335,16 @@ def _further_rounds(
     return lax.cond(needed > 1, all_of_them, nothing, numbers) if possible > 1 else nothing(numbers)
 
 
-def _further_rounds_again(
-    transport: Callable, factor: float, devices: int, kept: tuple, d: tuple
-) -> tuple[Array, Array, ExpertWeights, None]:
+def _further_rounds_again(exchange: _Exchange, kept: tuple, d: tuple) -> tuple[Array, Array, ExpertWeights, None]:
     *inputs, copies = kept
-    run = lambda *inputs: _further_rounds.fun(transport, factor, devices, *inputs, copies)  # noqa: E731
-    return *jax.vjp(run, *inputs)[1](d), None
+    return *jax.vjp(lambda *inputs: _further_rounds.fun(exchange, *inputs, copies), *inputs)[1](d), None
 
 
-_further_rounds.defvjp(lambda *args: (_further_rounds.fun(*args), args[3:]), _further_rounds_again)
+_further_rounds.defvjp(lambda *args: (_further_rounds.fun(*args), args[1:]), _further_rounds_again)
 
 
 def _add(a: tuple, b: tuple) -> tuple:
     return jax.tree.map(jnp.add, a, b)
-
-
-def _sorted_experts(rows: Array, expert: Array, weights: ExpertWeights) -> tuple[Array, Array]:
-    """Every row through its expert, 0 where `expert` is past the last; and how many rows were multiplied."""
-    sizes = count(expert, weights.gate.shape[0])
-    order, place = _sorting(expert)
-    outputs = _grouped_swiglu(_take(rows, order[:, None], place[:, None]), weights, sizes)
-    return _take(outputs, place[:, None], order[:, None]), rows_multiplied(sizes)
 
 
 def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> _Copies:
@@ -339,7 +368,7 @@ def _before(sizes: Array) -> Array:
     return jnp.cumsum(sizes, axis=0) - sizes
 
 
-def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array], _Round]]:
+def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array | int], _Round]]:
     """Rounds of `all_to_all`, of at most C = factor x mean copies from each device to each; runs anywhere."""
     num_copies = copies.copy.shape[0]
     capacity = min(num_copies, math.ceil(factor * num_copies / devices))
@@ -369,7 +398,7 @@ def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
     return math.ceil(num_copies / capacity), needed, make
 
 
-def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array], _Round]]:
+def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array | int], _Round]]:
     """Rounds of `ragged_all_to_all`, in which a device takes in at most factor x mean copies from all others.
 
     The copies for one device, source after source, are one list; round n ships its n-th piece.

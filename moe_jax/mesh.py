@@ -195,13 +195,13 @@ def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, 
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=not kernel)
 
 
-def around_kernel(kernel: Callable[..., Array], *arrays: Array) -> Array:
-    """`kernel(*arrays)` inside `per_shard`, for a kernel that does not say over which axes its result varies.
+def around_kernel(kernel: Callable[..., Any], *arrays: Array) -> Any:
+    """`kernel(*arrays)` inside `per_shard`, for a kernel that does not say over which axes its results vary.
 
-    It varies over all axes that an operand varies over. Not differentiable: for use within a `custom_vjp`.
+    They vary over all axes that an operand varies over. Not differentiable: for use within a `custom_vjp`.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return kernel(*arrays)
     varying = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
     y = jax.shard_map(kernel, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
-    return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y
+    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(varying), to="varying"), y) if varying else y

@@ -25,6 +25,7 @@ routing
 balance
 metrics
 grouped
+native
 attention
 dispatch
 layers

@@ -1,6 +1,7 @@
 """Laws of dispatch: dropless equals dense, value and gradient, under any routing; capacity is GShard's."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from moe_jax import native
 from moe_jax.dispatch import ExpertWeights, _seats, apply_experts, capacity_of
 from moe_jax.routing import Routing, count, route
 
@@ -32,12 +34,23 @@ def routing_of(ids, gates) -> Routing:
     return routing._replace(expert_ids=ids, gates=gates, loads=count(ids, EXPERTS))
 
 
+@pytest.fixture(params=["xla", "native"], autouse=True)
+def _by_each_cpu_kernel(request, monkeypatch):
+    if request.param == "native" and (why := native.missing()):
+        pytest.skip(why)
+    monkeypatch.setattr(sys.modules[__name__], "cpu_kernel", request.param)
+
+
+cpu_kernel = "auto"
+
+
 @functools.cache
-def compiled(backend: str, num_rows: int = 1, capacity_factor: float = 1.25):
+def compiled(backend: str, cpu_kernel: str, num_rows: int = 1, capacity_factor: float = 1.25):
     """(x, gates, weights, ids) -> (y, dropped), gradients in the first three of something of y."""
 
     def run(x, gates, weights, ids):
         options = {"backend": backend, "num_rows": num_rows, "capacity_factor": capacity_factor}
+        options["cpu_kernel"] = cpu_kernel
         y, traffic = apply_experts(x, routing_of(ids, gates), weights, **options)
         return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic.dropped)
 
@@ -49,7 +62,7 @@ def applied(backend: str, ids, x=None, gates=None, weights=WEIGHTS, **options):
     ids = np.asarray(ids, np.int32)
     x = array(4, len(ids), EMBED) if x is None else x
     gates = np.abs(array(5, *ids.shape)) if gates is None else gates
-    (_, (y, dropped)), gradients = compiled(backend, **options)(x, gates, weights, ids)
+    (_, (y, dropped)), gradients = compiled(backend, cpu_kernel, **options)(x, gates, weights, ids)
     return np.asarray(y), int(dropped), jax.tree.map(np.asarray, gradients)
 
 

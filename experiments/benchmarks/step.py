@@ -240,13 +240,12 @@ def _attention(config: Config) -> Callable[[], Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from moe_jax.layers import Attention, visibility
+    from moe_jax.layers import Attention
 
     data = random_batch(config)
     graph, params, rest = _module(functools.partial(Attention, config.model))
-    visible = visibility(jnp.asarray(data.segment_ids))
-    positions = jnp.asarray(data.positions)
-    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, positions, visible), params, _hidden(config))
+    where = jnp.asarray(data.positions), jnp.asarray(data.segment_ids)
+    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, *where), params, _hidden(config))
 
 
 def _moe(config: Config) -> Callable[[], Any]:

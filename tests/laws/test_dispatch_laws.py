@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import dispatch
+from moe_jax import dispatch, native
 from moe_jax.config import MeshConfig
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.mesh import batch_sharding, make_mesh
@@ -18,8 +18,9 @@ from moe_jax.routing import Routing, count, route
 
 TOKENS, EXPERTS, SLOTS, EMBED, FFW = 64, 8, 2, 8, 6
 EMPTY = EXPERTS
-CASES = [("rounds", sizes) for sizes in [(1, 1, 8, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]]
-CASES += [("ragged", sizes) for sizes in [(1, 2, 4, 1), (2, 1, 2, 2)]]
+MESHES = [(1, 1, 8, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]
+CASES = [("rounds", sizes, kernel) for sizes in MESHES for kernel in ("xla", "native")]
+CASES += [("ragged", (1, 2, 4, 1), "xla"), ("ragged", (2, 1, 2, 2), "native")]
 
 
 def array(seed: int, *shape: int) -> np.ndarray:
@@ -129,10 +130,12 @@ def oracle(routing: str):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("backend", "sizes"), CASES, ids=str)
-def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(backend, sizes, routing):
+@pytest.mark.parametrize(("backend", "sizes", "kernel"), CASES, ids=str)
+def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(backend, sizes, kernel, routing):
+    if kernel == "native" and (why := native.missing()):
+        pytest.skip(why)
     ids = ROUTINGS[routing]()
-    y, traffic, gradients = applied(backend, sizes, ids)
+    y, traffic, gradients = applied(backend, sizes, ids, cpu_kernel=kernel)
     exact, _, its_gradients = oracle(routing)
     assert traffic.dropped == 0
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
