@@ -3,6 +3,7 @@
 B batch, S sequence, H query heads, G heads of keys and values, K width of queries and keys, V width of values.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -45,6 +46,8 @@ def attend(
     best = kernel_for(query, key, value, mesh)
     if best == "splash":
         return splash(query, key, value, segment_ids, scale, mesh)
+    if best == "blocks":
+        return in_blocks(query, key, value, segment_ids, scale)
     width, mask = max(query.shape[-1], value.shape[-1]), visibility(segment_ids)
     query, key, wide = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (query, key, value))
     causal = best == "cudnn"  # so that it skips what the mask hides anyway
@@ -54,12 +57,18 @@ def attend(
     return mixed[..., : value.shape[-1]]
 
 
-def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Literal["splash", "cudnn", "xla"]:
+Kernel = Literal["splash", "cudnn", "blocks", "xla"]
+
+
+def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Kernel:
     """Which kernel serves these shapes on the mesh's devices: the one place where it is picked.
 
     "splash" on TPU, Pallas' flash attention that skips what is not causal. "cudnn" on NVIDIA, flash attention too,
-    of narrow floats and equal widths only. "xla", which writes all scores to memory, everywhere else.
+    of narrow floats and equal widths only. "blocks" on CPU: caches hold a block's scores, and none are kept.
+    "xla", which writes all scores to memory, everywhere else.
     """
+    if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":
+        return "blocks"
     if mesh is None:
         return "xla"
     parts = mesh.shape["tensor"]
@@ -128,3 +137,87 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Call
         interpret=interpret,
     )
     return jax.vmap(lambda q, k, v, segments: kernel(q, k, v, pallas.SegmentIds(segments, segments)))
+
+
+# --- CPU: blocks of queries -----------------------------------------------------------------------------------
+
+# B batch, G heads of keys, R query heads for each, Q queries of a block, S keys up to the last of them
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def in_blocks(query: Array, key: Array, value: Array, segment_ids: Array, scale: float) -> Array:
+    """`attend` block by block of queries, each with the keys up to its end only; in float32.
+
+    The backward pass does the scores again from the logarithm of their sum. Source: arXiv 2205.14135.
+    """
+    return _blocks_forward(query, key, value, segment_ids, scale)[0]
+
+
+def _blocks_forward(
+    query: Array, key: Array, value: Array, segment_ids: Array, scale: float
+) -> tuple[Array, tuple[Array, ...]]:
+    queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
+    outputs, totals = [], []
+    for first, last in _block_bounds(query.shape[1]):
+        scores = jnp.einsum("bgrqk,bgsk->bgrqs", queries[..., first:last, :], keys[:, :, :last])
+        scores = jnp.where(_visible(segment_ids, first, last), scores, -jnp.inf)  # at least a token itself is visible
+        top = scores.max(-1, keepdims=True)
+        powers = jnp.exp(scores - top)
+        total = powers.sum(-1, keepdims=True)
+        outputs.append(jnp.einsum("bgrqs,bgsv->bgrqv", powers, values[:, :, :last]) / total)
+        totals.append(top + jnp.log(total))
+    y = _as_heads(jnp.concatenate(outputs, 3), query.dtype)
+    return y, (query, key, value, segment_ids, y, jnp.concatenate(totals, 3))
+
+
+def _blocks_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
+    query, key, value, segment_ids, y, totals = kept
+    queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
+    grads = _by_head(dy, key.shape[2])
+    mean = (grads * _by_head(y, key.shape[2])).sum(-1, keepdims=True)
+    d_queries, d_keys, d_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
+    for first, last in _block_bounds(query.shape[1]):
+        rows, d = queries[..., first:last, :], grads[..., first:last, :]
+        scores = jnp.einsum("bgrqk,bgsk->bgrqs", rows, keys[:, :, :last])
+        weights = jnp.exp(scores - totals[..., first:last, :])
+        weights = jnp.where(_visible(segment_ids, first, last), weights, 0.0)
+        d_scores = jnp.einsum("bgrqv,bgsv->bgrqs", d, values[:, :, :last])
+        d_scores = weights * (d_scores - mean[..., first:last, :])
+        d_queries.append(jnp.einsum("bgrqs,bgsk->bgrqk", d_scores, keys[:, :, :last]) * scale)
+        d_keys = d_keys.at[:, :, :last].add(jnp.einsum("bgrqs,bgrqk->bgsk", d_scores, rows))
+        d_values = d_values.at[:, :, :last].add(jnp.einsum("bgrqs,bgrqv->bgsv", weights, d))
+    d_query = _as_heads(jnp.concatenate(d_queries, 3), query.dtype)
+    return d_query, _as_heads(d_keys[:, :, None], key.dtype), _as_heads(d_values[:, :, None], value.dtype), None
+
+
+in_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _block_bounds(length: int, most: int = 8, least: int = 128) -> list[tuple[int, int]]:
+    """At most eight blocks: their programs are written out, one after the other."""
+    block = max(least, -(-length // most))
+    return [(first, min(first + block, length)) for first in range(0, length, block)]
+
+
+def _by_head(x: Array, groups: int) -> Array:
+    """[B, S, H, K] to float32 [B, G, R, S, K]."""
+    batch, length, heads, width = x.shape
+    return x.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
+
+
+def _by_key_head(x: Array) -> Array:
+    """[B, S, G, K] to float32 [B, G, S, K]."""
+    return x.swapaxes(1, 2).astype(jnp.float32)
+
+
+def _as_heads(x: Array, dtype: jnp.dtype) -> Array:
+    """[B, G, R, S, K] to [B, S, G R, K]."""
+    batch, groups, heads, length, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * heads, width).astype(dtype)
+
+
+def _visible(segment_ids: Array, first: int, last: int) -> Array:
+    """[B, 1, 1, Q, S]: which earlier tokens of its segment each query of a block sees."""
+    causal = jnp.arange(first, last)[:, None] >= jnp.arange(last)
+    same = segment_ids[:, first:last, None] == segment_ids[:, None, :last]
+    return (causal & same)[:, None, None]

@@ -121,17 +121,26 @@ class Transformer(nnx.Module):
         Returns:
             logits float32 [B, S, V]; Report with leaves [L, ...], or None for a dense model.
         """
+        x, report = self.before_head(inputs, balancing, key=key, train=train, mesh=mesh)
+        with jax.named_scope("head"):
+            return jnp.einsum("bsd,dv->bsv", x, self.head_weight(mesh), preferred_element_type=jnp.float32), report
+
+    def before_head(
+        self, inputs: Inputs, balancing: Balancing, *, key: Array, train: bool = False, mesh: Mesh | None = None
+    ) -> tuple[Float[Array, "batch seq embed"], Report | None]:
+        """As the call, but what the head multiplies, [B, S, D] in the compute dtype."""
         table = self.embedding[...].astype(self.config.compute_dtype)
         x = look_up(table, inputs.tokens, mesh)
         report = None
         for stack, run in zip(self.stacks, layout(self.config), strict=True):
             x, stack_report = self._scan(stack, run, x, inputs, balancing, key, train, mesh)
             report = stack_report if stack_report is not None else report
-        x = self.final_norm(x)
+        return self.final_norm(x), report
+
+    def head_weight(self, mesh: Mesh | None = None) -> Float[Array, "embed vocab"]:
+        """[D, V] in the compute dtype, gathered from its shards."""
         head = at_use(self.embedding if self.head is None else self.head, mesh, self.config.compute_dtype)[...]
-        head = head.T if self.head is None else head
-        logits = jnp.einsum("bsd,dv->bsv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return logits, report
+        return (head.T if self.head is None else head).astype(self.config.compute_dtype)
 
     def _scan(
         self,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
-from moe_jax import balance, metrics
+from moe_jax import balance, loss, metrics
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
@@ -175,18 +175,18 @@ def accumulate(
 
     running = config.micro_batches > 1 and balance.needs_running_statistics(config.balance)
 
-    def loss(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
+    def objective(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
         balancing = Balancing(balancer, state.balance, statistics, earlier)
-        nats, report = forward(config, params, state.bias, balancing, batch, key, mesh=mesh)
-        total, share = nats.sum() / num_tokens, batch.mask.sum() / num_tokens
+        nats, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
+        total, share = nats / num_tokens, batch.mask.sum() / num_tokens
         if report is None:
-            return total, Sums(nats.sum(), total, None)
+            return total, Sums(nats, total, None)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
         total = sum((value.sum() for value in losses.values()), total)
         summed = Reported(report.statistics, losses, aux_loss, report.traffic)
-        return total, Sums(nats.sum(), total, summed)
+        return total, Sums(nats, total, summed)
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    gradient = jax.jit(jax.grad(objective, has_aux=True))
 
     def body(sofar: tuple, one: tuple) -> tuple[tuple, None]:
         grads, sums = gradient(state.params, *one, sofar[0].report.statistics if running else None)
@@ -241,10 +241,25 @@ def forward(
 ) -> tuple[Float32[Array, "batch"], Report | None]:
     """The cross-entropy of every row in nats, summed over its valid targets, and the layers' reports."""
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
-    inputs = Inputs(batch.tokens, batch.positions, batch.segment_ids)
-    logits, report = model(inputs, balancing, key=key, train=train, mesh=mesh)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    return jnp.where(batch.mask, nats, 0.0).sum(-1), report
+    logits, report = model(_inputs(batch), balancing, key=key, train=train, mesh=mesh)
+    return loss.row_nats(logits, batch.targets, batch.mask), report
+
+
+def summed_forward(
+    config: Config, params: Tree, bias: Tree, balancing: Balancing, batch: Batch, key: Array, mesh: Mesh | None = None
+) -> tuple[Float32[Array, ""], Report | None]:
+    """`forward` in training, with the sum of the nats, which on one device needs no logits in memory."""
+    if is_sharded(mesh):
+        nats, report = forward(config, params, bias, balancing, batch, key, mesh=mesh)
+        return nats.sum(), report
+    model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
+    x, report = model.before_head(_inputs(batch), balancing, key=key, train=True, mesh=mesh)
+    with jax.named_scope("head"):
+        return loss.summed_nats(x, model.head_weight(mesh), batch.targets, batch.mask), report
+
+
+def _inputs(batch: Batch) -> Inputs:
+    return Inputs(batch.tokens, batch.positions, batch.segment_ids)
 
 
 def advance(config: Config, state: TrainState, grads: Tree, report: Reported | None, rate: Array) -> TrainState:

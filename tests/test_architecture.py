@@ -31,6 +31,7 @@ dispatch
 layers
 moe
 model
+loss
 data
 state
 flops

@@ -1,0 +1,90 @@
+"""The language model's loss: head and cross-entropy together, without all logits at once.
+
+B batch, S sequence, T = B S tokens, D embed, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+BLOCK_BYTES = 16 * 2**20  # of the logits that exist at a time: what caches hold, and enough rows for a fast product
+
+
+def row_nats(
+    logits: Float32[Array, "batch seq vocab"], targets: Int32[Array, "batch seq"], mask: Bool[Array, "batch seq"]
+) -> Float32[Array, "batch"]:
+    """The cross-entropy of every row in nats, summed over its valid targets, from logits that exist."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(mask, nats, 0.0).sum(-1)
+
+
+@jax.custom_vjp
+def summed_nats(
+    x: Float[Array, "batch seq embed"],
+    head: Float[Array, "embed vocab"],
+    targets: Int32[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"],
+) -> Float32[Array, ""]:
+    """The cross-entropy of `x head` in nats, summed over all valid targets, block by block of tokens.
+
+    A sum is linear in its gradient, so the forward pass computes that too, while a block's logits are at hand: three
+    products in all, and never [T, V] in memory. For one device: on several, every block would be an exchange.
+
+    Args:
+        x: [B, S, D], the output of the final norm, in the compute dtype; logits are float32.
+        head: [D, V], in the same dtype.
+        targets: int32 [B, S] in [0, V).
+        mask: bool [B, S], False where there is no target.
+
+    Returns:
+        float32 []. Source of the idea: Liger Kernel (arXiv 2410.10989), section 3.2.
+    """
+    blocks = _blocks(x, targets, mask, head.shape[1])
+    return jax.lax.scan(lambda sofar, block: (sofar + _nats(head, *block)[0], None), jnp.float32(0.0), blocks)[0]
+
+
+def _forward(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
+    def one(sofar: tuple[Array, Array], block: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        nats, d_logits = _nats(head, *block)
+        d_logits = d_logits.astype(x.dtype)
+        d_head = jnp.matmul(block[0].T, d_logits, preferred_element_type=jnp.float32)
+        d_block = jnp.matmul(d_logits, head.T, preferred_element_type=jnp.float32)
+        return (sofar[0] + nats, sofar[1] + d_head), d_block.astype(x.dtype)
+
+    zeros = jnp.float32(0.0), jnp.zeros(head.shape, jnp.float32)
+    (nats, d_head), dx = jax.lax.scan(one, zeros, _blocks(x, targets, mask, head.shape[1]))
+    return nats, (dx.reshape(-1, x.shape[-1])[: targets.size].reshape(x.shape), d_head.astype(head.dtype))
+
+
+def _backward(gradients: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
+    dx, d_head = gradients
+    return (d * dx).astype(dx.dtype), (d * d_head).astype(d_head.dtype), None, None
+
+
+summed_nats.defvjp(_forward, _backward)
+
+
+def _blocks(x: Array, targets: Array, mask: Array, vocab: int) -> tuple[Array, Array, Array]:
+    """x [N, block, D], targets and mask [N, block]: tokens in blocks of equal length, masked where there is none."""
+    num_tokens = targets.size
+    blocks = -(-4 * vocab * num_tokens // BLOCK_BYTES)
+    block = -(-num_tokens // max(1, min(blocks, num_tokens // 128)))
+
+    def cut(flat: Array) -> Array:
+        padded = jnp.pad(flat, ((0, -num_tokens % block), *[(0, 0)] * (flat.ndim - 1)))
+        return padded.reshape(-1, block, *flat.shape[1:])
+
+    return cut(x.reshape(num_tokens, -1)), cut(targets.ravel()), cut(mask.ravel())
+
+
+def _nats(head: Array, x: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
+    """The nats of a block, and their gradient in its logits [block, V]."""
+    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    shifted = logits - logits.max(-1, keepdims=True)
+    powers = jnp.exp(shifted)
+    total = powers.sum(-1, keepdims=True)
+    chosen = targets[:, None] == jnp.arange(logits.shape[1])
+    nats = jnp.log(total[:, 0]) - jnp.where(chosen, shifted, 0.0).sum(-1)
+    d_logits = jnp.where(mask[:, None], powers / total - chosen, 0.0)
+    return jnp.where(mask, nats, 0.0).sum(), d_logits
