@@ -87,12 +87,6 @@ def visibility(segment_ids: Int32[Array, "batch seq"]) -> Bool[Array, "batch 1 s
     return (same & causal)[:, None]
 
 
-def _even_part(length: int, most: int) -> int:
-    """A multiple of 128, about `most`, that covers the length in as few and even parts as possible."""
-    parts = -(-length // most)
-    return -(-length // (parts * 128)) * 128
-
-
 # --- TPU ------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +103,7 @@ def splash(
 
     def on_shard(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
         length = segment_ids.shape[1]
-        block = _even_part(length, BLOCK)
+        block = _block(length)
         rest = -length % block  # tokens of a segment of their own
         segments = jnp.pad(segment_ids, ((0, 0), (0, rest)), constant_values=-1)
         query, key, value = (
@@ -121,6 +115,12 @@ def splash(
     heads, rows = P(BATCH, None, "tensor"), P(BATCH)
     run = per_shard(on_shard, mesh, (heads, heads, heads, rows), heads, kernel=True)
     return run(query, key, value, segment_ids)
+
+
+def _block(length: int) -> int:
+    """A multiple of 128, at most BLOCK, that covers the length in as few and even parts as possible."""
+    parts = -(-length // BLOCK)
+    return -(-length // (parts * 128)) * 128
 
 
 def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., Array]:
