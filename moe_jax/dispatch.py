@@ -208,11 +208,14 @@ def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
 def _by_sorting(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
     """`native.experts` in XLA, for every platform."""
     num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]
-    order, place = _sorting(expert_ids.ravel())
-    copies = _take(x, order[:, None] // slots, place.reshape(-1, slots))
-    outputs = _grouped_swiglu(copies, weights, count(expert_ids, num_experts))
-    back = _take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
-    return jnp.einsum("tk,tkd->td", gates, back)
+    with jax.named_scope("dispatch"):
+        order, place = _sorting(expert_ids.ravel())
+        copies = _take(x, order[:, None] // slots, place.reshape(-1, slots))
+    with jax.named_scope("experts"):
+        outputs = _grouped_swiglu(copies, weights, count(expert_ids, num_experts))
+    with jax.named_scope("combine"):
+        back = _take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
+        return jnp.einsum("tk,tkd->td", gates, back)
 
 
 NATIVE, IN_XLA = Kernel(native.experts, 1), Kernel(_by_sorting, TILE_ROWS)
@@ -303,11 +306,14 @@ def _one_round(now: _Round, x: Array, gates: Array, weights: ExpertWeights, kern
 
     Gates travel with their copies: weighed here, the way home needs not be gone again in the backward pass.
     """
-    incoming = now.there(_take(x, now.token, now.slot))
-    share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
-    outgoing = now.home(kernel.multiply(incoming, now.expert[:, None], share, weights).astype(x.dtype))
-    rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), kernel.tile)
-    return _take(outgoing, now.slot, now.token).astype(jnp.float32), rows
+    with jax.named_scope("dispatch"):
+        incoming = now.there(_take(x, now.token, now.slot))
+        share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
+        rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), kernel.tile)
+    outputs = kernel.multiply(incoming, now.expert[:, None], share, weights)
+    with jax.named_scope("combine"):
+        outgoing = now.home(outputs.astype(x.dtype))
+        return _take(outgoing, now.slot, now.token).astype(jnp.float32), rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

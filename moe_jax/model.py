@@ -67,7 +67,8 @@ class Block(nnx.Module):
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None]:
         """The residual stream after this layer, and the Report if the layer routes."""
-        x = x + self.attention(self.attention_norm(x), inputs.positions, inputs.segment_ids, mesh)
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), inputs.positions, inputs.segment_ids, mesh)
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
             return x + self.ffw(h), None

@@ -105,7 +105,8 @@ class MoE(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         select_key, second_key = jax.random.split(key)
         state = balancing.state | {"bias": self.bias[...]}
-        routing = self.route(flat, tokens, balancer, select_key, train, mesh, state)
+        with jax.named_scope("router"):
+            routing = self.route(flat, tokens, balancer, select_key, train, mesh, state)
         sent = drop_second(routing, second_key) if train and c.random_second else routing
         if balancer.drop is not None:
             sent = only(sent, balancer.drop(sent, state, second_key, train))

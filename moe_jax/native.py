@@ -91,7 +91,8 @@ def _call(which: str, results: list[jax.ShapeDtypeStruct], *arrays: Array) -> li
     targets = _build()
     assert isinstance(targets, _Targets)  # the caller has asked `missing`
     call = jax.ffi.ffi_call(getattr(targets, which), results, vmap_method="sequential")
-    return around_kernel(call, *arrays)
+    with jax.named_scope("experts"):  # dispatch and combine are in the same call
+        return around_kernel(call, *arrays)
 
 
 @functools.cache
