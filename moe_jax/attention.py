@@ -48,13 +48,7 @@ def attend(
         return splash(query, key, value, segment_ids, scale, mesh)
     if best == "blocks":
         return in_blocks(query, key, value, segment_ids, scale)
-    width, mask = max(query.shape[-1], value.shape[-1]), visibility(segment_ids)
-    query, key, wide = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (query, key, value))
-    causal = best == "cudnn"  # so that it skips what the mask hides anyway
-    mixed = jax.nn.dot_product_attention(
-        query, key, wide, mask=mask, is_causal=causal, scale=scale, implementation=best
-    )
-    return mixed[..., : value.shape[-1]]
+    return in_jax(query, key, value, segment_ids, scale, "cudnn" if best == "cudnn" else "xla")
 
 
 Kernel = Literal["splash", "cudnn", "blocks", "xla"]
@@ -78,6 +72,24 @@ def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Ker
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
     same_width = query.shape[3] == value.shape[3] and query.shape[3] % 8 == 0 and query.shape[3] <= 128
     return "cudnn" if nvidia and fits and same_width else "xla"
+
+
+def in_jax(
+    query: Array, key: Array, value: Array, segment_ids: Array, scale: float, kernel: Literal["cudnn", "xla"]
+) -> Array:
+    """`attend` by `jax.nn.dot_product_attention`, which wants equal widths and a mask."""
+    width = max(query.shape[-1], value.shape[-1])
+    query, key, wide = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (query, key, value))
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        wide,
+        mask=visibility(segment_ids),
+        is_causal=kernel == "cudnn",  # so that it skips what the mask hides anyway
+        scale=scale,
+        implementation=kernel,
+    )
+    return mixed[..., : value.shape[-1]]
 
 
 def visibility(segment_ids: Int32[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:

@@ -194,12 +194,12 @@ def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
     """Whether experts run in C++ here: "xla" nowhere; "auto" on CPUs that can; "native" on CPUs, or not at all.
 
     Raises:
-        ValueError: `cpu_kernel="native"` on a CPU without a compiler.
+        ValueError: `cpu_kernel="native"` on a CPU without a compiler, or with another dtype.
     """
     here = jax.default_backend() if mesh is None else platform(mesh)
-    if here != "cpu" or cpu_kernel == "xla" or dtype not in native.DTYPES:
+    if here != "cpu" or cpu_kernel == "xla":
         return False
-    why = native.missing()
+    why = native.missing() if dtype in native.DTYPES else f"it computes in float32 and bfloat16, not {dtype}"
     if why and cpu_kernel == "native":
         raise ValueError(f'model.cpu_kernel="native" cannot be: {why}; or set it to "auto" or "xla".')
     return why is None
