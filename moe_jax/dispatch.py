@@ -24,11 +24,11 @@ from moe_jax.routing import Routing, count
 
 
 class ExpertWeights(NamedTuple):
-    """SwiGLU experts: gate and up [E, D, F], down [E, F, D]."""
+    """SwiGLU experts: gate and up [E, D, F], down [E, F, D]; without E a dense layer's."""
 
-    gate: Float[Array, "experts embed ffw"]
-    up: Float[Array, "experts embed ffw"]
-    down: Float[Array, "experts ffw embed"]
+    gate: Float[Array, "*experts embed ffw"]
+    up: Float[Array, "*experts embed ffw"]
+    down: Float[Array, "*experts ffw embed"]
 
 
 class Traffic(NamedTuple):
@@ -128,6 +128,17 @@ def _with_weights(run: Callable, x: Array, expert_ids: Array, gates: Array, weig
 def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     """`(silu(x gate) * (x up)) down`. Source: arXiv 2002.05202."""
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def dense_swiglu(
+    x: Float[Array, "tokens embed"], weights: ExpertWeights, mesh: Mesh | None = None, cpu_kernel: str = "auto"
+) -> Float[Array, "tokens embed"]:
+    """`swiglu` with gate and up [D, F], down [F, D]: on one CPU an expert to which all tokens go."""
+    if is_sharded(mesh) or not in_native(cpu_kernel, mesh, x.dtype):
+        return swiglu(x, *weights)
+    tokens = x.shape[0]
+    one = ExpertWeights(*(w[None] for w in weights))
+    return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1)), one).astype(x.dtype)
 
 
 def _grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array) -> Array:

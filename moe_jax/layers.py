@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.attention import attend
 from moe_jax.config import ModelConfig
-from moe_jax.dispatch import swiglu
+from moe_jax.dispatch import ExpertWeights, dense_swiglu
 
 
 def normal(config: ModelConfig, rngs: nnx.Rngs, dtype: str | None = None, **dims: int) -> nnx.Param:
@@ -88,7 +88,9 @@ class SwiGLU(nnx.Module):
         self.gate = normal(config, rngs, embed=config.embed_dim, ffw=ffw)
         self.up = normal(config, rngs, embed=config.embed_dim, ffw=ffw)
         self.down = normal(config, rngs, ffw=ffw, embed=config.embed_dim)
+        self.cpu_kernel = config.cpu_kernel
 
-    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+    def __call__(self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None) -> Float[Array, "*batch embed"]:
         """Same shape and dtype as x."""
-        return swiglu(x, *(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
+        weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
+        return dense_swiglu(x.reshape(-1, x.shape[-1]), weights, mesh, self.cpu_kernel).reshape(x.shape)

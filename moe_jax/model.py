@@ -71,7 +71,7 @@ class Block(nnx.Module):
             x = x + self.attention(self.attention_norm(x), inputs.positions, inputs.segment_ids, mesh)
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
-            return x + self.ffw(h), None
+            return x + self.ffw(h, mesh), None
         y, report = self.ffw(h, token_info(inputs, self.ffw.config.class_starts), balancing, key, train, mesh)
         return x + y, report
 

@@ -127,7 +127,7 @@ class MoE(nnx.Module):
         if c.num_zero_experts:
             y = y + through_zero_experts(flat, sent, c.num_experts)
         if self.shared is not None:
-            y = y + self.shared(flat)
+            y = y + self.shared(flat, mesh)
         losses, own = self._balance(routing, balancing, state)
         aux_loss = jax.lax.stop_gradient(metrics.aux_loss_value(routing, c.num_experts))
         details = self._details(routing, own, balancing, state, x.shape[0], mesh)
