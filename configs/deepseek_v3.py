@@ -6,8 +6,8 @@ one sequence a chip. Its learning rate falls by a cosine over the last third; he
 Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
-Result of the plan: fits, 19.8 of 95 GiB a chip; 1.48 x the ideal FLOPs and those of attention, which its kernel does not
-tell; bound on MFU 46.6 %, by the interconnect.
+Result of the plan: fits, 19.8 of 95 GiB a chip; 1.48 x the ideal FLOPs and those of attention, which its kernel does
+not tell; bound on MFU 46.6 %, by the interconnect.
 """
 
 from moe_jax.config import default
