@@ -4,6 +4,9 @@ Every parameter carries `dims`, the logical dimension of each of its axes withou
 weight decay and sharding read them. B batch, S sequence, D embed, H heads, F ffw, T = B S tokens.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 from moe_jax.attention import attend
 from moe_jax.config import ModelConfig
 from moe_jax.dispatch import ExpertWeights, dense_swiglu
+from moe_jax.mesh import is_sharded
 
 
 def normal(config: ModelConfig, rngs: nnx.Rngs, dtype: str | None = None, **dims: int) -> nnx.Param:
@@ -71,14 +75,23 @@ class Attention(nnx.Module):
         mesh: Mesh | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """x [B, S, D] with each token's position in its segment, and its segment."""
-        query = jnp.einsum("bsd,dhk->bshk", x, self.query.astype(x.dtype))
-        key = jnp.einsum("bsd,dhk->bshk", x, self.key.astype(x.dtype))
-        value = jnp.einsum("bsd,dhk->bshk", x, self.value.astype(x.dtype))
+        query, key, value = project(x, [self.query[...], self.key[...], self.value[...]], mesh)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rope(query, positions, self.theta), rope(key, positions, self.theta)
         mixed = attend(query, key, value, segment_ids, mesh=mesh)
         return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
+
+
+def project(
+    x: Float[Array, "batch seq embed"], weights: Sequence[Float[Array, "embed _ head_dim"]], mesh: Mesh | None
+) -> list[Float[Array, "batch seq _ head_dim"]]:
+    """x by every weight [D, H, K], to [B, S, H, K] each: one product on one device; heads that are split stay apart."""
+    weights = [w.astype(x.dtype) for w in weights]
+    if is_sharded(mesh):
+        return [jnp.einsum("bsd,dhk->bshk", x, w) for w in weights]
+    ends = itertools.accumulate(w.shape[1] for w in weights[:-1])
+    return jnp.split(jnp.einsum("bsd,dhk->bshk", x, jnp.concatenate(weights, 1)), list(ends), 2)
 
 
 class SwiGLU(nnx.Module):

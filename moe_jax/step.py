@@ -194,6 +194,9 @@ def accumulate(
         return (sums, _as_parameters(config, grads, mesh)), None
 
     one = jax.tree.map(lambda a: a[0], (micro, keys))
+    if config.micro_batches == 1:  # no sum, and no pass over all gradients to add them to zeros
+        grads, sums = gradient(state.params, *one, None)
+        return sums, _as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
     earlier = None
     if running:
         earlier = jax.eval_shape(lambda: gradient(state.params, *one, None)[1].report.statistics)
@@ -410,8 +413,11 @@ def split_batch(batch: Batch, micro_batches: int) -> Batch:
 
 def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:
     """Zeros of the leaf's shape; gradients of narrower floats are summed in float32."""
-    wide = jnp.promote_types(leaf.dtype, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-    return jnp.zeros(leaf.shape, wide)
+    return jnp.zeros(leaf.shape, _wide(leaf.dtype))
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh | None = None) -> str:
