@@ -205,7 +205,7 @@ def _blocks_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple[
 in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _block_bounds(length: int, most: int = 8, least: int = 128) -> list[tuple[int, int]]:
+def _block_bounds(length: int, most: int = 8, least: int = 64) -> list[tuple[int, int]]:
     """At most eight blocks: their programs are written out, one after the other."""
     block = max(least, -(-length // most))
     return [(first, min(first + block, length)) for first in range(0, length, block)]
