@@ -207,20 +207,40 @@ void pack_transposed(const X* b, int64_t stride, int k, int n, float* panel) {
     }
 }
 
+// asks the caches for rows of a matrix that is far away; a part of them at a time, between products
+struct Ahead {
+  const char* first;
+  int64_t stride;
+  int rows, bytes;
+  void part(int64_t index, int64_t parts) const {
+    for (int64_t i = rows * index / parts; i < rows * (index + 1) / parts; i++)
+      for (int j = 0; j < bytes; j += 64) __builtin_prefetch(first + i * stride + j, 0, 2);
+  }
+};
+
 // C[m, n] (+)= A[m, k] B, with B [k, n], or [n, k] if Transposed
 template <bool Transposed, class X>
 void multiply(int m, int k, int n, const float* a, const X* b, float* c, bool add = false) {
   float* panel = scratch.panel.of(kDepth * kTileCols);
+  const int64_t stride = Transposed ? k : n, tiles = (m + kTileRows - 1) / kTileRows;
+  auto block = [&](int k0, int n0) { return b + (Transposed ? n0 * stride + k0 : k0 * stride + n0); };
+  auto ahead = [&](int k0, int n0) {
+    int depth = std::max(0, std::min(kDepth, k - k0)), width = std::min(kTileCols, n - n0), x = sizeof(X);
+    return Ahead{reinterpret_cast<const char*>(block(k0, n0)), stride * x, Transposed ? width : depth,
+                 (Transposed ? depth : width) * x};
+  };
   for (int k0 = 0; k0 < k; k0 += kDepth)
     for (int n0 = 0; n0 < n; n0 += kTileCols) {
       int depth = std::min(kDepth, k - k0), width = std::min(kTileCols, n - n0);
-      if constexpr (Transposed)
-        pack_transposed(b + int64_t(n0) * k + k0, k, depth, width, panel);
-      else
-        pack(b + int64_t(k0) * n + n0, n, depth, width, panel);
-      for (int64_t i = 0; i < m; i += kTileRows)
-        tile_of<false>(std::min<int>(kTileRows, m - i), depth, a + i * k + k0, k, panel, c + i * n + n0, n, width,
+      Transposed ? pack_transposed(block(k0, n0), stride, depth, width, panel)
+                 : pack(block(k0, n0), stride, depth, width, panel);
+      Ahead next = n0 + kTileCols < n ? ahead(k0, n0 + kTileCols) : ahead(k0 + kDepth, 0);
+      for (int64_t i = 0; i < tiles; i++) {
+        int64_t row = i * kTileRows;
+        next.part(i, tiles);
+        tile_of<false>(std::min<int>(kTileRows, m - row), depth, a + row * k + k0, k, panel, c + row * n + n0, n, width,
                        add || k0 > 0);
+      }
     }
 }
 

@@ -11,8 +11,9 @@
 
 Ours is `moe_jax.moe.MoE` under `jax.jit`: y and the gradients of x, router and expert weights by a given dy. Every
 contestant gets the same numbers and its outcome is compared with ours before anything is timed. The limit is the
-useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch, in the same dtype and round. Peers that are
-not installed are said to be absent; `experiments.benchmarks.peers.INSTALL` has the command for each.
+useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch in the same round, on a CPU in float32 (whatever
+the dtype), else in the same dtype. Peers that are not installed are said to be absent;
+`experiments.benchmarks.peers.INSTALL` has the command for each.
 """
 
 import functools
@@ -91,7 +92,7 @@ def _forward_and_backward() -> Callable[..., tuple]:
 
 def matmuls(shape: Shape, dtype: DType, platform: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """Matmuls by jax and torch that show what the machine can do, and the FLOPs of each: layer-like, and square."""
-    side, repeats = (2048, 1) if platform == "cpu" else (8192, 10)
+    side, repeats, dtype = (2048, 1, "float32") if platform == "cpu" else (8192, 10, dtype)
     sizes = {"layer": (shape.tokens, shape.embed, 4 * shape.ffw), "square": (side, side, side)}
     runs: dict[str, Callable[[], Any]] = {}
     work: dict[str, float] = {}
