@@ -216,6 +216,15 @@ def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
     return why is None
 
 
+def told(cpu_kernel: str, mesh: Mesh, dtype: str) -> str | None:
+    """One line on how experts multiply on these CPUs; None where they are something else."""
+    if platform(mesh) != "cpu":
+        return None
+    if in_native(cpu_kernel, mesh, jnp.dtype(dtype)):
+        return "experts multiply in C++"
+    return f"experts multiply in XLA: {native.missing() or f'model.cpu_kernel={cpu_kernel!r}, {dtype}'}"
+
+
 def _by_sorting(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
     """`native.experts` in XLA, for every platform."""
     num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]

@@ -11,8 +11,8 @@
 
 Ours is `moe_jax.moe.MoE` under `jax.jit`: y and the gradients of x, router and expert weights by a given dy. Every
 contestant gets the same numbers and its outcome is compared with ours before anything is timed. The limit is the
-useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch in the same round, on a CPU in float32 (whatever
-the dtype), else in the same dtype. Peers that are not installed are said to be absent;
+useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch in the same round: on a CPU in float32,
+whatever the dtype, else in the same dtype. Peers that are not installed are said to be absent;
 `experiments.benchmarks.peers.INSTALL` has the command for each.
 """
 
