@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax import dispatch, native
+from moe_jax.config import MeshConfig
 from moe_jax.dispatch import IN_XLA, ExpertWeights, in_native
+from moe_jax.mesh import make_mesh
 
 
 @pytest.fixture
@@ -120,3 +122,24 @@ def test_the_dispatch_says_what_it_multiplied(compiler):
     for kernel, rows in ((dispatch.NATIVE, 3), (dispatch.IN_XLA, 256)):
         _, traffic = dispatch._local(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), weights, kernel=kernel)
         assert int(traffic.rows[0]) == rows
+
+
+def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(20, 8)), jnp.float32)
+    weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((8, 12), (8, 12), (12, 8))))
+
+    def value_and_gradients(kernel):
+        run = jax.value_and_grad(lambda x, w: (dispatch.dense_swiglu(x, w, cpu_kernel=kernel) ** 2).sum(), (0, 1))
+        return jax.tree.leaves(jax.jit(run)(x, weights))
+
+    for ours, theirs in zip(value_and_gradients("native"), value_and_gradients("xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    assert dispatch.told("auto", mesh, "float32") == "experts multiply in C++"
+    assert dispatch.told("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
+    monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
+    assert dispatch.told("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"

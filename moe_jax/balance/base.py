@@ -202,8 +202,7 @@ def _update(methods: Mapping[str, Method], statistics: Statistics, state: State,
             continue
         if own is not None:
             new[label] = own
-    any_token = statistics["loads"].sum() > 0  # a step without tokens teaches nothing
-    return jax.tree.map(lambda a, b: jnp.where(any_token, a, b), new, dict(state))
+    return wrappers.choose(statistics["loads"].sum() > 0, new, dict(state))  # a step without tokens teaches nothing
 
 
 def _present(tree: Mapping[str, Any]) -> dict[str, Any]:
