@@ -53,7 +53,7 @@ simulate
 ALLOWED = {
     "flax": {"layers", "moe", "model", "state", "step"},
     "orbax": {"checkpoint"},
-    "optax": {"state", "step"},
+    "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
     "grain": {"data"},
 }
