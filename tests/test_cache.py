@@ -26,7 +26,7 @@ def home(tmp_path, monkeypatch):
 
 def test_it_is_on_in_the_users_cache_folder_and_keeps_every_program(home, capsys):
     cache.keep_compiled()
-    folder = cache.default_folder()
+    folder = cache.user_folder("xla")
     assert folder.is_relative_to(home / ".cache" / "moe_jax" / "xla")
     assert [os.environ[name] for name in NAMES] == [str(folder), "0.0", "-1"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # who can write there can run code as the user
@@ -37,12 +37,12 @@ def test_a_jax_that_a_config_file_has_imported_is_told_too(home, monkeypatch):
     told = {}
     monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__)))
     cache.keep_compiled()
-    assert told == dict(zip(map(str.lower, NAMES), [str(cache.default_folder()), 0.0, -1], strict=True))
+    assert told == dict(zip(map(str.lower, NAMES), [str(cache.user_folder("xla")), 0.0, -1], strict=True))
 
 
 def test_xdg_cache_home_is_followed(home, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "elsewhere"))
-    assert cache.default_folder().is_relative_to(home / "elsewhere" / "moe_jax" / "xla")
+    assert cache.user_folder("xla").is_relative_to(home / "elsewhere" / "moe_jax" / "xla")
 
 
 def test_what_the_user_has_set_wins(home, monkeypatch):
@@ -64,10 +64,10 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line_and_none_is_used(ho
 
 
 def test_machines_of_other_instruction_sets_do_not_share_a_folder(home, monkeypatch):
-    ours = cache.default_folder()
+    ours = cache.user_folder("xla")
     monkeypatch.setattr(cache, "_machine", lambda: "x86_64-00000000")
-    assert cache.default_folder() != ours
-    assert cache.default_folder().parent == ours.parent
+    assert cache.user_folder("xla") != ours
+    assert cache.user_folder("xla").parent == ours.parent
 
 
 def test_what_was_used_longest_ago_is_deleted_until_the_rest_fits(tmp_path):
@@ -86,8 +86,8 @@ def test_what_was_used_longest_ago_is_deleted_until_the_rest_fits(tmp_path):
 def test_a_second_start_finds_every_program_and_computes_the_same_bits(home, tmp_path):
     file = rig.write_config(tmp_path / "config.py", rig.drill_config())
     rig.train(file, tmp_path / "first", "--stop_at=2")
-    kept = sorted(cache.default_folder().iterdir())
+    kept = sorted(cache.user_folder("xla").iterdir())
     assert any("train_step" in program.name for program in kept)
     rig.train(file, tmp_path / "second", "--stop_at=2")
-    assert sorted(cache.default_folder().iterdir()) == kept
+    assert sorted(cache.user_folder("xla").iterdir()) == kept
     assert rig.curve(tmp_path / "second") == rig.curve(tmp_path / "first")

@@ -118,6 +118,7 @@ def test_three_non_finite_steps_in_a_row_end_the_run_with_step_and_tensor(uninte
 
 def test_a_training_command_says_what_it_did_and_nothing_else(uninterrupted):
     lines = (uninterrupted / "run.0.log").read_text().splitlines()
+    assert lines.pop(0).startswith("experts multiply in ")
     assert lines[0].startswith("train step 1/20")
     assert lines[-2].startswith("20 of 20 steps done")
     assert all(line.startswith("train step ") for line in [*lines[:-2], lines[-1]])
