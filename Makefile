@@ -12,7 +12,7 @@ test: $(VENV)/dev.stamp
 	$(RUN) -m pytest
 
 laws: $(VENV)/dev.stamp
-	$(RUN) -m pytest tests/laws tests/test_routing.py tests/test_grouped.py tests/test_dispatch.py tests/test_step.py
+	$(RUN) -m pytest tests/laws tests/test_routing.py tests/test_grouped.py tests/test_dispatch.py
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
