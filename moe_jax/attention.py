@@ -36,8 +36,8 @@ def attend(
         value: [B, S, G, V]; V may differ from K.
         segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
         scale: 1 / sqrt(K) if None.
-        mesh: where the arrays lie, rows over the batch axes and heads over `tensor`. None is one device, whatever
-            it is, and XLA's own code.
+        mesh: where the arrays lie, rows over the batch axes and heads over `tensor`. None is one device:
+            by blocks if that is a CPU, else XLA's own code.
 
     Returns:
         [B, S, H, V] in the query's dtype, softmax in float32.
@@ -205,9 +205,9 @@ def _blocks_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple[
 in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _block_bounds(length: int, most: int = 8, least: int = 64) -> list[tuple[int, int]]:
-    """At most eight blocks: their programs are written out, one after the other."""
-    block = max(least, -(-length // most))
+def _block_bounds(length: int) -> list[tuple[int, int]]:
+    """At most eight blocks, for their programs are written out one after the other; of at least 64 queries."""
+    block = max(64, -(-length // 8))
     return [(first, min(first + block, length)) for first in range(0, length, block)]
 
 
