@@ -24,7 +24,6 @@ the router's weights alone do nothing here.
 import ast
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -44,6 +43,7 @@ from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, article, balance_entries, validate
 from moe_jax.files import write_json
 from moe_jax.options import BalanceEntry
+from moe_jax.workdir import read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -677,7 +677,7 @@ def _of_the_run(scores: Path, given: set[str]) -> dict[str, Any]:
     file = scores.parent / "config.json"
     if scores == Path() or not file.is_file():
         return {}
-    model = json.loads(file.read_text())["model"]
+    model = read_config(file)["model"]
     if zero := model.get("num_zero_experts", 0):
         raise ValueError(
             f"--scores={scores} has {zero} zero-computation experts, of which the simulator knows nothing."
