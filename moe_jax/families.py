@@ -102,6 +102,11 @@ COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.
 # --- tables of keys -------------------------------------------------------------------------------------------
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 class Key(NamedTuple):
     """A key of theirs and ours; `default` where it is absent or null (None: it must be there)."""
 
@@ -263,23 +268,23 @@ ALIASES = {
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 # Keys that change no logit: of training, of caches and outputs, of other programs. `auto_map` names code that comes
 # with a checkpoint; it is never run.
-WITHOUT_EFFECT = set(CARRIED) | set(
+WITHOUT_EFFECT = words(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
     attention_dropout auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size ep_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length max_window_layers
-    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads
-    qk_head_dim remove_invalid_values repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef
-    router_jitter_noise sep_token_id seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache
-    """.split()
-)
+    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp problem_type
+    pruned_heads qk_head_dim remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    router_aux_loss_coef router_jitter_noise sep_token_id seq_aux suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache
+    """
+).union(CARRIED)
 # Read by name below, in every family
-READ_APART = set("rope_theta rope_scaling rope_parameters quantization_config sliding_window use_sliding_window".split())
+READ_APART = words("rope_theta rope_scaling rope_parameters quantization_config sliding_window use_sliding_window")
 SPARSE_KEYS = {"decoder_sparse_step", "mlp_only_layers"}  # Qwen3-MoE's
 YARN_KEYS = {
     "factor": "factor",
@@ -316,7 +321,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     Raises:
         ValueError: a key or a value that this family, or our model, does not have.
     """
-    family, hf = family_of(hf), {k: v for k, v in hf.items()}
+    family, hf = family_of(hf), dict(hf)
     for name, other in ALIASES.items():
         wanted = {key.name for key in family.keys} | {"num_nextn_predict_layers"}
         if name in hf and other in wanted and name not in wanted:
@@ -356,7 +361,7 @@ def _refuse_unknown(family: Family, hf: Mapping[str, Any]) -> None:
             if value is not None and value not in family.only[name]:
                 allowed = " or ".join(map(repr, family.only[name])) or "null"
                 raise ValueError(
-                    f"config.json has {name}={value!r}, which our {family.architecture} does not have ({allowed} only); "
+                    f"config.json has {name}={value!r}, which our model does not have ({allowed} only); "
                     "convert another model."
                 )
         elif name not in read and value not in (None, False, 0, "", [], {}):
@@ -674,4 +679,3 @@ def _as_pairs(value: np.ndarray, rope: int) -> np.ndarray:
     result = value.copy()
     result[..., -rope::2], result[..., 1 - rope :: 2] = value[..., -rope : -rope // 2], value[..., -rope // 2 :]
     return result
-

@@ -61,7 +61,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     names = sorted(set(index.values())) if index is not None else [SINGLE]
     found: dict[str, Entry] = {}
     for name in names:
-        for tensor, entry in _header(_inside(folder, name)).items():
+        for tensor, entry in _header(inside(folder, name)).items():
             if tensor in found:
                 raise ValueError(
                     f"{folder}: tensor {tensor} is in {found[tensor].file.name} and in {name}; remove one of the files."
@@ -94,7 +94,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with a model's safetensors.")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The file of a folder, whose name may lead nowhere else.
 
     Links may lead to the blobs of a Hugging Face cache, which is how that cache shows its folders.
@@ -118,7 +118,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ValueError: it is absent, too large, leads elsewhere, or is no JSON object.
     """
-    file = _inside(folder, name)
+    file = inside(folder, name)
     if file.stat().st_size > MOST_JSON_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any such file; fetch it again.")
     try:
@@ -187,7 +187,11 @@ def write_folder(
         shard_bytes: 5 GB, as transformers writes them.
     """
     shards = _split(plans, shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for name, shard in zip(names, shards, strict=True):
         yield from _write_file(folder / name, shard, value)
     if len(shards) > 1:
