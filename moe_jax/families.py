@@ -4,8 +4,8 @@ All that tells one family from another is data: tables of keys and tables of ten
 name of a tensor, its layout there and the layout of our parameters that it holds, in letters:
 
     v vocabulary, d embed, h heads, g kv heads, k head_dim, f dense hidden width, x experts, m an expert's hidden width,
-    s the shared experts', z and r the latents of queries and of keys and values, n a head's part without RoPE,
-    p with it, q both, w a value's width; b and c are d twice.
+    s the shared experts', y and u all queries and all keys, z and r the latents of queries and of keys and values,
+    n a head's part without RoPE, p with it, q both, w a value's width; b and c are d twice.
 
 `h.k d` has heads and their width merged in one axis, `n+w` has two of our parameters one after the other. Only `p`
 and the end of `q` are permuted besides: there RoPE rotates the pairs (2i, 2i + 1), here (i, i + half).
@@ -70,8 +70,8 @@ QK_NORMS = {
         _same("self_attn.k_norm.weight", "attention/key_norm/scale", "k"),
     ),
     "projection": (
-        Row("self_attn.q_norm.weight", "h.k", {"attention/query_norm/scale": "h k"}),
-        Row("self_attn.k_norm.weight", "g.k", {"attention/key_norm/scale": "g k"}),
+        _same("self_attn.q_norm.weight", "attention/query_norm/scale", "y"),
+        _same("self_attn.k_norm.weight", "attention/key_norm/scale", "u"),
     ),
 }
 FULL_QUERIES = (Row("self_attn.q_proj.weight", "h.q d", {"attention/query": "d h q"}),)
@@ -625,6 +625,7 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
     """The letters' sizes."""
     letters = dict(v=c.vocab_size, d=c.embed_dim, b=c.embed_dim, c=c.embed_dim, h=c.num_heads, g=c.num_kv_heads)
     letters |= dict(k=c.head_dim, f=c.ffw_dim, x=c.num_experts, m=c.expert_ffw_dim)
+    letters |= dict(y=c.num_heads * c.head_dim, u=c.num_kv_heads * c.head_dim)
     letters |= dict(s=c.num_shared_experts * c.expert_ffw_dim, z=c.q_lora_rank, r=c.kv_lora_rank)
     return letters | dict(
         n=c.qk_nope_head_dim, p=c.qk_rope_head_dim, q=c.qk_nope_head_dim + c.qk_rope_head_dim, w=c.v_head_dim
