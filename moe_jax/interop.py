@@ -177,6 +177,7 @@ class Source(NamedTuple):
     """A checked folder of theirs. block: rows and columns of a float8 scale's block."""
 
     folder: Path
+    family: Family
     config: ModelConfig
     tensors: list[Tensor]
     entries: dict[str, Entry]
@@ -206,7 +207,7 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     found = _check_tensors(folder, tensors(family, config), entries, copies(config))
-    return Source(folder, config, found, entries, block)
+    return Source(folder, family, config, found, entries, block)
 
 
 def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:

@@ -102,8 +102,8 @@ COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.
 class Part(NamedTuple):
     """A slice of one of our parameters, and how it lies in a tensor of theirs.
 
-    leaf: the parameter's path. at: the index of its layer, and of the expert. span: from where to where along the tensor's
-    divided axis. order: their axes in our order. rope: so many last columns are interleaved pairs.
+    leaf: the parameter's path. at: the index of its layer, and of the expert. span: from where to where along the
+    tensor's divided axis. order: their axes in our order. rope: so many last columns are interleaved pairs.
     """
 
     leaf: str

@@ -239,7 +239,7 @@ def test_a_bias_that_is_the_same_for_all_experts_picks_nothing_and_may_be_lost(t
     assert stored(tmp_path / "out") == stored(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("balance", [dict(hash={}), dict(bias_sign=dict(multiplicative=True))])
+@pytest.mark.parametrize("balance", [dict(hash={}), dict(bias_multiplicative={})])
 def test_a_run_that_picks_experts_otherwise_is_not_exported(balance):
     with pytest.raises(ValueError, match="which no family knows"):
         refuse_balance(tiny_config(balance=balance))
