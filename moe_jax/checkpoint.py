@@ -314,7 +314,7 @@ def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
     """The arrays, with one memory of chunks: a small slice comes with its neighbours, which are read next."""
     import tensorstore
 
-    memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": 4 * CHUNK_BYTES}})
+    memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
     return {name: OnDisk(tensorstore.open(_spec(path, name), open=True, context=memory).result()) for name in names}
 
 

@@ -22,6 +22,7 @@ from absl import app, flags
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, as_dict, default, validate
 from moe_jax.files import is_remote, new_folder, workdir_of, write_json
+from moe_jax.shards import open_folder
 from moe_jax.workdir import config_of_run, versions
 
 
@@ -39,10 +40,11 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
     Raises:
         ValueError: something in the folder is not as it should be, by name; or the workdir is not empty.
     """
-    from moe_jax import checkpoint
-    from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
-
+    open_folder(folder)  # what is wrong with the files is told before jax is loaded
     with new_folder(workdir) as partial:
+        from moe_jax import checkpoint
+        from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
+
         source = open_hf(folder, dtype)
         model, biased = as_dict(Config(model=source.config))["model"], source.family.has_bias
         config = validate(default(model=model, balance=dict(bias_sign={}) if biased else {}))

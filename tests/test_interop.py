@@ -2,24 +2,31 @@
 
 import json
 import os
+import re
 import shutil
 import tracemalloc
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from drills import folders
+from drills import folders, rig
 
+from configs import from_checkpoint
 from conftest import tiny_config
-from moe_jax import shards
+from moe_jax import evaluate, shards
 from moe_jax.checkpoint import Checkpointer, describe_leaves, open_newest, restore, restore_weights
 from moe_jax.config import validate
 from moe_jax.convert import run, to_folder, to_workdir
+from moe_jax.data import open_corpus, training_batches
 from moe_jax.interop import LanguageModel, abstract_weights, bias_of, load_hf, positions_in, refuse_balance, save_hf
+from moe_jax.mesh import make_mesh
 from moe_jax.shards import open_folder
-from moe_jax.state import TrainState, abstract_state, read_bias
+from moe_jax.state import TrainState, abstract_state, initial_balance, read_bias
+from moe_jax.step import make_train_step
+from moe_jax.train import weights_of, with_hash_tables
 from moe_jax.workdir import config_of_run
 
 KINDS = {case: (case, {}) for case in folders.CASES}
@@ -465,16 +472,52 @@ def test_a_model_that_predicts_nothing_ahead_says_so(converted):
 
 
 def test_evaluation_of_a_converted_workdir_is_that_of_the_model(converted, tmp_path):
-    from dataclasses import replace
-
-    from moe_jax.data import open_corpus
-    from moe_jax.evaluate import evaluate
-    from moe_jax.evaluate import run as evaluate_workdir
-
     config, model = config_of_run(converted / "run"), load_hf(converted / "hf")
     config = replace(config, batch_size=8, sequence_length=16, data=replace(config.data, eval_sequences=4))
-    evaluate_workdir(config, converted / "run")
+    evaluate.run(config, converted / "run")
     written = json.loads((converted / "run" / "evaluation.json").read_text())
-    state = TrainState(*[jnp.int32(0)] * 3, model.params, {}, model.bias, {})
-    assert written == {"step": 0, **evaluate(config, state, open_corpus())}
+    state = TrainState(*[jnp.int32(0)] * 3, model.params, {}, model.bias, initial_balance(config))
+    assert written == {"step": 0, **evaluate.evaluate(config, state, open_corpus())}
     assert read_bias(state.bias).any()
+
+
+# --- training on ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bias_sign", "aux_loss", "hash"])
+def test_training_goes_on_from_converted_weights_with_the_imported_bias(method, converted):
+    corpus, model = open_corpus(), load_hf(converted / "hf")
+    config = from_checkpoint.get_config(str(converted / "run"))
+    config.update(dict(batch_size=8, sequence_length=16, num_steps=4, mesh=dict(data=1)))
+    config.optimizer.update(dict(warmup_steps=1))
+    config.model.update(dict(num_groups=1, top_groups=1))  # `hash` knows no groups
+    config = validate(config.to_dict() | {"balance": {method: {}}})
+    state = with_hash_tables(config, weights_of(config, make_mesh(config.mesh)), corpus)
+    np.testing.assert_array_equal(read_bias(state.bias), bias_of(model))
+    batch = training_batches(corpus, seed=0, batch_size=8, sequence_length=16)(0)
+    free = LanguageModel(config.model, model.params, model.bias)
+    ids = np.asarray(free.expert_ids(batch.tokens, batch.segment_ids, batch.positions))
+    loads = np.bincount(ids.ravel(), minlength=9)[:8]
+    before = jax.tree.map(np.asarray, state.params)
+    state, values = make_train_step(config)(state, batch, jax.random.key(0))
+    same = np.isclose(float(values["moe/max_violation"]), loads.max() / loads.mean() - 1, rtol=1e-5)
+    assert bool(same) is (method != "hash")  # whose table picks, not the bias
+    assert np.isfinite(values["loss"]) and not equal(before, state.params)
+
+
+def test_a_config_without_a_workdir_says_which_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"configs/from_checkpoint\.py: must name a workdir"):
+        from_checkpoint.get_config()
+    with pytest.raises(ValueError, match="must name a workdir with config"):
+        from_checkpoint.get_config(str(tmp_path))
+
+
+def test_the_command_tells_a_mistake_in_one_sentence(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    arguments = f"--input={tmp_path / 'hf'}", f"--output={tmp_path / 'run'}"
+    command = rig.Command("moe_jax.convert", tmp_path / "log", *arguments)
+    assert command.wait() == 2
+    first, *rest = command.text.splitlines()
+    assert re.match(r"error: .* has neither model\.safetensors nor", first)
+    assert not any("Traceback" in line for line in rest)
