@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -307,14 +307,15 @@ def open_newest(
     if found is None:
         return None
     path = directory / f"{found[0]:08d}"
-    return found[0], {name: OnDisk(_open_array(path, name)) for name in wanted}
+    return found[0], _open_arrays(path, wanted)
 
 
-def _open_array(path: Path, name: str) -> Any:
+def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
+    """The arrays, with one memory of chunks: a small slice comes with its neighbours, which are read next."""
     import tensorstore
 
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 4 * CHUNK_BYTES}})
-    return tensorstore.open(_spec(path, name), open=True, context=context).result()
+    memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
+    return {name: OnDisk(tensorstore.open(_spec(path, name), open=True, context=memory).result()) for name in names}
 
 
 def _spec(path: Path, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ command
 files
 cache
 ledger
+shards
 prefetch
 mesh
 hlo
@@ -38,6 +39,10 @@ flops
 step
 measure
 checkpoint
+families
+tensors
+interop
+convert
 log
 observer
 profiling
@@ -51,13 +56,15 @@ streams
 simulate
 """.split()
 ALLOWED = {
-    "flax": {"layers", "moe", "model", "state", "step"},
+    "flax": {"layers", "moe", "model", "state", "step", "interop"},
     "orbax": {"checkpoint"},
+    "tensorstore": {"checkpoint"},
+    "safetensors": {"shards"},
     "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
     "grain": {"data"},
 }
-WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log"}
+WITHOUT_JAX = set("options config command files cache ledger shards prefetch hlo chips data log".split())
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 
@@ -111,11 +118,11 @@ def test_config_and_data_do_not_import_jax(file):
         assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "describe", "plan", "simulate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "describe", "plan", "simulate", "convert"])
 def test_commands_import_jax_late(name):
     top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
     assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)
-    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams"}
+    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams", "interop"}
     assert not any(internal(n) in heavy for n in top)
 
 
