@@ -56,6 +56,8 @@ ALLOWED = {
     "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
     "grain": {"data"},
+    "tokenizers": {"data"},
+    "lm_eval": {"harness"},
 }
 WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log"}
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))

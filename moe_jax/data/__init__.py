@@ -11,7 +11,7 @@ from moe_jax.data.corpus import (
     open_corpus,
     token_frequencies,
 )
-from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
 
 __all__ = [
     "SPLITS",
@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationBatches",
     "Stream",
     "Summary",
+    "Tokenizer",
     "check_corpus",
     "count_windows",
     "evaluation_batches",
