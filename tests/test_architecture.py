@@ -22,6 +22,7 @@ distributed
 watchdog
 workdir
 routing
+sampling
 balance
 metrics
 grouped
@@ -43,7 +44,10 @@ observer
 profiling
 surgery
 specialisation
+show
 evaluate
+generate
+harness
 train
 describe
 plan
@@ -59,7 +63,7 @@ ALLOWED = {
     "tokenizers": {"data"},
     "lm_eval": {"harness"},
 }
-WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log"}
+WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log", "show"}
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 
@@ -113,7 +117,7 @@ def test_config_and_data_do_not_import_jax(file):
         assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "describe", "plan", "simulate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "harness", "describe", "plan", "simulate"])
 def test_commands_import_jax_late(name):
     top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
     assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)

@@ -241,4 +241,3 @@ def test_the_command_tells_what_is_wrong(source, tmp_path, capsys, flags, proble
     with pytest.raises(SystemExit):
         main([f"--input={source}", f"--output={tmp_path / 'out'}", *flags])
     assert problem in capsys.readouterr().err
-
