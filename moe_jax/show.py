@@ -76,7 +76,7 @@ def palette(num_colors: int) -> list[str]:
 
     Up to 12 have one lightness; up to 36 two, beyond three, so that neighbours in hue differ in lightness.
     """
-    levels = [(0.82, 0.11)] if num_colors <= 12 else [(0.88, 0.08), (0.73, 0.14)]
+    levels = [(0.82, 0.11)] if num_colors <= 12 else [(0.88, 0.09), (0.72, 0.15)]
     levels += [(0.66, 0.09)] if num_colors > 36 else []
     hues = (360.0 * n / max(1, num_colors) + 20.0 for n in range(num_colors))
     return [oklch(*levels[n % len(levels)], hue) for n, hue in enumerate(hues)]

@@ -63,7 +63,20 @@ ALLOWED = {
     "tokenizers": {"data"},
     "lm_eval": {"harness"},
 }
-WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log", "show"}
+WITHOUT_JAX = {
+    "options",
+    "config",
+    "command",
+    "files",
+    "cache",
+    "ledger",
+    "prefetch",
+    "hlo",
+    "chips",
+    "data",
+    "log",
+    "show",
+}
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
 from flax import nnx
 
+from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing
@@ -40,7 +40,9 @@ def built(name):
     state = init_state(config)
     if state.balance or config.model.num_experts:
         layers = 2 + config.model.mtp_depth
-        state = state._replace(bias=write_bias(state.bias, jnp.linspace(-0.7, 0.9, layers * 4).reshape(layers, 4)[::-1]))
+        state = state._replace(
+            bias=write_bias(state.bias, jnp.linspace(-0.7, 0.9, layers * 4).reshape(layers, 4)[::-1])
+        )
     module = nnx.merge(abstract_model(config.model).graphdef, state.params, state.bias)
     return config, module, Balancing(balance.make(config.balance, config.model), state.balance)
 
