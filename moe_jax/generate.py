@@ -568,21 +568,38 @@ def main(_: list[str]) -> None:
         fail(str(error))
 
 
+def define_flags(values: Any = flags.FLAGS) -> None:
+    """The flags of the command."""
+    flags.DEFINE_string(
+        "workdir", None, "The workdir of a training run, or of a converted model.", flag_values=values, required=True
+    )
+    flags.DEFINE_multi_string("prompt", [], "The beginning of a text; may be given several times.", flag_values=values)
+    flags.DEFINE_string("prompts_file", "", "A file of prompts, one a line.", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add to a prompt.", flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 1.0, "Draw from the likeliest tokens that together have this probability.", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "stop", [], "End a text before this string; may be given several times.", flag_values=values
+    )
+    flags.DEFINE_integer("num_samples", 1, "Texts of each prompt.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "Texts made at the same time.", flag_values=values)
+    flags.DEFINE_integer(
+        "max_length", 0, "Most tokens of prompt and text; 0: the run's sequence_length.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "separator", None, "Begin prompts as documents begin; as the model was trained if left out.", flag_values=values
+    )
+    flags.DEFINE_bool("show_experts", False, "Colour tokens by their top expert.", flag_values=values)
+    flags.DEFINE_integer(
+        "layer", None, "The MoE layer to colour by, from 0; the middle one if left out.", flag_values=values
+    )
+    flags.DEFINE_string("html", "", "Write the coloured tokens of all layers to this file.", flag_values=values)
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The workdir of a training run, or of a converted model.", required=True)
-    flags.DEFINE_multi_string("prompt", [], "The beginning of a text; may be given several times.")
-    flags.DEFINE_string("prompts_file", "", "A file of prompts, one a line.")
-    flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add to a prompt.")
-    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.")
-    flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.")
-    flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that together have this probability.")
-    flags.DEFINE_integer("seed", 0, "Of the draws.")
-    flags.DEFINE_multi_string("stop", [], "End a text before this string; may be given several times.")
-    flags.DEFINE_integer("num_samples", 1, "Texts of each prompt.")
-    flags.DEFINE_integer("batch_size", 8, "Texts made at the same time.")
-    flags.DEFINE_integer("max_length", 0, "Most tokens of prompt and text; 0: the run's sequence_length.")
-    flags.DEFINE_bool("separator", None, "Begin prompts as documents begin; as the model was trained if left out.")
-    flags.DEFINE_bool("show_experts", False, "Colour tokens by their top expert.")
-    flags.DEFINE_integer("layer", None, "The MoE layer to colour by, from 0; the middle one if left out.")
-    flags.DEFINE_string("html", "", "Write the coloured tokens of all layers to this file.")
+    define_flags()
     app.run(main, flags_parser=parse_flags)
