@@ -167,6 +167,12 @@ def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
     return state
 
 
+def initial_balance(config: Config) -> Tree:
+    """What balancing remembers before step 0, apart from the bias."""
+    layers = _init_balance(balance.make(config.balance, config.model), config.model)
+    return {label: value for label, value in layers.items() if label != "bias"}
+
+
 def read_bias(bias: Tree) -> Float32[Array, "layers *classes experts"]:
     """The biases of all MoE layers in execution order, [L, E], or [L, C, E] with classes of tokens."""
     return jnp.concatenate(jax.tree.leaves(_in_order(bias)))
