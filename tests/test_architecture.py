@@ -45,6 +45,7 @@ profiling
 surgery
 specialisation
 show
+decoding
 evaluate
 generate
 harness
@@ -55,7 +56,7 @@ streams
 simulate
 """.split()
 ALLOWED = {
-    "flax": {"layers", "moe", "model", "state", "step"},
+    "flax": {"layers", "moe", "model", "state", "step", "decoding"},
     "orbax": {"checkpoint"},
     "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
@@ -134,7 +135,7 @@ def test_config_and_data_do_not_import_jax(file):
 def test_commands_import_jax_late(name):
     top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
     assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)
-    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams"}
+    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams", "decoding"}
     assert not any(internal(n) in heavy for n in top)
 
 

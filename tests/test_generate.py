@@ -15,21 +15,19 @@ from drills import rig
 from flax import nnx
 
 from conftest import tiny_config
-from moe_jax import balance, generate
+from moe_jax import balance, decoding, generate
 from moe_jax.data import ByteTokenizer, get_tokenizer
-from moe_jax.generate import (
+from moe_jax.decoding import (
     Growing,
     Model,
     check_model,
     check_prompts,
-    chosen_layer,
     complete,
-    encode,
     notice_of_drops,
-    read_prompts,
-    tokenizer_of,
+    score,
     trace,
 )
+from moe_jax.generate import chosen_layer, encode, longest, read_prompts, tokenizer_of
 from moe_jax.mesh import make_mesh
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing
@@ -97,7 +95,7 @@ def test_greedy_text_is_the_argmax_of_the_forward_pass_at_every_step(name):
 
 def test_a_prompt_that_enters_in_pieces_gives_the_same(monkeypatch):
     expected = complete(built(), PROMPTS, BYTES, max_new_tokens=NEW, sampling=GREEDY)
-    monkeypatch.setattr(generate, "CHUNK", 4)  # prompts of 10, 1 and 5 tokens
+    monkeypatch.setattr(decoding, "CHUNK", 4)  # prompts of 10, 1 and 5 tokens
     assert complete(built(), PROMPTS, BYTES, max_new_tokens=NEW, sampling=GREEDY) == expected
 
 
@@ -143,6 +141,15 @@ def test_on_a_mesh_the_text_is_that_of_one_device():
     mesh = make_mesh(config.mesh)
     found = complete(model._replace(config=config, mesh=mesh), PROMPTS, BYTES, max_new_tokens=NEW, sampling=GREEDY)
     assert found == complete(model, PROMPTS, BYTES, max_new_tokens=NEW, sampling=GREEDY)
+
+
+def test_scores_are_the_log_probabilities_of_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+    texts = [[256, *b"The first"], [256, 97], [256, *b"king"]]
+    for text, (logs, likeliest) in zip(texts, score(built(), texts), strict=True):
+        logits = np.asarray(jax.nn.log_softmax(whole("gqa", text)[0]))[:-1]
+        np.testing.assert_allclose(logs, np.take_along_axis(logits, np.array(text[1:])[:, None], 1)[:, 0], atol=1e-4)
+        np.testing.assert_array_equal(likeliest, logits.argmax(-1) == text[1:])
 
 
 # --- text -------------------------------------------------------------------------------------------------------
@@ -269,6 +276,16 @@ def test_a_converted_model_speaks_by_its_own_tokenizer_and_others_by_their_corpu
     vocabularies.write(tmp_path / "tokenizer", vocabularies.byte_level(), **files)
     tokenizer, opened = tokenizer_of(tmp_path, tiny_config())
     assert tokenizer.vocab_size == 301 and not opened
+    assert tokenizer_of(tmp_path, tiny_config(), "bytes") == (BYTES, True)
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"came without a tokenizer\.json.*give --tokenizer"):
+        tokenizer_of(tmp_path, tiny_config())
+
+
+def test_a_converted_model_is_as_long_as_its_maker_says(tmp_path):
+    assert longest(tmp_path, tiny_config()) == 16
+    vocabularies.write(tmp_path / "tokenizer", vocabularies.byte_level(), config=dict(max_position_embeddings=4096))
+    assert longest(tmp_path, tiny_config()) == 4096
 
 
 def test_a_prompt_is_opened_once_and_its_special_tokens_are_read(tmp_path):
@@ -320,7 +337,7 @@ def test_the_command_prints_the_texts_that_the_library_makes(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--prompt=x", "--max_new_tokens=99"], "more than the 16 that the model was trained on"),
+        (["--prompt=x", "--max_new_tokens=99"], "more than the 16 that the model is made for"),
         (["--prompt=x", "--temperature=-1"], "--temperature=-1.0 must be finite"),
         (["--prompt=x", "--noseparator", "--prompt=", "--max_new_tokens=8"], "prompt 2 has no token"),
         ([], "there is no prompt"),
