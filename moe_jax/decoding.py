@@ -200,11 +200,11 @@ def score(model: Model, sequences: Sequence[Sequence[int]]) -> list[tuple[np.nda
         whole vocabulary, and whether each was the likeliest token, bool [N - 1].
     """
     count, found = _whole_shards(len(sequences), model.mesh), []
-    longest = max(map(len, sequences))
+    inputs, targets = [s[:-1] for s in sequences], [s[1:] for s in sequences]
+    longest = max(map(len, inputs))
     step, arrays = _score(*_compiled_by(model)), (model.params, model.bias, model.balance)
     cache = _cache_maker(model.config.model, model.mesh, count, rounded(longest))()
-    targets = [sequence[1:] for sequence in sequences]
-    pieces = zip(_chunks(sequences, count, longest), _chunks(targets, count, longest), strict=True)
+    pieces = zip(_chunks(inputs, count, longest), _chunks(targets, count, longest), strict=True)
     for (tokens, positions), (following, _) in pieces:
         *result, cache = step(arrays, tokens, positions, following, cache)
         found.append([np.asarray(a) for a in result])

@@ -49,6 +49,7 @@ decoding
 evaluate
 generate
 harness
+tasks
 train
 describe
 plan

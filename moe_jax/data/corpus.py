@@ -14,11 +14,12 @@ Legend: N tokens, D documents, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import lzma
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,13 @@ class Corpus:
     def stream(self, split: str, domain: str) -> Stream:
         """The stream of one split ("train" or "validation") of one domain."""
         return self.streams[split, domain]
+
+
+def documents(corpus: Corpus, split: str, domain: str) -> Iterator[str]:
+    """The texts of one split ("train" or "validation") of one domain, as their tokens say them, in order."""
+    stream = corpus.stream(split, domain)
+    for start, stop in itertools.pairwise(stream.offsets):
+        yield corpus.tokenizer.decode(stream.tokens[start + 1 : stop])
 
 
 def token_frequencies(
