@@ -97,7 +97,7 @@ def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
 def without_what_no_step_reads(config: Config) -> Config:
     """The config by which steps are compiled: runs that differ elsewhere share one compilation."""
     plain = Config()
-    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint"]
+    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint", "init_from"]
     keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
