@@ -1,4 +1,4 @@
-"""Laws of the adapter for the lm-evaluation-harness: every token once, the forward pass's likelihoods, texts as asked."""
+"""Laws of the adapter for the lm-evaluation-harness: every token once, likelihoods of the model, texts as asked."""
 
 import functools
 import json
@@ -181,7 +181,13 @@ def results(tmp_path_factory):
     pytest.importorskip("lm_eval", reason=NEEDS)
     folder = tmp_path_factory.mktemp("harness")
     workdir = shutil.copytree(rig.uninterrupted(tmp_path_factory, rig.drill_config()) / "run", folder / "run")
-    flags = [f"--workdir={workdir}", "--tasks=held_out,continuation", "--limit=6", f"--output={folder / 'found.json'}"]
+    flags = [
+        f"--workdir={workdir}",
+        "--tasks=held_out,continuation",
+        "--limit=6",
+        "--max_length=64",
+        f"--output={folder / 'found.json'}",
+    ]
     offline = os.environ | dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(folder / "cache"))
     done = subprocess.run(
         [sys.executable, "-m", "moe_jax.harness", *flags], capture_output=True, text=True, env=offline
@@ -192,7 +198,7 @@ def results(tmp_path_factory):
 
 def test_the_harness_reports_the_bits_per_byte_that_we_compute(results):
     workdir, found = results
-    ours = harness.reader(workdir)
+    ours = harness.reader(workdir, max_length=64)
     texts = [t for d in open_corpus().domains for t in documents(open_corpus(), "validation", d)][:6]
     bits = -sum(rolling(ours, texts)) / math.log(2) / sum(len(text.encode()) for text in texts)
     assert found["held_out"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
