@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from moe_jax.config import Config
 from moe_jax.data import evaluation_batches, get_tokenizer, make_corpus, open_corpus
 from moe_jax.data.prepare import Options, main, prepare
+from moe_jax.evaluate import check_tokenizer
 
 HARD = [
     *vocabularies.TEXTS,
@@ -241,3 +243,12 @@ def test_the_command_tells_what_is_wrong(source, tmp_path, capsys, flags, proble
     with pytest.raises(SystemExit):
         main([f"--input={source}", f"--output={tmp_path / 'out'}", *flags])
     assert problem in capsys.readouterr().err
+
+
+def test_evaluation_refuses_to_read_another_vocabulary_than_the_model_s_own(tmp_path):
+    vocabularies.write(tmp_path / "tokenizer", vocabularies.byte_level())
+    same = make_corpus({"one": {"train": ["x"], "validation": ["y"]}}, get_tokenizer(str(tmp_path / "tokenizer"), 0))
+    check_tokenizer(Config(), tmp_path, same)
+    with pytest.raises(ValueError, match=r"has a tokenizer of its own, but data\.path='' is of 'bytes'.*--data"):
+        check_tokenizer(Config(), tmp_path, open_corpus())
+    check_tokenizer(Config(), tmp_path / "elsewhere", open_corpus())

@@ -15,7 +15,8 @@ from drills import rig
 from flax import nnx
 
 from conftest import tiny_config
-from moe_jax import balance, decoding, generate
+from moe_jax import balance, checkpoint, decoding, generate
+from moe_jax.config import as_dict
 from moe_jax.data import ByteTokenizer, get_tokenizer
 from moe_jax.decoding import (
     Growing,
@@ -356,6 +357,24 @@ def parsed(workdir, *arguments):
     generate.define_flags(values)
     values(["generate", f"--workdir={workdir}", *arguments])
     return values
+
+
+def test_a_converted_model_without_a_bias_speaks(tmp_path):
+    model, path = built(), tmp_path / "checkpoints" / "00000000"
+    weights = {"params": model.params, "bias": model.bias}
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weights)
+    path.parent.mkdir()
+    arrays = checkpoint.create(path, abstract, lambda leaf: 1)
+    for name, leaf in jax.tree_util.tree_leaves_with_path({"params": model.params}):
+        arrays[checkpoint.path_name(name)].write((), np.asarray(leaf))
+    checkpoint.commit(path, abstract, {})
+    config = replace(model.config, balance=())
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(config)))
+    restored, step = generate.restore(tmp_path)
+    how = dict(max_new_tokens=NEW, sampling=GREEDY)
+    unbiased = model._replace(config=config, bias=jax.tree.map(jnp.zeros_like, model.bias), balance={})
+    assert step == 0
+    assert complete(restored, PROMPTS, BYTES, **how) == complete(unbiased, PROMPTS, BYTES, **how)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
