@@ -252,7 +252,10 @@ def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) 
     with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=False)) as writer:
         writer.save(_absolute(path), args=ocp.args.PyTreeSave(numbers))
     leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract))}
-    return {name: OnDisk(_make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
+    arrays = {name: OnDisk(_make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
+    for name in (name for name in leaves if name.startswith("bias/")):
+        arrays[name].write((), np.zeros(leaves[name].shape, leaves[name].dtype))  # some families write none
+    return arrays
 
 
 @contextmanager
@@ -274,7 +277,9 @@ def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) ->
     row_bytes = int(np.prod(rows[1:])) * leaf.dtype.itemsize
     chunk = [1] * axes + [max(1, min(n, CHUNK_BYTES // row_bytes)) for n in rows[:1]] + list(rows[1:])
     metadata = {"shape": list(leaf.shape), "chunks": chunk, "compressor": None}
-    spec = _spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)}
+    # Orbax misses a chunk that is not stored, as one of zeros would not be
+    whole = {"store_data_equal_to_fill_value": True}
+    spec = _spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)} | whole
     return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
