@@ -120,6 +120,7 @@ class MoE(nnx.Module):
             num_rows=x.shape[0],
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
+            quantization=c.quantization,
         )
         if balancer.drop is not None:
             lost = count(routing.expert_ids, c.num_experts).sum() - count(sent.expert_ids, c.num_experts).sum()

@@ -25,6 +25,7 @@ routing
 balance
 metrics
 grouped
+quantize
 native
 attention
 dispatch
@@ -56,6 +57,7 @@ ALLOWED = {
     "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
     "grain": {"data"},
+    "qwix": {"quantize"},
 }
 WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log"}
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
