@@ -51,6 +51,33 @@ def attend(
     return in_jax(query, key, value, segment_ids, scale, "cudnn" if best == "cudnn" else "xla")
 
 
+def attend_cached(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch slots kv_heads head_dim"],
+    value: Float[Array, "batch slots kv_heads value_dim"],
+    positions: Int32[Array, "batch seq"],
+    *,
+    scale: float,
+) -> Float[Array, "batch seq heads value_dim"]:
+    """`attend` for decoding: a query sees every slot of its row up to its own position.
+
+    Args:
+        query: [B, N, H, K], N new tokens a row.
+        key: [B, S, G, K], the cache; slot s holds position s.
+        value: [B, S, G, V].
+        positions: int32 [B, N]; that of padding, -1, gives something finite.
+        scale: factor on query . key.
+
+    Returns:
+        [B, N, H, V] in the query's dtype, softmax in float32.
+    """
+    queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
+    scores = jnp.einsum("bgrqk,bgsk->bgrqs", queries, keys)
+    visible = jnp.arange(key.shape[1]) <= jnp.maximum(positions, 0)[:, None, None, :, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    return _as_heads(jnp.einsum("bgrqs,bgsv->bgrqv", weights, values), query.dtype)
+
+
 Kernel = Literal["splash", "cudnn", "blocks", "xla"]
 
 

@@ -29,19 +29,43 @@ DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """YaRN: RoPE for contexts `factor` times the `original_length` of training; 1 scales nothing.
+
+    A pair that turns more than `beta_fast` times over the original length keeps its frequency, one that turns less
+    than `beta_slow` times has it divided by the factor. `mscale` and `mscale_all_dim` sharpen the softmax, as in
+    DeepSeek's code (`layers.Rope`). Source: arXiv 2309.00071.
+    """
+
+    factor: float = number(1.0, 1.0)
+    original_length: int = number(4096, 1)
+    beta_fast: float = number(32.0, 0.0)
+    beta_slow: float = number(1.0, 0.0)
+    mscale: float = number(1.0, 0.0)
+    mscale_all_dim: float = number(0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """One transformer. `num_experts=0` is a dense one; everything from `num_experts` on is then unused."""
+    """One transformer. `num_experts=0` is a dense one; what is said of experts is then unused."""
 
     vocab_size: int = number(264, 1)  # bytes + separator = 257, rounded up so that it divides by 8
     num_layers: int = number(4, 1)
     embed_dim: int = number(128, 1)
+    attention: Literal["gqa", "mla"] = "gqa"  # grouped-query, or multi-head latent
     num_heads: int = number(4, 1)
-    num_kv_heads: int = number(2, 1)
+    num_kv_heads: int = number(2, 1)  # gqa, as are the next two
     head_dim: int = number(32, 2)
-    ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
+    qk_norm: Literal["none", "head", "projection"] = "none"  # RMSNorm of queries and keys: of each head, or of all
+    q_lora_rank: int = number(0, 0)  # mla: width of the queries' latent; 0: queries are projected at once
+    kv_lora_rank: int = number(64, 1)  # mla: width of the latent of keys and values, which decoding caches
+    qk_nope_head_dim: int = number(32, 1)  # mla: of a head's query and key, the part without RoPE ...
+    qk_rope_head_dim: int = number(16, 2)  # ... and the part with it, whose key all heads share
+    v_head_dim: int = number(32, 1)  # mla
     rope_theta: float = number(10000.0, 1.0)
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+    ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
     norm_eps: float = number(1e-6, 0.0)
-    qk_norm: bool = False
     tied_embeddings: bool = False
     init_std: float = number(0.02, 0.0)
     param_dtype: DType = "float32"
@@ -72,6 +96,7 @@ class ModelConfig:
     zero_share: float = number(0.25, 0.0, 0.99)  # share of all copies that a method with a bias gives to them
     class_starts: tuple[int, ...] = ()  # token ids at which class 1, 2, ... begins, each with a bias of its own
     unroll_layers: bool = False  # compile every layer apart: for reading the program, for it costs compile time
+    mtp_depth: int = number(0, 0)  # multi-token prediction: modules that predict the token after the next, and so on
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,9 @@ class Config:
     record_scores_every: int = number(0, 0)  # router logits of a step's first micro-batch, into scores/; 0: never
     heartbeat_seconds: int = number(100, 1)  # a process of the run not heard of for so long is dead
     step_timeout_seconds: int = number(1800, 0)  # a step that takes longer is stuck and ends the run; 0: never
+    mtp_weights: tuple[float, ...] = (0.3,)  # of the loss of multi-token prediction, one after the other ...
+    mtp_milestones: tuple[float, ...] = ()  # ... from these shares of the run on
+    init_from: str = ""  # a workdir whose newest checkpoint gives a new run its parameters and its bias
     model: ModelConfig = field(default_factory=ModelConfig)
     balance: tuple[BalanceEntry, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -286,6 +314,9 @@ def _check_batch(c: Config) -> None:
 
 def _check_attention(c: Config) -> None:
     m = c.model
+    if m.attention == "mla":
+        _check_latent_attention(m)
+        return
     if m.num_heads % m.num_kv_heads:
         raise ValueError(
             f"model.num_heads={m.num_heads} must be divisible by model.num_kv_heads={m.num_kv_heads}; "
@@ -293,6 +324,45 @@ def _check_attention(c: Config) -> None:
         )
     if m.head_dim % 2:
         raise ValueError(f"model.head_dim={m.head_dim} must be even, for RoPE rotates pairs; try {m.head_dim + 1}.")
+
+
+def _check_latent_attention(m: ModelConfig) -> None:
+    if m.qk_rope_head_dim % 2:
+        raise ValueError(
+            f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even, for RoPE rotates pairs; "
+            f"try {m.qk_rope_head_dim + 1}."
+        )
+    if m.qk_norm != "none":
+        raise ValueError(
+            f"model.qk_norm={m.qk_norm!r} is of grouped-query attention, but model.attention='mla' norms its latents; "
+            "set model.qk_norm='none'."
+        )
+
+
+def _check_yarn(c: Config) -> None:
+    y = c.model.yarn
+    if y.beta_fast <= y.beta_slow:
+        raise ValueError(
+            f"model.yarn.beta_fast={y.beta_fast} must be above model.yarn.beta_slow={y.beta_slow}; try 32 and 1."
+        )
+
+
+def _check_prediction(c: Config) -> None:
+    """Multi-token prediction."""
+    if c.model.mtp_depth >= c.sequence_length:
+        raise ValueError(
+            f"model.mtp_depth={c.model.mtp_depth} must be below sequence_length={c.sequence_length}, or nothing is "
+            "left to predict; lower it."
+        )
+    if len(c.mtp_weights) != len(c.mtp_milestones) + 1 or any(w < 0 for w in c.mtp_weights):
+        raise ValueError(
+            f"mtp_weights={c.mtp_weights} must be one weight >= 0 more than mtp_milestones={c.mtp_milestones}; "
+            "write (0.3,) and (), or (0.3, 0.1) and (0.676,)."
+        )
+    if list(c.mtp_milestones) != sorted(set(c.mtp_milestones)) or any(not 0 < m < 1 for m in c.mtp_milestones):
+        raise ValueError(
+            f"mtp_milestones={c.mtp_milestones} must rise strictly between 0 and 1 (shares of num_steps); try (0.676,)."
+        )
 
 
 def _check_experts(c: Config) -> None:
@@ -466,8 +536,8 @@ def _check_measures(c: Config) -> None:
 
 
 def num_moe_layers(m: ModelConfig) -> int:
-    """L: how many layers route tokens to experts."""
-    return (m.num_layers - m.first_dense) // m.moe_every if m.num_experts else 0
+    """L: how many layers route tokens to experts, those of multi-token prediction last."""
+    return (m.num_layers - m.first_dense) // m.moe_every + m.mtp_depth if m.num_experts else 0
 
 
 def _check_optimizer(c: Config) -> None:
@@ -504,7 +574,7 @@ def _check_mesh(c: Config) -> None:
             raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all devices left; set mesh.{axis}=1.")
     if (unknown := [axis for axis, size in sizes.items() if size == -1])[1:]:
         raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
-    divides = [("num_heads", "tensor"), ("num_kv_heads", "tensor")]
+    divides = [("num_heads", "tensor")] + [("num_kv_heads", "tensor")] * (m.attention == "gqa")
     if m.num_experts == 0 or m.first_dense or m.moe_every > 1:  # some layer is dense
         divides += [("ffw_dim", "tensor")]
     if m.num_experts:
@@ -575,6 +645,8 @@ def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
 RULES = (
     _check_batch,
     _check_attention,
+    _check_yarn,
+    _check_prediction,
     _check_experts,
     _check_gates,
     _check_groups,

@@ -34,6 +34,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
     "head_dim": ("expert",),
+    "latent": ("expert", "data"),
+    "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
 }
 

@@ -97,9 +97,14 @@ class MoE(nnx.Module):
         key: Key[Array, ""],
         train: bool,
         mesh: Mesh | None = None,
+        dropless: bool = False,
     ) -> tuple[Float[Array, "batch seq embed"], Report]:
-        """x [B, S, D] to y [B, S, D] and the layer's Report; `balancing` is sliced to this layer."""
+        """x [B, S, D] to y [B, S, D] and the layer's Report; `balancing` is sliced to this layer.
+
+        With `dropless` no copy is dropped, though the config or a method would.
+        """
         c, balancer = self.config, balancing.balancer
+        drops = balancer.drop is not None and not dropless
         if balancing.offset is not None:
             x = x + balancing.offset.astype(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
@@ -108,7 +113,7 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.route(flat, tokens, balancer, select_key, train, mesh, state)
         sent = drop_second(routing, second_key) if train and c.random_second else routing
-        if balancer.drop is not None:
+        if drops and balancer.drop is not None:
             sent = only(sent, balancer.drop(sent, state, second_key, train))
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
         y, traffic = apply_experts(
@@ -116,13 +121,13 @@ class MoE(nnx.Module):
             real_part(sent, c.num_experts),
             weights,
             mesh=mesh,
-            backend=c.dispatch,
+            backend="auto" if dropless and c.dispatch == "capacity" else c.dispatch,
             num_rows=x.shape[0],
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,
         )
-        if balancer.drop is not None:
+        if drops:
             lost = count(routing.expert_ids, c.num_experts).sum() - count(sent.expert_ids, c.num_experts).sum()
             traffic = traffic._replace(dropped=traffic.dropped + lost)
         if c.num_zero_experts:

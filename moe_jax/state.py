@@ -4,6 +4,7 @@ Parameters, biases and moments are plain nested dicts of arrays; layers of a kin
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -168,17 +169,24 @@ def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
 
 def read_bias(bias: Tree) -> Float32[Array, "layers *classes experts"]:
     """The biases of all MoE layers in execution order, [L, E], or [L, C, E] with classes of tokens."""
-    return jnp.concatenate(jax.tree.leaves(bias))
+    return jnp.concatenate(jax.tree.leaves(_in_order(bias)))
 
 
 def write_bias(bias: Tree, value: Float32[Array, "layers *classes experts"]) -> Tree:
     """The bias variables holding `value`: the inverse of `read_bias`."""
-    leaves, structure = jax.tree.flatten(bias)
-    bounds, at = [], 0
-    for leaf in leaves[:-1]:
-        at += leaf.shape[0]
-        bounds.append(at)
-    return jax.tree.unflatten(structure, jnp.split(value, bounds))
+    ordered = _in_order(bias)
+    leaves, structure = jax.tree.flatten(ordered)
+    ends = itertools.accumulate(leaf.shape[0] for leaf in leaves[:-1])
+    filled = jax.tree.unflatten(structure, jnp.split(value, list(ends)))
+    return dict(zip(sorted(bias, key=_STACKS_FIRST), filled, strict=True))
+
+
+def _in_order(bias: Tree) -> list[Tree]:
+    """The parts of the model with biases as they run: the stacks, then multi-token prediction."""
+    return [bias[name] for name in sorted(bias, key=_STACKS_FIRST)]
+
+
+_STACKS_FIRST = ("stacks", "mtp").index
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------

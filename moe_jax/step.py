@@ -22,7 +22,7 @@ from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
 from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, platform, replicated
-from moe_jax.model import Inputs
+from moe_jax.model import Inputs, ahead_of, shifted
 from moe_jax.moe import Balancing, Details, Report
 from moe_jax.options import BIAS_METHODS
 from moe_jax.state import (
@@ -50,9 +50,14 @@ class Reported(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports."""
+    """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports.
+
+    ahead_nats, ahead_tokens: of multi-token prediction, summed over its depths, and the targets it has there.
+    """
 
     nats: Float32[Array, ""]
+    ahead_nats: Float32[Array, ""]
+    ahead_tokens: Int32[Array, ""]
     total_loss: Float32[Array, ""]
     report: Reported | None
 
@@ -152,6 +157,8 @@ def train_step(
     moved = advance(config, state, grads, sums.report, rate)
     after = all_or_nothing(finite, moved, state)
     values = step_metrics(sums, batch, after, grad_norm, rate)
+    if config.model.mtp_depth:
+        values |= {"mtp/loss": sums.ahead_nats / jnp.maximum(sums.ahead_tokens, 1)}
     if sums.report is not None:
         values |= balance_metrics(config, sums.report, batch, state, after, mesh)
     return after, values
@@ -174,17 +181,20 @@ def accumulate(
         statistics = step_statistics(config, balancer, state, micro, keys, mesh)
 
     running = config.micro_batches > 1 and balance.needs_running_statistics(config.balance)
+    ahead_weight = prediction_weight(config, state.step) / max(1, config.model.mtp_depth)
 
     def objective(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
         balancing = Balancing(balancer, state.balance, statistics, earlier)
-        nats, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
+        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
         total, share = nats / num_tokens, batch.mask.sum() / num_tokens
+        if config.model.mtp_depth:
+            total = total + ahead_weight * ahead.nats / num_tokens
         if report is None:
-            return total, Sums(nats, total, None)
+            return total, Sums(nats, *ahead, total, None)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
         total = sum((value.sum() for value in losses.values()), total)
         summed = Reported(report.statistics, losses, aux_loss, report.traffic)
-        return total, Sums(nats, total, summed)
+        return total, Sums(nats, *ahead, total, summed)
 
     gradient = jax.jit(jax.grad(objective, has_aux=True))
 
@@ -248,17 +258,43 @@ def forward(
     return loss.row_nats(logits, batch.targets, batch.mask), report
 
 
+class AheadLoss(NamedTuple):
+    """Of multi-token prediction: nats summed over its depths, and how many targets it has there."""
+
+    nats: Float32[Array, ""]
+    tokens: Int32[Array, ""]
+
+
 def summed_forward(
     config: Config, params: Tree, bias: Tree, balancing: Balancing, batch: Batch, key: Array, mesh: Mesh | None = None
-) -> tuple[Float32[Array, ""], Report | None]:
+) -> tuple[Float32[Array, ""], AheadLoss, Report | None]:
     """`forward` in training, with the sum of the nats, which on one device needs no logits in memory."""
-    if is_sharded(mesh):
-        nats, report = forward(config, params, bias, balancing, batch, key, mesh=mesh)
-        return nats.sum(), report
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
-    x, report = model.before_head(_inputs(batch), balancing, key=key, train=True, mesh=mesh)
-    with jax.named_scope("head"):
-        return loss.summed_nats(x, model.head_weight(mesh), batch.targets, batch.mask), report
+    x, ahead, report = model.before_head(_inputs(batch), balancing, key=key, train=True, mesh=mesh)
+
+    def nats(x: Array, targets: Array, mask: Array) -> Array:
+        if is_sharded(mesh):
+            return loss.row_nats(model.logits(x, mesh), targets, mask).sum()
+        with jax.named_scope("head"):
+            return loss.summed_nats(x, model.head_weight(mesh), targets, mask)
+
+    later = AheadLoss(jnp.float32(0.0), jnp.int32(0))
+    for depth in range(config.model.mtp_depth):
+        targets, mask = ahead_targets(batch, depth + 1)
+        later = AheadLoss(later.nats + nats(ahead[depth], targets, mask), later.tokens + mask.sum(dtype=jnp.int32))
+    return nats(x, batch.targets, batch.mask), later, report
+
+
+def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """What depth k of multi-token prediction predicts at each place, t_{i+k+1}, and where: inside one document."""
+    seen = ahead_of(_inputs(batch), depth).segment_ids > 0
+    return shifted(batch.targets, depth), seen & shifted(batch.mask, depth)
+
+
+def prediction_weight(config: Config, step: Int32[Array, ""]) -> Float32[Array, ""]:
+    """lambda, the weight of multi-token prediction's mean loss over its depths. Source: DeepSeek-V3, section 4.2."""
+    starts = jnp.array([round(share * config.num_steps) for share in config.mtp_milestones], jnp.int32)
+    return jnp.array(config.mtp_weights, jnp.float32)[(starts <= step).sum()]
 
 
 def _inputs(batch: Batch) -> Inputs:

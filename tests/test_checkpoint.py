@@ -296,7 +296,7 @@ MUTATIONS = {
     "a shared expert more": dict(model=dict(num_shared_experts=2)),
     "another width": dict(model=dict(embed_dim=32)),
     "tied embeddings": dict(model=dict(tied_embeddings=True)),
-    "normalised queries": dict(model=dict(qk_norm=True)),
+    "normalised queries": dict(model=dict(qk_norm="head")),
     "no dense layer": dict(model=dict(first_dense=0)),
     "moments of another dtype": dict(optimizer=dict(moment_dtype="bfloat16")),
     "parameters of another dtype": dict(model=dict(param_dtype="bfloat16")),

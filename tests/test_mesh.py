@@ -103,7 +103,7 @@ def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used
 
 
 def test_every_dimension_of_every_parameter_is_in_the_table():
-    dims = jax.tree.leaves(abstract_model(tiny_config(model=dict(qk_norm=True)).model).dims)
+    dims = jax.tree.leaves(abstract_model(tiny_config(model=dict(qk_norm="head")).model).dims)
     assert {name for d in dims for name in d.names} == set(TABLE)
 
 

@@ -350,7 +350,7 @@ def test_tied_embeddings_have_one_matrix():
 
 
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
-    config = tiny_config(model=dict(qk_norm=True, norm_eps=1e-12)).model
+    config = tiny_config(model=dict(qk_norm="head", norm_eps=1e-12)).model
     layer = filled(lambda: Attention(config, nnx.Rngs(0)))
     x, positions = vectors(1, 4, 16), jnp.arange(4)[None]
     segments = jnp.ones((1, 4), jnp.int32)

@@ -19,7 +19,7 @@ from moe_jax.state import (
     write_bias,
 )
 
-CONFIG = tiny_config(model=dict(qk_norm=True), balance=dict(bias_sign={}))
+CONFIG = tiny_config(model=dict(qk_norm="head"), balance=dict(bias_sign={}))
 
 
 def leaves(tree):
@@ -55,9 +55,11 @@ def test_the_bias_is_no_parameter_and_has_no_moments():
 
 
 def test_biases_are_read_and_written_in_layer_order():
-    bias = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((1, 3))}
-    value = jnp.arange(9.0).reshape(3, 3)
-    np.testing.assert_array_equal(read_bias(write_bias(bias, value)), value)
+    bias = {"mtp": {"a": jnp.zeros((1, 3))}, "stacks": {"b": jnp.zeros((2, 3)), "c": jnp.zeros((1, 3))}}
+    value = jnp.arange(12.0).reshape(4, 3)
+    written = write_bias(bias, value)
+    np.testing.assert_array_equal(read_bias(written), value)
+    np.testing.assert_array_equal(written["mtp"]["a"], value[3:])  # multi-token prediction comes last
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -129,13 +131,13 @@ def test_milestones_that_round_to_one_step_both_count():
 
 def test_equal_seeds_draw_equal_states_and_others_do_not():
     a, b = init_state(CONFIG), init_state(CONFIG)
-    other = init_state(tiny_config(model=dict(qk_norm=True), balance=dict(bias_sign={}), seed=1))
+    other = init_state(tiny_config(model=dict(qk_norm="head"), balance=dict(bias_sign={}), seed=1))
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a.params, b.params))
     assert not (a.params["embedding"] == other.params["embedding"]).any()
 
 
 def test_arms_of_an_experiment_start_from_the_same_weights():
-    none = tiny_config(model=dict(qk_norm=True))
+    none = tiny_config(model=dict(qk_norm="head"))
     a, b = init_state(CONFIG), init_state(none)
     assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a.params, b.params))
 
