@@ -188,9 +188,8 @@ def _tile_mask(first: Array, end: Array, num_rows: int, tile: int) -> tuple[Arra
 def tiled_matmul(x: Array, w: Array, group_sizes: Array, dtype: jnp.dtype | None = None) -> Array:
     """x w of every row, tile after tile: `Kernels.product`, in x's dtype if no other is given."""
     num_rows, tile = x.shape[0], min(TILE_ROWS, x.shape[0])
-    y = jnp.zeros_like(x, dtype, shape=(num_rows, w.shape[2]))
     if num_rows == 0:
-        return y
+        return jnp.zeros_like(x, dtype, shape=(0, w.shape[2]))
     group, first, end, num_tiles = _tiles(group_sizes, num_rows, tile)
 
     def body(i: Array, y: Array) -> Array:
@@ -200,7 +199,7 @@ def tiled_matmul(x: Array, w: Array, group_sizes: Array, dtype: jnp.dtype | None
         kept = jnp.where(mine, product.astype(y.dtype), lax.dynamic_slice_in_dim(y, start, tile))
         return lax.dynamic_update_slice_in_dim(y, kept, start, 0)
 
-    return lax.fori_loop(0, num_tiles, body, y)
+    return lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x, dtype, shape=(num_rows, w.shape[2])))
 
 
 def tiled_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
