@@ -1,6 +1,7 @@
 """`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is made.
 
-Total and active parameters, FLOPs a token, memory of the state; on several devices how every leaf is split over
+Total and active parameters, as papers count them (the embedding is active, though a token reads one row of it; a sum
+without it follows; multi-token prediction is a row of its own), FLOPs a token, memory of the state; on several devices how every leaf is split over
 them. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also compiles the train
 step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
 """
@@ -12,7 +13,7 @@ from absl import app, flags
 
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, resolve, validate
-from moe_jax.flops import parts, train_flops
+from moe_jax.flops import AHEAD, Part, parts, train_flops
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,11 +110,26 @@ def model_table(config: Config) -> "Table":
     for row in rows:
         table.add_row(row.name, f"{row.total:,}", f"{row.active:,}", f"{row.flops:,}")
     table.add_section()
-    sums = (sum(r.total for r in rows), sum(r.active for r in rows), sum(r.flops for r in rows))
-    table.add_row("all", *(f"{n:,}" for n in sums))
+    for part in totals(rows):
+        table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", f"{part.flops:,}")
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def totals(rows: list[Part]) -> list[Part]:
+    """The sums that papers publish: of all, of what is active without the embedding, and without prediction ahead.
+
+    Published totals leave multi-token prediction out. Published active parameters do, too, and some count the
+    embedding, of which a token reads one row, while others do not: so both sums are here.
+    """
+
+    def total(name: str, without: tuple[str, ...] = ()) -> Part:
+        kept = [r for r in rows if r.name not in without]
+        return Part(name, *(sum(getattr(r, what) for r in kept) for what in ("total", "active", "flops")))
+
+    ahead = [total(f"without {AHEAD}", (AHEAD,))] if any(r.name == AHEAD for r in rows) else []
+    return [total("all"), *ahead, total("without these and the embedding" if ahead else "without the embedding", (AHEAD, "embedding"))]
 
 
 def main(_: list[str]) -> None:
