@@ -6,6 +6,9 @@ so a folder without one is a save that did not finish: never restored, and remov
 
 With several processes every one writes its shards and hashes the files it wrote; process 0 puts the hashes
 together in the manifest, and it alone decides, removes and verifies. All of them see one folder.
+
+A checkpoint may hold weights only, parameters and bias, which `extra["weights_only"]` says. It is then written and
+read slice by slice (`create`, `commit`, `open_newest`), for no one who converts weights has room for all of them.
 """
 
 import concurrent.futures
@@ -13,13 +16,15 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from moe_jax import distributed
 from moe_jax.files import is_remote, remove_tree, sha256_of, size_of, tree, write_json, write_whole
@@ -27,6 +32,7 @@ from moe_jax.files import is_remote, remove_tree, sha256_of, size_of, tree, writ
 MANIFEST = "manifest.json"
 FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares sizes above
 HASHES = "hashes.{}.json"  # of one process's files, until process 0 has put them into the manifest
+CHUNK_BYTES = 64 * 2**20  # a leaf lies on disk in pieces of at most this: what reading a slice of it reads
 NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds Orbax's timestamps only
 
 
@@ -61,7 +67,7 @@ class Checkpointer:
         if distributed.by_first(lambda: _is_there(path)):
             return
         state = _as_dict(state)
-        self._orbax.save(_absolute(path), args=ocp.args.PyTreeSave(state))
+        self._orbax.save(_absolute(path), args=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_in_chunks, state)))
         record = {"step": step, "leaves": describe_leaves(state), "extra": dict(extra)}
         self._pending = self._worker.submit(self._commit, path, record)
 
@@ -105,15 +111,81 @@ def restore(
         ValueError: a damaged checkpoint without fallback, or one whose leaves are not the target's.
     """
     leaves = describe_leaves(_as_dict(target))
-    found = distributed.by_first(lambda: _newest(directory, leaves, verify, fallback))
+
+    def compare(path: Path, manifest: Mapping[str, Any]) -> None:
+        if manifest["extra"].get("weights_only") and leaves.keys() - manifest["leaves"].keys():
+            raise ValueError(
+                f"{path} holds weights only, and no run can go on from it; start one in another workdir with "
+                f"--config.init_from={directory.parent}."
+            )
+        compare_leaves(path, manifest["leaves"], leaves)
+
+    found = distributed.by_first(lambda: _newest(directory, compare, verify, fallback))
     if found is None:
         return None
-    step, extra = found
-    return _read(directory / f"{step:08d}", target), extra
+    step, manifest = found
+    return _read(directory / f"{step:08d}", target), manifest["extra"]
 
 
-def _newest(directory: Path, leaves: Mapping[str, Any], verify: str, fallback: bool) -> tuple[int, dict] | None:
-    """Step and `extra` of the checkpoint to restore."""
+def restore_weights(
+    directory: Path, target: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False, cast: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Parameters and bias of the newest checkpoint, a run's or one of weights only, and its `extra`.
+
+    Args:
+        directory: the checkpoint folder.
+        target: "params" and "bias", abstract as in `restore`. Further fields of the state ("balance", "step") are
+            read where the checkpoint has them, and are missing from the result where it holds weights only.
+        verify: as in `restore`.
+        fallback: as in `restore`.
+        cast: parameters of another floating dtype are converted to the target's, not refused.
+
+    Raises:
+        ValueError: as in `restore`.
+    """
+    wanted = describe_leaves(target)
+
+    def compare(path: Path, manifest: Mapping[str, Any]) -> None:
+        saved, here = _shared(manifest, wanted, target)
+        compare_leaves(path, _cast(saved, here) if cast else saved, here)
+
+    found = distributed.by_first(lambda: _newest(directory, compare, verify, fallback))
+    if found is None:
+        return None
+    step, manifest = found
+    there = target if not manifest["extra"].get("weights_only") else {name: target[name] for name in WEIGHTS}
+    return _read(directory / f"{step:08d}", there, partial=True), manifest["extra"]
+
+
+WEIGHTS = ("params", "bias")
+
+
+def _shared(
+    manifest: Mapping[str, Any], wanted: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves of the fields that are asked for, as saved and as wanted."""
+    names = set(WEIGHTS if manifest["extra"].get("weights_only") else fields)
+    saved, here = (
+        {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in names}
+        for leaves in (manifest["leaves"], wanted)
+    )
+    return saved, here
+
+
+def _cast(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved leaves, floating parameters with the wanted dtype: what reading makes of them."""
+
+    def one(name: str, leaf: list[Any]) -> list[Any]:
+        floating = name.startswith("params/") and jax.numpy.issubdtype(leaf[1], jax.numpy.floating)
+        return [leaf[0], wanted[name][1]] if floating and name in wanted else leaf
+
+    return {name: one(name, leaf) for name, leaf in saved.items()}
+
+
+def _newest(
+    directory: Path, compare: Callable[[Path, Mapping[str, Any]], None], verify: str, fallback: bool
+) -> tuple[int, dict[str, Any]] | None:
+    """Step and manifest of the newest sound checkpoint, which `compare` may refuse."""
     steps = committed(directory)
     problems = []
     for step in reversed(steps):
@@ -125,20 +197,20 @@ def _newest(directory: Path, leaves: Mapping[str, Any], verify: str, fallback: b
                 raise ValueError(_advise(str(error), directory, steps, step)) from None
             problems.append(str(error))
             continue
-        compare_leaves(path, manifest["leaves"], leaves)
+        compare(path, manifest)
         for problem in problems:
             print(f"warning: {problem} checkpoint.fallback=True: going on from step {step}.", flush=True)
-        return step, manifest["extra"]
+        return step, {name: manifest[name] for name in ("leaves", "extra")}
     if problems:
         raise ValueError(f"{directory} has no sound checkpoint: {' '.join(problems)}")
     return None
 
 
-def _read(path: Path, target: Any) -> Any:
+def _read(path: Path, target: Any, partial: bool = False) -> Any:
     abstract = _as_dict(target)
-    restore_args = jax.tree.map(_restore_args, abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(_restore_args, abstract), partial_restore=partial)
     with ocp.Checkpointer(_handler()) as reader:
-        read = reader.restore(_absolute(path), args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
+        read = reader.restore(_absolute(path), args=args)
     return type(target)(**read) if hasattr(target, "_asdict") else read
 
 
@@ -146,6 +218,111 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
     """Where and as what a leaf is read: the sharding of the mesh at hand, never the one it was saved with."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding or here, dtype=leaf.dtype)
+
+
+# --- slice by slice -------------------------------------------------------------------------------------------
+
+
+class OnDisk(NamedTuple):
+    """An array of a checkpoint, read and written by slices along its first axes. Values are numpy arrays."""
+
+    store: Any
+
+    def read(self, index: tuple[int, ...]) -> np.ndarray:
+        """The slice at an index of the first axes; () is all of it."""
+        return self.store[index].read().result() if index else self.store.read().result()
+
+    def write(self, index: tuple[int, ...], value: np.ndarray) -> None:
+        """Write such a slice."""
+        (self.store[index] if index else self.store).write(value).result()
+
+
+def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) -> dict[str, OnDisk]:
+    """A new checkpoint folder, whole when its arrays are written and `commit` is called; path -> array.
+
+    Orbax writes the tree, with a number in the place of every array; the arrays proper are then made by what
+    Orbax itself makes them with. They are not in its database of small files, which would grow with every slice.
+
+    Args:
+        path: the checkpoint, which is not there yet.
+        abstract: tree of `jax.ShapeDtypeStruct`.
+        axes: leaf's path -> how many of its first axes its slices have an index for.
+    """
+    numbers = jax.tree.map(lambda leaf: jax.numpy.zeros((), leaf.dtype), dict(abstract))
+    with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=False)) as writer:
+        writer.save(_absolute(path), args=ocp.args.PyTreeSave(numbers))
+    leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract))}
+    return {name: OnDisk(_make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that there is no database to merge where none was asked for."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) -> Any:
+    """The zarr array of a leaf, in chunks of one slice, or of some rows of one."""
+    import tensorstore
+
+    rows = leaf.shape[axes:]
+    row_bytes = int(np.prod(rows[1:])) * leaf.dtype.itemsize
+    chunk = [1] * axes + [max(1, min(n, CHUNK_BYTES // row_bytes)) for n in rows[:1]] + list(rows[1:])
+    metadata = {"shape": list(leaf.shape), "chunks": chunk, "compressor": None}
+    spec = _spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)}
+    return tensorstore.open(spec, create=True, delete_existing=True).result()
+
+
+def commit(path: Path, abstract: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Finish what `create` began: the manifest, which makes it a checkpoint of step 0 with weights only."""
+    extra = {"weights_only": True, **extra}
+    write_manifest(path, {"step": 0, "leaves": describe_leaves(abstract), "extra": extra})
+
+
+def open_newest(
+    directory: Path, abstract: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False
+) -> tuple[int, dict[str, OnDisk]] | None:
+    """Step of the newest checkpoint, of whatever kind, and its arrays of weights for reading; None if there is none.
+
+    Args:
+        directory: the checkpoint folder.
+        abstract: "params" and "bias" as they must be.
+        verify: as in `restore`.
+        fallback: as in `restore`.
+
+    Raises:
+        ValueError: as in `restore`.
+    """
+    wanted = describe_leaves(abstract)
+
+    def compare(path: Path, manifest: Mapping[str, Any]) -> None:
+        compare_leaves(path, *_shared(manifest, wanted, abstract))
+
+    found = _newest(directory, compare, verify, fallback)
+    if found is None:
+        return None
+    path = directory / f"{found[0]:08d}"
+    return found[0], {name: OnDisk(_open_array(path, name)) for name in wanted}
+
+
+def _open_array(path: Path, name: str) -> Any:
+    import tensorstore
+
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 4 * CHUNK_BYTES}})
+    return tensorstore.open(_spec(path, name), open=True, context=context).result()
+
+
+def _spec(path: Path, name: str) -> dict[str, Any]:
+    """Where tensorstore finds an array: in Orbax's database where the checkpoint has one, else in a folder."""
+    folder, leaf = str(_absolute(path)), name.replace("/", ".")
+    if (path / "manifest.ocdbt").exists():
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{leaf}/"}}
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/{leaf}/"}}
 
 
 def committed(directory: Path) -> list[int]:
@@ -280,7 +457,7 @@ def _absolute(path: Path) -> Path:
 def describe_leaves(state: Any) -> dict[str, list[Any]]:
     """path -> [shape, dtype] of every leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(_as_dict(state))
-    return {_path_name(path): [list(a.shape), str(a.dtype)] for path, a in leaves}
+    return {path_name(path): [list(a.shape), str(a.dtype)] for path, a in leaves}
 
 
 def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], most: int = 8) -> None:
@@ -305,23 +482,29 @@ def state_hash(state: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(_as_dict(state)):
         array = np.asarray(leaf)
-        digest.update(f"{_path_name(path)} {array.dtype} {array.shape}".encode())
+        digest.update(f"{path_name(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _handler(use_ocdbt: bool = True) -> ocp.PyTreeCheckpointHandler:
     """Orbax's tree handler, without replica-parallel saving: it blocks the first save for seconds."""
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, type_handler_registry=registry)
+
+
+def _in_chunks(leaf: Any) -> ocp.SaveArgs:
+    """How a leaf lies on disk: in chunks, divided first along the axes of layers and experts."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(max(0, leaf.ndim - 2))))
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
     return state._asdict() if hasattr(state, "_asdict") else dict(state)
 
 
-def _path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
+    """What a leaf is called: the keys that lead to it, with slashes."""
     parts = (getattr(p, "key", getattr(p, "name", getattr(p, "idx", p))) for p in path)
     return "/".join(str(p) for p in parts)
 

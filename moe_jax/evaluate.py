@@ -267,6 +267,32 @@ def restore_run(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainStat
     return checkpoint.restore(workdir / "checkpoints", target, verify=options.verify, fallback=options.fallback)
 
 
+def restore_model(config: Config, workdir: Path, mesh: "Mesh") -> "TrainState | None":
+    """The newest checkpoint's model, of a run or converted, on this mesh, without an optimizer; None if there is none.
+
+    Where the checkpoint holds weights only, balancing remembers what it does before step 0.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from moe_jax import checkpoint
+    from moe_jax.mesh import replicated
+    from moe_jax.state import TrainState, abstract_state, initial_balance
+
+    options, target = config.checkpoint, abstract_state(config, mesh)
+    fields = {name: getattr(target, name) for name in ("step", "params", "bias", "balance")}
+    found = checkpoint.restore_weights(
+        workdir / "checkpoints", fields, verify=options.verify, fallback=options.fallback
+    )
+    if found is None:
+        return None
+    zero = functools.partial(jnp.zeros, (), jnp.int32)
+    fresh = {"step": zero, "balance": functools.partial(initial_balance, config), "skipped": zero, "stuck": zero}
+    missing = {name: make for name, make in fresh.items() if name not in found[0]}
+    made = jax.jit(lambda: {name: make() for name, make in missing.items()}, out_shardings=replicated(mesh))()
+    return TrainState(**found[0], **made, optimizer={})
+
+
 def print_ablation(result: Mapping[str, Mapping[str, float | int]]) -> None:
     """The variants as a table, with what each costs."""
     from rich.console import Console
@@ -337,10 +363,9 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     config = on_these_devices(config)
     mesh = make_mesh(config.mesh)
-    found = restore_run(config, workdir, mesh)
-    if found is None:
+    state = restore_model(config, workdir, mesh)
+    if state is None:
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
-    state = found[0]
     whole = evaluate(config, state, corpus, mesh)
     tell(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
     if specialisation:

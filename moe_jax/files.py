@@ -4,12 +4,14 @@ A bucket has no folders, links, locks or appending, and an object is there whole
 etils' `epath`, which look like `pathlib`'s; where the two differ, a function here knows it.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,42 @@ def remove_tree(folder: Path) -> None:
         remote.rmtree()
     else:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which is `target` once the block ends, and gone if the block fails.
+
+    What a killed process left of one is removed by the next that wants the same target.
+
+    Raises:
+        ValueError: the target holds something, or another process is making it.
+    """
+    if is_remote(target):
+        raise ValueError(f"{target} is in a bucket; write to a folder of this machine and copy it.")
+    target = target.absolute()
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise ValueError(f"{target} is there already and is no empty folder; name another.")
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    held = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(held, target)
+        for old in list(partial.iterdir()):
+            remove_tree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        try:
+            yield partial
+            partial.rename(target)
+        except BaseException:
+            remove_tree(partial)
+            raise
+    finally:
+        os.close(held)
+
+
+def _lock(folder: int, target: Path) -> None:
+    """Keep other processes off an open folder until it is closed."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{target} is being written by another process; wait for it, or name another.") from None

@@ -135,9 +135,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """The same for tokens that see those in the cache, and enter it: one document a row, -1 is padding."""
         query, key, value = self._project(x, positions, mesh)
-        cache = remember(cache, (key, value), positions)
-        mixed = attend_cached(query, *cache, positions, scale=self._scale)
-        return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype)), cache
+        keys, values = remember(cache, (key, value), positions)
+        mixed = attend_cached(query, keys, values, positions, scale=self._scale)
+        return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype)), (keys, values)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens a row: keys and values [B, length, G, K]."""

@@ -5,6 +5,7 @@ whether or not anything is measured. L MoE layers, T tokens, S slots, E experts,
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax import balance, metrics
-from moe_jax.config import Config
+from moe_jax.config import Config, num_moe_layers
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import BATCH, constrain, replicated
 from moe_jax.moe import Balancing, Details
 from moe_jax.options import BIAS_METHODS
 from moe_jax.state import TrainState, Tree
-from moe_jax.step import forward, split_batch, without_what_no_step_reads
+from moe_jax.step import forward, language_nats, split_batch, summed_forward, without_what_no_step_reads
 
 Measure = Any  # a jitted (TrainState, Batch, key) -> {name: [L]}
 
@@ -96,20 +97,18 @@ def _gradients(
     balancer = balance.make(config.balance, config.model)
     z_labels = {e.label for e in config.balance if e.method == "z_loss"}
     num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
-    routers = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params) if _is_router(path)}
-    assert len(routers) == 1  # all MoE layers lie in one stack
-    (router,) = routers.values()
+    router = jnp.concatenate([leaf for _, leaf in routers(state.params)])
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
-        params = jax.tree_util.tree_map_with_path(lambda p, a: router if _is_router(p) else a, state.params)
-        steps = jnp.full(router.shape[0], state.step)
+        params, steps = with_routers(state.params, router), jnp.full(router.shape[0], state.step)
         balancing = Balancing(balancer, state.balance, offset=offset, step=steps)
-        nats, report = forward(config, params, state.bias, balancing, batch, key, mesh=mesh)
+        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
         assert report is not None  # only models with experts are measured
         apart = {True: jnp.zeros(()), False: jnp.zeros(())}
         for label, value in report.losses.items():
             apart[label in z_labels] += value.sum()
-        return (nats.sum() / num_tokens, apart[False], apart[True]), report.details
+        language = language_nats(config, state.step, nats, ahead) / num_tokens
+        return (language, apart[False], apart[True]), report.details
 
     shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
     offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, P(None, BATCH))
@@ -124,7 +123,7 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     num_choices, mask = routing.loads.shape[-1], routing.tokens.mask
     changed = jax.vmap(functools.partial(metrics.decisions_changed, num_experts=num_choices))
     assert mask is not None
-    tokens = jnp.maximum(mask[0].sum(), 1)
+    tokens = jnp.maximum(mask.sum(-1), 1)
     copies = loads.sum(-1) / tokens
     floors = {
         "microbatch": metrics.violation_floor(tokens, copies, real),
@@ -143,7 +142,10 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
 
 
 class Scores(NamedTuple):
-    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids."""
+    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids.
+
+    Layers of multi-token prediction, which see other tokens, are not in it.
+    """
 
     logits: Float[Array, "layers tokens experts"]
     mask: Bool[Array, "tokens"]
@@ -158,7 +160,8 @@ def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Me
     assert report is not None  # only models with experts are recorded
     tokens = report.details.routing.tokens
     assert tokens.mask is not None and tokens.ids is not None
-    return Scores(report.details.routing.logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])
+    logits = report.details.routing.logits[: num_moe_layers(config.model) - config.model.mtp_depth]
+    return Scores(logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])
 
 
 def _first_micro_batch(
@@ -168,5 +171,16 @@ def _first_micro_batch(
     return jax.tree.map(lambda a: a[0], micro), jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
 
 
-def _is_router(path: Tree) -> bool:
-    return path[-1] == jax.tree_util.DictKey("router")
+def routers(params: Tree) -> list[tuple[Any, Array]]:
+    """Path and weight [layers, D, E] of every stack of routers, as they run: multi-token prediction's last."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = [(path, leaf) for path, leaf in leaves if path[-1] == jax.tree_util.DictKey("router")]
+    return sorted(found, key=lambda pair: pair[0][0] == jax.tree_util.DictKey("mtp"))
+
+
+def with_routers(params: Tree, router: Float[Array, "layers embed experts"]) -> Tree:
+    """The parameters with other routers, those of all layers in one array."""
+    ends = itertools.accumulate(len(leaf) for _, leaf in routers(params))
+    parts = zip(routers(params), jnp.split(router, list(ends)[:-1]), strict=True)
+    new = {path: part for (path, _), part in parts}
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(path, leaf), params)

@@ -60,12 +60,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
+        cache: Cache | None,
         inputs: Inputs,
         balancing: Balancing,
         key: Key[Array, ""],
         train: bool,
         mesh: Mesh | None = None,
-        cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
         """The residual stream after this layer, the Report if the layer routes, and the cache if there is one."""
         with jax.named_scope("attention"):
@@ -90,12 +90,12 @@ class Unit(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs, kind) for kind in kinds])
 
     def __call__(
-        self, x: Array, *args: Any, caches: tuple[Cache, ...] | None = None
+        self, x: Array, caches: tuple[Cache | None, ...], *args: Any
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
         """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
         report, after = None, []
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x, report, cache = block(x, *args, cache=cache)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, report, cache = block(x, cache, *args)
             after.append(cache)
         return x, report, tuple(after)
 
@@ -122,7 +122,7 @@ class Ahead(nnx.Module):
         """x [B, S, D] of the depth before, and the embedding of the token k places on; to this depth's, and Report."""
         known, seen = self.embedding_norm(embedded), self.hidden_norm(x)
         mixed = known @ self.from_embedding.astype(x.dtype) + seen @ self.from_hidden.astype(x.dtype)
-        x, report, _ = self.block(mixed, *args)
+        x, report, _ = self.block(mixed, None, *args)
         return self.norm(x), report
 
 
@@ -256,7 +256,8 @@ class Transformer(nnx.Module):
         """Embedding and all layers of the model proper; with a cache also what is in it afterwards."""
         x, report, after = self._embed(inputs.tokens, mesh), None, []
         runs = layout(self.config)
-        for stack, run, caches in zip(self.stacks, runs, cache or [None] * len(runs), strict=True):
+        cache = [(None,) * len(run.kinds) for run in runs] if cache is None else cache
+        for stack, run, caches in zip(self.stacks, runs, cache, strict=True):
             x, stack_report, caches = self._scan(stack, run, x, inputs, balancing, key, train, mesh, caches)
             report = stack_report if stack_report is not None else report
             after.append(caches)
@@ -272,7 +273,7 @@ class Transformer(nnx.Module):
         key: Array,
         train: bool,
         mesh: Mesh | None,
-        caches: tuple[Cache, ...] | None = None,
+        caches: tuple[Cache | None, ...],
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
         routes = "moe" in run.kinds
         _, *by_layer = balancing if routes else Balancing(balancing.balancer, {})
@@ -281,7 +282,7 @@ class Transformer(nnx.Module):
             unit, index, by_layer, caches = layer
             here = Balancing(balancing.balancer, *by_layer)
             unit = at_use(unit, mesh, self.config.compute_dtype)
-            x, *rest = unit(x, inputs, here, jax.random.fold_in(key, index), train, mesh, caches=caches)
+            x, *rest = unit(x, caches, inputs, here, jax.random.fold_in(key, index), train, mesh)
             return constrain(x, mesh, P(BATCH)), rest
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))

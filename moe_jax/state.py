@@ -141,19 +141,27 @@ def _make_state(
     optimizer: OptimizerConfig,
     key: Array,
 ) -> TrainState:
-    values = nnx.state(Transformer(model, nnx.Rngs(params=key)))
-    params, bias = map(nnx.to_pure_dict, nnx.split_state(values, nnx.Param, RouterBias))
+    values = nnx.state(Transformer(model, nnx.Rngs(params=key)), nnx.Param)
+    return _around(model, entries, optimizer, nnx.to_pure_dict(values), None)
+
+
+def _around(
+    model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, params: Tree, bias: Tree | None
+) -> TrainState:
+    """The state before step 0 with these parameters, and these biases or those that balancing starts from."""
+    zero, abstract = jnp.zeros((), jnp.int32), abstract_model(model)
     layers = _init_balance(balance.make(entries, model), model)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
-        skipped=zero,
-        stuck=zero,
-        params=params,
-        optimizer=make_optimizer(optimizer, abstract_model(model).dims).init(params),
-        bias=write_bias(bias, layers.pop("bias")) if layers else bias,
-        balance=layers,
-    )
+    first = layers.pop("bias", None)
+    if bias is None:
+        bias = abstract.bias if first is None else write_bias(abstract.bias, first)
+    return TrainState(zero, zero, zero, params, make_optimizer(optimizer, abstract.dims).init(params), bias, layers)
+
+
+def state_around(config: Config, params: Tree, bias: Tree | None, mesh: Mesh | None = None) -> TrainState:
+    """The state before step 0 with given parameters, donated, and biases; None for those that balancing starts from."""
+    make = functools.partial(_around, config.model, config.balance, config.optimizer)
+    places = None if mesh is None else state_shardings(config, mesh)
+    return jax.jit(make, donate_argnums=0, out_shardings=places)(params, bias)
 
 
 def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
@@ -165,6 +173,12 @@ def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
     if classes > 1 and state["bias"].ndim == 2:  # no method owns it
         state["bias"] = jnp.zeros((layers, classes, experts), jnp.float32)
     return state
+
+
+def initial_balance(config: Config) -> Tree:
+    """What balancing remembers before step 0, apart from the bias."""
+    layers = _init_balance(balance.make(config.balance, config.model), config.model)
+    return {label: value for label, value in layers.items() if label != "bias"}
 
 
 def read_bias(bias: Tree) -> Float32[Array, "layers *classes experts"]:

@@ -97,7 +97,7 @@ def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
 def without_what_no_step_reads(config: Config) -> Config:
     """The config by which steps are compiled: runs that differ elsewhere share one compilation."""
     plain = Config()
-    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint"]
+    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint", "init_from"]
     keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
     return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
 
@@ -181,14 +181,12 @@ def accumulate(
         statistics = step_statistics(config, balancer, state, micro, keys, mesh)
 
     running = config.micro_batches > 1 and balance.needs_running_statistics(config.balance)
-    ahead_weight = prediction_weight(config, state.step) / max(1, config.model.mtp_depth)
 
     def objective(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
         balancing = Balancing(balancer, state.balance, statistics, earlier)
         nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
-        total, share = nats / num_tokens, batch.mask.sum() / num_tokens
-        if config.model.mtp_depth:
-            total = total + ahead_weight * ahead.nats / num_tokens
+        total = language_nats(config, state.step, nats, ahead) / num_tokens
+        share = batch.mask.sum() / num_tokens
         if report is None:
             return total, Sums(nats, *ahead, total, None)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
@@ -289,6 +287,17 @@ def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], 
     """What depth k of multi-token prediction predicts at each place, t_{i+k+1}, and where: inside one document."""
     seen = ahead_of(_inputs(batch), depth).segment_ids > 0
     return shifted(batch.targets, depth), seen & shifted(batch.mask, depth)
+
+
+def language_nats(
+    config: Config, step: Int32[Array, ""], nats: Float32[Array, ""], ahead: AheadLoss
+) -> Float32[Array, ""]:
+    """The nats that training lowers: of the next token, and lambda times the mean over the depths after it.
+
+    Both are to be divided by the tokens of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
+    """
+    depth = config.model.mtp_depth
+    return nats + prediction_weight(config, step) / depth * ahead.nats if depth else nats
 
 
 def prediction_weight(config: Config, step: Int32[Array, ""]) -> Float32[Array, ""]:

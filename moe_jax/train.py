@@ -333,10 +333,56 @@ def _restore_or_init(
 
     found = restore_run(config, workdir, mesh)
     if found is None:
-        return with_hash_tables(config, init_state(config, mesh), corpus), {}
+        state = weights_of(config, mesh) if config.init_from else init_state(config, mesh)
+        return with_hash_tables(config, state, corpus), {}
     state, extra = found
     refuse_another_config(workdir, "checkpoint", extra["config"], config)
     return state, extra
+
+
+def weights_of(config: Config, mesh: "Mesh") -> "TrainState":
+    """A start from the newest checkpoint of `config.init_from`: its parameters and bias, and nothing else of it.
+
+    A bias that is zero everywhere says nothing; where balancing starts from is this run's to say.
+
+    Raises:
+        ValueError: no such checkpoint, a damaged one, of another model, or with a bias that this run cannot use.
+    """
+    import jax
+
+    from moe_jax import checkpoint
+    from moe_jax.state import abstract_state, state_around
+
+    target, options = abstract_state(config, mesh), config.checkpoint
+    found = checkpoint.restore_weights(
+        workdir_of(config.init_from) / "checkpoints",
+        {"params": target.params, "bias": target.bias},
+        verify=options.verify,
+        fallback=options.fallback,
+        cast=True,
+    )
+    if found is None:
+        raise ValueError(f"init_from={config.init_from!r} has no finished checkpoint; name the workdir of one.")
+    weights, extra = found
+    told = any(np.asarray(leaf).any() for leaf in jax.device_get(jax.tree.leaves(weights["bias"])))
+    if told:
+        _refuse_bias_of_another_kind(config, validate(extra["config"]))
+    return state_around(config, weights["params"], weights["bias"] if told else None, mesh)
+
+
+def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
+    """Biases that are added to scores and biases that multiply them are not the same numbers."""
+    from moe_jax import balance
+
+    kinds = [
+        "is added to scores" if balance.make(c.balance, c.model).combine is None else "multiplies scores"
+        for c in (there, config)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"init_from={config.init_from!r} has a bias that {kinds[0]}, but in this run's balance it {kinds[1]}; "
+            "choose a balance of the same kind."
+        )
 
 
 def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "TrainState":

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
 from flax import nnx
 
+from conftest import tiny_config
 from moe_jax import balance
+from moe_jax.config import MeshConfig
+from moe_jax.mesh import make_mesh
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing
-from moe_jax.state import abstract_model, init_state, write_bias
+from moe_jax.state import abstract_model, init_state, state_shardings, write_bias
 
 LENGTHS = (9, 5, 1)  # of the three prompts
 PROMPT, TOTAL = 9, 14
@@ -33,14 +35,23 @@ MODELS = {
 
 
 @functools.cache
-def built(name):
-    """The model with a bias far from zero, and the balancing of its config."""
+def state_of(name):
+    """Config and state, with a bias far from zero."""
     model = MODELS[name] | dict(init_std=0.2)
     config = tiny_config(model=model, balance={} if "dense" in name else dict(bias_sign={}))
     state = init_state(config)
     if state.balance or config.model.num_experts:
         layers = 2 + config.model.mtp_depth
-        state = state._replace(bias=write_bias(state.bias, jnp.linspace(-0.7, 0.9, layers * 4).reshape(layers, 4)[::-1]))
+        state = state._replace(
+            bias=write_bias(state.bias, jnp.linspace(-0.7, 0.9, layers * 4).reshape(layers, 4)[::-1])
+        )
+    return config, state
+
+
+@functools.cache
+def built(name):
+    """Config, model, and the balancing of its config."""
+    config, state = state_of(name)
     module = nnx.merge(abstract_model(config.model).graphdef, state.params, state.bias)
     return config, module, Balancing(balance.make(config.balance, config.model), state.balance)
 
@@ -97,3 +108,18 @@ def test_the_cache_of_latent_attention_holds_the_latent_and_one_rotated_key():
     _, module, _ = built("mla")
     widths = {leaf.shape[-2:] for leaf in jax.tree.leaves(module.init_cache(3, TOTAL))}
     assert widths == {(1, MLA["kv_lora_rank"]), (1, MLA["qk_rope_head_dim"])}
+
+
+def test_decoding_on_a_mesh_is_decoding_on_one_device():
+    config, module, balancing = built("mla")
+    tokens, positions = jax.random.randint(jax.random.key(2), (4, 6), 0, 256), jnp.tile(jnp.arange(6), (4, 1))
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    places = state_shardings(config, mesh)
+    weights = jax.device_put((state_of("mla")[1].params, state_of("mla")[1].bias), (places.params, places.bias))
+    there = nnx.merge(abstract_model(config.model).graphdef, *weights)
+    results = []
+    for model, devices in ((module, None), (there, mesh)):
+        extend = jax.jit(functools.partial(model.extend, balancing=balancing, mesh=devices))
+        *_, cache = extend(tokens[:, :5], positions[:, :5], model.init_cache(4, 6))
+        results.append(extend(tokens[:, 5:], positions[:, 5:], cache)[0])
+    np.testing.assert_allclose(*results, atol=1e-5)

@@ -18,11 +18,12 @@ from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, platfor
 from moe_jax.moe import Balancing, MoE, RouterBias
 from moe_jax.routing import Tokens
 from moe_jax.state import abstract_model, abstract_state, init_state, state_shardings, step_key
-from moe_jax.step import compiler_options, forward, make_eval_step, make_train_step
+from moe_jax.step import accumulate, compiler_options, forward, make_eval_step, make_train_step
 
 ONE = (1, 1, 1, 1)
 MESHES = [(1, 1, 8, 1), (1, 8, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]
 MODEL = dict(num_layers=2, first_dense=0, num_experts=8, num_heads=4, num_kv_heads=2)
+LATENT = dict(attention="mla", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6)
 BALANCE = dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2))
 
 
@@ -103,7 +104,8 @@ def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used
 
 
 def test_every_dimension_of_every_parameter_is_in_the_table():
-    dims = jax.tree.leaves(abstract_model(tiny_config(model=dict(qk_norm="head")).model).dims)
+    models = dict(qk_norm="head"), LATENT | dict(mtp_depth=1)
+    dims = [d for m in models for d in jax.tree.leaves(abstract_model(tiny_config(model=m).model).dims)]
     assert {name for d in dims for name in d.names} == set(TABLE)
 
 
@@ -166,6 +168,21 @@ def test_one_step_from_equal_state_is_the_step_of_one_device(sizes):
     np.testing.assert_array_equal(np.sort(statistics["ids"])[clear], np.sort(its["ids"])[clear])
     np.testing.assert_allclose(loss, exact, atol=1e-5)
     assert (traffic.dropped == 0).all()
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(its_grads), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+def test_latent_attention_and_multi_token_prediction_give_the_step_of_one_device():
+    model = LATENT | dict(mtp_depth=1, remat="full", init_std=0.1)
+    results = []
+    for sizes in (ONE, (1, 2, 2, 2)):
+        config, mesh = config_on(sizes, model=model)
+        args = init_state(config, mesh), batch_of(config, mesh), step_key(config)
+        results.append(jax.device_get(jax.jit(functools.partial(accumulate, config, mesh=mesh))(*args)))
+    (exact, its_grads), (sums, grads) = results
+    np.testing.assert_array_equal(sums.report.statistics["loads"], exact.report.statistics["loads"])
+    np.testing.assert_allclose(sums.total_loss, exact.total_loss, atol=1e-5)
+    np.testing.assert_allclose(sums.ahead_nats, exact.ahead_nats, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(its_grads), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
 

@@ -22,7 +22,7 @@ from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
 from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
-from moe_jax.train import run
+from moe_jax.train import run, weights_of, with_hash_tables
 from moe_jax.workdir import versions
 
 CONFIG = rig.drill_config()
@@ -248,6 +248,52 @@ def test_a_refused_checkpoint_does_not_claim_the_workdir_for_the_wrong_config(tm
     with pytest.raises(ValueError, match="holds another state"):
         run(rig.drill_config(model=dict(num_layers=4)), tmp_path, quiet=True)
     assert run(CONFIG, tmp_path, stop_at=3, quiet=True).step == 3
+
+
+# --- starting from another run's weights ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir whose bias has moved."""
+    workdir = tmp_path_factory.mktemp("trained")
+    run(CONFIG, workdir, stop_at=4, quiet=True)
+    return workdir
+
+
+@pytest.mark.parametrize("balance", [rig.BALANCE, dict(aux_loss=dict(weight=1e-2)), dict(hash={}), {}])
+def test_a_run_from_other_weights_has_their_parameters_and_bias_and_nothing_else_of_them(trained, balance):
+    config = rig.drill_config(init_from=str(trained), balance=balance)
+    mesh = make_mesh(config.mesh)
+    state = weights_of(config, mesh)
+    there = restore(trained / "checkpoints", abstract_state(CONFIG, mesh))[0]
+    fresh = with_hash_tables(config, init_state(config, mesh), open_corpus())
+    for name in ("params", "bias"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(there, name))
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, fresh.optimizer)
+    assert int(state.step) == 0 and any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.bias))
+
+
+def test_a_run_from_other_weights_goes_on_from_its_own_checkpoint(trained, tmp_path):
+    config = rig.drill_config(init_from=str(trained))
+    run(config, tmp_path, stop_at=2, quiet=True)
+    assert run(config, tmp_path, stop_at=3, quiet=True).step == 3  # at init_from is no step 2
+    first = read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"]
+    assert first < read_jsonl(trained / "metrics.jsonl")[0]["loss"] - 0.01
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (dict(init_from="nowhere"), "init_from='nowhere' has no finished checkpoint"),
+        (dict(model=dict(num_layers=4)), "holds another state"),
+        (dict(balance=dict(bias_multiplicative={})), "a bias that is added to scores"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(trained, overrides, words):
+    config = rig.drill_config(**(dict(init_from=str(trained)) | overrides))
+    with pytest.raises(ValueError, match=words):
+        weights_of(config, make_mesh(config.mesh))
 
 
 def test_a_run_does_not_need_git(monkeypatch):

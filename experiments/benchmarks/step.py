@@ -57,7 +57,10 @@ def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int]) -> Conf
     Raises:
         ValueError: sizes that make no model.
     """
-    likes: dict[str, dict[str, Any]] = {QWEN: dict(score="softmax", qk_norm="head"), DEEPSEEK: dict(num_shared_experts=1)}
+    likes: dict[str, dict[str, Any]] = {
+        QWEN: dict(score="softmax", qk_norm="head"),
+        DEEPSEEK: dict(num_shared_experts=1),
+    }
     heads = sizes["num_heads"]
     if heads % 2 or sizes["embed_dim"] % (4 * heads):
         raise ValueError(

@@ -1,0 +1,162 @@
+"""`python -m moe_jax.convert --input=DIR --output=DIR`: weights from Hugging Face's folders to workdirs, and back.
+
+A folder with config.json and *.safetensors becomes a workdir that `evaluate` and `generate` read and that
+`--config.init_from=WORKDIR` starts a run from; a workdir, of a run or converted, becomes a folder that transformers
+and vLLM load. Which of the two is told by the input. The families are DeepSeek-V2, DeepSeek-V3 (with Kimi-K2),
+Qwen3-MoE, Mixtral and OLMoE; what one of them does not have is refused by name.
+
+Tensors go one after the other, so that memory holds about one of them, however large the model is. The output appears
+whole or not at all. `--dtype=float32` or `bfloat16` converts; without it tensors stay as they are stored.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from moe_jax.command import fail, parse_flags
+from moe_jax.config import Config, as_dict, default, validate
+from moe_jax.files import is_remote, new_folder, workdir_of, write_json
+from moe_jax.workdir import config_of_run, versions
+
+
+def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
+    """Make a workdir of a folder of Hugging Face's: config.json, tokenizer/, and a checkpoint with weights only.
+
+    Args:
+        folder: with config.json and *.safetensors.
+        workdir: not there yet, or empty.
+        dtype: of the parameters, "float32" or "bfloat16"; None: as stored.
+
+    Returns:
+        The config of the workdir.
+
+    Raises:
+        ValueError: something in the folder is not as it should be, by name; or the workdir is not empty.
+    """
+    from moe_jax import checkpoint
+    from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
+
+    with new_folder(workdir) as partial:
+        source = open_hf(folder, dtype)
+        config = validate(default(model=as_dict(Config(model=source.config))["model"]))
+        carry(folder, partial / TOKENIZER, everything=True)
+        path, abstract = partial / "checkpoints" / "00000000", abstract_weights(source.config)
+        path.parent.mkdir()
+        arrays = checkpoint.create(path, abstract, index_axes(source.config))
+        with progress(f"{folder} -> {workdir}", source.num_bytes) as advance:
+            for num_bytes in fill(source, lambda leaf, index, value: arrays[leaf].write(index, value)):
+                advance(num_bytes)
+        checkpoint.commit(path, abstract, {"config": as_dict(config), "converted_from": folder.name})
+        write_json(partial / "config.json", as_dict(config))
+        write_json(partial / "run.json", versions())
+    return config
+
+
+def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architecture: str = "") -> int:
+    """Make a folder for transformers and vLLM of the newest checkpoint of a workdir.
+
+    Args:
+        workdir: of a training run, or of `to_workdir`.
+        folder: not there yet, or empty.
+        dtype: of the tensors, "float32" or "bfloat16"; None: that of the parameters.
+        architecture: the family; "": the one that holds such a model.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, or a model that the family does not hold.
+    """
+    from moe_jax import checkpoint
+    from moe_jax.interop import TOKENIZER, abstract_weights, export, refuse_balance
+
+    config = config_of_run(workdir)
+    refuse_balance(config)
+    found = checkpoint.open_newest(
+        workdir / "checkpoints",
+        abstract_weights(config.model),
+        verify=config.checkpoint.verify,
+        fallback=config.checkpoint.fallback,
+    )
+    if found is None:
+        raise ValueError(f"--input={workdir} has no finished checkpoint; train first.")
+    step, arrays = found
+    with new_folder(folder) as partial, progress(f"{workdir} -> {folder}", None) as advance:
+        for plan, total in export(
+            config.model,
+            lambda leaf, index: arrays[leaf].read(index),
+            partial,
+            architecture=architecture,
+            dtype=dtype,
+            carried=workdir / TOKENIZER,
+            max_length=config.sequence_length,
+        ):
+            advance(plan.num_bytes, total)
+    return step
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Any]:
+    """A bar of bytes on standard error; its function takes those that are done, and the total when it is known."""
+    from rich import progress as bar
+    from rich.console import Console
+
+    columns = bar.TextColumn("{task.description}"), bar.BarColumn(), bar.DownloadColumn(), bar.TransferSpeedColumn()
+    with bar.Progress(*columns, bar.TimeRemainingColumn(), console=Console(stderr=True)) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done, total=total: shown.update(task, advance=done, total=total)
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether config.json is one of ours.
+
+    Raises:
+        ValueError: it is absent.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--input={folder} has no config.json; give a Hugging Face folder, or a workdir.")
+    try:
+        config = json.loads(file.read_bytes()) if file.stat().st_size < 2**24 else {}
+    except ValueError:
+        return False  # who reads it tells what is wrong
+    return isinstance(config, dict) and isinstance(config.get("model"), dict) and "model_type" not in config
+
+
+def run(source: Path, target: Path, dtype: str | None, architecture: str) -> None:
+    """Convert in the direction that the input asks for, and say what was made."""
+    if is_remote(source) or is_remote(target):
+        raise ValueError("--input and --output must be folders of this machine; copy a bucket's files here first.")
+    if not holds_a_run(source):
+        if architecture:
+            raise ValueError(f"--architecture={architecture} is for the way out; config.json tells it on the way in.")
+        config = to_workdir(source, target, dtype)
+        model = config.model
+        print(f"wrote {target}: {model.num_layers} layers, {model.num_experts} experts, {model.param_dtype}")
+    else:
+        step = to_folder(source, target, dtype, architecture)
+        print(f"wrote {target}: the model after {step} steps")
+
+
+def main(_: list[str]) -> None:
+    """Check the flags, then convert."""
+    flag = flags.FLAGS
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written goes
+    try:
+        run(workdir_of(flag.input), workdir_of(flag.output), flag.dtype, flag.architecture)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("input", None, "A Hugging Face folder, or a workdir.", required=True)
+    flags.DEFINE_string("output", None, "The workdir, or the folder, to make.", required=True)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; without it, as stored.")
+    flags.DEFINE_string("architecture", "", "On the way out: the family, as DeepseekV3ForCausalLM.")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,149 @@
+"""Laws of weights in and out against transformers: the same logits and the same experts, before training and after.
+
+Small random models, float32, eager attention, on CPU; one torch model a family.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import tiny_config
+from moe_jax.data import open_corpus, training_batches
+from moe_jax.interop import LanguageModel, load_hf, save_hf
+from moe_jax.state import init_state, read_bias
+from moe_jax.step import make_train_step
+
+torch = pytest.importorskip("torch", reason="needs torch and transformers: pip install 'moe_jax[peers]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'moe_jax[peers]'")
+TOLERANCE = 1e-4  # of a logit
+
+BASE = dict(vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+BASE |= dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+GROUPED = BASE | dict(num_key_value_heads=1, num_experts_per_tok=2)
+LATENT = BASE | dict(num_key_value_heads=2, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=3)
+LATENT |= dict(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+LATENT |= dict(first_k_dense_replace=1, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=2.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0)
+YARN |= dict(rope_theta=50000.0)
+SHARPENED = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
+CASES = {
+    "mixtral": ("Mixtral", GROUPED | dict(num_local_experts=4, head_dim=12)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        GROUPED
+        | dict(num_experts=4, moe_intermediate_size=8, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0])
+        | dict(rope_parameters=YARN, tie_word_embeddings=True),
+    ),
+    "olmoe": ("Olmoe", GROUPED | dict(num_experts=4)),
+    "deepseek_v2": (
+        "DeepseekV2",
+        LATENT | dict(topk_method="group_limited_greedy", rope_parameters=SHARPENED),
+    ),
+    "deepseek_v2_lite": ("DeepseekV2", LATENT | dict(q_lora_rank=None, topk_method="greedy")),
+    "deepseek_v3": ("DeepseekV3", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
+}
+# a row of one document; two documents and padding; padding in front
+SEGMENTS = np.array([[1] * 10, [1] * 4 + [2] * 4 + [0] * 2, [0] * 3 + [1] * 7], np.int32)
+TOKENS = np.random.default_rng(0).integers(3, 264, SEGMENTS.shape).astype(np.int32)
+REAL = SEGMENTS > 0
+
+
+def make(case):
+    """A torch model whose routers are decided and whose biases are far from zero."""
+    name, keys = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**keys)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in key:
+                value.normal_(1.0, 0.2)
+            elif "e_score_correction_bias" in key:
+                value.normal_(0.0, 1.0)
+            elif "inv_freq" not in key:
+                value.normal_(0.0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """case, torch's model, its folder, and ours."""
+    model, folder = make(request.param), tmp_path_factory.mktemp(request.param) / "hf"
+    model.save_pretrained(folder)
+    return request.param, model, folder, load_hf(folder)
+
+
+def theirs(model, segments=SEGMENTS):
+    """Logits of packed and padded rows, and the experts of every layer: sorted ids [L, B, S, K]."""
+    ids, hooks = [], []
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Router"):
+            hooks.append(module.register_forward_hook(lambda _, __, out: ids.append(out[2].sort(-1)[0])))
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+    allowed = np.tril(same) | np.eye(
+        segments.shape[1], dtype=bool
+    )  # padding sees itself, for a softmax needs something
+    places = np.zeros_like(segments)
+    for row, start in np.ndindex(segments.shape):
+        if start and segments[row, start] == segments[row, start - 1]:
+            places[row, start] = places[row, start - 1] + 1
+    mask = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        out = model(torch.tensor(TOKENS), attention_mask=mask, position_ids=torch.tensor(places), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return out.logits.numpy(), np.stack([i.numpy().reshape(*TOKENS.shape, -1) for i in ids])
+
+
+def agree(model, ours):
+    logits, ids = theirs(model)
+    found = np.asarray(ours(TOKENS, SEGMENTS))
+    np.testing.assert_allclose(found[REAL], logits[REAL], rtol=0, atol=TOLERANCE)
+    assert np.abs(logits[REAL]).max() > 1.0  # so that the tolerance is a small one
+    chosen = np.sort(np.asarray(ours.expert_ids(TOKENS, SEGMENTS)), -1)
+    np.testing.assert_array_equal(chosen[:, REAL], ids[:, REAL])
+
+
+def test_logits_and_experts_are_those_of_transformers(pair):
+    _, model, _, ours = pair
+    agree(model, ours)
+
+
+def test_a_padded_batch_has_the_logits_that_transformers_gives_it(pair):
+    _, model, _, ours = pair
+    mask = REAL.astype(np.int64) * (SEGMENTS == 1)
+    places = np.maximum(np.cumsum(mask, 1) - 1, 0)
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS), attention_mask=torch.tensor(mask), position_ids=torch.tensor(places))
+    found = np.asarray(ours(TOKENS, mask.astype(np.int32)))
+    np.testing.assert_allclose(found[mask > 0], expected.logits.numpy()[mask > 0], rtol=0, atol=TOLERANCE)
+
+
+def trained(ours, balance, steps=2):
+    """The state after some steps from the model's weights."""
+    config = replace(tiny_config(balance=balance, optimizer=dict(learning_rate=1e-2)), model=ours.config)
+    state = init_state(config)
+    state = state._replace(params=jax.tree.map(jnp.copy, ours.params), bias=jax.tree.map(jnp.copy, ours.bias))
+    batches = training_batches(open_corpus(), seed=0, batch_size=8, sequence_length=16)
+    step = make_train_step(config)
+    for number in range(steps):
+        state, _ = step(state, batches(number), jax.random.key(0))
+    return state
+
+
+def test_after_training_here_transformers_gives_the_same_logits(pair, tmp_path):
+    case, model, _, ours = pair
+    balance = dict(bias_sign=dict(rate=0.1)) if case == "deepseek_v3" else dict(aux_loss=dict(weight=1e-2))
+    state = trained(ours, balance)
+    after = LanguageModel(ours.config, state.params, state.bias)
+    assert np.abs(after(TOKENS) - ours(TOKENS)).max() > 100 * TOLERANCE
+    if case == "deepseek_v3":
+        assert not np.array_equal(read_bias(state.bias), read_bias(ours.bias))
+    save_hf(after, tmp_path / "out")
+    kind = dict(dtype=torch.float32, attn_implementation="eager")
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, **kind)
+    assert not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
+    agree(again.eval(), after)
