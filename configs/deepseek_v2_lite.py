@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite at full size: 27 layers, the first dense, 64 experts, 6 a token, 2 shared; multi-head latent attention.
+"""DeepSeek-V2-Lite at full size: 27 layers, the first dense, 64 experts, 6 a token, 2 shared; latent attention.
 
 15.7B parameters, of which a token uses 2.66B with its embedding and 2.45B without (the paper's 2.4B). YaRN came after
 pre-training. Assumed: weights drawn with deviation 0.006, as DeepSeek-V2's.

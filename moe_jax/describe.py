@@ -1,9 +1,9 @@
 """`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is made.
 
-Total and active parameters, as papers count them (the embedding is active, though a token reads one row of it; a sum
-without it follows; multi-token prediction is a row of its own), FLOPs a token, memory of the state; on several devices how every leaf is split over
-them. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also compiles the train
-step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
+Total and active parameters, FLOPs a token, memory of the state; on several devices how every leaf is split over
+them. Active is what a token uses, with all of the embedding; sums without it, and without multi-token prediction, are
+those that papers publish. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also
+compiles the train step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
 """
 
 import math
@@ -118,18 +118,20 @@ def model_table(config: Config) -> "Table":
 
 
 def totals(rows: list[Part]) -> list[Part]:
-    """The sums that papers publish: of all, of what is active without the embedding, and without prediction ahead.
+    """The sums that papers publish: of all parts, without multi-token prediction, and without the embedding either.
 
-    Published totals leave multi-token prediction out. Published active parameters do, too, and some count the
-    embedding, of which a token reads one row, while others do not: so both sums are here.
+    Published figures leave multi-token prediction out. Some count the embedding as active, of which a token reads one
+    row, and others do not: so both sums are here.
     """
+    kept: dict[str, tuple[str, ...]] = {"all": ()}
+    if any(row.name == AHEAD for row in rows):
+        kept[f"without {AHEAD}"] = (AHEAD,)
+    kept["nor the embedding" if len(kept) > 1 else "without the embedding"] = (AHEAD, "embedding")
+    return [_total(name, [row for row in rows if row.name not in out]) for name, out in kept.items()]
 
-    def total(name: str, without: tuple[str, ...] = ()) -> Part:
-        kept = [r for r in rows if r.name not in without]
-        return Part(name, *(sum(getattr(r, what) for r in kept) for what in ("total", "active", "flops")))
 
-    ahead = [total(f"without {AHEAD}", (AHEAD,))] if any(r.name == AHEAD for r in rows) else []
-    return [total("all"), *ahead, total("without these and the embedding" if ahead else "without the embedding", (AHEAD, "embedding"))]
+def _total(name: str, rows: list[Part]) -> Part:
+    return Part(name, sum(r.total for r in rows), sum(r.active for r in rows), sum(r.flops for r in rows))
 
 
 def main(_: list[str]) -> None:
