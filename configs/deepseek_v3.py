@@ -1,13 +1,13 @@
 """DeepSeek-V3 at full size: 61 layers, 256 experts, 8 a token from the best 4 of 8 groups, 1 shared; 2048 chips.
 
-Attention is grouped-query with 8 key-value heads until multi-head latent attention exists here, and there is no
-multi-token prediction: 675B parameters, 41B active. The paper's batch grows from 3072 to 15360 sequences; here it is
-one sequence a chip. Its learning rate falls by a cosine over the last third; here linearly.
+671B parameters, of which a token uses 37.6B with its embedding and 36.6B without (37B in the paper), and 11.6B more for
+multi-token prediction, one token ahead, which shares embedding and head. YaRN came after pre-training. The paper's
+batch grows from 3072 to 15360 sequences; here it is one sequence a chip. Its learning rate falls by a cosine over the
+last third; here linearly.
 Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
-Result of the plan: fits, 19.8 of 95 GiB a chip; 1.48 x the ideal FLOPs and those of attention, which its kernel does
-not tell; bound on MFU 46.6 %, by the interconnect.
+Result of the plan: pending.
 """
 
 from moe_jax.config import default
@@ -26,9 +26,13 @@ def get_config(arg: str = ""):
             vocab_size=129280,
             num_layers=61,
             embed_dim=7168,
+            attention="mla",
             num_heads=128,
-            num_kv_heads=8,
-            head_dim=128,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
             ffw_dim=18432,
             init_std=0.006,
             compute_dtype="bfloat16",
@@ -42,7 +46,10 @@ def get_config(arg: str = ""):
             top_groups=4,
             group_top=2,
             gate_scale=2.5,
+            mtp_depth=1,
         ),
+        mtp_weights=(0.3, 0.1),
+        mtp_milestones=(0.676,),  # 10T of 14.8T tokens
         balance=dict(bias_sign=dict(rate=1e-3), aux_loss=dict(weight=1e-4, scope="sequence", counts="unbiased")),
         optimizer=dict(
             learning_rate=2.2e-4,

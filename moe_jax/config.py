@@ -88,6 +88,7 @@ class ModelConfig:
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
     dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = "auto"
     cpu_kernel: Literal["auto", "native", "xla"] = "auto"  # on CPUs experts multiply in C++, or in XLA
+    quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
     # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
     capacity_factor: float = number(1.25, 0.01)
     # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
@@ -420,6 +421,22 @@ def _check_groups(c: Config) -> None:
         )
 
 
+def _check_quantization(c: Config) -> None:
+    m = c.model
+    if m.quantization == "none":
+        return
+    if m.num_experts == 0:
+        raise ValueError(
+            f"model.quantization={m.quantization!r} narrows the products of routed experts, but model.num_experts=0 "
+            "has none; set model.quantization='none'."
+        )
+    if m.cpu_kernel == "native":
+        raise ValueError(
+            f"model.cpu_kernel='native' computes in float32 and bfloat16, not model.quantization={m.quantization!r}; "
+            "set model.cpu_kernel='auto', or model.quantization='none'."
+        )
+
+
 def _check_balance_use(c: Config) -> None:
     if c.balance and c.model.num_experts == 0:
         raise ValueError(
@@ -633,6 +650,7 @@ RULES = (
     _check_experts,
     _check_gates,
     _check_groups,
+    _check_quantization,
     _check_balance_use,
     _check_balance_fits,
     _check_classes,

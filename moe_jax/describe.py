@@ -1,8 +1,9 @@
 """`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is made.
 
 Total and active parameters, FLOPs a token, memory of the state; on several devices how every leaf is split over
-them. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also compiles the train
-step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
+them. Active is what a token uses, with all of the embedding; sums without it, and without multi-token prediction, are
+those that papers publish. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also
+compiles the train step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
 """
 
 import math
@@ -12,7 +13,7 @@ from absl import app, flags
 
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, resolve, validate
-from moe_jax.flops import parts, train_flops
+from moe_jax.flops import AHEAD, Part, parts, train_flops
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,11 +110,28 @@ def model_table(config: Config) -> "Table":
     for row in rows:
         table.add_row(row.name, f"{row.total:,}", f"{row.active:,}", f"{row.flops:,}")
     table.add_section()
-    sums = (sum(r.total for r in rows), sum(r.active for r in rows), sum(r.flops for r in rows))
-    table.add_row("all", *(f"{n:,}" for n in sums))
+    for part in totals(rows):
+        table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", f"{part.flops:,}")
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def totals(rows: list[Part]) -> list[Part]:
+    """The sums that papers publish: of all parts, without multi-token prediction, and without the embedding either.
+
+    Published figures leave multi-token prediction out. Some count the embedding as active, of which a token reads one
+    row, and others do not: so both sums are here.
+    """
+    kept: dict[str, tuple[str, ...]] = {"all": ()}
+    if any(row.name == AHEAD for row in rows):
+        kept[f"without {AHEAD}"] = (AHEAD,)
+    kept["nor the embedding" if len(kept) > 1 else "without the embedding"] = (AHEAD, "embedding")
+    return [_total(name, [row for row in rows if row.name not in out]) for name, out in kept.items()]
+
+
+def _total(name: str, rows: list[Part]) -> Part:
+    return Part(name, sum(r.total for r in rows), sum(r.active for r in rows), sum(r.flops for r in rows))
 
 
 def main(_: list[str]) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from moe_jax import native
+from moe_jax import native, quantize
 from moe_jax.grouped import TILE_ROWS, grouped_matmul, rows_multiplied
 from moe_jax.mesh import BATCH, GATHERED, is_sharded, per_shard, platform
 from moe_jax.routing import Routing, count
@@ -54,6 +54,7 @@ def apply_experts(
     num_rows: int = 1,
     capacity_factor: float = 1.25,
     cpu_kernel: str = "auto",
+    quantization: str = "none",
 ) -> tuple[Float[Array, "tokens embed"], Traffic]:
     """sum over a token's experts of gate x expert(x), and what it took.
 
@@ -74,29 +75,32 @@ def apply_experts(
         num_rows: B, used by "capacity" only, whose groups are sequences.
         capacity_factor: room over the balanced load: C of an expert ("capacity") or of a round.
         cpu_kernel: how CPUs multiply, see `in_native`.
+        quantization: "none", or the format of all products with weights, see `quantize`.
 
     Returns:
         y [T, D] in x's dtype; what the exchange took.
 
     Raises:
-        ValueError: `cpu_kernel="native"` where that cannot be.
+        ValueError: `cpu_kernel="native"` where that cannot be; `quantization` without qwix.
 
     Source: dropless sorting as in MegaBlocks (arXiv 2211.15841); capacity: GShard (2006.16668).
     """
+    quantize.check(quantization)
     if backend == "dense":
         rows = jnp.int32(x.shape[0] * weights.gate.shape[0])
         visits = _visits(routing.expert_ids, weights.gate.shape[0], 1)
-        return _dense(x, routing, weights), Traffic(jnp.int32(0), jnp.int32(1), rows, visits)
+        return _dense(x, routing, weights, quantization), Traffic(jnp.int32(0), jnp.int32(1), rows, visits)
     devices = mesh.shape["expert"] if is_sharded(mesh) else 1
     if backend == "auto":
         backend = "rounds" if devices > 1 else "local"
     if backend in ("rounds", "ragged") and not is_sharded(mesh):
         backend = "local"  # one device has nobody to ship to
-    kernel = NATIVE if in_native(cpu_kernel, mesh, x.dtype) else IN_XLA
+    kernel = kernel_for(cpu_kernel, mesh, x.dtype, quantization)
     run: Callable
     if backend == "capacity":
         row_tokens = x.shape[0] // num_rows
         run = functools.partial(_capacity, row_tokens=row_tokens, factor=capacity_factor, devices=devices)
+        run = functools.partial(run, quantization=quantization)
     elif backend == "local":
         run = functools.partial(_local, kernel=kernel)
     else:
@@ -141,10 +145,23 @@ def dense_swiglu(
     return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1)), one).astype(x.dtype)
 
 
-def _grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array) -> Array:
+def _grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array, quantization: str) -> Array:
     """`swiglu` of every row with its expert's weights; rows sorted by expert."""
-    hidden = jax.nn.silu(grouped_matmul(rows, weights.gate, sizes)) * grouped_matmul(rows, weights.up, sizes)
-    return grouped_matmul(hidden, weights.down, sizes)
+
+    def times(rows: Array, w: Array) -> Array:
+        if quantization == "none":
+            return grouped_matmul(rows, w, sizes)
+        return quantize.quantized_matmul(rows, w, sizes, quantization)
+
+    return times(jax.nn.silu(times(rows, weights.gate)) * times(rows, weights.up), weights.down)
+
+
+def _swiglu_of_each(rows: Array, weights: ExpertWeights, quantization: str) -> Array:
+    """`swiglu` of rows [E, R, D], R for each expert."""
+    if quantization == "none":
+        return jax.vmap(swiglu)(rows, *weights)
+    sizes = jnp.full(rows.shape[0], rows.shape[1], jnp.int32)
+    return _grouped_swiglu(rows.reshape(-1, rows.shape[2]), weights, sizes, quantization).reshape(rows.shape)
 
 
 def _visits(expert_ids: Array, experts_per_device: int, devices: int) -> Array:
@@ -184,9 +201,12 @@ def _sorting(keys: Array) -> tuple[Array, Array]:
 # --- dense: the oracle ----------------------------------------------------------------------------------------
 
 
-def _dense(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
+def _dense(x: Array, routing: Routing, weights: ExpertWeights, quantization: str) -> Array:
     num_experts = weights.gate.shape[0]
-    outputs = jax.vmap(swiglu, in_axes=(None, 0, 0, 0))(x, *weights)
+    if quantization == "none":
+        outputs = jax.vmap(swiglu, in_axes=(None, 0, 0, 0))(x, *weights)
+    else:
+        outputs = _swiglu_of_each(jnp.broadcast_to(x, (num_experts, *x.shape)), weights, quantization)
     share = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=jnp.float32) * routing.gates[..., None]
     return jnp.einsum("te,etd->td", share.sum(1), outputs).astype(x.dtype)
 
@@ -216,8 +236,18 @@ def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
     return why is None
 
 
-def told(cpu_kernel: str, mesh: Mesh, dtype: str) -> str | None:
-    """One line on how experts multiply on these CPUs; None where they are something else."""
+def kernel_for(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype, quantization: str) -> Kernel:
+    """The kernel that the config means on these devices."""
+    if quantization != "none":
+        return Kernel(_in_format(quantization), TILE_ROWS)
+    return NATIVE if in_native(cpu_kernel, mesh, dtype) else IN_XLA
+
+
+def told(cpu_kernel: str, mesh: Mesh, dtype: str, quantization: str = "none") -> str | None:
+    """One line on how experts multiply, on CPUs or narrowed; None where there is nothing to tell."""
+    quantize.check(quantization)
+    if quantization != "none":
+        return f"experts multiply in {quantization}, quantized by qwix, in XLA"
     if platform(mesh) != "cpu":
         return None
     if in_native(cpu_kernel, mesh, jnp.dtype(dtype)):
@@ -225,17 +255,22 @@ def told(cpu_kernel: str, mesh: Mesh, dtype: str) -> str | None:
     return f"experts multiply in XLA: {native.missing() or f'model.cpu_kernel={cpu_kernel!r}, {dtype}'}"
 
 
-def _by_sorting(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
+def _by_sorting(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, quantization: str = "none") -> Array:
     """`native.experts` in XLA, for every platform."""
     num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]
     with jax.named_scope("dispatch"):
         order, place = _sorting(expert_ids.ravel())
         copies = _take(x, order[:, None] // slots, place.reshape(-1, slots))
     with jax.named_scope("experts"):
-        outputs = _grouped_swiglu(copies, weights, count(expert_ids, num_experts))
+        outputs = _grouped_swiglu(copies, weights, count(expert_ids, num_experts), quantization)
     with jax.named_scope("combine"):
         back = _take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
         return jnp.einsum("tk,tkd->td", gates, back)
+
+
+@functools.cache  # the same kernel is the same function
+def _in_format(quantization: str) -> Callable[[Array, Array, Array, ExpertWeights], Array]:
+    return functools.partial(_by_sorting, quantization=quantization)
 
 
 NATIVE, IN_XLA = Kernel(native.experts, 1), Kernel(_by_sorting, TILE_ROWS)
@@ -472,7 +507,15 @@ def capacity_of(row_tokens: int, slots: int, num_experts: int, capacity_factor: 
 
 
 def _capacity(
-    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, *, row_tokens: int, factor: float, devices: int
+    x: Array,
+    expert_ids: Array,
+    gates: Array,
+    weights: ExpertWeights,
+    *,
+    row_tokens: int,
+    factor: float,
+    devices: int,
+    quantization: str,
 ) -> tuple[Array, Traffic]:
     """GShard's dispatch: first choices of a whole sequence are seated before second choices.
 
@@ -493,7 +536,7 @@ def _capacity(
     buffer = buffer.at[position].set(x[:, None, :], mode="drop").reshape(num_experts, -1, x.shape[1])
     if devices > 1:
         buffer = lax.all_to_all(buffer, "expert", 0, 1, tiled=True)
-    outputs = jax.vmap(swiglu)(buffer, *weights)
+    outputs = _swiglu_of_each(buffer, weights, quantization)
     if devices > 1:
         outputs = lax.all_to_all(outputs, "expert", 1, 0, tiled=True)
     back = outputs.reshape(-1, x.shape[1]).at[position].get(mode="fill", fill_value=0)

@@ -66,15 +66,15 @@ OUTER = lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
 
 
 def _ragged_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-    return _zero_tail(_ragged(x, w, group_sizes, PRODUCT, x.dtype), group_sizes)
+    return zero_tail(_ragged(x, w, group_sizes, PRODUCT, x.dtype), group_sizes)
 
 
 def _ragged_transposed(dy: Array, w: Array, group_sizes: Array) -> Array:
-    return _zero_tail(_ragged(dy, w, group_sizes, TRANSPOSED, dy.dtype), group_sizes)
+    return zero_tail(_ragged(dy, w, group_sizes, TRANSPOSED, dy.dtype), group_sizes)
 
 
 def _ragged_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
-    return _ragged(_zero_tail(x, group_sizes), _zero_tail(dy, group_sizes), group_sizes, OUTER, dtype)
+    return _ragged(zero_tail(x, group_sizes), zero_tail(dy, group_sizes), group_sizes, OUTER, dtype)
 
 
 def _ragged(a: Array, b: Array, group_sizes: Array, which: lax.RaggedDotDimensionNumbers, dtype: jnp.dtype) -> Array:
@@ -96,7 +96,8 @@ def has_tokamax() -> bool:
     return importlib.util.find_spec("tokamax") is not None and jax.default_backend() == "gpu"
 
 
-def _zero_tail(y: Array, group_sizes: Array) -> Array:
+def zero_tail(y: Array, group_sizes: Array) -> Array:
+    """Rows after the last group become 0, whatever they held."""
     return jnp.where(jnp.arange(y.shape[0])[:, None] < group_sizes.sum(), y, 0)
 
 
@@ -116,10 +117,11 @@ def _tpu_matmul(x: Array, w: Array, group_sizes: Array, *, transposed: bool = Fa
 
     if rows == 0:
         return jnp.zeros_like(x, narrow, shape=(0, out_dim))
-    return _zero_tail(around_kernel(kernel, _whole_tiles(x, tile[0]), w, group_sizes)[:rows], group_sizes)
+    return zero_tail(around_kernel(kernel, _whole_tiles(x, tile[0]), w, group_sizes)[:rows], group_sizes)
 
 
-def _tpu_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype, *, interpret: Any = False) -> Array:
+def tpu_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype, *, interpret: Any = False) -> Array:
+    """The groups' x^T dy [E, D, F] by megablox: `Kernels.outer`."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     rows, groups = x.shape[0], group_sizes.shape[0]
@@ -183,23 +185,25 @@ def _tile_mask(first: Array, end: Array, num_rows: int, tile: int) -> tuple[Arra
     return start, ((row >= first) & (row < end))[:, None]
 
 
-def _tiled_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
+def tiled_matmul(x: Array, w: Array, group_sizes: Array, dtype: jnp.dtype | None = None) -> Array:
+    """x w of every row, tile after tile: `Kernels.product`, in x's dtype if no other is given."""
     num_rows, tile = x.shape[0], min(TILE_ROWS, x.shape[0])
     if num_rows == 0:
-        return jnp.zeros_like(x, shape=(0, w.shape[2]))
+        return jnp.zeros_like(x, dtype, shape=(0, w.shape[2]))
     group, first, end, num_tiles = _tiles(group_sizes, num_rows, tile)
 
     def body(i: Array, y: Array) -> Array:
         start, mine = _tile_mask(first[i], end[i], num_rows, tile)
-        rows = lax.dynamic_slice_in_dim(x, start, tile).astype(jnp.float32)
-        product = rows @ lax.dynamic_index_in_dim(w, group[i], keepdims=False).astype(jnp.float32)
+        rows = _operand(lax.dynamic_slice_in_dim(x, start, tile))
+        product = _dot(rows, _operand(lax.dynamic_index_in_dim(w, group[i], keepdims=False)))
         kept = jnp.where(mine, product.astype(y.dtype), lax.dynamic_slice_in_dim(y, start, tile))
         return lax.dynamic_update_slice_in_dim(y, kept, start, 0)
 
-    return lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x, shape=(num_rows, w.shape[2])))
+    return lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x, dtype, shape=(num_rows, w.shape[2])))
 
 
-def _tiled_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
+def tiled_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
+    """The groups' x^T dy [E, D, F], tile after tile: `Kernels.outer`."""
     num_rows, tile = x.shape[0], min(TILE_ROWS, x.shape[0])
     dw = jnp.zeros_like(x, jnp.float32, shape=(group_sizes.shape[0], x.shape[1], dy.shape[1]))
     if num_rows == 0:
@@ -208,16 +212,29 @@ def _tiled_outer(x: Array, dy: Array, group_sizes: Array, dtype: jnp.dtype) -> A
 
     def body(i: Array, dw: Array) -> Array:
         start, mine = _tile_mask(first[i], end[i], num_rows, tile)
-        rows = jnp.where(mine, lax.dynamic_slice_in_dim(x, start, tile), 0).astype(jnp.float32)
-        grads = lax.dynamic_slice_in_dim(dy, start, tile).astype(jnp.float32)
+        rows = _operand(jnp.where(mine, lax.dynamic_slice_in_dim(x, start, tile), 0))
+        grads = _operand(lax.dynamic_slice_in_dim(dy, start, tile))
         sofar = lax.dynamic_index_in_dim(dw, group[i], keepdims=False)
-        return lax.dynamic_update_index_in_dim(dw, sofar + rows.T @ grads, group[i], 0)
+        return lax.dynamic_update_index_in_dim(dw, sofar + _dot(rows.T, grads), group[i], 0)
 
     return lax.fori_loop(0, num_tiles, body, dw).astype(dtype)
 
 
+def _operand(a: Array) -> Array:
+    """In float32, unless of one byte."""
+    return a if a.itemsize == 1 else a.astype(jnp.float32)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """The product in float32; that of integers is summed in integers."""
+    if a.itemsize > 1:
+        return a @ b
+    total = jnp.int32 if jnp.issubdtype(a.dtype, jnp.integer) else jnp.float32
+    return lax.dot(a, b, preferred_element_type=total).astype(jnp.float32)
+
+
 def _tiled_transposed(dy: Array, w: Array, group_sizes: Array) -> Array:
-    return _tiled_matmul(dy, w.swapaxes(1, 2), group_sizes)
+    return tiled_matmul(dy, w.swapaxes(1, 2), group_sizes)
 
 
 # --- which is best where ---------------------------------------------------------------------------------------
@@ -233,8 +250,8 @@ class Kernels(NamedTuple):
 
 # by the names of `lax.platform_dependent`
 KERNELS = {
-    "cpu": Kernels(_tiled_matmul, _tiled_transposed, _tiled_outer),
-    "tpu": Kernels(_tpu_matmul, functools.partial(_tpu_matmul, transposed=True), _tpu_outer),
+    "cpu": Kernels(tiled_matmul, _tiled_transposed, tiled_outer),
+    "tpu": Kernels(_tpu_matmul, functools.partial(_tpu_matmul, transposed=True), tpu_outer),
     "default": Kernels(_ragged_matmul, _ragged_transposed, _ragged_outer),
 }
 

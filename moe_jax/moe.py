@@ -125,6 +125,7 @@ class MoE(nnx.Module):
             num_rows=x.shape[0],
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
+            quantization=c.quantization,
         )
         if drops:
             lost = count(routing.expert_ids, c.num_experts).sum() - count(sent.expert_ids, c.num_experts).sum()

@@ -189,7 +189,7 @@ class _Run:
         if first:
             self.display.say(f"going on from step {first}")
         m = self.config.model
-        if m.num_experts and (line := dispatch.told(m.cpu_kernel, self.mesh, m.compute_dtype)):
+        if m.num_experts and (line := dispatch.told(m.cpu_kernel, self.mesh, m.compute_dtype, m.quantization)):
             self.display.say(line)
         if unused := jax.device_count() - self.mesh.size:
             self.display.say(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")

@@ -27,6 +27,7 @@ sampling
 balance
 metrics
 grouped
+quantize
 native
 attention
 dispatch
@@ -71,6 +72,7 @@ ALLOWED = {
     "grain": {"data"},
     "tokenizers": {"data"},
     "lm_eval": {"harness"},
+    "qwix": {"quantize"},
 }
 WITHOUT_JAX = set("options config command files cache ledger shards prefetch hlo chips data log show".split())
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))

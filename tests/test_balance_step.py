@@ -36,7 +36,14 @@ FAMILIES = {
     "running counts": (dict(aux_loss=dict(scope="global_running")), {}),
     "threshold": (dict(expert_threshold=dict(bins=100)), {}),
     "expert choice by sequence": (dict(expert_choice=dict(scope="sequence")), {}),
-    "hash in the first layer": (dict(hash=dict(layers=(0, 1)), bias_sign=dict(rate=1e-2, layers=(1, 2))), {}),
+    "DeepSeek-V4": (
+        dict(
+            hash=dict(layers=(0, 1)),
+            bias_sign=dict(rate=1e-2, layers=(1, 2)),
+            aux_loss=dict(weight=1e-4, scope="sequence", counts="unbiased"),
+        ),
+        dict(score="sqrt_softplus", gate_scale=1.5),
+    ),
     "capacity of devices": (
         dict(device_capacity=dict(num_devices=2), aux_loss=dict(level="communication", num_devices=2)),
         dict(num_layers=1),  # a layer behind would choose by what the first one dropped

@@ -9,7 +9,8 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax.config import resolve
-from moe_jax.describe import leaves, memory, parts
+from moe_jax.describe import leaves, memory, parts, totals
+from moe_jax.flops import AHEAD
 from moe_jax.state import abstract_state
 
 CONFIG = tiny_config(balance=dict(bias_sign={}))
@@ -42,6 +43,16 @@ def test_a_tied_embedding_is_counted_once_and_multiplies_once():
     found = by_name(tiny_config(model=dict(tied_embeddings=True)))
     assert "head" not in found
     assert found["embedding"].flops == 2 * 264 * 16
+
+
+def test_the_sums_are_those_with_and_without_multi_token_prediction_and_embedding():
+    rows = parts(tiny_config(model=dict(mtp_depth=1)))
+    ahead, embedding = (next(r for r in rows if r.name == name) for name in (AHEAD, "embedding"))
+    every, model, rest = totals(rows)
+    assert every.total == sum(row.total for row in rows)
+    assert (every.total - model.total, every.flops - model.flops) == (ahead.total, ahead.flops)
+    assert (model.active - rest.active, embedding.active) == (264 * 16, 264 * 16)
+    assert [t.name for t in totals(parts(CONFIG))] == ["all", "without the embedding"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

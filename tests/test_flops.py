@@ -16,6 +16,22 @@ def test_a_training_token_costs_six_flops_a_parameter_and_causal_attention():
     assert train_flops(tiny_config(model=DENSE)) == 6 * weights + attention
 
 
+def test_latent_attention_costs_its_projections_and_the_widths_of_its_queries_and_values():
+    widths = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    # a layer of 2 heads: queries 16 x 12 and 12 x 2 x 10, latent 16 x 10, rotated key 16 x 4, keys and values of it
+    # 10 x 2 x (6 + 5), out 2 x 5 x 16
+    layer = 16 * 12 + 12 * 20 + 16 * 10 + 16 * 4 + 10 * 22 + 10 * 16 + 3 * 16 * 24
+    attention = 3 * 2 * 16 * 2 * (10 + 5)  # 3 L S H (K + V)
+    config = tiny_config(model=DENSE | widths | dict(attention="mla"))
+    assert train_flops(config) == 6 * (264 * 16 + 2 * layer) + attention
+
+
+def test_multi_token_prediction_costs_a_layer_a_projection_and_the_head_again_for_every_depth():
+    plain, ahead = (train_flops(tiny_config(model=DENSE | dict(mtp_depth=n))) for n in (0, 2))
+    layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24
+    assert ahead - plain == 2 * (6 * (layer + 2 * 16 * 16 + 264 * 16) + 6 * 16 * 2 * 8)
+
+
 def test_a_token_costs_its_own_experts_and_not_the_others():
     few, many = (tiny_config(model=dict(num_experts=n)) for n in (4, 16))
     routed = [next(p for p in parts(c) if p.name == "routed experts") for c in (few, many)]

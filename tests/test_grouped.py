@@ -69,7 +69,7 @@ def as_on_tpu(x, w, sizes, dy):
     """TPU's kernels, interpreted."""
     y = grouped._tpu_matmul(x, w, sizes, interpret=True)
     dx = grouped._tpu_matmul(dy, w, sizes, transposed=True, interpret=True)
-    return y, dx, grouped._tpu_outer(x, dy, sizes, w.dtype, interpret=True)
+    return y, dx, grouped.tpu_outer(x, dy, sizes, w.dtype, interpret=True)
 
 
 def assert_equals_oracle(run, x, w, sizes, dy) -> None:
@@ -258,7 +258,7 @@ def test_kernels_without_types_have_the_gradients_of_the_oracle_on_two_axes():
     def backward(kept, dy):
         x, w, sizes = kept
         dx = grouped._tpu_matmul(dy, w, sizes, transposed=True, interpret=interpreted)
-        return dx, grouped._tpu_outer(x, dy, sizes, w.dtype, interpret=interpreted), None
+        return dx, grouped.tpu_outer(x, dy, sizes, w.dtype, interpret=interpreted), None
 
     product.defvjp(lambda *kept: (product(*kept), kept), backward)
 

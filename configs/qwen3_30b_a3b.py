@@ -1,0 +1,48 @@
+"""Qwen3-30B-A3B at full size: 48 layers, 128 experts, 8 a token, none shared; every head's queries and keys normed.
+
+30.5B parameters, of which a token uses 3.35B with its embedding (3.3B in the report). Balanced by the global-batch
+loss. Not published and assumed: batch, learning rate, schedule and steps, here 4M tokens a step for one trillion of
+the 36 trillion tokens; the weight 1e-3 is that of its published configuration.
+Source: Qwen3 technical report (arXiv 2505.09388), section 2, and the configuration published with its weights; the
+loss: arXiv 2501.11873.
+Command: python -m moe_jax.train --config=configs/qwen3_30b_a3b.py --workdir=DIR --config.data.path=DIR
+Plan: python -m moe_jax.plan --config=configs/qwen3_30b_a3b.py --topology=v5p:4x8x8
+Result of the plan: pending.
+"""
+
+from moe_jax.config import default
+
+
+def get_config(arg: str = ""):
+    """`arg` is unused."""
+    return default(
+        num_steps=240_000,
+        batch_size=1024,
+        micro_batches=4,
+        sequence_length=4096,
+        log_every=10,
+        eval_every=1000,
+        save_every=500,
+        model=dict(
+            vocab_size=151936,
+            num_layers=48,
+            embed_dim=2048,
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            qk_norm="head",
+            rope_theta=1e6,
+            ffw_dim=6144,
+            compute_dtype="bfloat16",
+            remat="full",
+            num_experts=128,
+            top_k=8,
+            expert_ffw_dim=768,
+            score="softmax",
+        ),
+        balance=dict(aux_loss=dict(weight=1e-3, scope="global")),
+        optimizer=dict(learning_rate=4e-4, warmup_steps=2000, moment_dtype="bfloat16"),
+        mesh=dict(data=-1, expert=8),
+        # or XLA would wait for every all_to_all
+        compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
+    )

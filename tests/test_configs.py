@@ -1,0 +1,97 @@
+"""The configs at full size build the published models: to the parameter, where their checkpoints were counted."""
+
+import importlib.util
+
+import pytest
+from drills.rig import REPO
+
+from moe_jax.config import validate
+from moe_jax.describe import totals
+from moe_jax.flops import AHEAD, parts
+
+# Embedding and head V D each. Latent attention, with or without a latent of queries R_q (its norm is counted with the
+# norms), key-value latent 512, heads of 128 + 64 with and 128 without RoPE:
+#   D R_q + R_q H 192 (or D H 192) + D (512 + 64) + 512 H (128 + 128) + H 128 D
+# Norms 2 D a layer and D at the end, plus R_q + 512 (or 512) a latent attention. An expert 3 D F, a router D E.
+V3_ATTENTION = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+K2_ATTENTION = 7168 * 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 * 64 * 256 + 64 * 128 * 7168
+LITE_ATTENTION = 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048
+V3_LAYER = V3_ATTENTION + 257 * 3 * 7168 * 2048 + 7168 * 256 + 2 * 7168 + 1536 + 512
+EXPERT = 3 * 2048 * 1408  # of DeepSeekMoE 16B and V2-Lite
+EXACT = {  # all parameters but multi-token prediction's
+    "deepseek_v3": 2 * 129280 * 7168
+    + 61 * (V3_ATTENTION + 2 * 7168 + 1536 + 512)
+    + 3 * 3 * 7168 * 18432
+    + 58 * (257 * 3 * 7168 * 2048 + 7168 * 256)
+    + 7168,
+    "kimi_k2": 2 * 163840 * 7168
+    + 61 * (K2_ATTENTION + 2 * 7168 + 1536 + 512)
+    + 3 * 7168 * 18432
+    + 60 * (385 * 3 * 7168 * 2048 + 7168 * 384)
+    + 7168,
+    "deepseek_v2_lite": 2 * 102400 * 2048
+    + 27 * (LITE_ATTENTION + 2 * 2048 + 512)
+    + 3 * 2048 * 10944
+    + 26 * (66 * EXPERT + 2048 * 64)
+    + 2048,
+    "deepseek_moe_16b": 2 * 102400 * 2048
+    + 28 * (4 * 2048 * 2048 + 2 * 2048)
+    + 3 * 2048 * 10944
+    + 27 * (66 * EXPERT + 2048 * 64)
+    + 2048,
+    # queries and output 32 heads of 128, keys and values 4, a norm of 128 for queries and for keys
+    "qwen3_30b_a3b": 2 * 151936 * 2048
+    + 48 * (2 * 2048 * 32 * 128 + 2 * 2048 * 4 * 128 + 2 * 128 + 2 * 2048)
+    + 48 * (128 * 3 * 2048 * 768 + 2048 * 128)
+    + 2048,
+}
+# In billions, as published in papers and model cards: total, active, and the step to which active is rounded
+PUBLISHED = {
+    "deepseek_v3": (671, 36.7, 0.1),  # active: the README of its weights; 37 in the paper
+    "kimi_k2": (1040, 32, 1),
+    "deepseek_v2_lite": (15.7, 2.4, 0.1),
+    "deepseek_moe_16b": (16.4, 2.8, 0.1),
+    "qwen3_30b_a3b": (30.5, 3.3, 0.1),
+}
+every_model = pytest.mark.parametrize("name", EXACT)
+
+
+def config_of(name):
+    spec = importlib.util.spec_from_file_location(name, REPO / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return validate(module.get_config())
+
+
+def sums_of(name):
+    """All but multi-token prediction; of these all but the embedding."""
+    *_, model, without_embedding = totals(parts(config_of(name)))
+    return model, without_embedding
+
+
+@every_model
+def test_all_parameters_are_there(name):
+    assert sums_of(name)[0].total == EXACT[name]
+
+
+@every_model
+def test_the_total_is_the_published_one_within_half_a_percent(name):
+    total, exact = PUBLISHED[name][0], EXACT[name]
+    if name == "kimi_k2":
+        # the report's 1.04T has 61 MoE layers, its configuration and checkpoint 60 and a dense one, which is 1.026T
+        exact += 385 * 3 * 7168 * 2048 + 7168 * 384 - 3 * 7168 * 18432
+    assert abs(exact / 1e9 / total - 1) < 0.005
+
+
+@every_model
+def test_active_parameters_round_to_the_published_ones_with_or_without_the_embedding(name):
+    # papers say neither which they count nor whether they round down, so within one step of either sum's last digit
+    _, active, step = PUBLISHED[name]
+    assert any(abs(s.active / 1e9 - active) < step for s in sums_of(name))
+
+
+def test_multi_token_prediction_is_one_more_layer_and_two_halves_of_a_projection():
+    # the card's 11.5B leave out the projection; embedding and head are the model's: 685B is 671 + 11.6 + 2 x 0.93
+    found = {p.name: p for p in parts(config_of("deepseek_v3"))}[AHEAD]
+    assert found.total == V3_LAYER + 2 * 7168 * 7168 + 3 * 7168
+    assert abs((found.total + EXACT["deepseek_v3"] + 2 * 129280 * 7168) / 684.5e9 - 1) < 0.005
