@@ -341,9 +341,9 @@ def _check_latent_attention(m: ModelConfig) -> None:
 
 def _check_yarn(c: Config) -> None:
     y = c.model.yarn
-    if y.beta_fast <= y.beta_slow:
+    if y.beta_fast < y.beta_slow:  # equal in Kimi-K2: frequencies then jump
         raise ValueError(
-            f"model.yarn.beta_fast={y.beta_fast} must be above model.yarn.beta_slow={y.beta_slow}; try 32 and 1."
+            f"model.yarn.beta_fast={y.beta_fast} must be at least model.yarn.beta_slow={y.beta_slow}; try 32 and 1."
         )
 
 
