@@ -379,12 +379,18 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
 
 def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
     """Raise a ValueError where a converted model would read another vocabulary than its own."""
-    own, name = workdir / "tokenizer" / "tokenizer.json", corpus.tokenizer.name
-    if own.is_file() and sha256_of(own)[:16] not in name:
+    if has_another_tokenizer(workdir, corpus):
         raise ValueError(
-            f"--workdir={workdir} has a tokenizer of its own, but data.path={config.data.path!r} is of {name!r}; "
-            f"run moe_jax.data.prepare with --tokenizer={own.parent}, and give its folder as --data."
+            f"--workdir={workdir} has a tokenizer of its own, but data.path={config.data.path!r} is of "
+            f"{corpus.tokenizer.name!r}; run moe_jax.data.prepare with --tokenizer={workdir / 'tokenizer'}, and give "
+            "its folder as --data."
         )
+
+
+def has_another_tokenizer(workdir: Path, corpus: "Corpus") -> bool:
+    """Whether the workdir came with a tokenizer, and the corpus is of another."""
+    own = workdir / "tokenizer" / "tokenizer.json"
+    return own.is_file() and sha256_of(own)[:16] not in corpus.tokenizer.name
 
 
 def check_asked(config: Config, specialisation: bool, ablation: bool) -> None:

@@ -13,7 +13,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +24,8 @@ from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, resolve, validate
-from moe_jax.evaluate import evaluate, restore_run, store_routing
-from moe_jax.files import workdir_of
+from moe_jax.evaluate import evaluate, has_another_tokenizer, restore_run, store_routing
+from moe_jax.files import copy_tree, is_remote, new_folder, workdir_of
 from moe_jax.ledger import Ledger, of_earlier_attempts
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog, Work
@@ -85,6 +85,8 @@ def run(
     with claim(workdir):
         one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds), ledger)
         distributed.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
+        if said := distributed.by_first(lambda: carry_tokenizer(config, workdir, corpus)):
+            one.display.say(said)
         return one.until(min(stop_at or config.num_steps, config.num_steps), profile)
 
 
@@ -368,6 +370,20 @@ def weights_of(config: Config, mesh: "Mesh") -> "TrainState":
     if told:
         _refuse_bias_of_another_kind(config, validate(extra["config"]))
     return state_around(config, weights["params"], weights["bias"] if told else None, mesh)
+
+
+def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> str:
+    """Keep the tokenizer that came with `init_from`, for text and for export; a line if the corpus is of another."""
+    if not config.init_from or (workdir / "tokenizer").exists():
+        return ""
+    source = workdir_of(config.init_from)
+    if has_another_tokenizer(source, corpus):
+        return f"the weights came with another tokenizer than {corpus.tokenizer.name!r}, the corpus's, which counts now"
+    if (source / "tokenizer").is_dir():
+        target = workdir / "tokenizer"
+        with nullcontext(target) if is_remote(target) else new_folder(target) as partial:
+            copy_tree(source / "tokenizer", partial)
+    return ""
 
 
 def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:

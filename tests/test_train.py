@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
 from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
-from moe_jax.train import run, weights_of, with_hash_tables
+from moe_jax.train import carry_tokenizer, run, weights_of, with_hash_tables
 from moe_jax.workdir import versions
 
 CONFIG = rig.drill_config()
@@ -294,6 +295,19 @@ def test_weights_that_do_not_fit_are_refused(trained, overrides, words):
     config = rig.drill_config(**(dict(init_from=str(trained)) | overrides))
     with pytest.raises(ValueError, match=words):
         weights_of(config, make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tokenizer_goes_along_with_the_weights_if_the_corpus_is_of_it(tmp_path, same):
+    (tmp_path / "from" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "from" / "tokenizer" / "tokenizer.json").write_text("{}")
+    name = "BPE " + hashlib.sha256(b"{}").hexdigest()[:16] if same else "bytes"
+    corpus = SimpleNamespace(tokenizer=SimpleNamespace(name=name))
+    config, workdir = rig.drill_config(init_from=str(tmp_path / "from")), tmp_path / "to"
+    workdir.mkdir()
+    said = carry_tokenizer(config, workdir, corpus)
+    assert (workdir / "tokenizer" / "tokenizer.json").is_file() == same
+    assert said == "" if same else "another tokenizer than 'bytes'" in said
 
 
 def test_a_run_does_not_need_git(monkeypatch):
