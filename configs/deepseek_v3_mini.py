@@ -1,10 +1,12 @@
-"""DeepSeek-V3's layer in small: sigmoid affinity, biased selection inside the best 2 of 4 groups, gates normalised.
+"""DeepSeek-V3 in small: latent attention, biased selection inside the best 2 of 4 groups, prediction one token ahead.
 
-The first layer is dense; balance by the bias, and a small sequence-wise loss on the unbiased top-k.
-Source: DeepSeek-V3 (arXiv 2412.19437), equations 12-20; rate 5e-3 for a run of 200 steps (1e-3 there).
+The first layer is dense; gates are normalised sigmoids; balance by the bias, and a small sequence-wise loss on the
+unbiased top-k. Multi-token prediction weighs 0.3, and 0.1 in the last third.
+Source: DeepSeek-V3 (arXiv 2412.19437), equations 1-25; rate 5e-3 for a run of 200 steps (1e-3 there).
 Weights are drawn with deviation 0.02, which suits this width; the papers' models have 0.006.
 Command: python -m moe_jax.train --config=configs/deepseek_v3_mini.py --workdir=/tmp/deepseek_v3_mini
-Result: 0.95M parameters, 0.45M active; after 200 steps, seed 0, 3.489 bits per byte held out, max violation 0.22.
+Result: 0.96M parameters, 0.46M active, and 0.29M for prediction ahead; after 200 steps, seed 0, 3.453 bits per byte
+held out, max violation 0.23.
 """
 
 from moe_jax.config import default
@@ -22,9 +24,13 @@ def get_config(arg: str = ""):
         model=dict(
             num_layers=4,
             embed_dim=96,
+            attention="mla",
             num_heads=4,
-            num_kv_heads=2,
-            head_dim=24,
+            q_lora_rank=48,
+            kv_lora_rank=32,
+            qk_nope_head_dim=24,
+            qk_rope_head_dim=12,
+            v_head_dim=24,
             ffw_dim=256,
             num_experts=16,
             top_k=4,
@@ -34,7 +40,10 @@ def get_config(arg: str = ""):
             num_groups=4,
             top_groups=2,
             gate_scale=2.5,
+            mtp_depth=1,
         ),
+        mtp_weights=(0.3, 0.1),
+        mtp_milestones=(0.676,),
         balance=dict(bias_sign=dict(rate=5e-3), aux_loss=dict(weight=1e-4, scope="sequence", counts="unbiased")),
         optimizer=dict(learning_rate=3e-3, warmup_steps=20),
         data=dict(eval_sequences=64),
