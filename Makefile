@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/demo.stamp
 	$(RUN) -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/peers.stamp
 	$(RUN) -m pytest
 
 laws: $(VENV)/dev.stamp
@@ -28,6 +28,11 @@ $(VENV)/demo.stamp: pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# torch and transformers, which tests/parity compares with
+$(VENV)/peers.stamp: $(VENV)/dev.stamp
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
 	@touch $@
 
 clean:

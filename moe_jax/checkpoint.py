@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,7 +252,10 @@ def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) 
     with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=False)) as writer:
         writer.save(_absolute(path), args=ocp.args.PyTreeSave(numbers))
     leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract))}
-    return {name: OnDisk(_make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
+    arrays = {name: OnDisk(_make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
+    for name in (name for name in leaves if name.startswith("bias/")):
+        arrays[name].write((), np.zeros(leaves[name].shape, leaves[name].dtype))  # some families write none
+    return arrays
 
 
 @contextmanager
@@ -274,7 +277,9 @@ def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) ->
     row_bytes = int(np.prod(rows[1:])) * leaf.dtype.itemsize
     chunk = [1] * axes + [max(1, min(n, CHUNK_BYTES // row_bytes)) for n in rows[:1]] + list(rows[1:])
     metadata = {"shape": list(leaf.shape), "chunks": chunk, "compressor": None}
-    spec = _spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)}
+    # Orbax misses a chunk that is not stored, as one of zeros would not be
+    whole = {"store_data_equal_to_fill_value": True}
+    spec = _spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)} | whole
     return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
@@ -307,14 +312,15 @@ def open_newest(
     if found is None:
         return None
     path = directory / f"{found[0]:08d}"
-    return found[0], {name: OnDisk(_open_array(path, name)) for name in wanted}
+    return found[0], _open_arrays(path, wanted)
 
 
-def _open_array(path: Path, name: str) -> Any:
+def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
+    """The arrays, with one memory of chunks: a small slice comes with its neighbours, which are read next."""
     import tensorstore
 
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 4 * CHUNK_BYTES}})
-    return tensorstore.open(_spec(path, name), open=True, context=context).result()
+    memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
+    return {name: OnDisk(tensorstore.open(_spec(path, name), open=True, context=memory).result()) for name in names}
 
 
 def _spec(path: Path, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from absl import app, flags
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, as_dict, default, validate
 from moe_jax.files import is_remote, new_folder, workdir_of, write_json
+from moe_jax.shards import open_folder
 from moe_jax.workdir import config_of_run, versions
 
 
@@ -39,17 +40,19 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
     Raises:
         ValueError: something in the folder is not as it should be, by name; or the workdir is not empty.
     """
-    from moe_jax import checkpoint
-    from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
-
+    open_folder(folder)  # what is wrong with the files is told before jax is loaded
     with new_folder(workdir) as partial:
+        from moe_jax import checkpoint
+        from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
+
         source = open_hf(folder, dtype)
-        config = validate(default(model=as_dict(Config(model=source.config))["model"]))
+        model, biased = as_dict(Config(model=source.config))["model"], source.family.has_bias
+        config = validate(default(model=model, balance=dict(bias_sign={}) if biased else {}))
         carry(folder, partial / TOKENIZER, everything=True)
         path, abstract = partial / "checkpoints" / "00000000", abstract_weights(source.config)
         path.parent.mkdir()
         arrays = checkpoint.create(path, abstract, index_axes(source.config))
-        with progress(f"{folder} -> {workdir}", source.num_bytes) as advance:
+        with progress(workdir.name, source.num_bytes) as advance:
             for num_bytes in fill(source, lambda leaf, index, value: arrays[leaf].write(index, value)):
                 advance(num_bytes)
         checkpoint.commit(path, abstract, {"config": as_dict(config), "converted_from": folder.name})
@@ -87,7 +90,7 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
     if found is None:
         raise ValueError(f"--input={workdir} has no finished checkpoint; train first.")
     step, arrays = found
-    with new_folder(folder) as partial, progress(f"{workdir} -> {folder}", None) as advance:
+    with new_folder(folder) as partial, progress(folder.name, None) as advance:
         for plan, total in export(
             config.model,
             lambda leaf, index: arrays[leaf].read(index),

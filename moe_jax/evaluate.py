@@ -1,7 +1,8 @@
 """`python -m moe_jax.evaluate --workdir=DIR`: the whole held-out set, per domain; nothing moves.
 
 Uses the config the run was started with; `--config=FILE` evaluates its checkpoint under another, for other
-data or another batch size, say. `--eval_sequences=N` takes only the first N sequences of each domain. On a
+data or another batch size, say. `--data=DIR` takes another prepared corpus, as one made with a converted model's
+tokenizer, `--sequence_length=N` longer windows, `--eval_sequences=N` only the first N sequences of each domain. On a
 cluster the same command runs in every process, as training does; on other devices than the run's, the mesh is
 data-parallel unless a config says otherwise.
 
@@ -26,7 +27,7 @@ from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
-from moe_jax.files import workdir_of, write_json, write_whole
+from moe_jax.files import sha256_of, workdir_of, write_json, write_whole
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog
 from moe_jax.workdir import config_of_run
@@ -361,6 +362,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
 
     check_asked(config, specialisation, ablation)
     corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
+    check_tokenizer(config, workdir, corpus)
     config = on_these_devices(config)
     mesh = make_mesh(config.mesh)
     state = restore_model(config, workdir, mesh)
@@ -373,6 +375,16 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     if ablation:
         tell(workdir, "ablation", ablate(config, state, corpus, mesh, whole), print_ablation)
     tell_saturation(config, workdir)
+
+
+def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
+    """Raise a ValueError where a converted model would read another vocabulary than its own."""
+    own, name = workdir / "tokenizer" / "tokenizer.json", corpus.tokenizer.name
+    if own.is_file() and sha256_of(own)[:16] not in name:
+        raise ValueError(
+            f"--workdir={workdir} has a tokenizer of its own, but data.path={config.data.path!r} is of {name!r}; "
+            f"run moe_jax.data.prepare with --tokenizer={own.parent}, and give its folder as --data."
+        )
 
 
 def check_asked(config: Config, specialisation: bool, ablation: bool) -> None:
@@ -424,7 +436,11 @@ def main(_: list[str]) -> None:
         config = validate(flag.config) if flag.config is not None else config_of_run(workdir)
         if flag.eval_sequences < 0:
             raise ValueError(f"--eval_sequences={flag.eval_sequences} must be at least 0; 0 takes all.")
-        config = replace(config, data=replace(config.data, eval_sequences=flag.eval_sequences))
+        if flag.sequence_length < 0:
+            raise ValueError(f"--sequence_length={flag.sequence_length} must be at least 1, or 0 for the config's.")
+        path, length = flag.data or config.data.path, flag.sequence_length or config.sequence_length
+        data = replace(config.data, path=path, eval_sequences=flag.eval_sequences)
+        config = replace(config, data=data, sequence_length=length)
         with distributed.joined(config.heartbeat_seconds, lambda: "evaluation"):
             run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
     except (ValueError, OSError) as error:
@@ -434,6 +450,8 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
     flags.DEFINE_integer("eval_sequences", 0, "Held-out sequences per domain; 0 takes all.")
+    flags.DEFINE_string("data", "", "A prepared folder to evaluate on; the config's if left out.")
+    flags.DEFINE_integer("sequence_length", 0, "Tokens of a window; 0 takes the config's.")
     flags.DEFINE_bool("specialisation", False, "Also which experts each domain uses, and which are used together.")
     flags.DEFINE_bool("ablate", False, "Also what is lost without the shared, or the best routed, experts.")
     define_config_flag("Another config to evaluate under.")

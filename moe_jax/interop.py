@@ -22,12 +22,13 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance, checkpoint, shards
 from moe_jax.config import Config, ModelConfig, default, validate
-from moe_jax.families import CARRIED, Family, Tensor, choose, copies, from_hf, join, split, tensors, to_hf, words
+from moe_jax.families import CARRIED, Family, choose, from_hf, to_hf, words
 from moe_jax.files import new_folder
 from moe_jax.model import Inputs
 from moe_jax.moe import Balancing
 from moe_jax.shards import Entry, Plan
 from moe_jax.state import Tree, abstract_model, read_bias
+from moe_jax.tensors import Tensor, copies, join, split, tensors
 
 TOKENIZER = "tokenizer"  # the folder of a workdir with what the ecosystem needs besides weights
 CARRIED_FILES = words(
@@ -176,6 +177,7 @@ class Source(NamedTuple):
     """A checked folder of theirs. block: rows and columns of a float8 scale's block."""
 
     folder: Path
+    family: Family
     config: ModelConfig
     tensors: list[Tensor]
     entries: dict[str, Entry]
@@ -201,10 +203,11 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
         ours["mtp_depth"] = _depths_there(ours, entries)
         ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(entries)
         config = validate(default(model=ours)).model
+        choose(config, family.architecture)  # what comes in can go out again
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     found = _check_tensors(folder, tensors(family, config), entries, copies(config))
-    return Source(folder, config, found, entries, block)
+    return Source(folder, family, config, found, entries, block)
 
 
 def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:
@@ -293,7 +296,7 @@ def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], Non
     dtypes = {_name(p): leaf.dtype for p, leaf in _leaves(source.config)}
     for tensor in sorted(source.tensors, key=lambda t: (source.entries[t.name].file, source.entries[t.name].begin)):
         for part, value in split(tensor, _value(source, tensor.name)):
-            write(part.leaf, part.index, value.astype(dtypes[part.leaf]))
+            write(part.leaf, part.at, value.astype(dtypes[part.leaf]))
         entry = source.entries[tensor.name]
         yield entry.end - entry.begin
 
@@ -359,7 +362,7 @@ def export(
 
     def value(name: str) -> np.ndarray:
         tensor = found[repeated.get(name, name)]
-        whole = join(tensor, [read(part.leaf, part.index) for part in tensor.parts])
+        whole = join(tensor, [read(part.leaf, part.at) for part in tensor.parts])
         return whole.astype(kinds[name])
 
     known = {"max_position_embeddings": _length(config, max_length)} | carry(carried, folder)

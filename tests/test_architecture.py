@@ -14,6 +14,7 @@ command
 files
 cache
 ledger
+shards
 prefetch
 mesh
 hlo
@@ -22,6 +23,7 @@ distributed
 watchdog
 workdir
 routing
+sampling
 balance
 metrics
 grouped
@@ -39,12 +41,21 @@ flops
 step
 measure
 checkpoint
+families
+tensors
+interop
+convert
 log
 observer
 profiling
 surgery
 specialisation
+show
+decoding
 evaluate
+generate
+harness
+tasks
 train
 describe
 plan
@@ -52,14 +63,18 @@ streams
 simulate
 """.split()
 ALLOWED = {
-    "flax": {"layers", "moe", "model", "state", "step"},
+    "flax": {"layers", "moe", "model", "state", "step", "interop", "decoding"},
     "orbax": {"checkpoint"},
+    "tensorstore": {"checkpoint"},
+    "safetensors": {"shards"},
     "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
     "grain": {"data"},
     "qwix": {"quantize"},
+    "tokenizers": {"data"},
+    "lm_eval": {"harness"},
 }
-WITHOUT_JAX = {"options", "config", "command", "files", "cache", "ledger", "prefetch", "hlo", "chips", "data", "log"}
+WITHOUT_JAX = set("options config command files cache ledger shards prefetch hlo chips data log show".split())
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
 
 
@@ -113,11 +128,14 @@ def test_config_and_data_do_not_import_jax(file):
         assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "describe", "plan", "simulate"])
+COMMANDS = ["train", "evaluate", "generate", "harness", "describe", "plan", "simulate", "convert"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_commands_import_jax_late(name):
     top = imports(ROOT / "moe_jax" / f"{name}.py", top_level_only=True)
     assert not any(n.split(".")[0] in ("jax", "flax", "optax", "orbax", "grain") for n in top)
-    heavy = {"step", "state", "model", "checkpoint", "metrics", "surgery", "specialisation", "streams"}
+    heavy = set("step state model checkpoint metrics surgery specialisation streams decoding interop".split())
     assert not any(internal(n) in heavy for n in top)
 
 

@@ -35,6 +35,7 @@ class Balancer(NamedTuple):
         over the valid tokens of the Routing; the Statistics are those of the whole optimizer step.
     update: (Statistics, State, step) -> State. Once per optimizer step; identity for methods without state.
     inference: "same", or "top_k" where evaluation selects by biased top-k instead.
+    by_token: whether in evaluation a token's experts depend on it alone, so that text can be made token by token.
     """
 
     init: Callable[..., State]
@@ -45,6 +46,7 @@ class Balancer(NamedTuple):
     losses: Callable[[Routing, Statistics, State, Array], dict[str, Float32[Array, ""]]]
     update: Callable[[Statistics, State, Array], State]
     inference: Literal["same", "top_k"]
+    by_token: bool = True
 
     def loss(self, routing: Routing, statistics: Statistics, state: State, router_weight: Array) -> Float32[Array, ""]:
         """The sum of all losses; 0 for methods without one."""
@@ -96,6 +98,7 @@ def make(
         losses=functools.partial(_losses, methods),
         update=functools.partial(_update, methods),
         inference="same" if selector is None else methods[selector].inference,
+        by_token=selector is None or methods[selector].inference == "top_k" or methods[selector].by_token,
     )
 
 

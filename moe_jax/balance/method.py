@@ -17,6 +17,7 @@ class Method(NamedTuple):
     combine: (scores, bias) -> biased scores; their sum if None.
     select: (scores, biased scores, *, top_k, tokens, key, train, state) -> int32 [T, S]; id == E is an empty slot.
     inference: how a method that selects does so in evaluation: the "same", or by biased "top_k".
+    by_token: whether a token's experts in evaluation depend on that token alone, not on which others are with it.
     drop: (routing, key, train, own state) -> bool [T, S], the copies that travel.
     loss: (routing, loads of the step, own statistics of the step, own state, router_weight [D, E]) -> float32 [].
     factor: (own state) -> float32 [], times the loss labelled `controls`.
@@ -31,6 +32,7 @@ class Method(NamedTuple):
     combine: Callable[[Array, Array], Array] | None = None
     select: Callable[..., Int32[Array, "tokens slots"]] | None = None
     inference: Literal["same", "top_k"] = "same"
+    by_token: bool = True
     drop: Callable[..., Bool[Array, "tokens slots"]] | None = None
     loss: Callable[..., Float32[Array, ""]] | None = None
     factor: Callable[[Any], Float32[Array, ""]] | None = None

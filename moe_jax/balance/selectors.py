@@ -261,7 +261,7 @@ def random(options: Random, model: ModelConfig) -> Method:
             raise ValueError("random draws experts, but key is None; give a key.")
         return best(jax.random.uniform(key, scores.shape), top_k)
 
-    return Method(select=select)
+    return Method(select=select, by_token=False)  # one draw for the whole batch
 
 
 @register("forced")
@@ -277,7 +277,7 @@ def forced(options: Forced, model: ModelConfig) -> Method:
         number = jnp.cumsum(is_valid(tokens, len(scores)).astype(jnp.int32)) - 1
         return _in_turn(number, top_k, scores.shape[1])
 
-    return Method(select=select)
+    return Method(select=select, by_token=False)  # it counts the tokens before
 
 
 @register("device_capacity")

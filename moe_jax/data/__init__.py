@@ -7,11 +7,12 @@ from moe_jax.data.corpus import (
     Stream,
     Summary,
     check_corpus,
+    documents,
     make_corpus,
     open_corpus,
     token_frequencies,
 )
-from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
 
 __all__ = [
     "SPLITS",
@@ -22,8 +23,10 @@ __all__ = [
     "EvaluationBatches",
     "Stream",
     "Summary",
+    "Tokenizer",
     "check_corpus",
     "count_windows",
+    "documents",
     "evaluation_batches",
     "get_tokenizer",
     "make_corpus",

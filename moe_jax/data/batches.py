@@ -188,7 +188,7 @@ class _Windows:
     def __init__(self, corpus: Corpus, split: str, domain: int, sequence_length: int) -> None:
         self._stream = corpus.stream(split, corpus.domains[domain])
         self._domain, self._sequence_length = domain, sequence_length
-        self._bytes_per_token = corpus.tokenizer.bytes_per_token
+        self._tokenizer, self._bytes_per_token = corpus.tokenizer, corpus.tokenizer.bytes_per_token
 
     def __len__(self) -> int:
         return _count(self._stream, self._sequence_length)
@@ -205,7 +205,8 @@ class _Windows:
         start = index * self._sequence_length
         piece = self._stream.tokens[start : start + self._sequence_length + 1].astype(np.int32)
         segment_ids, positions = _documents(self._stream.offsets, start, len(piece) - 1)
-        num_bytes = self._bytes_per_token[piece[1:]].sum()
+        opened = (piece[:-1] == self._tokenizer.separator).sum()  # texts of which the first token is a target
+        num_bytes = self._bytes_per_token[piece[1:]].sum() - opened * self._tokenizer.lead_bytes
         pad = self._padded
         return Batch(
             pad(piece[:-1]),

@@ -4,8 +4,9 @@ A document in a stream is its separator followed by its tokens, so the separator
 what the last token of the document before it predicts. `offsets` says where documents start; nothing else is
 stored. Streams of a prepared folder are memory-mapped, so a corpus may be larger than memory.
 
-A prepared folder holds, for every domain and split, `<domain>.<split>.bin` (uint16, little-endian) and
-`<domain>.<split>.offsets.bin` (int64, little-endian), and `manifest.json` with the size and sha256 of each.
+A prepared folder holds, for every domain and split, `<domain>.<split>.bin` (uint16, or uint32 for a vocabulary that
+needs it, little-endian) and `<domain>.<split>.offsets.bin` (int64, little-endian), and `manifest.json` with the size
+and sha256 of each; with a trained vocabulary also its files, under `tokenizer/`.
 
 Legend: N tokens, D documents, V vocabulary.
 """
@@ -13,16 +14,17 @@ Legend: N tokens, D documents, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import lzma
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.tokenizer import ByteTokenizer, get_tokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
 from moe_jax.files import sha256_of
 
 SPLITS = ("train", "validation")
@@ -30,7 +32,8 @@ PARTS = ("tokens", "offsets")
 MANIFEST = "manifest.json"
 FORMAT, EMBEDDED_FORMAT, VERSION = "moe_jax corpus", "moe_jax embedded corpus", 1
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
-TOKEN_DTYPE, OFFSET_DTYPE = np.dtype("<u2"), np.dtype("<i8")
+OFFSET_DTYPE = np.dtype("<i8")
+TOKENIZER_FOLDER = "tokenizer"
 FULL_VERIFY_BELOW_BYTES = 10 * 10**9
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -40,7 +43,7 @@ class Stream:
     """The documents of one split of one domain, end to end.
 
     Args:
-        tokens: uint16[N], each document opened by the separator; in memory or memory-mapped.
+        tokens: uint16[N] or uint32[N], each document opened by the separator; in memory or memory-mapped.
         offsets: int64[D+1], where each document starts; the last one is N.
     """
 
@@ -69,12 +72,19 @@ class Corpus:
     """
 
     domains: tuple[str, ...]
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     streams: Mapping[tuple[str, str], Stream]
 
     def stream(self, split: str, domain: str) -> Stream:
         """The stream of one split ("train" or "validation") of one domain."""
         return self.streams[split, domain]
+
+
+def documents(corpus: Corpus, split: str, domain: str) -> Iterator[str]:
+    """The texts of one split ("train" or "validation") of one domain, as their tokens say them, in order."""
+    stream = corpus.stream(split, domain)
+    for start, stop in itertools.pairwise(stream.offsets):
+        yield corpus.tokenizer.decode(stream.tokens[start + 1 : stop])
 
 
 def token_frequencies(
@@ -106,7 +116,7 @@ class Summary:
     """
 
     domains: tuple[str, ...]
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
 
 
 def open_corpus(path: str = "", verify: str = "auto") -> Corpus:
@@ -157,7 +167,7 @@ def check_corpus(path: str = "") -> Summary:
     return Summary(manifest.domains, manifest.tokenizer)
 
 
-def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer: ByteTokenizer | None = None) -> Corpus:
+def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer: Tokenizer | None = None) -> Corpus:
     """Builds a corpus in memory.
 
     Args:
@@ -180,14 +190,14 @@ def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer:
     return Corpus(tuple(documents), tokenizer, streams)
 
 
-def tokenize_document(text: str, tokenizer: ByteTokenizer) -> np.ndarray:
-    """uint16[n+1]: the separator, then the tokens of the text."""
-    tokens = tokenizer.encode(text)
-    return np.concatenate([np.array([tokenizer.separator], tokens.dtype), tokens])
+def tokenize_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Of each text uint16[n+1] or uint32[n+1]: the separator, then its tokens."""
+    separator = np.array([tokenizer.separator], token_dtype(tokenizer.vocab_size))
+    return [np.concatenate([separator, tokens]) for tokens in tokenizer.encode_all(texts)]
 
 
-def _concatenate(texts: Sequence[str], tokenizer: ByteTokenizer) -> Stream:
-    documents = [tokenize_document(text, tokenizer) for text in texts]
+def _concatenate(texts: Sequence[str], tokenizer: Tokenizer) -> Stream:
+    documents = tokenize_documents(texts, tokenizer)
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     tokens = np.concatenate(documents)
     tokens.flags.writeable = offsets.flags.writeable = False
@@ -209,7 +219,7 @@ class File:
 @dataclasses.dataclass(frozen=True)
 class _Manifest:
     folder: pathlib.Path
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     domains: tuple[str, ...]
     files: Mapping[tuple[str, str, str], File]  # (split, domain, "tokens" | "offsets")
     counts: Mapping[tuple[str, str], tuple[int, int]]  # (split, domain) -> (N, D)
@@ -303,7 +313,7 @@ def _file(folder: pathlib.Path, entry: Any) -> File:
 def _read_prepared(folder: pathlib.Path) -> _Manifest:
     raw = read_manifest(folder)
     _check_format(folder, raw, FORMAT)
-    tokenizer = get_tokenizer(_field(folder, raw, "tokenizer", str))
+    tokenizer = _read_tokenizer(folder, raw)
     domains = _field(folder, raw, "domains", dict)
     if not domains:
         raise ValueError(f"data.path={folder}: {MANIFEST} lists no domain and must list at least one; {_REMAKE}")
@@ -314,14 +324,33 @@ def _read_prepared(folder: pathlib.Path) -> _Manifest:
             entry = _field(folder, splits, split, dict)
             parts = {part: _file(folder, _field(folder, entry, part, dict)) for part in PARTS}
             files |= {(split, domain, part): file for part, file in parts.items()}
-            counts[split, domain] = _counts(folder, entry, list(parts.values()))
+            counts[split, domain] = _counts(folder, entry, list(parts.values()), tokenizer)
     return _Manifest(folder, tokenizer, tuple(domains), files, counts)
 
 
-def _counts(folder: pathlib.Path, entry: dict[str, Any], files: Sequence[File]) -> tuple[int, int]:
+def _read_tokenizer(folder: pathlib.Path, raw: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that the manifest names, or whose files it lists: these are small, so always checked in full."""
+    if not isinstance(raw.get("tokenizer"), dict):
+        return get_tokenizer(_field(folder, raw, "tokenizer", str))
+    listed = raw["tokenizer"]
+    check_files([_file(folder / TOKENIZER_FOLDER, entry) for entry in _field(folder, listed, "files", list)], full=True)
+    separator = _field(folder, listed, "separator", int)
+    tokenizer = get_tokenizer(str(folder / TOKENIZER_FOLDER), separator)
+    if tokenizer.name != listed.get("name") or tokenizer.vocab_size != raw.get("vocab_size"):
+        raise ValueError(
+            f"data.path={folder}: {MANIFEST} has the tokenizer {listed.get('name')!r} with vocab_size="
+            f"{raw.get('vocab_size')!r}, but in {TOKENIZER_FOLDER}/ lies {tokenizer.name!r} with "
+            f"{tokenizer.vocab_size}; {_REMAKE}"
+        )
+    return tokenizer
+
+
+def _counts(
+    folder: pathlib.Path, entry: dict[str, Any], files: Sequence[File], tokenizer: Tokenizer
+) -> tuple[int, int]:
     tokens = _field(folder, entry, "num_tokens", int)
     documents = _field(folder, entry, "num_documents", int)
-    expected = (tokens * TOKEN_DTYPE.itemsize, (documents + 1) * OFFSET_DTYPE.itemsize)
+    expected = (tokens * token_dtype(tokenizer.vocab_size).itemsize, (documents + 1) * OFFSET_DTYPE.itemsize)
     if documents < 1 or tokens < 2 * documents or tuple(file.bytes for file in files) != expected:
         raise ValueError(
             f"data.path={folder}: {MANIFEST} has num_tokens={tokens}, "
@@ -332,7 +361,8 @@ def _counts(folder: pathlib.Path, entry: dict[str, Any], files: Sequence[File]) 
 
 def _map_stream(manifest: _Manifest, key: tuple[str, str]) -> Stream:
     tokens, offsets = (manifest.files[(*key, part)].path for part in PARTS)
-    stream = Stream(np.memmap(tokens, TOKEN_DTYPE, "r"), np.memmap(offsets, OFFSET_DTYPE, "r"))
+    dtype = token_dtype(manifest.tokenizer.vocab_size)
+    stream = Stream(np.memmap(tokens, dtype, "r"), np.memmap(offsets, OFFSET_DTYPE, "r"))
     if stream.offsets[0] != 0 or stream.offsets[-1] != stream.num_tokens:
         raise ValueError(
             f"data.path={manifest.folder}: {offsets.name} must begin with 0 and end with "

@@ -2,9 +2,14 @@
 
     python -m moe_jax.data.prepare --input=FOLDER --output=DIR [--validation_fraction=0.05] [--text_key=text]
                                    [--domain=NAME] [--include='*.txt,*.md,*.jsonl'] [--overwrite]
+                                   [--tokenizer=DIR_OR_JSON [--separator=TOKEN]]
 
 First-level subfolders are the domains; files directly in FOLDER belong to a domain named after it, or to
 --domain. A file is one document, except that every line of a .jsonl file is one, its text under --text_key.
+
+Tokens are bytes, or those of a trained vocabulary: --tokenizer names a tokenizer.json or the folder of the model that
+holds it. Its files are copied into the output, which needs nothing else. Documents are opened by the model's bos or eos
+token, or by --separator; names of special tokens in the text are text.
 
 Everything is read twice. The first time checks it, so that bad input is named before anything is written, and
 decides by a hash of each document's path and line which documents are held out. The second time writes,
@@ -37,19 +42,20 @@ from moe_jax.data.corpus import (
     NAME,
     OFFSET_DTYPE,
     SPLITS,
-    TOKEN_DTYPE,
+    TOKENIZER_FOLDER,
     VERSION,
     File,
     check_files,
     open_corpus,
-    tokenize_document,
+    tokenize_documents,
 )
-from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
+from moe_jax.files import sha256_of, write_whole
 
 INCLUDE = "*.txt,*.md,*.jsonl"
 MAX_PROBLEMS = 20
 PARTIAL = ".partial"
-TOKENIZER = ByteTokenizer()
+CHARACTERS_AT_ONCE = 2**20  # documents are tokenized together until they have so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Options:
     domain: str = ""
     include: str = INCLUDE
     overwrite: bool = False
+    tokenizer: str = ""
+    separator: str = ""
 
 
 class Piece(NamedTuple):
@@ -104,16 +112,18 @@ def prepare(options: Options) -> None:
     """
     _check_options(options)
     _refuse_foreign(options)
+    tokenizer = get_tokenizer(options.tokenizer, options.separator) if options.tokenizer else ByteTokenizer()
     plans = scan(options, find_sources(options))
-    fingerprint = _fingerprint(options, plans)
+    fingerprint = _fingerprint(options, plans, tokenizer)
     if _is_complete(options, fingerprint):
         print(f"{options.output} is complete already.")
         return
     partial = options.output / PARTIAL
     with _locked(partial):
         _write_json(partial / "plan.json", {"fingerprint": fingerprint})
-        domains = {plan.name: _finished(options, plan) or _write_domain(options, plan) for plan in plans}
-        _write_json(options.output / MANIFEST, _manifest(options, fingerprint, domains))
+        domains = {plan.name: _finished(options, plan) or _write_domain(options, plan, tokenizer) for plan in plans}
+        described = _keep_tokenizer(options, tokenizer)
+        _write_json(options.output / MANIFEST, _manifest(options, fingerprint, domains, described, tokenizer))
     shutil.rmtree(partial)
     print(f"{options.output / MANIFEST} is written.")
 
@@ -340,11 +350,10 @@ class _SplitWriter:
         self._tokens, self._documents = 0, 0
         self._write("offsets", np.zeros(1, OFFSET_DTYPE))
 
-    def add(self, text: str) -> None:
+    def add(self, tokens: np.ndarray) -> None:
         """Writes a document."""
-        tokens = tokenize_document(text, TOKENIZER)
         self._tokens, self._documents = self._tokens + len(tokens), self._documents + 1
-        self._write("tokens", tokens.astype(TOKEN_DTYPE))
+        self._write("tokens", tokens)
         self._write("offsets", np.array([self._tokens], OFFSET_DTYPE))
 
     def close(self) -> None:
@@ -372,14 +381,14 @@ class _SplitWriter:
         self._bytes[part] += self._files[part].write(data)
 
 
-def _write_domain(options: Options, plan: DomainPlan) -> dict[str, Any]:
+def _write_domain(options: Options, plan: DomainPlan, tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes a domain beside the final files, then moves it there, then notes that it is finished."""
     partial = options.output / PARTIAL
     with contextlib.ExitStack() as stack:
         writers = {split: _SplitWriter(partial, plan.name, split) for split in SPLITS}
         for writer in writers.values():
             stack.callback(writer.close)
-        _fill(options, plan, writers)
+        _fill(options, plan, writers, tokenizer)
     entry = {split: writer.entry() for split, writer in writers.items()}
     for file in _files(options.output, entry):
         os.replace(partial / file.path.name, file.path)
@@ -387,18 +396,58 @@ def _write_domain(options: Options, plan: DomainPlan) -> dict[str, Any]:
     return entry
 
 
-def _fill(options: Options, plan: DomainPlan, writers: dict[str, _SplitWriter]) -> None:
+def _fill(options: Options, plan: DomainPlan, writers: dict[str, _SplitWriter], tokenizer: Tokenizer) -> None:
+    changed = Changed(tokenizer)
     with _progress(f"writing {plan.name}", sum(source.bytes for source in plan.sources)) as advance:
         for source in plan.sources:
             digest = hashlib.sha256()
-            for piece in read_documents(options, source.name, digest):
-                held_out = document_rank(piece.where) < plan.threshold
-                writers["validation" if held_out else "train"].add(piece.text)
+            for pieces in _together(read_documents(options, source.name, digest)):
+                documents = tokenize_documents([piece.text for piece in pieces], tokenizer)
+                for piece, tokens in zip(pieces, documents, strict=True):
+                    held_out = document_rank(piece.where) < plan.threshold
+                    writers["validation" if held_out else "train"].add(tokens)
+                    changed.count(piece.text, tokens)
             if digest.hexdigest() != source.sha256:
                 raise ValueError(
                     f"{source.name} changed while it was read; run again when --input={options.input} is at rest."
                 )
             advance(source.bytes)
+    changed.tell(plan.name)
+
+
+def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in their order, as many at once as have CHARACTERS_AT_ONCE, the last one over it."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if size >= CHARACTERS_AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+class Changed:
+    """Counts the documents whose tokens stand for other bytes than theirs: a vocabulary may normalize text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._lengths, self._lead = tokenizer.bytes_per_token, tokenizer.lead_bytes
+        self.documents = self.bytes = 0
+
+    def count(self, text: str, tokens: np.ndarray) -> None:
+        """Notes a document, given with its separator."""
+        difference = int(self._lengths[tokens].sum()) - self._lead - len(text.encode())
+        self.documents, self.bytes = self.documents + (difference != 0), self.bytes + difference
+
+    def tell(self, domain: str) -> None:
+        """Prints one line if there are any, for their bits per byte are of the normalized text."""
+        if self.documents:
+            print(
+                f"{domain}: the tokens of {self.documents} documents stand for other bytes than the text has "
+                f"({self.bytes:+d} in all), for the tokenizer normalizes it; bits per byte count those of the tokens."
+            )
 
 
 def _finished(options: Options, plan: DomainPlan) -> dict[str, Any] | None:
@@ -422,6 +471,21 @@ def _files(folder: pathlib.Path, entry: dict[str, Any]) -> list[File]:
 
 
 # The output folder
+
+
+def _keep_tokenizer(options: Options, tokenizer: Tokenizer) -> Any:
+    """Copies a trained vocabulary's files into the output; what the manifest says of the tokenizer."""
+    if not options.tokenizer:
+        return tokenizer.name
+    from moe_jax.data.trained import TOKENIZER_FILE, tokenizer_files
+
+    entries: list[dict[str, Any]] = []
+    for source in tokenizer_files(pathlib.Path(options.tokenizer)):
+        copy = options.output / TOKENIZER_FOLDER / (TOKENIZER_FILE if not entries else source.name)
+        copy.parent.mkdir(exist_ok=True)
+        write_whole(copy, source.read_bytes(), durable=True)
+        entries.append({"file": copy.name, "bytes": copy.stat().st_size, "sha256": sha256_of(copy)})
+    return {"name": tokenizer.name, "separator": tokenizer.separator, "files": entries}
 
 
 def _refuse_foreign(options: Options) -> None:
@@ -471,6 +535,7 @@ def _discard(output: pathlib.Path) -> None:
     for split in SPLITS:
         for path in [*output.glob(f"*.{split}.bin"), *output.glob(f"*.{split}.offsets.bin")]:
             path.unlink()
+    shutil.rmtree(output / TOKENIZER_FOLDER, ignore_errors=True)
     for path in [*(output / PARTIAL).glob("*.json"), output / MANIFEST]:
         path.unlink(missing_ok=True)
 
@@ -497,11 +562,11 @@ def _read_note(path: pathlib.Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def _fingerprint(options: Options, plans: Sequence[DomainPlan]) -> str:
+def _fingerprint(options: Options, plans: Sequence[DomainPlan], tokenizer: Tokenizer) -> str:
     """A hash of all that the output depends on."""
     everything = [
         VERSION,
-        TOKENIZER.name,
+        tokenizer.name,
         options.validation_fraction,
         options.text_key,
         [[plan.name, [[source.name, source.sha256] for source in plan.sources]] for plan in plans],
@@ -509,15 +574,20 @@ def _fingerprint(options: Options, plans: Sequence[DomainPlan]) -> str:
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
-def _manifest(options: Options, fingerprint: str, domains: dict[str, Any]) -> dict[str, Any]:
+def _manifest(
+    options: Options, fingerprint: str, domains: dict[str, Any], described: Any, tokenizer: Tokenizer
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": fingerprint,
         "options": {"validation_fraction": options.validation_fraction, "text_key": options.text_key},
-        "tokenizer": TOKENIZER.name,
-        "vocab_size": TOKENIZER.vocab_size,
-        "dtypes": {"tokens": "uint16, little-endian", "offsets": "int64, little-endian"},
+        "tokenizer": described,
+        "vocab_size": tokenizer.vocab_size,
+        "dtypes": {
+            "tokens": f"{token_dtype(tokenizer.vocab_size).name}, little-endian",
+            "offsets": "int64, little-endian",
+        },
         "domains": domains,
     }
 
@@ -555,6 +625,8 @@ def _check_options(options: Options) -> None:
         raise FileNotFoundError(f"--input={options.input} is not a folder; give the folder that holds the text.")
     if not 0 < options.validation_fraction < 1:
         raise ValueError(f"--validation_fraction={options.validation_fraction} must be above 0 and below 1; try 0.05.")
+    if options.separator and not options.tokenizer:
+        raise ValueError(f"--separator={options.separator} is a token of a --tokenizer, which is not given; give both.")
     source, target = options.input.resolve(), options.output.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
         raise ValueError(
@@ -577,6 +649,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--text_key", default="text", help="key of the text in a .jsonl line (text)")
     parser.add_argument("--domain", default="", help="domain of files directly in the input")
     parser.add_argument("--include", default=INCLUDE, help=f"patterns of file names ({INCLUDE})")
+    parser.add_argument("--tokenizer", default="", help="tokenizer.json, or the folder that holds it (bytes)")
+    parser.add_argument("--separator", default="", help="token of it that opens documents (its bos or eos)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     return Options(**vars(parser.parse_args(arguments)))
 

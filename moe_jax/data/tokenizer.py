@@ -1,7 +1,7 @@
 """Text in, token ids out: one byte is one token, and one id more opens a document.
 
-This is the seam for trained vocabularies. A tokenizer is anything with `name`, `vocab_size`,
-`separator`, `encode`, `decode` and `bytes_per_token`; nothing else in the package knows what a token is.
+This is the seam for trained vocabularies, of which `trained` has those of a `tokenizer.json`. A tokenizer is
+anything with what `Tokenizer` lists; nothing else in the package knows what a token is.
 
 Legend: N tokens, V vocabulary.
 """
@@ -9,9 +9,75 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer.
+
+    name: tells tokenizers apart. vocab_size: V; every id is below it. separator: opens every document.
+    ends: ids at which generated text ends. opens_text: whether a prompt begins with the separator.
+    lead_bytes: how many bytes more a text's tokens stand for than the text has: 1 where a space is put before it.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def separator(self) -> int: ...  # noqa: D102
+
+    @property
+    def ends(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def opens_text(self) -> bool: ...  # noqa: D102
+
+    @property
+    def lead_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def bytes_per_token(self) -> np.ndarray:
+        """int32[V]: UTF-8 bytes of text in each token; 0 for the separator and all that is no text."""
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """uint16[N] or uint32[N]; with `special`, names of special tokens in the text stand for them."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's ids, as `encode` gives them."""
+
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids stand for, end to end: any of them may be half a character."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, without what `lead_bytes` counts; bytes that are not UTF-8 become U+FFFD."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type in which ids are stored, little-endian: two bytes where they suffice, else four."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def checked_ids(ids: Iterable[int], tokenizer: Tokenizer) -> np.ndarray:
+    """int64[N].
+
+    Raises:
+        ValueError: an id is outside the vocabulary.
+    """
+    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+    outside = array[(array < 0) | (array >= tokenizer.vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"Token id {outside[0]} is outside the vocabulary of tokenizer '{tokenizer.name}'; "
+            f"ids are 0 to {tokenizer.vocab_size - 1}."
+        )
+    return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +91,16 @@ class ByteTokenizer:
     name: str = "bytes"
     vocab_size: int = 257
     separator: int = 256
+    ends: tuple[int, ...] = (256,)
+    opens_text: bool = True
+    lead_bytes: int = 0
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Turns text into token ids, without a separator.
 
         Args:
             text: any text that UTF-8 can write (a lone surrogate cannot be, and raises UnicodeEncodeError).
+            special: makes no difference, for no special token has a name here.
 
         Returns:
             uint16[N], values 0..255, N = number of UTF-8 bytes.
@@ -51,14 +121,16 @@ class ByteTokenizer:
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        outside = array[(array < 0) | (array >= self.vocab_size)]
-        if outside.size:
-            raise ValueError(
-                f"Token id {outside[0]} is outside the vocabulary of tokenizer '{self.name}'; "
-                f"ids are 0 to {self.vocab_size - 1}."
-            )
-        return array[array != self.separator].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return self.to_bytes(ids).decode("utf-8", errors="replace")
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's ids."""
+        return [self.encode(text) for text in texts]
+
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids are; a ValueError as in `decode`."""
+        array = checked_ids(ids, self)
+        return array[array != self.separator].astype(np.uint8).tobytes()
 
     @property
     def bytes_per_token(self) -> np.ndarray:
@@ -71,18 +143,26 @@ class ByteTokenizer:
 TOKENIZERS = {"bytes": ByteTokenizer}
 
 
-def get_tokenizer(name: str) -> ByteTokenizer:
-    """Finds a tokenizer by its name.
+def get_tokenizer(name: str, separator: str | int = "") -> Tokenizer:
+    """Finds a tokenizer by its name, or reads the one in a folder.
 
     Args:
-        name: a key of `TOKENIZERS`.
+        name: a key of `TOKENIZERS`, or the path of a `tokenizer.json` or of the folder that holds it.
+        separator: for a trained one the token, or its id, that opens every document; "" finds it.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: no tokenizer has that name.
+        ValueError: no tokenizer has that name; or as `trained.read_tokenizer`.
     """
-    if name not in TOKENIZERS:
-        raise ValueError(f"tokenizer={name!r} is not known; use one of: {', '.join(sorted(TOKENIZERS))}.")
-    return TOKENIZERS[name]()
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]()
+    if not pathlib.Path(name).exists():
+        known = ", ".join(sorted(TOKENIZERS))
+        raise ValueError(
+            f"tokenizer={name!r} is not known; use one of: {known}; or give a tokenizer.json, or a folder with one."
+        )
+    from moe_jax.data.trained import read_tokenizer
+
+    return read_tokenizer(pathlib.Path(name), separator)

@@ -473,6 +473,14 @@ def test_in_evaluation_a_later_token_changes_nothing_before_it_whatever_the_meth
 
 
 @every_case
+def test_in_evaluation_a_token_has_its_experts_wherever_it_stands_as_the_method_says(case):
+    order = np.roll(np.arange(TOKENS), 1)
+    here = run(case, random_logits(4), biased(case))
+    there = run(case, random_logits(4)[order], biased(case), jax.tree.map(lambda a: a[order], all_tokens()))
+    assert np.array_equal(there.evaluated_sent, here.evaluated_sent[order]) == made(case).by_token
+
+
+@every_case
 def test_evaluation_drops_nothing(case):
     seen = run(case, random_logits(4), biased(case))
     np.testing.assert_array_equal(seen.evaluated_sent, seen.evaluated.expert_ids)

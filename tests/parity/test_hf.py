@@ -9,42 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drills.folders import CASES
 
 from conftest import tiny_config
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.interop import LanguageModel, load_hf, save_hf
-from moe_jax.state import init_state, read_bias
+from moe_jax.interop import LanguageModel, abstract_weights, load_hf, save_hf
+from moe_jax.state import abstract_state, read_bias
 from moe_jax.step import make_train_step
 
 torch = pytest.importorskip("torch", reason="needs torch and transformers: pip install 'moe_jax[peers]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'moe_jax[peers]'")
+modeling_layers = pytest.importorskip("transformers.modeling_layers")
 TOLERANCE = 1e-4  # of a logit
-
-BASE = dict(vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-BASE |= dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-GROUPED = BASE | dict(num_key_value_heads=1, num_experts_per_tok=2)
-LATENT = BASE | dict(num_key_value_heads=2, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=3)
-LATENT |= dict(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
-LATENT |= dict(first_k_dense_replace=1, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=2.0)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0)
-YARN |= dict(rope_theta=50000.0)
-SHARPENED = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
-CASES = {
-    "mixtral": ("Mixtral", GROUPED | dict(num_local_experts=4, head_dim=12)),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        GROUPED
-        | dict(num_experts=4, moe_intermediate_size=8, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0])
-        | dict(rope_parameters=YARN, tie_word_embeddings=True),
-    ),
-    "olmoe": ("Olmoe", GROUPED | dict(num_experts=4)),
-    "deepseek_v2": (
-        "DeepseekV2",
-        LATENT | dict(topk_method="group_limited_greedy", rope_parameters=SHARPENED),
-    ),
-    "deepseek_v2_lite": ("DeepseekV2", LATENT | dict(q_lora_rank=None, topk_method="greedy")),
-    "deepseek_v3": ("DeepseekV3", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
-}
 # a row of one document; two documents and padding; padding in front
 SEGMENTS = np.array([[1] * 10, [1] * 4 + [2] * 4 + [0] * 2, [0] * 3 + [1] * 7], np.int32)
 TOKENS = np.random.default_rng(0).integers(3, 264, SEGMENTS.shape).astype(np.int32)
@@ -79,13 +55,11 @@ def pair(request, tmp_path_factory):
 def theirs(model, segments=SEGMENTS):
     """Logits of packed and padded rows, and the experts of every layer: sorted ids [L, B, S, K]."""
     ids, hooks = [], []
-    for name, module in model.named_modules():
+    for module in model.modules():
         if type(module).__name__.endswith("Router"):
             hooks.append(module.register_forward_hook(lambda _, __, out: ids.append(out[2].sort(-1)[0])))
     same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
-    allowed = np.tril(same) | np.eye(
-        segments.shape[1], dtype=bool
-    )  # padding sees itself, for a softmax needs something
+    allowed = np.tril(same) | np.eye(segments.shape[1], dtype=bool)  # padding sees itself: a softmax needs something
     places = np.zeros_like(segments)
     for row, start in np.ndindex(segments.shape):
         if start and segments[row, start] == segments[row, start - 1]:
@@ -125,7 +99,7 @@ def test_a_padded_batch_has_the_logits_that_transformers_gives_it(pair):
 def trained(ours, balance, steps=2):
     """The state after some steps from the model's weights."""
     config = replace(tiny_config(balance=balance, optimizer=dict(learning_rate=1e-2)), model=ours.config)
-    state = init_state(config)
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_state(config))
     state = state._replace(params=jax.tree.map(jnp.copy, ours.params), bias=jax.tree.map(jnp.copy, ours.bias))
     batches = training_batches(open_corpus(), seed=0, batch_size=8, sequence_length=16)
     step = make_train_step(config)
@@ -135,7 +109,7 @@ def trained(ours, balance, steps=2):
 
 
 def test_after_training_here_transformers_gives_the_same_logits(pair, tmp_path):
-    case, model, _, ours = pair
+    case, _, _, ours = pair
     balance = dict(bias_sign=dict(rate=0.1)) if case == "deepseek_v3" else dict(aux_loss=dict(weight=1e-2))
     state = trained(ours, balance)
     after = LanguageModel(ours.config, state.params, state.bias)
@@ -147,3 +121,27 @@ def test_after_training_here_transformers_gives_the_same_logits(pair, tmp_path):
     again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, **kind)
     assert not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
     agree(again.eval(), after)
+
+
+def test_multi_token_prediction_has_the_logits_of_transformers(tmp_path):
+    # depth k at place i reads the token i + k, and is right wherever there is one
+    model = make("deepseek_v3")
+    model.save_pretrained(tmp_path / "one")
+    config = replace(load_hf(tmp_path / "one").config, mtp_depth=2)
+    draw, abstract = np.random.default_rng(0), abstract_weights(config)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.2, 0.3, leaf.shape), leaf.dtype), abstract)
+    save_hf(LanguageModel(config, **weights), tmp_path / "hf")
+    ours = load_hf(tmp_path / "hf")
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[23]\."]  # where it looks for these weights
+    ahead = modeling_layers.MtpModel.from_pretrained(model).eval()
+    tokens, found = torch.tensor(TOKENS), np.asarray(ours.ahead(TOKENS))
+    with torch.no_grad():
+        hidden = model.model(tokens, use_cache=False).last_hidden_state
+        for depth in range(2):
+            tokens, hidden = tokens[:, 1:], hidden[:, : tokens.shape[1] - 1]
+            places = torch.arange(tokens.shape[1]).expand(tokens.shape)
+            hidden = ahead.forward_layer(depth, hidden, places, None, input_ids=tokens)
+            expected = ahead._project_to_logits(hidden).numpy()
+            assert np.abs(expected).max() > 1.0
+            np.testing.assert_allclose(found[depth][:, : tokens.shape[1]], expected, rtol=0, atol=TOLERANCE)

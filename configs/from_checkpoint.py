@@ -1,0 +1,31 @@
+"""Training on from given weights, converted ones or another run's: the same model, a fresh optimizer, any balance.
+
+Source: the config of the workdir that is named.
+Command: python -m moe_jax.train --config=configs/from_checkpoint.py:WORKDIR --workdir=/tmp/on
+Result: none of its own; the first step's routing is that of the weights and the bias in WORKDIR.
+"""
+
+import json
+from pathlib import Path
+
+from moe_jax.config import default
+
+
+def get_config(arg: str = ""):
+    """`arg` is a workdir of `moe_jax.convert` or of a run. Its own balance stays, or is the classic loss."""
+    file = Path(arg) / "config.json"
+    if not arg or not file.is_file():
+        raise ValueError(
+            f"configs/from_checkpoint.py:{arg} must name a workdir with config.json; write "
+            "--config=configs/from_checkpoint.py:WORKDIR, as moe_jax.convert makes them."
+        )
+    there = json.loads(file.read_text())
+    return default(
+        init_from=arg,
+        num_steps=1000,
+        batch_size=8,
+        sequence_length=256,
+        model=there["model"],
+        balance=there.get("balance") or dict(aux_loss=dict(weight=1e-3)),
+        optimizer=dict(learning_rate=1e-5, schedule="wsd", warmup_steps=50),
+    )

@@ -1,0 +1,282 @@
+"""`python -m moe_jax.generate --workdir=DIR --prompt="..."`: text from the newest checkpoint of a run.
+
+Several --prompt, a --prompts_file with one a line, or --num_samples of each are made together; a single text appears
+as it is made. It ends at the separator of documents (or the model's own end of text), where a --stop string begins, or
+after --max_new_tokens. --temperature=0 takes the likeliest token; --top_k and --top_p leave only likely ones. The same
+--seed gives the same text, whatever else is made with it.
+
+--show_experts colours every token by its top expert in one MoE layer (--layer, the middle one if left out);
+--html=FILE writes the same as a page in which the layer can be chosen.
+
+No copy of a token is dropped, and the logits are those of the training's forward pass.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from moe_jax.cache import keep_compiled
+from moe_jax.command import fail, parse_flags
+from moe_jax.config import Config
+from moe_jax.files import workdir_of, write_whole
+from moe_jax.show import as_html, on_terminal, printable
+from moe_jax.workdir import config_of_run
+
+if TYPE_CHECKING:
+    from moe_jax.data import Tokenizer
+    from moe_jax.decoding import Completion, Model
+
+TOKENIZER_FOLDER = "tokenizer"  # of a workdir: the files that came with a converted model
+
+
+def restore(workdir: Path) -> "tuple[Model, int]":
+    """The model of a workdir's newest checkpoint, on the devices at hand, and its step.
+
+    Raises:
+        ValueError: there is no run, no checkpoint, or a damaged one.
+    """
+    from moe_jax.decoding import Model
+    from moe_jax.evaluate import on_these_devices, restore_model
+    from moe_jax.mesh import is_sharded, make_mesh
+
+    config = on_these_devices(config_of_run(workdir))
+    mesh = make_mesh(config.mesh)
+    state = restore_model(config, workdir, mesh)
+    if state is None:
+        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
+    model = Model(config, state.params, state.bias, state.balance, mesh if is_sharded(mesh) else None)
+    return model, int(state.step)
+
+
+def tokenizer_of(workdir: Path, config: Config, asked: str = "") -> "tuple[Tokenizer, bool]":
+    """The model's tokenizer, and whether a prompt begins with its separator: as the model has seen its texts.
+
+    The one asked for, else the files of a converted model, else that of the run's corpus.
+
+    Raises:
+        ValueError: a converted model came without a tokenizer that can be read; or as `get_tokenizer`.
+    """
+    from moe_jax.data import check_corpus, get_tokenizer
+    from moe_jax.data.trained import TOKENIZER_FILE, read_tokenizer
+
+    own = workdir / TOKENIZER_FOLDER
+    if asked:
+        tokenizer = get_tokenizer(asked)
+        return tokenizer, tokenizer.opens_text
+    if (own / TOKENIZER_FILE).is_file():
+        tokenizer = read_tokenizer(own)
+        return tokenizer, tokenizer.opens_text
+    if own.is_dir():
+        raise ValueError(f"{own} came without a {TOKENIZER_FILE}; put one there, or give --tokenizer=DIR_OR_JSON.")
+    return check_corpus(config.data.path).tokenizer, True
+
+
+def longest(workdir: Path, config: Config) -> int:
+    """How many tokens the model knows to handle: a converted one as its maker says, others as in training."""
+    from moe_jax.data.trained import read_settings
+
+    own = read_settings(workdir / TOKENIZER_FOLDER / "config.json").get("max_position_embeddings")
+    return own if isinstance(own, int) else config.sequence_length
+
+
+def encode(tokenizer: "Tokenizer", prompt: str, opened: bool) -> list[int]:
+    """A prompt's ids, names of special tokens read as these, behind the separator if it is to be opened."""
+    ids = tokenizer.encode(prompt, special=True).tolist()
+    return [tokenizer.separator, *ids] if opened and ids[:1] != [tokenizer.separator] else ids
+
+
+def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
+    """The prompts of the flags, then those of the file, one a line.
+
+    Raises:
+        ValueError: there is none, or the file cannot be read.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts_file={file} cannot be read ({error}); give a UTF-8 file.") from None
+    if not prompts and not lines:
+        raise ValueError('there is no prompt; give --prompt="...", or --prompts_file=FILE with one a line.')
+    return [*prompts, *lines]
+
+
+def chosen_layer(config: Config, layer: int | None) -> int:
+    """The MoE layer to show: the one asked for, or the middle one.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    from moe_jax.config import num_moe_layers
+
+    layers = num_moe_layers(config.model) - config.model.mtp_depth
+    if not config.model.num_experts:
+        raise ValueError(
+            "--show_experts and --html are about experts, and model.num_experts=0 has none; leave them out."
+        )
+    if layer is not None and not 0 <= layer < layers:
+        raise ValueError(f"--layer={layer} must be one of the MoE layers 0 to {layers - 1}; give one of them.")
+    return layers // 2 if layer is None else layer
+
+
+def run(flag: Any) -> None:
+    """Restore, generate, print.
+
+    Raises:
+        ValueError, OSError: whatever the flags or the workdir lack.
+    """
+    from moe_jax.decoding import check_model, check_prompts, notice_of_drops
+    from moe_jax.sampling import Sampling
+
+    workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
+    sampling = Sampling(flag.temperature, flag.top_k, flag.top_p)
+    config = config_of_run(workdir)
+    coloured = flag.show_experts or flag.html
+    layer = chosen_layer(config, flag.layer) if coloured or flag.layer is not None else 0
+    tokenizer, opened = tokenizer_of(workdir, config, flag.tokenizer)
+    opened = opened if flag.separator is None else flag.separator
+    given = [encode(tokenizer, prompt, opened) for prompt in prompts for _ in range(flag.num_samples)]
+    check_model(config, tokenizer)
+    check_prompts(given, flag.max_new_tokens, flag.stop, flag.max_length or longest(workdir, config))
+    model, step = restore(workdir)
+    _tell(f"{workdir}, step {step}; {notice_of_drops(config)}".rstrip("; "))
+    how = dict(max_new_tokens=flag.max_new_tokens, sampling=sampling, stop=flag.stop)
+    live = len(given) == 1 and not flag.show_experts
+    started = time.monotonic()
+    found = list(_in_batches(model, given, tokenizer, flag.seed, flag.batch_size, how, prompts[0] if live else None))
+    total, seconds = sum(len(one.ids) for one in found), time.monotonic() - started
+    if not live and not flag.show_experts:
+        _print_all([prompt for prompt in prompts for _ in range(flag.num_samples)], found)
+    if coloured:
+        _show(model, given, found, tokenizer, layer, flag)
+    _tell(f"{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s")
+
+
+def _in_batches(
+    model: "Model",
+    given: Sequence[Sequence[int]],
+    tokenizer: "Tokenizer",
+    seed: int,
+    size: int,
+    how: dict[str, Any],
+    live: str | None,
+) -> "Iterator[Completion]":
+    """The completions, so many rows at a time; `live` is the prompt of a single text that is printed while made."""
+    import jax
+
+    from moe_jax.decoding import complete
+
+    how = how | {"key": jax.random.key(seed)}
+    if live is not None:
+        print(printable(live), end="", flush=True)
+        yield _print_live(model, given, tokenizer, how)
+        return
+    for start in range(0, len(given), size):
+        part = given[start : start + size]
+        yield from complete(model, part, tokenizer, rows=range(start, start + len(part)), **how)
+
+
+def _print_live(
+    model: "Model", given: Sequence[Sequence[int]], tokenizer: "Tokenizer", how: dict[str, Any]
+) -> "Completion":
+    from moe_jax.decoding import Completion, generate
+
+    ids: list[int] = []
+    text = why = ""
+    for new in generate(model, given, tokenizer, **how):
+        print(printable(new.text), end="", flush=True)
+        ids += [] if new.why == "end" else [new.id]
+        text, why = text + new.text, new.why
+    print(flush=True)
+    return Completion(ids, text, why)
+
+
+def _print_all(prompts: Sequence[str], found: "Sequence[Completion]") -> None:
+    for number, (prompt, one) in enumerate(zip(prompts, found, strict=True), 1):
+        print(f"--- {number} ({one.why}) ---\n{printable(prompt)}{printable(one.text)}")
+
+
+def _show(
+    model: "Model",
+    given: Sequence[Sequence[int]],
+    found: "Sequence[Completion]",
+    tokenizer: "Tokenizer",
+    layer: int,
+    flag: Any,
+) -> None:
+    """The texts in colours, on the terminal, in a file, or both."""
+    from moe_jax.decoding import Traced, trace
+
+    sequences = [[*prompt, *one.ids] for prompt, one in zip(given, found, strict=True)]
+    texts: list[Traced] = []
+    for start in range(0, len(sequences), flag.batch_size):
+        part = slice(start, start + flag.batch_size)
+        texts += trace(model, sequences[part], [len(prompt) for prompt in given[part]], tokenizer)
+    choices = model.config.model.num_experts + model.config.model.num_zero_experts
+    if flag.show_experts:
+        from rich.console import Console
+
+        for line in on_terminal(texts, layer, choices):
+            Console().print(line, soft_wrap=True)
+    if flag.html:
+        write_whole(Path(flag.html), as_html(texts, layer, choices, f"Experts of {flag.workdir}"))
+        _tell(f"wrote {flag.html}")
+
+
+def _tell(line: str) -> None:
+    """A line about the text, which is not the text."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(_: list[str]) -> None:
+    """Check the flags, then run."""
+    flag = flags.FLAGS
+    keep_compiled()
+    try:
+        for name in ("num_samples", "batch_size"):
+            if getattr(flag, name) < 1:
+                raise ValueError(f"--{name}={getattr(flag, name)} must be at least 1; raise it.")
+        run(flag)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def define_flags(values: Any = flags.FLAGS) -> None:
+    """The flags of the command."""
+    flags.DEFINE_string(
+        "workdir", None, "The workdir of a training run, or of a converted model.", flag_values=values, required=True
+    )
+    flags.DEFINE_multi_string("prompt", [], "The beginning of a text; may be given several times.", flag_values=values)
+    flags.DEFINE_string("prompts_file", "", "A file of prompts, one a line.", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add to a prompt.", flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 1.0, "Draw from the likeliest tokens that together have this probability.", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "stop", [], "End a text before this string; may be given several times.", flag_values=values
+    )
+    flags.DEFINE_integer("num_samples", 1, "Texts of each prompt.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "Texts made at the same time.", flag_values=values)
+    flags.DEFINE_string("tokenizer", "", "bytes, or a tokenizer.json's folder; the model's own.", flag_values=values)
+    flags.DEFINE_integer(
+        "max_length", 0, "Most tokens of prompt and text; 0: what the model is made for.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "separator", None, "Begin prompts as documents begin; as the model was trained if left out.", flag_values=values
+    )
+    flags.DEFINE_bool("show_experts", False, "Colour tokens by their top expert.", flag_values=values)
+    flags.DEFINE_integer(
+        "layer", None, "The MoE layer to colour by, from 0; the middle one if left out.", flag_values=values
+    )
+    flags.DEFINE_string("html", "", "Write the coloured tokens of all layers to this file.", flag_values=values)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

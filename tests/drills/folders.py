@@ -1,0 +1,83 @@
+"""Small folders of Hugging Face's families, made without torch: config.json and random tensors."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from moe_jax.config import default, validate
+from moe_jax.families import from_hf
+from moe_jax.shards import Plan, write_folder
+from moe_jax.tensors import copies, tensors
+
+BASE = dict(vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+BASE |= dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, rms_norm_eps=1e-5)
+GROUPED = BASE | dict(num_key_value_heads=1, num_experts_per_tok=2)
+LATENT = BASE | dict(num_key_value_heads=2, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=3)
+LATENT |= dict(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+LATENT |= dict(first_k_dense_replace=1, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=2.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0)
+YARN |= dict(rope_theta=50000.0)
+SHARPENED = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
+# name -> the part of transformers' class names before Config, and the keys
+CASES = {
+    "mixtral": ("Mixtral", GROUPED | dict(num_local_experts=4, head_dim=12)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        GROUPED
+        | dict(num_experts=4, moe_intermediate_size=8, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0])
+        | dict(rope_parameters=YARN, tie_word_embeddings=True),
+    ),
+    "olmoe": ("Olmoe", GROUPED | dict(num_experts=4)),
+    "deepseek_v2": ("DeepseekV2", LATENT | dict(topk_method="group_limited_greedy", rope_parameters=SHARPENED)),
+    "deepseek_v2_lite": ("DeepseekV2", LATENT | dict(q_lora_rank=None, topk_method="greedy")),
+    "deepseek_v3": ("DeepseekV3", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
+}
+TYPES = dict(Mixtral="mixtral", Qwen3Moe="qwen3_moe", Olmoe="olmoe", DeepseekV2="deepseek_v2", DeepseekV3="deepseek_v3")
+
+
+def config_of(case, **keys):
+    """The config.json of a case, with keys changed."""
+    name, own = CASES[case]
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": TYPES[name], "hidden_act": "silu"} | own | keys
+
+
+def model_of(hf):
+    """The family and our config that it means."""
+    family, ours = from_hf(hf)
+    return family, validate(default(model=ours)).model
+
+
+def make(folder: Path, case: str, dtype: str = "float32", shard_bytes: int = 10**9, change=None, **keys):
+    """Write a folder, and return its tensors by name; `change` may change them before."""
+    hf, folder = config_of(case, **keys), Path(folder)
+    family, config = model_of(hf)
+    draw, values = np.random.default_rng(0), {}
+    for t in tensors(family, config):
+        kind = "float32" if t.name.endswith("correction_bias") else dtype
+        values[t.name] = draw.normal(1.0 if "norm" in t.name else 0.0, 0.3, t.shape).astype(np.float32).astype(kind)
+    values |= {name: values[of] for name, of in copies(config).items() if name != "lm_head.weight"}
+    if change is not None:
+        change(values)
+    write(folder, hf, values, shard_bytes)
+    return values
+
+
+def write(folder, hf, values, shard_bytes=10**9):
+    """config.json and the tensors."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(hf))
+    plans = [Plan(name, str(value.dtype), value.shape) for name, value in values.items()]
+    for _ in write_folder(folder, plans, values.__getitem__, shard_bytes):
+        pass
+
+
+def as_float8(values, block, kept=("norm", "embed", "head", "gate.weight", "bias")):
+    """Weights as DeepSeek stores them: float8 with a scale for every block."""
+    for name in [n for n in values if not any(word in n for word in kept)]:
+        wide = values[name].astype(np.float32)
+        rows, columns = (-(-n // b) for n, b in zip(wide.shape, block, strict=True))
+        scale = np.random.default_rng(len(name)).uniform(0.5, 2.0, (rows, columns)).astype(np.float32)
+        values[name] = wide.astype(ml_dtypes.float8_e4m3fn)
+        values[name + "_scale_inv"] = scale

@@ -1,0 +1,254 @@
+"""Laws of trained vocabularies: the bytes of every token, who opens a document, and corpora made with them."""
+
+import json
+
+import numpy as np
+import pytest
+import vocabularies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from moe_jax.config import Config
+from moe_jax.data import evaluation_batches, get_tokenizer, make_corpus, open_corpus
+from moe_jax.data.prepare import Options, main, prepare
+from moe_jax.evaluate import check_tokenizer
+
+HARD = [
+    *vocabularies.TEXTS,
+    "  two  spaces ",
+    "👩‍👩‍👧 family",
+    "a\u0301 combining",
+    "<|end|> and <s> are text",
+    "中文🙂 the cat",
+]
+KINDS = {"byte_level": vocabularies.byte_level, "with_fallback": vocabularies.with_fallback}
+NAMES = {"byte_level": ("<|begin|>", "<|end|>"), "with_fallback": ("<s>", "</s>")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """kind -> a folder as a model's."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    return {
+        kind: vocabularies.write(
+            root / kind, make(), tokenizer_config=dict(bos_token=NAMES[kind][0], eos_token=NAMES[kind][1])
+        )
+        for kind, make in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {kind: get_tokenizer(str(folder)) for kind, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", HARD)
+def test_the_bytes_of_the_tokens_are_those_of_the_text(tokenizers, kind, text):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.bytes_per_token[ids].sum() - tokenizer.lead_bytes == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), min_size=1))
+def test_every_text_has_its_bytes(tokenizers, text):
+    for tokenizer in tokenizers.values():
+        ids = tokenizer.encode(text)
+        assert tokenizer.bytes_per_token[ids].sum() - tokenizer.lead_bytes == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_text_are_those_of_the_library(folders, tokenizers, kind):
+    theirs = Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+    for text in vocabularies.TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizers[kind].encode(text).tolist() == ids
+        assert tokenizers[kind].decode(ids) == theirs.decode(ids)
+
+
+def test_a_space_before_the_text_is_known(tokenizers):
+    assert {kind: tokenizer.lead_bytes for kind, tokenizer in tokenizers.items()} == {
+        "byte_level": 0,
+        "with_fallback": 1,
+    }
+
+
+def test_special_tokens_have_no_bytes_and_added_ones_their_own(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    begin, end, think = (tokenizer.inner.token_to_id(t) for t in ("<|begin|>", "<|end|>", "<think>"))
+    assert tokenizer.bytes_per_token[[begin, end, think]].tolist() == [0, 0, len("<think>")]
+    assert tokenizer.decode([begin, think, end]) == "<think>"
+
+
+def test_names_of_special_tokens_are_text_unless_asked(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    end = tokenizer.inner.token_to_id("<|end|>")
+    assert end not in tokenizer.encode("a<|end|>")
+    assert tokenizer.encode("a<|end|>", special=True)[-1] == end
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (dict(tokenizer_config=dict(bos_token="<|begin|>", eos_token="<|end|>")), "<|begin|>"),
+        (dict(tokenizer_config=dict(bos_token=dict(content="<|begin|>"))), "<|begin|>"),
+        (dict(tokenizer_config=dict(bos_token=None, eos_token="<|end|>"), config=dict(bos_token_id=0)), "<|begin|>"),
+        (dict(tokenizer_config=dict(eos_token="<|end|>")), "<|end|>"),
+        (dict(generation_config=dict(eos_token_id=[1, 0])), "<|end|>"),
+        (dict(tokenizer_config=dict(eos_token="not there"), config=dict(eos_token_id=1)), "<|end|>"),
+    ],
+)
+def test_the_separator_is_the_first_bos_that_is_named_or_else_the_first_eos(tmp_path, files, expected):
+    tokenizer = get_tokenizer(str(vocabularies.write(tmp_path, vocabularies.byte_level(), **files)))
+    assert tokenizer.separator == tokenizer.inner.token_to_id(expected)
+
+
+def test_text_ends_at_every_eos_and_at_the_separator(tmp_path):
+    files = dict(tokenizer_config=dict(bos_token="<|begin|>"), generation_config=dict(eos_token_id=[1, 5]))
+    assert get_tokenizer(str(vocabularies.write(tmp_path, vocabularies.byte_level(), **files))).ends == (0, 1, 5)
+
+
+def test_without_bos_and_eos_a_separator_must_be_given(tmp_path):
+    folder = vocabularies.write(tmp_path, vocabularies.byte_level())
+    with pytest.raises(ValueError, match=r"names no bos or eos in .*; give --separator"):
+        get_tokenizer(str(folder))
+    assert get_tokenizer(str(folder), "<|end|>").separator == get_tokenizer(str(folder), 1).separator == 1
+    with pytest.raises(ValueError, match="has no token '<nope>'"):
+        get_tokenizer(str(folder), "<nope>")
+
+
+def test_a_token_named_like_a_number_is_found_by_name_and_ids_by_integers(tmp_path):
+    tokenizer = vocabularies.byte_level()
+    folder = str(vocabularies.write(tmp_path, tokenizer))
+    assert get_tokenizer(folder, "5").separator == tokenizer.token_to_id("5") != 5
+    assert get_tokenizer(folder, 5).separator == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("{", "is not JSON"), ("[]", "must be a JSON object"), ('{"model": 3}', "no vocabulary that tokenizers can read")],
+)
+def test_a_damaged_file_is_told_in_a_sentence(tmp_path, content, problem):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=problem):
+        get_tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        get_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_whose_tokens_have_no_bytes_of_their_own_is_refused(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = vocabularies.write(tmp_path, words, tokenizer_config=dict(eos_token="[UNK]"))
+    with pytest.raises(ValueError, match="neither byte-level nor falls back to bytes"):
+        get_tokenizer(str(folder))
+
+
+def test_limits_that_a_file_stores_cut_nothing(tmp_path):
+    tokenizer = vocabularies.byte_level()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=7)
+    folder = vocabularies.write(tmp_path, tokenizer, tokenizer_config=dict(eos_token="<|end|>"))
+    assert get_tokenizer(str(folder)).decode(get_tokenizer(str(folder)).encode("abcdefgh")) == "abcdefgh"
+
+
+# --- corpora --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "prose").mkdir(parents=True)
+    for number, text in enumerate(HARD):
+        (folder / "prose" / f"{number}.txt").write_bytes(text.encode())
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prepared_folder_needs_nothing_else(source, folders, tmp_path, kind):
+    model = vocabularies.write(tmp_path / "model", KINDS[kind](), tokenizer_config=dict(eos_token=NAMES[kind][1]))
+    prepare(Options(source, tmp_path / "out", 0.4, tokenizer=str(model)))
+    (model / "tokenizer.json").unlink()
+    corpus = open_corpus(str((tmp_path / "out").rename(tmp_path / "moved")))
+    streams = [corpus.stream(split, "prose") for split in ("train", "validation")]
+    found = [corpus.tokenizer.decode(d) for s in streams for d in np.split(s.tokens, s.offsets[1:-1])]
+    assert sorted(found) == sorted(HARD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_held_out_batches_are_those_of_the_documents(tokenizers, kind):
+    # every token but the stream's very first, a separator, is a target once; windows cut texts anywhere
+    corpus = make_corpus({"one": {"train": ["x"], "validation": HARD}}, tokenizers[kind])
+    for length in (3, 7):
+        batches = evaluation_batches(corpus, batch_size=4, sequence_length=length)
+        assert sum(int(b.num_bytes.sum()) for b in batches) == sum(len(text.encode()) for text in HARD)
+
+
+def test_ids_of_a_large_vocabulary_are_stored_in_four_bytes(source, tmp_path):
+    tokenizer = vocabularies.byte_level()
+    raw = json.loads(tokenizer.to_str())
+    raw["model"]["vocab"] |= {f"word{n}": 300 + n for n in range(70_000)}
+    raw["added_tokens"][2]["id"] = 80_000
+    model = vocabularies.write(tmp_path / "model", Tokenizer.from_str(json.dumps(raw)))
+    prepare(Options(source, tmp_path / "out", tokenizer=str(model), separator="<|end|>"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["dtypes"]["tokens"] == "uint32, little-endian" and manifest["vocab_size"] > 2**16
+    corpus = open_corpus(str(tmp_path / "out"))
+    assert corpus.stream("train", "prose").tokens.dtype == np.uint32
+    assert corpus.tokenizer.decode(corpus.stream("validation", "prose").tokens) in HARD
+
+
+def test_a_changed_vocabulary_in_the_folder_is_noticed(source, folders, tmp_path):
+    prepare(Options(source, tmp_path / "out", tokenizer=str(folders["byte_level"])))
+    file = tmp_path / "out" / "tokenizer" / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"<think>", b"<thing>"))
+    with pytest.raises(ValueError, match=r"the sha256 of tokenizer\.json is not the one"):
+        open_corpus(str(tmp_path / "out"))
+
+
+def test_another_vocabulary_makes_another_corpus(source, folders, tmp_path):
+    prepare(Options(source, tmp_path / "out"))
+    with pytest.raises(ValueError, match="made from other inputs"):
+        prepare(Options(source, tmp_path / "out", tokenizer=str(folders["byte_level"])))
+    prepare(Options(source, tmp_path / "out", tokenizer=str(folders["byte_level"]), overwrite=True))
+    assert open_corpus(str(tmp_path / "out")).tokenizer.name.startswith("tokenizer-")
+    prepare(Options(source, tmp_path / "out", overwrite=True))
+    assert not (tmp_path / "out" / "tokenizer").exists()
+
+
+def test_texts_that_a_vocabulary_normalizes_are_counted(source, tmp_path, capsys):
+    from tokenizers import normalizers
+
+    tokenizer = vocabularies.byte_level()
+    tokenizer.normalizer = normalizers.NFC()  # a + combining accent, 3 bytes, becomes á, 2 bytes
+    model = vocabularies.write(tmp_path / "model", tokenizer, tokenizer_config=dict(eos_token="<|end|>"))
+    prepare(Options(source, tmp_path / "out", tokenizer=str(model)))
+    assert "the tokens of 1 documents stand for other bytes than the text has (-1 in all)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--tokenizer=nowhere"], "tokenizer='nowhere' is not known"),
+        (["--separator=x"], "--separator=x is a token of a --tokenizer, which is not given"),
+    ],
+)
+def test_the_command_tells_what_is_wrong(source, tmp_path, capsys, flags, problem):
+    with pytest.raises(SystemExit):
+        main([f"--input={source}", f"--output={tmp_path / 'out'}", *flags])
+    assert problem in capsys.readouterr().err
+
+
+def test_evaluation_refuses_to_read_another_vocabulary_than_the_model_s_own(tmp_path):
+    vocabularies.write(tmp_path / "tokenizer", vocabularies.byte_level())
+    same = make_corpus({"one": {"train": ["x"], "validation": ["y"]}}, get_tokenizer(str(tmp_path / "tokenizer"), 0))
+    check_tokenizer(Config(), tmp_path, same)
+    with pytest.raises(ValueError, match=r"has a tokenizer of its own, but data\.path='' is of 'bytes'.*--data"):
+        check_tokenizer(Config(), tmp_path, open_corpus())
+    check_tokenizer(Config(), tmp_path / "elsewhere", open_corpus())

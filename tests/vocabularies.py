@@ -1,0 +1,54 @@
+"""Tiny trained vocabularies, as Hugging Face models bring them: a tokenizer.json and what is said beside it."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+TEXTS = [
+    "the cat sat on the mat, the hat",
+    " a leading space",
+    "naïve café",
+    "日本語の日本",
+    "smile 🙂 and 🙂",
+    "tab\tand\n\nlines",
+]
+BPE = dict(show_progress=False, min_frequency=1)
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2's, DeepSeek's and Qwen's, with two special tokens and one that is not."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|begin|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special, **BPE)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_tokens(["<think>"])
+    return tokenizer
+
+
+def with_fallback() -> Tokenizer:
+    """As Llama's and Mixtral's: a space before the text, ▁ for spaces, bytes for what the vocabulary lacks."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], **BPE)
+    tokenizer.train_from_iterator(["the cat sat on the mat", "a hat"], trainer)
+    raw = json.loads(tokenizer.to_str())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    raw["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    tokenizer.decoder = decoders.Sequence(strip)
+    return tokenizer
+
+
+def write(folder: Path, tokenizer: Tokenizer, **settings: dict) -> Path:
+    """The folder, with tokenizer.json and `<name>.json` of each setting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, value in settings.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
