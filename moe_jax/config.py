@@ -341,9 +341,9 @@ def _check_latent_attention(m: ModelConfig) -> None:
 
 def _check_yarn(c: Config) -> None:
     y = c.model.yarn
-    if y.beta_fast <= y.beta_slow:
+    if y.beta_fast < y.beta_slow:  # equal in Kimi-K2: frequencies then jump
         raise ValueError(
-            f"model.yarn.beta_fast={y.beta_fast} must be above model.yarn.beta_slow={y.beta_slow}; try 32 and 1."
+            f"model.yarn.beta_fast={y.beta_fast} must be at least model.yarn.beta_slow={y.beta_slow}; try 32 and 1."
         )
 
 
@@ -699,6 +699,8 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _typed(typing.get_args(hint)[0], value, path)
     if origin is Literal:
         choices = typing.get_args(hint)
+        if isinstance(value, bool):
+            value = FORMER.get(path, {}).get(value, value)
         if value not in choices:
             raise ValueError(
                 f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}."
@@ -713,6 +715,9 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}={value!r} must be a dict; write {path}=dict(name=number).")
         return {str(k): _typed(typing.get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
     return _scalar(hint, value, path)
+
+
+FORMER = {"model.qk_norm": {False: "none", True: "head"}}  # values of keys that once were booleans, in old workdirs
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:

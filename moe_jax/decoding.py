@@ -270,12 +270,12 @@ def _compiled_by(model: Model) -> tuple[ModelConfig, Entries, Mesh | None]:
 def _extend(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
     """(arrays, tokens, positions, cache) -> logits, report, cache; not compiled by itself."""
 
-    def extend(arrays: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+    def extend(arrays: Any, tokens: Any, positions: Any, cache: Any, **how: Any) -> Any:
         params, bias, state = arrays
         transformer: Any = nnx.merge(abstract_model(model).graphdef, params, bias)
         cache = transformer.init_cache(*tokens.shape) if cache is None else cache
         balancing = Balancing(balance.make(entries, model), state)
-        return transformer.extend(tokens, positions, cache, balancing, mesh=mesh)
+        return transformer.extend(tokens, positions, cache, balancing, mesh=mesh, **how)
 
     return extend
 
@@ -289,9 +289,8 @@ def _step(model: ModelConfig, entries: Entries, mesh: Mesh | None, sampling: Sam
     extend = _extend(model, entries, mesh)
 
     def step(arrays: Any, tokens: Any, positions: Any, before: Any, cache: Any, key: Any, rows: Any) -> Any:
-        logits, _, cache = extend(arrays, tokens, positions, cache)
-        last = jnp.argmax(positions, -1)
-        logits = jnp.take_along_axis(logits, last[:, None, None], 1)[:, 0]
+        logits, _, cache = extend(arrays, tokens, positions, cache, last_only=True)
+        logits = logits[:, 0]
         known = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
         new = next_tokens(known, sampling, key, rows, positions.max(-1) + 1)
         return jnp.where((positions >= 0).any(-1), new, before), cache

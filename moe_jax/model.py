@@ -187,9 +187,10 @@ class Transformer(nnx.Module):
         cache: Any,
         balancing: Balancing,
         *,
+        last_only: bool = False,
         key: Key[Array, ""] | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[Float32[Array, "batch seq vocab"], Report | None, Any]:
+    ) -> tuple[Float32[Array, "batch out vocab"], Report | None, Any]:
         """Decode: the logits of tokens that see what the cache holds, and enter it.
 
         A prompt is one call with all its tokens; then follow calls with one token a row. The logits are those of the
@@ -201,16 +202,20 @@ class Transformer(nnx.Module):
                 enters nothing and is routed nowhere.
             cache: of `init_cache`, or as the last call returned it.
             balancing: as in the call.
+            last_only: logits of each row's token of the highest position only: a prompt's others need no room.
             key: for selectors that draw.
             mesh: where parameters and rows of the batch lie; None for one device.
 
         Returns:
-            logits float32 [B, N, V]; Report with leaves [L, ...] without multi-token prediction; the cache.
+            logits float32 [B, N, V], or [B, 1, V]; Report with leaves [L, ...] without multi-token prediction; the
+            cache.
         """
         inputs = Inputs(tokens, positions, (positions >= 0).astype(jnp.int32))
         own = self._split(balancing)[0]
         key = jax.random.key(0) if key is None else key
         x, report, cache = self._layers(inputs, own, key, False, mesh, cache)
+        if last_only:
+            x = jnp.take_along_axis(x, positions.argmax(1)[:, None, None], 1)
         return self.logits(self.final_norm(x), mesh), report, cache
 
     def init_cache(self, batch: int, length: int) -> Any:

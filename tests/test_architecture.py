@@ -70,9 +70,9 @@ ALLOWED = {
     "optax": {"loss", "state", "step"},
     "ml_collections": {"config", "command"},
     "grain": {"data"},
-    "qwix": {"quantize"},
     "tokenizers": {"data"},
     "lm_eval": {"harness"},
+    "qwix": {"quantize"},
 }
 WITHOUT_JAX = set("options config command files cache ledger shards prefetch hlo chips data log show".split())
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))

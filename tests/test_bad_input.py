@@ -42,7 +42,7 @@ BAD = [
     (dict(optimizer=dict(schedule="multistep", milestones=(0.9, 0.8))), "optimizer.milestones", "try (0.8, 0.9)"),
     (dict(optimizer=dict(schedule="wsd", warmup_steps=900)), "optimizer.decay_fraction=0.2", "lower one"),
     (dict(optimizer=dict(moment_dtype="float16")), "optimizer.moment_dtype='float16'", "bfloat16"),
-    (dict(model=dict(qk_norm=True)), "model.qk_norm=True", "'head'"),
+    (dict(model=dict(qk_norm=1)), "model.qk_norm=1", "'head'"),
     (dict(model=3), "model=3", "dict"),
     (dict(model=None), "model=None", "dict"),
     (dict(balance="bias_sign"), "balance='bias_sign'", "write balance=dict("),

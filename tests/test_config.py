@@ -98,3 +98,8 @@ def test_the_recipes_of_the_readme_fit_their_machines(repo, devices):
     config = module.get_config()
     config.batch_size, config.mesh.expert = 64, 8
     assert resolve(validate(config), devices).mesh.data == devices // 8
+
+
+def test_a_workdir_of_when_qk_norm_was_a_boolean_is_understood():
+    for former, now in ((False, "none"), (True, "head")):
+        assert validate(dict(model=dict(qk_norm=former))).model.qk_norm == now

@@ -44,9 +44,11 @@ def test_the_tensors_are_our_parameters_each_slice_once(case):
 
 
 def test_kimi_k2_is_deepseek_v3():
-    family, config = model_of(config_of("deepseek_v3", model_type="kimi_k2", n_group=1, topk_group=1))
+    keys = dict(model_type="kimi_k2", n_group=1, topk_group=1, rope_parameters=None, rope_theta=50000.0)
+    keys["rope_scaling"] = OLD | dict(factor=32.0, beta_fast=1.0, beta_slow=1.0, mscale_all_dim=1.0)  # as published
+    family, config = model_of(config_of("deepseek_v3", **keys))
     assert family.architecture == "DeepseekV3ForCausalLM"
-    assert (config.score, config.num_groups) == ("sigmoid", 1)
+    assert (config.score, config.num_groups, config.yarn.beta_fast) == ("sigmoid", 1, 1.0)
 
 
 def test_deepseek_v2_ranks_groups_by_their_best_expert_and_v3_by_two():
