@@ -18,7 +18,6 @@ def get_config(arg: str = ""):
     return default(
         num_steps=240_000,
         batch_size=1024,
-        micro_batches=4,
         sequence_length=4096,
         log_every=10,
         eval_every=1000,
