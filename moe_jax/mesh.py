@@ -34,7 +34,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
     "head_dim": ("expert",),
-    "latent": ("expert", "data"),
+    "latent": ("data", "expert"),
     "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
 }
