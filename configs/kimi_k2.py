@@ -2,8 +2,9 @@
 
 1.03T parameters (61 layers, the first dense, as published; 61 MoE layers would have the report's 1.04T), of which a
 token uses 32.9B with its embedding and 31.7B without (32.6B in the report). The report's batch is 67M tokens, held:
-16384 sequences, here in 8 micro-batches of one sequence a chip. It trains with MuonClip, here with AdamW; its learning rate falls by a cosine over
-the last third, here linearly. Not published and assumed: DeepSeek-V3's balancing rates and deviation of the weights.
+16384 sequences, here in 8 micro-batches of one sequence a chip. It trains with MuonClip, here with AdamW; its learning
+rate falls by a cosine over the last third, here linearly. Not published and assumed: DeepSeek-V3's balancing rates and
+deviation of the weights.
 Source: Kimi K2 (arXiv 2507.20534), sections 2.3 and 2.5, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/kimi_k2.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/kimi_k2.py --topology=v5p:8x16x16
