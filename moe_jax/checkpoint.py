@@ -432,7 +432,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         body = {k: v for k, v in manifest.items() if k != "sha256"}
         sound = manifest["sha256"] == _digest(body) and isinstance(body["step"], int)
         sound = sound and all(isinstance(body[k], dict) for k in ("leaves", "extra", "files"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound, manifest = False, {}
     if not sound:
         raise ValueError(f"{path}: {MANIFEST} is damaged.")

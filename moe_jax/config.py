@@ -722,7 +722,7 @@ FORMER = {"model.qk_norm": {False: "none", True: "head"}}  # values of keys that
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(
             f"{path}={value!r} must be {article(hint)}, not {type(value).__name__}; write it as {hint.__name__}."

@@ -90,6 +90,8 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
     if found is None:
         raise ValueError(f"--input={workdir} has no finished checkpoint; train first.")
     step, arrays = found
+    if (workdir / "checkpoints").resolve() in folder.resolve().parents:
+        raise ValueError(f"--output={folder} is inside the checkpoints that are read; name another.")
     with new_folder(folder) as partial, progress(folder.name, None) as advance:
         for plan, total in export(
             config.model,
@@ -127,7 +129,7 @@ def holds_a_run(folder: Path) -> bool:
         raise ValueError(f"--input={folder} has no config.json; give a Hugging Face folder, or a workdir.")
     try:
         config = json.loads(file.read_bytes()) if file.stat().st_size < 2**24 else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return False  # who reads it tells what is wrong
     return isinstance(config, dict) and isinstance(config.get("model"), dict) and "model_type" not in config
 

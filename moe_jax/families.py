@@ -44,14 +44,22 @@ DEEPSEEK_KEYS = (
     Key("n_routed_experts", "num_experts"),
     Key("n_shared_experts", "num_shared_experts", 0),
     Key("first_k_dense_replace", "first_dense", 0),
-    Key("routed_scaling_factor", "gate_scale", 1.0),
-    Key("n_group", "num_groups", 1),
-    Key("topk_group", "top_groups", 1),
     Key("q_lora_rank", "q_lora_rank", 0),
     Key("kv_lora_rank", "kv_lora_rank"),
     Key("qk_nope_head_dim", "qk_nope_head_dim"),
     Key("qk_rope_head_dim", "qk_rope_head_dim"),
     Key("v_head_dim", "v_head_dim"),
+)
+V2_ROUTER = (
+    Key("routed_scaling_factor", "gate_scale", 1.0),
+    Key("n_group", "num_groups", 1),
+    Key("topk_group", "top_groups", 1),
+)
+V3_ROUTER = (  # no tensor's shape would tell a wrong guess of the first three
+    Key("routed_scaling_factor", "gate_scale"),
+    Key("n_group", "num_groups"),
+    Key("topk_group", "top_groups"),
+    Key("norm_topk_prob", "normalize_gates", True),
 )
 # What a model of ours must be to be one of theirs. Ranges and tuples, for both know `in`.
 SOME = range(1, 2**31)
@@ -124,7 +132,7 @@ QWEN3_MOE = Family(
     ),
     dict(attention="gqa", qk_norm="head", score="softmax"),
     SOFTMAX_GROUPED | {"qk_norm": ("head",)},
-    ONLY,
+    ONLY | {"use_qk_norm": (True,)},  # written in Qwen3-Coder's
     dict(attention_bias=False, use_sliding_window=False, sliding_window=None, decoder_sparse_step=1),
 )
 OLMOE = Family(
@@ -145,7 +153,7 @@ OLMOE = Family(
 DEEPSEEK_V2 = Family(
     "DeepseekV2ForCausalLM",
     ("deepseek_v2",),
-    (*COMMON, *DEEPSEEK_KEYS),
+    (*COMMON, *DEEPSEEK_KEYS, *V2_ROUTER),
     dict(attention="mla", score="softmax", normalize_gates=False, group_top=1),
     LATENT_HOLDS | {"score": ("softmax",), "normalize_gates": (False,), "group_top": (1,), "mtp_depth": (0,)},
     MLA_ONLY
@@ -159,7 +167,7 @@ DEEPSEEK_V2 = Family(
 DEEPSEEK_V3 = Family(
     "DeepseekV3ForCausalLM",
     ("deepseek_v3", "kimi_k2"),
-    (*COMMON, *DEEPSEEK_KEYS, Key("norm_topk_prob", "normalize_gates", True)),
+    (*COMMON, *DEEPSEEK_KEYS, *V3_ROUTER),
     dict(attention="mla", score="sigmoid", group_top=2),
     LATENT_HOLDS | {"score": ("sigmoid",), "group_top": (2,)},
     MLA_ONLY | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
@@ -199,6 +207,7 @@ WITHOUT_EFFECT = words(
     """
 ).union(CARRIED)
 # Read by name below, in every family
+MOST_LAYERS = 10**5  # a config that lies may name more than a list can hold
 READ_APART = words("rope_theta rope_scaling rope_parameters quantization_config sliding_window use_sliding_window")
 SPARSE_KEYS = {"decoder_sparse_step", "mlp_only_layers"}  # Qwen3-MoE's
 YARN_KEYS = {
@@ -237,11 +246,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         ValueError: a key or a value that this family, or our model, does not have.
     """
     family, hf = family_of(hf), dict(hf)
-    for name, other in ALIASES.items():
-        wanted = {key.name for key in family.keys} | {"num_nextn_predict_layers"}
-        if name in hf and other in wanted and name not in wanted:
-            hf.setdefault(other, hf.pop(name))
-            hf.pop(name, None)
+    _rename_aliases(family, hf)
     _refuse_unknown(family, hf)
     hf = _complete(family, hf)
     ours = dict(family.fixed)
@@ -249,7 +254,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         ours[key.ours] = _value(hf, key)
     ours |= _rope(family, hf)
     if family.predicts:
-        ours["mtp_depth"] = hf.get("num_nextn_predict_layers") or 0
+        ours["mtp_depth"] = _whole(hf, "num_nextn_predict_layers", 0)
     if family is QWEN3_MOE:
         ours["first_dense"], ours["moe_every"] = _sparse_layers(hf)
     if hf.get("topk_method") == "greedy" or (family is DEEPSEEK_V2 and not hf.get("topk_method")):
@@ -263,6 +268,28 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
     if value is None:
         raise ValueError(f"config.json has no {key.name}; give the model's own config.json.")
     return value
+
+
+def _whole(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A number that we reckon with before our own config checks it."""
+    value = _value(hf, Key(name, "", default))
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_LAYERS:
+        raise ValueError(
+            f"config.json has {name}={value!r}, which must be an integer from 0 to {MOST_LAYERS}; correct it."
+        )
+    return value
+
+
+def _rename_aliases(family: Family, hf: dict[str, Any]) -> None:
+    """Give a key that has two names the family's own, in place."""
+    wanted = {key.name for key in family.keys} | {"num_nextn_predict_layers"}
+    for name, other in ALIASES.items():
+        if name in hf and other in wanted and name not in wanted:
+            value = hf.pop(name)
+            if hf.setdefault(other, value) != value:
+                raise ValueError(
+                    f"config.json has {name}={value!r} and {other}={hf[other]!r}, which are one key; remove one."
+                )
 
 
 def _refuse_unknown(family: Family, hf: Mapping[str, Any]) -> None:
@@ -310,24 +337,35 @@ def _complete(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
     """Our rope_theta and yarn; transformers 5 writes `rope_parameters`, before it were `rope_theta`, `rope_scaling`."""
-    found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    meant = [_rope_of(family, hf, name) for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
+    if len(meant) == 2 and meant[0] != meant[1]:
+        raise ValueError(
+            f"config.json has rope_parameters={hf['rope_parameters']!r} and rope_scaling={hf['rope_scaling']!r}, which "
+            "mean different things; remove one."
+        )
+    return meant[0] if meant else _rope_of(family, hf, "rope_parameters")
+
+
+def _rope_of(family: Family, hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = hf.get(name) or {}
     if not isinstance(found, Mapping):
-        raise ValueError(f"config.json has rope_parameters={found!r}, which must be an object; correct it.")
+        raise ValueError(f"config.json has {name}={found!r}, which must be an object; correct it.")
     rope = {k: v for k, v in found.items() if v is not None}
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or family.theta
     old = rope.pop("type", "default")
     kind = rope.pop("rope_type", old)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json rotates a part of each head only (partial_rotary_factor); convert another model.")
-    if kind == "default":
-        return {"rope_theta": float(theta), "yarn": {}}
-    if kind != "yarn":
+    if kind not in ("default", "yarn"):
         raise ValueError(f"config.json has RoPE of the type {kind!r}; known are 'default' and 'yarn'.")
-    if not rope.pop("truncate", True):
+    if kind == "yarn" and not rope.pop("truncate", True):
         raise ValueError("config.json has YaRN with truncate=false, which our model does not have.")
-    if unknown := sorted(rope.keys() - YARN_KEYS.keys()):
-        raise ValueError(f"config.json has YaRN with {unknown[0]}={rope[unknown[0]]!r}, which our model does not have.")
-    return {"rope_theta": float(theta), "yarn": _yarn(family, rope, hf)}
+    if unknown := sorted(rope.keys() - (YARN_KEYS.keys() if kind == "yarn" else ())):
+        raise ValueError(
+            f"config.json has {name} of the type {kind!r} with {unknown[0]}={rope[unknown[0]]!r}, which our model does "
+            "not have; correct the type, or remove it."
+        )
+    return {"rope_theta": theta, "yarn": _yarn(family, rope, hf) if kind == "yarn" else {}}
 
 
 def _yarn(family: Family, rope: dict[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,7 +388,10 @@ def _yarn(family: Family, rope: dict[str, Any], hf: Mapping[str, Any]) -> dict[s
 
 def _sparse_layers(hf: Mapping[str, Any]) -> tuple[int, int]:
     """(first_dense, moe_every) of Qwen3-MoE's `mlp_only_layers` and `decoder_sparse_step`."""
-    step, dense, layers = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [], hf["num_hidden_layers"]
+    step, layers = _whole(hf, "decoder_sparse_step", 1), _whole(hf, "num_hidden_layers")
+    dense = hf.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"config.json has mlp_only_layers={dense!r}, which must be a list of layers; correct it.")
     sparse = [i for i in range(layers) if i not in dense and step > 0 and (i + 1) % step == 0]
     if not sparse:
         raise ValueError(

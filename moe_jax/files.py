@@ -84,6 +84,12 @@ def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None
     temporary.replace(path)
 
 
+def check_writable(path: Path, flag: str) -> None:
+    """Raise a ValueError where no file can be, before what is to be written costs time."""
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"--{flag}={path} cannot be written; name a file in a folder that is there.")
+
+
 def copy_tree(source: Path, target: Path) -> None:
     """The files below a folder also below another, folders that are missing made."""
     for file in tree(source):

@@ -22,7 +22,7 @@ from absl import app, flags
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config
-from moe_jax.files import workdir_of, write_whole
+from moe_jax.files import check_writable, workdir_of, write_whole
 from moe_jax.show import as_html, on_terminal, printable
 from moe_jax.workdir import config_of_run
 
@@ -96,9 +96,10 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
         ValueError: there is none, or the file cannot be read.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
+        text = Path(file).read_text(encoding="utf-8") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts_file={file} cannot be read ({error}); give a UTF-8 file.") from None
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() knows more ends than lines have
     if not prompts and not lines:
         raise ValueError('there is no prompt; give --prompt="...", or --prompts_file=FILE with one a line.')
     return [*prompts, *lines]
@@ -135,7 +136,11 @@ def run(flag: Any) -> None:
     sampling = Sampling(flag.temperature, flag.top_k, flag.top_p)
     config = config_of_run(workdir)
     coloured = flag.show_experts or flag.html
-    layer = chosen_layer(config, flag.layer) if coloured or flag.layer is not None else 0
+    if flag.layer is not None and not coloured:
+        raise ValueError(f"--layer={flag.layer} is for colours; add --show_experts or --html=FILE, or leave it out.")
+    layer = chosen_layer(config, flag.layer) if coloured else 0
+    if flag.html:
+        check_writable(Path(flag.html), "html")
     tokenizer, opened = tokenizer_of(workdir, config, flag.tokenizer)
     opened = opened if flag.separator is None else flag.separator
     given = [encode(tokenizer, prompt, opened) for prompt in prompts for _ in range(flag.num_samples)]
@@ -242,6 +247,10 @@ def main(_: list[str]) -> None:
         run(flag)
     except (ValueError, OSError) as error:
         fail(str(error))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail("the texts need more memory than there is; lower --batch_size or --max_new_tokens.")
 
 
 def define_flags(values: Any = flags.FLAGS) -> None:
@@ -257,7 +266,8 @@ def define_flags(values: Any = flags.FLAGS) -> None:
     flags.DEFINE_float(
         "top_p", 1.0, "Draw from the likeliest tokens that together have this probability.", flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+    # jax would take the last 32 bits of a larger one
+    flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
     flags.DEFINE_multi_string(
         "stop", [], "End a text before this string; may be given several times.", flag_values=values
     )
@@ -265,7 +275,11 @@ def define_flags(values: Any = flags.FLAGS) -> None:
     flags.DEFINE_integer("batch_size", 8, "Texts made at the same time.", flag_values=values)
     flags.DEFINE_string("tokenizer", "", "bytes, or a tokenizer.json's folder; the model's own.", flag_values=values)
     flags.DEFINE_integer(
-        "max_length", 0, "Most tokens of prompt and text; 0: what the model is made for.", flag_values=values
+        "max_length",
+        0,
+        "Most tokens of prompt and text; 0: what the model is made for.",
+        lower_bound=0,
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "separator", None, "Begin prompts as documents begin; as the model was trained if left out.", flag_values=values

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
-from moe_jax.files import workdir_of, write_json
+from moe_jax.files import check_writable, workdir_of, write_json
 from moe_jax.generate import encode, longest, restore, tokenizer_of
 from moe_jax.workdir import config_of_run
 
@@ -279,6 +279,8 @@ def run(flag: Any) -> dict[str, Any]:
         ValueError, OSError: whatever the flags, the workdir or a task lack.
     """
     made, workdir = adapter(), workdir_of(flag.workdir)
+    if flag.output:
+        check_writable(Path(flag.output), "output")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table

@@ -213,7 +213,9 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
 def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:
     """Rows and columns that share a float8 scale; any quantisation but DeepSeek's is refused."""
     quantised = hf.get("quantization_config") or {}
-    block = quantised.get("weight_block_size") if isinstance(quantised, Mapping) else None
+    if not isinstance(quantised, Mapping):
+        raise ValueError(f"config.json has quantization_config={quantised!r}, which must be an object; correct it.")
+    block = quantised.get("weight_block_size")
     narrow = [name for name, entry in entries.items() if entry.dtype.startswith("F8")]
     fits = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if quantised and not (quantised.get("quant_method") == "fp8" and quantised.get("fmt", "e4m3") == "e4m3" and fits):
@@ -286,6 +288,8 @@ def _check_others(
     for name in known:
         scale = entries.get(name + SCALE)
         narrow = entries[name].dtype.startswith("F8")
+        if narrow and len(entries[name].shape) != 2:
+            raise ValueError(f"{folder}: tensor {name} is float8, as matrices only are; fetch the file again.")
         if narrow != (scale is not None):
             missing = "has no" if narrow else f"is {entries[name].dtype}, and needs no"
             raise ValueError(f"{folder}: tensor {name} {missing} {name}{SCALE}; fetch the file again.")
@@ -305,16 +309,32 @@ def _value(source: Source, name: str) -> np.ndarray:
     """A tensor as it is stored; of float8, its product with the scales in float32."""
     entry = source.entries[name]
     value = shards.read(entry)
-    if not entry.dtype.startswith("F8"):
-        return value
+    if entry.dtype.startswith("F8"):
+        return dequantised(value, _scale(source, name, value.shape), source.block)
+    if name.endswith("e_score_correction_bias"):
+        _refuse_unless(np.isfinite(value), source, name, "finite")
+    return value
+
+
+def _scale(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The scales of a tensor's blocks, positive as a quotient of largest values is."""
     scale = shards.read(source.entries[name + SCALE]).astype(np.float32)
-    rows, columns = (math.ceil(n / b) for n, b in zip(value.shape, source.block, strict=True))
-    if scale.shape != (rows, columns):
+    blocks = [math.ceil(n / b) for n, b in zip(shape, source.block, strict=True)]
+    if list(scale.shape) != blocks:
         raise ValueError(
             f"{source.folder}: tensor {name}{SCALE} has shape {list(scale.shape)}, but blocks of {list(source.block)} "
-            f"make it {[rows, columns]}; fetch the file again."
+            f"make it {blocks}; fetch the file again."
         )
-    return dequantised(value, scale, source.block)
+    _refuse_unless(np.isfinite(scale) & (scale >= 0), source, name + SCALE, "finite and not negative")
+    return scale
+
+
+def _refuse_unless(good: np.ndarray, source: Source, name: str, what: str) -> None:
+    if not good.all():
+        raise ValueError(
+            f"{source.folder}: tensor {name} has {np.size(good) - good.sum()} values that are not {what}; "
+            "fetch the file again."
+        )
 
 
 def dequantised(value: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
@@ -435,7 +455,7 @@ def carry(source: Path | None, target: Path, everything: bool = False) -> dict[s
 def _copy(source: Path, target: Path, name: str) -> None:
     """One file, which may not lead elsewhere, to the same place below the target."""
     place, _, plain = name.rpartition("/")
-    file = shards.inside(source / place, plain)
+    file = shards.inside(source, plain, place)
     if file.stat().st_size > MOST_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any tokenizer's file; remove it.")
     (target / place).mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ A draw depends on (key, row, position) alone, so a row's text does not depend on
 Legend: B batch, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +17,7 @@ class Sampling:
     """How the next token is chosen; hashable, for what is compiled depends on it.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token, of equal ones the first.
+        temperature: divides the logits, 1e-6 to 1e6; 0 takes the likeliest token, of equal ones the first.
         top_k: only so many likeliest tokens may be drawn, of equal ones the first; 0: all.
         top_p: only the fewest likeliest tokens whose probability (after temperature and top_k) reaches it, 0 to 1.
 
@@ -31,8 +30,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature={self.temperature} must be finite and at least 0; 0 is greedy.")
+        if self.temperature and not 1e-6 <= self.temperature <= 1e6:  # beyond, float32 makes infinities of logits
+            raise ValueError(f"--temperature={self.temperature} must be 0, which is greedy, or from 1e-6 to 1e6.")
         if self.top_k < 0:
             raise ValueError(f"--top_k={self.top_k} must be at least 0; 0 leaves all tokens in.")
         if not 0 < self.top_p <= 1:

@@ -94,15 +94,15 @@ def _index(folder: Path) -> dict[str, str] | None:
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with a model's safetensors.")
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file of a folder, whose name may lead nowhere else.
+def inside(folder: Path, name: str, below: str = "") -> Path:
+    """The file of a folder, or of its own folder `below`, whose name may lead nowhere else.
 
     Links may lead to the blobs of a Hugging Face cache, which is how that cache shows its folders.
     """
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
         raise ValueError(f"{folder}: the file name {name!r} leads out of the folder; only plain names are followed.")
-    file, real = folder / name, (folder / name).resolve()
-    homes = [folder.resolve()]
+    file, real = folder / below / name, (folder / below / name).resolve()
+    homes = [folder.resolve() / below]
     if folder.absolute().parent.name == "snapshots":
         homes.append(folder.absolute().parent.parent.resolve() / "blobs")
     if real.parent not in homes:
@@ -148,6 +148,8 @@ def _header(file: Path) -> dict[str, Entry]:
 
 def _entry(file: Path, name: str, described: Mapping[str, Any], start: int) -> Entry:
     dtype, shape = described["dtype"], tuple(described["shape"])
+    if not name.isprintable():  # it would command the terminal on which it is told
+        raise ValueError(f"{file}: the tensor's name {name!r} has characters that none has; fetch it again.")
     if dtype not in DTYPES:
         raise ValueError(f"{file}: tensor {name} is {dtype}; known are {', '.join(DTYPES)}.")
     begin, end = described["data_offsets"]

@@ -157,7 +157,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); restore it, or use another workdir.") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no config; restore it, or use another workdir.")

@@ -130,6 +130,18 @@ REFUSED = [
     ("mixtral", dict(architectures=["LlamaForCausalLM"]), r"architectures=\['LlamaForCausalLM'\]"),
     ("mixtral", dict(model_type="llama"), "model_type='llama'"),
     ("mixtral", dict(hidden_size=None), "has no hidden_size"),
+    ("qwen3_moe", dict(use_qk_norm=False), "use_qk_norm=False"),
+    ("qwen3_moe", dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000, which must be an integer from 0"),
+    ("qwen3_moe", dict(num_hidden_layers="4"), "num_hidden_layers='4', which must be an integer"),
+    ("qwen3_moe", dict(decoder_sparse_step=[2]), r"decoder_sparse_step=\[2\], which must be an integer"),
+    ("qwen3_moe", dict(mlp_only_layers=3), "mlp_only_layers=3, which must be a list"),
+    ("deepseek_v3", dict(num_nextn_predict_layers="1"), "num_nextn_predict_layers='1', which must be an integer"),
+    ("deepseek_v3", dict(num_mtp_layers=2, num_nextn_predict_layers=1), "which are one key"),
+    ("deepseek_v3", dict(routed_scaling_factor=None), "has no routed_scaling_factor"),
+    ("deepseek_v3", dict(n_group=None), "has no n_group"),
+    ("deepseek_v3", dict(rope_scaling=SHARPENED | dict(factor=8.0)), "mean different things"),
+    ("olmoe", dict(rope_parameters=dict(rope_type="default", factor=8.0)), "'default' with factor=8.0"),
+    ("olmoe", dict(rope_scaling=[2.0]), r"rope_scaling=\[2.0\], which must be an object"),
 ]
 
 

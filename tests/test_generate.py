@@ -263,8 +263,8 @@ def test_layers_that_do_not_exist_are_refused_and_the_middle_one_is_shown():
 
 
 def test_prompts_come_from_flags_and_a_file_one_a_line(tmp_path):
-    (tmp_path / "prompts").write_text("uno\ndue\n")
-    assert read_prompts(["one"], str(tmp_path / "prompts")) == ["one", "uno", "due"]
+    (tmp_path / "prompts").write_text("uno\ndue\u2028tre\x0c\n\n", encoding="utf-8")
+    assert read_prompts(["one"], str(tmp_path / "prompts")) == ["one", "uno", "due\u2028tre\x0c", ""]
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts([], str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="there is no prompt"):
@@ -339,7 +339,10 @@ def test_the_command_prints_the_texts_that_the_library_makes(workdir, tmp_path):
     ("flags", "problem"),
     [
         (["--prompt=x", "--max_new_tokens=99"], "more than the 16 that the model is made for"),
-        (["--prompt=x", "--temperature=-1"], "--temperature=-1.0 must be finite"),
+        (["--prompt=x", "--temperature=-1"], "--temperature=-1.0 must be 0, which is greedy, or from"),
+        (["--prompt=x", "--layer=0"], "--layer=0 is for colours"),
+        (["--prompt=x", "--html=/nowhere/x.html"], "--html=/nowhere/x.html cannot be written"),
+        (["--prompt=x", "--html=/"], "--html=/ cannot be written"),
         (["--prompt=x", "--noseparator", "--prompt=", "--max_new_tokens=8"], "prompt 2 has no token"),
         ([], "there is no prompt"),
     ],
@@ -347,6 +350,14 @@ def test_the_command_prints_the_texts_that_the_library_makes(workdir, tmp_path):
 def test_mistakes_are_told_in_a_sentence(workdir, flags, problem):
     with pytest.raises(ValueError, match=problem):
         generate.run(parsed(workdir, *flags))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**70])
+def test_a_seed_of_which_only_some_bits_would_count_is_refused(workdir, seed):
+    from absl.flags import IllegalFlagValueError
+
+    with pytest.raises(IllegalFlagValueError, match=rf"--seed={seed}"):
+        parsed(workdir, f"--seed={seed}")
 
 
 def parsed(workdir, *arguments):

@@ -154,6 +154,7 @@ def put(name, value):
     return lambda values: values.update({name: value})
 
 
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"
 WRONG = {
     "a missing tensor": (drop(UP), {}, rf"lacks tensors .*{UP} \[8, 16\]"),
@@ -173,6 +174,18 @@ WRONG = {
         dict(quantization_config=None),
         "is float8, but config.json has no quantization_config",
     ),
+    "a quantisation that is no object": (
+        None,
+        dict(quantization_config=["fp8"]),
+        r"\['fp8'\], which must be an object",
+    ),
+    "a number that no float holds": (
+        None,
+        dict(rope_theta=10**400, rope_parameters=None),
+        "rope_theta=inf must be a fi",
+    ),
+    "a theta of text": (None, dict(rope_theta="x", rope_parameters=None), "rope_theta='x' must be a number"),
+    "a bias that is not finite": (put(BIAS, np.full(8, np.nan, np.float32)), {}, rf"{BIAS} has 8 values that are not"),
     "another quantisation": (None, dict(quantization_config=dict(quant_method="awq")), "quant_method 'fp8' with fmt"),
 }
 
@@ -195,6 +208,26 @@ def test_a_scale_of_another_shape_is_refused(float8):
     shutil.rmtree(folder)
     folders.write(folder, folders.config_of("deepseek_v3", **FLOAT8), values)
     with pytest.raises(ValueError, match=r"_scale_inv has shape \[1, 1\], but blocks of \[4, 6\] make it \[2, 3\]"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0])
+def test_a_scale_that_is_no_quotient_of_largest_values_is_refused(scale, float8):
+    folder, values = float8
+    values[UP + "_scale_inv"][0, 0] = scale
+    shutil.rmtree(folder)
+    folders.write(folder, folders.config_of("deepseek_v3", **FLOAT8), values)
+    with pytest.raises(ValueError, match="_scale_inv has 1 values that are not finite and not negative"):
+        load_hf(folder)
+
+
+def test_a_vector_in_float8_is_refused(float8):
+    folder, values = float8
+    values["model.norm.weight"] = values["model.norm.weight"].astype(ml_dtypes.float8_e4m3fn)
+    values["model.norm.weight_scale_inv"] = np.ones(4, np.float32)
+    shutil.rmtree(folder)
+    folders.write(folder, folders.config_of("deepseek_v3", **FLOAT8), values)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is float8, as matrices only are"):
         load_hf(folder)
 
 
@@ -302,6 +335,24 @@ def test_a_tokenizers_file_may_not_lead_out_of_its_folder(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json is a link to .*secret, out of the folder"):
         to_workdir(tmp_path / "hf", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_templates_go_along_from_a_hugging_face_cache_and_from_nowhere_else(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    folders.make(snapshot, "mixtral")
+    blobs.mkdir()
+    (blobs / "123").write_text("{{x}}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "tool.jinja").symlink_to(blobs / "123")
+    to_workdir(snapshot, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer" / "additional_chat_templates" / "tool.jinja").read_text() == "{{x}}"
+    outside = tmp_path / "outside"
+    shutil.move(snapshot / "additional_chat_templates", outside)
+    (outside / "tool.jinja").unlink()
+    (outside / "tool.jinja").write_text("secret")
+    (snapshot / "additional_chat_templates").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"tool\.jinja is a link to .*outside/tool\.jinja, out of the folder"):
+        to_workdir(snapshot, tmp_path / "again")
 
 
 # --- half-written ---------------------------------------------------------------------------------------------
@@ -431,6 +482,20 @@ def test_a_damaged_converted_checkpoint_is_not_exported(converted, tmp_path):
     os.truncate(file, 10)
     with pytest.raises(ValueError, match=r"embedding/0\.0 has 10 bytes, the manifest says"):
         to_folder(tmp_path / "run", tmp_path / "out")
+
+
+def test_nothing_is_written_among_the_checkpoints_that_are_read(converted):
+    target = converted / "run" / "checkpoints" / "00000000" / "hf"
+    with pytest.raises(ValueError, match="is inside the checkpoints that are read"):
+        to_folder(converted / "run", target)
+    assert not target.exists()
+
+
+def test_json_that_is_nested_too_deeply_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        run(tmp_path, tmp_path / "out", None, "")
 
 
 def test_the_direction_is_told_by_the_input(converted, tmp_path, capsys):

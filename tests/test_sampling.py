@@ -72,7 +72,16 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)]
+    "wrong",
+    [
+        dict(temperature=-1),
+        dict(temperature=1e-300),
+        dict(temperature=1e38),
+        dict(temperature=float("nan")),
+        dict(top_k=-1),
+        dict(top_p=0),
+        dict(top_p=1.1),
+    ],
 )
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong))}=.* must be"):

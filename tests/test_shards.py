@@ -147,6 +147,13 @@ def test_a_header_that_lies_is_refused(tmp_path, name):
         open_folder(folder)
 
 
+def test_a_name_that_would_command_the_terminal_is_refused(tmp_path):
+    folder = write(tmp_path / "hf")
+    lie(folder / SINGLE, lambda h: h.update({"\x1b[2J": h.pop("a.weight")}))
+    with pytest.raises(ValueError, match=r"'\\x1b\[2J' has characters that none has"):
+        open_folder(folder)
+
+
 def test_integers_are_refused_by_name(tmp_path):
     folder = write(tmp_path / "hf")
     lie(folder / SINGLE, lambda h: h["a.weight"].update(dtype="I32"))
