@@ -12,7 +12,8 @@ test: $(VENV)/peers.stamp
 	$(RUN) -m pytest
 
 laws: $(VENV)/dev.stamp
-	$(RUN) -m pytest tests/laws tests/test_routing.py tests/test_grouped.py tests/test_dispatch.py
+	$(RUN) -m pytest tests/laws/test_balance_laws.py tests/laws/test_dispatch_laws.py tests/test_routing.py \
+	  tests/test_dispatch.py tests/test_decoding.py
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
