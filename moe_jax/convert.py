@@ -152,7 +152,8 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
 def main(_: list[str]) -> None:
     """Check the flags, then convert."""
     flag = flags.FLAGS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written goes
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that what is half-written goes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         run(workdir_of(flag.input), workdir_of(flag.output), flag.dtype, flag.architecture)
     except (ValueError, OSError) as error:
