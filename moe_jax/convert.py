@@ -41,10 +41,11 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
         ValueError: something in the folder is not as it should be, by name; or the workdir is not empty.
     """
     open_folder(folder)  # what is wrong with the files is told before jax is loaded
-    with new_folder(workdir) as partial:
-        from moe_jax import checkpoint
-        from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
+    # before there is a folder: a signal in the middle of loading jax ends the process at once, and nothing tidies up
+    from moe_jax import checkpoint
+    from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
 
+    with new_folder(workdir) as partial:
         source = open_hf(folder, dtype)
         model, biased = as_dict(Config(model=source.config))["model"], source.family.has_bias
         config = validate(default(model=model, balance=dict(bias_sign={}) if biased else {}))
@@ -152,7 +153,8 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
 def main(_: list[str]) -> None:
     """Check the flags, then convert."""
     flag = flags.FLAGS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written goes
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that what is half-written goes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         run(workdir_of(flag.input), workdir_of(flag.output), flag.dtype, flag.architecture)
     except (ValueError, OSError) as error:

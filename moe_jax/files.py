@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,10 +133,18 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield partial
             partial.rename(target)
         except BaseException:
-            remove_tree(partial)
+            _remove_in_use(partial)
             raise
     finally:
         os.close(held)
+
+
+def _remove_in_use(folder: Path, patience_seconds: float = 10.0) -> None:
+    """Delete a folder in which threads of this process may still be writing: what they began comes to an end."""
+    end = time.monotonic() + patience_seconds
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=time.monotonic() < end)
+        time.sleep(0.01)
 
 
 def _lock(folder: int, target: Path) -> None:

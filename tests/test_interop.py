@@ -21,6 +21,7 @@ from moe_jax.checkpoint import Checkpointer, describe_leaves, open_newest, resto
 from moe_jax.config import validate
 from moe_jax.convert import run, to_folder, to_workdir
 from moe_jax.data import open_corpus, training_batches
+from moe_jax.files import new_folder
 from moe_jax.interop import LanguageModel, abstract_weights, bias_of, load_hf, positions_in, refuse_balance, save_hf
 from moe_jax.mesh import make_mesh
 from moe_jax.shards import open_folder
@@ -372,6 +373,25 @@ def test_nothing_is_left_of_a_conversion_that_fails_on_the_way(error, tmp_path, 
     with pytest.raises(error):
         to_workdir(tmp_path / "hf", tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_nothing_is_left_of_a_folder_in_which_a_thread_still_writes(tmp_path, monkeypatch):
+    late, real = tmp_path / ".run.partial" / "inner" / "late", os.rmdir
+
+    def rmdir(*args, **keys):
+        monkeypatch.undo()
+        late.write_text("by a thread, just before its folder goes")
+        real(*args, **keys)
+
+    def interrupted():
+        with new_folder(tmp_path / "run") as partial:
+            (partial / "inner").mkdir()
+            monkeypatch.setattr(os, "rmdir", rmdir)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
