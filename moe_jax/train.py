@@ -23,13 +23,22 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, as_dict, resolve, validate
+from moe_jax.config import Config, as_dict, differences, resolve, validate
 from moe_jax.evaluate import evaluate, has_another_tokenizer, restore_run, store_routing
 from moe_jax.files import copy_tree, is_remote, new_folder, workdir_of
 from moe_jax.ledger import Ledger, of_earlier_attempts
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog, Work
-from moe_jax.workdir import check_workdir, claim, read_run, record, refuse_another_config, versions, write_run
+from moe_jax.workdir import (
+    check_workdir,
+    claim,
+    config_of_run,
+    read_run,
+    record,
+    refuse_another_config,
+    versions,
+    write_run,
+)
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -85,8 +94,10 @@ def run(
     with claim(workdir):
         one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds), ledger)
         distributed.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
-        if said := distributed.by_first(lambda: carry_tokenizer(config, workdir, corpus)):
-            one.display.say(said)
+        for line in distributed.by_first(
+            lambda: [*changes_of_model(config), *carry_tokenizer(config, workdir, corpus)]
+        ):
+            one.display.say(line)
         return one.until(min(stop_at or config.num_steps, config.num_steps), profile)
 
 
@@ -372,18 +383,31 @@ def weights_of(config: Config, mesh: "Mesh") -> "TrainState":
     return state_around(config, weights["params"], weights["bias"] if told else None, mesh)
 
 
-def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> str:
+def changes_of_model(config: Config) -> list[str]:
+    """A line if the model of `init_from` was another than these weights now become, though of the same shapes."""
+    if not config.init_from:
+        return []
+    there, here = (as_dict(c)["model"] for c in (config_of_run(workdir_of(config.init_from)), config))
+    changed = differences(*({k: v for k, v in m.items() if k not in HOW_IT_RUNS} for m in (there, here)))
+    return [f"the weights were trained in another model: {'; '.join(changed)}"] if changed else []
+
+
+HOW_IT_RUNS = {"param_dtype", "compute_dtype", "init_std", "remat", "dispatch", "cpu_kernel", "unroll_layers"}
+
+
+def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str]:
     """Keep the tokenizer that came with `init_from`, for text and for export; a line if the corpus is of another."""
     if not config.init_from or (workdir / "tokenizer").exists():
-        return ""
+        return []
     source = workdir_of(config.init_from)
     if has_another_tokenizer(source, corpus):
-        return f"the weights came with another tokenizer than {corpus.tokenizer.name!r}, the corpus's, which counts now"
+        name = corpus.tokenizer.name
+        return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"]
     if (source / "tokenizer").is_dir():
         target = workdir / "tokenizer"
         with nullcontext(target) if is_remote(target) else new_folder(target) as partial:
             copy_tree(source / "tokenizer", partial)
-    return ""
+    return []
 
 
 def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:

@@ -23,7 +23,7 @@ from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
 from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
-from moe_jax.train import carry_tokenizer, run, weights_of, with_hash_tables
+from moe_jax.train import carry_tokenizer, changes_of_model, run, weights_of, with_hash_tables
 from moe_jax.workdir import versions
 
 CONFIG = rig.drill_config()
@@ -307,7 +307,14 @@ def test_a_tokenizer_goes_along_with_the_weights_if_the_corpus_is_of_it(tmp_path
     workdir.mkdir()
     said = carry_tokenizer(config, workdir, corpus)
     assert (workdir / "tokenizer" / "tokenizer.json").is_file() == same
-    assert said == "" if same else "another tokenizer than 'bytes'" in said
+    assert said == [] if same else "another tokenizer than 'bytes'" in said[0]
+
+
+def test_a_model_of_other_numbers_but_the_same_shapes_is_told(trained):
+    same = rig.drill_config(init_from=str(trained), model=dict(remat="full"))
+    other = rig.drill_config(init_from=str(trained), model=dict(gate_scale=2.5))
+    assert changes_of_model(same) == []
+    assert "gate_scale: 1.0 -> 2.5" in changes_of_model(other)[0]
 
 
 def test_a_run_does_not_need_git(monkeypatch):
