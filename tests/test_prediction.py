@@ -132,7 +132,7 @@ def test_its_layers_are_measured_as_the_others():
         (dict(model=dict(mtp_depth=16)), "model.mtp_depth=16"),
         (dict(model=dict(attention="mla", qk_rope_head_dim=3)), "model.qk_rope_head_dim=3"),
         (dict(model=dict(attention="mla", qk_norm="head")), "model.qk_norm='head'"),
-        (dict(model=dict(yarn=dict(factor=4.0, beta_fast=1.0))), "model.yarn.beta_fast=1.0"),
+        (dict(model=dict(yarn=dict(factor=4.0, beta_fast=0.5))), "model.yarn.beta_fast=0.5"),
     ],
 )
 def test_what_does_not_fit_is_told(overrides, words):
