@@ -31,7 +31,7 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# torch and transformers, which tests/parity compares with
+# torch, transformers and lm_eval, which some tests compare with
 $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
 	@touch $@
