@@ -23,7 +23,7 @@ from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, as_dict, default, validate
 from moe_jax.files import is_remote, new_folder, workdir_of, write_json
 from moe_jax.shards import open_folder
-from moe_jax.workdir import config_of_run, versions
+from moe_jax.workdir import TOKENIZER, config_of_run, versions
 
 
 def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
@@ -43,7 +43,7 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
     open_folder(folder)  # what is wrong with the files is told before jax is loaded
     # before there is a folder: a signal in the middle of loading jax ends the process at once, and nothing tidies up
     from moe_jax import checkpoint
-    from moe_jax.interop import TOKENIZER, abstract_weights, carry, fill, index_axes, open_hf
+    from moe_jax.interop import abstract_weights, carry, fill, index_axes, open_hf
 
     with new_folder(workdir) as partial:
         source = open_hf(folder, dtype)
@@ -78,7 +78,7 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
         ValueError: no checkpoint, a damaged one, or a model that the family does not hold.
     """
     from moe_jax import checkpoint
-    from moe_jax.interop import TOKENIZER, abstract_weights, export, refuse_balance
+    from moe_jax.interop import abstract_weights, export, refuse_balance
 
     config = config_of_run(workdir)
     refuse_balance(config)

@@ -30,7 +30,7 @@ from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve
 from moe_jax.files import sha256_of, workdir_of, write_json, write_whole
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog
-from moe_jax.workdir import config_of_run
+from moe_jax.workdir import TOKENIZER, config_of_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -382,14 +382,14 @@ def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
     if has_another_tokenizer(workdir, corpus):
         raise ValueError(
             f"--workdir={workdir} has a tokenizer of its own, but data.path={config.data.path!r} is of "
-            f"{corpus.tokenizer.name!r}; run moe_jax.data.prepare with --tokenizer={workdir / 'tokenizer'}, and give "
+            f"{corpus.tokenizer.name!r}; run moe_jax.data.prepare with --tokenizer={workdir / TOKENIZER}, and give "
             "its folder as --data."
         )
 
 
 def has_another_tokenizer(workdir: Path, corpus: "Corpus") -> bool:
     """Whether the workdir came with a tokenizer, and the corpus is of another."""
-    own = workdir / "tokenizer" / "tokenizer.json"
+    own = workdir / TOKENIZER / "tokenizer.json"
     return own.is_file() and sha256_of(own)[:16] not in corpus.tokenizer.name
 
 

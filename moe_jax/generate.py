@@ -24,13 +24,11 @@ from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config
 from moe_jax.files import check_writable, workdir_of, write_whole
 from moe_jax.show import as_html, on_terminal, printable
-from moe_jax.workdir import config_of_run
+from moe_jax.workdir import TOKENIZER, config_of_run
 
 if TYPE_CHECKING:
     from moe_jax.data import Tokenizer
     from moe_jax.decoding import Completion, Model
-
-TOKENIZER_FOLDER = "tokenizer"  # of a workdir: the files that came with a converted model
 
 
 def restore(workdir: Path) -> "tuple[Model, int]":
@@ -63,7 +61,7 @@ def tokenizer_of(workdir: Path, config: Config, asked: str = "") -> "tuple[Token
     from moe_jax.data import check_corpus, get_tokenizer
     from moe_jax.data.trained import TOKENIZER_FILE, read_tokenizer
 
-    own = workdir / TOKENIZER_FOLDER
+    own = workdir / TOKENIZER
     if asked:
         tokenizer = get_tokenizer(asked)
         return tokenizer, tokenizer.opens_text
@@ -79,7 +77,7 @@ def longest(workdir: Path, config: Config) -> int:
     """How many tokens the model knows to handle: a converted one as its maker says, others as in training."""
     from moe_jax.data.trained import read_settings
 
-    own = read_settings(workdir / TOKENIZER_FOLDER / "config.json").get("max_position_embeddings")
+    own = read_settings(workdir / TOKENIZER / "config.json").get("max_position_embeddings")
     return own if isinstance(own, int) else config.sequence_length
 
 

@@ -30,7 +30,6 @@ from moe_jax.shards import Entry, Plan
 from moe_jax.state import Tree, abstract_model, read_bias
 from moe_jax.tensors import Tensor, copies, join, split, tensors
 
-TOKENIZER = "tokenizer"  # the folder of a workdir with what the ecosystem needs besides weights
 CARRIED_FILES = words(
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "tokenizer.model tiktoken.model generation_config.json chat_template.json chat_template.jinja"

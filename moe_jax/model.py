@@ -312,8 +312,8 @@ class Transformer(nnx.Module):
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))
         depth = self.config.mtp_depth
-        shifted = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(inputs, k + 1) for k in range(depth)))
-        return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth), by_layer, shifted))[1]
+        read = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(inputs, k + 1) for k in range(depth)))
+        return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth), by_layer, read))[1]
 
 
 AHEAD = 2**31  # the stream of randomness of multi-token prediction, after those of layers

@@ -104,7 +104,7 @@ class MoE(nnx.Module):
         With `dropless` no copy is dropped, though the config or a method would.
         """
         c, balancer = self.config, balancing.balancer
-        drops = balancer.drop is not None and not dropless
+        drop = None if dropless else balancer.drop
         if balancing.offset is not None:
             x = x + balancing.offset.astype(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
@@ -113,8 +113,8 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.route(flat, tokens, balancer, select_key, train, mesh, state)
         sent = drop_second(routing, second_key) if train and c.random_second else routing
-        if drops and balancer.drop is not None:
-            sent = only(sent, balancer.drop(sent, state, second_key, train))
+        if drop is not None:
+            sent = only(sent, drop(sent, state, second_key, train))
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
         y, traffic = apply_experts(
             flat,
@@ -127,7 +127,7 @@ class MoE(nnx.Module):
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,
         )
-        if drops:
+        if drop is not None:
             lost = count(routing.expert_ids, c.num_experts).sum() - count(sent.expert_ids, c.num_experts).sum()
             traffic = traffic._replace(dropped=traffic.dropped + lost)
         if c.num_zero_experts:

@@ -30,6 +30,7 @@ from moe_jax.ledger import Ledger, of_earlier_attempts
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog, Work
 from moe_jax.workdir import (
+    TOKENIZER,
     check_workdir,
     claim,
     config_of_run,
@@ -397,16 +398,16 @@ HOW_IT_RUNS = {"param_dtype", "compute_dtype", "init_std", "remat", "dispatch", 
 
 def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str]:
     """Keep the tokenizer that came with `init_from`, for text and for export; a line if the corpus is of another."""
-    if not config.init_from or (workdir / "tokenizer").exists():
+    if not config.init_from or (workdir / TOKENIZER).exists():
         return []
     source = workdir_of(config.init_from)
     if has_another_tokenizer(source, corpus):
         name = corpus.tokenizer.name
         return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"]
-    if (source / "tokenizer").is_dir():
-        target = workdir / "tokenizer"
+    if (source / TOKENIZER).is_dir():
+        target = workdir / TOKENIZER
         with nullcontext(target) if is_remote(target) else new_folder(target) as partial:
-            copy_tree(source / "tokenizer", partial)
+            copy_tree(source / TOKENIZER, partial)
     return []
 
 

@@ -17,6 +17,8 @@ from moe_jax import distributed
 from moe_jax.config import DROPLESS, Config, as_dict, differences, validate
 from moe_jax.files import is_remote, write_json
 
+TOKENIZER = "tokenizer"  # the folder of a workdir with what came with a converted model besides its weights
+
 
 def check_workdir(workdir: Path, config: Config) -> None:
     """Raise a ValueError if the workdir is a file, or another config's run is in it (the differences are shown)."""
