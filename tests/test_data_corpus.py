@@ -9,6 +9,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+import vocabularies
 
 from moe_jax.data import check_corpus, corpus, embed, make_corpus, open_corpus
 from moe_jax.data.prepare import Options, prepare
@@ -75,6 +76,65 @@ def test_the_embedded_corpus_is_small_balanced_and_names_its_sources(embedded):
         assert entry["licence"]
         assert entry["held_out"]
         assert len(entry["source"]["sha256"]) == 64
+
+
+def test_the_fingerprint_is_of_the_content_wherever_it_is_and_however_it_is_listed(prepared, folder):
+    (found,) = {open_corpus(str(prepared)).fingerprint, open_corpus(str(folder)).fingerprint}
+    assert check_corpus(str(folder)).fingerprint == found
+
+    def list_backwards(manifest):  # of each domain first the validation split, of each split first the offsets
+        for domain, splits in manifest["domains"].items():
+            parts = {split: dict(reversed(entry.items())) for split, entry in reversed(splits.items())}
+            manifest["domains"][domain] = parts
+        manifest["fingerprint"] = "of other inputs that give the same tokens"
+
+    edit(folder, list_backwards)
+    assert open_corpus(str(folder)).fingerprint == found
+
+
+def test_the_fingerprint_needs_no_token_to_be_read(folder):
+    before = check_corpus(str(folder)).fingerprint
+    path = folder / "one.train.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert open_corpus(str(folder), verify="sizes").fingerprint == before
+
+
+def test_other_data_has_another_fingerprint():
+    texts = {"a": {"train": ["xy", "z"], "validation": ["v"]}, "b": {"train": ["u"], "validation": ["w"]}}
+    others = [
+        texts,
+        dict(reversed(texts.items())),  # batches number domains in their order
+        texts | {"a": {"train": ["x", "yz"], "validation": ["v"]}},  # cut elsewhere
+        {"a": texts["a"], "c": texts["b"]},
+        texts | {"b": {"train": ["w"], "validation": ["u"]}},  # splits exchanged
+    ]
+    found = [make_corpus(other).fingerprint for other in others]
+    assert len({*found, open_corpus().fingerprint}) == len(others) + 1
+    assert make_corpus(texts).fingerprint == found[0]
+
+
+def test_a_corpus_in_memory_and_in_a_folder_of_the_same_tokens_have_one_fingerprint(prepared):
+    folder = open_corpus(str(prepared))
+    splits = ("train", "validation")
+    texts = {d: {split: list(corpus.documents(folder, split, d)) for split in splits} for d in folder.domains}
+    assert make_corpus(texts).fingerprint == folder.fingerprint
+
+
+def test_the_embedded_corpus_has_one_fingerprint_opened_or_checked(embedded):
+    assert embedded.fingerprint == check_corpus().fingerprint
+    assert len(bytes.fromhex(embedded.fingerprint)) == 32
+
+
+def test_every_file_of_a_tokenizer_is_in_the_fingerprint(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "the cat"}\n{"text": "the hat"}\n')
+    settings = dict(tokenizer_config=dict(bos_token="<|begin|>"), generation_config=dict(eos_token_id=[1]))
+    found = []
+    for number, change in enumerate([{}, dict(tokenizer_config=dict(bos_token="<|end|>")), dict(generation_config={})]):
+        folder = vocabularies.write(tmp_path / f"tokenizer{number}", vocabularies.byte_level(), **settings | change)
+        prepare(Options(tmp_path / "in", tmp_path / str(number), tokenizer=str(folder)))
+        found.append(open_corpus(str(tmp_path / str(number))).fingerprint)
+    assert len(set(found)) == 3
 
 
 def test_embedded_text_is_clean_and_held_out_documents_are_not_in_training(embedded):

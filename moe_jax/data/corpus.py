@@ -14,6 +14,7 @@ Legend: N tokens, D documents, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import lzma
@@ -69,11 +70,14 @@ class Corpus:
         domains: names in the order that `Batch.domain` counts them.
         tokenizer: what the token ids mean.
         streams: (split, domain) -> Stream, for every domain and both of `SPLITS`.
+        fingerprint: sha256 in hex of the domains in order, their tokens and the tokenizer: equal wherever the corpus
+            is and whenever it was made, another for other data.
     """
 
     domains: tuple[str, ...]
     tokenizer: Tokenizer
     streams: Mapping[tuple[str, str], Stream]
+    fingerprint: str
 
     def stream(self, split: str, domain: str) -> Stream:
         """The stream of one split ("train" or "validation") of one domain."""
@@ -113,10 +117,12 @@ class Summary:
     Args:
         domains: names, in order.
         tokenizer: what the token ids mean.
+        fingerprint: that of the opened `Corpus`.
     """
 
     domains: tuple[str, ...]
     tokenizer: Tokenizer
+    fingerprint: str
 
 
 def open_corpus(path: str = "", verify: str = "auto") -> Corpus:
@@ -143,7 +149,7 @@ def open_corpus(path: str = "", verify: str = "auto") -> Corpus:
     full = verify == "full" or (verify == "auto" and total < FULL_VERIFY_BELOW_BYTES)
     check_files(manifest.files.values(), full)
     streams = {key: _map_stream(manifest, key) for key in manifest.counts}
-    return Corpus(manifest.domains, manifest.tokenizer, streams)
+    return Corpus(manifest.domains, manifest.tokenizer, streams, manifest.fingerprint)
 
 
 def check_corpus(path: str = "") -> Summary:
@@ -161,10 +167,10 @@ def check_corpus(path: str = "") -> Summary:
     if not path:
         domains = _read_embedded(EMBEDDED)
         check_files(domains.values(), full=False)
-        return Summary(tuple(domains), ByteTokenizer())
+        return Summary(tuple(domains), ByteTokenizer(), _fingerprint_of_embedded(domains))
     manifest = _read_prepared(pathlib.Path(path))
     check_files(manifest.files.values(), full=False)
-    return Summary(manifest.domains, manifest.tokenizer)
+    return Summary(manifest.domains, manifest.tokenizer, manifest.fingerprint)
 
 
 def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer: Tokenizer | None = None) -> Corpus:
@@ -187,7 +193,13 @@ def make_corpus(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer:
             if not splits.get(split):
                 raise ValueError(f"Domain '{domain}' has no {split} document; every domain needs at least one.")
             streams[split, domain] = _concatenate(splits[split], tokenizer)
-    return Corpus(tuple(documents), tokenizer, streams)
+    hashes = {
+        domain: {
+            split: [_sha256(streams[split, domain].tokens), _sha256(streams[split, domain].offsets)] for split in SPLITS
+        }
+        for domain in documents
+    }
+    return Corpus(tuple(documents), tokenizer, streams, _fingerprint(tokenizer.name, hashes))
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -202,6 +214,21 @@ def _concatenate(texts: Sequence[str], tokenizer: Tokenizer) -> Stream:
     tokens = np.concatenate(documents)
     tokens.flags.writeable = offsets.flags.writeable = False
     return Stream(tokens, offsets)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def _fingerprint(tokenizer: Any, domains: Mapping[str, Any]) -> str:
+    """One hash of the hashes that say what a corpus is; the order of domains counts, for batches number them.
+
+    Args:
+        tokenizer: its name, or an object with the sha256 of each of its files.
+        domains: domain -> sha256 of its streams, or of the file that they are made of.
+    """
+    text = json.dumps([tokenizer, list(domains), domains], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # Files and manifests
@@ -223,6 +250,7 @@ class _Manifest:
     domains: tuple[str, ...]
     files: Mapping[tuple[str, str, str], File]  # (split, domain, "tokens" | "offsets")
     counts: Mapping[tuple[str, str], tuple[int, int]]  # (split, domain) -> (N, D)
+    fingerprint: str
 
 
 def check_files(files: Iterable[File], full: bool) -> None:
@@ -325,7 +353,20 @@ def _read_prepared(folder: pathlib.Path) -> _Manifest:
             parts = {part: _file(folder, _field(folder, entry, part, dict)) for part in PARTS}
             files |= {(split, domain, part): file for part, file in parts.items()}
             counts[split, domain] = _counts(folder, entry, list(parts.values()), tokenizer)
-    return _Manifest(folder, tokenizer, tuple(domains), files, counts)
+    return _Manifest(
+        folder, tokenizer, tuple(domains), files, counts, _fingerprint_of_prepared(raw["tokenizer"], files)
+    )
+
+
+def _fingerprint_of_prepared(tokenizer: Any, files: Mapping[tuple[str, str, str], File]) -> str:
+    """Made of the manifest's hashes, so that its cost does not grow with the corpus."""
+    if isinstance(tokenizer, dict):
+        listed = {entry["file"]: entry["sha256"] for entry in tokenizer["files"]}
+        tokenizer = {"separator": tokenizer["separator"], "files": listed}
+    domains: dict[str, dict[str, list[str]]] = {}
+    for (split, domain, _), file in files.items():
+        domains.setdefault(domain, {}).setdefault(split, []).append(file.sha256)
+    return _fingerprint(tokenizer, domains)
 
 
 def _read_tokenizer(folder: pathlib.Path, raw: dict[str, Any]) -> Tokenizer:
@@ -383,7 +424,12 @@ def _read_embedded(folder: pathlib.Path) -> dict[str, File]:
 def _open_embedded(folder: pathlib.Path) -> Corpus:
     domains = _read_embedded(folder)
     check_files(domains.values(), full=True)
-    return make_corpus({domain: _read_documents(file.path) for domain, file in domains.items()})
+    corpus = make_corpus({domain: _read_documents(file.path) for domain, file in domains.items()})
+    return dataclasses.replace(corpus, fingerprint=_fingerprint_of_embedded(domains))
+
+
+def _fingerprint_of_embedded(domains: Mapping[str, File]) -> str:
+    return _fingerprint(ByteTokenizer().name, {domain: file.sha256 for domain, file in domains.items()})
 
 
 def _read_documents(path: pathlib.Path) -> dict[str, list[str]]:
