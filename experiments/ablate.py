@@ -20,8 +20,10 @@ from experiments import hyper
 from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, as_dict, differences, flatten, resolve, validate
+from moe_jax.config import Config, as_dict, flatten, resolve, validate
+from moe_jax.data import check_corpus
 from moe_jax.files import write_json
+from moe_jax.workdir import check_workdir
 
 
 class Run(NamedTuple):
@@ -95,19 +97,35 @@ def _changed(base: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return {k: after.get(k) for k in keys}  # None: the arm does without it
 
 
-def claim(workdir: Path, record: dict[str, Any]) -> None:
-    """Write sweep.json, or refuse a folder that holds another sweep."""
+def claim(workdir: Path, record: dict[str, Any], runs: list[Run]) -> list[str]:
+    """Write sweep.json; a line for every arm that was in it and is not in the sweep any more.
+
+    A sweep may grow and shrink by arms and seeds, and change every key that changes no number: what counts is that
+    each run that is there trains what the sweep now wants of it.
+
+    Raises:
+        ValueError: the folder holds another sweep, a run of another config, or one that read other data.
+    """
     file = workdir / "sweep.json"
-    if file.is_file():
-        there = json.loads(file.read_text())
-        changed = [d for d in differences(there, record) if not d.startswith(("command:", "description:"))]
-        if changed:
-            raise ValueError(
-                f"--workdir={workdir} holds another sweep; use another folder. "
-                "The differences (there -> here):\n  " + "\n  ".join(changed)
-            )
+    there = json.loads(file.read_text())["arms"] if file.is_file() else []
+    if there and not set(there) & set(record["arms"]):
+        raise ValueError(
+            f"--workdir={workdir} holds another sweep, with the arms {', '.join(there)}, and none of "
+            f"{', '.join(record['arms'])}; use another folder."
+        )
+    corpora: dict[str, str] = {}
+    for run in runs:
+        path = run.config.data.path
+        corpora[path] = corpora.get(path) or check_corpus(path).fingerprint
+        check_workdir(folder_of(workdir, run), run.config, corpora[path])
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
+    return [f"arm {arm} is in {workdir} but no longer in the sweep" for arm in there if arm not in record["arms"]]
+
+
+def folder_of(workdir: Path, run: Run) -> Path:
+    """Where a run of a sweep lives."""
+    return workdir / run.arm / f"seed{run.seed}"
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -131,7 +149,7 @@ def execute(runs: list[Run], workdir: Path) -> int | None:
     for run in runs:
         resolve(run.config, jax.device_count(), jax.devices()[0].platform)
     for number, run in enumerate(runs, 1):
-        folder = workdir / run.arm / f"seed{run.seed}"
+        folder = folder_of(workdir, run)
         if run.config.num_steps in checkpoint.committed(folder / "checkpoints"):
             continue
         outcome = train.run(run.config, folder, name=f"[{number}/{len(runs)}] {run.arm} seed {run.seed}")
@@ -170,7 +188,8 @@ def main(_: list[str]) -> None:
         base = as_dict(validate(flag.config))
         runs = plan(base, source.get_hyper(hyper))
         command = "python -m experiments.ablate " + " ".join(sys.argv[1:])
-        claim(workdir, sweep_record(runs, base, source, command))
+        for line in claim(workdir, sweep_record(runs, base, source, command), runs):
+            print(line)
         if stopped := execute(runs[index::count], workdir):
             raise SystemExit(128 + stopped)
         from experiments import report

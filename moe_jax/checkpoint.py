@@ -130,7 +130,7 @@ def restore(
 def restore_weights(
     directory: Path, target: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False, cast: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Parameters and bias of the newest checkpoint, a run's or one of weights only, and its `extra`.
+    """Parameters and bias of the newest checkpoint, a run's or one of weights only, and its `extra` with its step.
 
     Args:
         directory: the checkpoint folder.
@@ -154,7 +154,7 @@ def restore_weights(
         return None
     step, manifest = found
     there = target if not manifest["extra"].get("weights_only") else {name: target[name] for name in WEIGHTS}
-    return _read(directory / f"{step:08d}", there, partial=True), manifest["extra"]
+    return _read(directory / f"{step:08d}", there, partial=True), manifest["extra"] | {"step": step}
 
 
 WEIGHTS = ("params", "bias")
@@ -437,6 +437,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not sound:
         raise ValueError(f"{path}: {MANIFEST} is damaged.")
     return manifest
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 in hex of what a checkpoint holds, its leaves and the hashes of its files: equal for every copy of it.
+
+    Raises:
+        ValueError: its manifest is damaged or missing.
+    """
+    manifest = _read_manifest(path)
+    return _digest({key: manifest[key] for key in ("leaves", "files")})
 
 
 def _data_files(path: Path) -> list[Path]:

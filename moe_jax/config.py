@@ -6,11 +6,12 @@ key, its value, the rule and a fix.
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -20,9 +21,12 @@ from moe_jax.options import (
     SELECTORS,
     WITH_QUANTILES,
     BalanceEntry,
+    Effect,
     check_options,
     check_together,
+    choice,
     number,
+    section,
 )
 
 DType = Literal["float32", "bfloat16"]
@@ -67,10 +71,11 @@ class ModelConfig:
     ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
     norm_eps: float = number(1e-6, 0.0)
     tied_embeddings: bool = False
-    init_std: float = number(0.02, 0.0)
-    param_dtype: DType = "float32"
-    compute_dtype: DType = "float32"
-    remat: Literal["none", "dots", "full"] = "none"  # what a layer keeps for backward: all, matmuls, input
+    init_std: float = number(0.02, 0.0, changes="numbers")
+    param_dtype: DType = choice("float32", "numbers")
+    compute_dtype: DType = choice("float32", "numbers")
+    # what a layer keeps for backward: all, matmuls, input
+    remat: Literal["none", "dots", "full"] = choice("none", "speed")
     # Mixture of experts
     num_experts: int = number(0, 0)
     top_k: int = number(2, 1)
@@ -86,16 +91,17 @@ class ModelConfig:
     group_top: int = number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
     router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
-    dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = "auto"
-    cpu_kernel: Literal["auto", "native", "xla"] = "auto"  # on CPUs experts multiply in C++, or in XLA
+    dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = choice("auto", "speed")
+    cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # on CPUs experts multiply in C++, or in XLA
     quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
     # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
-    capacity_factor: float = number(1.25, 0.01)
+    capacity_factor: float = number(1.25, 0.01, changes="speed")
     # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
     num_zero_experts: int = number(0, 0)
     zero_share: float = number(0.25, 0.0, 0.99)  # share of all copies that a method with a bias gives to them
     class_starts: tuple[int, ...] = ()  # token ids at which class 1, 2, ... begins, each with a bias of its own
-    unroll_layers: bool = False  # compile every layer apart: for reading the program, for it costs compile time
+    # compile every layer apart: for reading the program, for it costs compile time
+    unroll_layers: bool = choice(False, "speed")
     mtp_depth: int = number(0, 0)  # multi-token prediction: modules that predict the token after the next, and so on
 
 
@@ -122,10 +128,11 @@ class OptimizerConfig:
 class DataConfig:
     """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
 
-    path: str = ""
+    path: str = choice("", "nothing")  # what is there changes numbers, and is known by its fingerprint
     weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: as large as it is
-    verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
-    eval_sequences: int = number(0, 0)  # held-out sequences per domain while training; 0: all of them
+    verify: Literal["auto", "full", "sizes"] = choice("auto", "nothing")  # auto: sha256 below 10 GB
+    # held-out sequences per domain while training; 0: all of them
+    eval_sequences: int = number(0, 0, changes="nothing")
 
 
 @dataclass(frozen=True)
@@ -160,26 +167,30 @@ class Config:
     seed: int = number(0, 0, 2**31 - 1)
     num_steps: int = number(1000, 1)
     batch_size: int = number(8, 1)  # sequences per optimizer step, over all devices
-    micro_batches: int = number(1, 1)
+    micro_batches: int = number(1, 1, changes="speed")  # gradients, counts and losses are those of the whole step
     sequence_length: int = number(128, 1)
-    log_every: int = number(10, 1)
-    eval_every: int = number(500, 0)  # 0: only after the last step
-    save_every: int = number(500, 0)  # 0: only after the last step
-    measure_every: int = number(0, 0)  # interference, churn and more, on a step's first micro-batch; 0: never
-    record_scores_every: int = number(0, 0)  # router logits of a step's first micro-batch, into scores/; 0: never
-    heartbeat_seconds: int = number(100, 1)  # a process of the run not heard of for so long is dead
-    step_timeout_seconds: int = number(1800, 0)  # a step that takes longer is stuck and ends the run; 0: never
+    log_every: int = number(10, 1, changes="nothing")
+    eval_every: int = number(500, 0, changes="nothing")  # 0: only after the last step
+    save_every: int = number(500, 0, changes="nothing")  # 0: only after the last step
+    # interference, churn and more, on a step's first micro-batch; 0: never
+    measure_every: int = number(0, 0, changes="nothing")
+    # router logits of a step's first micro-batch, into scores/; 0: never
+    record_scores_every: int = number(0, 0, changes="nothing")
+    heartbeat_seconds: int = number(100, 1, changes="nothing")  # a process of the run not heard of for so long is dead
+    # a step that takes longer is stuck and ends the run; 0: never
+    step_timeout_seconds: int = number(1800, 0, changes="nothing")
     mtp_weights: tuple[float, ...] = (0.3,)  # of the loss of multi-token prediction, one after the other ...
     mtp_milestones: tuple[float, ...] = ()  # ... from these shares of the run on
-    init_from: str = ""  # a workdir whose newest checkpoint gives a new run its parameters and its bias
-    model: ModelConfig = field(default_factory=ModelConfig)
+    # a workdir whose newest checkpoint gives a new run its parameters and its bias
+    init_from: str = choice("", "nothing")
+    model: ModelConfig = section(ModelConfig, "model")
     balance: tuple[BalanceEntry, ...] = ()
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
+    data: DataConfig = section(DataConfig, "numbers")
+    mesh: MeshConfig = section(MeshConfig, "speed")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")
     # XLA's, for the train step; those named xla_tpu_... (gpu, cpu) are read on that platform only
-    compiler_options: dict[str, str] = field(default_factory=dict)
+    compiler_options: dict[str, str] = section(dict, "speed")
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -255,6 +266,47 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every dotted key whose value differs."""
     a, b = flatten(old), flatten(new)
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def keys_that_change(*effects: Effect) -> set[str]:
+    """The dotted keys of `Config` whose other value has one of the effects; those of `balance` change numbers.
+
+    What a key says is about itself alone: `free_keys` knows where it depends on another.
+    """
+    return set(_keys_that_change(effects, Config, "", "numbers"))
+
+
+def _keys_that_change(effects: tuple[Effect, ...], cls: type, path: str, inherited: Effect) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        effect = f.metadata.get("changes") or inherited
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _keys_that_change(effects, hints[f.name], f"{path}{f.name}.", effect)
+        elif effect in effects:
+            yield path + f.name
+
+
+def free_keys(config: Config) -> set[str]:
+    """The dotted keys that may change while a run is under way: no number of its training depends on them.
+
+    The number of micro-batches is not free where routing or a loss is computed by micro-batch, or draws by it.
+    """
+    free = keys_that_change("speed", "nothing")
+    m = config.model
+    if m.dispatch == "capacity":
+        free -= {"model.dispatch", "model.capacity_factor"}
+    draws = m.router_jitter > 0 or m.random_second
+    if draws or any(e.options.by_micro_batch for e in config.balance):
+        free -= {"micro_batches"}
+    return free
+
+
+def changed_numbers(there: Config, here: Config) -> list[str]:
+    """Lines `key: there -> here` for every key by which two configs train other numbers; empty for one run's."""
+    free = free_keys(there) & free_keys(here)
+    lines = differences(*(json.loads(json.dumps(as_dict(c))) for c in (there, here)))
+    keys = (line.partition(":")[0] for line in lines)
+    return [line for line, key in zip(lines, keys, strict=True) if not any(f"{key}.".startswith(f"{f}.") for f in free)]
 
 
 def balance_entries(mapping: Mapping[str, Any] | None) -> tuple[BalanceEntry, ...]:
@@ -592,8 +644,8 @@ def _check_mesh(c: Config) -> None:
         raise ValueError(
             f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
             f"divisible by mesh.replica x data x expert = {shards}; "
-            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, or a mesh of at most {rows} of these "
-            "(mesh.data=1 is one)."
+            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, fewer micro_batches, or a mesh of at "
+            f"most {rows} of these (mesh.data=1 is one)."
         )
     if m.num_experts and sizes["expert"] > 1 and m.dispatch == "local":
         raise ValueError(

@@ -7,10 +7,24 @@ and what a method's options must fulfil by themselves.
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+# What another value of a key makes: another model; other numbers of the training; the same numbers up to rounding, at
+# another speed; or nothing that the training could notice.
+Effect = Literal["model", "numbers", "speed", "nothing"]
 
-def number(default: Any, low: float | None = None, high: float | None = None) -> Any:
-    """A numeric field with an inclusive range."""
-    return field(default=default, metadata={"low": low, "high": high})
+
+def number(default: Any, low: float | None = None, high: float | None = None, changes: Effect | None = None) -> Any:
+    """A numeric field with an inclusive range, and what another value changes (None: as its section says)."""
+    return field(default=default, metadata={"low": low, "high": high, "changes": changes})
+
+
+def choice(default: Any, changes: Effect) -> Any:
+    """A field of any other type, and what another value changes."""
+    return field(default=default, metadata={"changes": changes})
+
+
+def section(options: type, changes: Effect) -> Any:
+    """A nested dataclass, and what its keys change unless they say otherwise."""
+    return field(default_factory=options, metadata={"changes": changes})
 
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -21,6 +35,11 @@ class Options:
     """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () is all."""
 
     layers: tuple[int, ...] = ()
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Whether the numbers depend on how a step is split into micro-batches: what is computed is not additive."""
+        return False
 
 
 # --- the bias family ------------------------------------------------------------------------------------------
@@ -121,6 +140,11 @@ class AuxLoss(LossOptions):
     counts: Literal["biased", "unbiased"] = "biased"
     num_devices: int = number(0, 0)  # logical groups of consecutive experts; 0: model.num_groups
 
+    @property
+    def by_micro_batch(self) -> bool:
+        """A product of counts and scores of the scope; those of a sequence or of the step know no micro-batch."""
+        return self.scope in ("microbatch", "global_running")
+
 
 @dataclass(frozen=True)
 class ZLoss(LossOptions):
@@ -133,12 +157,22 @@ class ZLoss(LossOptions):
 class ImportanceLoss(LossOptions):
     """Options of `importance_loss`."""
 
+    @property
+    def by_micro_batch(self) -> bool:
+        """The square of a sum over the micro-batch."""
+        return True
+
 
 @dataclass(frozen=True)
 class LoadLoss(LossOptions):
     """Options of `load_loss`; `noise_std` is in units of the logits, 0 means 1 / number of experts."""
 
     noise_std: float = number(0.0, 0.0)
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """The square of a sum over the micro-batch."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -175,6 +209,11 @@ class ExpertChoice(Options):
     scope: Literal["sequence", "microbatch"] = "microbatch"
     capacity_factor: float = number(1.0, 0.01)
 
+    @property
+    def by_micro_batch(self) -> bool:
+        """Experts choose among the tokens of the scope."""
+        return self.scope == "microbatch"
+
 
 @dataclass(frozen=True)
 class Sinkhorn(Options):
@@ -182,12 +221,22 @@ class Sinkhorn(Options):
 
     iterations: int = number(10, 1, 1000)
 
+    @property
+    def by_micro_batch(self) -> bool:
+        """The factors are of the whole micro-batch."""
+        return True
+
 
 @dataclass(frozen=True)
 class Bip(Options):
     """Options of `bip`."""
 
     iterations: int = number(4, 1, 1000)
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """The prices are of the whole micro-batch."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -209,10 +258,20 @@ class Hash(Options):
 class Random(Options):
     """Options of `random`."""
 
+    @property
+    def by_micro_batch(self) -> bool:
+        """Draws by the number of the token in the micro-batch."""
+        return True
+
 
 @dataclass(frozen=True)
 class Forced(Options):
     """Options of `forced`."""
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Takes turns by the number of the token in the micro-batch."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -222,6 +281,11 @@ class DeviceCapacity(Options):
     num_devices: int = number(0, 0)  # logical groups of consecutive experts; 0: model.num_groups
     capacity_factor: float = number(1.0, 0.01)
     protected: float = number(0.1, 0.0, 1.0)
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Copies compete for budgets of the whole micro-batch."""
+        return True
 
 
 BALANCE_METHODS: dict[str, type[Options]] = {

@@ -23,7 +23,7 @@ from absl import app, flags
 from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
-from moe_jax.config import Config, as_dict, differences, resolve, validate
+from moe_jax.config import Config, as_dict, differences, keys_that_change, resolve, validate
 from moe_jax.evaluate import evaluate, has_another_tokenizer, restore_run, store_routing
 from moe_jax.files import copy_tree, is_remote, new_folder, workdir_of
 from moe_jax.ledger import Ledger, of_earlier_attempts
@@ -31,12 +31,14 @@ from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog, Work
 from moe_jax.workdir import (
     TOKENIZER,
+    Identity,
     check_workdir,
     claim,
     config_of_run,
+    identity_of,
     read_run,
     record,
-    refuse_another_config,
+    refuse_another_run,
     versions,
     write_run,
 )
@@ -88,16 +90,15 @@ def run(
     """
     ledger = Ledger()
     corpus = distributed.by_all(lambda: open_data(config))
-    distributed.by_first(lambda: check_workdir(workdir, config))
+    agree_on_data(config, corpus)
+    distributed.by_first(lambda: check_workdir(workdir, config, corpus.fingerprint))
     import jax  # from here on: it takes seconds, and a mistake is told before
 
     resolve(config, jax.device_count(), jax.devices()[0].platform)
     with claim(workdir):
         one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds), ledger)
         distributed.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
-        for line in distributed.by_first(
-            lambda: [*changes_of_model(config), *carry_tokenizer(config, workdir, corpus)]
-        ):
+        for line in one.remarks:
             one.display.say(line)
         return one.until(min(stop_at or config.num_steps, config.num_steps), profile)
 
@@ -122,8 +123,9 @@ class _Run:
 
         self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
         self.mesh, self.ledger = make_mesh(config.mesh), ledger
-        self.made_by = versions()
-        self.state, extra = _restore_or_init(config, workdir, self.mesh, corpus)
+        start = _resume(config, workdir, self.mesh, corpus) or _start(config, workdir, self.mesh, corpus)
+        self.state, extra, identity, self.remarks = start
+        self.made_by = versions() | {"identity": identity._asdict()}
         self.first, self.tokens_seen = int(self.state.step), extra.get("tokens_seen", 0)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
         first_process = distributed.index() == 0
@@ -339,25 +341,85 @@ def _waited_for(work: Work | None) -> str:
     return "data" if work.finished() else "step"
 
 
-def _restore_or_init(
-    config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus"
-) -> tuple["TrainState", dict[str, Any]]:
-    """The state to go on from, and what was saved beside it: nothing for a new run."""
-    from moe_jax.state import init_state
+class Start(NamedTuple):
+    """What a run begins with: its state, what was saved beside it, its identity, and lines for the reader."""
 
+    state: "TrainState"
+    extra: dict[str, Any]
+    identity: Identity
+    remarks: list[str]
+
+
+def _resume(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> Start | None:
+    """The newest checkpoint of the workdir; None if there is none. Needs nothing of `init_from`."""
     found = restore_run(config, workdir, mesh)
     if found is None:
-        state = weights_of(config, mesh) if config.init_from else init_state(config, mesh)
-        return with_hash_tables(config, state, corpus), {}
+        return None
     state, extra = found
-    refuse_another_config(workdir, "checkpoint", extra["config"], config)
-    return state, extra
+    there = identity_of(extra)
+
+    def check() -> list[str]:
+        refuse_another_run(workdir, "checkpoint", extra["config"], there, config, corpus.fingerprint)
+        return refuse_other_weights(workdir, there, validate(extra["config"]), config)
+
+    remarks = distributed.by_first(check)
+    return Start(state, extra, there or Identity(corpus.fingerprint), remarks)
 
 
-def weights_of(config: Config, mesh: "Mesh") -> "TrainState":
+def refuse_other_weights(workdir: Path, identity: Identity | None, there: Config, config: Config) -> list[str]:
+    """Check `init_from` against the start of the run that is resumed; a line where that can be checked no more.
+
+    A run needs nothing of the weights once it has a checkpoint, so they may be gone, moved or left out.
+
+    Raises:
+        ValueError: `init_from` names other weights than those that the run started from.
+    """
+    if not config.init_from:
+        return []
+    if identity is None:  # older than identities: the weights are those that its config names
+        same = config.init_from == there.init_from
+    elif identity.weights is None:
+        same = False
+    else:
+        now = _fingerprint_at(workdir_of(config.init_from) / "checkpoints", identity.weights["step"])
+        if now is None:
+            return [f"init_from={config.init_from!r} no longer has the weights that this run started from; not needed"]
+        same = now == identity.weights["fingerprint"]
+    if not same:
+        raise ValueError(
+            f"init_from={config.init_from!r} has other weights than the run in --workdir={workdir} started from; use "
+            "another workdir to start from them, or init_from='' to resume."
+        )
+    return []
+
+
+def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
+    """The fingerprint of the finished checkpoint of a step; None where it is gone or damaged."""
+    from moe_jax.checkpoint import fingerprint
+
+    try:
+        return fingerprint(checkpoints / f"{step:08d}")
+    except ValueError:
+        return None
+
+
+def _start(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> Start:
+    """A new run: parameters drawn, or those of `init_from` with what came along."""
+    from moe_jax.state import init_state
+
+    state, weights = weights_of(config, mesh) if config.init_from else (init_state(config, mesh), None)
+    state = with_hash_tables(config, state, corpus)
+    remarks = distributed.by_first(lambda: [*changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
+    return Start(state, {}, Identity(corpus.fingerprint, weights), remarks)
+
+
+def weights_of(config: Config, mesh: "Mesh") -> tuple["TrainState", dict[str, Any]]:
     """A start from the newest checkpoint of `config.init_from`: its parameters and bias, and nothing else of it.
 
     A bias that is zero everywhere says nothing; where balancing starts from is this run's to say.
+
+    Returns:
+        the state before step 0; "step" and "fingerprint" of that checkpoint, by which the run will know it.
 
     Raises:
         ValueError: no such checkpoint, a damaged one, of another model, or with a bias that this run cannot use.
@@ -368,8 +430,9 @@ def weights_of(config: Config, mesh: "Mesh") -> "TrainState":
     from moe_jax.state import abstract_state, state_around
 
     target, options = abstract_state(config, mesh), config.checkpoint
+    folder = workdir_of(config.init_from) / "checkpoints"
     found = checkpoint.restore_weights(
-        workdir_of(config.init_from) / "checkpoints",
+        folder,
         {"params": target.params, "bias": target.bias},
         verify=options.verify,
         fallback=options.fallback,
@@ -381,7 +444,9 @@ def weights_of(config: Config, mesh: "Mesh") -> "TrainState":
     told = any(np.asarray(leaf).any() for leaf in jax.device_get(jax.tree.leaves(weights["bias"])))
     if told:
         _refuse_bias_of_another_kind(config, validate(extra["config"]))
-    return state_around(config, weights["params"], weights["bias"] if told else None, mesh)
+    step = extra["step"]
+    known = {"step": step, "fingerprint": distributed.by_first(lambda: checkpoint.fingerprint(folder / f"{step:08d}"))}
+    return state_around(config, weights["params"], weights["bias"] if told else None, mesh), known
 
 
 def changes_of_model(config: Config) -> list[str]:
@@ -389,11 +454,9 @@ def changes_of_model(config: Config) -> list[str]:
     if not config.init_from:
         return []
     there, here = (as_dict(c)["model"] for c in (config_of_run(workdir_of(config.init_from)), config))
-    changed = differences(*({k: v for k, v in m.items() if k not in HOW_IT_RUNS} for m in (there, here)))
+    another = keys_that_change("model")
+    changed = [line for line in differences(there, here) if f"model.{line.partition(':')[0]}" in another]
     return [f"the weights were trained in another model: {'; '.join(changed)}"] if changed else []
-
-
-HOW_IT_RUNS = {"param_dtype", "compute_dtype", "init_std", "remat", "dispatch", "cpu_kernel", "unroll_layers"}
 
 
 def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str]:
@@ -472,6 +535,20 @@ def open_data(config: Config) -> "Corpus":
     if config.data.weights:
         check_weights(corpus.domains, config.data.weights)  # before the workdir is claimed
     return corpus
+
+
+def agree_on_data(config: Config, corpus: "Corpus") -> None:
+    """Raise a ValueError in every process unless `data.path` leads all of them to the same data."""
+    first = distributed.by_first(lambda: corpus.fingerprint)
+
+    def check() -> None:
+        if corpus.fingerprint != first:
+            raise ValueError(
+                f"data.path={config.data.path!r} leads process {distributed.index()} to other data (fingerprint "
+                f"{corpus.fingerprint[:16]}) than process 0 ({first[:16]}); give all hosts the same prepared folder."
+            )
+
+    distributed.by_all(check)
 
 
 @contextmanager

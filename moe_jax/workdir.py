@@ -1,4 +1,8 @@
-"""The folder of a run: one process has it at a time, and one config for good."""
+"""The folder of a run: one process has it at a time, and its numbers come from one config, one corpus and one start.
+
+The config may change where it changes no number (`config.free_keys`). The corpus and the weights that a run starts
+from are known by their fingerprints: the same data may be moved, other data at the same place are refused.
+"""
 
 import fcntl
 import json
@@ -7,24 +11,46 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax import distributed
-from moe_jax.config import DROPLESS, Config, as_dict, differences, validate
+from moe_jax.config import Config, as_dict, changed_numbers, validate
 from moe_jax.files import is_remote, write_json
 
 TOKENIZER = "tokenizer"  # the folder of a workdir with what came with a converted model besides its weights
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
-    """Raise a ValueError if the workdir is a file, or another config's run is in it (the differences are shown)."""
+class Identity(NamedTuple):
+    """What a run reads and what it started from, by content. Stored in run.json and in every checkpoint.
+
+    corpus: `data.Corpus.fingerprint`. weights: "step" and "fingerprint" of the checkpoint of `init_from` that the run
+    started from; None where its parameters were drawn.
+    """
+
+    corpus: str
+    weights: dict[str, Any] | None = None
+
+
+def identity_of(about: Mapping[str, Any]) -> Identity | None:
+    """The identity in a run.json or beside a checkpoint; None where it is older than identities."""
+    return Identity(**about["identity"]) if "identity" in about else None
+
+
+def check_workdir(workdir: Path, config: Config, corpus: str) -> None:
+    """Raise a ValueError if the workdir is a file, or the run in it has another config or reads another corpus.
+
+    Args:
+        workdir: a folder, or nothing yet.
+        config: what is about to run.
+        corpus: the fingerprint of the data that it would read.
+    """
     file = workdir / "config.json"
     if file.is_file():
-        refuse_another_config(workdir, "run", read_config(file), config)
+        refuse_another_run(workdir, "run", read_config(file), identity_of(read_run(workdir)), config, corpus)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
 
@@ -103,25 +129,33 @@ def read_run(workdir: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def refuse_another_config(workdir: Path, what: str, there: dict[str, Any], config: Config) -> None:
-    """Raise a ValueError with the differences, unless `there` (read from JSON) is `config`."""
-    # a key that is younger than the run has its default; as_dict of a file read back has lists for tuples
-    there, here = (json.loads(json.dumps(as_dict(validate(c)))) for c in (there, config))
-    if changed := differences(_what_makes_a_run(there), _what_makes_a_run(here)):
+def refuse_another_run(
+    workdir: Path, what: str, there: dict[str, Any], identity: Identity | None, config: Config, corpus: str
+) -> None:
+    """Raise a ValueError, with the differences, unless the workdir's run trains the same numbers on the same data.
+
+    Args:
+        workdir: the folder of the run.
+        what: the run itself, or its checkpoint.
+        there: its config, as read from JSON.
+        identity: its identity; None if it is older than identities, and its data are then where its config says.
+        config: what is about to run.
+        corpus: the fingerprint of the data that it would read.
+    """
+    before = validate(there)  # a key that is younger than the run has its default
+    if changed := changed_numbers(before, config):
         raise ValueError(
             f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
             "The differences (there -> here):\n  " + "\n  ".join(changed)
         )
-
-
-def _what_makes_a_run(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that change no number of the training, or by rounding only: free when a run goes on."""
-    free = {"mesh", "compiler_options", "checkpoint", "log_every", "eval_every", "save_every"}
-    free |= {"heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"}
-    model = {k: v for k, v in config.get("model", {}).items() if k not in ("remat", "unroll_layers")}
-    if model.get("dispatch") in DROPLESS:
-        model["dispatch"] = "auto"
-    return {k: v for k, v in config.items() if k not in free} | {"model": model}
+    same = before.data.path == config.data.path if identity is None else identity.corpus == corpus
+    if not same:
+        known = f"{before.data.path!r}" if identity is None else f"the fingerprint {identity.corpus[:16]}"
+        raise ValueError(
+            f"data.path={config.data.path!r} has other data (fingerprint {corpus[:16]}) than the {what} in "
+            f"--workdir={workdir} reads, which has {known}; name the folder with the data of the run, or use another "
+            "workdir."
+        )
 
 
 def versions() -> dict[str, Any]:

@@ -15,8 +15,9 @@ from experiments import ablate, hyper
 from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
 from moe_jax import checkpoint, train
 from moe_jax.config import as_dict, default, flatten, validate
-from moe_jax.data import open_corpus, training_batches
+from moe_jax.data import check_corpus, open_corpus, training_batches
 from moe_jax.state import init_state
+from moe_jax.workdir import Identity, record
 
 BASE = as_dict(rig.drill_config(save_every=0))
 SETTINGS = hyper.product(
@@ -125,23 +126,68 @@ def test_a_sweep_record_tells_the_arms_apart(tmp_path):
     assert record["arms_config"]["bias"] == {}
     assert all(key.startswith("balance") for key in record["arms_config"]["none"])
     assert record["description"] == "Two arms."
-    claim(tmp_path, record)
+    claim(tmp_path, record, [])
     assert json.loads((tmp_path / "sweep.json").read_text()) == record
 
 
-def test_the_same_sweep_claims_its_folder_again(tmp_path):
-    runs = plan(BASE, SETTINGS)
-    claim(tmp_path, sweep_record(runs, BASE, SOURCE, "the command"))
-    claim(tmp_path, sweep_record(runs, BASE, SOURCE, "the command --shard=0/2"))
+def claimed(folder, base=BASE, settings=SETTINGS, source=SOURCE, command="the command"):
+    runs = plan(base, settings)
+    return claim(folder, sweep_record(runs, base, source, command), runs)
 
 
-def test_another_sweep_in_the_folder_is_refused_with_the_difference(tmp_path):
-    claim(tmp_path, sweep_record(plan(BASE, SETTINGS), BASE, SOURCE, "the command"))
-    before = (tmp_path / "sweep.json").read_bytes()
-    other = BASE | {"num_steps": 30}
-    with pytest.raises(ValueError, match=r"another sweep; use another folder.*\s+config\.num_steps: 20 -> 30"):
-        claim(tmp_path, sweep_record(plan(other, SETTINGS), other, SOURCE, "the command"))
-    assert (tmp_path / "sweep.json").read_bytes() == before
+@pytest.fixture
+def begun(tmp_path):
+    """A sweep whose first run is under way, as far as files tell."""
+    claimed(tmp_path)
+    folder = tmp_path / "bias" / "seed0"
+    folder.mkdir(parents=True)
+    record(folder, plan(BASE, SETTINGS)[0].config, {"identity": Identity(check_corpus().fingerprint)._asdict()})
+    return tmp_path
+
+
+GROWN = {
+    "a seed more": dict(
+        settings=hyper.product(hyper.arms(bias={}, none={"balance": {}}), hyper.sweep("seed", range(3)))
+    ),
+    "an arm more": dict(settings=[*SETTINGS, {"arm": "slow", "seed": 0, "optimizer.learning_rate": 1e-4}]),
+    "an arm less": dict(settings=SETTINGS[:2]),
+    "keys that change no number": dict(base=BASE | {"log_every": 2, "eval_every": 5, "mesh": {"data": 2}}),
+    "a file renamed": dict(source=SimpleNamespace(__file__="renamed.py", __doc__="Other words.")),
+    "another shard": dict(command="the command --shard=0/2"),
+}
+
+
+@pytest.mark.parametrize("change", GROWN)
+def test_a_sweep_grows_and_changes_what_changes_no_number(begun, change):
+    said = claimed(begun, **GROWN[change])
+    assert said == ([f"arm none is in {begun} but no longer in the sweep"] if change == "an arm less" else [])
+
+
+def test_a_sweep_goes_on_where_a_key_is_younger_than_it(begun):
+    for file in (begun / "sweep.json", begun / "bias" / "seed0" / "config.json"):
+        older = json.loads(file.read_text())
+        del older.get("config", older)["step_timeout_seconds"]
+        file.write_text(json.dumps(older))
+    assert claimed(begun) == []
+
+
+def test_a_sweep_whose_runs_would_train_other_numbers_is_refused_with_the_difference(begun):
+    before = (begun / "sweep.json").read_bytes()
+    with pytest.raises(ValueError, match=r"seed0 holds a run of another config.*\s+num_steps: 20 -> 30"):
+        claimed(begun, base=BASE | {"num_steps": 30})
+    assert (begun / "sweep.json").read_bytes() == before
+
+
+def test_a_sweep_whose_data_changed_is_refused(begun):
+    other = {"identity": Identity("another fingerprint")._asdict()}
+    (begun / "bias" / "seed0" / "run.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"data\.path='' has other data .* than the run in .*seed0"):
+        claimed(begun)
+
+
+def test_a_sweep_without_a_common_arm_is_another(begun):
+    with pytest.raises(ValueError, match="holds another sweep, with the arms bias, none, and none of more"):
+        claimed(begun, settings=[{"arm": "more", "seed": 0}])
 
 
 # --- executing ------------------------------------------------------------------------------------------------

@@ -576,7 +576,7 @@ def test_training_goes_on_from_converted_weights_with_the_imported_bias(method, 
     config.optimizer.update(dict(warmup_steps=1))
     config.model.update(dict(num_groups=1, top_groups=1))  # `hash` knows no groups
     config = validate(config.to_dict() | {"balance": {method: {}}})
-    state = with_hash_tables(config, weights_of(config, make_mesh(config.mesh)), corpus)
+    state = with_hash_tables(config, weights_of(config, make_mesh(config.mesh))[0], corpus)
     np.testing.assert_array_equal(read_bias(state.bias), bias_of(model))
     batch = training_batches(corpus, seed=0, batch_size=8, sequence_length=16)(0)
     free = LanguageModel(config.model, model.params, model.bias)

@@ -266,7 +266,7 @@ def trained(tmp_path_factory):
 def test_a_run_from_other_weights_has_their_parameters_and_bias_and_nothing_else_of_them(trained, balance):
     config = rig.drill_config(init_from=str(trained), balance=balance)
     mesh = make_mesh(config.mesh)
-    state = weights_of(config, mesh)
+    state, _ = weights_of(config, mesh)
     there = restore(trained / "checkpoints", abstract_state(CONFIG, mesh))[0]
     fresh = with_hash_tables(config, init_state(config, mesh), open_corpus())
     for name in ("params", "bias"):

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,22 @@ class Command:
     """A command running in another process, pinned to one core."""
 
     def __init__(
-        self, name: str, log: Path, *flags: str, accident: str = "", environ: Mapping[str, str] | None = None
+        self,
+        name: str,
+        log: Path,
+        *flags: str,
+        accident: str = "",
+        environ: Mapping[str, str] | None = None,
+        folder: Path = REPO,
     ) -> None:
+        """Args: accident: see driver.py; folder: the current one of the command."""
         worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
         environment = {**os.environ, "DRILL": accident, "DRILL_CORE": worker, "PYTHONUNBUFFERED": "1"}
-        environment |= environ or {}
+        environment |= {"PYTHONPATH": str(REPO)} | dict(environ or {})
         self._log = log
         command = [sys.executable, str(DRIVER), name, *flags]
         self.process = subprocess.Popen(
-            command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         with open(log, "w") as out:  # written by another process: a limit on the size of files is not one on the log
             self._writer = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=out)
@@ -110,8 +117,9 @@ class Processes:
         devices: tuple[int, ...],
         accident: str = "",
         shared: bool = True,
+        folders: Sequence[Path] = (),
     ) -> None:
-        """Args: devices: of each process; accident: happens in every one; shared: they have one workdir."""
+        """Args: devices, folders: of each process; accident: happens in every one; shared: they have one workdir."""
         workdir.parent.mkdir(parents=True, exist_ok=True)
         start = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
         cluster = cluster_of(len(devices))
@@ -126,6 +134,7 @@ class Processes:
                 accident=accident,
                 environ=cluster
                 | {"JAX_PROCESS_ID": str(number), "DRILL_CORE": str(number), "XLA_FLAGS": f"{xla}{count}"},
+                folder=folders[number] if folders else REPO,
             )
             for number, count in enumerate(devices)
         ]

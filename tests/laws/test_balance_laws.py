@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax import balance
+from moe_jax.config import balance_entries
 from moe_jax.metrics import max_violation
 from moe_jax.options import BALANCE_METHODS, BIAS_METHODS, WITHOUT_TOP_K, BiasOptions, LossOptions
 from moe_jax.routing import Routing, Tokens, best, count, route
@@ -109,8 +110,8 @@ class Seen(NamedTuple):
     """One forward pass, looked at from all sides. Micro-batches are of three tokens, a sequence each.
 
     sent: the ids [T, S] that travel. sliced: the sum of what the slices of this routing tell. apart, apart_sent: the
-    statistics (summed) and the ids that travel where each micro-batch is routed by itself. evaluated,
-    evaluated_sent: without training. of_loss, of_gates: gradients in (logits, bias) of the loss, and of the gates.
+    statistics (summed) and the ids that travel where each micro-batch is routed by itself. apart_loss: their losses,
+    weighed by valid tokens. evaluated, evaluated_sent: without training. of_loss, of_gates: gradients in (logits, bias) of the loss, and of the gates.
     """
 
     routing: Routing
@@ -119,6 +120,7 @@ class Seen(NamedTuple):
     sliced: Any
     apart: Any
     apart_sent: Any
+    apart_loss: Any
     evaluated: Routing
     evaluated_sent: Any
     loss: Any
@@ -142,7 +144,9 @@ def forward(balancer, logits, tokens, state, key, train=True):
     return routing, jnp.where(keep, routing.expert_ids, logits.shape[1])
 
 
-def look(balancer, logits, tokens, state, router, key) -> Seen:
+def look(balancer, in_step, logits, tokens, state, router, key) -> Seen:
+    """in_step: whether a loss reads the statistics of the whole step, not those of its micro-batch."""
+
     def pass_through(logits, bias):
         routing, sent = forward(balancer, logits, tokens, state | {"bias": bias}, key)
         statistics = balancer.observe(routing)
@@ -150,20 +154,26 @@ def look(balancer, logits, tokens, state, router, key) -> Seen:
         gates = (routing.gates * jnp.arange(1.0, routing.gates.shape[1] + 1.0)).sum()
         return (loss, gates), (routing, sent, statistics)
 
-    def alone(logits, tokens):
+    def alone(logits, tokens, of_step):
         routing, sent = forward(balancer, logits, tokens, state, key)
-        return balancer.observe(routing), sent
+        own = balancer.observe(routing)
+        share = tokens.mask.sum() / mask.sum()
+        return own, sent, share * balancer.loss(routing, of_step or own, state, router)
 
+    mask = tokens.mask
     (loss, _), pull, (routing, sent, statistics) = jax.vjp(pass_through, logits, state["bias"], has_aux=True)
     parts = jax.tree.map(lambda a: a.reshape(MICRO, -1, *a.shape[1:]), tokens)
     parts = parts._replace(row=parts.row - parts.row[:, :1])  # a micro-batch counts its own rows
-    apart, apart_sent = jax.vmap(alone)(logits.reshape(MICRO, -1, EXPERTS), parts)
+    of_step = statistics if in_step else None
+    split = jax.vmap(alone, in_axes=(0, 0, None))(logits.reshape(MICRO, -1, EXPERTS), parts, of_step)
+    apart, apart_sent, apart_loss = split
     evaluated = forward(balancer, logits, tokens, state, key, train=False)
     return Seen(
         *(routing, sent, statistics),
         sliced=added(jax.vmap(balancer.observe, in_axes=(SLICED,))(slices(routing, parts))),
         apart=added(apart),
         apart_sent=apart_sent.reshape(sent.shape),
+        apart_loss=apart_loss.sum(),
         evaluated=evaluated[0],
         evaluated_sent=evaluated[1],
         loss=loss,
@@ -190,7 +200,8 @@ def added(statistics):
 
 @functools.cache
 def compiled(case: str):
-    return jax.jit(functools.partial(look, made(case)))
+    in_step = balance.needs_step_statistics(balance_entries(CASES[case]))
+    return jax.jit(functools.partial(look, made(case), in_step))
 
 
 @functools.cache
@@ -337,6 +348,16 @@ def test_a_micro_batch_by_itself_is_routed_as_within_the_batch(case):
             assert_equal(seen.apart, seen.statistics)
 
     obeys("split", case, check)
+
+
+@every_case
+def test_a_method_says_whether_its_numbers_depend_on_how_a_step_is_split(case):
+    # what binds a run to its number of micro-batches: ids that travel, or a loss, are not those of one batch
+    seen = run(case, random_logits(1), biased(case), all_tokens(mask=UNEVEN))
+    same_loss = np.allclose(seen.apart_loss, seen.loss, rtol=1e-5, atol=1e-7)
+    same_ids = np.array_equal(seen.apart_sent, seen.sent)
+    says = any(entry.options.by_micro_batch for entry in balance_entries(CASES[case]))
+    assert says == (not (same_loss and same_ids))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in BREAKS["split"]], scope="module")
