@@ -14,7 +14,9 @@ its routing at several evaluations (`measure_every`), how early it settled is to
 import collections
 import contextlib
 import functools
+import hashlib
 import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +32,7 @@ from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve
 from moe_jax.files import sha256_of, workdir_of, write_json, write_whole
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog
-from moe_jax.workdir import TOKENIZER, config_of_run
+from moe_jax.workdir import TOKENIZER, config_of_run, identity_of, read_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -221,7 +223,14 @@ def store_routing(
     chosen = make_choices_step(config, mesh)(state, next(held_out(config, corpus, mesh))).expert_ids
     work.result = chosen
     if distributed.index() == 0:
-        store_ids(workdir, int(state.step), jax.device_get(chosen))
+        store_ids(workdir, int(state.step), jax.device_get(chosen), _name_of_first_batch(config, corpus))
+
+
+def _name_of_first_batch(config: Config, corpus: "Corpus") -> str:
+    """A name that is another wherever the first held-out batch may have other tokens: all that decides them."""
+    rows = config.batch_size // config.micro_batches
+    decides = [corpus.fingerprint, config.data.eval_sequences, rows, config.sequence_length]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
 def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh") -> "Survey":
@@ -363,6 +372,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     check_asked(config, specialisation, ablation)
     corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     check_tokenizer(config, workdir, corpus)
+    _note_other_data(workdir, corpus)
     config = on_these_devices(config)
     mesh = make_mesh(config.mesh)
     state = restore_model(config, workdir, mesh)
@@ -375,6 +385,17 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     if ablation:
         tell(workdir, "ablation", ablate(config, state, corpus, mesh, whole), print_ablation)
     tell_saturation(config, workdir)
+
+
+def _note_other_data(workdir: Path, corpus: "Corpus") -> None:
+    """Print a line where the text is not held out of what the run trained on, but of other data."""
+    identity = identity_of(read_run(workdir))
+    if identity is not None and identity.corpus != corpus.fingerprint and distributed.index() == 0:
+        print(
+            f"the text is of other data (fingerprint {corpus.fingerprint[:16]}) than the run was trained on "
+            f"({identity.corpus[:16]})",
+            flush=True,
+        )
 
 
 def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:

@@ -118,10 +118,28 @@ def _panel(axis: Any, domains: Sequence[str], loads: np.ndarray, title: str) -> 
 # --- since when -----------------------------------------------------------------------------------------------
 
 
-def store_ids(workdir: Path, step: int, expert_ids: np.ndarray) -> None:
-    """Put the expert ids [L, T, S] into workdir/routing/<step>.npy, uint16, whole or not at all."""
+def store_ids(workdir: Path, step: int, expert_ids: np.ndarray, tokens: str) -> None:
+    """Put the expert ids [L, T, S] into workdir/routing/<step>.npy, uint16, whole or not at all.
+
+    Files of other tokens, which saturation could not compare with these, are moved into a folder beside them.
+
+    Args:
+        workdir: of the run.
+        step: the steps it has done.
+        expert_ids: int [L, T, S].
+        tokens: a name for what was routed, equal for the same tokens only.
+    """
     folder, buffer = workdir / "routing", io.BytesIO()
     folder.mkdir(parents=True, exist_ok=True)
+    name = folder / "tokens.txt"
+    former = name.read_text() if name.is_file() else tokens
+    if former != tokens:
+        aside = folder / former
+        aside.mkdir(exist_ok=True)
+        for earlier in stored_steps(workdir):
+            (folder / f"{earlier}.npy").rename(aside / f"{earlier}.npy")
+        print(f"the held-out tokens are others than before: their routing was moved to {aside}", flush=True)
+    write_whole(name, tokens)
     np.save(buffer, np.asarray(expert_ids).astype(np.uint16))
     write_whole(folder / f"{step}.npy", buffer.getvalue())
 

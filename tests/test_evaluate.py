@@ -263,7 +263,7 @@ def test_routing_is_not_stored_unless_the_run_measures(state, tmp_path):
 
 
 def test_a_run_that_stored_its_routing_once_is_told_what_is_missing(tmp_path, capsys):
-    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int))
+    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     tell_saturation(CONFIG, tmp_path)
     assert "no router saturation: " in capsys.readouterr().out
     assert not (tmp_path / "saturation.json").exists()

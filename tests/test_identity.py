@@ -10,9 +10,11 @@ import pytest
 from drills import rig
 
 from experiments import ablate
+from moe_jax import evaluate
 from moe_jax.config import as_dict, changed_numbers, keys_that_change, validate
 from moe_jax.data.prepare import main as prepare
 from moe_jax.log import read_jsonl
+from moe_jax.specialisation import stored_steps
 from moe_jax.train import run
 from moe_jax.workdir import config_of_run
 
@@ -238,3 +240,23 @@ def test_a_sweep_of_an_earlier_version_goes_on(repo, legacy):
     assert command.wait() == 0, command.text
     assert (legacy / "sweep" / "none" / "seed0" / "metrics.jsonl").read_bytes() == finished
     assert len(read_jsonl(legacy / "sweep" / "bias" / "seed0" / "metrics.jsonl")) == 4
+
+
+# --- what reads a run -----------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_on_other_data_than_the_run_was_trained_on_says_so(corpora, tmp_path, capsys):
+    run(config(corpora[0]), tmp_path, stop_at=2, quiet=True)
+    evaluate.run(config(corpora[0]), tmp_path)
+    assert "the text is of other data" not in capsys.readouterr().out
+    evaluate.run(config(corpora[1]), tmp_path)
+    assert "the text is of other data" in capsys.readouterr().out
+
+
+def test_more_held_out_sequences_do_not_bind_a_run_and_its_stored_routing_stays_comparable(corpora, tmp_path):
+    measured = dict(measure_every=1, eval_every=2)
+    run(config(corpora[0], **measured), tmp_path, stop_at=2, quiet=True)
+    more = dict(path=str(corpora[0]), eval_sequences=8)
+    run(config(**measured, data=more), tmp_path, quiet=True)
+    assert stored_steps(tmp_path) == [4]
+    assert [file.name for file in (tmp_path / "routing").glob("*/*.npy")] == ["2.npy"]

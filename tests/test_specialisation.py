@@ -63,23 +63,31 @@ def test_zero_computation_experts_are_left_out_of_the_choices_but_not_of_the_ids
 def test_saturation_compares_every_stored_step_with_the_last(tmp_path):
     # one layer, two tokens: half, then three quarters, then all of the last choices
     for step, ids in {20: [[0, 1], [2, 3]], 5: [[0, 2], [2, 0]], 100: [[1, 0], [2, 1]]}.items():
-        store_ids(tmp_path, step, np.asarray([ids]))
+        store_ids(tmp_path, step, np.asarray([ids]), "same")
     assert stored_steps(tmp_path) == [5, 20, 100]
     assert saturation(tmp_path, 4) == {"steps": [5, 20, 100], "saturation": [[0.5], [0.75], [1.0]]}
     assert np.load(tmp_path / "routing" / "5.npy").dtype == np.uint16
 
 
 def test_one_stored_step_has_nothing_to_be_compared_with(tmp_path):
-    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int))
+    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     with pytest.raises(ValueError, match=r"stored the routing of 1 evaluations.*measure_every > 0 and an eval_every"):
         saturation(tmp_path, 4)
 
 
 def test_stored_routing_of_other_tokens_or_damaged_is_refused(tmp_path):
-    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int))
-    store_ids(tmp_path, 6, np.zeros((1, 3, 2), int))
+    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
+    store_ids(tmp_path, 6, np.zeros((1, 3, 2), int), "same")
     with pytest.raises(ValueError, match=r"other tokens at step 5 \(1, 2, 2\) than at the last \(1, 3, 2\); delete"):
         saturation(tmp_path, 4)
     (tmp_path / "routing" / "6.npy").write_bytes(b"not an array")
     with pytest.raises(ValueError, match=r"6\.npy is damaged .*; delete it"):
         saturation(tmp_path, 4)
+
+
+def test_routing_of_other_tokens_is_moved_aside_and_not_compared(tmp_path, capsys):
+    store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "few")
+    store_ids(tmp_path, 6, np.ones((1, 2, 2), int), "many")
+    assert stored_steps(tmp_path) == [6]
+    assert np.load(tmp_path / "routing" / "few" / "5.npy").shape == (1, 2, 2)
+    assert "the held-out tokens are others than before" in capsys.readouterr().out

@@ -111,7 +111,8 @@ class Seen(NamedTuple):
 
     sent: the ids [T, S] that travel. sliced: the sum of what the slices of this routing tell. apart, apart_sent: the
     statistics (summed) and the ids that travel where each micro-batch is routed by itself. apart_loss: their losses,
-    weighed by valid tokens. evaluated, evaluated_sent: without training. of_loss, of_gates: gradients in (logits, bias) of the loss, and of the gates.
+    weighed by valid tokens. evaluated, evaluated_sent: without training. of_loss, of_gates: gradients in
+    (logits, bias) of the loss, and of the gates.
     """
 
     routing: Routing
