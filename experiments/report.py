@@ -25,6 +25,7 @@ from experiments.statistics import (
     Sweep,
     SweepError,
     arm_settings,
+    corpus_of,
     curve,
     read_sweep,
     summarise,
@@ -394,6 +395,7 @@ def _provenance(sweep: Sweep) -> dict[str, str]:
         "Versions": _distinct(_settings_text(_mapping(info.get("versions"))) for info in infos),
         "Machine": _distinct(str(info.get("machine") or "") for info in infos),
         "Revision": _distinct(str(info.get("git") or "") for info in infos),
+        "Data": _distinct(corpus_of(info)[:16] for info in infos),
         "Time": f"{sum(seconds) / 3600:.2f} hours over {len(seconds)} runs" if seconds else "",
     }
 

@@ -312,7 +312,7 @@ def read_sweep(directory: str | Path, baseline: str | None = None) -> Sweep:
         config=spec.get("config") or {},
         arms_config=spec.get("arms_config") or {},
         runs=runs,
-        problems=problems + _strangers(directory, spec),
+        problems=problems + _other_data(runs, spec["baseline"]) + _strangers(directory, spec),
     )
 
 
@@ -399,6 +399,26 @@ def _gap(run: Run) -> int:
 
 def _evaluated(run: Run) -> list[int]:
     return [row["step"] for row in run.metrics if "eval/bits_per_byte" in row]
+
+
+def corpus_of(info: Mapping[str, Any]) -> str:
+    """The fingerprint of the data that a run read, from its run.json; empty where it is older than fingerprints."""
+    identity = info.get("identity")
+    return str(identity.get("corpus", "")) if isinstance(identity, Mapping) else ""
+
+
+def _other_data(runs: Mapping[str, Mapping[int, Run]], baseline: str) -> list[str]:
+    """A sentence for every run that read other data than the baseline's run of its seed, with which it is paired."""
+    problems = []
+    for arm, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            other = runs[baseline].get(seed)
+            pair = [corpus_of(one.info) for one in (run, other) if one is not None]
+            if all(pair) and len(set(pair)) > 1:
+                problems.append(
+                    f"{arm}, seed {seed}: read other data than {baseline}; their difference is not of the arms."
+                )
+    return problems
 
 
 def _strangers(directory: Path, spec: Mapping[str, Any]) -> list[str]:

@@ -451,3 +451,12 @@ def test_missing_folder_and_missing_sweep_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(SweepError, match="not valid JSON"):
         read_sweep(tmp_path)
+
+
+def test_runs_that_read_different_data_are_named_and_the_page_shows_which_data(tmp_path: Path) -> None:
+    folder = tiny_sweep(tmp_path, {"none": [2.0, 2.1], "bias": [1.9, 2.0]})
+    for arm, seed, corpus in (("none", 0, "aaaa"), ("bias", 0, "bbbb"), ("none", 1, "aaaa"), ("bias", 1, "aaaa")):
+        (folder / arm / f"seed{seed}" / "run.json").write_text(json.dumps({"identity": {"corpus": corpus}}))
+    sweep = read_sweep(folder)
+    assert sweep.problems == ["bias, seed 0: read other data than none; their difference is not of the arms."]
+    assert "aaaa / bbbb" in report.render(sweep)
