@@ -3,6 +3,7 @@
 Imports no jax, as `config`: a mistake is told in well under a second.
 """
 
+import io
 import re
 import sys
 import typing
@@ -31,6 +32,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     A wrong `--config.key` is told with the closest key; the process ends with status 2 and no traceback.
     """
+    print_any_name()
     try:
         rest = flags.FLAGS(argv, known_only=False)
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -84,6 +86,12 @@ def _wrong_key(argv: list[str], source: str) -> str:
             hint = did_you_mean(key[1], known) or "; the keys are those of the config file and the defaults"
             return f"--config.{key[1]} is not a configuration key{hint}."
     return f"--config={source} and its overrides could not be read together; check the keys after --config."
+
+
+def print_any_name() -> None:
+    """Let standard output escape what its encoding does not have, as standard error does: names may be any bytes."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # a notebook's is something else
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(message: str) -> typing.NoReturn:
