@@ -3,6 +3,7 @@
 Imports no jax, as `config`: a mistake is told in well under a second.
 """
 
+import ast
 import io
 import re
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from moe_jax.config import article, complete, did_you_mean, flatten
+from moe_jax.config import article, complete, did_you_mean, flatten, named
 
 
 def define_config_flag(help_text: str) -> None:
@@ -25,6 +26,23 @@ def define_config_flag(help_text: str) -> None:
     parser: Any = flags.FLAGS["config"].parser
     parse = parser.parse
     parser.parse = lambda path: complete(parse(path))
+    config_flags.register_flag_parser_for_type(ConfigDict, _Dict())
+
+
+class _Dict(flags.ArgumentParser):
+    """A dict on the command line; the library's own takes no names with dots."""
+
+    def parse(self, argument: Any) -> Any:
+        """The ConfigDict of a literal; a default is one already."""
+        if isinstance(argument, ConfigDict):
+            return argument
+        try:
+            value = ast.literal_eval(argument)
+        except (SyntaxError, ValueError):
+            value = None
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ValueError("must be a dict; write it as \"{'name': 2.0}\".")
+        return named(value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -64,6 +82,12 @@ def _explain(argv: list[str], error: BaseException) -> str:
     while error.__context__ is not None and "Error whilst parsing config file" in str(error):
         error = error.__context__  # ml_collections wraps the sentence in a traceback
     text = " ".join(str(error).split())
+    if refused := re.fullmatch(r"flag (--config\.[\w.]+=.*): (must be a .*)", text):
+        return f"{refused[1]} {refused[2]}"
+    if dotted := re.match(r"ConfigDict does not accept dots in field names .* the key (\S+) ", text):
+        return (
+            f"--config={file} has the name {dotted[1]!r}, with a dot; put its dict into moe_jax.config.named({{...}})."
+        )
     wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
     if wrong and source:
         config: Any = flags.FLAGS["config"].parser
