@@ -410,6 +410,15 @@ def test_running_again_on_the_same_input_changes_nothing(source, output, capsys)
     assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
 
 
+def test_the_same_input_elsewhere_is_complete_already(source, output, tmp_path, capsys):
+    prepare(Options(source, output))
+    moved = source.rename(tmp_path / "moved")
+    for file in moved.rglob("*.txt"):
+        os.utime(file, (1, 1))
+    prepare(Options(moved, output))
+    assert "is complete already" in capsys.readouterr().out
+
+
 def test_a_folder_made_from_other_inputs_or_options_is_refused_unless_overwritten(source, output):
     prepare(Options(source, output))
     before = read(output)

@@ -403,6 +403,7 @@ def test_an_older_run_takes_its_tokenizer_from_the_corpus_or_says_that_it_has_no
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith("no tokenizer.json goes along: that of the run is in its corpus, and data.path=")
         return
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in (tmp_path / "new").iterdir()}
     for file in (tmp_path / "new").iterdir():
         assert file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes()
