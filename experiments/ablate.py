@@ -34,6 +34,9 @@ class Run(NamedTuple):
     config: Config
 
 
+OURS = ("sweep.json", "report.html", "figures")  # beside the folders of the arms
+
+
 def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
     """Every run of the sweep, validated before the first starts.
 
@@ -52,6 +55,8 @@ def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
         arm = overrides.pop("arm")
         if not re.fullmatch(r"\w[\w.-]*", str(arm)):
             raise ValueError(f"get_hyper names an arm {arm!r}, which cannot be a folder; use letters, digits, _ . -")
+        if arm in OURS:
+            raise ValueError(f"get_hyper names an arm {arm!r}, as a file of the sweep is named; choose another name.")
         config = validate(override(base, overrides))
         runs.append(Run(arm, config.seed, config))
     names = [(run.arm, run.seed) for run in runs]

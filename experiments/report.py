@@ -30,7 +30,7 @@ from experiments.statistics import (
     read_sweep,
     summarise,
 )
-from moe_jax.command import fail
+from moe_jax.command import fail, print_any_name
 from moe_jax.config import flatten
 from moe_jax.ledger import KINDS
 
@@ -541,7 +541,7 @@ def write(sweep: Sweep | str | Path, output: Path | None = None, figures: bool =
     page = render(sweep, summaries, shown)
     output = output or sweep.directory / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    output.write_text(page, encoding="utf-8", errors="backslashreplace")  # a folder's name may be no text
     if figures:
         _write_figures(shown, sweep.directory / "figures")
     return output
@@ -556,6 +556,7 @@ def _write_figures(shown: Iterable[Picture], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command; bad input ends it with a sentence on standard error and status 2."""
     options = _parser().parse_args(argv)
+    print_any_name()
     try:
         sweep = read_sweep(options.directory, options.baseline)
         output = write(sweep, options.output, options.figures)

@@ -3,6 +3,8 @@
 Imports no jax, as `config`: a mistake is told in well under a second.
 """
 
+import ast
+import io
 import re
 import sys
 import typing
@@ -10,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from moe_jax.config import article, complete, did_you_mean, flatten
+from moe_jax.config import article, complete, did_you_mean, flatten, named
 
 
 def define_config_flag(help_text: str) -> None:
@@ -24,6 +26,23 @@ def define_config_flag(help_text: str) -> None:
     parser: Any = flags.FLAGS["config"].parser
     parse = parser.parse
     parser.parse = lambda path: complete(parse(path))
+    config_flags.register_flag_parser_for_type(ConfigDict, _Dict())
+
+
+class _Dict(flags.ArgumentParser):
+    """A dict on the command line; the library's own takes no names with dots."""
+
+    def parse(self, argument: Any) -> Any:
+        """The ConfigDict of a literal; a default is one already."""
+        if isinstance(argument, ConfigDict):
+            return argument
+        try:
+            value = ast.literal_eval(argument)
+        except (SyntaxError, ValueError):
+            value = None
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ValueError("must be a dict; write it as \"{'name': 2.0}\".")
+        return named(value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -31,6 +50,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     A wrong `--config.key` is told with the closest key; the process ends with status 2 and no traceback.
     """
+    print_any_name()
     try:
         rest = flags.FLAGS(argv, known_only=False)
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -62,6 +82,12 @@ def _explain(argv: list[str], error: BaseException) -> str:
     while error.__context__ is not None and "Error whilst parsing config file" in str(error):
         error = error.__context__  # ml_collections wraps the sentence in a traceback
     text = " ".join(str(error).split())
+    if refused := re.fullmatch(r"flag (--config\.[\w.]+=.*): (must be a .*)", text):
+        return f"{refused[1]} {refused[2]}"
+    if dotted := re.match(r"ConfigDict does not accept dots in field names .* the key (\S+) ", text):
+        return (
+            f"--config={file} has the name {dotted[1]!r}, with a dot; put its dict into moe_jax.config.named({{...}})."
+        )
     wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
     if wrong and source:
         config: Any = flags.FLAGS["config"].parser
@@ -84,6 +110,12 @@ def _wrong_key(argv: list[str], source: str) -> str:
             hint = did_you_mean(key[1], known) or "; the keys are those of the config file and the defaults"
             return f"--config.{key[1]} is not a configuration key{hint}."
     return f"--config={source} and its overrides could not be read together; check the keys after --config."
+
+
+def print_any_name() -> None:
+    """Let standard output escape what its encoding does not have, as standard error does: names may be any bytes."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # a notebook's is something else
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(message: str) -> typing.NoReturn:

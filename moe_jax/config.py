@@ -220,7 +220,15 @@ def default(**overrides: Any) -> Any:
     config = _build(Config, {**overrides, "balance": {}}, "")
     plain = {f.name: _plain(getattr(config, f.name)) for f in fields(Config) if f.name != "balance"}
     plain["balance"] = {e.label: _entry_as_dict(e) for e in balance_entries(balance)}
+    plain["data"]["weights"] = named(config.data.weights)
     return ConfigDict({k: _with_placeholders(v) for k, v in plain.items()})
+
+
+def named(values: Mapping[str, Any]) -> Any:
+    """A `ConfigDict` of the values, whose names may have dots in them, as those of domains: `{"wiki.en": 2.0}`."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(dict(values), allow_dotted_keys=True)
 
 
 def validate(config: Any) -> Config:

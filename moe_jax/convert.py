@@ -12,6 +12,7 @@ whole or not at all. `--dtype=float32` or `bfloat16` converts; without it tensor
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,11 @@ from absl import app, flags
 
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, as_dict, default, validate
+from moe_jax.data.corpus import check_corpus, keep_tokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from moe_jax.data.trained import TOKENIZER_FILE
 from moe_jax.files import is_remote, new_folder, workdir_of, write_json
-from moe_jax.shards import open_folder
+from moe_jax.shards import INDEX, SINGLE, open_folder
 from moe_jax.workdir import TOKENIZER, config_of_run, versions
 
 
@@ -93,18 +97,50 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
     step, arrays = found
     if (workdir / "checkpoints").resolve() in folder.resolve().parents:
         raise ValueError(f"--output={folder} is inside the checkpoints that are read; name another.")
-    with new_folder(folder) as partial, progress(folder.name, None) as advance:
+    with new_folder(folder) as partial, tokenizer_of(workdir) as carried, progress(folder.name, None) as advance:
         for plan, total in export(
             config.model,
             lambda leaf, index: arrays[leaf].read(index),
             partial,
             architecture=architecture,
             dtype=dtype,
-            carried=workdir / TOKENIZER,
+            carried=carried,
             max_length=config.sequence_length,
         ):
             advance(plan.num_bytes, total)
     return step
+
+
+@contextmanager
+def tokenizer_of(workdir: Path) -> Iterator[Path]:
+    """The folder with the tokenizer of a workdir: its own, or one made of the corpus's for a run that has none."""
+    if (workdir / TOKENIZER).is_dir():
+        yield workdir / TOKENIZER
+        return
+    path = config_of_run(workdir).data.path
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer = _tokenizer_of_corpus(path)
+        if tokenizer is not None and not isinstance(tokenizer, ByteTokenizer):
+            keep_tokenizer(path, tokenizer, Path(made))
+        yield Path(made)
+
+
+def _tokenizer_of_corpus(path: str) -> Tokenizer | None:
+    """What the corpus's tokens are; None if it is no longer there."""
+    try:
+        return check_corpus(path).tokenizer
+    except (ValueError, OSError):
+        return None
+
+
+def why_no_tokenizer(workdir: Path) -> str:
+    """A sentence for a folder without a tokenizer.json."""
+    path = config_of_run(workdir).data.path
+    if (workdir / TOKENIZER).is_dir():
+        return "none came with the model"
+    if _tokenizer_of_corpus(path) is None:
+        return f"that of the run is in its corpus, and data.path={path} cannot be read; put the corpus there"
+    return "the model's tokens are bytes, and 256 opens a document"
 
 
 @contextmanager
@@ -144,10 +180,14 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
             raise ValueError(f"--architecture={architecture} is for the way out; config.json tells it on the way in.")
         config = to_workdir(source, target, dtype)
         model = config.model
+        if (source / SINGLE).is_file() and (source / INDEX).exists():
+            print(f"read {SINGLE}, as transformers does; {INDEX} beside it is of another save")
         print(f"wrote {target}: {model.num_layers} layers, {model.num_experts} experts, {model.param_dtype}")
     else:
         step = to_folder(source, target, dtype, architecture)
         print(f"wrote {target}: the model after {step} steps")
+        if not (target / TOKENIZER_FILE).is_file():
+            print(f"no {TOKENIZER_FILE} goes along: {why_no_tokenizer(source)}")
 
 
 def main(_: list[str]) -> None:

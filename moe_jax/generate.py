@@ -94,7 +94,7 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
         ValueError: there is none, or the file cannot be read.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8") if file else ""
+        text = Path(file).read_text(encoding="utf-8-sig") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts_file={file} cannot be read ({error}); give a UTF-8 file.") from None
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() knows more ends than lines have

@@ -8,6 +8,7 @@ memory maps would count as memory used, and its numpy side does not know float8.
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ class Plan(NamedTuple):
 def open_folder(folder: Path) -> dict[str, Entry]:
     """name -> where it is, of every tensor in the folder's safetensors files; reads headers only.
 
+    Where there is one file of all tensors, an index beside it is one that an older save left behind: as transformers
+    does, only the file is read.
+
     Raises:
         ValueError: no such files, or an index, a link or a header that is not what it should be.
     """
@@ -79,13 +83,20 @@ def _index(folder: Path) -> dict[str, str] | None:
     """tensor -> file as the index says; None where one file needs none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one with config.json and *.safetensors.")
+    if (folder / SINGLE).is_file():
+        return None
     if (folder / INDEX).exists():
         index = read_json(folder, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise ValueError(f"{folder}: {INDEX} has no weight_map from tensors to files; fetch it again.")
         return index
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):  # a link that leads nowhere, say: who reads it refuses it
         return None
+    if files := sorted(f.name for f in folder.iterdir() if f.suffix == ".safetensors"):
+        raise ValueError(
+            f"{folder} has {files[0]}{f' and {len(files) - 1} more such files' if files[1:] else ''}, but no {INDEX}, "
+            f"which says what is in which; fetch it, or name a single file {SINGLE}."
+        )
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES):
         raise ValueError(
             f"{folder}: {pickles[0]} is a pickle, which could run any program and is never opened; "
@@ -187,6 +198,9 @@ def write_folder(
         plans: what there will be.
         value: name -> the tensor, asked for once each.
         shard_bytes: 5 GB, as transformers writes them.
+
+    Raises:
+        OSError: the disk refuses, or does not give back what was written.
     """
     shards = _split(plans, shard_bytes)
     names = (
@@ -201,6 +215,17 @@ def write_folder(
         total = sum(plan.num_bytes for plan in plans)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    _read_back(folder, plans)
+
+
+def _read_back(folder: Path, plans: Sequence[Plan]) -> None:
+    """Raise an OSError unless the folder's headers have every tensor, in files of the right size."""
+    try:
+        there = {name: (entry.dtype, entry.shape) for name, entry in open_folder(folder).items()}
+    except ValueError as error:
+        raise OSError(f"what was written cannot be read ({error}); check the disk and write it again.") from None
+    if there != {plan.name: (NAMES[plan.dtype], plan.shape) for plan in plans}:
+        raise OSError(f"{folder} does not hold the tensors that were written; check the disk and write it again.")
 
 
 def _split(plans: Sequence[Plan], shard_bytes: int) -> list[list[Plan]]:
@@ -232,3 +257,5 @@ def _write_file(file: Path, plans: Sequence[Plan], value: Callable[[str], np.nda
             assert (str(array.dtype), array.shape) == (plan.dtype, plan.shape), plan
             raw.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # tofile() hides why a disk refuses
             yield plan
+        raw.flush()
+        os.fsync(raw.fileno())

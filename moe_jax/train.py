@@ -460,18 +460,22 @@ def changes_of_model(config: Config) -> list[str]:
 
 
 def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str]:
-    """Keep the tokenizer that came with `init_from`, for text and for export; a line if the corpus is of another."""
-    if not config.init_from or (workdir / TOKENIZER).exists():
+    """Keep the tokenizer, for text and for export: that of `init_from`, or the corpus's; a line if they differ."""
+    from moe_jax.data import ByteTokenizer, keep_tokenizer
+
+    target, source = workdir / TOKENIZER, workdir_of(config.init_from) if config.init_from else workdir
+    if target.exists():
         return []
-    source = workdir_of(config.init_from)
-    if has_another_tokenizer(source, corpus):
-        name = corpus.tokenizer.name
-        return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"]
-    if (source / TOKENIZER).is_dir():
-        target = workdir / TOKENIZER
+    differs = has_another_tokenizer(source, corpus)
+    from_source = (source / TOKENIZER).is_dir() and not differs
+    if from_source or not isinstance(corpus.tokenizer, ByteTokenizer):
         with nullcontext(target) if is_remote(target) else new_folder(target) as partial:
-            copy_tree(source / TOKENIZER, partial)
-    return []
+            if from_source:
+                copy_tree(source / TOKENIZER, partial)
+            else:
+                keep_tokenizer(config.data.path, corpus.tokenizer, partial)
+    name = corpus.tokenizer.name
+    return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"] * differs
 
 
 def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:

@@ -96,6 +96,12 @@ def test_an_arm_whose_name_is_not_a_folder_name_is_refused(name):
         plan(BASE, [{"arm": name}])
 
 
+@pytest.mark.parametrize("name", ["sweep.json", "report.html", "figures"])
+def test_an_arm_named_as_a_file_of_the_sweep_is_refused_before_any_run_starts(name):
+    with pytest.raises(ValueError, match=f"arm '{name}', as a file of the sweep is named; choose another"):
+        plan(BASE, [{"arm": name}])
+
+
 # --- pairing --------------------------------------------------------------------------------------------------
 
 

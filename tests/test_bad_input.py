@@ -147,6 +147,8 @@ def test_a_config_survives_its_own_dict():
     assert validate(as_dict(CONFIG)) == CONFIG
     assert validate(default(**as_dict(CONFIG))) == CONFIG
     assert validate(json.loads(json.dumps(as_dict(CONFIG)))) == CONFIG
+    dotted = validate(default(data=dict(weights={"c4.en": 1.0})))
+    assert validate(default(**as_dict(dotted))) == dotted
 
 
 # --- through the command line ---------------------------------------------------------------------------------
@@ -209,6 +211,13 @@ FLAGS = [
     ),
     (["--config.balance.bias_sgn.rate=1"], "bias_sign"),
     (["--config.data.path=/no/such/folder"], "/no/such/folder"),
+    (
+        ["--config.data.weights=(('c4.en', 1.0),)"],
+        "--config.data.weights=(('c4.en', 1.0),) must be a dict; write it as",
+    ),
+    (["--config.data.weights={'a: b': 1.0, 3: 1.0}"], "--config.data.weights={'a: b': 1.0, 3: 1.0} must be a dict"),
+    (["--config.data.weights={'c4.en': 1.0"], "--config.data.weights={'c4.en': 1.0 must be a dict"),
+    (["--config.data.weights={'c4.en': '1'}"], "data.weights.c4.en='1' must be a number"),
     (["--bogus=1"], "bogus"),
     (["--stop_at=-1"], "stop_at"),
     (["--stop_at=soon"], "stop_at"),
@@ -249,6 +258,11 @@ CONFIG_FILES = {
     "a typo in a key": (
         "from moe_jax.config import default\ndef get_config(arg=''):\n    return default(model=dict(topk=3))\n",
         "model.topk is not a configuration key; did you mean 'top_k'?",
+    ),
+    "weights for a name with a dot": (
+        "from moe_jax.config import default\ndef get_config():\n"
+        "    c = default()\n    c.data.weights = {'c4.en': 1.0}\n    return c\n",
+        "has the name 'c4.en', with a dot; put its dict into moe_jax.config.named({...}).",
     ),
     "an import that is not there": ("import no_such_module\ndef get_config(arg=''):\n    pass\n", "no_such_module"),
     "an error of its own": ("def get_config(arg=''):\n    return 1 / 0\n", "division by zero"),
@@ -311,6 +325,39 @@ def prepared(tmp_path):
         (tmp_path / "texts" / "prose" / f"{n}.txt").write_text(f"This is document number {n}. " * 5)
     prepare.prepare(prepare.Options(tmp_path / "texts", tmp_path / "corpus"))
     return tmp_path / "corpus"
+
+
+DOTTED = """
+from moe_jax.config import default, named
+def get_config(how=""):
+    if how == "default":
+        return default(data=dict(weights={"c4.en": 1.0, "code": 3.0}))
+    config = default()
+    if how == "named":
+        config.data.weights = named({"c4.en": 1.0, "code": 3.0})
+    if how == "item":
+        config.data.weights["c4.en"], config.data.weights["code"] = 1.0, 3.0
+    return config
+"""
+
+
+@pytest.mark.parametrize("how", ["default", "named", "item", "flag"])
+def test_a_domain_with_a_dot_can_be_weighted(tmp_path, how):
+    for name in ("c4.en", "code"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    prepare.prepare(prepare.Options(tmp_path / "texts", tmp_path / "corpus"))
+    (tmp_path / "config.py").write_text(DOTTED)
+    read = "from absl import app, flags; from moe_jax import command, config, train; "
+    read += "command.define_config_flag(''); app.run(lambda _: print(train.open_data(config.validate("
+    read += "flags.FLAGS.config)).domains, dict(config.validate(flags.FLAGS.config).data.weights)), "
+    read += "flags_parser=command.parse_flags)"
+    given = [f"--config={tmp_path / 'config.py'}:{how}", f"--config.data.path={tmp_path / 'corpus'}"]
+    given += ["--config.data.weights={'c4.en': 1.0, 'code': 3.0}"] * (how == "flag")
+    done = subprocess.run(
+        [sys.executable, "-c", read, *given], cwd=rig.REPO, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "('c4.en', 'code') {'c4.en': 1.0, 'code': 3.0}\n", done.stderr
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])

@@ -1,12 +1,18 @@
 """Laws of `prepare`: bad input is refused by name, nothing is ignored silently, a kill changes nothing."""
 
+import codecs
 import fcntl
+import gzip
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import vocabularies
 
 from moe_jax.data import open_corpus
 from moe_jax.data import prepare as module
@@ -156,6 +162,103 @@ def test_include_chooses_other_endings(source, output):
     assert texts(output, "prose") == ["first", "fourth", "third\r\n"]
 
 
+def test_of_the_ignored_files_ten_are_named_and_the_rest_counted(source, output, capsys):
+    for number in range(12):
+        (source / "prose" / f"{number:02}.png").write_bytes(b"\xff")
+    prepare(Options(source, output))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Ignored"))
+    assert line.endswith("prose/08.png, prose/09.png and 2 more")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.bin", b"caf\xe9.txt", b"two\nlines\x1b[2J.bin"])
+def test_a_name_that_cannot_be_printed_is_escaped_and_stops_nothing(source, output, name):
+    (source / "prose" / os.fsdecode(name)).write_text("fourth")
+    command = [sys.executable, "-m", "moe_jax.data.prepare", f"--input={source}", f"--output={output}"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=strict)
+    assert run.returncode == 0, run.stderr
+    escaped = {b"caf\xe9.bin": r"caf\udce9.bin", b"two\nlines\x1b[2J.bin": r"two\nlines\x1b[2J.bin"}.get(name, "")
+    assert not escaped or run.stdout.splitlines()[0].endswith(f"prose/{escaped}")
+    assert ("fourth" in texts(output, "prose")) == name.endswith(b".txt")
+
+
+def test_an_output_folder_whose_name_cannot_be_printed_is_written_and_named(source, tmp_path):
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    command = [sys.executable, "-m", "moe_jax.data.prepare", f"--input={source}", f"--output={output}"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=strict)
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (0, rf"{tmp_path}/caf\udce9/manifest.json is written.")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".ndjson", ".json"])
+def test_json_lines_are_read_by_lines_under_each_of_their_names(tmp_path, output, ending):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f"x{ending}").write_text('{"text": "first\\n"}\n{"text": "second"}\n')
+    prepare(Options(tmp_path / "a", output, include=f"*{ending}"))
+    assert texts(output, "a") == ["first\n", "second"]
+
+
+def test_a_file_that_is_read_by_lines_now_and_was_one_text_is_another_input(tmp_path, output, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "a" / f"{name}.json").write_text('{"text": "first"}\n{"text": "second"}\n')
+    monkeypatch.setattr(module, "LINES", (".jsonl",))  # as versions before had it
+    prepare(Options(tmp_path / "a", output, include="*.json"))
+    monkeypatch.undo()
+    assert "made from other inputs or options" in refusal(Options(tmp_path / "a", output, include="*.json"))
+
+
+def test_a_byte_order_mark_is_no_text(source, output):
+    (source / "prose" / "one.txt").write_bytes(codecs.BOM_UTF8 + b"first")
+    lines = source / "lines" / "all.jsonl"
+    lines.write_bytes(codecs.BOM_UTF8 + lines.read_bytes())
+    prepare(Options(source, output))
+    assert texts(output, "prose") == ["first", "second ü", "third\r\n"]
+    assert texts(output, "lines") == ["due", "tre", "uno"]
+    (source / "prose" / "one.txt").write_bytes(codecs.BOM_UTF8)
+    assert "prose/one.txt: is empty" in refusal(Options(source, output))
+
+
+def test_what_is_no_file_is_refused_by_name_and_not_waited_for(source, output):
+    os.mkfifo(source / "prose" / "pipe.txt")
+    (source / "prose" / "lost.txt").symlink_to(source / "nowhere")
+    (source / "prose" / "loop.txt").symlink_to("loop.txt")
+    (source / "prose" / "zero.txt").symlink_to("/dev/zero")
+    message = refusal(Options(source, output))
+    assert "\nprose/pipe.txt: is a pipe, a socket or a device, and no file" in message
+    assert "\nprose/zero.txt: is a pipe, a socket or a device, and no file" in message
+    assert "\nprose/lost.txt: is a link to a file that is not there" in message
+    assert "\nprose/loop.txt: is a link to a file that is not there" in message
+    assert not output.exists()
+
+
+def test_a_link_to_a_file_is_read(source, output):
+    (source / "prose" / "one.txt").rename(source.parent / "elsewhere.txt")
+    (source / "prose" / "one.txt").symlink_to(source.parent / "elsewhere.txt")
+    prepare(Options(source, output))
+    assert "first" in texts(output, "prose")
+
+
+def test_a_compressed_file_is_refused_with_what_to_do(source, output):
+    (source / "prose" / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
+    assert "prose/more.jsonl.gz: is compressed; unpack it first" in refusal(Options(source, output, include="*.gz"))
+    assert "(compressed files must be unpacked first)" in refusal(Options(source, output, include="*.rst"))
+
+
+# Names that are taken in the output folder or in the notes of a run, and one that ends as our own files do
+OURS = ("plan", "lock", "manifest", "manifest.json", "tokenizer", "finished", "train", "plan.json", "a.train", "a")
+
+
+def test_a_domain_may_have_any_name_that_our_own_files_have(tmp_path, output):
+    for name in OURS:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x.jsonl").write_text(f'{{"text": "1 {name}"}}\n{{"text": "2 {name}"}}\n')
+    prepare(Options(tmp_path / "in", output))
+    assert open_corpus(str(output)).domains == tuple(sorted(OURS))
+    for name in OURS:
+        assert texts(output, name) == [f"1 {name}", f"2 {name}"]
+
+
 BAD = {
     "binary.txt": (b"a\nb\0c", "prose/binary.txt: has a NUL byte (line 2): it is not text"),
     "latin.txt": ("a\n\né".encode("latin-1"), "prose/latin.txt: is not UTF-8 (byte 3, line 3)"),
@@ -271,8 +374,8 @@ def test_a_run_killed_anywhere_and_run_again_gives_the_same_bytes(source, output
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    # 6 documents; 4 files and a note for each of 2 domains; plan, manifest, and the working folder's removal.
-    assert run.stdout.endswith("changes: 19\n")
+    # 6 documents; 4 files and a note for each of 2 domains; plan, manifest; the removal of two folders.
+    assert run.stdout.endswith("changes: 20\n")
 
 
 def test_going_on_keeps_finished_domains_and_writes_damaged_ones_again(source, output, monkeypatch, capsys):
@@ -294,7 +397,7 @@ def test_going_on_keeps_finished_domains_and_writes_damaged_ones_again(source, o
     capsys.readouterr()
     prepare(Options(source, other))
     said = capsys.readouterr().out
-    assert "lines: kept from the interrupted run." in said
+    assert "lines: kept from an earlier run." in said
     assert "Writing it again." in said
     assert read(other) == expected
 
@@ -305,6 +408,15 @@ def test_running_again_on_the_same_input_changes_nothing(source, output, capsys)
     prepare(Options(source, output))
     assert "is complete already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
+
+
+def test_the_same_input_elsewhere_is_complete_already(source, output, tmp_path, capsys):
+    prepare(Options(source, output))
+    moved = source.rename(tmp_path / "moved")
+    for file in moved.rglob("*.txt"):
+        os.utime(file, (1, 1))
+    prepare(Options(moved, output))
+    assert "is complete already" in capsys.readouterr().out
 
 
 def test_a_folder_made_from_other_inputs_or_options_is_refused_unless_overwritten(source, output):
@@ -319,6 +431,74 @@ def test_a_folder_made_from_other_inputs_or_options_is_refused_unless_overwritte
     assert open_corpus(str(output)).domains == ("prose",)
     assert "First" in texts(output, "prose")
     assert not list(output.glob("lines*"))
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    settings = dict(tokenizer_config=dict(bos_token="<|begin|>"), generation_config=dict(eos_token_id=[1]))
+    return vocabularies.write(tmp_path / "vocabulary", vocabularies.byte_level(), **settings)
+
+
+def test_settings_beside_the_same_vocabulary_are_replaced_and_the_streams_kept(source, output, vocabulary):
+    options = Options(source, output, tokenizer=str(vocabulary))
+    prepare(options)
+    streams = {path: path.stat().st_mtime_ns for path in output.glob("*.bin")}
+    (vocabulary / "generation_config.json").write_text('{"eos_token_id": [1, 300]}')
+    (vocabulary / "config.json").write_text('{"bos_token_id": 0}')
+    prepare(options)
+    assert open_corpus(str(output)).tokenizer.ends == (0, 1, 300)
+    assert {path: path.stat().st_mtime_ns for path in streams} == streams
+    (vocabulary / "config.json").unlink()
+    (vocabulary / "generation_config.json").write_text('{"eos_token_id": [1]}')
+    prepare(options)
+    assert open_corpus(str(output)).tokenizer.ends == (0, 1)
+    assert not (output / "tokenizer" / "config.json").exists()
+    assert not (output / ".partial").exists()
+
+
+def test_replaced_settings_survive_a_kill_at_any_moment(source, output, vocabulary, monkeypatch):
+    options = Options(source, output, tokenizer=str(vocabulary))
+    for number in range(100):
+        prepare(options)
+        (vocabulary / "generation_config.json").write_text(f'{{"eos_token_id": [1, {number % 256 + 2}]}}')
+        interrupt_at(monkeypatch, number)
+        try:
+            prepare(options)
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+            prepare(options)
+            assert open_corpus(str(output)).tokenizer.ends == (0, 1, number % 256 + 2)
+        else:
+            break
+    assert 5 < number < 99
+
+
+def interrupt_at(monkeypatch, count):
+    """A KeyboardInterrupt in place of the n-th change of the disk."""
+    left = [count]
+    for holder, name in ((os, "replace"), (shutil, "rmtree"), (Path, "replace"), (Path, "unlink")):
+        real = getattr(holder, name)
+
+        def call(*args, real=real, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(holder, name, call)
+
+
+def test_a_corpus_may_be_prepared_over_with_its_own_tokenizer(source, output, vocabulary):
+    prepare(Options(source, output, tokenizer=str(vocabulary)))
+    (source / "prose" / "one.txt").write_text("First")
+    prepare(Options(source, output, tokenizer=str(output / "tokenizer"), overwrite=True))
+    assert "First" in texts(output, "prose")
+
+
+def test_another_separator_is_another_corpus(source, output, vocabulary):
+    prepare(Options(source, output, tokenizer=str(vocabulary)))
+    (vocabulary / "tokenizer_config.json").write_text('{"bos_token": "<|end|>"}')
+    assert "made from other inputs or options" in refusal(Options(source, output, tokenizer=str(vocabulary)))
 
 
 def test_a_damaged_corpus_is_refused_and_overwrite_mends_it(source, output):
@@ -340,13 +520,13 @@ def test_a_folder_of_other_things_is_never_touched(source, output):
 
 
 def test_input_that_changes_between_the_two_readings_is_refused(source, output, monkeypatch):
-    real = module._is_complete
+    real = module._obstacle
 
     def change(*args):
         (source / "prose" / "one.txt").write_text("changed")
         return real(*args)
 
-    monkeypatch.setattr(module, "_is_complete", change)
+    monkeypatch.setattr(module, "_obstacle", change)
     assert "prose/one.txt changed while it was read" in refusal(Options(source, output))
     assert not (output / "manifest.json").exists()
 

@@ -265,6 +265,8 @@ def test_layers_that_do_not_exist_are_refused_and_the_middle_one_is_shown():
 def test_prompts_come_from_flags_and_a_file_one_a_line(tmp_path):
     (tmp_path / "prompts").write_text("uno\ndue\u2028tre\x0c\n\n", encoding="utf-8")
     assert read_prompts(["one"], str(tmp_path / "prompts")) == ["one", "uno", "due\u2028tre\x0c", ""]
+    (tmp_path / "marked").write_text("uno\n", encoding="utf-8-sig")  # with a byte order mark
+    assert read_prompts([], str(tmp_path / "marked")) == ["uno"]
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts([], str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="there is no prompt"):

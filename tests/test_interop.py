@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import vocabularies
 from drills import folders, rig
 
 from configs import from_checkpoint
 from conftest import tiny_config
-from moe_jax import evaluate, shards
+from moe_jax import evaluate, generate, shards, train
 from moe_jax.checkpoint import Checkpointer, describe_leaves, open_newest, restore, restore_weights
 from moe_jax.config import validate
 from moe_jax.convert import run, to_folder, to_workdir
-from moe_jax.data import open_corpus, training_batches
+from moe_jax.data import open_corpus, prepare, training_batches
 from moe_jax.files import new_folder
 from moe_jax.interop import LanguageModel, abstract_weights, bias_of, load_hf, positions_in, refuse_balance, save_hf
 from moe_jax.mesh import make_mesh
@@ -327,6 +328,100 @@ def test_the_tokenizers_files_go_along_both_ways(tmp_path):
         assert (tmp_path / "back" / name).read_text() == text
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["eos_token_id"]) == (64, 2)
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """Two steps of a Qwen3-MoE on a corpus of a trained vocabulary, whose separator was given by a flag."""
+    root = tmp_path_factory.mktemp("spoken")
+    (root / "text").mkdir()
+    (root / "text" / "a.jsonl").write_text('{"text": "the cat sat on the mat, the hat"}\n' * 40)
+    settings = dict(
+        tokenizer_config=dict(bos_token="<|begin|>", pad_token=dict(content="<think>"), model_max_length=99),
+        generation_config=dict(eos_token_id=[1], temperature=0.1),
+        config=dict(max_position_embeddings=77),
+    )
+    vocabularies.write(root / "vocabulary", vocabularies.byte_level(), **settings)
+    options = prepare.Options(root / "text", root / "corpus", tokenizer=str(root / "vocabulary"), separator="<|end|>")
+    prepare.prepare(options)
+    model = dict(vocab_size=304, score="softmax", num_shared_experts=0, qk_norm="head", first_dense=0)
+    balance = dict(aux_loss=dict(weight=1e-3))
+    config = tiny_config(num_steps=2, model=model, balance=balance, data=dict(path=str(root / "corpus")))
+    train.run(config, root / "run", quiet=True)
+    return root
+
+
+def test_a_run_on_a_trained_vocabulary_is_exported_with_it(spoken, tmp_path, capsys):
+    run(spoken / "run", tmp_path / "hf", None, "")
+    assert "no tokenizer.json goes along" not in capsys.readouterr().out
+    config, generation, settings = (
+        json.loads((tmp_path / "hf" / f"{name}.json").read_text())
+        for name in ("config", "generation_config", "tokenizer_config")
+    )
+    ids = dict(bos_token_id=1, eos_token_id=1, pad_token_id=300)
+    assert generation == ids
+    assert ids.items() <= config.items()
+    assert config["max_position_embeddings"] == 16  # of this model, not of that which the vocabulary came with
+    assert (settings["bos_token"], settings["pad_token"]) == ("<|end|>", "<think>")
+    assert "model_max_length" not in settings
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (spoken / "vocabulary" / "tokenizer.json").read_bytes()
+
+
+def test_transformers_reads_the_tokenizer_of_an_exported_run(spoken, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run(spoken / "run", tmp_path / "hf", None, "")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
+    ours = open_corpus(str(spoken / "corpus")).tokenizer
+    for text in vocabularies.TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text).tolist()
+    assert (theirs.bos_token_id, theirs.pad_token_id) == (1, 300)
+    assert transformers.GenerationConfig.from_pretrained(str(tmp_path / "hf")).eos_token_id == 1
+
+
+def test_an_exported_run_that_comes_back_speaks_as_before(spoken, tmp_path):
+    run(spoken / "run", tmp_path / "hf", None, "")
+    run(tmp_path / "hf", tmp_path / "back", None, "")
+    corpus = open_corpus(str(spoken / "corpus"))
+    for workdir in (spoken / "run", tmp_path / "back"):
+        tokenizer, opened = generate.tokenizer_of(workdir, config_of_run(workdir))
+        assert (tokenizer.name, tokenizer.ends, opened) == (corpus.tokenizer.name, (1,), True)
+        assert generate.longest(workdir, config_of_run(workdir)) == 16
+
+
+@pytest.mark.parametrize("corpus", ["there", "gone"])
+def test_an_older_run_takes_its_tokenizer_from_the_corpus_or_says_that_it_has_none(spoken, tmp_path, corpus, capsys):
+    run(spoken / "run", tmp_path / "new", None, "")
+    shutil.copytree(spoken / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    if corpus == "gone":
+        (spoken / "corpus").rename(spoken / "moved")
+    try:
+        run(tmp_path / "run", tmp_path / "hf", None, "")
+    finally:
+        if corpus == "gone":
+            (spoken / "moved").rename(spoken / "corpus")
+    if corpus == "gone":
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said.startswith("no tokenizer.json goes along: that of the run is in its corpus, and data.path=")
+        return
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in (tmp_path / "new").iterdir()}
+    for file in (tmp_path / "new").iterdir():
+        assert file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes()
+
+
+def test_a_run_on_bytes_is_exported_with_the_word_that_no_tokenizer_goes_along(tmp_path, capsys):
+    model = dict(score="softmax", num_shared_experts=0, qk_norm="head", first_dense=0)
+    train.run(tiny_config(num_steps=1, model=model, data=dict(eval_sequences=1)), tmp_path / "run", quiet=True)
+    run(tmp_path / "run", tmp_path / "hf", None, "")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "no tokenizer.json goes along: the model's tokens are bytes, and 256 opens a document"
+
+
+def test_weights_beside_the_index_of_another_save_are_named(tmp_path, capsys):
+    folders.make(tmp_path / "hf", "mixtral")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002"}}')
+    run(tmp_path / "hf", tmp_path / "run", None, "")
+    assert "read model.safetensors, as transformers does; model.safetensors.index.json" in capsys.readouterr().out
 
 
 def test_a_tokenizers_file_may_not_lead_out_of_its_folder(tmp_path):

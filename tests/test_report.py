@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from drills import rig
 
 from experiments import report
 from experiments.figures import shown_layers, smooth
@@ -410,6 +414,17 @@ def test_names_are_escaped_everywhere(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "<script" not in html and "<img src" not in html and "<b>&<" not in html
     assert "_&lt;script&gt;alert(&#x27;$x$ &amp; y&#x27;)[bold]" in html
     assert "[bold]" in capsys.readouterr().out
+
+
+def test_a_folder_whose_name_is_no_text_is_named_on_the_page_and_the_terminal(tmp_path: Path) -> None:
+    directory = tiny_sweep(tmp_path / os.fsdecode(b"caf\xe9"), {"none": [1.0, 1.1]})
+    write_run(directory / os.fsdecode(b"stray\xe9") / "seed0", tiny_metrics(1.0, 1.0), [])
+    command = [sys.executable, "-m", "experiments.report", str(directory)]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=strict, cwd=rig.REPO)
+    assert run.returncode == 0, run.stderr
+    assert r"stray\udce9/seed0 is not named in sweep.json" in (directory / "report.html").read_text()
+    assert run.stdout.splitlines()[-1] == rf"Wrote {tmp_path}/caf\udce9/report.html"
 
 
 def test_terminal_table_shows_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

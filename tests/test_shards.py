@@ -51,6 +51,45 @@ def test_files_are_no_larger_than_asked_for_and_the_index_adds_them_up(tmp_path)
     assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 
 
+def test_of_one_file_and_an_index_that_an_older_save_left_the_file_is_read(folder):
+    newer = {name: value.astype(np.float32) + 1 for name, value in VALUES.items()}
+    write(folder, newer)  # beside the two files and their index
+    found = open_folder(folder)
+    assert {entry.file.name for entry in found.values()} == {SINGLE}
+    np.testing.assert_array_equal(read(found["a.weight"]), newer["a.weight"])
+    for file in folder.glob("model-*"):
+        file.unlink()
+    assert open_folder(folder).keys() == VALUES.keys()
+
+
+def test_files_without_an_index_are_refused_by_what_is_missing(folder):
+    (folder / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"has model-00001-of-00002\.safetensors and 1 more such files, but no model"):
+        open_folder(folder)
+
+
+def test_a_single_file_that_is_a_link_to_nowhere_is_refused_by_name(tmp_path):
+    folder = write(tmp_path / "hf")
+    (folder / SINGLE).rename(folder / "other")
+    (folder / SINGLE).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or no file"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 60])
+def test_a_folder_that_does_not_hold_what_was_written_is_not_called_written(tmp_path, shard_bytes):
+    (tmp_path / "hf").mkdir()
+    plans = [Plan(name, str(value.dtype), value.shape) for name, value in VALUES.items()]
+
+    def value(name):  # as a disk that loses what it took
+        if name == plans[-1].name:
+            sorted((tmp_path / "hf").glob("*.safetensors"))[0].unlink()
+        return VALUES[name]
+
+    with pytest.raises(OSError, match="cannot be read"):
+        list(write_folder(tmp_path / "hf", plans, value, shard_bytes))
+
+
 def change_index(folder, change):
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])

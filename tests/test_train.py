@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import vocabularies
 from drills import rig
 
 from moe_jax import data, step
 from moe_jax.checkpoint import committed, restore, state_hash
-from moe_jax.data import open_corpus, token_frequencies, training_batches
+from moe_jax.data import ByteTokenizer, get_tokenizer, open_corpus, prepare, token_frequencies, training_batches
 from moe_jax.flops import train_flops
 from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
@@ -301,13 +302,28 @@ def test_weights_that_do_not_fit_are_refused(trained, overrides, words):
 def test_a_tokenizer_goes_along_with_the_weights_if_the_corpus_is_of_it(tmp_path, same):
     (tmp_path / "from" / "tokenizer").mkdir(parents=True)
     (tmp_path / "from" / "tokenizer" / "tokenizer.json").write_text("{}")
-    name = "BPE " + hashlib.sha256(b"{}").hexdigest()[:16] if same else "bytes"
-    corpus = SimpleNamespace(tokenizer=SimpleNamespace(name=name))
+    trained = SimpleNamespace(name="BPE " + hashlib.sha256(b"{}").hexdigest()[:16])
+    corpus = SimpleNamespace(tokenizer=trained if same else ByteTokenizer())
     config, workdir = rig.drill_config(init_from=str(tmp_path / "from")), tmp_path / "to"
     workdir.mkdir()
     said = carry_tokenizer(config, workdir, corpus)
     assert (workdir / "tokenizer" / "tokenizer.json").is_file() == same
     assert said == [] if same else "another tokenizer than 'bytes'" in said[0]
+
+
+def test_weights_of_another_tokenizer_get_that_of_the_corpus(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "the cat"}\n{"text": "the hat"}\n')
+    folder = vocabularies.write(tmp_path / "v", vocabularies.byte_level(), tokenizer_config=dict(eos_token="<|end|>"))
+    prepare.prepare(prepare.Options(tmp_path / "text", tmp_path / "corpus", tokenizer=str(folder)))
+    vocabularies.write(tmp_path / "from" / "tokenizer", vocabularies.with_fallback())
+    config = rig.drill_config(init_from=str(tmp_path / "from"), data=dict(path=str(tmp_path / "corpus")))
+    (tmp_path / "to").mkdir()
+    (said,) = carry_tokenizer(config, tmp_path / "to", open_corpus(str(tmp_path / "corpus")))
+    assert "another tokenizer than" in said
+    kept, given = (get_tokenizer(str(path)) for path in (tmp_path / "to" / "tokenizer", folder))
+    assert (kept.name, kept.ends) == (given.name, given.ends)
+    assert kept.opens_text and not given.opens_text  # in training every document is opened
 
 
 def test_a_model_of_other_numbers_but_the_same_shapes_is_told(trained):

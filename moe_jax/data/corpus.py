@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
-from moe_jax.files import sha256_of
+from moe_jax.files import sha256_of, write_json, write_whole
 
 SPLITS = ("train", "validation")
 PARTS = ("tokens", "offsets")
@@ -384,6 +384,44 @@ def _read_tokenizer(folder: pathlib.Path, raw: dict[str, Any]) -> Tokenizer:
             f"{tokenizer.vocab_size}; {_REMAKE}"
         )
     return tokenizer
+
+
+def keep_tokenizer(path: str, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Writes the vocabulary of a prepared corpus as that of a model trained on it, to make text with and to publish.
+
+    Every text of such a model is opened by the separator and ended by one of the tokenizer's ends, whatever held for
+    the model that the vocabulary came with; other settings of that model, as its lengths, are not this one's.
+
+    Args:
+        path: of the corpus.
+        tokenizer: its, a trained one.
+        folder: where to; its files are those of a Hugging Face model.
+    """
+    from moe_jax.data.trained import TOKENIZER_FILE, read_settings
+
+    source, inner = pathlib.Path(path) / TOKENIZER_FOLDER, tokenizer.inner  # type: ignore[attr-defined]
+    theirs = read_settings(source / "special_tokens_map.json") | read_settings(source / "tokenizer_config.json")
+
+    def named(what: str) -> dict[str, str]:
+        token = theirs.pop(what, None)
+        name = token.get("content") if isinstance(token, dict) else token
+        return {what: name} if isinstance(name, str) and inner.token_to_id(name) is not None else {}
+
+    opener, ends = inner.id_to_token(tokenizer.separator), list(tokenizer.ends)
+    names = {"eos_token": opener} | named("eos_token") | named("pad_token") | {"bos_token": opener}
+    ids = {f"{what}_id": inner.token_to_id(name) for what, name in names.items()}
+    ids["eos_token_id"] = ends if ends[1:] else ends[0]
+    kept = {key: value for key, value in theirs.items() if key not in ("model_max_length", "auto_map")}
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast"} | kept | names
+    files = {
+        "tokenizer_config.json": kept | {"add_bos_token": True, "add_eos_token": False},
+        "generation_config.json": ids,
+        "config.json": ids,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        write_json(folder / name, value)
+    write_whole(folder / TOKENIZER_FILE, (source / TOKENIZER_FILE).read_bytes())
 
 
 def _counts(

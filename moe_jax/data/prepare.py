@@ -5,7 +5,8 @@
                                    [--tokenizer=DIR_OR_JSON [--separator=TOKEN]]
 
 First-level subfolders are the domains; files directly in FOLDER belong to a domain named after it, or to
---domain. A file is one document, except that every line of a .jsonl file is one, its text under --text_key.
+--domain. A file is one document, except that every line of a .jsonl, .ndjson or .json file is one, its text under
+--text_key.
 
 Tokens are bytes, or those of a trained vocabulary: --tokenizer names a tokenizer.json or the folder of the model that
 holds it. Its files are copied into the output, which needs nothing else. Documents are opened by the model's bos or eos
@@ -14,12 +15,14 @@ token, or by --separator; names of special tokens in the text are text.
 Everything is read twice. The first time checks it, so that bad input is named before anything is written, and
 decides by a hash of each document's path and line which documents are held out. The second time writes,
 domain after domain, and the manifest last. Killed at any moment and run again, finished domains are kept, and
-the result is the same to the last byte.
+the result is the same to the last byte. Run again with other settings beside the same tokenizer.json, as another
+generation_config.json, only these are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import fcntl
@@ -35,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.command import fail
+from moe_jax.command import fail, print_any_name
 from moe_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -50,11 +53,16 @@ from moe_jax.data.corpus import (
     tokenize_documents,
 )
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
-from moe_jax.files import sha256_of, write_whole
+from moe_jax.files import write_whole
 
 INCLUDE = "*.txt,*.md,*.jsonl"
 MAX_PROBLEMS = 20
-PARTIAL = ".partial"
+LINES = (".jsonl", ".ndjson", ".json")  # endings, in small or capital letters, of files with a document a line
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+MAX_IGNORED = 10  # names that are shown
+PARTIAL = ".partial"  # of a run that has not ended: its plan, its lock, unfinished streams ...
+FINISHED = "finished"  # ... and in a folder of their own, for a domain may have any name, notes on finished domains
+PLAN = "plan.json"
 CHARACTERS_AT_ONCE = 2**20  # documents are tokenized together until they have so many
 
 
@@ -83,7 +91,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An input file: path relative to the input folder, size in bytes, and sha256 once it has been read."""
+    """An input file: path relative to the input folder, size in bytes, and sha256 of its text once it has been read."""
 
     name: str
     bytes: int
@@ -113,19 +121,29 @@ def prepare(options: Options) -> None:
     _check_options(options)
     _refuse_foreign(options)
     tokenizer = get_tokenizer(options.tokenizer, options.separator) if options.tokenizer else ByteTokenizer()
+    kept = _read_tokenizer_files(options)
+    described = _describe_tokenizer(tokenizer, kept)
     plans = scan(options, find_sources(options))
-    fingerprint = _fingerprint(options, plans, tokenizer)
-    if _is_complete(options, fingerprint):
+    made_from = _made_from(options, plans, tokenizer)
+    obstacle = _obstacle(options.output, made_from)
+    if obstacle and not options.overwrite:
+        raise obstacle
+    partial, manifest = options.output / PARTIAL, options.output / MANIFEST
+    there = {} if obstacle else _read_note(manifest)
+    if there.get("tokenizer") == described and not partial.exists():
         print(f"{options.output} is complete already.")
         return
-    partial = options.output / PARTIAL
     with _locked(partial):
-        _write_json(partial / "plan.json", {"fingerprint": fingerprint})
+        if obstacle:
+            _discard(options.output)
+        elif there:
+            _reopen(options.output, there)
+        _write_json(partial / PLAN, {"fingerprint": made_from})
         domains = {plan.name: _finished(options, plan) or _write_domain(options, plan, tokenizer) for plan in plans}
-        described = _keep_tokenizer(options, tokenizer)
-        _write_json(options.output / MANIFEST, _manifest(options, fingerprint, domains, described, tokenizer))
-    shutil.rmtree(partial)
-    print(f"{options.output / MANIFEST} is written.")
+        _keep_tokenizer(options.output, kept)
+        _write_json(manifest, _manifest(options, made_from, domains, described, tokenizer))
+        shutil.rmtree(partial)
+    print(f"{manifest} is written.")
 
 
 # What is there
@@ -156,16 +174,28 @@ def find_sources(options: Options) -> dict[str, list[Source]]:
             wanted = name in files and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
             (taken if wanted and not name.startswith(".") else ignored).append(path.as_posix())
     if ignored:
+        names = [shown(name) for name in sorted(ignored)[:MAX_IGNORED]]
+        more = f" and {len(ignored) - MAX_IGNORED} more" if len(ignored) > MAX_IGNORED else ""
         print(
             f"Ignored, for they do not match --include={options.include} or are hidden or linked folders: "
-            f"{', '.join(sorted(ignored))}"
+            f"{', '.join(names)}{more}"
         )
     if not taken:
+        packed = " (compressed files must be unpacked first)" if any(map(_is_packed, ignored)) else ""
         raise ValueError(
             f"--input={root} has no file that matches --include={options.include}; give another "
-            f"folder or other patterns."
+            f"folder or other patterns{packed}."
         )
     return _by_domain(options, sorted(taken))
+
+
+def shown(name: str) -> str:
+    """A file's name for a message: what cannot be printed, or would command the terminal, is escaped."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def _is_packed(name: str) -> bool:
+    return name.lower().endswith(PACKED)
 
 
 def _by_domain(options: Options, names: Sequence[str]) -> dict[str, list[Source]]:
@@ -179,7 +209,8 @@ def _by_domain(options: Options, names: Sequence[str]) -> dict[str, list[Source]
     domains: dict[str, list[Source]] = {}
     for name in names:
         domain = name.split("/")[0] if "/" in name else own
-        domains.setdefault(domain, []).append(Source(name, (options.input / name).stat().st_size))
+        path = options.input / name
+        domains.setdefault(domain, []).append(Source(name, path.stat().st_size if path.is_file() else 0))
     if direct and len(domains[own]) > len(direct):
         raise ValueError(
             f"--input={options.input} has a subfolder {own}, and the files beside it would "
@@ -250,7 +281,7 @@ def _scan_domain(
         digest = hashlib.sha256()
         for piece in read_documents(options, source.name, digest):
             if piece.problem:
-                problems.append(f"{piece.where}: {piece.problem}")
+                problems.append(f"{shown(piece.where)}: {piece.problem}")
             if len(problems) >= MAX_PROBLEMS:
                 return DomainPlan(domain, (), 0)
             rank = document_rank(piece.where)
@@ -258,7 +289,7 @@ def _scan_domain(
             count += 1
         read.append(dataclasses.replace(source, sha256=digest.hexdigest()))
         advance(source.bytes)
-    if count < 2:
+    if count < 2 and not problems:
         raise ValueError(
             f"Domain '{domain}' has {count} document and must have at least 2, one to train on "
             f"and one to hold out; add documents to it or move its file to another domain."
@@ -279,13 +310,19 @@ def read_documents(options: Options, name: str, digest: Any) -> Iterator[Piece]:
     Args:
         options: see `prepare`.
         name: the file, relative to the input folder.
-        digest: a hashlib object, fed with the file's bytes.
+        digest: a hashlib object, fed with the file's bytes, without a byte order mark.
 
     Yields:
         Its documents; a bad one has a `problem` and no text.
     """
-    with open(options.input / name, "rb") as file:
-        if not name.endswith(".jsonl"):
+    path = options.input / name
+    if problem := _unreadable(path):
+        yield Piece(name, "", problem)
+        return
+    with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        if not _has_lines(name):
             data = file.read()
             digest.update(data)
             yield _check_text(name, data, *_decode(data))
@@ -296,6 +333,21 @@ def read_documents(options: Options, name: str, digest: Any) -> Iterator[Piece]:
             yield _read_line(f"{name}:{number}", line, options.text_key)
         if not number:
             yield Piece(name, "", "is empty")
+
+
+def _unreadable(path: pathlib.Path) -> str:
+    """Why a file cannot be read as text, if that is known before: a pipe would be waited for without end."""
+    if _is_packed(path.name):
+        return "is compressed; unpack it first"
+    if path.is_symlink() and not path.exists():
+        return "is a link to a file that is not there"
+    if not path.is_file():
+        return "is a pipe, a socket or a device, and no file"
+    return "" if os.access(path, os.R_OK) else "may not be read by you"
+
+
+def _has_lines(name: str) -> bool:
+    return name.lower().endswith(LINES)
 
 
 def _decode(data: bytes) -> tuple[str, str]:
@@ -326,7 +378,7 @@ def _read_line(where: str, line: bytes, text_key: str) -> Piece:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Piece(where, "", f"is not JSON ({error})")
+        return Piece(where, "", f"is not JSON ({error}), as every line of a {', '.join(LINES)} file must be")
     if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
         return Piece(where, "", f"must be a JSON object with a string under '{text_key}' (see --text_key)")
     try:
@@ -392,8 +444,12 @@ def _write_domain(options: Options, plan: DomainPlan, tokenizer: Tokenizer) -> d
     entry = {split: writer.entry() for split, writer in writers.items()}
     for file in _files(options.output, entry):
         os.replace(partial / file.path.name, file.path)
-    _write_json(partial / f"{plan.name}.json", entry)
+    _write_json(_note(options.output, plan.name), entry)
     return entry
+
+
+def _note(output: pathlib.Path, domain: str) -> pathlib.Path:
+    return output / PARTIAL / FINISHED / f"{domain}.json"
 
 
 def _fill(options: Options, plan: DomainPlan, writers: dict[str, _SplitWriter], tokenizer: Tokenizer) -> None:
@@ -409,7 +465,8 @@ def _fill(options: Options, plan: DomainPlan, writers: dict[str, _SplitWriter], 
                     changed.count(piece.text, tokens)
             if digest.hexdigest() != source.sha256:
                 raise ValueError(
-                    f"{source.name} changed while it was read; run again when --input={options.input} is at rest."
+                    f"{shown(source.name)} changed while it was read; run again when --input={options.input} is at "
+                    "rest."
                 )
             advance(source.bytes)
     changed.tell(plan.name)
@@ -451,8 +508,8 @@ class Changed:
 
 
 def _finished(options: Options, plan: DomainPlan) -> dict[str, Any] | None:
-    """The entry of a domain that an interrupted run finished, if its files are still what they were."""
-    note = options.output / PARTIAL / f"{plan.name}.json"
+    """The entry of a domain that an earlier run finished, if its files are still what they were."""
+    note = _note(options.output, plan.name)
     if not note.exists():
         return None
     entry = json.loads(note.read_text(encoding="utf-8"))
@@ -461,7 +518,7 @@ def _finished(options: Options, plan: DomainPlan) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError) as error:
         print(f"{plan.name}: {error} Writing it again.")
         return None
-    print(f"{plan.name}: kept from the interrupted run.")
+    print(f"{plan.name}: kept from an earlier run.")
     return entry
 
 
@@ -473,19 +530,33 @@ def _files(folder: pathlib.Path, entry: dict[str, Any]) -> list[File]:
 # The output folder
 
 
-def _keep_tokenizer(options: Options, tokenizer: Tokenizer) -> Any:
-    """Copies a trained vocabulary's files into the output; what the manifest says of the tokenizer."""
+def _read_tokenizer_files(options: Options) -> dict[str, bytes]:
+    """The files of a trained vocabulary, by the names that their copies have; read before anything is removed."""
     if not options.tokenizer:
-        return tokenizer.name
+        return {}
     from moe_jax.data.trained import TOKENIZER_FILE, tokenizer_files
 
-    entries: list[dict[str, Any]] = []
-    for source in tokenizer_files(pathlib.Path(options.tokenizer)):
-        copy = options.output / TOKENIZER_FOLDER / (TOKENIZER_FILE if not entries else source.name)
-        copy.parent.mkdir(exist_ok=True)
-        write_whole(copy, source.read_bytes(), durable=True)
-        entries.append({"file": copy.name, "bytes": copy.stat().st_size, "sha256": sha256_of(copy)})
+    first, *others = tokenizer_files(pathlib.Path(options.tokenizer))
+    return {TOKENIZER_FILE: first.read_bytes()} | {file.name: file.read_bytes() for file in others}
+
+
+def _describe_tokenizer(tokenizer: Tokenizer, files: dict[str, bytes]) -> Any:
+    """What the manifest says of the tokenizer."""
+    if not files:
+        return tokenizer.name
+    entries = [
+        {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    ]
     return {"name": tokenizer.name, "separator": tokenizer.separator, "files": entries}
+
+
+def _keep_tokenizer(output: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Copies a trained vocabulary's files into the output, where no others of an earlier one stay."""
+    folder = output / TOKENIZER_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, data in files.items():
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / name, data, durable=True)
 
 
 def _refuse_foreign(options: Options) -> None:
@@ -502,24 +573,15 @@ def _refuse_foreign(options: Options) -> None:
         )
 
 
-def _is_complete(options: Options, fingerprint: str) -> bool:
-    """Is the corpus there already? Refuses or, with --overwrite, removes one made from something else."""
-    manifest, partial = options.output / MANIFEST, options.output / PARTIAL
-    for path in (manifest, partial / "plan.json"):
-        if path.exists() and _read_note(path).get("fingerprint") != fingerprint:
-            if not options.overwrite:
-                raise ValueError(
-                    f"--output={options.output} holds a corpus made from other inputs or "
-                    f"options; give another folder, or --overwrite to replace it."
-                )
-            _discard(options.output)
-    if manifest.exists() and (damage := _damage(options.output)):
-        if not options.overwrite:
-            raise damage
-        _discard(options.output)
-    if manifest.exists() and partial.exists():
-        shutil.rmtree(partial)
-    return manifest.exists()
+def _obstacle(output: pathlib.Path, made_from: str) -> Exception | None:
+    """What is wrong with a corpus that is there already: it is made from something else, or damaged."""
+    for path in (output / MANIFEST, output / PARTIAL / PLAN):
+        if path.exists() and _read_note(path).get("fingerprint") != made_from:
+            return ValueError(
+                f"--output={output} holds a corpus made from other inputs or options; give another folder, or "
+                "--overwrite to replace it."
+            )
+    return _damage(output) if (output / MANIFEST).exists() else None
 
 
 def _damage(output: pathlib.Path) -> Exception | None:
@@ -535,9 +597,18 @@ def _discard(output: pathlib.Path) -> None:
     for split in SPLITS:
         for path in [*output.glob(f"*.{split}.bin"), *output.glob(f"*.{split}.offsets.bin")]:
             path.unlink()
-    shutil.rmtree(output / TOKENIZER_FOLDER, ignore_errors=True)
-    for path in [*(output / PARTIAL).glob("*.json"), output / MANIFEST]:
+    for folder in (output / TOKENIZER_FOLDER, output / PARTIAL / FINISHED):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in (output / PARTIAL / PLAN, output / MANIFEST):
         path.unlink(missing_ok=True)
+
+
+def _reopen(output: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Makes a finished corpus one of which only the domains are finished: its tokenizer's settings have changed."""
+    for domain, entry in manifest["domains"].items():
+        _write_json(_note(output, domain), entry)
+    _write_json(output / PARTIAL / PLAN, {"fingerprint": manifest["fingerprint"]})
+    (output / MANIFEST).unlink()
 
 
 @contextlib.contextmanager
@@ -556,31 +627,37 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 def _read_note(path: pathlib.Path) -> dict[str, Any]:
     try:
-        note = json.loads(path.read_bytes())
+        note = json.loads(path.read_bytes()) if path.exists() else None
     except ValueError:
         note = None  # not written by us, so nothing in it is as expected
     return note if isinstance(note, dict) else {}
 
 
-def _fingerprint(options: Options, plans: Sequence[DomainPlan], tokenizer: Tokenizer) -> str:
-    """A hash of all that the output depends on."""
+def _made_from(options: Options, plans: Sequence[DomainPlan], tokenizer: Tokenizer) -> str:
+    """A hash of all that the streams depend on."""
     everything = [
         VERSION,
         tokenizer.name,
         options.validation_fraction,
         options.text_key,
-        [[plan.name, [[source.name, source.sha256] for source in plan.sources]] for plan in plans],
+        [[plan.name, [_identity(source) for source in plan.sources]] for plan in plans],
     ]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
+def _identity(source: Source) -> list[str]:
+    """What of a file decides its documents; earlier versions took each of these names but .jsonl for one document."""
+    how = ["lines"] if _has_lines(source.name) and not source.name.endswith(LINES[0]) else []
+    return [source.name, source.sha256, *how]
+
+
 def _manifest(
-    options: Options, fingerprint: str, domains: dict[str, Any], described: Any, tokenizer: Tokenizer
+    options: Options, made_from: str, domains: dict[str, Any], described: Any, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": fingerprint,
+        "fingerprint": made_from,
         "options": {"validation_fraction": options.validation_fraction, "text_key": options.text_key},
         "tokenizer": described,
         "vocab_size": tokenizer.vocab_size,
@@ -594,6 +671,7 @@ def _manifest(
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes JSON so that the file is there whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.parent / f"{path.name}.new"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2) + "\n")
@@ -657,9 +735,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; bad input ends it with a message and status 2."""
+    print_any_name()
     try:
         prepare(parse(arguments))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         fail(str(error))
 
 
