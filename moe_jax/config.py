@@ -652,8 +652,9 @@ def _check_mesh(c: Config) -> None:
         raise ValueError(
             f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
             f"divisible by mesh.replica x data x expert = {shards}; "
-            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, fewer micro_batches, or a mesh of at "
-            f"most {rows} of these (mesh.data=1 is one)."
+            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, "
+            f"{'fewer micro_batches, ' if c.micro_batches > 1 else ''}or a mesh of at most {rows} of these "
+            "(mesh.data=1 is one)."
         )
     if m.num_experts and sizes["expert"] > 1 and m.dispatch == "local":
         raise ValueError(
