@@ -33,15 +33,54 @@ def with_fallback() -> Tokenizer:
     """As Llama's and Mixtral's: a space before the text, ▁ for spaces, bytes for what the vocabulary lacks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _falling_back(tokenizer)
+
+
+def with_metaspace() -> Tokenizer:
+    """As transformers 5 writes Llama's and Mistral's: a space before texts that begin with none."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=False)
+    return _falling_back(tokenizer)
+
+
+def with_prefix() -> Tokenizer:
+    """Byte-level, with a space before texts that begin with none, as RoBERTa's."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def without_spaces() -> Tokenizer:
+    """With fallback and Metaspace, but without a token for ▁: every space is three bytes."""
+    raw = json.loads(with_metaspace().to_str())
+    raw["model"]["vocab"] = {token.replace("▁", "__"): i for token, i in raw["model"]["vocab"].items()}
+    raw["model"]["merges"] = []
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+def unigram() -> Tokenizer:
+    """With fallback and ▁; its model, unlike BPE, makes the special token </s> of a text that has its name."""
+    tokens = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁the", -3.0), ("at", -3.0)]
+    tokens += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram(tokens, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Sequence(_SPACES)
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+_SPACES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+
+
+def _falling_back(tokenizer: Tokenizer) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], **BPE)
     tokenizer.train_from_iterator(["the cat sat on the mat", "a hat"], trainer)
     raw = json.loads(tokenizer.to_str())
     vocabulary = raw["model"]["vocab"]
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     raw["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
-    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer = Tokenizer.from_str(json.dumps(raw))
-    tokenizer.decoder = decoders.Sequence(strip)
+    tokenizer.decoder = decoders.Sequence(_SPACES)
     return tokenizer
 
 
