@@ -43,12 +43,20 @@ def restore(workdir: Path) -> "tuple[Model, int]":
     from moe_jax.mesh import is_sharded, make_mesh
 
     config = on_these_devices(config_of_run(workdir))
+    check_trained(workdir)
     mesh = make_mesh(config.mesh)
     state = restore_model(config, workdir, mesh)
-    if state is None:
-        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
+    assert state is not None
     model = Model(config, state.params, state.bias, state.balance, mesh if is_sharded(mesh) else None)
     return model, int(state.step)
+
+
+def check_trained(workdir: Path) -> None:
+    """Raise a ValueError where there is no finished checkpoint."""
+    from moe_jax.checkpoint import committed
+
+    if not committed(workdir / "checkpoints"):
+        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
 
 
 def tokenizer_of(workdir: Path, config: Config, asked: str = "", eos: str = "") -> "tuple[Tokenizer, bool]":

@@ -182,9 +182,11 @@ def test_without_bos_and_eos_one_must_be_given_by_the_flag_of_the_command(tmp_pa
     assert get_tokenizer(str(folder), eos="<|end|>").separator == 1 and get_tokenizer(str(folder), eos="300").ends == (
         300,
     )
-    for asked in (dict(separator="<nope>"), dict(eos="<nope>", flag="eos")):
-        with pytest.raises(ValueError, match=rf"has no token '<nope>'; give --{asked.get('flag', 'separator')}=TOKEN"):
-            get_tokenizer(str(folder), **asked)
+    for given_token in (dict(separator="<nope>"), dict(eos="<nope>", flag="eos")):
+        with pytest.raises(
+            ValueError, match=rf"has no token '<nope>'; give --{given_token.get('flag', 'separator')}=TOKEN"
+        ):
+            get_tokenizer(str(folder), **given_token)
 
 
 def test_an_end_that_is_given_ends_texts_besides_those_that_are_named(tmp_path):
@@ -321,8 +323,16 @@ def lossy():
         (lower, "a\u0301", "(-1 in all), for the tokenizer's normalizer (NFC, Lowercase) changes text;"),
         (vocabularies.without_spaces, "a cat", "(+2 in all), for the tokenizer writes a space as ▁, and that as three"),
         (vocabularies.with_metaspace, "a▁b", "(-2 in all), for the tokenizer writes a space as ▁, and that character"),
-        (vocabularies.with_metaspace, " one", "(-1 in all), for the tokenizer cannot tell a text that begins with one"),
-        (vocabularies.with_prefix, " one", "(-1 in all), for the tokenizer cannot tell a text that begins with one"),
+        (
+            vocabularies.with_metaspace,
+            " one",
+            "(-1 in all), for the tokenizer does not distinguish a text that begins with",
+        ),
+        (
+            vocabularies.with_prefix,
+            " one",
+            "(-1 in all), for the tokenizer does not distinguish a text that begins with",
+        ),
         (lossy, "naïve", "(-1 in all), for the vocabulary lacks some bytes;"),
     ],
 )

@@ -91,8 +91,8 @@ class TrainedTokenizer:
     def lead(self, ids: Iterable[int]) -> int:
         """How many of the first bytes of a text's ids are none of the text's.
 
-        Where a space is put only before texts that have none, two of them are the text's own; a text with one cannot
-        be told from a text with none.
+        Where a space is put only before texts that have none, two of them are the text's own; a text with one has the
+        ids of a text with none.
         """
         data = self.to_bytes(ids)
         own = not self.always and data.startswith(self.before * 2)
@@ -112,7 +112,7 @@ class TrainedTokenizer:
             kinds = [kind for kind in _kinds(json.loads(normalizer.__getstate__())) if kind != "Sequence"]
             return f"the tokenizer's normalizer ({', '.join(kinds)}) changes text"
         if f" {found.decode(errors='replace')}" == text:
-            return "the tokenizer cannot tell a text that begins with one space from one that begins with none"
+            return "the tokenizer does not distinguish a text that begins with one space from one that begins with none"
         if more := found.count(BLOCK.encode()) - text.count(BLOCK):
             how = "and that as three bytes" if more > 0 else "and that character, too"
             return f"the tokenizer writes a space as {BLOCK}, {how}"
@@ -153,8 +153,8 @@ def read_tokenizer(
         flag: by which the caller takes a token, for errors.
 
     Raises:
-        ValueError: the file is missing or damaged, of a kind whose tokens have no bytes of their own, or no
-            separator can be told, or it is a character of ordinary text.
+        ValueError: the file is missing or damaged, of a kind whose tokens have no bytes of their own, no separator is
+            named, or it is a character of ordinary text.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
     raw = read_settings(file)
