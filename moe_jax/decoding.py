@@ -8,6 +8,7 @@ Legend: B rows, N tokens at a time, V vocabulary, L MoE layers, S slots.
 
 import codecs
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ def generate(
         tokenizer: gives the texts; ids that it does not know are never drawn.
         max_new_tokens: of each text, at least 1.
         sampling: `Sampling()` if None.
-        stop: a text ends before the first of these strings.
+        stop: a text ends before the first of these strings, which may also have names of special tokens in them.
         key: of the randomness; `jax.random.key(0)` if None.
         rows: what tells the draws of the texts apart, their number if None: a text depends on its row, not on others.
         max_length: prompt and new tokens together must not exceed it; 0 is no limit.
@@ -111,7 +112,7 @@ def generate(
     new = np.zeros(count, np.int32)
     for tokens, positions in _chunks(prompts, count, max(map(len, prompts))):
         new, cache = step(arrays, tokens, positions, new, cache, *how)
-    texts = [Growing(tokenizer, stop, _lead(tokenizer, prompt)) for prompt in prompts]
+    texts = [Growing(tokenizer, stop, opening=not tokenizer.to_bytes(prompt)) for prompt in prompts]
     for number in range(max_new_tokens):
         ids = np.asarray(new)
         for row, text in enumerate(texts):
@@ -137,26 +138,48 @@ def complete(model: Model, prompts: Sequence[Sequence[int]], tokenizer: Tokenize
 
 
 class Growing:
-    """One text while it is made: only whole characters leave it, and nothing that may become a stop string."""
+    """One text while it is made: only whole characters leave it, and nothing that may become a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], lead: int = 0) -> None:
+    Names of special tokens never leave it, but stop strings are looked for in the text that has them.
+
+    Args:
+        tokenizer: gives the characters.
+        stop: the strings before which the text ends.
+        opening: whether no text stands before it, so that what a tokenizer puts before texts is none of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], opening: bool = False) -> None:
         self.why = ""
-        self._tokenizer, self._stop, self._lead = tokenizer, stop, lead
+        self._tokenizer, self._stop = tokenizer, stop
+        self._first: list[int] | None = [] if opening else None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        self._is_text: list[bool] = []  # of each character that is held
 
     def take(self, token: int, last: bool = False) -> str:
         """The characters that one more token makes certain; `last` says that no other follows."""
         ended = token in self._tokenizer.ends
-        data = b"" if ended else self._tokenizer.to_bytes([token])
-        if data and self._lead:
-            data, self._lead = data.removeprefix(b" "), 0
-        self._held += self._decoder.decode(data, final=ended or last)
+        data = self._bytes_of([] if ended else [token], final=ended or last)
+        text, name = self._decoder.decode(data, final=ended or last), self._tokenizer.names.get(token, "")
+        self._held += text + name
+        self._is_text += [True] * len(text) + [False] * len(name)
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
-        self.why = "stop" if found else "end" if ended else "length" if last else ""
+        self.why = "end" if ended else "stop" if found else "length" if last else ""
         certain = min(found) if found else len(self._held) if self.why else len(self._held) - self._doubtful()
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
+        shown = "".join(itertools.compress(self._held[:certain], self._is_text))
+        self._held, self._is_text = self._held[certain:], self._is_text[certain:]
+        return shown
+
+    def _bytes_of(self, ids: list[int], final: bool) -> bytes:
+        """The bytes of more ids, but at the beginning of a text none until it is clear which are its own."""
+        if self._first is None:
+            return self._tokenizer.to_bytes(ids)
+        self._first += ids
+        data = self._tokenizer.to_bytes(self._first)
+        if len(data) < 2 * self._tokenizer.lead_bytes and not final:
+            return b""
+        lead, self._first = self._tokenizer.lead(self._first), None
+        return data[lead:]
 
     def _doubtful(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""
@@ -366,8 +389,3 @@ def _padded(sequences: Sequence[Sequence[int]], count: int, width: int) -> tuple
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)], positions[row, : len(sequence)] = sequence, np.arange(len(sequence))
     return tokens, positions
-
-
-def _lead(tokenizer: Tokenizer, prompt: Sequence[int]) -> int:
-    """The space that a tokenizer puts before a text, where the prompt has no text to hold it."""
-    return 0 if tokenizer.to_bytes(prompt) else tokenizer.lead_bytes

@@ -1,9 +1,10 @@
 """`python -m moe_jax.generate --workdir=DIR --prompt="..."`: text from the newest checkpoint of a run.
 
 Several --prompt, a --prompts_file with one a line, or --num_samples of each are made together; a single text appears
-as it is made. It ends at the separator of documents (or the model's own end of text), where a --stop string begins, or
-after --max_new_tokens. --temperature=0 takes the likeliest token; --top_k and --top_p leave only likely ones. The same
---seed gives the same text, whatever else is made with it.
+as it is made. It ends at the separator of documents, at the model's own ends of text and at --eos=TOKEN, where a --stop
+string begins, which may have names of special tokens in it, or after --max_new_tokens. --temperature=0 takes the
+likeliest token; --top_k and --top_p leave only likely ones. The same --seed gives the same text, whatever else is made
+with it.
 
 --show_experts colours every token by its top expert in one MoE layer (--layer, the middle one if left out);
 --html=FILE writes the same as a page in which the layer can be chosen.
@@ -42,35 +43,51 @@ def restore(workdir: Path) -> "tuple[Model, int]":
     from moe_jax.mesh import is_sharded, make_mesh
 
     config = on_these_devices(config_of_run(workdir))
+    check_trained(workdir)
     mesh = make_mesh(config.mesh)
     state = restore_model(config, workdir, mesh)
-    if state is None:
-        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
+    assert state is not None
     model = Model(config, state.params, state.bias, state.balance, mesh if is_sharded(mesh) else None)
     return model, int(state.step)
 
 
-def tokenizer_of(workdir: Path, config: Config, asked: str = "") -> "tuple[Tokenizer, bool]":
+def check_trained(workdir: Path) -> None:
+    """Raise a ValueError where there is no finished checkpoint."""
+    from moe_jax.checkpoint import committed
+
+    if not committed(workdir / "checkpoints"):
+        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
+
+
+def tokenizer_of(workdir: Path, config: Config, asked: str = "", eos: str = "") -> "tuple[Tokenizer, bool]":
     """The model's tokenizer, and whether a prompt begins with its separator: as the model has seen its texts.
 
-    The one asked for, else the files of a converted model, else that of the run's corpus.
+    The one asked for, else the files of a converted model, else that of the run's corpus; `eos` is one more token of
+    it, by name or id, that ends texts.
 
     Raises:
         ValueError: a converted model came without a tokenizer that can be read; or as `get_tokenizer`.
     """
     from moe_jax.data import check_corpus, get_tokenizer
+    from moe_jax.data.corpus import TOKENIZER_FOLDER
+    from moe_jax.data.tokenizer import TOKENIZERS
     from moe_jax.data.trained import TOKENIZER_FILE, read_tokenizer
 
     own = workdir / TOKENIZER
     if asked:
-        tokenizer = get_tokenizer(asked)
+        tokenizer = get_tokenizer(asked, eos=eos, flag="eos")
         return tokenizer, tokenizer.opens_text
     if (own / TOKENIZER_FILE).is_file():
-        tokenizer = read_tokenizer(own)
+        tokenizer = read_tokenizer(own, eos=eos, flag="eos")
         return tokenizer, tokenizer.opens_text
     if own.is_dir():
         raise ValueError(f"{own} came without a {TOKENIZER_FILE}; put one there, or give --tokenizer=DIR_OR_JSON.")
-    return check_corpus(config.data.path).tokenizer, True
+    tokenizer = check_corpus(config.data.path).tokenizer
+    if eos:
+        known = tokenizer.name in TOKENIZERS
+        name = tokenizer.name if known else str(Path(config.data.path) / TOKENIZER_FOLDER)
+        tokenizer = get_tokenizer(name, tokenizer.separator, eos, flag="eos")
+    return tokenizer, True
 
 
 def longest(workdir: Path, config: Config) -> int:
@@ -139,7 +156,7 @@ def run(flag: Any) -> None:
     layer = chosen_layer(config, flag.layer) if coloured else 0
     if flag.html:
         check_writable(Path(flag.html), "html")
-    tokenizer, opened = tokenizer_of(workdir, config, flag.tokenizer)
+    tokenizer, opened = tokenizer_of(workdir, config, flag.tokenizer, flag.eos)
     opened = opened if flag.separator is None else flag.separator
     given = [encode(tokenizer, prompt, opened) for prompt in prompts for _ in range(flag.num_samples)]
     check_model(config, tokenizer)
@@ -272,6 +289,7 @@ def define_flags(values: Any = flags.FLAGS) -> None:
     flags.DEFINE_integer("num_samples", 1, "Texts of each prompt.", flag_values=values)
     flags.DEFINE_integer("batch_size", 8, "Texts made at the same time.", flag_values=values)
     flags.DEFINE_string("tokenizer", "", "bytes, or a tokenizer.json's folder; the model's own.", flag_values=values)
+    flags.DEFINE_string("eos", "", "A token, or its id, that ends texts, too.", flag_values=values)
     flags.DEFINE_integer(
         "max_length",
         0,

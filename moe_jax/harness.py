@@ -3,13 +3,19 @@
 Needs `pip install 'moe_jax[lm-eval]'`. Any task of the harness that asks for likelihoods or for text can be named, or
 one of your own with --include_path; most of them download their data. Two of ours do not: `held_out`, the bits per
 byte of the held-out documents of the run's corpus (or --data=DIR), each document by itself; and `continuation`, which
-of four passages goes on a held-out text. With --output=FILE the results are also written as JSON.
+of four passages continues a held-out text. With --output=FILE the results are also written as JSON.
+
+A continuation is scored from the first token in which the whole text differs from the text before it. Where a token
+spans the seam that is this token, so every byte of the continuation is scored. Requests that cannot be answered are
+refused, with the names of all their tasks, before any other is answered.
 
 In Python, `adapter()(workdir=...)` is a model for `lm_eval.simple_evaluate`.
 """
 
+import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +24,7 @@ from absl import app, flags
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
 from moe_jax.files import check_writable, workdir_of, write_json
-from moe_jax.generate import encode, longest, restore, tokenizer_of
+from moe_jax.generate import check_trained, encode, longest, restore, tokenizer_of
 from moe_jax.workdir import config_of_run
 
 if TYPE_CHECKING:
@@ -31,20 +37,27 @@ TOGETHER = 32  # documents whose pieces share batches
 MOST_NEW = 256  # tokens of a text whose task sets no limit, as in the harness's own models
 
 
-class Reader(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reader:
     """A model that reads and writes: what answers the harness.
 
-    opened: whether a text begins with the separator. max_length: most tokens that are seen at a time.
+    restore: gives the model when it is first needed. opened: whether a text begins with the separator. max_length:
+    most tokens that are seen at a time.
     """
 
-    model: "Model"
+    restore: "Callable[[], Model]"
     tokenizer: "Tokenizer"
     opened: bool
     max_length: int
     batch_size: int = 8
 
+    @functools.cached_property
+    def model(self) -> "Model":
+        """The model, restored once."""
+        return self.restore()
 
-def reader(workdir: Path, tokenizer: str = "", max_length: int = 0, batch_size: int = 8) -> Reader:
+
+def reader(workdir: Path, tokenizer: str = "", max_length: int = 0, batch_size: int = 8, eos: str = "") -> Reader:
     """The newest checkpoint of a workdir, with its own tokenizer and length unless others are asked for.
 
     Raises:
@@ -55,12 +68,40 @@ def reader(workdir: Path, tokenizer: str = "", max_length: int = 0, batch_size: 
     if batch_size < 1:
         raise ValueError(f"--batch_size={batch_size} must be at least 1; raise it.")
     config = config_of_run(workdir)
-    spoken, opened = tokenizer_of(workdir, config, tokenizer)
+    spoken, opened = tokenizer_of(workdir, config, tokenizer, eos)
     check_model(config, spoken)
     length = max_length or longest(workdir, config)
     if length < 2:
         raise ValueError(f"--max_length={length} must be at least 2: a token to see and one to predict.")
-    return Reader(restore(workdir)[0], spoken, opened, length, batch_size)
+    check_trained(workdir)
+    return Reader(lambda: restore(workdir)[0], spoken, opened, length, batch_size)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+def check(read: Reader, requests: Sequence[Any]) -> None:
+    """Raise a ValueError that names each task of which a request cannot be answered, and its first such document.
+
+    Args:
+        read: who is to answer; the model is not restored for that.
+        requests: of any kind, as the harness makes them (`lm_eval.api.instance.Instance`).
+    """
+    problems: dict[str, str] = {}
+    for request in requests:
+        task = request.task_name or "the task"
+        if task in problems:
+            continue
+        try:
+            if request.request_type == "loglikelihood":
+                pair(read, *request.args[:2])
+            if request.request_type == "generate_until":
+                wish(read, request.args[1])
+        except ValueError as error:
+            where = "" if request.doc_id is None else f" (document {request.doc_id})"
+            problems[task] = f"{task}{where}: {error}"
+    if problems:
+        raise ValueError(f"{'; '.join(problems.values())}; leave out {', '.join(problems)}, or mend what is named.")
 
 
 # --- likelihoods ----------------------------------------------------------------------------------------------
@@ -96,64 +137,60 @@ def rolling(read: Reader, texts: Sequence[str]) -> list[float]:
     return sums
 
 
+def pair(read: Reader, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The ids that are seen, at least one, and those that are scored for a continuation of a context, at least one.
+
+    Both together are the ids of the whole text. Scored are those from the first that differs from the context's own,
+    where these are taken without spaces at their end, which belong to the word that follows. So the ids that are seen
+    stand for a beginning of the context, and every byte of the continuation is scored. Behind no context, or where
+    nothing of its ids is left, the separator is seen.
+
+    Source: lm-evaluation-harness, `TemplateLM._encode_pair`, which cuts behind as many ids as the context has.
+
+    Raises:
+        ValueError: nothing would be scored, or more than the model sees.
+    """
+    whole = encode(read.tokenizer, context + continuation, read.opened)
+    alone = encode(read.tokenizer, context.rstrip(), read.opened)
+    cut = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
+    if not cut:
+        whole, cut = encode(read.tokenizer, context + continuation, True), 1
+    if not continuation or not whole[cut:]:
+        raise ValueError(f"the continuation {continuation!r} adds no token to its context, so nothing can be scored")
+    if len(whole) - cut > read.max_length:
+        raise ValueError(
+            f"a continuation has {len(whole) - cut} tokens, more than the {read.max_length} that the model sees "
+            "(--max_length)"
+        )
+    return whole[:cut], whole[cut:]
+
+
 def likelihoods(read: Reader, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
     """ln of the probability of each continuation after its context, and whether each of its tokens was the likeliest.
 
     Args:
         read: the model; of a context that is too long the last tokens are seen.
-        requests: (context, continuation) as token ids, at least one in a context.
-
-    Raises:
-        ValueError: a continuation by itself is longer than the model sees.
+        requests: (context, continuation) as token ids, at least one in each, as `pair` gives them.
     """
-    pieces = []
-    for context, continuation in requests:
-        if len(continuation) > read.max_length:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens, more than the {read.max_length} that the model sees; "
-                "leave the task out, or set --max_length."
-            )
-        pieces.append(([*context, *continuation][-(read.max_length + 1) :], len(continuation)))
-    return _scored(read, pieces)
+    return _scored(read, [([*seen, *new][-(read.max_length + 1) :], len(new)) for seen, new in requests])
 
 
 def _scored(read: Reader, pieces: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
     """Of each piece the sum over its last tokens, and whether all were the likeliest: longest first, in batches."""
     from moe_jax.decoding import score
 
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(pieces)
-    order = sorted((n for n, (_, new) in enumerate(pieces) if new), key=lambda n: -len(pieces[n][0]))
+    results: dict[int, tuple[float, bool]] = {}
+    order = sorted(range(len(pieces)), key=lambda n: -len(pieces[n][0]))
     for part in _parts(order, read.batch_size):
         full = [*part, *[part[-1]] * (read.batch_size - len(part))]  # as many rows each time: nothing compiles anew
         found = score(read.model, [pieces[n][0] for n in full])
         for n, (logs, likeliest) in zip(part, found, strict=False):
             new = pieces[n][1]
             results[n] = float(logs[-new:].astype(float).sum()), bool(likeliest[-new:].all())
-    return results
+    return [results[n] for n in range(len(pieces))]
 
 
 # --- text -----------------------------------------------------------------------------------------------------
-
-
-def until(read: Reader, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """What follows each prompt, up to the strings or the length that its task names.
-
-    Raises:
-        ValueError: a task asks for what is not known here, or leaves no room for its prompt.
-    """
-    from moe_jax.decoding import complete
-
-    wishes = [_wishes(read, options) for _, options in requests]
-    texts = [""] * len(requests)
-    for wish in dict.fromkeys(wishes):
-        members = [n for n, other in enumerate(wishes) if other == wish]
-        prompts = {n: _last(read, requests[n][0], wish.max_new_tokens) for n in members}
-        members.sort(key=lambda n: -len(prompts[n]))
-        for part in _parts(members, read.batch_size):
-            found = complete(read.model, [prompts[n] for n in part], read.tokenizer, rows=part, **wish._asdict())
-            for n, one in zip(part, found, strict=True):
-                texts[n] = one.text
-    return texts
 
 
 class Wish(NamedTuple):
@@ -164,33 +201,64 @@ class Wish(NamedTuple):
     stop: tuple[str, ...]
 
 
-def _wishes(read: Reader, options: Mapping[str, Any]) -> Wish:
+def until(read: Reader, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """What follows each prompt, up to the strings or the length that its task names.
+
+    Raises:
+        ValueError: as `wish`.
+    """
+    from moe_jax.decoding import complete
+
+    wishes = [wish(read, options) for _, options in requests]
+    texts = [""] * len(requests)
+    for one in dict.fromkeys(wishes):
+        members = [n for n, other in enumerate(wishes) if other == one]
+        prompts = {n: _last(read, requests[n][0], one.max_new_tokens) for n in members}
+        members.sort(key=lambda n: -len(prompts[n]))
+        for part in _parts(members, read.batch_size):
+            found = complete(read.model, [prompts[n] for n in part], read.tokenizer, rows=part, **one._asdict())
+            for n, completion in zip(part, found, strict=True):
+                texts[n] = completion.text
+    return texts
+
+
+def wish(read: Reader, options: Mapping[str, Any]) -> Wish:
+    """What a task's generation_kwargs say.
+
+    Raises:
+        ValueError: they have what is not known here, a value out of range, or leave no room for a prompt.
+    """
     from moe_jax.sampling import Sampling
 
     if unknown := set(options) - GENERATION:
         raise ValueError(
             f"the task's generation_kwargs have {', '.join(sorted(unknown))}, but known are "
-            f"{', '.join(sorted(GENERATION))}; change them with --gen_kwargs, or leave the task out."
+            f"{', '.join(sorted(GENERATION))} (--gen_kwargs)"
         )
     stop = options.get("until") or []
-    drawn = options.get("do_sample", float(options.get("temperature", 0.0)) > 0)
-    sampling = Sampling(
-        float(options.get("temperature", 1.0)) if drawn else 0.0,
-        int(options.get("top_k", 0)),
-        float(options.get("top_p", 1.0)),
-    )
-    room = int(options.get("max_gen_toks", min(MOST_NEW, read.max_length // 2)))
+    try:
+        drawn = options.get("do_sample", float(options.get("temperature", 0.0)) > 0)
+        sampling = Sampling(
+            float(options.get("temperature", 1.0)) if drawn else 0.0,
+            int(options.get("top_k", 0)),
+            float(options.get("top_p", 1.0)),
+        )
+        room = int(options.get("max_gen_toks", min(MOST_NEW, read.max_length // 2)))
+    except (TypeError, ValueError) as error:
+        problem = str(error).removeprefix("--").removesuffix(".")
+        raise ValueError(f"the task's generation_kwargs: {problem} (--gen_kwargs)") from None
+    if not 0 < room < read.max_length:
+        raise ValueError(
+            f"max_gen_toks={room} leaves no room for {'a text' if room < 1 else 'a prompt'} in the {read.max_length} "
+            "tokens that the model sees (--gen_kwargs, --max_length)"
+        )
     return Wish(room, sampling, tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s))
 
 
 def _last(read: Reader, prompt: str, new: int) -> list[int]:
-    """The prompt's last tokens, as many as leave room for the new ones."""
-    if new >= read.max_length:
-        raise ValueError(
-            f"max_gen_toks={new} leaves no room for a prompt in the {read.max_length} tokens that the model sees; "
-            "set --max_length, or leave the task out."
-        )
-    return encode(read.tokenizer, prompt, read.opened)[-(read.max_length - new) :]
+    """The prompt's last tokens, as many as leave room for the new ones; the separator where there are none."""
+    ids = encode(read.tokenizer, prompt, read.opened) or [read.tokenizer.separator]
+    return ids[-(read.max_length - new) :]
 
 
 def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -200,6 +268,7 @@ def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 # --- the harness's own interface ------------------------------------------------------------------------------
 
 
+@functools.cache  # a name is registered once
 def adapter() -> Any:
     """The class by which the harness knows our models, registered as "moe_jax".
 
@@ -207,7 +276,7 @@ def adapter() -> Any:
         ValueError: the harness is not installed.
     """
     try:
-        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
         from tqdm import tqdm
     except ImportError as error:
@@ -215,22 +284,29 @@ def adapter() -> Any:
             f"the lm-evaluation-harness is not installed ({error}); pip install 'moe_jax[lm-eval]'."
         ) from None
 
-    class MoeJax(TemplateLM):
-        """A workdir's model, as the harness asks for one."""
+    class MoeJax(LM):
+        """A workdir's model, as the harness asks for one.
+
+        tasks: those that will ask, where they are known: none is answered if one cannot be.
+        """
 
         def __init__(
-            self, workdir: str, tokenizer: str = "", max_length: int = 0, batch_size: int = 8, **others: Any
+            self,
+            workdir: str,
+            tokenizer: str = "",
+            max_length: int = 0,
+            batch_size: int = 8,
+            eos: str = "",
+            **others: Any,
         ) -> None:
             super().__init__()
             if unknown := {name for name, value in others.items() if value is not None} - {"max_batch_size", "device"}:
                 raise ValueError(
                     f"model_args has {', '.join(sorted(unknown))}, which moe_jax does not know; remove it."
                 )
-            self.reader = reader(workdir_of(workdir), tokenizer, int(max_length), int(batch_size))
-
-        @property
-        def eot_token_id(self) -> int:
-            return self.reader.tokenizer.separator
+            self.reader = reader(workdir_of(workdir), tokenizer, int(max_length), int(batch_size), str(eos))
+            self.tasks: Sequence[Any] = ()
+            self.answering = False
 
         @property
         def max_length(self) -> int:
@@ -240,31 +316,32 @@ def adapter() -> Any:
         def tokenizer_name(self) -> str:
             return self.reader.tokenizer.name
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            opened = self.reader.opened if add_special_tokens is None else add_special_tokens
-            return encode(self.reader.tokenizer, string, opened)
-
-        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [(context, continuation) for _, context, continuation in requests]
-            found = likelihoods(self.reader, pairs)
-            self._remember("loglikelihood", [request[0] for request in requests], found)
-            return found
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self._check(requests)
+            pairs = [pair(self.reader, *request.args[:2]) for request in requests]
+            return self._remember(requests, likelihoods(self.reader, pairs))
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            self._check(requests)
             texts, found = [request.args[0] for request in requests], []
             for part in tqdm(list(_parts(range(len(texts)), TOGETHER)), desc="documents", disable=disable_tqdm):
                 found += rolling(self.reader, [texts[n] for n in part])
-            self._remember("loglikelihood_rolling", [request.args for request in requests], found)
-            return found
+            return self._remember(requests, found)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            found = until(self.reader, [request.args for request in requests])
-            self._remember("generate_until", [request.args for request in requests], found)
-            return found
+            self._check(requests)
+            return self._remember(requests, until(self.reader, [request.args for request in requests]))
 
-        def _remember(self, kind: str, arguments: Sequence[Any], found: Sequence[Any]) -> None:
-            for given, answer in zip(arguments, found, strict=True):
-                self.cache_hook.add_partial(kind, given, answer)
+        def _check(self, requests: Any) -> None:
+            """Before the first answer: the harness has made all tasks' requests by then."""
+            if not self.answering:
+                check(self.reader, [one for task in self.tasks for one in task.instances] or requests)
+            self.answering = bool(self.tasks)
+
+        def _remember(self, requests: Sequence[Any], found: list[Any]) -> list[Any]:
+            for request, answer in zip(requests, found, strict=True):
+                self.cache_hook.add_partial(request.request_type, request.args, answer)
+            return found
 
     return register_model("moe_jax")(MoeJax)
 
@@ -281,6 +358,9 @@ def run(flag: Any) -> dict[str, Any]:
     made, workdir = adapter(), workdir_of(flag.workdir)
     if flag.output:
         check_writable(Path(flag.output), "output")
+    for name in ("num_fewshot", "limit", "max_length", "bootstrap"):
+        if (getattr(flag, name) or 0) < 0:
+            raise ValueError(f"--{name}={getattr(flag, name)} must be at least 0; raise it, or leave it out.")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
@@ -288,14 +368,34 @@ def run(flag: Any) -> dict[str, Any]:
     data = flag.data or config_of_run(workdir).data.path
     ours = {file.stem for file in OURS.glob("*.yaml")}
     names = [name for name in flag.tasks.split(",") if name]
+    model = made(str(workdir), flag.tokenizer, flag.max_length, flag.batch_size, flag.eos)
+
+    class Tasks(TaskManager):
+        """The harness's tasks, which the model knows once they are loaded."""
+
+        def load(self, task_list: Any) -> Any:
+            loaded = super().load(task_list)
+            model.tasks = list(loaded["tasks"].values())
+            return loaded
+
+        def _load_spec(self, spec: Any) -> Any:
+            try:
+                return super()._load_spec(spec)
+            except IndexError as error:  # of the first letter of a choice, or the first document
+                raise ValueError(
+                    f"the task {spec} has no document, or one with an empty choice ({error}), so nothing can be "
+                    "scored; leave it out, or mend it."
+                ) from error
+
     paths = [str(OURS), *([flag.include_path] if flag.include_path else [])]
-    manager = TaskManager(include_path=paths, include_defaults=not ours.issuperset(names), metadata={"data_path": data})
+    manager = Tasks(include_path=paths, include_defaults=not ours.issuperset(names), metadata={"data_path": data})
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
-            f"--tasks={flag.tasks} names {unknown[0]}, which is no task; ours are {', '.join(sorted(ours))}."
+            f"--tasks={flag.tasks} names {', '.join(unknown)}, of which there is no task; ours are "
+            f"{', '.join(sorted(ours))}."
         )
     found = simple_evaluate(
-        model=made(str(workdir), flag.tokenizer, flag.max_length, flag.batch_size),
+        model=model,
         tasks=names,
         num_fewshot=flag.num_fewshot,
         limit=flag.limit or None,
@@ -304,9 +404,9 @@ def run(flag: Any) -> dict[str, Any]:
         log_samples=False,
         bootstrap_iters=flag.bootstrap,
     )
-    print(make_table(found))
-    if flag.output:
+    if flag.output:  # before anything is printed, which may fail
         write_json(Path(flag.output), json.loads(json.dumps(found["results"], default=str)))
+    print(make_table(found))
     return found["results"]
 
 
@@ -318,6 +418,7 @@ def define_flags(values: Any = flags.FLAGS) -> None:
     text("include_path", "", "A folder with tasks of your own.", flag_values=values)
     text("data", "", "A prepared folder for our tasks; the run's own if left out.", flag_values=values)
     text("tokenizer", "", "bytes, or a tokenizer.json's folder; the model's own.", flag_values=values)
+    text("eos", "", "A token, or its id, that ends texts, too.", flag_values=values)
     text("gen_kwargs", "", "As temperature=0.5,max_gen_toks=32.", flag_values=values)
     text("output", "", "Write the results to this file.", flag_values=values)
     whole("num_fewshot", None, "Examples before each question; the task's own number.", flag_values=values)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vocabularies
+from absl import flags
 from drills import rig
 from flax import nnx
 
 from conftest import tiny_config
-from moe_jax import balance, checkpoint, decoding, generate
+from moe_jax import balance, checkpoint, decoding, generate, harness
 from moe_jax.config import as_dict
 from moe_jax.data import ByteTokenizer, get_tokenizer
+from moe_jax.data.prepare import Options, prepare
 from moe_jax.decoding import (
     Growing,
     Model,
@@ -156,10 +158,10 @@ def test_scores_are_the_log_probabilities_of_the_forward_pass(monkeypatch):
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def grown(text, stop=(), tokenizer=BYTES, lead=0):
+def grown(text, stop=(), tokenizer=BYTES, opening=False, special=False):
     """The pieces that leave a growing text, and why it ended."""
-    growing, pieces = Growing(tokenizer, stop, lead), []
-    ids = tokenizer.encode(text).tolist()
+    growing, pieces = Growing(tokenizer, stop, opening), []
+    ids = tokenizer.encode(text, special=special).tolist()
     for number, token in enumerate(ids):
         pieces.append(growing.take(token, last=number + 1 == len(ids)))
         if growing.why:
@@ -201,12 +203,53 @@ def test_half_a_character_at_the_end_is_marked(token, last, why):
     assert growing.why == why
 
 
-def test_pieces_join_to_the_text(tmp_path):
-    folder = vocabularies.write(tmp_path, vocabularies.with_fallback(), tokenizer_config=dict(bos_token="<s>"))
+@pytest.mark.parametrize("kind", ["byte_level", "with_prefix", "with_fallback", "with_metaspace", "without_spaces"])
+def test_pieces_join_to_the_text_with_the_spaces_that_it_begins_with(tmp_path, kind):
+    folder = vocabularies.write(tmp_path, getattr(vocabularies, kind)(), config=dict(eos_token_id=1))
     tokenizer = get_tokenizer(str(folder))
-    for text in vocabularies.TEXTS:
-        assert "".join(grown(text, tokenizer=tokenizer, lead=1)[0]) == text  # as after a prompt without text
-        assert "".join(grown(text, tokenizer=tokenizer)[0]) == f" {text}"
+    for text in [*vocabularies.TEXTS, "  two", "   ", " ", ""]:
+        ids = tokenizer.encode(text)
+        assert "".join(grown(text, tokenizer=tokenizer, opening=True)[0]) == tokenizer.decode(ids)
+        assert "".join(grown(text, tokenizer=tokenizer)[0]) == tokenizer.to_bytes(ids).decode()  # behind other text
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A vocabulary with <|im_end|> and <|im_start|>, at which texts do not end by themselves; at <|end|> they do."""
+    inner = vocabularies.byte_level()
+    inner.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+    return get_tokenizer(str(vocabularies.write(tmp_path, inner, tokenizer_config=dict(eos_token="<|end|>"))))
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "why"),
+    [
+        ((), "the cat\nthe hat", "length"),
+        (("<|im_end|>",), "the cat", "stop"),  # vllm-project/vllm#2123
+        (("<|im_end|>\n",), "the cat", "stop"),
+        (("cat<|im_end|>",), "the ", "stop"),
+        (("t<|im_end|>\n<|im_start|>t",), "the ca", "stop"),
+        (("\n<|im_start|>the",), "the cat", "stop"),
+        (("<|im_",), "the cat", "stop"),
+        (("_end|>\n",), "the cat", "stop"),
+        (("<|im_start|>", "hat"), "the cat\n", "stop"),
+        (("<|im_end|>\r", "<|im_middle|>"), "the cat\nthe hat", "length"),
+    ],
+)
+def test_names_of_special_tokens_in_a_stop_string_end_the_text_and_never_show(chat, stop, expected, why):
+    pieces, ended = grown("the cat<|im_end|>\n<|im_start|>the hat", stop, chat, special=True)
+    assert ("".join(pieces), ended) == (expected, why)
+
+
+def test_a_stop_string_that_is_written_in_letters_ends_the_text_too(chat):
+    pieces, ended = grown("the cat<|im_end|> sat", ["<|im_end|>"], chat)  # plain characters
+    assert ("".join(pieces), ended) == ("the cat", "stop")
+
+
+@pytest.mark.parametrize("stop", [(), ("<|end|>",), ("cat<|end|>",)])
+def test_at_an_end_the_text_ends_whatever_the_stop_strings(chat, stop):
+    pieces, ended = grown("the cat<|end|>the hat", stop, chat, special=True)
+    assert ("".join(pieces), ended) == ("the " if "cat<|end|>" in stop else "the cat", "end")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -283,6 +326,35 @@ def test_a_converted_model_speaks_by_its_own_tokenizer_and_others_by_their_corpu
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"came without a tokenizer\.json.*give --tokenizer"):
         tokenizer_of(tmp_path, tiny_config())
+
+
+def test_an_end_can_be_named_where_no_file_names_one(tmp_path):
+    vocabularies.write(tmp_path / "tokenizer", vocabularies.byte_level())
+    with pytest.raises(ValueError, match=r"names no bos or eos in .*special_tokens_map.json.*; give --eos=TOKEN"):
+        tokenizer_of(tmp_path, tiny_config())
+    for asked in ("", str(tmp_path / "tokenizer")):
+        assert tokenizer_of(tmp_path, tiny_config(), asked, "<|end|>")[0].ends == (1,)
+    with pytest.raises(ValueError, match="--eos=x is a token of a trained vocabulary, and 'bytes' is none"):
+        tokenizer_of(tmp_path / "elsewhere", tiny_config(), eos="x")
+
+
+def test_an_end_can_be_added_to_those_of_a_corpus(tmp_path):
+    (tmp_path / "in" / "one").mkdir(parents=True)
+    for n in range(3):
+        (tmp_path / "in" / "one" / f"{n}.txt").write_text(f"text {n}")
+    inner = vocabularies.byte_level()
+    model = vocabularies.write(tmp_path / "model", inner, config=dict(bos_token_id=0))
+    prepare(Options(tmp_path / "in", tmp_path / "out", tokenizer=str(model), separator="<|end|>"))
+    config = tiny_config(data=dict(path=str(tmp_path / "out")))
+    tokenizer, opened = tokenizer_of(tmp_path, config, eos="<think>")
+    assert (tokenizer.separator, tokenizer.ends, opened) == (1, (1, inner.token_to_id("<think>")), True)
+
+
+def test_a_flag_that_an_error_advises_is_one_of_the_command():
+    for module in (generate, harness):
+        known = flags.FlagValues()
+        module.define_flags(known)
+        assert "eos" in known and "tokenizer" in known
 
 
 def test_a_converted_model_is_as_long_as_its_maker_says(tmp_path):

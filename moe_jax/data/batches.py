@@ -205,8 +205,7 @@ class _Windows:
         start = index * self._sequence_length
         piece = self._stream.tokens[start : start + self._sequence_length + 1].astype(np.int32)
         segment_ids, positions = _documents(self._stream.offsets, start, len(piece) - 1)
-        opened = (piece[:-1] == self._tokenizer.separator).sum()  # texts of which the first token is a target
-        num_bytes = self._bytes_per_token[piece[1:]].sum() - opened * self._tokenizer.lead_bytes
+        num_bytes = self._bytes_per_token[piece[1:]].sum() - self._leads(start, len(piece) - 1)
         pad = self._padded
         return Batch(
             pad(piece[:-1]),
@@ -217,6 +216,15 @@ class _Windows:
             np.array(self._domain, np.int32),
             np.array(num_bytes, np.int32),
         )
+
+    def _leads(self, start: int, length: int) -> int:
+        """The bytes that are put before the texts whose first token is a target of inputs [start, start + length)."""
+        if not self._tokenizer.lead_bytes:
+            return 0
+        offsets = self._stream.offsets
+        first, last = np.searchsorted(offsets[:-1], [start, start + length])
+        texts = (self._stream.tokens[offsets[i] + 1 : offsets[i + 1]] for i in range(first, last))
+        return sum(self._tokenizer.lead(text[: 2 * self._tokenizer.lead_bytes]) for text in texts)
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         row = np.zeros(self._sequence_length, np.int32)

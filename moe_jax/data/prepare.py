@@ -487,23 +487,27 @@ def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 class Changed:
-    """Counts the documents whose tokens stand for other bytes than theirs: a vocabulary may normalize text."""
+    """Counts the documents whose tokens stand for other bytes than theirs, by reason."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._lengths, self._lead = tokenizer.bytes_per_token, tokenizer.lead_bytes
-        self.documents = self.bytes = 0
+        self._tokenizer = tokenizer
+        self.reasons: dict[str, tuple[int, int]] = {}  # -> documents, and bytes that they have more
 
     def count(self, text: str, tokens: np.ndarray) -> None:
         """Notes a document, given with its separator."""
-        difference = int(self._lengths[tokens].sum()) - self._lead - len(text.encode())
-        self.documents, self.bytes = self.documents + (difference != 0), self.bytes + difference
+        ids, own = tokens[1:], text.encode()
+        found = self._tokenizer.to_bytes(ids)[self._tokenizer.lead(ids) :]
+        if found != own:
+            why = self._tokenizer.why_changed(text, ids)
+            documents, more = self.reasons.get(why, (0, 0))
+            self.reasons[why] = documents + 1, more + len(found) - len(own)
 
     def tell(self, domain: str) -> None:
-        """Prints one line if there are any, for their bits per byte are of the normalized text."""
-        if self.documents:
+        """Prints one line a reason, for bits per byte are then of another text."""
+        for why, (documents, more) in self.reasons.items():
             print(
-                f"{domain}: the tokens of {self.documents} documents stand for other bytes than the text has "
-                f"({self.bytes:+d} in all), for the tokenizer normalizes it; bits per byte count those of the tokens."
+                f"{domain}: the tokens of {documents} documents stand for other bytes than the text has "
+                f"({more:+d} in all), for {why}; bits per byte count those of the tokens."
             )
 
 

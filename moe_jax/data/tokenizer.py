@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,8 @@ class Tokenizer(Protocol):
 
     name: tells tokenizers apart. vocab_size: V; every id is below it. separator: opens every document.
     ends: ids at which generated text ends. opens_text: whether a prompt begins with the separator.
-    lead_bytes: how many bytes more a text's tokens stand for than the text has: 1 where a space is put before it.
+    names: of tokens that are no text, by id. lead_bytes: most bytes that `lead` finds: 1 where a space is put before
+    a text.
     """
 
     @property
@@ -40,6 +41,9 @@ class Tokenizer(Protocol):
     def opens_text(self) -> bool: ...  # noqa: D102
 
     @property
+    def names(self) -> Mapping[int, str]: ...  # noqa: D102
+
+    @property
     def lead_bytes(self) -> int: ...  # noqa: D102
 
     @property
@@ -55,8 +59,14 @@ class Tokenizer(Protocol):
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for, end to end: any of them may be half a character."""
 
+    def lead(self, ids: Iterable[int]) -> int:
+        """How many of the first bytes of a text's ids are none of the text's; the first 2 `lead_bytes` decide it."""
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, without what `lead_bytes` counts; bytes that are not UTF-8 become U+FFFD."""
+        """The text of the ids, without what `lead` counts; bytes that are not UTF-8 become U+FFFD."""
+
+    def why_changed(self, text: str, ids: Iterable[int]) -> str:
+        """Why the ids of a text stand for other bytes than the text has, where they do."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -133,6 +143,19 @@ class ByteTokenizer:
         return array[array != self.separator].astype(np.uint8).tobytes()
 
     @property
+    def names(self) -> Mapping[int, str]:
+        """None: the separator has no name."""
+        return {}
+
+    def lead(self, ids: Iterable[int]) -> int:
+        """0: nothing is put before a text."""
+        return 0
+
+    def why_changed(self, text: str, ids: Iterable[int]) -> str:
+        """No reason: bytes are those of the text."""
+        return ""
+
+    @property
     def bytes_per_token(self) -> np.ndarray:
         """int32[V]: UTF-8 bytes of text in each token: 1, and 0 for the separator."""
         lengths = np.ones(self.vocab_size, np.int32)
@@ -143,12 +166,14 @@ class ByteTokenizer:
 TOKENIZERS = {"bytes": ByteTokenizer}
 
 
-def get_tokenizer(name: str, separator: str | int = "") -> Tokenizer:
+def get_tokenizer(name: str, separator: str | int = "", eos: str = "", flag: str = "separator") -> Tokenizer:
     """Finds a tokenizer by its name, or reads the one in a folder.
 
     Args:
         name: a key of `TOKENIZERS`, or the path of a `tokenizer.json` or of the folder that holds it.
         separator: for a trained one the token, or its id, that opens every document; "" finds it.
+        eos: for a trained one a token, or its id, that ends texts, besides those that its files name.
+        flag: by which the caller takes a token, for errors.
 
     Returns:
         The tokenizer.
@@ -157,6 +182,8 @@ def get_tokenizer(name: str, separator: str | int = "") -> Tokenizer:
         ValueError: no tokenizer has that name; or as `trained.read_tokenizer`.
     """
     if name in TOKENIZERS:
+        if eos:
+            raise ValueError(f"--{flag}={eos} is a token of a trained vocabulary, and {name!r} is none; leave it out.")
         return TOKENIZERS[name]()
     if not pathlib.Path(name).exists():
         known = ", ".join(sorted(TOKENIZERS))
@@ -165,4 +192,4 @@ def get_tokenizer(name: str, separator: str | int = "") -> Tokenizer:
         )
     from moe_jax.data.trained import read_tokenizer
 
-    return read_tokenizer(pathlib.Path(name), separator)
+    return read_tokenizer(pathlib.Path(name), separator, eos, flag)

@@ -10,11 +10,12 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from moe_jax.data.tokenizer import checked_ids, token_dtype
 
 TOKENIZER_FILE = "tokenizer.json"
 # in them stand the tokens that open and end a text, by name or by id; the first that says so is right
-SETTINGS = ("tokenizer_config.json", "generation_config.json", "config.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+BLOCK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -36,8 +38,12 @@ class TrainedTokenizer:
         separator: the id that opens every document.
         ends: ids at which generated text ends, the separator among them.
         opens_text: whether the model that this came with was given the separator before every text.
-        pieces: the bytes that each id stands for, none for special tokens and for ids that no token has.
-        lead_bytes: 1 where a space is put before every text, else 0.
+        pieces: the bytes that each id stands for, none for tokens that are no text and for ids that no token has.
+        names: of each token that is no text its name: the separator, the ends, and all special tokens.
+        spelled: of each of these the ids of its name's bytes, one by one, where the vocabulary has them all.
+        before: what is put before a text.
+        always: whether it is, even before a text that begins with a space.
+        inner: the `tokenizers.Tokenizer`.
     """
 
     name: str
@@ -45,8 +51,11 @@ class TrainedTokenizer:
     ends: tuple[int, ...]
     opens_text: bool
     pieces: tuple[bytes, ...]
-    lead_bytes: int
-    inner: Any  # tokenizers.Tokenizer
+    names: Mapping[int, str]
+    spelled: Mapping[int, tuple[int, ...]]
+    before: bytes
+    always: bool
+    inner: Any
 
     @property
     def vocab_size(self) -> int:
@@ -54,60 +63,129 @@ class TrainedTokenizer:
         return len(self.pieces)
 
     @property
+    def lead_bytes(self) -> int:
+        """Most bytes that `lead` finds."""
+        return len(self.before)
+
+    @functools.cached_property
     def bytes_per_token(self) -> np.ndarray:
-        """int32[V]: UTF-8 bytes of text in each token; 0 for special tokens."""
+        """int32[V]: UTF-8 bytes of text in each token; 0 for tokens that are no text."""
         return np.fromiter(map(len, self.pieces), np.int32, len(self.pieces))
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """uint16[N] or uint32[N], without a separator; special tokens' names are plain text unless `special`."""
         self.inner.encode_special_tokens = not special
-        return self._array(self.inner.encode(text, add_special_tokens=False))
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        return self._array(encoding.ids) if special else self._as_text(encoding.ids)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode` of each, on all cores."""
         self.inner.encode_special_tokens = True
-        return [self._array(one) for one in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._as_text(encoding.ids) for encoding in found]
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for, end to end; a ValueError where one is outside the vocabulary."""
         return b"".join(self.pieces[i] for i in checked_ids(ids, self))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, without the space before it; bytes that are not UTF-8 become U+FFFD."""
+    def lead(self, ids: Iterable[int]) -> int:
+        """How many of the first bytes of a text's ids are none of the text's.
+
+        Where a space is put only before texts that have none, two of them are the text's own; a text with one has the
+        ids of a text with none.
+        """
         data = self.to_bytes(ids)
-        lead = self.lead_bytes if data.startswith(b" ") else 0
-        return data[lead:].decode("utf-8", errors="replace")
+        own = not self.always and data.startswith(self.before * 2)
+        return len(self.before) if data.startswith(self.before) and not own else 0
 
-    def _array(self, encoding: Any) -> np.ndarray:
-        return np.array(encoding.ids, token_dtype(self.vocab_size))
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, without what `lead` counts; bytes that are not UTF-8 become U+FFFD."""
+        ids = checked_ids(ids, self)
+        return self.to_bytes(ids)[self.lead(ids) :].decode("utf-8", errors="replace")
+
+    def why_changed(self, text: str, ids: Iterable[int]) -> str:
+        """Why the ids of a text stand for other bytes than the text has."""
+        found = self.to_bytes(ids)[self.lead(ids) :]
+        normalizer, plain = self.inner.normalizer, text.replace(BLOCK, " ")
+        normal = plain if normalizer is None else normalizer.normalize_str(text).replace(BLOCK, " ")
+        if normal not in (plain, f" {plain}"):
+            kinds = [kind for kind in _kinds(json.loads(normalizer.__getstate__())) if kind != "Sequence"]
+            return f"the tokenizer's normalizer ({', '.join(kinds)}) changes text"
+        if f" {found.decode(errors='replace')}" == text:
+            return "the tokenizer does not distinguish a text that begins with one space from one that begins with none"
+        if more := found.count(BLOCK.encode()) - text.count(BLOCK):
+            how = "and that as three bytes" if more > 0 else "and that character, too"
+            return f"the tokenizer writes a space as {BLOCK}, {how}"
+        if not {bytes([byte]) for byte in text.encode()} <= set(self.pieces):
+            return "the vocabulary lacks some bytes"
+        return "the tokenizer drops or replaces characters"
+
+    def _array(self, ids: Sequence[int]) -> np.ndarray:
+        return np.array(ids, token_dtype(self.vocab_size))
+
+    def _as_text(self, ids: Sequence[int]) -> np.ndarray:
+        """Ids of plain text: a vocabulary may make even its separator of a text that has its name."""
+        array = self._array(ids)
+        if not self._is_no_text[array].any():
+            return array
+        return self._array([i for token in ids for i in self.spelled.get(token, (token,))])
+
+    @functools.cached_property
+    def _is_no_text(self) -> np.ndarray:
+        found = np.zeros(self.vocab_size, bool)
+        found[list(self.names)] = True
+        return found
 
 
-def read_tokenizer(path: pathlib.Path, separator: str | int = "") -> TrainedTokenizer:
+def read_tokenizer(
+    path: pathlib.Path, separator: str | int = "", eos: str = "", flag: str = "separator"
+) -> TrainedTokenizer:
     """Reads a vocabulary and what is said beside it about the tokens that open and end a text.
+
+    The separator, the ends and all special tokens are no text: they have no bytes, and in a text their names are
+    plain characters. An end that is a single character, which nothing else could write, ends generated text only.
 
     Args:
         path: a `tokenizer.json`, or the folder that holds it.
-        separator: the token, by name or id, that opens every document; "" takes the first of bos and eos that
-            tokenizer_config.json, generation_config.json or config.json names: bos in any of them, then eos.
+        separator: the token, by name or id, that opens every document; "" takes the first of bos and eos that one of
+            `SETTINGS` names: bos in any of them, then eos.
+        eos: a token, by name or id, that ends texts, besides those that are named.
+        flag: by which the caller takes a token, for errors.
 
     Raises:
-        ValueError: the file is missing or damaged, of a kind whose tokens have no bytes of their own, or no
-            separator can be told.
+        ValueError: the file is missing or damaged, of a kind whose tokens have no bytes of their own, no separator is
+            named, or it is a character of ordinary text.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
     raw = read_settings(file)
     if not raw:
         raise ValueError(f"--tokenizer={path} has no {TOKENIZER_FILE}; give one, or the folder that holds it.")
     inner, settings = _parse(file, raw), [read_settings(file.parent / name) for name in SETTINGS]
-    pieces = tuple(_pieces(file, raw, inner))
-    opener = _separator(file, inner, settings, separator)
-    ends = {opener, *(i for one in settings for i in _named(inner, one, "eos"))}
+    pieces = _pieces(file, raw, inner)
+    given = [_given(file, inner, eos, flag)] if eos else []
+    named = {what: [i for one in settings for i in _named(inner, one, what)] for what in ("bos", "eos")}
+    openers = [_given(file, inner, separator, flag)] if separator != "" else [*named["bos"], *named["eos"], *given]
+    if not openers:
+        raise ValueError(
+            f"--tokenizer={file} names no bos or eos in {', '.join(SETTINGS)}, so nothing can open a document; "
+            f"give --{flag}=TOKEN (or its id)."
+        )
+    opener = openers[0]
+    ends = {opener, *named["eos"], *given}
+    names, spelled = _no_text(inner, pieces, ends, raw["model"])
+    if opener not in names:
+        raise ValueError(
+            f"--tokenizer={file} would open documents with {inner.id_to_token(opener)!r}, a character that texts have, "
+            f"too; give --{flag}=TOKEN (or its id) of one that they do not have."
+        )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    name = f"tokenizer-{digest[:16]}-{opener}"
     opens = bool(settings[0].get("add_bos_token")) or opener in inner.encode("a").ids
-    tokenizer = TrainedTokenizer(name, opener, tuple(sorted(ends)), opens, pieces, 0, inner)
-    lead = len(tokenizer.to_bytes(tokenizer.encode("a"))) - len(b"a")
-    return dataclasses.replace(tokenizer, lead_bytes=lead)
+    silent = tuple(b"" if i in names else piece for i, piece in enumerate(pieces))
+    about = opener, tuple(sorted(ends)), opens, silent, names, spelled
+    tokenizer = TrainedTokenizer(f"tokenizer-{digest[:16]}-{opener}", *about, b"", True, inner)
+    before = tokenizer.to_bytes(tokenizer.encode("a"))[:-1]
+    always = tokenizer.to_bytes(tokenizer.encode("  a")).startswith(before * 3)
+    return dataclasses.replace(tokenizer, before=before, always=always)
 
 
 def tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -143,13 +221,31 @@ def _parse(file: pathlib.Path, raw: dict[str, Any]) -> Any:
         raise ValueError(f"{file} is no vocabulary that tokenizers can read ({error}); copy it again.") from None
 
 
-def _pieces(file: pathlib.Path, raw: dict[str, Any], inner: Any) -> Iterator[bytes]:
-    """The bytes of every id."""
+def _pieces(file: pathlib.Path, raw: dict[str, Any], inner: Any) -> list[bytes]:
+    """The bytes of every id, those of the name where it is an added token."""
     to_bytes = _reader_of(file, raw)
     vocabulary = {i: to_bytes(token) for token, i in inner.get_vocab(with_added_tokens=False).items()}
-    for i, added in inner.get_added_tokens_decoder().items():
-        vocabulary[i] = b"" if added.special else added.content.encode()
-    yield from (vocabulary.get(i, b"") for i in range(max(vocabulary) + 1))
+    vocabulary |= {i: added.content.encode() for i, added in inner.get_added_tokens_decoder().items()}
+    return [vocabulary.get(i, b"") for i in range(max(vocabulary) + 1)]
+
+
+def _no_text(
+    inner: Any, pieces: Sequence[bytes], ends: Iterable[int], model: dict[str, Any]
+) -> tuple[dict[int, str], dict[int, tuple[int, ...]]]:
+    """Name and spelling of each token that is no text, of which the library then knows, too."""
+    from tokenizers import AddedToken
+
+    added = inner.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    silent = special.union(ends)
+    single = {piece: i for i, piece in enumerate(pieces) if len(piece) == 1 and i not in silent}
+    spellings = {i: tuple(single.get(bytes([byte]), i) for byte in pieces[i]) for i in silent}
+    unknown = _id(inner, model.get("unk_token", model.get("unk_id")))  # stands for what has no token, not for its name
+    spelled = {i: ids for i, ids in spellings.items() if i not in ids and i != unknown}
+    names = {i: inner.id_to_token(i) for i in spellings if i in added or i in spelled}
+    ordinary = [name for i, name in names.items() if i not in special]
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ordinary])
+    return names, spelled
 
 
 def _reader_of(file: pathlib.Path, raw: dict[str, Any]) -> Any:
@@ -167,10 +263,10 @@ def _reader_of(file: pathlib.Path, raw: dict[str, Any]) -> Any:
 
 
 def _kinds(part: Any) -> Iterator[str]:
-    """The types of a decoder and of those inside it."""
+    """The types of a decoder or normalizer and of those inside it."""
     if isinstance(part, dict):
         yield str(part.get("type"))
-        for inner in part.get("decoders", []):
+        for inner in [*part.get("decoders", []), *part.get("normalizers", [])]:
             yield from _kinds(inner)
 
 
@@ -190,21 +286,15 @@ def _byte_level(token: str, alphabet: dict[str, int]) -> bytes:
 def _with_fallback(token: str) -> bytes:
     if byte := _BYTE.fullmatch(token):
         return bytes.fromhex(byte[1])
-    return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+    return token.replace(BLOCK, " ").encode()
 
 
-def _separator(file: pathlib.Path, inner: Any, settings: Sequence[dict[str, Any]], asked: str | int) -> int:
-    """The id that opens a document: the one asked for, else the first bos, else the first eos."""
-    if asked != "":
-        by_id = int(asked) if str(asked).isdecimal() else None
-        found = [i for i in (_id(inner, asked), _id(inner, by_id)) if i is not None]
-    else:
-        found = [i for what in ("bos", "eos") for one in settings for i in _named(inner, one, what)]
+def _given(file: pathlib.Path, inner: Any, token: str | int, flag: str) -> int:
+    """The id of the token that a flag names, by name or by id."""
+    by_id = int(token) if str(token).isdecimal() else None
+    found = [i for i in (_id(inner, token), _id(inner, by_id)) if i is not None]
     if not found:
-        problem = f"has no token {asked!r}" if asked != "" else f"names no bos or eos in {', '.join(SETTINGS)}"
-        raise ValueError(
-            f"--tokenizer={file} {problem}, so nothing can open a document; give --separator=TOKEN (or its id)."
-        )
+        raise ValueError(f"--tokenizer={file} has no token {token!r}; give --{flag}=TOKEN (or its id) that it has.")
     return found[0]
 
 
