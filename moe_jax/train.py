@@ -127,7 +127,7 @@ class _Run:
         self.state, extra, identity, self.remarks = start
         self.made_by = versions() | {"identity": identity._asdict()}
         self.first, self.tokens_seen = int(self.state.step), extra.get("tokens_seen", 0)
-        self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, self.first)
         first_process = distributed.index() == 0
         self.log = RunLog(workdir, self.first) if first_process else None
         self.about = self.made_by | distributed.by_first(lambda: self._continue_ledger(extra))
