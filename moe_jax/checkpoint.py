@@ -440,7 +440,8 @@ def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
     import tensorstore
 
     memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
-    stores = {name: tensorstore.open(_spec(path, name), open=True, context=memory) for name in names}
+    strict = {"fill_missing_data_reads": False}  # a chunk that is gone is an error, and no zeros
+    stores = {name: tensorstore.open(_spec(path, name) | strict, open=True, context=memory) for name in names}
     return {name: OnDisk(path, name, store.result()) for name, store in stores.items()}
 
 
