@@ -22,7 +22,7 @@ from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, flatten, resolve, validate
 from moe_jax.data import check_corpus
-from moe_jax.files import write_json
+from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.workdir import check_workdir
 
 
@@ -179,9 +179,9 @@ def main(_: list[str]) -> None:
     """Plan, check, train, report."""
     flag = flags.FLAGS
     keep_compiled()
-    workdir = Path(flag.workdir)
     try:
-        if flag.workdir.startswith("gs://"):
+        workdir = workdir_of(flag.workdir)
+        if is_remote(workdir):
             raise ValueError(f"--workdir={flag.workdir} is in a bucket, where a sweep cannot be; name a folder.")
         index, count = parse_shard(flag.shard)
         if cluster := distributed.find_cluster(os.environ):

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
-from moe_jax.files import check_writable, workdir_of, write_json
+from moe_jax.files import output_of, path_of, workdir_of, write_json
 from moe_jax.generate import encode, longest, restore, tokenizer_of
 from moe_jax.workdir import config_of_run
 
@@ -280,7 +280,7 @@ def run(flag: Any) -> dict[str, Any]:
     """
     made, workdir = adapter(), workdir_of(flag.workdir)
     if flag.output:
-        check_writable(Path(flag.output), "output")
+        output_of(flag.output, "--output")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
@@ -288,7 +288,7 @@ def run(flag: Any) -> dict[str, Any]:
     data = flag.data or config_of_run(workdir).data.path
     ours = {file.stem for file in OURS.glob("*.yaml")}
     names = [name for name in flag.tasks.split(",") if name]
-    paths = [str(OURS), *([flag.include_path] if flag.include_path else [])]
+    paths = [str(OURS), *([str(path_of(flag.include_path, "--include_path"))] if flag.include_path else [])]
     manager = TaskManager(include_path=paths, include_defaults=not ours.issuperset(names), metadata={"data_path": data})
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
@@ -306,7 +306,7 @@ def run(flag: Any) -> dict[str, Any]:
     )
     print(make_table(found))
     if flag.output:
-        write_json(Path(flag.output), json.loads(json.dumps(found["results"], default=str)))
+        write_json(output_of(flag.output, "--output"), json.loads(json.dumps(found["results"], default=str)))
     return found["results"]
 
 

@@ -376,6 +376,32 @@ def test_a_damaged_corpus_is_refused_and_its_file_named(good, prepared, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+AWAY = "s3://bucket/folder"
+ADDRESSES = [
+    ("moe_jax.train", "--config=configs/tiny.py", f"--workdir={AWAY}"),
+    ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.data.path={AWAY}"),
+    ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.init_from={AWAY}"),
+    ("moe_jax.train", f"--config=configs/from_checkpoint.py:{AWAY}", "--workdir=runs/none"),
+    ("moe_jax.evaluate", f"--workdir={AWAY}"),
+    ("moe_jax.generate", f"--workdir={AWAY}", "--prompt=x"),
+    ("moe_jax.convert", f"--input={AWAY}", "--output=runs/none"),
+    ("moe_jax.convert", "--input=configs", f"--output={AWAY}"),
+    ("moe_jax.data.prepare", f"--input={AWAY}", "--output=runs/none"),
+    ("moe_jax.data.prepare", "--input=configs", f"--output={AWAY}"),
+    ("moe_jax.data.prepare", "--input=configs", "--output=runs/none", f"--tokenizer={AWAY}"),
+    ("experiments.ablate", "--config=configs/ablation/demo.py", f"--workdir={AWAY}"),
+    ("experiments.report", AWAY),
+]
+
+
+@pytest.mark.parametrize("command", ADDRESSES, ids=[" ".join(c[::2]) for c in ADDRESSES])
+def test_an_address_where_a_path_must_be_is_refused_by_every_command(command):
+    refusal = Refusal(*command)
+    assert_refused(refusal, AWAY, "is an address and must be a path of this machine")
+    assert not (rig.REPO / "s3:").exists()
+    assert not (rig.REPO / "runs" / "none").exists()
+
+
 def test_the_evaluation_of_an_empty_folder_is_refused(tmp_path):
     assert_refused(Refusal("moe_jax.evaluate", f"--workdir={tmp_path}"), "holds no config.json")
 
