@@ -399,7 +399,7 @@ def keep_tokenizer(path: str, tokenizer: Tokenizer, folder: pathlib.Path) -> Non
     """
     from moe_jax.data.trained import TOKENIZER_FILE, read_settings
 
-    source, inner = pathlib.Path(path) / TOKENIZER_FOLDER, tokenizer.inner  # type: ignore[attr-defined]
+    source, inner = path_of(path, "data.path") / TOKENIZER_FOLDER, tokenizer.inner  # type: ignore[attr-defined]
     theirs = read_settings(source / "special_tokens_map.json") | read_settings(source / "tokenizer_config.json")
 
     def named(what: str) -> dict[str, str]:
