@@ -1,5 +1,7 @@
 """`python -m experiments.ablate --config=configs/ablation/demo.py --workdir=DIR`: a sweep, arms x seeds.
 
+From a wheel: `python -m moe_jax.experiments.ablate --config=ablation/demo --workdir=DIR`.
+
 Seeds are paired: seed k of every arm starts from the same weights and reads the same batches. The runs of an
 arm share one compilation. The same command goes on where it stopped; `--shard=i/n` does every n-th run from
 the i-th, so that n machines with a common DIR share the work. Ends with a table and the path of the report.
@@ -14,7 +16,6 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments import hyper
 from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import config_source, define_config_flag, fail, parse_flags, run_own
@@ -22,6 +23,8 @@ from moe_jax.config import Config, as_dict, flatten, resolve, validate
 from moe_jax.data import check_corpus
 from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.workdir import check_workdir
+
+from . import hyper
 
 
 class Run(NamedTuple):
@@ -185,7 +188,7 @@ def main(_: list[str]) -> None:
             print(line)
         if stopped := execute(runs[index::count], workdir):
             raise SystemExit(128 + stopped)
-        from experiments import report
+        from . import report
 
         report.print_table(workdir)
         if count == 1:

@@ -17,8 +17,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figures import STYLE, Picture, pictures
-from experiments.statistics import (
+from moe_jax.command import fail, print_any_name
+from moe_jax.config import flatten
+from moe_jax.files import path_of
+from moe_jax.ledger import KINDS
+
+from .figures import STYLE, Picture, pictures
+from .statistics import (
     ArmSummary,
     Interval,
     Run,
@@ -30,10 +35,6 @@ from experiments.statistics import (
     read_sweep,
     summarise,
 )
-from moe_jax.command import fail, print_any_name
-from moe_jax.config import flatten
-from moe_jax.files import path_of
-from moe_jax.ledger import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -569,7 +570,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=about)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=about)
     parser.add_argument("directory", metavar="DIR", help="folder with sweep.json and the runs")
     parser.add_argument("--output", help="the page to write (DIR/report.html)")
     parser.add_argument("--baseline", help="arm to compare with (the one in sweep.json)")

@@ -158,7 +158,7 @@ def versions() -> dict[str, Any]:
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     revision = None
-    if shutil.which("git"):  # an installed package runs where there is no git, too
+    if shutil.which("git") and (here.parent / ".git").exists():  # an installed one lies in somebody else's, if in any
         revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
