@@ -561,9 +561,16 @@ def main(argv: list[str] | None = None) -> None:
     print_any_name()
     try:
         sweep = read_sweep(path_of(options.directory, "DIR"), options.baseline)
-        output = write(sweep, path_of(options.output, "--output") if options.output else None, options.figures)
+        output = path_of(options.output, "--output") if options.output else None
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    try:
+        output = write(sweep, output, options.figures)
     except ValueError as error:
         fail(str(error))
+    except OSError as error:  # a colleague's sweep, say
+        print_table(sweep)
+        fail(f"{error.filename} cannot be written ({error.strerror}); --output=FILE names another file.")
     print_table(sweep)
     print(f"Wrote {output}")
 

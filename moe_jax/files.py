@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,22 @@ def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None
         path.write_bytes(data)
         return
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # shards of a sweep write sweep.json at the same time
-    with open(temporary, "wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder; of a bucket that is known when one is."""
+    return is_remote(folder) or os.access(folder, os.W_OK)
 
 
 def output_of(text: str, flag: str) -> Path:
@@ -139,7 +149,7 @@ def output_of(text: str, flag: str) -> Path:
         ValueError: no file can be written there.
     """
     path = path_of(text, flag)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    if path.is_dir() or not is_writable(path.absolute().parent):
         raise ValueError(f"{flag}={text} cannot be written; name a file in a folder that is there, and yours.")
     return path
 

@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-from moe_jax.files import lock, new_folder, output_of, path_of, workdir_of
+from moe_jax.data import prepare
+from moe_jax.files import lock, new_folder, output_of, path_of, workdir_of, write_whole
+from moe_jax.workdir import claim
 
 ADDRESSES = {
     "s3://bucket/run": "mount them",
@@ -86,6 +88,29 @@ def test_a_file_system_without_locks_is_named_and_written_to(tmp_path, monkeypat
     warning = capsys.readouterr().err
     assert f"warning: the file system of {tmp_path}" in warning
     assert os.strerror(number) in warning
+
+
+def test_runs_and_corpora_are_written_without_locks(tmp_path, monkeypatch, capsys):
+    without_locks(monkeypatch, errno.ENOLCK)
+    with claim(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / "texts" / "a" / name).write_text(f"text {name}")
+    prepare.prepare(prepare.Options(tmp_path / "texts", tmp_path / "corpus"))
+    assert (tmp_path / "corpus" / "manifest.json").is_file()
+    warnings = capsys.readouterr().err.splitlines()
+    assert [str(tmp_path / name) in line for name, line in zip(("run", "corpus"), warnings, strict=True)] == [
+        True,
+        True,
+    ]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken.json").mkdir()
+    with pytest.raises(OSError, match=r"taken\.json"):
+        write_whole(tmp_path / "taken.json", "text")
+    assert [f.name for f in tmp_path.iterdir()] == ["taken.json"]
 
 
 def test_another_failure_of_a_lock_is_none_to_ignore(tmp_path, monkeypatch):
