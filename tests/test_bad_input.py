@@ -266,7 +266,7 @@ CONFIG_FILES = {
     "weights for a name with a dot": (
         "from moe_jax.config import default\ndef get_config():\n"
         "    c = default()\n    c.data.weights = {'c4.en': 1.0}\n    return c\n",
-        "has the name 'c4.en', with a dot; put its dict into moe_jax.config.named({...}).",
+        "the name 'c4.en' has a dot; put its dict into moe_jax.config.named({...}).",
     ),
     "an import that is not there": ("import no_such_module\ndef get_config(arg=''):\n    pass\n", "no_such_module"),
     "an error of its own": ("def get_config(arg=''):\n    return 1 / 0\n", "config.py, line 2: ZeroDivisionError"),
