@@ -6,14 +6,14 @@ Result: none of its own; the first step's routing is that of the weights and the
 """
 
 import json
-from pathlib import Path
 
 from moe_jax.config import default
+from moe_jax.files import workdir_of
 
 
 def get_config(arg: str = ""):
     """`arg` is a workdir of `moe_jax.convert` or of a run. Its own balance stays, or is the classic loss."""
-    file = Path(arg) / "config.json"
+    file = workdir_of(arg, "configs/from_checkpoint.py:WORKDIR") / "config.json"
     if not arg or not file.is_file():
         raise ValueError(
             f"configs/from_checkpoint.py:{arg} must name a workdir with config.json; write "

@@ -1,11 +1,12 @@
 """`python -m experiments.ablate --config=configs/ablation/demo.py --workdir=DIR`: a sweep, arms x seeds.
 
+From a wheel: `python -m moe_jax.experiments.ablate --config=ablation/demo --workdir=DIR`.
+
 Seeds are paired: seed k of every arm starts from the same weights and reads the same batches. The runs of an
 arm share one compilation. The same command goes on where it stopped; `--shard=i/n` does every n-th run from
 the i-th, so that n machines with a common DIR share the work. Ends with a table and the path of the report.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from experiments import hyper
 from moe_jax import distributed
 from moe_jax.cache import keep_compiled
-from moe_jax.command import define_config_flag, fail, parse_flags
+from moe_jax.command import config_source, define_config_flag, fail, parse_flags, run_own
 from moe_jax.config import Config, as_dict, flatten, resolve, validate
 from moe_jax.data import check_corpus
-from moe_jax.files import write_json
+from moe_jax.files import is_remote, workdir_of, write_json
 from moe_jax.workdir import check_workdir
+
+from . import hyper
 
 
 class Run(NamedTuple):
@@ -163,25 +164,13 @@ def execute(runs: list[Run], workdir: Path) -> int | None:
     return None
 
 
-def load_source(path: str) -> Any:
-    """The config file as a module, for its `get_hyper` and docstring."""
-    spec = importlib.util.spec_from_file_location("sweep_config", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--config={path} is not a Python file; give a file of configs/ablation.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_hyper"):
-        raise ValueError(f"--config={path} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
-    return module
-
-
 def main(_: list[str]) -> None:
     """Plan, check, train, report."""
     flag = flags.FLAGS
     keep_compiled()
-    workdir = Path(flag.workdir)
     try:
-        if flag.workdir.startswith("gs://"):
+        workdir = workdir_of(flag.workdir)
+        if is_remote(workdir):
             raise ValueError(f"--workdir={flag.workdir} is in a bucket, where a sweep cannot be; name a folder.")
         index, count = parse_shard(flag.shard)
         if cluster := distributed.find_cluster(os.environ):
@@ -189,15 +178,17 @@ def main(_: list[str]) -> None:
                 f"{cluster.launcher} started this as one process of many, but a sweep's runs are of one process each; "
                 "start it once a machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
             )
-        source = load_source(config_flags.get_config_filename(flag["config"]).partition(":")[0])
+        file, source = config_source()
+        if not hasattr(source, "get_hyper"):
+            raise ValueError(f"--config={file} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
         base = as_dict(validate(flag.config))
-        runs = plan(base, source.get_hyper(hyper))
-        command = "python -m experiments.ablate " + " ".join(sys.argv[1:])
+        runs = plan(base, run_own(file, lambda: source.get_hyper(hyper)))
+        command = " ".join([f"python -m {__spec__.name}", *sys.argv[1:]])
         for line in claim(workdir, sweep_record(runs, base, source, command), runs):
             print(line)
         if stopped := execute(runs[index::count], workdir):
             raise SystemExit(128 + stopped)
-        from experiments import report
+        from . import report
 
         report.print_table(workdir)
         if count == 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.statistics import (
+from .statistics import (
     ArmSummary,
     Interval,
     Run,

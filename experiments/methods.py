@@ -30,7 +30,7 @@ from moe_jax.balance.base import REGISTRY, Balancer
 from moe_jax.balance.method import Method
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import ModelConfig, balance_entries
-from moe_jax.files import write_whole
+from moe_jax.files import path_of, write_whole
 from moe_jax.options import BALANCE_METHODS
 from moe_jax.simulate import Arm, Result, Settings
 
@@ -349,7 +349,10 @@ def page(folder: Path, seeds: int) -> str:
 
 def main(_: list[str]) -> None:
     """Write the page."""
-    folder = Path(flags.FLAGS.folder)
+    try:
+        folder = path_of(flags.FLAGS.folder, "--folder")
+    except ValueError as error:
+        fail(str(error))
     if not folder.is_dir():
         fail(f"--folder={folder} must be a folder that is there; make it first.")
     if flags.FLAGS.seeds < 1:

@@ -17,8 +17,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figures import STYLE, Picture, pictures
-from experiments.statistics import (
+from moe_jax.command import fail, print_any_name
+from moe_jax.config import flatten
+from moe_jax.files import path_of
+from moe_jax.ledger import KINDS
+
+from .figures import STYLE, Picture, pictures
+from .statistics import (
     ArmSummary,
     Interval,
     Run,
@@ -30,9 +35,6 @@ from experiments.statistics import (
     read_sweep,
     summarise,
 )
-from moe_jax.command import fail, print_any_name
-from moe_jax.config import flatten
-from moe_jax.ledger import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -558,19 +560,26 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     print_any_name()
     try:
-        sweep = read_sweep(options.directory, options.baseline)
-        output = write(sweep, options.output, options.figures)
-    except SweepError as error:
+        sweep = read_sweep(path_of(options.directory, "DIR"), options.baseline)
+        output = path_of(options.output, "--output") if options.output else None
+    except (ValueError, OSError) as error:
         fail(str(error))
+    try:
+        output = write(sweep, output, options.figures)
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:  # a colleague's sweep, say
+        print_table(sweep)
+        fail(f"{error.filename} cannot be written ({error.strerror}); --output=FILE names another file.")
     print_table(sweep)
     print(f"Wrote {output}")
 
 
 def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=about)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="folder with sweep.json and the runs")
-    parser.add_argument("--output", type=Path, help="the page to write (DIR/report.html)")
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=about)
+    parser.add_argument("directory", metavar="DIR", help="folder with sweep.json and the runs")
+    parser.add_argument("--output", help="the page to write (DIR/report.html)")
     parser.add_argument("--baseline", help="arm to compare with (the one in sweep.json)")
     parser.add_argument("--figures", action="store_true", help="also write the pictures to DIR/figures/*.png")
     return parser

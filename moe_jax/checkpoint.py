@@ -1,8 +1,9 @@
 """Checkpoints: asynchronous, everything in them, verified. The only file that imports Orbax.
 
 `checkpoints/00000020` is the state after 20 steps: Orbax's arrays, and a `manifest.json` of ours with the
-sha256 of every file, shape and dtype of every leaf, and what else a run needs. The manifest is written last,
-so a folder without one is a save that did not finish: never restored, and removed when training goes on.
+sha256 of every file, shape and dtype of every leaf, and what else a run needs. The manifest is written last, after
+every leaf was found to be finite and to be readable, so a folder without one is a save that did not finish: never
+restored, and removed when training goes on. What is not in the manifest is not of the checkpoint, and is ignored.
 
 With several processes every one writes its shards and hashes the files it wrote; process 0 puts the hashes
 together in the manifest, and it alone decides, removes and verifies. All of them see one folder.
@@ -11,20 +12,27 @@ A checkpoint may hold weights only, parameters and bias, which `extra["weights_o
 read slice by slice (`create`, `commit`, `open_newest`), for no one who converts weights has room for all of them.
 """
 
+import collections
 import concurrent.futures
+import glob
 import hashlib
+import itertools
 import json
+import math
+import posixpath
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from moe_jax import distributed
 from moe_jax.files import is_remote, remove_tree, sha256_of, size_of, tree, write_json, write_whole
@@ -34,6 +42,10 @@ FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares si
 HASHES = "hashes.{}.json"  # of one process's files, until process 0 has put them into the manifest
 CHUNK_BYTES = 64 * 2**20  # a leaf lies on disk in pieces of at most this: what reading a slice of it reads
 NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds Orbax's timestamps only
+FOREIGN = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs\w+")  # systems put these where they please
+MOST_REMOVED = 20  # so often the run that is read may remove what is being read, before reading gives up
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -43,13 +55,26 @@ class Checkpointer:
     With several processes, each has one of these, and they call the same methods in the same order.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, first: int | None = None) -> None:
+        """Clear the folder of what earlier processes left.
+
+        Args:
+            directory: the run's checkpoint folder, made if absent.
+            keep: so many newest checkpoints stay.
+            first: the step that the run goes on from. `restore` refused whatever is newer, which is set aside.
+        """
         self._directory = directory
         self._keep = keep
         self._orbax = ocp.AsyncCheckpointer(_handler())
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-        distributed.by_first(lambda: remove_unfinished(directory))
+        distributed.by_first(lambda: self._tidy(first))
+
+    def _tidy(self, first: int | None) -> None:
+        remove_unfinished(self._directory)
+        for step in committed(self._directory):
+            if first is not None and step > first:
+                _set_aside(self._directory / f"{step:08d}")
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Copy the state to the host, then write in the background; the state may be donated at once.
@@ -61,12 +86,15 @@ class Checkpointer:
 
         Raises:
             OSError, ValueError: whatever an earlier background save failed with.
+            FloatingPointError: a leaf is not finite; nothing is written, and the checkpoints before it stay.
         """
         self.wait()
         path = self._directory / f"{step:08d}"
         if distributed.by_first(lambda: _is_there(path)):
             return
         state = _as_dict(state)
+        if name := first_non_finite(state):
+            raise FloatingPointError(f"{name} is not finite after {step} steps: {path} was not written.")
         self._orbax.save(_absolute(path), args=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_in_chunks, state)))
         record = {"step": step, "leaves": describe_leaves(state), "extra": dict(extra)}
         self._pending = self._worker.submit(self._commit, path, record)
@@ -120,11 +148,8 @@ def restore(
             )
         compare_leaves(path, manifest["leaves"], leaves)
 
-    found = distributed.by_first(lambda: _newest(directory, compare, verify, fallback))
-    if found is None:
-        return None
-    step, manifest = found
-    return _read(directory / f"{step:08d}", target), manifest["extra"]
+    found = _read_newest(directory, compare, lambda path, _: _read(path, target), verify, fallback)
+    return None if found is None else (found.value, found.extra)
 
 
 def restore_weights(
@@ -149,12 +174,12 @@ def restore_weights(
         saved, here = _shared(manifest, wanted, target)
         compare_leaves(path, _cast(saved, here) if cast else saved, here)
 
-    found = distributed.by_first(lambda: _newest(directory, compare, verify, fallback))
-    if found is None:
-        return None
-    step, manifest = found
-    there = target if not manifest["extra"].get("weights_only") else {name: target[name] for name in WEIGHTS}
-    return _read(directory / f"{step:08d}", there, partial=True), manifest["extra"] | {"step": step}
+    def read(path: Path, extra: Mapping[str, Any]) -> Any:
+        there = target if not extra.get("weights_only") else {name: target[name] for name in WEIGHTS}
+        return _read(path, there, some_of_it=True)
+
+    found = _read_newest(directory, compare, read, verify, fallback)
+    return None if found is None else (found.value, found.extra | {"step": found.step})
 
 
 WEIGHTS = ("params", "bias")
@@ -182,35 +207,111 @@ def _cast(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]
     return {name: one(name, leaf) for name, leaf in saved.items()}
 
 
+class Found(NamedTuple):
+    """What was read of a checkpoint, its step, and its `extra`."""
+
+    step: int
+    value: Any
+    extra: dict[str, Any]
+
+
+def _read_newest(
+    directory: Path,
+    compare: Callable[[Path, Mapping[str, Any]], None],
+    read: Callable[[Path, Mapping[str, Any]], Any],
+    verify: str,
+    fallback: bool,
+) -> Found | None:
+    """What `read` makes of the newest sound checkpoint, which `compare` may refuse; None if there is none.
+
+    A run under way may remove the checkpoint that is being read: then there is a newer one, which is taken.
+    """
+    unreadable: dict[int, str] = {}
+    for _ in range(MOST_REMOVED):
+        found = distributed.by_first(lambda: _newest(directory, compare, verify, fallback, unreadable))
+        if found is None:
+            return None
+        step, extra = found
+        path = directory / f"{step:08d}"
+        try:
+            return Found(step, distributed.by_all(partial(_one_sentence, path, read, path, extra)), extra)
+        except ValueError as error:
+            problem = str(error)
+        if not distributed.by_first(partial(_is_gone, path)):
+            unreadable[step] = problem
+    raise ValueError(
+        f"{directory}: the run removes its checkpoints faster than they can be read; raise its checkpoint.keep or "
+        "save_every, or wait for its end."
+    )
+
+
+def _one_sentence(path: Path, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, which reads of a checkpoint; what Orbax and TensorStore raise becomes a ValueError."""
+    try:
+        return function(*args)
+    except (jax.errors.JaxRuntimeError, MemoryError):  # of this machine, and no fault of the checkpoint
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({text[:200]}{'...' if text[200:] else ''}).") from error
+
+
 def _newest(
-    directory: Path, compare: Callable[[Path, Mapping[str, Any]], None], verify: str, fallback: bool
+    directory: Path,
+    compare: Callable[[Path, Mapping[str, Any]], None],
+    verify: str,
+    fallback: bool,
+    unreadable: Mapping[int, str],
 ) -> tuple[int, dict[str, Any]] | None:
-    """Step and manifest of the newest sound checkpoint, which `compare` may refuse."""
+    """Step and `extra` of the newest sound checkpoint, which `compare` may refuse.
+
+    Args:
+        directory: the checkpoint folder.
+        compare: raises a ValueError for a sound checkpoint of something else.
+        verify: as in `restore`.
+        fallback: as in `restore`.
+        unreadable: step -> what is wrong with it, of those whose files are sound and could not be read.
+    """
     steps = committed(directory)
     problems = []
     for step in reversed(steps):
         path = directory / f"{step:08d}"
         try:
+            if step in unreadable:
+                raise ValueError(unreadable[step])
             manifest = check(path, verify)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if _is_gone(path):
+                return _newest(directory, compare, verify, fallback, unreadable)
             if not fallback:
-                raise ValueError(_advise(str(error), directory, steps, step)) from None
+                raise ValueError(_advise(str(error), path, steps)) from None
             problems.append(str(error))
             continue
         compare(path, manifest)
         for problem in problems:
             print(f"warning: {problem} checkpoint.fallback=True: going on from step {step}.", flush=True)
-        return step, {name: manifest[name] for name in ("leaves", "extra")}
+        if ignored := strangers(path, manifest):
+            print(f"note: ignoring what is not in the manifest of {path}: {', '.join(ignored)}", flush=True)
+        return step, manifest["extra"]
     if problems:
         raise ValueError(f"{directory} has no sound checkpoint: {' '.join(problems)}")
     return None
 
 
-def _read(path: Path, target: Any, partial: bool = False) -> Any:
+def _is_gone(path: Path) -> bool:
+    """Whether a checkpoint was removed since it was seen: its manifest goes first."""
+    return not (path / MANIFEST).is_file()
+
+
+def _read(path: Path, target: Any, some_of_it: bool = False) -> Any:
     abstract = _as_dict(target)
-    args = ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(_restore_args, abstract), partial_restore=partial)
+    args = ocp.args.PyTreeRestore(
+        abstract, restore_args=jax.tree.map(_restore_args, abstract), partial_restore=some_of_it
+    )
     with ocp.Checkpointer(_handler()) as reader:
         read = reader.restore(_absolute(path), args=args)
+    if name := first_non_finite(read):
+        raise ValueError(f"{name} is not finite")
     return type(target)(**read) if hasattr(target, "_asdict") else read
 
 
@@ -224,17 +325,39 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
 
 
 class OnDisk(NamedTuple):
-    """An array of a checkpoint, read and written by slices along its first axes. Values are numpy arrays."""
+    """An array of a checkpoint, read and written by slices along its first axes. Values are numpy arrays.
 
+    A slice that cannot be read, or is not finite, is a ValueError.
+    """
+
+    path: Path
+    name: str
     store: Any
 
     def read(self, index: tuple[int, ...]) -> np.ndarray:
         """The slice at an index of the first axes; () is all of it."""
-        return self.store[index].read().result() if index else self.store.read().result()
+        try:
+            value = _one_sentence(self.path, lambda: self._at(index).read().result())
+        except ValueError:
+            if not _is_gone(self.path):
+                raise
+            raise ValueError(
+                f"{self.path} was removed by its run while it was read; give the command again, or raise the run's "
+                "checkpoint.keep."
+            ) from None
+        return self._finite(value)
 
     def write(self, index: tuple[int, ...], value: np.ndarray) -> None:
         """Write such a slice."""
-        (self.store[index] if index else self.store).write(value).result()
+        self._at(index).write(self._finite(value)).result()
+
+    def _at(self, index: tuple[int, ...]) -> Any:
+        return self.store[index] if index else self.store
+
+    def _finite(self, value: np.ndarray) -> np.ndarray:
+        if jax.numpy.issubdtype(value.dtype, jax.numpy.inexact) and not np.isfinite(value).all():
+            raise ValueError(f"{self.path}: {self.name} is not finite.")
+        return value
 
 
 def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) -> dict[str, OnDisk]:
@@ -252,7 +375,7 @@ def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) 
     with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=False)) as writer:
         writer.save(_absolute(path), args=ocp.args.PyTreeSave(numbers))
     leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract))}
-    arrays = {name: OnDisk(_make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
+    arrays = {name: OnDisk(path, name, _make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
     for name in (name for name in leaves if name.startswith("bias/")):
         arrays[name].write((), np.zeros(leaves[name].shape, leaves[name].dtype))  # some families write none
     return arrays
@@ -308,11 +431,8 @@ def open_newest(
     def compare(path: Path, manifest: Mapping[str, Any]) -> None:
         compare_leaves(path, *_shared(manifest, wanted, abstract))
 
-    found = _newest(directory, compare, verify, fallback)
-    if found is None:
-        return None
-    path = directory / f"{found[0]:08d}"
-    return found[0], _open_arrays(path, wanted)
+    found = _read_newest(directory, compare, lambda path, _: _open_arrays(path, wanted), verify, fallback)
+    return None if found is None else (found.step, found.value)
 
 
 def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
@@ -320,15 +440,77 @@ def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
     import tensorstore
 
     memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
-    return {name: OnDisk(tensorstore.open(_spec(path, name), open=True, context=memory).result()) for name in names}
+    strict = {"fill_missing_data_reads": False}  # a chunk that is gone is an error, and no zeros
+    stores = {name: tensorstore.open(_spec(path, name) | strict, open=True, context=memory) for name in names}
+    return {name: OnDisk(path, name, store.result()) for name, store in stores.items()}
 
 
 def _spec(path: Path, name: str) -> dict[str, Any]:
-    """Where tensorstore finds an array: in Orbax's database where the checkpoint has one, else in a folder."""
-    folder, leaf = str(_absolute(path)), name.replace("/", ".")
+    """Where tensorstore finds an array."""
+    return {"driver": "zarr", "kvstore": _kvstore(path, f"{_stored_name(name)}/")}
+
+
+def _stored_name(leaf: str) -> str:
+    """What Orbax calls a leaf."""
+    return leaf.replace("/", ".")
+
+
+def _kvstore(path: Path, inside: str = "") -> dict[str, Any]:
+    """Where tensorstore finds the keys of arrays: in Orbax's database where the checkpoint has one, else in folders."""
+    if is_remote(path):
+        bucket, _, folder = str(path).removeprefix("gs://").partition("/")
+        place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
+    else:
+        place = {"driver": "file", "path": f"{path.absolute()}/"}
     if (path / "manifest.ocdbt").exists():
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{leaf}/"}}
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/{leaf}/"}}
+        return {"driver": "ocdbt", "base": place, "path": inside}
+    return place | {"path": place["path"] + inside}
+
+
+def refuse_unreadable(path: Path, leaves: Mapping[str, list[Any]]) -> None:
+    """Raise a ValueError unless every leaf can be opened, as what it should be, and all its chunks are stored.
+
+    Nothing of the chunks is read: what is in them is what `save` and `OnDisk.write` were given.
+
+    Args:
+        path: the checkpoint, whose manifest need not be there yet.
+        leaves: path -> [shape, dtype], as `describe_leaves` gives.
+    """
+    there = _one_sentence(path, _stored_leaves, path)
+    for name, (shape, dtype) in leaves.items():
+        stored = there.get(name)
+        if stored is None or [list(stored.shape), str(stored.dtype)] != [shape, dtype]:
+            found = None if stored is None else [list(stored.shape), str(stored.dtype)]
+            raise ValueError(f"{path} cannot be read: {name} is {_leaf(found)} and should be {_leaf([shape, dtype])}.")
+        if stored.num_chunks != stored.expected_chunks:
+            raise ValueError(
+                f"{path} cannot be read: of {name} {stored.num_chunks} of {stored.expected_chunks} chunks are stored."
+            )
+
+
+class _Stored(NamedTuple):
+    """A leaf as it lies on disk."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    num_chunks: int
+    expected_chunks: int
+
+
+def _stored_leaves(path: Path) -> dict[str, _Stored]:
+    """Every leaf that Orbax finds in a checkpoint, by the path that `describe_leaves` gives it."""
+    import tensorstore
+
+    keys = tensorstore.KvStore.open(_kvstore(path)).result().list().result()
+    chunk = re.compile(rb"(.+)/\d+(\.\d+)*")
+    chunks = collections.Counter(found[1].decode() for key in keys if (found := chunk.fullmatch(key)))
+    tree = _handler().metadata(epath.Path(_absolute(path))).tree
+    stored = {}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, shape = path_name(key), leaf.shape
+        expected = math.prod(-(-n // c) for n, c in zip(shape, leaf.storage.chunk_shape, strict=True))
+        stored[name] = _Stored(shape, leaf.dtype, chunks[_stored_name(name)], expected)
+    return stored
 
 
 def committed(directory: Path) -> list[int]:
@@ -349,6 +531,15 @@ def remove_unfinished(directory: Path) -> None:
             remove_tree(folder)
 
 
+def _set_aside(folder: Path) -> None:
+    """Give a damaged checkpoint another name, under which it is in nobody's way, and say so."""
+    taken = {other.name for other in _inside(folder.parent)}
+    names = (f"{folder.name}.damaged{n or ''}" for n in itertools.count())
+    target = folder.with_name(next(name for name in names if name not in taken))
+    print(f"setting {folder} aside as {target.name}, for it is damaged", flush=True)
+    folder.rename(target)
+
+
 def _remove(folder: Path) -> None:
     """The manifest goes first, so that a removal that is killed leaves an unfinished folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -359,18 +550,24 @@ def _is_there(path: Path) -> bool:
     """Whether the step was saved by an earlier process: same seed, same step, same state. Makes room if not."""
     if not path.exists():
         return False
+    if not (path / MANIFEST).is_file():
+        remove_tree(path)
+        return False
     try:
         check(path)
     except ValueError:
-        _remove(path)  # damaged, and the reason that this step was done again
+        _set_aside(path)
         return False
     return True
 
 
 def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -> None:
-    """Hash every file of the checkpoint and commit it: the manifest appears whole or not at all.
+    """Hash every file of the checkpoint and commit it, if it can be read: the manifest appears whole or not at all.
 
     Waits for the hashes of the other processes. One that dies before it hands them in ends this process, too.
+
+    Raises:
+        ValueError: a leaf of the record cannot be opened.
     """
     files = hash_files(path, 0)
     for number in range(1, num_processes):
@@ -378,6 +575,7 @@ def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -
         _wait_for(part)
         files |= json.loads(part.read_text())
         part.unlink()
+    refuse_unreadable(path, record["leaves"])
     body = {**record, "files": files}
     write_whole(path / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1), durable=True)
 
@@ -409,13 +607,13 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
     """The manifest of a checkpoint whose files are as they were written.
 
     Raises:
-        ValueError: names the first file that is missing, unexpected, linked, or differs.
+        ValueError: names the first file that is missing, linked, or differs.
     """
     manifest = _read_manifest(path)
-    files = manifest["files"]
+    files = {name: file for name, file in manifest["files"].items() if not FOREIGN.fullmatch(Path(name).name)}
     there = {str(f.relative_to(path)) for f in _data_files(path)}
-    for name in sorted(there ^ files.keys()):
-        raise ValueError(f"{path}: {name} is {'not in the manifest' if name in there else 'missing'}.")
+    for name in sorted(files.keys() - there):
+        raise ValueError(f"{path}: {_linked(path, name) or f'{name} is missing'}.")
     full = verify == "full" or (verify == "auto" and sum(s for s, _ in files.values()) < FULL_VERIFY_BYTES)
     for name, (size, sha256) in sorted(files.items()):
         file = path / name
@@ -424,6 +622,20 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
         if full and sha256_of(file) != sha256:
             raise ValueError(f"{path}: {name} does not have the sha256 of the manifest.")
     return manifest
+
+
+def strangers(path: Path, manifest: Mapping[str, Any], most: int = 5) -> list[str]:
+    """What lies in a checkpoint and is not of it, by name; of many some."""
+    ours = manifest["files"].keys() | NOT_HASHED
+    names = sorted({str(f.relative_to(path)) for f in tree(path)} - ours)
+    return names[:most] + ([f"and {len(names) - most} more"] if names[most:] else [])
+
+
+def _linked(path: Path, name: str) -> str:
+    """A word on the file, or the folder that leads to it, that is a link: it could point anywhere, we write none."""
+    parts = Path(name).parts
+    links = ("/".join(parts[: n + 1]) for n in range(len(parts)) if _is_link(path.joinpath(*parts[: n + 1])))
+    return next((f"{link} is a symbolic link, which no checkpoint contains" for link in links), "")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -450,12 +662,9 @@ def fingerprint(path: Path) -> str:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The checkpoint's files; a link could point anywhere, and we write none."""
-    found = sorted(tree(path))
-    for f in found:
-        if _is_link(f):
-            raise ValueError(f"{path}: {f.relative_to(path)} is a symbolic link, which no checkpoint contains.")
-    return [f for f in found if f.name not in NOT_HASHED and f.suffix != ".tmp"]
+    """The files that a checkpoint may consist of."""
+    found = (f for f in sorted(tree(path)) if not _is_link(f))
+    return [f for f in found if f.name not in NOT_HASHED and f.suffix != ".tmp" and not FOREIGN.fullmatch(f.name)]
 
 
 def _inside(directory: Path) -> list[Path]:
@@ -466,8 +675,20 @@ def _is_link(path: Path) -> bool:
     return not is_remote(path) and path.is_symlink()
 
 
-def _absolute(path: Path) -> Path:
-    return path if is_remote(path) else path.absolute()
+class _Literal(type(epath.Path("/"))):  # type: ignore[misc]
+    """A path on this machine as Orbax wants them, in which nothing is a pattern.
+
+    Orbax looks for the files to put together with `glob`, which takes brackets in the folder's name for a choice of
+    letters, finds nothing, and leaves a checkpoint that cannot be read.
+    """
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+        """What matches the pattern in this folder."""
+        return super().glob(posixpath.join(glob.escape(str(self)), pattern))
+
+
+def _absolute(path: Path) -> Any:
+    return path if is_remote(path) else _Literal(path.absolute())
 
 
 def describe_leaves(state: Any) -> dict[str, list[Any]]:
@@ -491,6 +712,23 @@ def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
         f"{path} holds another state than this config makes ({len(names)} leaves differ); "
         "use the config it was trained with, or another workdir:\n" + "\n".join(lines) + more
     )
+
+
+def first_non_finite(state: Any) -> str | None:
+    """The path of the first leaf with a NaN or an infinity, None if there is none: the same in all processes."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(_as_dict(state))}
+    leaves = {name: leaf for name, leaf in leaves.items() if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)}
+    if not leaves:
+        return None
+    sharding: Any = getattr(next(iter(leaves.values())), "sharding", None)
+    on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()) if on_mesh else None
+    finite = jax.device_get(jax.jit(_are_finite, out_shardings=everywhere)(list(leaves.values())))
+    return next((name for name, good in zip(leaves, finite, strict=True) if not good), None)
+
+
+def _are_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jax.numpy.stack([jax.numpy.isfinite(leaf).all() for leaf in leaves])
 
 
 def state_hash(state: Any) -> str:
@@ -533,8 +771,11 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _advise(problem: str, directory: Path, steps: list[int], step: int) -> str:
-    older = [s for s in steps if s < step]
+def _advise(problem: str, path: Path, steps: list[int]) -> str:
+    older = [s for s in steps if s < int(path.name)]
     if older:
         return f"{problem} Set checkpoint.fallback=True to go on from step {older[-1]}, or restore the file."
-    return f"{problem} It is the only checkpoint: restore the file, or remove {directory} to start again."
+    return (
+        f"{problem} There is no older checkpoint: restore the file, or use another workdir, or rename {path} to start "
+        "again in this one."
+    )

@@ -838,11 +838,12 @@ def _with_placeholders(value: Any) -> Any:
 
 def complete(config: Any) -> Any:
     """The ConfigDict (or dict) of a config file with every key; what is no mapping is left for `validate`."""
-    from ml_collections import ConfigDict
+    from ml_collections import ConfigDict, FrozenConfigDict
 
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         return config
-    config = config if hasattr(config, "to_dict") else ConfigDict(config)
+    if isinstance(config, FrozenConfigDict) or not isinstance(config, ConfigDict):
+        config = ConfigDict(config.to_dict() if hasattr(config, "to_dict") else config)
     entries = config.get("balance") or {}
     with config.unlocked():
         _fill(config, default(balance=entries.to_dict() if hasattr(entries, "to_dict") else entries))

@@ -196,7 +196,7 @@ def main(_: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # so that what is half-written goes
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        run(workdir_of(flag.input), workdir_of(flag.output), flag.dtype, flag.architecture)
+        run(workdir_of(flag.input, "--input"), workdir_of(flag.output, "--output"), flag.dtype, flag.architecture)
     except (ValueError, OSError) as error:
         fail(str(error))
 

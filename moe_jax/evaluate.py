@@ -29,7 +29,7 @@ from moe_jax import distributed
 from moe_jax.cache import keep_compiled
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
-from moe_jax.files import sha256_of, workdir_of, write_json, write_whole
+from moe_jax.files import is_writable, sha256_of, workdir_of, write_json, write_whole
 from moe_jax.prefetch import prefetched
 from moe_jax.watchdog import Watchdog
 from moe_jax.workdir import TOKENIZER, config_of_run, identity_of, read_run
@@ -72,7 +72,7 @@ def evaluate(
         eval/sequence_max_violation, the mean over layers and sequences of a sequence's own, and
         eval/sequence_violation_floor, what chance would make of it; eval/domain_information, bits that a copy's
         expert tells about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
-        that would be others without it.
+        that would be others without it; where copies can be dropped eval/drop_rate, their share, mean over layers.
     """
     import jax
 
@@ -122,6 +122,7 @@ class Totals:
         self.by_sequence: dict[str, float] = collections.defaultdict(float)  # of violations over layers, the sums
         self.loads: Any = None  # [D, L, E]
         self.kept = self.chosen = 0  # decisions that the bias does not change, and all
+        self.dropped: Any = None  # [L], copies that no expert saw
 
     def add(self, sums: "Evaluation") -> None:
         """Count one batch, fetched."""
@@ -136,6 +137,8 @@ class Totals:
             self._add_loads(domain, sums.row_loads[real][..., : self.num_experts])
         if sums.kept is not None and sums.chosen is not None:
             self.kept, self.chosen = self.kept + int(sums.kept.sum()), self.chosen + int(sums.chosen.sum())
+        if sums.dropped is not None:
+            self.dropped = (0 if self.dropped is None else self.dropped) + sums.dropped.astype(np.int64)
 
     def _add_loads(self, domain: Any, row_loads: Any) -> None:
         import numpy as np
@@ -180,6 +183,8 @@ class Totals:
         information = metrics.mutual_information(self.loads.swapaxes(0, 1))
         numbers["eval/domain_information"] = float(information.mean())
         numbers |= self._by_sequence()
+        if self.dropped is not None:
+            numbers["eval/drop_rate"] = float((self.dropped / self.loads.sum((0, 2))).mean())
         return numbers | ({"eval/bias_changed": 1.0 - self.kept / self.chosen} if self.chosen else {})
 
     def _by_sequence(self) -> dict[str, float]:
@@ -370,6 +375,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     from moe_jax.mesh import make_mesh
 
     check_asked(config, specialisation, ablation)
+    distributed.by_first(lambda: check_writable(workdir, specialisation))
     corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     check_tokenizer(config, workdir, corpus)
     _note_other_data(workdir, corpus)
@@ -421,11 +427,23 @@ def check_asked(config: Config, specialisation: bool, ablation: bool) -> None:
             raise ValueError(f"{flag} is about experts, and model.num_experts=0 has none; leave {flag} out.")
 
 
+def check_writable(workdir: Path, specialisation: bool) -> None:
+    """Say that an evaluation in somebody else's folder is not kept; a ValueError where files are what is wanted."""
+    if is_writable(workdir):
+        return
+    if specialisation:
+        raise ValueError(f"--specialisation writes into --workdir={workdir}, which cannot be written; copy the run.")
+    print(f"{workdir} cannot be written: results are printed, and not kept", flush=True)
+
+
 def tell(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[Any], None]) -> None:
-    """Print a result and write it to workdir/<name>.json; process 0 does."""
+    """Print a result and write it to workdir/<name>.json, if that can be written; process 0 does."""
     if distributed.index() == 0:
         show(result)
-        write_json(workdir / f"{name}.json", result)
+        try:
+            write_json(workdir / f"{name}.json", result)
+        except OSError as error:
+            print(f"{workdir / name}.json was not written: {error.strerror or error}")
 
 
 def draw_survey(workdir: Path, found: "Survey") -> None:

@@ -23,7 +23,7 @@ from absl import app, flags
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config
-from moe_jax.files import check_writable, workdir_of, write_whole
+from moe_jax.files import output_of, path_of, workdir_of, write_whole
 from moe_jax.show import as_html, on_terminal, printable
 from moe_jax.workdir import TOKENIZER, config_of_run
 
@@ -111,7 +111,7 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
         ValueError: there is none, or the file cannot be read.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8-sig") if file else ""
+        text = path_of(file, "--prompts_file").read_text(encoding="utf-8-sig") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts_file={file} cannot be read ({error}); give a UTF-8 file.") from None
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() knows more ends than lines have
@@ -144,10 +144,10 @@ def run(flag: Any) -> None:
     Raises:
         ValueError, OSError: whatever the flags or the workdir lack.
     """
+    workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
     from moe_jax.decoding import check_model, check_prompts, notice_of_drops
     from moe_jax.sampling import Sampling
 
-    workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
     sampling = Sampling(flag.temperature, flag.top_k, flag.top_p)
     config = config_of_run(workdir)
     coloured = flag.show_experts or flag.html
@@ -155,7 +155,7 @@ def run(flag: Any) -> None:
         raise ValueError(f"--layer={flag.layer} is for colours; add --show_experts or --html=FILE, or leave it out.")
     layer = chosen_layer(config, flag.layer) if coloured else 0
     if flag.html:
-        check_writable(Path(flag.html), "html")
+        output_of(flag.html, "--html")
     tokenizer, opened = tokenizer_of(workdir, config, flag.tokenizer, flag.eos)
     opened = opened if flag.separator is None else flag.separator
     given = [encode(tokenizer, prompt, opened) for prompt in prompts for _ in range(flag.num_samples)]
@@ -242,7 +242,7 @@ def _show(
         for line in on_terminal(texts, layer, choices):
             Console().print(line, soft_wrap=True)
     if flag.html:
-        write_whole(Path(flag.html), as_html(texts, layer, choices, f"Experts of {flag.workdir}"))
+        write_whole(output_of(flag.html, "--html"), as_html(texts, layer, choices, f"Experts of {flag.workdir}"))
         _tell(f"wrote {flag.html}")
 
 

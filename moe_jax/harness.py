@@ -23,7 +23,7 @@ from absl import app, flags
 
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
-from moe_jax.files import check_writable, workdir_of, write_json
+from moe_jax.files import output_of, path_of, workdir_of, write_json
 from moe_jax.generate import check_trained, encode, longest, restore, tokenizer_of
 from moe_jax.workdir import config_of_run
 
@@ -357,7 +357,7 @@ def run(flag: Any) -> dict[str, Any]:
     """
     made, workdir = adapter(), workdir_of(flag.workdir)
     if flag.output:
-        check_writable(Path(flag.output), "output")
+        output_of(flag.output, "--output")
     for name in ("num_fewshot", "limit", "max_length", "bootstrap"):
         if (getattr(flag, name) or 0) < 0:
             raise ValueError(f"--{name}={getattr(flag, name)} must be at least 0; raise it, or leave it out.")
@@ -387,7 +387,7 @@ def run(flag: Any) -> dict[str, Any]:
                     "scored; leave it out, or mend it."
                 ) from error
 
-    paths = [str(OURS), *([flag.include_path] if flag.include_path else [])]
+    paths = [str(OURS), *([str(path_of(flag.include_path, "--include_path"))] if flag.include_path else [])]
     manager = Tasks(include_path=paths, include_defaults=not ours.issuperset(names), metadata={"data_path": data})
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
@@ -405,7 +405,7 @@ def run(flag: Any) -> dict[str, Any]:
         bootstrap_iters=flag.bootstrap,
     )
     if flag.output:  # before anything is printed, which may fail
-        write_json(Path(flag.output), json.loads(json.dumps(found["results"], default=str)))
+        write_json(output_of(flag.output, "--output"), json.loads(json.dumps(found["results"], default=str)))
     print(make_table(found))
     return found["results"]
 

@@ -27,7 +27,7 @@ from moe_jax import hlo
 from moe_jax.chips import GIB, Place, Topology, exchange_seconds, parse_topology, place_of
 from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, MeshConfig, validate
-from moe_jax.files import write_json
+from moe_jax.files import output_of, write_json, write_whole
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -377,7 +377,7 @@ def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:
 # --- one plan, or many ----------------------------------------------------------------------------------------
 
 
-def plan(config: Config, topology: Topology, text_file: str = "") -> dict[str, Any]:
+def plan(config: Config, topology: Topology, text_file: Path | None = None) -> dict[str, Any]:
     """The report of one config on one topology; `text_file` gets the compiled program.
 
     Raises:
@@ -391,7 +391,7 @@ def plan(config: Config, topology: Topology, text_file: str = "") -> dict[str, A
     return plan_on(config, topology, make_mesh(config.mesh, devices), text_file)
 
 
-def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: str = "") -> dict[str, Any]:
+def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: Path | None = None) -> dict[str, Any]:
     """`plan` for a mesh that is made already; the config's is resolved."""
     try:
         compiled = compile_step(config, mesh)
@@ -401,7 +401,7 @@ def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: str = "
         available = error.available or (topology.chip.hbm if topology.chip else None)
         return _heading(config, topology, mesh) | {"fits": False, "bytes_per_chip": memory | {"hbm": available}}
     if text_file:
-        Path(text_file).write_text(compiled.text)
+        write_whole(text_file, compiled.text)
     return make_report(config, topology, mesh, compiled)
 
 
@@ -564,10 +564,7 @@ def main(_: list[str]) -> None:
         topology = parse_topology(flag.topology)
         config = validate(flag.config)
         prepare_environment(topology)
-        for name in ("json", "hlo"):
-            file = Path(str(flag[name].value))
-            if flag[name].value and (file.is_dir() or not file.parent.is_dir()):
-                raise ValueError(f"--{name}={file} must be a file in a folder that is there; make {file.parent} first.")
+        files = {name: output_of(text, f"--{name}") for name in ("json", "hlo") if (text := str(flag[name].value))}
     except ValueError as error:
         fail(str(error))
     from rich.console import Console
@@ -583,12 +580,12 @@ def main(_: list[str]) -> None:
             show_search(trials, console)
             result: Any = [t._asdict() for t in trials]
         else:
-            result = plan(config, topology, flag.hlo)
+            result = plan(config, topology, files.get("hlo"))
             show(result, console)
     except ValueError as error:
         fail(str(error))
-    if flag.json:
-        write_json(Path(flag.json), result)
+    if "json" in files:
+        write_json(files["json"], result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import ast
 import dataclasses
 import functools
 import math
-import os
 import re
 import sys
 import time
@@ -41,7 +40,7 @@ from absl import app, flags
 from moe_jax.cache import keep_compiled
 from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, article, balance_entries, validate
-from moe_jax.files import write_json
+from moe_jax.files import output_of, path_of, write_json
 from moe_jax.options import BalanceEntry
 from moe_jax.workdir import read_config
 
@@ -636,7 +635,7 @@ def asked() -> Asked:
     given = {name for name in flag if flag[name].present}
     if flag.drift > 0 and "drift" in given and "stream" not in given:
         values["stream"] = "drifting"
-    s = Settings(**(values | _of_the_run(Path(flag.scores), given)))
+    s = Settings(**(values | _of_the_run(path_of(flag.scores, "--scores"), given)))
     check_unused(given, s, flag.scores)
     check(s)
     if flag.seeds < 1:
@@ -652,13 +651,10 @@ def asked() -> Asked:
     if {arm.sign for arm in arms} - {1, -1}:
         raise ValueError(f"--sign={','.join(flag.sign)} must be 1, or -1 to turn the balancing round; or both.")
     for name in ("json", "out"):
-        file = Path(str(flag[name].value))
-        if flag[name].value and (file.is_dir() or not file.parent.is_dir()):
-            raise ValueError(f"--{name}={file} must be a file in a folder that is there; make {file.parent} first.")
-        if flag[name].value and not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise ValueError(f"--{name}={file} cannot be written; name a file in a folder of yours.")
+        if text := str(flag[name].value):
+            output_of(text, f"--{name}")
     if flag.scores:
-        recording = read_scores(Path(flag.scores), flag.layer)
+        recording = read_scores(path_of(flag.scores, "--scores"), flag.layer)
         tokens, experts = recording.logits.shape[1:]
         s = dataclasses.replace(s, tokens=tokens, experts=experts, sequences=s.sequences if "sequences" in given else 1)
         check(s)
@@ -719,10 +715,11 @@ def main(_: list[str]) -> None:
     )
     console.print(best(results, s))
     if flag.out:
-        draw(results, s, low, title, Path(flag.out))
+        draw(results, s, low, title, output_of(flag.out, "--out"))
         console.print(f"drawn: {flag.out}")
     if flag.json:
-        write_json(Path(flag.json), as_json(results, s, flag.scores) | {"floor": low, "threshold": limit})
+        found = as_json(results, s, flag.scores) | {"floor": low, "threshold": limit}
+        write_json(output_of(flag.json, "--json"), found)
 
 
 def define_flags() -> None:

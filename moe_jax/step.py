@@ -398,7 +398,8 @@ class Evaluation(NamedTuple):
     """Sums over one held-out batch: of every row, and over all; None where there are no experts, or no bias.
 
     nats, tokens, domain, num_bytes: of a row, its valid targets alone. row_loads: of a row's sequence.
-    kept, chosen: how many decisions are the same without the bias, and how many there are.
+    kept, chosen: how many decisions are the same without the bias, and how many there are. dropped: how many copies no
+    expert saw; None where none can be dropped.
     """
 
     nats: Float32[Array, "batch"]
@@ -408,6 +409,7 @@ class Evaluation(NamedTuple):
     row_loads: Int32[Array, "batch layers experts"] | None
     kept: Int32[Array, "layers"] | None = None
     chosen: Int32[Array, "layers"] | None = None
+    dropped: Int32[Array, "layers"] | None = None
 
     @property
     def loads(self) -> Int32[Array, "layers experts"] | None:
@@ -421,6 +423,7 @@ def _eval_step(
 ) -> Callable[[TrainState, Batch], Evaluation]:
     balancer = balance.make(config.balance, config.model) if balancer is None else balancer
     has_bias = any(entry.method in BIAS_METHODS for entry in config.balance)
+    can_drop = config.model.dispatch == "capacity" or balancer.drop is not None
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         balancing = Balancing(balancer, state.balance)
@@ -430,6 +433,8 @@ def _eval_step(
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
         result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)
+        if report is not None and can_drop:
+            result = result._replace(dropped=report.traffic.dropped)
         if report is None or not has_bias:
             return result
         kept, chosen = _kept_without_bias(state, report.details)

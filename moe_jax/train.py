@@ -127,7 +127,7 @@ class _Run:
         self.state, extra, identity, self.remarks = start
         self.made_by = versions() | {"identity": identity._asdict()}
         self.first, self.tokens_seen = int(self.state.step), extra.get("tokens_seen", 0)
-        self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, self.first)
         first_process = distributed.index() == 0
         self.log = RunLog(workdir, self.first) if first_process else None
         self.about = self.made_by | distributed.by_first(lambda: self._continue_ledger(extra))
@@ -381,7 +381,7 @@ def refuse_other_weights(workdir: Path, identity: Identity | None, there: Config
     elif identity.weights is None:
         same = False
     else:
-        now = _fingerprint_at(workdir_of(config.init_from) / "checkpoints", identity.weights["step"])
+        now = _fingerprint_at(workdir_of(config.init_from, "init_from") / "checkpoints", identity.weights["step"])
         if now is None:
             return [f"init_from={config.init_from!r} no longer has the weights that this run started from; not needed"]
         same = now == identity.weights["fingerprint"]
@@ -430,7 +430,7 @@ def weights_of(config: Config, mesh: "Mesh") -> tuple["TrainState", dict[str, An
     from moe_jax.state import abstract_state, state_around
 
     target, options = abstract_state(config, mesh), config.checkpoint
-    folder = workdir_of(config.init_from) / "checkpoints"
+    folder = workdir_of(config.init_from, "init_from") / "checkpoints"
     found = checkpoint.restore_weights(
         folder,
         {"params": target.params, "bias": target.bias},
@@ -453,7 +453,7 @@ def changes_of_model(config: Config) -> list[str]:
     """A line if the model of `init_from` was another than these weights now become, though of the same shapes."""
     if not config.init_from:
         return []
-    there, here = (as_dict(c)["model"] for c in (config_of_run(workdir_of(config.init_from)), config))
+    there, here = (as_dict(c)["model"] for c in (config_of_run(workdir_of(config.init_from, "init_from")), config))
     another = keys_that_change("model")
     changed = [line for line in differences(there, here) if f"model.{line.partition(':')[0]}" in another]
     return [f"the weights were trained in another model: {'; '.join(changed)}"] if changed else []
@@ -463,7 +463,7 @@ def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str
     """Keep the tokenizer, for text and for export: that of `init_from`, or the corpus's; a line if they differ."""
     from moe_jax.data import ByteTokenizer, keep_tokenizer
 
-    target, source = workdir / TOKENIZER, workdir_of(config.init_from) if config.init_from else workdir
+    target, source = workdir / TOKENIZER, workdir_of(config.init_from, "init_from") if config.init_from else workdir
     if target.exists():
         return []
     differs = has_another_tokenizer(source, corpus)
@@ -603,6 +603,7 @@ def main(_: list[str]) -> None:
         from moe_jax.data import check_corpus
 
         check_corpus(config.data.path)
+        workdir_of(config.init_from, "init_from")
         watchdog = Watchdog(config.step_timeout_seconds)
         with distributed.joined(config.heartbeat_seconds, lambda: watchdog.doing):
             outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog, profile=flag.profile)

@@ -4,7 +4,6 @@ The config may change where it changes no number (`config.free_keys`). The corpu
 from are known by their fingerprints: the same data may be moved, other data at the same place are refused.
 """
 
-import fcntl
 import json
 import platform
 import secrets
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from moe_jax import distributed
 from moe_jax.config import Config, as_dict, changed_numbers, validate
-from moe_jax.files import is_remote, write_json
+from moe_jax.files import is_remote, lock, write_json
 
 TOKENIZER = "tokenizer"  # the folder of a workdir with what came with a converted model besides its weights
 
@@ -76,13 +75,8 @@ def _locked(workdir: Path) -> Iterator[None]:
     if is_remote(workdir):  # a bucket has no locks: one command at a time is the user's to see to
         yield
         return
-    with open(workdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--workdir={workdir} is in use by another process; wait for it, or use another workdir."
-            ) from None
+    with open(workdir / ".lock", "w") as file:
+        lock(file, workdir, f"--workdir={workdir} is in use by another process; wait for it, or use another workdir.")
         yield
 
 
@@ -164,7 +158,7 @@ def versions() -> dict[str, Any]:
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     revision = None
-    if shutil.which("git"):  # an installed package runs where there is no git, too
+    if shutil.which("git") and (here.parent / ".git").exists():  # an installed one lies in somebody else's, if in any
         revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},

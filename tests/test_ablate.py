@@ -14,6 +14,7 @@ from conftest import tiny_config
 from experiments import ablate, hyper
 from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
 from moe_jax import checkpoint, train
+from moe_jax.command import load
 from moe_jax.config import as_dict, default, flatten, validate
 from moe_jax.data import check_corpus, open_corpus, training_batches
 from moe_jax.state import init_state
@@ -251,19 +252,9 @@ def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [("x = 1\n", "defines no get_hyper"), (None, "is not a Python file|No such file|not exist")]
-)
-def test_a_file_without_a_sweep_is_refused(tmp_path, text, words):
-    file = tmp_path / ("file.py" if text else "file.txt")
-    file.write_text(text or "no python")
-    with pytest.raises(ValueError, match=words):
-        ablate.load_source(str(file))
-
-
 def test_every_file_of_the_repository_that_has_arms_has_a_plan(repo):
     for file in sorted((repo / "configs" / "ablation").glob("*.py")):
-        source = ablate.load_source(str(file))
+        source = load(file)
         runs = plan(as_dict(validate(source.get_config())), source.get_hyper(hyper))
         assert len({r.arm for r in runs}) > 1
         assert {r.seed for r in runs if r.arm == runs[0].arm} == {r.seed for r in runs}

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 options
 config
-command
 files
+command
 cache
 ledger
 shards

@@ -201,7 +201,11 @@ def good(tmp_path):
 FLAGS = [
     (["--config.model.topk=2"], "top_k"),
     (["--config.num_steps=many"], "num_steps"),
-    (["--config.model=3"], "config.model"),
+    (["--config.model=3"], "--config.model=3 must be a dict"),
+    (["--config.num_steps=a:b=c{"], "--config.num_steps=a:b=c{ must be an integer; it is 20 in the config"),
+    (["--config.num_steps", "a: b"], "--config.num_steps=a: b must be an integer; it is 20 in the config"),
+    (["--config.data.weights={'a': 1.0"], "--config.data.weights={'a': 1.0 must be a dict"),
+    (["--config.num_steps=None"], "num_steps=None must be an integer"),
     (["--config.model.top_k=9"], "model.top_k=9 must be at most model.num_experts=4"),
     (["--config.model.num_groups=3"], "must be divisible by model.num_groups=3"),
     (["--config.micro_batches=3"], "batch_size=8 must be divisible by micro_batches=3; try 6 or 9"),
@@ -262,18 +266,29 @@ CONFIG_FILES = {
     "weights for a name with a dot": (
         "from moe_jax.config import default\ndef get_config():\n"
         "    c = default()\n    c.data.weights = {'c4.en': 1.0}\n    return c\n",
-        "has the name 'c4.en', with a dot; put its dict into moe_jax.config.named({...}).",
+        "the name 'c4.en' has a dot; put its dict into moe_jax.config.named({...}).",
     ),
     "an import that is not there": ("import no_such_module\ndef get_config(arg=''):\n    pass\n", "no_such_module"),
-    "an error of its own": ("def get_config(arg=''):\n    return 1 / 0\n", "division by zero"),
+    "an error of its own": ("def get_config(arg=''):\n    return 1 / 0\n", "config.py, line 2: ZeroDivisionError"),
+    "a variable that is not set": ("import os\nX = os.environ['NO_SUCH']\n", "config.py, line 2: KeyError: 'NO_SUCH'"),
+    "a typo in what it changes": (
+        "from moe_jax.config import default\ndef get_config(arg=''):\n    c = default()\n    c.modle.top_k = 2\n",
+        "config.py, line 4: AttributeError: ''modle' Did you mean",
+    ),
+    "a helper that fails": (
+        "def helper():\n    raise RuntimeError('no node')\ndef get_config(arg=''):\n    helper()\n",
+        "config.py, line 2: RuntimeError: no node",
+    ),
 }
 
 
+@pytest.mark.parametrize("overrides", [[], ["--config.num_steps=3"]], ids=["alone", "overridden"])
 @pytest.mark.parametrize("kind", CONFIG_FILES)
-def test_a_wrong_config_file_is_refused(tmp_path, kind):
+def test_a_wrong_config_file_is_refused(tmp_path, kind, overrides):
     text, words = CONFIG_FILES[kind]
-    (tmp_path / "config.py").write_text(text)
-    refusal = Refusal("moe_jax.train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
+    file = tmp_path / "config.py"
+    file.write_text(text)
+    refusal = Refusal("moe_jax.train", f"--config={file}", f"--workdir={tmp_path / 'run'}", *overrides)
     assert refusal.status == 2, refusal.err
     assert "Traceback" not in refusal.err
     (line,) = [line for line in refusal.err.splitlines() if line.startswith("error: ")]
@@ -282,10 +297,23 @@ def test_a_wrong_config_file_is_refused(tmp_path, kind):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_in_what_a_sweep_wants_is_refused_with_its_line(good, tmp_path):
+    good.write_text(good.read_text() + "\n\ndef get_hyper(h):\n    return h.arms({'a': 1})\n")
+    line = len(good.read_text().splitlines())
+    refusal = Refusal("experiments.ablate", f"--config={good}", f"--workdir={tmp_path / 'sweep'}")
+    assert_refused(refusal, f"config.py, line {line}: TypeError: arms() takes 0 positional arguments")
+
+
 def test_a_config_file_that_does_not_exist_is_refused(tmp_path):
     refusal = Refusal("moe_jax.train", f"--config={tmp_path / 'no.py'}", f"--workdir={tmp_path / 'run'}")
     assert_refused(refusal, "no.py")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["tinny", "tiny.py", "configs/tinny.py", "configs/tinny.py:arg"])
+def test_a_config_that_is_not_there_is_refused_with_a_close_name_of_ours(tmp_path, name):
+    refusal = Refusal("moe_jax.train", f"--config={name}", f"--workdir={tmp_path / 'run'}")
+    assert_refused(refusal, f"--config={name.removesuffix(':arg')} does not exist; did you mean 'tiny'?")
 
 
 def test_a_workdir_that_is_a_file_is_refused(good, tmp_path):
@@ -374,6 +402,32 @@ def test_a_damaged_corpus_is_refused_and_its_file_named(good, prepared, tmp_path
     flags = [f"--config={good}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={prepared}"]
     assert_refused(Refusal("moe_jax.train", *flags), file.name)
     assert not (tmp_path / "run").exists()
+
+
+AWAY = "s3://bucket/folder"
+ADDRESSES = [
+    ("moe_jax.train", "--config=configs/tiny.py", f"--workdir={AWAY}"),
+    ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.data.path={AWAY}"),
+    ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.init_from={AWAY}"),
+    ("moe_jax.train", f"--config=configs/from_checkpoint.py:{AWAY}", "--workdir=runs/none"),
+    ("moe_jax.evaluate", f"--workdir={AWAY}"),
+    ("moe_jax.generate", f"--workdir={AWAY}", "--prompt=x"),
+    ("moe_jax.convert", f"--input={AWAY}", "--output=runs/none"),
+    ("moe_jax.convert", "--input=configs", f"--output={AWAY}"),
+    ("moe_jax.data.prepare", f"--input={AWAY}", "--output=runs/none"),
+    ("moe_jax.data.prepare", "--input=configs", f"--output={AWAY}"),
+    ("moe_jax.data.prepare", "--input=configs", "--output=runs/none", f"--tokenizer={AWAY}"),
+    ("experiments.ablate", "--config=configs/ablation/demo.py", f"--workdir={AWAY}"),
+    ("experiments.report", AWAY),
+]
+
+
+@pytest.mark.parametrize("command", ADDRESSES, ids=[" ".join(c[::2]) for c in ADDRESSES])
+def test_an_address_where_a_path_must_be_is_refused_by_every_command(command):
+    refusal = Refusal(*command)
+    assert_refused(refusal, AWAY, "is an address and must be a path of this machine")
+    assert not (rig.REPO / "s3:").exists()
+    assert not (rig.REPO / "runs" / "none").exists()
 
 
 def test_the_evaluation_of_an_empty_folder_is_refused(tmp_path):

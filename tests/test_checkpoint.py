@@ -8,6 +8,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from drills import rig
 
@@ -97,6 +98,77 @@ def test_the_state_hash_sees_one_bit_of_any_leaf():
         array.reshape(-1).view("uint32")[0] ^= 1
         changed = jax.tree.unflatten(structure, [*leaves[:i], array, *leaves[i + 1 :]])
         assert state_hash(changed) != before
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "a[b", "**", "50%20", "#1", "a?b", "ü 模型", "a:b", "tests"])
+def test_checkpoints_can_be_written_and_read_in_a_folder_of_any_name(tmp_path, name):
+    # Orbax takes the folder for a pattern, tensorstore an address for a quoted one
+    save_small(tmp_path / name, 3)
+    state, target = small_state(3), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small_state())
+    back, _ = restore(tmp_path / name, target)
+    assert state_hash(back) == state_hash(state)
+    _, arrays = checkpoint.open_newest(tmp_path / name, target)
+    assert (arrays["weights"].read(()) == state["weights"]).all()
+
+
+def test_a_checkpoint_whose_leaves_cannot_be_opened_is_not_committed(tmp_path):
+    # to tensorstore a\\b is a/b, so what it writes is not where the checkpoint is
+    with pytest.raises(ValueError, match=r"00000001 cannot be read"):
+        save_small(tmp_path / "a\\b", 1)
+    assert committed(tmp_path / "a\\b") == []
+
+
+def half(name):
+    """Weights of which one slice was never written, or is not what the checkpoint says of it."""
+    return {"params": {"experts": jax.ShapeDtypeStruct((2, 3) if name == "slice" else (2, 4), jnp.float32)}, "bias": {}}
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("slice", "of params/experts 1 of 2 chunks are stored"),
+        ("shape", r"float32\[2, 3\] and should be float32\[2, 4\]"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_it_promises_is_not_committed(tmp_path, what, words):
+    path = tmp_path / "00000000"
+    arrays = checkpoint.create(path, half("slice"), lambda leaf: 1)
+    arrays["params/experts"].write((0,), np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=words):
+        checkpoint.commit(path, half(what), {})
+    assert committed(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_state_that_is_not_finite_is_not_saved_and_the_one_before_stays(tmp_path, value):
+    save_small(tmp_path, 1)
+    bad = small_state(2)
+    checkpoints = Checkpointer(tmp_path, 1)
+    with pytest.raises(
+        FloatingPointError, match=r"^weights is not finite after 2 steps: .*00000002 was not written\.$"
+    ):
+        checkpoints.save(2, bad | {"weights": bad["weights"].at[1, 1].set(value)}, {})
+    checkpoints.close()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["00000001"]
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    arrays = checkpoint.create(tmp_path / "00000000", half("slice"), lambda leaf: 1)
+    with pytest.raises(ValueError, match="params/experts is not finite"):
+        arrays["params/experts"].write((0,), np.array([0, np.nan, 0], np.float32))
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
+    save_small(tmp_path, 1)
+    with monkeypatch.context() as before:  # as an older version saved them
+        before.setattr(checkpoint, "first_non_finite", lambda _: None)
+        checkpoints = Checkpointer(tmp_path, 10)
+        checkpoints.save(2, small_state(2) | {"weights": jnp.full((2, 3), jnp.nan)}, {})
+        checkpoints.close()
+    with pytest.raises(ValueError, match=r"weights is not finite.*Set checkpoint\.fallback=True to go on from step 1"):
+        restore(tmp_path, small_state())
+    assert int(restore(tmp_path, small_state(), fallback=True)[0]["step"]) == 1
+    assert "weights is not finite" in capsys.readouterr().out
 
 
 def test_keep_leaves_the_newest(tmp_path):
@@ -385,8 +457,38 @@ def test_damage_to_any_file_is_detected_and_named(workdir, damage):
 
 def test_an_extra_file_is_detected_and_named(workdir):
     (newest(workdir) / "d" / "guest").write_text("hello")
-    with pytest.raises(ValueError, match=r"d/guest is not in the manifest"):
-        restore(workdir / "checkpoints", abstract_state(CONFIG))
+    assert checkpoint.strangers(newest(workdir), check(newest(workdir))) == ["d/guest"]
+
+
+STRAYS = [
+    ".DS_Store",
+    "d/.DS_Store",
+    "ocdbt.process_0/.nfs000000012",
+    "Thumbs.db",
+    "d/._0",
+    "x.txt",
+]
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_file_that_is_not_of_the_checkpoint_does_no_harm_and_is_named(workdir, name, capsys):
+    (newest(workdir) / name).write_text("hello")
+    assert run(CONFIG, workdir, stop_at=12, quiet=True).step == 12
+    assert f"ignoring what is not in the manifest of {newest(workdir)}: {name}\n" in capsys.readouterr().out
+    assert (newest(workdir) / name).read_text() == "hello"
+
+
+def test_what_a_file_browser_leaves_while_a_checkpoint_is_written_is_not_of_it(tmp_path, monkeypatch):
+    real = checkpoint.hash_files
+
+    def hash_files(path, process):
+        (path / ".nfs000000012").write_text("gone a moment later")
+        return real(path, process)
+
+    monkeypatch.setattr(checkpoint, "hash_files", hash_files)
+    save_small(tmp_path, 1)
+    (tmp_path / "00000001" / ".nfs000000012").unlink()
+    check(tmp_path / "00000001", "full")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"sha256": 3}'])
@@ -424,7 +526,10 @@ def test_damage_is_told_before_the_first_step_and_with_the_way_out(workdir, monk
 def test_damage_to_the_only_checkpoint_says_so(workdir):
     shutil.rmtree(workdir / "checkpoints" / "00000005")
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
-    for fallback, words in ((False, "only checkpoint"), (True, "no sound checkpoint")):
+    for fallback, words in (
+        (False, "There is no older checkpoint: restore the file, or"),
+        (True, "no sound checkpoint"),
+    ):
         with pytest.raises(ValueError, match=words):
             restore(workdir / "checkpoints", abstract_state(CONFIG), fallback=fallback)
 
@@ -447,6 +552,20 @@ def test_the_advice_to_set_fallback_can_be_followed(workdir, capsys):
     config = rig.drill_config(checkpoint=dict(keep=10, fallback=True))
     run(config, workdir, quiet=True)
     assert "going on from step 5" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_set_aside_as_it_is_where_a_run_falls_back(workdir, capsys):
+    # only a whole reading sees the damage, and saves look at sizes
+    config = rig.drill_config(checkpoint=dict(keep=10, fallback=True, verify="full"))
+    file = rig.data_files(newest(workdir))[-1]
+    rig.flip_bit(file, 99)
+    damaged = {f.relative_to(newest(workdir)): f.read_bytes() for f in rig.data_files(newest(workdir))}
+    run(config, workdir, stop_at=12, quiet=True)
+    assert "setting" in capsys.readouterr().out
+    assert rig.folders(workdir) == ["00000005", "00000010", "00000010.damaged", "00000012"]
+    aside = workdir / "checkpoints" / "00000010.damaged"
+    assert {f.relative_to(aside): f.read_bytes() for f in rig.data_files(aside)} == damaged
+    check(newest(workdir), "full")
 
 
 def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(tmp_path):
@@ -511,10 +630,53 @@ def test_a_manifest_of_the_wrong_form_is_refused(workdir, key):
         restore(workdir / "checkpoints", abstract_state(CONFIG))
 
 
-def test_a_python_pickle_in_a_checkpoint_is_refused(workdir):
-    (newest(workdir) / "state.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match=r"state\.pkl is not in the manifest"):
-        restore(workdir / "checkpoints", abstract_state(CONFIG))
+def test_a_python_pickle_in_a_checkpoint_is_ignored(workdir, capsys):
+    (newest(workdir) / "state.pkl").write_bytes(b"cos\nsystem\n(S'touch pickled'\ntR.")
+    assert int(rig.restored(CONFIG, workdir).step) == 10
+    assert "state.pkl" in capsys.readouterr().out
+
+
+# --- a run under way ------------------------------------------------------------------------------------------
+
+
+def overtaken(monkeypatch, directory, name, times):
+    """The run saves a further step, and so removes the checkpoint that `checkpoint.<name>` is about to read."""
+    real, left = getattr(checkpoint, name), list(range(times))
+
+    def read(path, *args, **kwargs):
+        if left:
+            left.pop()
+            save_small(directory, int(path.name) + 1, keep=1)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, name, read)
+
+
+@pytest.mark.parametrize("name", ["_read", "check"])
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_missed(tmp_path, monkeypatch, name):
+    save_small(tmp_path, 1)
+    overtaken(monkeypatch, tmp_path, name, 3)
+    assert int(restore(tmp_path, small_state())[0]["step"]) == 4
+
+
+def test_a_run_that_removes_faster_than_can_be_read_is_told_in_a_sentence(tmp_path, monkeypatch):
+    save_small(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "MOST_REMOVED", 2)
+    overtaken(monkeypatch, tmp_path, "_read", 9)
+    with pytest.raises(ValueError, match=r"faster than they can be read; raise its checkpoint\.keep"):
+        restore(tmp_path, small_state())
+
+
+def test_slices_of_a_checkpoint_that_its_run_removes_end_in_a_sentence(tmp_path):
+    state = {"weights": jnp.arange(1e6)}  # not so small that it comes with the index
+    checkpoints = Checkpointer(tmp_path, 1)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    _, arrays = checkpoint.open_newest(tmp_path, state)
+    checkpoints.save(2, state, {})
+    checkpoints.close()
+    with pytest.raises(ValueError, match=r"00000001 was removed by its run while it was read"):
+        arrays["weights"].read(())
 
 
 # --- moved checkpoints ----------------------------------------------------------------------------------------

@@ -88,6 +88,74 @@ def test_a_key_that_a_users_file_leaves_out_can_be_overridden(repo, tmp_path):
     assert "2 layers" in result.stdout
 
 
+READ = """
+import json, sys
+from absl import flags
+from moe_jax import command
+from moe_jax.config import as_dict, validate
+
+command.define_config_flag("")
+command.parse_flags(sys.argv)
+print(json.dumps(as_dict(validate(flags.FLAGS.config))))
+"""
+
+
+def read(folder, *arguments):
+    """What a command that is given these arguments in a folder takes for its config."""
+    result = subprocess.run(
+        [sys.executable, "-c", READ, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def write(file, returned, before=""):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"from moe_jax.config import default\n{before}\ndef get_config(arg=''):\n    return {returned}\n")
+    return file
+
+
+def test_a_key_that_may_be_open_can_be_opened_again(tmp_path):
+    # github.com/google/ml_collections: a field of type int takes no None
+    write(tmp_path / "c.py", "default(model=dict(num_experts=4), balance=dict(bias_sign=dict(freeze_step=10)))")
+    key = "--config.balance.bias_sign.freeze_step"
+    assert read(tmp_path, "--config=c.py")["balance"]["bias_sign"]["freeze_step"] == 10
+    for arguments in ([f"{key}=None"], [key, "None"], [f"{key}=3", f"{key}=None"]):
+        assert read(tmp_path, "--config=c.py", *arguments)["balance"]["bias_sign"]["freeze_step"] is None
+    assert read(tmp_path, "--config=c.py", f"{key}=None", f"{key}=3")["balance"]["bias_sign"]["freeze_step"] == 3
+
+
+def test_a_frozen_config_can_be_returned_and_overridden(tmp_path):
+    before = "from ml_collections import FrozenConfigDict\n"
+    write(tmp_path / "c.py", "FrozenConfigDict(default(num_steps=7, data=dict(weights={})))", before)
+    config = read(tmp_path, "--config=c.py", "--config.seed=3")
+    assert (config["num_steps"], config["seed"]) == (7, 3)
+
+
+def test_a_config_file_runs_once(tmp_path):
+    write(tmp_path / "c.py", "default()", "open('count', 'a').write('x')\n")
+    read(tmp_path, "--config=c.py", "--config.seed=3")
+    assert (tmp_path / "count").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "[x]", "a%20b", "#1", "a.b", "a:b", "tests", "configs", "~"])
+def test_a_config_file_may_lie_in_a_folder_of_any_name(tmp_path, name):
+    write(tmp_path / name / "c.py", "default(num_steps=int(arg or 1))")
+    assert read(tmp_path, f"--config=./{name}/c.py")["num_steps"] == 1
+    assert read(tmp_path, f"--config=./{name}/c.py:5")["num_steps"] == 5
+    assert read(tmp_path, f"--config={tmp_path}/{name}/c.py:5", "--config.seed=1")["num_steps"] == 5
+
+
+def test_a_shipped_config_is_found_by_its_name_and_a_file_that_is_there_wins(tmp_path):
+    tiny = read(tmp_path, "--config=tiny")
+    assert (tiny["num_steps"], tiny["model"]["num_experts"]) == (20, 8)
+    assert read(tmp_path, "--config=ablation/demo")["num_steps"] == 200
+    (tmp_path / "tiny").mkdir()  # a folder is no config
+    assert read(tmp_path, "--config=tiny") == tiny
+    write(tmp_path / "ablation" / "demo", "default(num_steps=3)")
+    assert read(tmp_path, "--config=ablation/demo")["num_steps"] == 3
+
+
 @pytest.mark.parametrize("devices", [32, 64])
 def test_the_recipes_of_the_readme_fit_their_machines(repo, devices):
     text = (repo / "README.md").read_text()

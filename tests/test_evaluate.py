@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import jax
@@ -14,12 +15,13 @@ from conftest import tiny_config
 from moe_jax import metrics, step
 from moe_jax.checkpoint import state_hash
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
-from moe_jax.evaluate import config_of_run, evaluate, on_these_devices, run, store_routing, tell_saturation
+from moe_jax.evaluate import Totals, config_of_run, evaluate, on_these_devices, run, store_routing, tell_saturation
 from moe_jax.log import read_jsonl
 from moe_jax.mesh import make_mesh
 from moe_jax.specialisation import store_ids
 from moe_jax.state import init_state
 from moe_jax.step import Evaluation
+from moe_jax.train import run as train
 
 CONFIG = rig.drill_config()
 CORPUS = open_corpus()
@@ -267,6 +269,62 @@ def test_a_run_that_stored_its_routing_once_is_told_what_is_missing(tmp_path, ca
     tell_saturation(CONFIG, tmp_path)
     assert "no router saturation: " in capsys.readouterr().out
     assert not (tmp_path / "saturation.json").exists()
+
+
+@pytest.fixture(scope="module")
+def run_of_somebody(tmp_path_factory):
+    """A run of one step."""
+    return rig.made_once(tmp_path_factory, "somebody", lambda folder: train(CONFIG, folder, stop_at=1, quiet=True))
+
+
+def test_an_evaluation_that_cannot_be_kept_is_printed(run_of_somebody, tmp_path, capsys):
+    workdir = shutil.copytree(run_of_somebody, tmp_path / "run")
+    (workdir / "evaluation.json").mkdir()  # not even root can write a file there
+    run(CONFIG, workdir)
+    printed = capsys.readouterr().out
+    assert "bits_per_byte" in printed
+    assert f"{workdir / 'evaluation.json'} was not written" in printed
+    assert not list(workdir.glob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(run_of_somebody, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("moe_jax.evaluate.restore_model", lambda *_: None)
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        run(CONFIG, run_of_somebody)
+    assert f"{run_of_somebody} cannot be written: results are printed, and not kept" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--specialisation writes into .* which cannot be written; copy the run"):
+        run(CONFIG, run_of_somebody, specialisation=True)
+
+
+# --- dropped copies -------------------------------------------------------------------------------------------
+
+
+def test_evaluation_says_how_many_copies_capacity_drops(state):
+    # room for a tenth of the balanced load: of an expert's tokens at least some are dropped, and none without a limit
+    rates = {}
+    for factor in (0.1, 4.0):
+        config = rig.drill_config(model=dict(dispatch="capacity", capacity_factor=factor))
+        rates[factor] = evaluate(config, state, CORPUS)["eval/drop_rate"]
+    assert 0.5 < rates[0.1] < 1.0
+    assert rates[4.0] == 0.0
+    assert "eval/drop_rate" not in evaluate(CONFIG, state, CORPUS)
+
+
+def test_the_drop_rate_is_of_the_copies_of_every_layer(monkeypatch):
+    # of 8 copies in each of two layers 1 and 3 are dropped, in each of two batches: (2/16 + 6/16) / 2 = 1/4
+    totals = Totals(1, 4)
+    for _ in range(2):
+        loads = np.full((1, 2, 4), 2)
+        one = Evaluation(np.ones(1), np.full(1, 4), np.zeros(1, int), np.ones(1, int), loads, dropped=np.array([1, 3]))
+        totals.add(one)
+    assert totals.balance(["a"])["eval/drop_rate"] == 0.25
+
+
+def test_a_method_that_drops_says_how_many_in_evaluation_too(state):
+    config = rig.drill_config(balance=dict(device_capacity={}), model=dict(num_groups=2, top_groups=2))
+    found = evaluate(config, init_state(config), CORPUS)
+    assert 0.0 <= found["eval/drop_rate"] < 1.0
 
 
 @pytest.mark.parametrize("flag", ["specialisation", "ablation"])

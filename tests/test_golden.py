@@ -7,6 +7,7 @@ import pytest
 from drills.rig import REPO
 
 from experiments import ablate, hyper
+from moe_jax.command import load
 from moe_jax.config import as_dict, differences, validate
 
 ALL = sorted((REPO / "configs").rglob("*.py"))
@@ -21,7 +22,7 @@ def name_of(file):
 
 def text_of(file):
     """The config of a file, and the changes of its arms if it has any, as JSON."""
-    namespace = ablate.load_source(str(file)) if "get_hyper" in file.read_text() else load(file)
+    namespace = load(file)
     config = as_dict(validate(namespace.get_config()))
     golden = {"config": config}
     if hasattr(namespace, "get_hyper"):
@@ -35,15 +36,6 @@ def text_of(file):
 def plain(config):
     """Tuples become lists, as in a file."""
     return json.loads(json.dumps(config))
-
-
-def load(file):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(name_of(file), file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -358,7 +358,7 @@ BAD = [
     (["--balance=bias_sign", "--layer=1"], "give --scores=FOLDER"),
     (["--balance=bias_sign", "--scores=/nowhere"], "--scores=/nowhere must be a folder"),
     (["--balance=bias_sign", "--scores=/nowhere", "--experts=4"], "--experts is for synthetic streams"),
-    (["--balance=bias_sign", "--out=/nowhere/a.png"], "make /nowhere first"),
+    (["--balance=bias_sign", "--out=/nowhere/a.png"], "--out=/nowhere/a.png cannot be written"),
     (["--balance=quantile", "--score=sqrt_softplus"], "scores between 0 and 1"),
     ([], "--balance is missing"),
 ]

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
-from moe_jax.files import sha256_of, write_json, write_whole
+from moe_jax.files import path_of, sha256_of, write_json, write_whole
 
 SPLITS = ("train", "validation")
 PARTS = ("tokens", "offsets")
@@ -144,7 +144,7 @@ def open_corpus(path: str = "", verify: str = "auto") -> Corpus:
         raise ValueError(f"data.verify={verify!r} is not known; use one of: auto, full, sizes.")
     if not path:
         return _open_embedded(EMBEDDED)
-    manifest = _read_prepared(pathlib.Path(path))
+    manifest = _read_prepared(path_of(path, "data.path"))
     total = sum(file.bytes for file in manifest.files.values())
     full = verify == "full" or (verify == "auto" and total < FULL_VERIFY_BELOW_BYTES)
     check_files(manifest.files.values(), full)
@@ -168,7 +168,7 @@ def check_corpus(path: str = "") -> Summary:
         domains = _read_embedded(EMBEDDED)
         check_files(domains.values(), full=False)
         return Summary(tuple(domains), ByteTokenizer(), _fingerprint_of_embedded(domains))
-    manifest = _read_prepared(pathlib.Path(path))
+    manifest = _read_prepared(path_of(path, "data.path"))
     check_files(manifest.files.values(), full=False)
     return Summary(manifest.domains, manifest.tokenizer, manifest.fingerprint)
 
@@ -399,7 +399,7 @@ def keep_tokenizer(path: str, tokenizer: Tokenizer, folder: pathlib.Path) -> Non
     """
     from moe_jax.data.trained import TOKENIZER_FILE, read_settings
 
-    source, inner = pathlib.Path(path) / TOKENIZER_FOLDER, tokenizer.inner  # type: ignore[attr-defined]
+    source, inner = path_of(path, "data.path") / TOKENIZER_FOLDER, tokenizer.inner  # type: ignore[attr-defined]
     theirs = read_settings(source / "special_tokens_map.json") | read_settings(source / "tokenizer_config.json")
 
     def named(what: str) -> dict[str, str]:

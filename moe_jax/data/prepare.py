@@ -25,7 +25,6 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -53,7 +52,7 @@ from moe_jax.data.corpus import (
     tokenize_documents,
 )
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
-from moe_jax.files import write_whole
+from moe_jax.files import lock, path_of, write_whole
 
 INCLUDE = "*.txt,*.md,*.jsonl"
 MAX_PROBLEMS = 20
@@ -540,7 +539,7 @@ def _read_tokenizer_files(options: Options) -> dict[str, bytes]:
         return {}
     from moe_jax.data.trained import TOKENIZER_FILE, tokenizer_files
 
-    first, *others = tokenizer_files(pathlib.Path(options.tokenizer))
+    first, *others = tokenizer_files(path_of(options.tokenizer, "--tokenizer"))
     return {TOKENIZER_FILE: first.read_bytes()} | {file.name: file.read_bytes() for file in others}
 
 
@@ -619,13 +618,8 @@ def _reopen(output: pathlib.Path, manifest: dict[str, Any]) -> None:
 def _locked(folder: pathlib.Path) -> Iterator[None]:
     """Keeps a second run out of the same folder; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"--output={folder.parent} is being written by another run; wait for it to end."
-            ) from error
+    with open(folder / "lock", "w") as file:
+        lock(file, folder, f"--output={folder.parent} is being written by another run; wait for it to end.")
         yield
 
 
@@ -725,8 +719,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="folder of text")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to make")
+    parser.add_argument("--input", required=True, help="folder of text")
+    parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--validation_fraction", type=float, default=0.05, help="share held out (0.05)")
     parser.add_argument("--text_key", default="text", help="key of the text in a .jsonl line (text)")
     parser.add_argument("--domain", default="", help="domain of files directly in the input")
@@ -734,7 +728,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--tokenizer", default="", help="tokenizer.json, or the folder that holds it (bytes)")
     parser.add_argument("--separator", default="", help="token of it that opens documents (its bos or eos)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
-    return Options(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    return Options(**values | {name: path_of(values[name], f"--{name}") for name in ("input", "output")})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

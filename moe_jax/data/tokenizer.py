@@ -9,11 +9,12 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+
+from moe_jax.files import path_of
 
 
 class Tokenizer(Protocol):
@@ -185,11 +186,12 @@ def get_tokenizer(name: str, separator: str | int = "", eos: str = "", flag: str
         if eos:
             raise ValueError(f"--{flag}={eos} is a token of a trained vocabulary, and {name!r} is none; leave it out.")
         return TOKENIZERS[name]()
-    if not pathlib.Path(name).exists():
+    path = path_of(name, "tokenizer")
+    if not path.exists():
         known = ", ".join(sorted(TOKENIZERS))
         raise ValueError(
             f"tokenizer={name!r} is not known; use one of: {known}; or give a tokenizer.json, or a folder with one."
         )
     from moe_jax.data.trained import read_tokenizer
 
-    return read_tokenizer(pathlib.Path(name), separator, eos, flag)
+    return read_tokenizer(path, separator, eos, flag)
