@@ -7,7 +7,7 @@ Result: none of its own; the first step's routing is that of the weights and the
 
 import json
 
-from moe_jax.config import default
+from moe_jax.config import SourceGone, default
 from moe_jax.files import workdir_of
 
 
@@ -15,9 +15,10 @@ def get_config(arg: str = ""):
     """`arg` is a workdir of `moe_jax.convert` or of a run. Its own balance stays, or is the classic loss."""
     file = workdir_of(arg, "configs/from_checkpoint.py:WORKDIR") / "config.json"
     if not arg or not file.is_file():
-        raise ValueError(
+        raise SourceGone(
+            arg,
             f"configs/from_checkpoint.py:{arg} must name a workdir with config.json; write "
-            "--config=configs/from_checkpoint.py:WORKDIR, as moe_jax.convert makes them."
+            "--config=configs/from_checkpoint.py:WORKDIR, as moe_jax.convert makes them.",
         )
     there = json.loads(file.read_text())
     return default(

@@ -6,6 +6,7 @@ Imports no jax, as `config`: a mistake is reported in well under a second.
 import ast
 import importlib.machinery
 import importlib.util
+import json
 import io
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax.config import article, complete, did_you_mean, named
+from moe_jax.config import SourceGone, article, complete, default, did_you_mean, named
 from moe_jax.files import path_of
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class _Reader(flags.ArgumentParser):
         self.text = path
         self.file, argument = locate(path)
         self.module = run_own(self.file, lambda: load(self.file))
-        config = run_own(self.file, lambda: complete(self.module.get_config(*argument)))
+        config = run_own(self.file, lambda: complete(self._get_config(argument)))
         if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
             fail(
                 f"--config={path} returned {config!r} from get_config() and must return a dict of keys; return "
@@ -60,6 +61,19 @@ class _Reader(flags.ArgumentParser):
         self.values = dict(_nodes(config.to_dict()))
         config.lock()
         return config
+
+    def _get_config(self, argument: list[str]) -> Any:
+        """What the file says; or the config of the run in --workdir, if it started from weights that are gone."""
+        try:
+            return self.module.get_config(*argument)
+        except SourceGone as gone:
+            workdir = re.search(r"(?:^| )--?workdir[= ](\S+)", " ".join(sys.argv))
+            file = Path(os.path.expanduser(workdir[1])) / "config.json" if workdir else Path()
+            there = json.loads(file.read_text()) if file.is_file() else {}
+            if there.get("init_from") != gone.source:
+                raise
+            print(f"--config={self.text}: {gone.source} is gone; the config is that of the run in {file.parent}")
+            return default(**there)
 
 
 class _IntegerOrNone(flags.IntegerParser):

@@ -199,6 +199,17 @@ class Config:
 T = TypeVar("T")
 
 
+class SourceGone(ValueError):
+    """What a config file reads its values from is gone. `source` is the workdir that the run starts from.
+
+    A run that started from it has a config of its own by now, and resumes with that.
+    """
+
+    def __init__(self, source: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.source = source
+
+
 def default(**overrides: Any) -> Any:
     """A complete `ConfigDict`: every key with its default, then `overrides`, nested dicts merged.
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +207,20 @@ def test_a_run_goes_on_while_the_run_that_it_started_from_trains_on(started, tmp
     trained = config(checkpoint=dict(keep=1))
     assert run(trained, tmp_path / "source", quiet=True).step == 4
     assert run(started, tmp_path / "run", quiet=True).step == 4
+
+
+def test_the_command_that_fine_tunes_goes_on_without_the_weights(repo, tmp_path):
+    run(config(), tmp_path / "source", stop_at=2, quiet=True)
+    flags = ("--config.num_steps=4", "--config.optimizer.warmup_steps=1", "--config.data.eval_sequences=2")
+    command = (repo / "configs" / "from_checkpoint.py", tmp_path / "run", *flags)
+    rig.train(Path(f"{command[0]}:{tmp_path / 'source'}"), *command[1:], "--stop_at=2")
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    assert (
+        "is gone; the config is that of the run"
+        in rig.train(Path(f"{command[0]}:{tmp_path / 'source'}"), *command[1:]).text
+    )
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) >= 1
+    assert rig.folders(tmp_path / "run")[-1] == "00000004"
 
 
 # --- workdirs of earlier versions -----------------------------------------------------------------------------
