@@ -1,4 +1,4 @@
-"""How docstrings become Markdown: they are plain text, with code in backticks, and the fields of records line by line."""
+"""How docstrings become Markdown: plain text, with code in backticks, and the fields of records line by line."""
 
 import re
 from pathlib import Path
