@@ -7,6 +7,7 @@ A block is run unless a comment above it says why not, or which test runs it:
 
 import ast
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -24,7 +25,6 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 EXAMPLES = sorted(ROOT.glob("docs/examples/*.py"))
 FENCE = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.M)
 COMMAND = re.compile(r"-m ((?:moe_jax|experiments)\.[\w.]+)([^\n]*)")
-SECONDS = 600  # detects a command that hangs
 
 
 class Block(NamedTuple):
@@ -104,7 +104,7 @@ def test_commands_run(block, tmp_path):
         env=os.environ | {"PATH": path},
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -112,9 +112,8 @@ def test_commands_run(block, tmp_path):
 @functools.cache
 def help_of(module: str) -> str:
     """What a command says of its flags."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
-    )
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
@@ -129,7 +128,9 @@ def commands() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("module", "given"), commands().items(), ids=commands())
-def test_every_flag_of_a_command_exists(module, given):
+def test_a_command_and_every_flag_of_it_exist(module, given):
+    here = module.removeprefix("moe_jax.") if ".experiments." in module else module  # a wheel has them inside
+    assert importlib.util.find_spec(here) is not None
     keys = flatten(default().to_dict())
     for flag in given - {"help"}:
         if flag.startswith("config."):
