@@ -1,9 +1,9 @@
-# make demo, make test, make lint: each sets itself up in .venv first.
+# make demo, make test, make lint, make docs: each sets itself up in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test laws lint clean
+.PHONY: demo test laws lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
@@ -19,6 +19,9 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 $(VENV)/demo.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,5 +39,10 @@ $(VENV)/peers.stamp: $(VENV)/dev.stamp
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
 	@touch $@
 
+# docstrings are read and never imported: with these two packages alone the site is built without jax
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

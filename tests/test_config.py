@@ -157,8 +157,8 @@ def test_a_shipped_config_is_found_by_its_name_and_a_file_that_is_there_wins(tmp
 
 
 @pytest.mark.parametrize("devices", [32, 64])
-def test_the_recipes_of_the_readme_fit_their_machines(repo, devices):
-    text = (repo / "README.md").read_text()
+def test_the_recipes_of_the_docs_fit_their_machines(repo, devices):
+    text = (repo / "docs/devices.md").read_text()
     assert text.count("--config.batch_size=64 --config.mesh.expert=8") == 3  # TPU slice, GKE, Slurm with 4 x 8 GPUs
     spec = importlib.util.spec_from_file_location("mini", repo / "configs/deepseek_v3_mini.py")
     module = importlib.util.module_from_spec(spec)
