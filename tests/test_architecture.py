@@ -20,6 +20,7 @@ mesh
 hlo
 chips
 distributed
+signals
 watchdog
 workdir
 routing
