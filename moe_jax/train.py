@@ -176,12 +176,14 @@ class _Run:
             open_until_the_end.enter_context(closing(self.checkpoints))
             profiler = Profiler(self.workdir / "profile", *steps_to_trace(profile, self.first, last))
             with noted() as self.stopped:  # a second signal must not end the save that the first one caused
-                with self.display.running(self.first), closing(profiler):
+                with self.display.running(self.first):
                     try:
                         step = self._steps(self.first, last, profiler)
                     except FloatingPointError as error:
                         self._write_about({"diverged": str(error)})
                         raise
+                    finally:
+                        self._end_trace(profiler)
                 if number := self.stopped():
                     self.display.say(f"{signal.Signals(number).name}: saving step {step}")
                 self._save(step)
@@ -250,10 +252,19 @@ class _Run:
             self.ledger.restart()  # the first step compiles: it says nothing about speed
         if profiler.is_last(step):
             self._count()  # waits for the steps that were traced
-            profiler.close()
-            self.display.say(f"a trace of the last steps is in {self.workdir / 'profile'}")
+            self._end_trace(profiler)
             self.ledger.charge("lost")
         self._after(step, batch, values)
+
+    def _end_trace(self, profiler: "Profiler") -> None:
+        """Write the trace that is under way, if one is; a run does not fail for it."""
+        if not profiler.is_tracing:
+            return
+        try:
+            profiler.close()
+            self.display.say(f"a trace of the last steps is in {self.workdir / 'profile'}")
+        except OSError as error:
+            self.display.say(f"the trace could not be written: {error}")
 
     def _after(self, step: int, batch: "Batch", values: dict[str, Any]) -> None:
         """What is due after a step, in this order: log, save, evaluate. What fails or is cut off takes nothing along.
