@@ -107,7 +107,7 @@ def cluster_of(processes: int) -> dict[str, str]:
 
 
 class Processes:
-    """The same training command in several processes of one run; `with` leaves none behind."""
+    """The same command in several processes of one run; `with` leaves none behind."""
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class Processes:
         accident: str = "",
         shared: bool = True,
         folders: Sequence[Path] = (),
+        name: str = "moe_jax.train",
     ) -> None:
         """Args: devices, folders: of each process; accident: happens in every one; shared: they have one workdir."""
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ class Processes:
         xla = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count="
         self.all = [
             Command(
-                "moe_jax.train",
+                name,
                 workdir.parent / f"{workdir.name}.{start + number}.log",
                 f"--config={file}",
                 f"--workdir={workdir if shared else workdir / str(number)}",

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,30 @@ def test_killing_the_process_that_coordinates_ends_the_other(one_process, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_ends_both_out_of_the_same_evaluation_which_the_next_start_makes_up_for(tmp_path):
+    config = dataclasses.replace(CONFIG, eval_every=4, data=dataclasses.replace(CONFIG.data, eval_sequences=64))
+    workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
+    with rig.Processes(file, workdir, devices=(2, 2), accident="linger=0.5") as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 4, processes[0])
+        processes[1].process.send_signal(signal.SIGUSR1)
+        assert processes.wait() == [143, 143], processes.text
+    assert committed(workdir / "checkpoints") == [4]
+    assert "eval/loss" not in rig.curve(workdir)[-1]
+    rig.train_together(file, workdir, devices=(2, 2))
+    assert [r["step"] for r in rig.curve(workdir) if "eval/loss" in r] == [3, 7]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_the_evaluate_command_in_all(one_process, tmp_path):
+    file, workdir = one_process / "config.py", shutil.copytree(one_process / "run", tmp_path / "run")
+    with rig.Processes(file, workdir, devices=(2, 2), accident="linger=0.5", name="moe_jax.evaluate") as processes:
+        rig.wait_until(lambda: "evaluated a batch" in processes[1].text, processes[1])
+        processes[1].process.send_signal(signal.SIGTERM)
+        assert processes.wait() == [143, 143], processes.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_one_process_stops_both_after_the_same_step(one_process, tmp_path, number):
     workdir, file = tmp_path / "run", one_process / "config.py"
     with rig.Processes(file, workdir, devices=(2, 2), accident="pace=0.3") as processes:
