@@ -1,3 +1,4 @@
 """Experiments: sweeps of runs, and the report that turns them into a claim with intervals and pictures."""
 
-import moe_jax  # noqa: F401: a command of this package, too, answers Ctrl-C in one line from its first import on
+# a command of this package, too, answers Ctrl-C in one line from its first import on
+import moe_jax  # noqa: F401

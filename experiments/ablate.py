@@ -168,7 +168,7 @@ def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
 
     for run in runs:
         resolve(run.config, jax.device_count(), jax.devices()[0].platform)
-    failed = []
+    failed: list[str] = []
     for number, run in enumerate(runs, 1):
         folder = folder_of(workdir, run)
         if train.is_finished(run.config, folder):

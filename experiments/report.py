@@ -283,7 +283,7 @@ def _seeds(n: int) -> str:
 
 
 def remarks(sweep: Sweep) -> list[str]:
-    """Sentences about what went wrong or stands apart: runs not counted, unequal lengths, skipped steps, dropped tokens."""
+    """Sentences about what stands apart: runs not counted, unequal lengths, skipped steps, dropped tokens."""
     found = list(sweep.problems) + _unequal_lengths(sweep)
     for run in (run for runs in sweep.runs.values() for run in runs.values()):
         name, skipped = f"{run.arm}, seed {run.seed}", _largest(run, "skipped")

@@ -18,5 +18,6 @@ def _one_line_for_ctrl_c(kind: Any, error: Any, trace: Any) -> None:
     raise SystemExit(130)
 
 
-if any(word.startswith(("moe_jax.", "experiments.")) and flag == "-m" for flag, word in zip(sys.orig_argv, sys.orig_argv[1:])):
-    sys.excepthook = _one_line_for_ctrl_c  # python -m moe_jax.train; never in a program that imports this package
+COMMAND = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv[:-1] else ""
+if COMMAND.startswith(("moe_jax.", "experiments.")):  # never in a program that imports this package
+    sys.excepthook = _one_line_for_ctrl_c

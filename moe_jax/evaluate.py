@@ -257,9 +257,7 @@ def _name_of_first_batch(config: Config, corpus: "Corpus") -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
-def survey(
-    config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", stopped: Stopped = never
-) -> "Survey":
+def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", stopped: Stopped = never) -> "Survey":
     """Which experts each held-out domain uses, and which are used together."""
     import jax
     import numpy as np
@@ -293,9 +291,7 @@ def ablate(
 
     found = {"as it is": dict(whole)}
     for name, variant in variants(config, state).items():
-        found[name] = evaluate(
-            variant.config, variant.state, corpus, mesh, balancer=variant.balancer, stopped=stopped
-        )
+        found[name] = evaluate(variant.config, variant.state, corpus, mesh, balancer=variant.balancer, stopped=stopped)
     keys = ("eval/loss", "eval/bits_per_byte")
     return {name: {key.removeprefix("eval/"): result[key] for key in keys} for name, result in found.items()}
 

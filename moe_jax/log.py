@@ -146,7 +146,7 @@ class _StepFile:
             if there.is_file() and not here.is_file():
                 _copy(there, here)
             here.touch()
-            self._file = open(here, "r+b")  # noqa: SIM115: open for as long as the run
+            self._file = open(here, "r+b")  # noqa: SIM115
         return self._file
 
     def _put(self, position: int, record: Mapping[str, Any]) -> None:
@@ -163,7 +163,7 @@ def _most_bytes(home: Path) -> float:
 
 
 def parts(path: Path) -> list[Path]:
-    """The files that make up a log file, in order: itself, and those that a bucket has after it (name.00001230.jsonl)."""
+    """The files that make up a log file, in order: itself, and what a bucket has after it (name.00001230.jsonl)."""
     later = re.compile(rf"{re.escape(path.stem)}\.\d{{8,}}{re.escape(path.suffix)}")
     there = list(path.parent.iterdir()) if path.parent.is_dir() else []
     return [p for p in there if p.name == path.name] + sorted(
@@ -184,7 +184,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def lines_from_end(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """(start, end) of every whole line, the last first, with one block in memory; half a line at the end is left out."""
+    """(start, end) of every whole line, the last first, with a block in memory; half a line at the end is left out."""
     end, position = None, file.seek(0, os.SEEK_END)
     while position:
         begin = max(0, position - BLOCK_BYTES)
@@ -315,7 +315,7 @@ class Display:
     """Shows a person how far the run is: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
-        self._output: Any = _Output(sys.stdout)
+        self._output: Any = _Output(sys.stdout)  # as much of a file as is needed
         self._console = Console(file=self._output)
         self._quiet = quiet
         self._total = total

@@ -34,7 +34,7 @@ class Awake:
 
 
 class Work:
-    """Something that the devices are to do, begun at a time of `Awake`; `result` is an array of it, once there is one."""
+    """Something that the devices are to do; `began` is a time of `Awake`, `result` an array of it once there is one."""
 
     def __init__(self, name: str, began: float) -> None:
         self.name = name

@@ -234,7 +234,9 @@ def logged_in(bucket, first, last, flush=True):
 def test_a_bucket_gets_a_log_in_parts_and_of_them_only_what_changed(bucket, monkeypatch):
     sent = []
     real = log._copy
-    monkeypatch.setattr(log, "_copy", lambda one, other: (sent.append((one.name, one.stat().st_size)), real(one, other)))
+    monkeypatch.setattr(
+        log, "_copy", lambda one, other: (sent.append((one.name, one.stat().st_size)), real(one, other))
+    )
     run_log = logged_in(bucket, 0, 40)
     sizes = [size for name, size in sent if name.startswith("layers")]
     assert len(sizes) >= 40 and max(sizes) < 1500  # never the whole, which has 10 kB

@@ -84,6 +84,8 @@ def test_a_limit_is_seen(text):
     assert limits(ast.parse(text)) == [1]
 
 
-@pytest.mark.parametrize("text", ["process.wait()", "event.wait(HANG_SECONDS)", "','.join(str(i) for i in range(3))", "run(steps=3)"])
+@pytest.mark.parametrize(
+    "text", ["process.wait()", "event.wait(HANG_SECONDS)", "','.join(str(i) for i in range(3))", "run(steps=3)"]
+)
 def test_what_is_no_limit_is_none(text):
     assert limits(ast.parse(text)) == []

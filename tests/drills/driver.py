@@ -75,6 +75,7 @@ def linger(seconds: float) -> None:
     from moe_jax.evaluate import Totals
 
     original = Totals.add
+
     def add(self, sums):
         original(self, sums)
         print("evaluated a batch", flush=True)
