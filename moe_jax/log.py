@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 from rich.console import Console
@@ -315,7 +315,7 @@ class Display:
     """Shows a person how far the run is: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
-        self._output: Any = _Output(sys.stdout)  # as much of a file as is needed
+        self._output = cast(IO[str], _Output(sys.stdout))  # as much of a file as is needed
         self._console = Console(file=self._output)
         self._quiet = quiet
         self._total = total
