@@ -503,4 +503,4 @@ def test_runs_that_read_different_data_are_named_and_the_page_shows_which_data(t
         (folder / arm / f"seed{seed}" / "run.json").write_text(json.dumps({"identity": {"corpus": corpus}}))
     sweep = read_sweep(folder)
     assert sweep.problems == ["bias, seed 0: read other data than none; their difference is not of the arms."]
-    assert "aaaa / bbbb" in report.render(sweep)
+    assert "aaaa / bbbb" in report.render(sweep, summarise(sweep), [])

@@ -5,7 +5,7 @@ DRILL holds `kind=number` accidents, separated by commas. At exit the number of 
 step is written to standard error.
 
 - pace=S: sleep S seconds after every step, so that a signal can be sent between two of them
-- linger=S: sleep S seconds after every batch of an evaluation
+- linger=S: sleep S seconds before every batch of an evaluation
 - die=N: SIGKILL inside save N (1-based), between the rename and the manifest
 - slow=S: sleep S seconds inside every save, before its manifest
 - full=STEP: from the save of that step on, no file may grow beyond 4 KiB
@@ -72,16 +72,21 @@ def pace(seconds: float) -> None:
 
 
 def linger(seconds: float) -> None:
-    from moe_jax.evaluate import Totals
+    from moe_jax import step
 
-    original = Totals.add
+    original = step.make_eval_step
 
-    def add(self, sums):
-        original(self, sums)
-        print("evaluated a batch", flush=True)
-        time.sleep(seconds)
+    def make_eval_step(*args):
+        real = original(*args)
 
-    Totals.add = add
+        def eval_step(state, batch):
+            time.sleep(seconds)
+            print("evaluates a batch", flush=True)
+            return real(state, batch)
+
+        return eval_step
+
+    step.make_eval_step = make_eval_step
 
 
 def disturb_manifest(die_in: int, seconds: float) -> None:

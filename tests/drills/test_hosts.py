@@ -83,7 +83,7 @@ def test_a_signal_to_one_process_ends_both_out_of_the_same_evaluation_which_the_
 def test_a_signal_to_one_process_ends_the_evaluate_command_in_all(one_process, tmp_path):
     file, workdir = one_process / "config.py", shutil.copytree(one_process / "run", tmp_path / "run")
     with rig.Processes(file, workdir, devices=(2, 2), accident="linger=0.5", name="moe_jax.evaluate") as processes:
-        rig.wait_until(lambda: "evaluated a batch" in processes[1].text, processes[1])
+        rig.wait_until(lambda: "evaluates a batch" in processes[1].text, processes[1])
         processes[1].process.send_signal(signal.SIGTERM)
         assert processes.wait() == [143, 143], processes.text
 
