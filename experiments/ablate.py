@@ -5,12 +5,19 @@ From a wheel: `python -m moe_jax.experiments.ablate --config=ablation/demo --wor
 Seeds are paired: seed k of every arm starts from the same weights and reads the same batches. The runs of an
 arm share one compilation. The same command goes on where it stopped; `--shard=i/n` does every n-th run from
 the i-th, so that n machines with a common DIR share the work. Ends with a table and the path of the report.
+
+A run that fails takes no other with it: the others are done, and the command ends with a sentence on each that failed
+and status 1. One that diverged would diverge again: the same command leaves it out, until its folder is deleted. Runs
+that failed otherwise are tried again. Only a full disk or one that cannot be written ends the sweep, for it would end
+every run.
 """
 
+import errno
 import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +29,7 @@ from moe_jax.command import config_source, define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, flatten, resolve, validate
 from moe_jax.data import check_corpus
 from moe_jax.files import is_remote, workdir_of, write_json
-from moe_jax.workdir import check_workdir
+from moe_jax.workdir import check_workdir, read_run
 
 from . import hyper
 
@@ -142,26 +149,53 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def execute(runs: list[Run], workdir: Path) -> int | None:
-    """Train the runs that are not finished, one after the other; the signal that stopped them, if one did.
+FOR_ALL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of the operating system that no other run would be spared
+
+
+def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
+    """Train the runs that are not finished, one after the other.
+
+    Returns:
+        the signal that stopped them, if one did, and a sentence for every run that failed, now or before.
 
     Raises:
         ValueError: one of the runs does not fit the devices; none was started.
+        OSError: the disk is full, or cannot be written.
     """
     import jax
 
-    from moe_jax import checkpoint, train
+    from moe_jax import train
 
     for run in runs:
         resolve(run.config, jax.device_count(), jax.devices()[0].platform)
+    failed: list[str] = []
     for number, run in enumerate(runs, 1):
         folder = folder_of(workdir, run)
-        if run.config.num_steps in checkpoint.committed(folder / "checkpoints"):
+        if train.is_finished(run.config, folder):
             continue
-        outcome = train.run(run.config, folder, name=f"[{number}/{len(runs)}] {run.arm} seed {run.seed}")
-        if outcome.signal:
-            return outcome.signal
-    return None
+        if not diverged(folder):
+            try:
+                outcome = train.run(run.config, folder, name=f"[{number}/{len(runs)}] {run.arm} seed {run.seed}")
+            except Exception as error:  # whatever it is, the other runs are not to pay for it
+                if isinstance(error, OSError) and error.errno in FOR_ALL:
+                    raise
+                if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+                    traceback.print_exc()  # nothing that the input can cause
+                why = str(error) or type(error).__name__
+            else:
+                if outcome.signal:
+                    return outcome.signal, failed
+                continue
+        if said := diverged(folder):
+            why = f"diverged: {said} Delete the folder to try it again."
+        failed.append(f"{run.arm}, seed {run.seed} ({folder}): {why}")
+        print(f"! {failed[-1]}", flush=True)
+    return None, failed
+
+
+def diverged(folder: Path) -> str:
+    """What a run says of its divergence; empty if it did not diverge."""
+    return str(read_run(folder).get("diverged", ""))
 
 
 def main(_: list[str]) -> None:
@@ -186,13 +220,17 @@ def main(_: list[str]) -> None:
         command = " ".join([f"python -m {__spec__.name}", *sys.argv[1:]])
         for line in claim(workdir, sweep_record(runs, base, source, command), runs):
             print(line)
-        if stopped := execute(runs[index::count], workdir):
+        stopped, failed = execute(runs[index::count], workdir)
+        if stopped:
             raise SystemExit(128 + stopped)
         from . import report
 
-        report.print_table(workdir)
-        if count == 1:
-            print(f"report: {report.write(workdir)}")
+        sweep = report.read_sweep(workdir)
+        report.print_table(sweep)
+        if count == 1 and any(sweep.runs.values()):
+            print(f"report: {report.write(sweep)}")
+        if failed:
+            fail("\n  ".join([f"{len(failed)} of {len(runs[index::count])} runs failed:", *failed]), status=1)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
 

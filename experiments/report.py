@@ -32,6 +32,7 @@ from .statistics import (
     arm_settings,
     corpus_of,
     curve,
+    planned_steps,
     read_sweep,
     summarise,
 )
@@ -282,8 +283,8 @@ def _seeds(n: int) -> str:
 
 
 def remarks(sweep: Sweep) -> list[str]:
-    """Sentences about what went wrong: runs not counted, skipped steps, dropped tokens."""
-    found = list(sweep.problems)
+    """Sentences about what stands apart: runs not counted, unequal lengths, skipped steps, dropped tokens."""
+    found = list(sweep.problems) + _unequal_lengths(sweep)
     for run in (run for runs in sweep.runs.values() for run in runs.values()):
         name, skipped = f"{run.arm}, seed {run.seed}", _largest(run, "skipped")
         if skipped > 0:
@@ -291,6 +292,15 @@ def remarks(sweep: Sweep) -> list[str]:
         if _largest(run, "moe/dropped") > 0:
             found.append(f"{name}: tokens were dropped (moe/dropped is above 0).")
     return found
+
+
+def _unequal_lengths(sweep: Sweep) -> list[str]:
+    """A sentence where arms were trained for different numbers of steps."""
+    planned = {arm: {planned_steps(run.config) for run in runs.values()} for arm, runs in sweep.runs.items() if runs}
+    if len(set().union(*planned.values())) < 2:
+        return []
+    lengths = ", ".join(f"{arm} {' or '.join(map(str, sorted(map(str, steps))))}" for arm, steps in planned.items())
+    return [f"The arms plan different numbers of steps ({lengths}); each is compared at its own end."]
 
 
 def _largest(run: Run, key: str) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.config import flatten
 from moe_jax.ledger import KINDS
+from moe_jax.log import parts
 
 CONFIDENCE = 0.95
 STEPS_KEY = "num_steps"
@@ -237,15 +238,14 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     rows: dict[int, dict[str, Any]] = {}
     unreadable = 0
-    if not path.is_file():
-        return [], 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in filter(str.strip, lines):
-            row = _parse(line)
-            if row is None:
-                unreadable += 1
-            else:
-                rows[row["step"]] = row
+    for part in parts(path):
+        with part.open(encoding="utf-8", errors="replace") as lines:
+            for line in filter(str.strip, lines):
+                row = _parse(line)
+                if row is None:
+                    unreadable += 1
+                else:
+                    rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)], unreadable
 
 
@@ -352,11 +352,13 @@ def _overridden(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:
 
 def _finished(read: list[tuple[Run, int]], spec: Mapping[str, Any]) -> tuple[dict[str, dict[int, Run]], list[str]]:
     """Splits what was read into finished runs and sentences about the others."""
-    last_evaluation = max((evaluated[-1] for run, _ in read if (evaluated := _evaluated(run))), default=-1)
+    ends = [steps - 1 for run, _ in read if (steps := planned_steps(run.config)) is not None]
+    evaluations = [evaluated[-1] for run, _ in read if (evaluated := _evaluated(run))]
+    last = max(ends or evaluations, default=-1)
     runs: dict[str, dict[int, Run]] = {arm: {} for arm in spec["arms"]}
     problems = []
     for run, unreadable in read:
-        problem = _problem(run, last_evaluation)
+        problem = _problem(run, last)
         if problem:
             problems.append(f"{run.arm}, seed {run.seed}: {problem}")
         else:
@@ -367,19 +369,24 @@ def _finished(read: list[tuple[Run, int]], spec: Mapping[str, Any]) -> tuple[dic
     return runs, problems
 
 
-def _problem(run: Run, last_evaluation: int) -> str | None:
-    """Why a run is not counted, or None: all counted runs were last evaluated at the same step."""
+def _problem(run: Run, last: int) -> str | None:
+    """Why a run is not counted, or None: a counted run was evaluated at the last step that its own config plans.
+
+    Args:
+        run: what there is of it.
+        last: of other runs, for one whose config does not say how many steps it has.
+    """
     if not run.metrics:
         return "not started (no metrics)."
-    last = run.metrics[-1]["step"]
+    if why := run.info.get("diverged"):
+        return f"diverged ({str(why).partition(';')[0]}); left out of every mean."
     steps = planned_steps(run.config)
-    if steps is not None and last + _gap(run) < steps:
-        return f"unfinished (step {last} of {steps})."
-    evaluated = _evaluated(run)
-    if not evaluated:
-        return f"unfinished (step {last}, no evaluation yet)."
-    if evaluated[-1] < last_evaluation:
-        return f"unfinished (last evaluated at step {evaluated[-1]}, the other runs at {last_evaluation})."
+    end = last if steps is None else steps - 1
+    step, evaluated = run.metrics[-1]["step"], _evaluated(run)
+    if step < end:
+        return f"unfinished (step {step} of {end + 1})."
+    if not evaluated or evaluated[-1] < end:
+        return f"unfinished (step {step}, no evaluation of it yet)."
     if not math.isfinite(final(run, "eval/bits_per_byte")):
         return f"diverged (the evaluation at step {evaluated[-1]} is not finite); left out of every mean."
     return None
@@ -389,12 +396,6 @@ def planned_steps(config: Mapping[str, Any]) -> int | None:
     """The number of steps a config asks for, or None when it does not say."""
     steps = as_number(config.get(STEPS_KEY))
     return int(steps) if math.isfinite(steps) else None
-
-
-def _gap(run: Run) -> int:
-    """Steps between two log lines, so that the last line before the end counts as the end."""
-    steps = [row["step"] for row in run.metrics]
-    return max(np.diff(steps).tolist(), default=1)
 
 
 def _evaluated(run: Run) -> list[int]:

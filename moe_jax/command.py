@@ -248,7 +248,7 @@ def print_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def fail(message: str) -> typing.NoReturn:
-    """End the command with status 2 and one sentence on standard error."""
+def fail(message: str, status: int = 2) -> typing.NoReturn:
+    """End the command with one sentence on standard error; status 2 says that the input is wrong."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

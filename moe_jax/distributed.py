@@ -198,6 +198,9 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _leave(130)
     except BaseException as error:
         text = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError) and NETWORK.search(text):

@@ -31,6 +31,7 @@ from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
 from moe_jax.files import is_writable, sha256_of, workdir_of, write_json, write_whole
 from moe_jax.prefetch import prefetched
+from moe_jax.signals import Abandoned, Stopped, never, noted
 from moe_jax.watchdog import Watchdog
 from moe_jax.workdir import TOKENIZER, config_of_run, identity_of, read_run
 
@@ -51,6 +52,7 @@ def evaluate(
     mesh: "Mesh | None" = None,
     watchdog: Watchdog | None = None,
     balancer: "Balancer | None" = None,
+    stopped: Stopped = never,
 ) -> dict[str, float | int]:
     """Loss, bits per byte (all and per domain) and balance over the held-out documents.
 
@@ -63,8 +65,9 @@ def evaluate(
         corpus: its "validation" streams are used.
         mesh: the config's on all devices if None. With several processes each loads only its rows, and all
             get the same numbers.
-        watchdog: told of every batch.
+        watchdog: sees every batch.
         balancer: chooses experts in place of the config's; it reads the same state.
+        stopped: whether to give up, as in `held_out`.
 
     Returns:
         eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>; with experts also what `metrics.of_loads` gives
@@ -73,6 +76,9 @@ def evaluate(
         eval/sequence_violation_floor, what chance would make of it; eval/domain_information, bits that a copy's
         expert tells about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
         that would be others without it; where copies can be dropped eval/drop_rate, their share, mean over layers.
+
+    Raises:
+        Abandoned: as `held_out`.
     """
     import jax
 
@@ -82,7 +88,7 @@ def evaluate(
     mesh, watchdog = mesh or make_mesh(config.mesh), watchdog or Watchdog(0)
     eval_step = make_eval_step(config, mesh, balancer)
     totals = Totals(len(corpus.domains), config.model.num_experts)
-    for number, batch in enumerate(held_out(config, corpus, mesh)):
+    for number, batch in enumerate(held_out(config, corpus, mesh, stopped)):
         work = watchdog.watch("evaluation batch", number)
         result = eval_step(state, batch)
         work.result = result.nats
@@ -90,8 +96,12 @@ def evaluate(
     return totals.losses(corpus.domains) | totals.balance(corpus.domains)
 
 
-def held_out(config: Config, corpus: "Corpus", mesh: "Mesh") -> Iterator["Batch"]:
-    """The held-out batches on the mesh, of a micro-batch's size; each process loads only its rows."""
+def held_out(config: Config, corpus: "Corpus", mesh: "Mesh", stopped: Stopped = never) -> Iterator["Batch"]:
+    """The held-out batches on the mesh, of a micro-batch's size; each process loads only its rows.
+
+    Raises:
+        Abandoned: `stopped()` names a signal when a batch is due; in every process at the same one.
+    """
     from moe_jax.data import evaluation_batches
     from moe_jax.mesh import batch_sharding
 
@@ -107,7 +117,10 @@ def held_out(config: Config, corpus: "Corpus", mesh: "Mesh") -> Iterator["Batch"
         rows = functools.partial(batches.batch_at, number)
         return distributed.from_rows(rows, batch_size, batch_sharding(mesh))
 
-    yield from (batch for _, batch in prefetched(load, 0, len(batches)))
+    for _, batch in prefetched(load, 0, len(batches)):
+        if number := stopped():
+            raise Abandoned(number)
+        yield batch
 
 
 class Totals:
@@ -211,7 +224,13 @@ class Totals:
 
 
 def store_routing(
-    config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", workdir: Path, watchdog: Watchdog | None = None
+    config: Config,
+    state: "TrainState",
+    corpus: "Corpus",
+    mesh: "Mesh",
+    workdir: Path,
+    watchdog: Watchdog | None = None,
+    stopped: Stopped = never,
 ) -> None:
     """Write which experts the tokens of the first held-out batch have now, to workdir/routing/<step>.npy.
 
@@ -225,7 +244,7 @@ def store_routing(
     if not config.measure_every:
         return
     work = (watchdog or Watchdog(0)).watch("routing of evaluation", 0)
-    chosen = make_choices_step(config, mesh)(state, next(held_out(config, corpus, mesh))).expert_ids
+    chosen = make_choices_step(config, mesh)(state, next(held_out(config, corpus, mesh, stopped))).expert_ids
     work.result = chosen
     if distributed.index() == 0:
         store_ids(workdir, int(state.step), jax.device_get(chosen), _name_of_first_batch(config, corpus))
@@ -238,7 +257,7 @@ def _name_of_first_batch(config: Config, corpus: "Corpus") -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
-def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh") -> "Survey":
+def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", stopped: Stopped = never) -> "Survey":
     """Which experts each held-out domain uses, and which are used together."""
     import jax
     import numpy as np
@@ -248,7 +267,7 @@ def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh") 
     step, layers, experts = make_choices_step(config, mesh), num_moe_layers(config.model), config.model.num_experts
     loads = np.zeros((len(corpus.domains), layers, experts), np.int64)
     pairs = np.zeros((layers, experts, experts), np.int64)
-    for batch in held_out(config, corpus, mesh):
+    for batch in held_out(config, corpus, mesh, stopped):
         domain, row_loads, new = jax.device_get(step(state, batch)[1:])
         np.add.at(loads, domain[domain >= 0], row_loads[domain >= 0])
         pairs += new
@@ -256,7 +275,12 @@ def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh") 
 
 
 def ablate(
-    config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", whole: Mapping[str, float | int]
+    config: Config,
+    state: "TrainState",
+    corpus: "Corpus",
+    mesh: "Mesh",
+    whole: Mapping[str, float | int],
+    stopped: Stopped = never,
 ) -> dict[str, dict[str, float | int]]:
     """Loss and bits per byte of the model as it is, whose evaluation is `whole`, and of its variants.
 
@@ -267,7 +291,7 @@ def ablate(
 
     found = {"as it is": dict(whole)}
     for name, variant in variants(config, state).items():
-        found[name] = evaluate(variant.config, variant.state, corpus, mesh, balancer=variant.balancer)
+        found[name] = evaluate(variant.config, variant.state, corpus, mesh, balancer=variant.balancer, stopped=stopped)
     keys = ("eval/loss", "eval/bits_per_byte")
     return {name: {key.removeprefix("eval/"): result[key] for key in keys} for name, result in found.items()}
 
@@ -384,12 +408,14 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     state = restore_model(config, workdir, mesh)
     if state is None:
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
-    whole = evaluate(config, state, corpus, mesh)
-    tell(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
-    if specialisation:
-        draw_survey(workdir, survey(config, state, corpus, mesh))
-    if ablation:
-        tell(workdir, "ablation", ablate(config, state, corpus, mesh, whole), print_ablation)
+    # a signal ends a process alone by itself; of several all must end, and JAX has taken SIGTERM over
+    with noted() if distributed.count() > 1 else contextlib.nullcontext(never) as stopped:
+        whole = evaluate(config, state, corpus, mesh, stopped=stopped)
+        tell(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
+        if specialisation:
+            draw_survey(workdir, survey(config, state, corpus, mesh, stopped))
+        if ablation:
+            tell(workdir, "ablation", ablate(config, state, corpus, mesh, whole, stopped), print_ablation)
     tell_saturation(config, workdir)
 
 
@@ -487,7 +513,10 @@ def main(_: list[str]) -> None:
         data = replace(config.data, path=path, eval_sequences=flag.eval_sequences)
         config = replace(config, data=data, sequence_length=length)
         with distributed.joined(config.heartbeat_seconds, lambda: "evaluation"):
-            run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
+            try:
+                run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
+            except Abandoned as stop:
+                raise SystemExit(128 + stop.number) from None
     except (ValueError, OSError) as error:
         fail(str(error))
 

@@ -202,11 +202,15 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.close(held)
 
 
-def _remove_in_use(folder: Path, patience_seconds: float = 10.0) -> None:
-    """Delete a folder in which threads of this process may still be writing: what they began comes to an end."""
-    end = time.monotonic() + patience_seconds
-    while folder.exists():
-        shutil.rmtree(folder, ignore_errors=time.monotonic() < end)
+def _remove_in_use(folder: Path, tries: int = 1000) -> None:
+    """Delete a folder in which threads of this process may still be writing: what they began comes to an end.
+
+    Tries are counted, not seconds: those threads do nothing while the process is stopped.
+    """
+    for last in range(tries - 1, -1, -1):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=last > 0)
         time.sleep(0.01)
 
 

@@ -15,20 +15,31 @@ class Ledger:
 
     init: until the first batch is there. compile: until the first step of a start has been done. data: waiting for a
     batch while no device works. step: the other steps. evaluation: held out, and measures beside steps.
-    checkpoint: of a save, what holds up the steps. lost: steps that had to be done again, and all else.
+    checkpoint: of a save, what holds up the steps. lost: steps that had to be done again, time in which the process was
+    stopped, and all else.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        """Time counts from here on."""
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, stopped_seconds: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """Time counts from here on.
+
+        Args:
+            now: seconds.
+            stopped_seconds: of them those in which the process was stopped, so far.
+        """
         self.seconds = dict.fromkeys(KINDS, 0.0)
-        self._now, self._since = now, now()
+        self._now, self._stopped_seconds = now, stopped_seconds
+        self._since, self._stopped = now(), stopped_seconds()
         self._tokens, self._before = 0, dict(self.seconds)
 
     def charge(self, kind: str) -> None:
-        """What went by since the last charge was of this kind."""
-        now = self._now()
-        self.seconds[kind] += now - self._since
-        self._since = now
+        """What went by since the last charge was of this kind; time in which the process was stopped is lost."""
+        now, stopped = self._now(), self._stopped_seconds()
+        lost = min(stopped - self._stopped, now - self._since)
+        self.seconds[kind] += now - self._since - lost
+        self.seconds["lost"] += lost
+        self._since, self._stopped = now, stopped
 
     def carry(self, seconds: Mapping[str, float]) -> None:
         """Add what earlier attempts spent."""

@@ -31,7 +31,12 @@ class Profiler:
 
     def is_last(self, step: int) -> bool:
         """Whether the trace has all its steps once this one is finished: the time to close."""
-        return self._local is not None and step + 1 == self._last
+        return self.is_tracing and step + 1 == self._last
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether a trace is under way."""
+        return self._local is not None
 
     def close(self) -> None:
         """Write the trace that is under way."""

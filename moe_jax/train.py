@@ -1,8 +1,8 @@
 """`python -m moe_jax.train --config=configs/tiny.py --workdir=DIR`: train, or go on where DIR stopped.
 
-Resuming is the newest verified checkpoint and `batch_at(step)`; the curve does not notice. SIGTERM and SIGINT
-save at the last finished step and end with status 128 + signal (143, 130); a run that was not finished goes on
-when the same command is given again.
+Resuming is the newest verified checkpoint and `batch_at(step)`; the curve does not notice. SIGTERM, SIGINT, SIGHUP
+and SIGUSR1 save at the last finished step and end with status 128 + signal (143, 130, 129, 138), out of an evaluation
+too; a run that was not finished resumes when the same command is repeated, and makes up for that evaluation.
 
 On a cluster the same command runs in every process. Each loads only the rows that its devices hold, all save
 together, process 0 writes the logs, and a signal to one of them stops all at the same step, with status 143.
@@ -10,10 +10,8 @@ A lost or stuck process ends the run with status 75.
 """
 
 import functools
-import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +25,9 @@ from moe_jax.config import Config, as_dict, differences, keys_that_change, resol
 from moe_jax.evaluate import evaluate, has_another_tokenizer, restore_run, store_routing
 from moe_jax.files import copy_tree, is_remote, new_folder, workdir_of
 from moe_jax.ledger import Ledger, of_earlier_attempts
+from moe_jax.log import METRICS, Display, RunLog, has_evaluation, newest, set_aside
 from moe_jax.prefetch import prefetched
+from moe_jax.signals import Abandoned, Stopped, can_be_noted, never, noted
 from moe_jax.watchdog import Watchdog, Work
 from moe_jax.workdir import (
     TOKENIZER,
@@ -88,7 +88,14 @@ def run(
         ValueError: another config's workdir, bad data, a damaged or different checkpoint, or too few steps to trace.
         FloatingPointError: several steps in a row were not finite.
     """
-    ledger = Ledger()
+    with closing(watchdog or Watchdog(config.step_timeout_seconds)) as watchdog:
+        return _run(config, workdir, name, stop_at, quiet, watchdog, profile)
+
+
+def _run(
+    config: Config, workdir: Path, name: str, stop_at: int, quiet: bool, watchdog: Watchdog, profile: int
+) -> Outcome:
+    ledger = Ledger(stopped_seconds=watchdog.stopped_seconds)
     corpus = distributed.by_all(lambda: open_data(config))
     agree_on_data(config, corpus)
     distributed.by_first(lambda: check_workdir(workdir, config, corpus.fingerprint))
@@ -96,7 +103,10 @@ def run(
 
     resolve(config, jax.device_count(), jax.devices()[0].platform)
     with claim(workdir):
-        one = _Run(config, workdir, corpus, name, quiet, watchdog or Watchdog(config.step_timeout_seconds), ledger)
+        if line := distributed.by_first(lambda: why_finished(config, workdir)):
+            Display(name, config.num_steps, quiet or distributed.index() > 0).say(line)
+            return Outcome(config.num_steps, None, {})
+        one = _Run(config, workdir, corpus, name, quiet, watchdog, ledger)
         distributed.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
         for line in one.remarks:
             one.display.say(line)
@@ -118,7 +128,6 @@ class _Run:
     ) -> None:
         from moe_jax.checkpoint import Checkpointer
         from moe_jax.data import training_batches
-        from moe_jax.log import Display, RunLog
         from moe_jax.mesh import make_mesh
 
         self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
@@ -129,9 +138,9 @@ class _Run:
         self.first, self.tokens_seen = int(self.state.step), extra.get("tokens_seen", 0)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, self.first)
         first_process = distributed.index() == 0
-        self.log = RunLog(workdir, self.first) if first_process else None
-        self.about = self.made_by | distributed.by_first(lambda: self._continue_ledger(extra))
         self.display = Display(name, config.num_steps, quiet or not first_process)
+        self.about = self.made_by | distributed.by_first(lambda: self._continue_ledger(extra))
+        self.log = RunLog(workdir, self.first) if first_process else None
         self.batch_at = training_batches(
             corpus,
             seed=config.seed,
@@ -140,39 +149,52 @@ class _Run:
             weights=config.data.weights,
         )
         self.evaluation: dict[str, float | int] = {}
+        self.stopped: Stopped = never
         self.uncounted: list[Any] = []  # valid tokens of the last steps, still on the device
         self.cost = _cost_of_token(config, self.mesh)
 
     def _continue_ledger(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """Take over what earlier attempts spent; gives what run.json said of it, to be kept until this one ends."""
-        assert self.log is not None
-        ended = read_run(self.workdir)
-        self.ledger.carry(of_earlier_attempts(self.first, extra.get("seconds", {}), ended, self.log.former))
+        """Take over what earlier attempts spent; gives what run.json said of it, to be kept until this one ends.
+
+        A log that no checkpoint accounts for any more is set aside.
+        """
+        ended, logged = read_run(self.workdir), newest(self.workdir / METRICS)
+        self.ledger.carry(of_earlier_attempts(self.first, extra.get("seconds", {}), ended, logged))
+        done = logged.get("step", -1) + 1
+        if is_unaccounted(done, self.first, ended.get("step", 0), self.config.save_every):
+            kept = set_aside(self.workdir, self.first)
+            self.display.say(f"the log has {done} steps, but the newest checkpoint {self.first}: it is kept as {kept}")
         return {key: ended[key] for key in ("step", "seconds", "time", "goodput") if key in ended}
 
     def until(self, last: int, profile: int) -> Outcome:
         """Steps `first` to `last`, then save and close."""
         from moe_jax.profiling import Profiler, steps_to_trace
 
-        try:
+        with ExitStack() as open_until_the_end:  # each is closed, whatever another one fails with
+            if self.log is not None:
+                open_until_the_end.enter_context(closing(self.log))
+            open_until_the_end.enter_context(closing(self.checkpoints))
             profiler = Profiler(self.workdir / "profile", *steps_to_trace(profile, self.first, last))
-            with _signals() as stopped:  # a second signal must not end the save that the first one asked for
-                with self.display.running(self.first), closing(profiler):
-                    step, number = self._steps(self.first, last, stopped, profiler)
+            with noted() as self.stopped:  # a second signal must not end the save that the first one caused
+                with self.display.running(self.first):
+                    try:
+                        step = self._steps(self.first, last, profiler)
+                    except FloatingPointError as error:
+                        self._write_about({"diverged": str(error)})
+                        raise
+                    finally:
+                        self._end_trace(profiler)
+                if number := self.stopped():
+                    self.display.say(f"{signal.Signals(number).name}: saving step {step}")
                 self._save(step)
                 self.checkpoints.wait()
                 self.ledger.charge("checkpoint")
-        finally:
-            self.checkpoints.close()
-            self.watchdog.close()
-            if self.log is not None:
-                self.log.close()
-        self._tell_ledger(step)
+        if step > self.first:
+            self._write_about(self.ledger.summary(step))
         return Outcome(step, number, self.evaluation)
 
-    def _steps(
-        self, first: int, last: int, stopped: Callable[[int], int | None], profiler: "Profiler"
-    ) -> tuple[int, int | None]:
+    def _steps(self, first: int, last: int, profiler: "Profiler") -> int:
+        """Do them, as far as no signal comes; gives the steps done."""
         from moe_jax.observer import Observer
         from moe_jax.state import step_key
         from moe_jax.step import make_train_step
@@ -180,6 +202,8 @@ class _Run:
         train_step, key = make_train_step(self.config, self.mesh), step_key(self.config)
         observer = Observer(self.config, self.mesh, self.workdir)
         self._greet(first)
+        if self._lacks_evaluation():
+            self._evaluate(first)
         work: Work | None = None
         for step, batch in prefetched(self._load, first, last):
             self.ledger.charge(_waited_for(work))
@@ -187,21 +211,24 @@ class _Run:
             self.ledger.charge("lost")
             measured = observer.before(step, self.state, batch, key)
             self.ledger.charge("evaluation")
+            if self.stopped():
+                return step
             work = self.watchdog.watch("step", step)
             with profiler.named(step):
                 self.state, values = train_step(self.state, batch, key)
             work.result = values["loss"]
             self._done(step, batch, values | measured, profiler)
-            if number := stopped(step):
-                self.display.say(f"{signal.Signals(number).name}: saving step {step + 1}")
-                return step + 1, number
-        return max(first, last), None
+            if self.stopped():
+                return step + 1
+        return max(first, last)
 
     def _greet(self, first: int) -> None:
         import jax
 
         from moe_jax import dispatch
 
+        if not can_be_noted():
+            self.display.say("not in the main thread: signals are left to the program around, and save nothing here")
         if first:
             self.display.say(f"going on from step {first}")
         m = self.config.model
@@ -225,21 +252,45 @@ class _Run:
             self.ledger.restart()  # the first step compiles: it says nothing about speed
         if profiler.is_last(step):
             self._count()  # waits for the steps that were traced
-            profiler.close()
-            self.display.say(f"a trace of the last steps is in {self.workdir / 'profile'}")
+            self._end_trace(profiler)
             self.ledger.charge("lost")
         self._after(step, batch, values)
 
+    def _end_trace(self, profiler: "Profiler") -> None:
+        """Write the trace that is under way, if one is; a run does not fail for it."""
+        if not profiler.is_tracing:
+            return
+        try:
+            profiler.close()
+            self.display.say(f"a trace of the last steps is in {self.workdir / 'profile'}")
+        except OSError as error:
+            self.display.say(f"the trace could not be written: {error}")
+
     def _after(self, step: int, batch: "Batch", values: dict[str, Any]) -> None:
-        """Log, evaluate and save where it is time to."""
+        """What is due after a step, in this order: log, save, evaluate. What fails or is cut off takes nothing along.
+
+        The save is begun before the evaluation, which may take long and may fail; what the evaluation finds is added
+        to the line that was logged. Where it is missing from the log, the next start makes up for it.
+        """
         c, done = self.config, step + 1
-        final = done == c.num_steps
-        evaluates = final or (c.eval_every and done % c.eval_every == 0)
+        evaluates = self._is_evaluated_after(done)
         if evaluates or done % c.log_every == 0 or step == 0:
-            self._log(step, batch, values, bool(evaluates))
-        if not final and c.save_every and done % c.save_every == 0:
+            self._log(step, batch, values)
+        if done == c.num_steps or (c.save_every and done % c.save_every == 0):
             self._save(done)
+        if evaluates:
+            self._evaluate(done)
         self.display.step(done)
+
+    def _is_evaluated_after(self, done: int) -> bool:
+        c = self.config
+        return done == c.num_steps or bool(c.eval_every and done % c.eval_every == 0)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the evaluation after the steps of the checkpoint is due, and was cut off or failed."""
+        if self.first == 0 or not self._is_evaluated_after(self.first):
+            return False
+        return not distributed.by_first(lambda: self.log is not None and has_evaluation(self.log.newest(), self.first))
 
     def _count(self, values: Any = None, kind: str = "step") -> Any:
         """Count the tokens of the last steps, and fetch `values` in the same transfer; what it waits for is `kind`."""
@@ -251,17 +302,14 @@ class _Run:
         self.tokens_seen += self.ledger.count(sum(map(int, tokens)))
         return values
 
-    def _log(self, step: int, batch: "Batch", values: dict[str, Any], evaluates: bool) -> None:
+    def _log(self, step: int, batch: "Batch", values: dict[str, Any]) -> None:
         numbers = self._count(values)  # the one host transfer
         speed = self._speed()
         layers = {k: v for k, v in numbers.items() if np.ndim(v)}
         numbers = {k: mean_of_layers(v) if k in layers else v for k, v in numbers.items() if np.ndim(v) < 2}
         stuck = int(numbers.pop("stuck"))
         del numbers["tokens"]
-        numbers |= {"tokens_seen": self.tokens_seen, **speed}
-        if evaluates:
-            numbers |= self._evaluate()
-        numbers |= self.ledger.columns()
+        numbers |= {"tokens_seen": self.tokens_seen, **speed} | self.ledger.columns()
         if self.log is not None:
             self.log.write(step, numbers, layers)
         self.display.report(step + 1, numbers)
@@ -280,12 +328,21 @@ class _Run:
             numbers["mfu"] = None if flops is None else flops / self.cost.peak
         return numbers
 
-    def _evaluate(self) -> dict[str, float | int]:
+    def _evaluate(self, done: int) -> None:
+        """Evaluate the state after `done` steps, unless a signal comes, and add the result to the line of its step."""
         where = self.config, self.state, self.corpus, self.mesh
-        self.evaluation = evaluate(*where, self.watchdog)
-        store_routing(*where, self.workdir, self.watchdog)
+        try:
+            found = evaluate(*where, self.watchdog, stopped=self.stopped)
+            store_routing(*where, self.workdir, self.watchdog, stopped=self.stopped)
+        except Abandoned:
+            self.display.say(f"the evaluation after step {done} is left for the next start")
+            self.ledger.charge("lost")
+            return
         self.ledger.charge("evaluation")
-        return self.evaluation
+        self.evaluation = found
+        if self.log is not None:
+            self.log.amend(done - 1, found | self.ledger.columns())
+        self.display.report(done, found)
 
     def _save(self, step: int) -> None:
         self._count()
@@ -296,10 +353,10 @@ class _Run:
         self.checkpoints.save(step, self.state, extra | self.made_by)
         self.ledger.charge("checkpoint")
 
-    def _tell_ledger(self, step: int) -> None:
-        """Into run.json, unless there was nothing to do."""
-        if self.log is not None and step > self.first:
-            write_run(self.workdir, self.made_by | self.ledger.summary(step))
+    def _write_about(self, more: dict[str, Any]) -> None:
+        """run.json, with how this attempt ended."""
+        if self.log is not None:
+            write_run(self.workdir, self.about | more)
 
     def _why_stuck(self, step: int, batch: "Batch", stuck: int) -> str:
         """Which tensor was not finite; nothing has moved since the first of these steps."""
@@ -312,6 +369,38 @@ class _Run:
             f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
             "or look at the data; the newest checkpoint is finite."
         )
+
+
+def is_unaccounted(logged: int, first: int, ended: int, save_every: int) -> bool:
+    """Whether a log has steps that a checkpoint must have held once, and which the newest one there is does not.
+
+    A crash leaves lines after the newest checkpoint too, at most up to the next save.
+
+    Args:
+        logged: the steps done by its newest line.
+        first: those of the newest checkpoint.
+        ended: those that the last attempt that ended well had saved.
+        save_every: of the config; 0 saves at the end only.
+    """
+    next_save = first // save_every * save_every + save_every if save_every else first
+    return logged > first and (ended > first or logged > next_save)
+
+
+def is_finished(config: Config, workdir: Path) -> bool:
+    """Whether the log ends with the evaluation after the last step."""
+    return has_evaluation(newest(workdir / METRICS), config.num_steps)
+
+
+def why_finished(config: Config, workdir: Path) -> str:
+    """A sentence if the run is finished and its checkpoints are gone; empty for every other."""
+    from moe_jax import checkpoint
+
+    if not is_finished(config, workdir) or checkpoint.committed(workdir / "checkpoints"):
+        return ""
+    return (
+        f"the log of {workdir} ends with the evaluation after its last step, so the run is finished, though no "
+        "checkpoint is there any more; to train it again, use another workdir or move metrics.jsonl away"
+    )
 
 
 def mean_of_layers(values: Any) -> float | None:
@@ -553,37 +642,6 @@ def agree_on_data(config: Config, corpus: "Corpus") -> None:
             )
 
     distributed.by_all(check)
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[int], int | None]]:
-    """Note SIGTERM and SIGINT instead of dying of them; yields `stopped(step)`, the signal to stop for or None.
-
-    With several processes they must stop at the same step. JAX's preemption service agrees on one: it catches
-    SIGTERM (that handler stays), and a SIGINT is passed on to it.
-    """
-    caught: list[int] = []
-    many = distributed.count() > 1
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-
-    def pass_on(number: int, _: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    handlers: dict[int, Any] = {signal.SIGINT: pass_on} if many else {signal.SIGTERM: note, signal.SIGINT: note}
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
-    try:
-        yield _agreed_stop if many else lambda _: caught[0] if caught else None
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def _agreed_stop(step: int) -> int | None:
-    from jax.experimental import multihost_utils
-
-    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
 
 
 def main(_: list[str]) -> None:

@@ -86,16 +86,18 @@ def _leave_token(workdir: Path) -> str:
     return token
 
 
-def _find_token(workdir: Path, token: str, patience_seconds: float = 10.0) -> None:
-    """Raise a ValueError unless process 0's token is seen in the workdir; network file systems take a while."""
-    end = time.monotonic() + patience_seconds
-    while not (workdir / ".token").is_file() or (workdir / ".token").read_text() != token:
-        if time.monotonic() > end:
-            raise ValueError(
-                f"--workdir={workdir} is not the folder that process 0 sees; name one on a file system that all "
-                "hosts share."
-            )
+def _find_token(workdir: Path, token: str, tries: int = 100) -> None:
+    """Raise a ValueError unless process 0's token is seen in the workdir; network file systems take a while.
+
+    Tries are counted, not seconds: a process that is stopped meanwhile has not looked.
+    """
+    for _ in range(tries):
+        if (workdir / ".token").is_file() and (workdir / ".token").read_text() == token:
+            return
         time.sleep(0.1)
+    raise ValueError(
+        f"--workdir={workdir} is not the folder that process 0 sees; name one on a file system that all hosts share."
+    )
 
 
 def record(workdir: Path, config: Config, about: dict[str, Any]) -> None:

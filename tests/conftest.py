@@ -26,6 +26,8 @@ import pytest  # noqa: E402
 
 from moe_jax.config import Config, default, validate  # noqa: E402
 
+HANG_SECONDS = 900  # the one limit of time in the tests: what takes longer hangs, on the slowest machine too
+
 TINY_MODEL = dict(
     num_layers=3,
     embed_dim=16,

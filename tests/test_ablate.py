@@ -1,7 +1,9 @@
 """Laws of sweeps: planned as a whole before the first run, paired by seed, resumable, never mixed."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from drills import rig
 from conftest import tiny_config
 from experiments import ablate, hyper
 from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
+from experiments.statistics import read_sweep
 from moe_jax import checkpoint, train
 from moe_jax.command import load
 from moe_jax.config import as_dict, default, flatten, validate
@@ -230,14 +233,21 @@ def test_a_shard_that_is_none_is_refused(text):
 
 def test_a_finished_run_is_not_run_again(trained, tmp_path):
     runs = plan(BASE, SETTINGS)
-    finished = tmp_path / "bias" / "seed1" / "checkpoints" / "00000020"
-    unfinished = tmp_path / "none" / "seed0" / "checkpoints" / "00000010"
-    for folder in (finished, unfinished):
-        folder.mkdir(parents=True)
-        (folder / checkpoint.MANIFEST).write_text("{}")
+    evaluation = {"eval/loss": 5.0, "eval/bits_per_byte": 7.0}
+    for name, last in {"bias/seed1": {"step": 19} | evaluation, "none/seed0": {"step": 9} | evaluation}.items():
+        (tmp_path / name).mkdir(parents=True)  # no checkpoints: they were deleted for room
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(last) + "\n")
     execute(runs, tmp_path)
     assert ("bias", "seed1") not in trained
     assert len(trained) == 3
+
+
+def test_a_run_whose_final_evaluation_is_missing_is_not_finished(trained, tmp_path):
+    (tmp_path / "bias" / "seed0" / "checkpoints" / "00000020").mkdir(parents=True)
+    (tmp_path / "bias" / "seed0" / "checkpoints" / "00000020" / checkpoint.MANIFEST).write_text("{}")
+    (tmp_path / "bias" / "seed0" / "metrics.jsonl").write_text('{"step": 19, "loss": 5.0}\n')
+    execute(plan(BASE, SETTINGS), tmp_path)
+    assert ("bias", "seed0") in trained
 
 
 def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
@@ -248,8 +258,92 @@ def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
         return train.Outcome(7, signal.SIGTERM if len(calls) == 2 else None, {})
 
     monkeypatch.setattr(train, "run", fake)
-    assert execute(plan(BASE, SETTINGS), tmp_path) == signal.SIGTERM
+    assert execute(plan(BASE, SETTINGS), tmp_path) == (signal.SIGTERM, [])
     assert len(calls) == 2
+
+
+# --- a run that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`train.run` replaced by a recorder that fails as the dict says, arm -> what is raised."""
+    done, errors = [], {}
+
+    def fake(config, folder, name):
+        done.append((folder.parent.name, folder.name))
+        if folder.parent.name in errors:
+            raise errors[folder.parent.name]
+        return train.Outcome(config.num_steps, None, {})
+
+    monkeypatch.setattr(train, "run", fake)
+    return done, errors
+
+
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("step 2"), ValueError("bad data"), FileNotFoundError("gone"), MemoryError("too large")]
+)
+@pytest.mark.parametrize("shard", [slice(None), slice(0, None, 2)])
+def test_one_run_that_fails_takes_no_other_with_it_and_is_named(failing, tmp_path, error, shard):
+    done, errors = failing
+    errors["bias"] = error
+    runs = plan(BASE, SETTINGS)[shard]
+    stopped, failed = execute(runs, tmp_path)
+    assert done == [(r.arm, f"seed{r.seed}") for r in runs]
+    assert stopped is None
+    expected = [f"bias, seed {r.seed} ({tmp_path}/bias/seed{r.seed}): {error}" for r in runs if r.arm == "bias"]
+    assert failed == expected
+
+
+def test_a_full_disk_ends_the_sweep_for_it_would_end_every_run(failing, tmp_path):
+    done, errors = failing
+    errors["bias"] = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        execute(plan(BASE, SETTINGS), tmp_path)
+    assert len(done) == 1
+
+
+WILD = """from moe_jax.config import default
+
+
+def get_config(arg=""):
+    return default(**{base!r})
+
+
+def get_hyper(h):
+    arms = h.arms(wild={{"optimizer.learning_rate": 1e25}}, mid={{"optimizer.learning_rate": 3e-3}})
+    return h.product(h.sweep("seed", [0]), arms)
+"""
+
+
+def test_a_run_that_diverges_is_noted_and_named_and_left_out_when_the_command_is_repeated(tmp_path):
+    file, folder = tmp_path / "wild.py", tmp_path / "sweep"
+    file.write_text(WILD.format(base=BASE))
+    wild = folder / "wild" / "seed0"
+    for attempt in ("first", "second"):
+        flags = [f"--config={file}", f"--workdir={folder}"]
+        command = rig.Command("experiments.ablate", tmp_path / attempt, *flags)
+        assert command.wait() == 1, command.text
+        assert "error: 1 of 2 runs failed:" in command.text
+        (line,) = [line for line in command.text.splitlines() if line.startswith("  wild, seed 0")]
+        assert str(wild) in line and "diverged: step" in line and "Delete the folder to try it again." in line
+        assert "report: " in command.text
+        assert ("wild seed 0 step 1/20" in command.text) == (attempt == "first")
+    assert "not finite" in json.loads((wild / "run.json").read_text())["diverged"]
+    assert checkpoint.committed(folder / "mid" / "seed0" / "checkpoints") == [20]
+    sweep = read_sweep(folder)
+    assert {arm: list(runs) for arm, runs in sweep.runs.items()} == {"wild": [], "mid": [0]}
+    assert any(p.startswith("wild, seed 0: diverged (step") for p in sweep.problems)
+
+
+def test_a_finished_sweep_stays_finished_without_its_checkpoints(tmp_path):
+    runs = plan(BASE, [{"arm": "one", "seed": 0}])
+    execute(runs, tmp_path)
+    before = (tmp_path / "one" / "seed0" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "one" / "seed0" / "checkpoints")
+    assert execute(runs, tmp_path) == (None, [])
+    assert (tmp_path / "one" / "seed0" / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "one" / "seed0" / "checkpoints").exists()
 
 
 def test_every_file_of_the_repository_that_has_arms_has_a_plan(repo):

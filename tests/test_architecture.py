@@ -20,6 +20,7 @@ mesh
 hlo
 chips
 distributed
+signals
 watchdog
 workdir
 routing
@@ -109,7 +110,7 @@ def test_every_file_has_a_layer():
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_no_file_imports_upward(file):
     if unit(file) == "__init__":
-        assert imports(file) == set()
+        assert imports(file) == {"sys", "typing", "typing.Any"}
         return
     rank = LAYERS.index(unit(file))
     upward = [n for n in imports(file) if (u := internal(n)) and LAYERS.index(u) > rank]

@@ -4,12 +4,12 @@ import ast
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from drills import rig
 
+from conftest import HANG_SECONDS
 from moe_jax.config import MeshConfig, as_dict, default, resolve, validate
 from moe_jax.data import prepare
 from moe_jax.train import run
@@ -154,14 +154,13 @@ def test_a_config_survives_its_own_dict():
 # --- through the command line ---------------------------------------------------------------------------------
 
 COMMAND = """
-import runpy, sys, time
-begin = time.perf_counter()
+import runpy, sys
 status, name = 0, sys.argv.pop(1)
 try:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 except SystemExit as exit:
     status = exit.code
-print("jax" in sys.modules, round(time.perf_counter() - begin, 2), flush=True)
+print("jax" in sys.modules, flush=True)
 sys.exit(status)
 """
 
@@ -170,17 +169,16 @@ class Refusal:
     """How a command ended that should have refused its input."""
 
     def __init__(self, name, *flags):
-        begin = time.monotonic()
         arguments = [sys.executable, "-c", COMMAND, name, *map(str, flags)]
-        done = subprocess.run(arguments, cwd=rig.REPO, capture_output=True, text=True, timeout=60, check=False)
-        self.seconds = time.monotonic() - begin
+        done = subprocess.run(
+            arguments, cwd=rig.REPO, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+        )
         self.status, self.err, self.out = done.returncode, done.stderr, done.stdout
-        self.loaded_jax = done.stdout.split()[-2] == "True" if done.stdout.strip() else None
+        self.loaded_jax = done.stdout.split()[-1] == "True" if done.stdout.strip() else None
 
 
 def assert_refused(refusal, *words):
-    """Status 2, one line that begins with error:, no traceback, before jax is loaded, in seconds."""
-    print(f"{refusal.seconds:.2f} s: {refusal.err}")
+    """Status 2, one line that begins with error:, no traceback, before jax is loaded, which takes seconds."""
     assert refusal.status == 2, refusal.err
     assert "Traceback" not in refusal.err
     first, *more = refusal.err.splitlines()
@@ -189,7 +187,6 @@ def assert_refused(refusal, *words):
     for word in words:
         assert word in refusal.err
     assert refusal.loaded_jax is False
-    assert refusal.seconds < 5
 
 
 @pytest.fixture

@@ -110,3 +110,13 @@ def test_seconds_carried_over_belong_to_the_whole_and_not_to_the_speed(clock):
     ledger.count(50)
     assert ledger.speed() == (5.0, 0.0)
     assert ledger.goodput == 0.8  # 40 of 50
+
+
+def test_time_in_which_the_process_was_stopped_is_lost(clock):
+    stopped = Clock()
+    ledger = Ledger(clock, stopped)
+    spend(ledger, clock, ("compile", 5.0))
+    stopped.time += 40.0  # of the 42 s until the step was done
+    spend(ledger, clock, ("step", 42.0), ("step", 3.0))
+    assert (ledger.seconds["step"], ledger.seconds["lost"]) == (5.0, 40.0)
+    assert sum(ledger.seconds.values()) == clock.time - 100.0

@@ -1,13 +1,21 @@
 """Laws of the logs: strict JSON, every key, every step once, whatever was killed when."""
 
+import errno
 import json
+import sys
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from drills import rig
+from etils import epath
 
-from moe_jax.log import LONG, Display, RunLog, plain, read_jsonl, summary_line
+from experiments.statistics import read_lines
+from moe_jax import log
+from moe_jax.log import LONG, Display, RunLog, lines_from_end, newest, parts, plain, read_jsonl, set_aside, summary_line
 from moe_jax.train import run
 
 CONFIG = rig.drill_config(eval_every=4)
@@ -99,9 +107,9 @@ def test_the_config_and_what_made_the_run_are_written(logged):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    log = RunLog(tmp_path, 0)
-    log.write(0, {"loss": jnp.float32(jnp.nan), "norm": np.inf, "n": 3}, {"bias": np.array([[0.5, -np.inf]])})
-    log.close()
+    run_log = RunLog(tmp_path, 0)
+    run_log.write(0, {"loss": jnp.float32(jnp.nan), "norm": np.inf, "n": 3}, {"bias": np.array([[0.5, -np.inf]])})
+    run_log.close()
     assert strict(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": None, "norm": None, "n": 3}]
     assert strict(tmp_path / "layers.jsonl") == [{"step": 0, "bias": [[0.5, None]]}]
 
@@ -123,9 +131,9 @@ def test_plain_values_are_what_json_holds(value, expected):
 
 
 def test_a_dense_model_has_no_layers_to_log(tmp_path):
-    log = RunLog(tmp_path, 0)
-    log.write(0, {"loss": 1.0}, {})
-    log.close()
+    run_log = RunLog(tmp_path, 0)
+    run_log.write(0, {"loss": 1.0}, {})
+    run_log.close()
     assert (tmp_path / "layers.jsonl").read_text() == ""
 
 
@@ -142,24 +150,163 @@ def test_a_log_file_that_is_absent_is_empty(tmp_path):
 
 
 def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
-    log = RunLog(tmp_path, 0)
+    run_log = RunLog(tmp_path, 0)
     for n in range(5):
-        log.write(n, {"loss": float(n)}, {"loads": np.array([[n]])})
-    log.close()
+        run_log.write(n, {"loss": float(n)}, {"loads": np.array([[n]])})
+    run_log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # killed while writing step 5
-    log = RunLog(tmp_path, 3)
-    log.write(3, {"loss": 30.0}, {"loads": np.array([[30]])})
-    log.close()
+    run_log = RunLog(tmp_path, 3)
+    run_log.write(3, {"loss": 30.0}, {"loads": np.array([[30]])})
+    run_log.close()
     assert [(r["step"], r["loss"]) for r in strict(tmp_path / "metrics.jsonl")] == [(0, 0), (1, 1), (2, 2), (3, 30)]
     assert [r["loads"] for r in strict(tmp_path / "layers.jsonl")] == [[[0]], [[1]], [[2]], [[30]]]
 
 
+@pytest.mark.parametrize("block", [1, 3, 7, 10**6])
+@pytest.mark.parametrize("text", ["", "a", "a\n", "\n", "a\nbc\n", "abcd\n\nefg\nhi"])
+def test_lines_are_found_from_the_end_whatever_the_size_of_a_block(tmp_path, monkeypatch, block, text):
+    monkeypatch.setattr(log, "BLOCK_BYTES", block)
+    (tmp_path / "file").write_text(text)
+    with open(tmp_path / "file", "rb") as file:
+        found = [text[start:end] for start, end in lines_from_end(file)]
+    assert found == [line for line in reversed(text.splitlines(keepends=True)) if line.endswith("\n")]
+
+
+def test_a_log_is_opened_again_without_being_read_or_written_anew(tmp_path):
+    line = '{{"step": {}, "loads": "{}"}}\n'
+    with open(tmp_path / "layers.jsonl", "w") as file:
+        file.writelines(line.format(n, "x" * 100_000) for n in range(200))
+    node = (tmp_path / "layers.jsonl").stat().st_ino
+    tracemalloc.start()
+    RunLog(tmp_path, 150).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # of 20 MB
+    assert (tmp_path / "layers.jsonl").stat().st_ino == node  # cut, not copied
+    assert [r["step"] for r in read_jsonl(tmp_path / "layers.jsonl")] == list(range(150))
+
+
+def test_only_the_newest_line_says_what_was_logged_last_and_half_a_line_says_nothing(tmp_path):
+    assert newest(tmp_path / "metrics.jsonl") == {}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 2.0}\n[1]\nno json\n{"step": 2, "lo')
+    assert newest(tmp_path / "metrics.jsonl") == {"step": 1, "loss": 2.0}
+
+
+def test_what_is_known_later_is_added_to_the_newest_line(tmp_path):
+    run_log = RunLog(tmp_path, 0)
+    run_log.write(0, {"loss": 2.0, "time": 10.25})
+    run_log.write(1, {"loss": 1.0, "time": 11.75})
+    run_log.amend(1, {"eval/loss": 1.5, "time": 13})
+    run_log.write(2, {"loss": 0.5})
+    run_log.close()
+    run_log = RunLog(tmp_path, 2)
+    run_log.amend(1, {"note": 7})  # the newest line of a log that is opened again
+    run_log.amend(5, {"eval/loss": 0.25})  # of a step that is not in the log
+    run_log.close()
+    assert strict(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "loss": 2.0, "time": 10.25},
+        {"step": 1, "loss": 1.0, "time": 13, "eval/loss": 1.5, "note": 7},
+        {"step": 5, "eval/loss": 0.25},
+    ]
+
+
+# --- in a bucket ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that is reached as a bucket is, by etils' paths; a part holds about four lines."""
+    monkeypatch.setattr(log, "PART_BYTES", 1000)
+    return epath.Path(str(tmp_path / "bucket"))
+
+
+def logged_in(bucket, first, last, flush=True):
+    """Log these steps, in lines of about 250 bytes."""
+    run_log = RunLog(bucket, first)
+    for n in range(first, last):
+        run_log.write(n, {"loss": 1.0 * n}, {"loads": np.full((2, 50), n)})
+        if flush:
+            run_log.flush()
+    return run_log
+
+
+def test_a_bucket_gets_a_log_in_parts_and_of_them_only_what_changed(bucket, monkeypatch):
+    sent = []
+    real = log._copy
+    monkeypatch.setattr(
+        log, "_copy", lambda one, other: (sent.append((one.name, one.stat().st_size)), real(one, other))
+    )
+    run_log = logged_in(bucket, 0, 40)
+    sizes = [size for name, size in sent if name.startswith("layers")]
+    assert len(sizes) >= 40 and max(sizes) < 1500  # never the whole, which has 10 kB
+    sent.clear()
+    run_log.flush()
+    assert sent == []
+    run_log.close()
+    names = [p.name for p in parts(bucket / "layers.jsonl")]
+    assert names[:2] == ["layers.jsonl", "layers.00000004.jsonl"] and len(names) > 5
+    assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(40))
+    assert [r["loss"] for r in read_jsonl(bucket / "metrics.jsonl")] == [1.0 * n for n in range(40)]
+    rows, unreadable = read_lines(Path(bucket) / "layers.jsonl")  # as the report reads a copy of it
+    assert ([row["step"] for row in rows], unreadable) == (list(range(40)), 0)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 5, 17, 39, 40])
+def test_a_log_in_parts_is_cut_where_the_run_resumes(bucket, first):
+    logged_in(bucket, 0, 40).close()
+    logged_in(bucket, first, 42).close()
+    for name in ("metrics.jsonl", "layers.jsonl"):
+        assert [r["step"] for r in read_jsonl(bucket / name)] == list(range(42))
+
+
+def test_a_killed_process_leaves_in_a_bucket_what_was_flushed(bucket):
+    killed = logged_in(bucket, 0, 10)
+    killed.write(10, {"loss": 10.0}, {"loads": np.ones((2, 50))})
+    assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(10))
+    logged_in(bucket, 8, 12).close()
+    assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(12))
+    for file in [*killed._files.values(), killed._board]:
+        file.close()
+
+
+def test_a_whole_log_of_an_earlier_version_goes_on_in_parts(bucket):
+    Path(bucket).mkdir()
+    logged_in(Path(bucket), 0, 20).close()
+    assert [p.name for p in parts(bucket / "layers.jsonl")] == ["layers.jsonl"]
+    logged_in(bucket, 20, 22).close()
+    assert [p.name for p in parts(bucket / "layers.jsonl")] == ["layers.jsonl", "layers.00000020.jsonl"]
+    logged_in(bucket, 15, 17).close()
+    assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(17))
+
+
+def test_the_newest_line_in_a_bucket_can_be_added_to_wherever_it_is(bucket):
+    logged_in(bucket, 0, 20).close()
+    run_log = RunLog(bucket, 20)
+    assert run_log.newest()["step"] == 19
+    run_log.amend(19, {"eval/loss": 2.5})
+    run_log.close()
+    assert [r.get("eval/loss") for r in read_jsonl(bucket / "metrics.jsonl")] == [None] * 19 + [2.5]
+
+
+def test_a_log_in_parts_is_set_aside_as_a_whole(bucket):
+    logged_in(bucket, 0, 20).close()
+    kept = [p.name for p in parts(bucket / "layers.jsonl")]
+    before = {name: (bucket / name).read_bytes() for name in kept}
+    assert set_aside(bucket, 6).name == "metrics.jsonl.1"
+    logged_in(bucket, 6, 8).close()
+    assert {name: (bucket / f"{name}.1").read_bytes() for name in kept} == before
+    assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(8))
+
+
+# --- the files and the display --------------------------------------------------------------------------------
+
+
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
-    log = RunLog(tmp_path, 0)
-    log.write(0, {"loss": 1.0})
+    run_log = RunLog(tmp_path, 0)
+    run_log.write(0, {"loss": 1.0})
     assert strict(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
-    log.close()
+    run_log.close()
 
 
 def test_the_display_prints_plain_lines_where_there_is_no_terminal(capsys):
@@ -168,6 +315,33 @@ def test_the_display_prints_plain_lines_where_there_is_no_terminal(capsys):
         display.step(1)
         display.report(1, {"loss": 5.5, "moe/max_violation": 0.25})
     assert capsys.readouterr().out == "train step 1/10  loss 5.500  max violation 0.25\n"
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])  # a pipe without a reader, a terminal that was closed
+def test_a_person_who_left_ends_no_run(monkeypatch, tmp_path, number):
+    with open(tmp_path / "out", "w") as out:
+
+        class Left:
+            def __getattr__(self, name):
+                return getattr(out, name)
+
+            def write(self, text):
+                raise OSError(number, "nobody reads this")
+
+        monkeypatch.setattr(sys, "stdout", Left())
+        display = Display("train", 10)
+        with display.running(0):
+            display.report(1, {"loss": 5.5})
+            display.say("hello")
+
+
+def test_an_output_that_fails_otherwise_is_no_reader_who_left(monkeypatch):
+    def write(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None, isatty=lambda: False))
+    with pytest.raises(OSError, match="No space left"):
+        Display("train", 10).say("hello")
 
 
 def test_a_quiet_display_prints_nothing(capsys):

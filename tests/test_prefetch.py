@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from conftest import HANG_SECONDS
 from moe_jax.prefetch import prefetched
 
 
@@ -26,9 +27,9 @@ def test_so_many_are_made_while_one_is_used(depth):
     numbers = prefetched(lambda n: made.release(), 0, 100, depth)
     next(numbers)
     for _ in range(1 + depth):
-        assert made.acquire(timeout=60)
-    assert not made.acquire(timeout=0.05)  # and no more
-    numbers.close()
+        assert made.acquire(timeout=HANG_SECONDS)
+    numbers.close()  # waits for what is under way
+    assert not made.acquire(blocking=False)  # and no more
 
 
 def test_a_failure_is_told_when_its_number_is_due():

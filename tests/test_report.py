@@ -74,7 +74,7 @@ def write_run(folder: Path, metrics: list[dict], layers: list[dict], config: dic
     (folder / "layers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in layers))
 
 
-def tiny_metrics(bits: float, violation: float, steps: tuple[int, ...] = (0, 250, 500, 750)) -> list[dict]:
+def tiny_metrics(bits: float, violation: float, steps: tuple[int, ...] = (0, 250, 500, 999)) -> list[dict]:
     """Four rows whose last quarter is the last row, so every expected number is one that is written here."""
     rows = [
         {
@@ -97,7 +97,7 @@ def tiny_metrics(bits: float, violation: float, steps: tuple[int, ...] = (0, 250
     return rows
 
 
-def tiny_layers(steps: tuple[int, ...] = (0, 250, 500, 750)) -> list[dict]:
+def tiny_layers(steps: tuple[int, ...] = (0, 250, 500, 999)) -> list[dict]:
     """Two layers of three experts; at the end two of the six experts are dead, before that none."""
     alive, dead = [[1, 1, 1], [1, 1, 1]], [[3, 0, 0], [1, 1, 1]]
     zero = [[0.0] * 3] * 2
@@ -136,7 +136,7 @@ def simulated_run(arm: str, seed: int, every: int, experts: int = 16, layers: in
     offset = 0.01 * shared.normal()
     taste, bias = 0.2 * shared.normal(size=(layers, experts)), np.zeros((layers, experts))
     metrics, rows = [], []
-    for step in range(0, CONFIG["num_steps"], every):
+    for step in range(every - 1, CONFIG["num_steps"], every):
         taste += 0.035 * shared.normal(size=taste.shape) + (0.012 * taste if arm == "none" else 0)
         taste *= 0.93 if arm == "aux_loss" else 1.0
         share = np.exp(taste + bias) / np.exp(taste + bias).sum(axis=1, keepdims=True)
@@ -338,9 +338,38 @@ def test_unfinished_diverged_and_stray_runs_are_named(tmp_path: Path) -> None:
     assert list(sweep.runs["aux_loss"]) == [0]
     assert report.remarks(sweep) == [
         "aux_loss, seed 1: unfinished (step 200 of 1000).",
-        "aux_loss, seed 2: diverged (the evaluation at step 750 is not finite); left out of every mean.",
+        "aux_loss, seed 2: diverged (the evaluation at step 999 is not finite); left out of every mean.",
         "other/seed0 is not named in sweep.json and was not read.",
     ]
+
+
+def test_runs_of_unequal_lengths_are_finished_at_their_own_ends_and_are_compared(tmp_path: Path) -> None:
+    write_sweep(tmp_path, ["wide", "narrow"], [0, 1])
+    for arm, num_steps in {"wide": 4, "narrow": 8}.items():
+        for seed in (0, 1):
+            metrics = tiny_metrics(1.0 if arm == "wide" else 0.9, 1.0, (0, num_steps - 1))
+            write_run(tmp_path / arm / f"seed{seed}", metrics, [], CONFIG | {"num_steps": num_steps})
+    sweep = read_sweep(tmp_path)
+    assert report.remarks(sweep) == [
+        "The arms plan different numbers of steps (wide 4, narrow 8); each is compared at its own end."
+    ]
+    _, narrow = summarise(sweep)
+    assert (narrow.difference.n, round(narrow.difference.mean, 6)) == (2, -0.1)
+
+
+def test_a_run_whose_last_line_is_an_earlier_evaluation_is_unfinished(tmp_path: Path) -> None:
+    # 900 + the 300 between two lines is beyond 1000, but the last evaluation is that of step 899
+    write_sweep(tmp_path, ["none"], [0])
+    write_run(tmp_path / "none/seed0", tiny_metrics(1.0, 1.0, (0, 299, 599, 899)), [])
+    assert report.remarks(read_sweep(tmp_path)) == ["none, seed 0: unfinished (step 899 of 1000)."]
+
+
+def test_a_run_that_noted_its_divergence_is_called_diverged(tmp_path: Path) -> None:
+    write_sweep(tmp_path, ["none"], [0])
+    write_run(tmp_path / "none/seed0", tiny_metrics(1.0, 1.0, (0, 8)), [])
+    (tmp_path / "none/seed0/run.json").write_text('{"diverged": "step 8: the loss was not finite; lower something."}')
+    expected = ["none, seed 0: diverged (step 8: the loss was not finite); left out of every mean."]
+    assert report.remarks(read_sweep(tmp_path)) == expected
 
 
 def test_unfinished_is_seen_without_a_step_count(tmp_path: Path) -> None:
@@ -349,7 +378,7 @@ def test_unfinished_is_seen_without_a_step_count(tmp_path: Path) -> None:
     write_sweep(tmp_path, ["none", "aux_loss"], [0], config=config)
     write_run(tmp_path / "none/seed0", tiny_metrics(1.0, 1.0), [], config)
     write_run(tmp_path / "aux_loss/seed0", tiny_metrics(1.0, 1.0, (0, 250)), [], config)
-    expected = ["aux_loss, seed 0: unfinished (last evaluated at step 250, the other runs at 750)."]
+    expected = ["aux_loss, seed 0: unfinished (step 250 of 1000)."]
     assert report.remarks(read_sweep(tmp_path)) == expected
 
 
@@ -474,4 +503,4 @@ def test_runs_that_read_different_data_are_named_and_the_page_shows_which_data(t
         (folder / arm / f"seed{seed}" / "run.json").write_text(json.dumps({"identity": {"corpus": corpus}}))
     sweep = read_sweep(folder)
     assert sweep.problems == ["bias, seed 0: read other data than none; their difference is not of the arms."]
-    assert "aaaa / bbbb" in report.render(sweep)
+    assert "aaaa / bbbb" in report.render(sweep, summarise(sweep), [])

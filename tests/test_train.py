@@ -22,6 +22,7 @@ from moe_jax.data import ByteTokenizer, get_tokenizer, open_corpus, prepare, tok
 from moe_jax.flops import train_flops
 from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
+from moe_jax.signals import ENDING
 from moe_jax.state import abstract_state, init_state, step_key
 from moe_jax.step import make_train_step
 from moe_jax.train import carry_tokenizer, changes_of_model, run, weights_of, with_hash_tables
@@ -100,9 +101,9 @@ def test_a_resumed_step_counts_like_the_first(tmp_path):
 
 
 def test_a_run_puts_the_signal_handlers_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in ENDING]
     run(CONFIG, tmp_path, stop_at=1, quiet=True)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(number) for number in ENDING] == before
 
 
 # --- steps that are not finite --------------------------------------------------------------------------------

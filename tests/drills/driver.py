@@ -5,6 +5,7 @@ DRILL holds `kind=number` accidents, separated by commas. At exit the number of 
 step is written to standard error.
 
 - pace=S: sleep S seconds after every step, so that a signal can be sent between two of them
+- linger=S: sleep S seconds before every batch of an evaluation
 - die=N: SIGKILL inside save N (1-based), between the rename and the manifest
 - slow=S: sleep S seconds inside every save, before its manifest
 - full=STEP: from the save of that step on, no file may grow beyond 4 KiB
@@ -29,6 +30,8 @@ def main() -> None:
     steps = watch_steps(poison_from=int(accidents.get("poison", 10**9)))
     if "pace" in accidents:
         pace(float(accidents["pace"]))
+    if "linger" in accidents:
+        linger(float(accidents["linger"]))
     if "die" in accidents or "slow" in accidents:
         disturb_manifest(int(accidents.get("die", 0)), float(accidents.get("slow", 0)))
     if "full" in accidents:
@@ -66,6 +69,24 @@ def pace(seconds: float) -> None:
     from moe_jax.log import Display
 
     Display.step = lambda self, done: time.sleep(seconds)
+
+
+def linger(seconds: float) -> None:
+    from moe_jax import step
+
+    original = step.make_eval_step
+
+    def make_eval_step(*args):
+        real = original(*args)
+
+        def eval_step(state, batch):
+            time.sleep(seconds)
+            print("evaluates a batch", flush=True)
+            return real(state, batch)
+
+        return eval_step
+
+    step.make_eval_step = make_eval_step
 
 
 def disturb_manifest(die_in: int, seconds: float) -> None:

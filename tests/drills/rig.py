@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import tiny_config
+from conftest import HANG_SECONDS, tiny_config
 from moe_jax import checkpoint
 from moe_jax.config import Config, as_dict
 from moe_jax.log import read_jsonl
@@ -66,10 +66,10 @@ class Command:
         assert self.process.stdout is not None
         self.process.stdout.close()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self) -> int:
         """The exit status; negative for a signal."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(HANG_SECONDS)
         finally:
             self.kill()
 
@@ -107,7 +107,7 @@ def cluster_of(processes: int) -> dict[str, str]:
 
 
 class Processes:
-    """The same training command in several processes of one run; `with` leaves none behind."""
+    """The same command in several processes of one run; `with` leaves none behind."""
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class Processes:
         accident: str = "",
         shared: bool = True,
         folders: Sequence[Path] = (),
+        name: str = "moe_jax.train",
     ) -> None:
         """Args: devices, folders: of each process; accident: happens in every one; shared: they have one workdir."""
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ class Processes:
         xla = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count="
         self.all = [
             Command(
-                "moe_jax.train",
+                name,
                 workdir.parent / f"{workdir.name}.{start + number}.log",
                 f"--config={file}",
                 f"--workdir={workdir if shared else workdir / str(number)}",
@@ -149,10 +150,9 @@ class Processes:
     def __getitem__(self, number: int) -> Command:
         return self.all[number]
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self) -> list[int]:
         """The exit status of each."""
-        end = time.monotonic() + seconds
-        return [command.wait(max(0.1, end - time.monotonic())) for command in self.all]
+        return [command.wait() for command in self.all]
 
     @property
     def text(self) -> str:
@@ -163,7 +163,7 @@ class Processes:
 def train_together(file: Path, workdir: Path, *flags: str, devices: tuple[int, ...]) -> Processes:
     """A training command of several processes, ended; each must have ended well."""
     with Processes(file, workdir, *flags, devices=devices) as processes:
-        statuses = processes.wait(240)
+        statuses = processes.wait()
     assert statuses == [0] * len(devices), processes.text
     return processes
 
@@ -175,11 +175,11 @@ def train(file: Path, workdir: Path, *flags: str, accident: str = "") -> Command
     return command
 
 
-def wait_until(condition: Callable[[], bool], command: Command, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], command: Command) -> None:
     """Poll every few milliseconds until the condition holds or the command has ended."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + HANG_SECONDS
     while not condition() and command.process.poll() is None:
-        assert time.monotonic() < end, f"nothing happened within {seconds} s:\n{command.text}"
+        assert time.monotonic() < end, f"nothing happened within {HANG_SECONDS} s:\n{command.text}"
         time.sleep(0.003)
 
 
@@ -281,16 +281,19 @@ def assert_same_numbers(config: Config, workdir: Path, reference: Path) -> None:
     assert final_hash(config, workdir) == final_hash(config, reference)
 
 
+def steps_reported(command: Command) -> int:
+    """How many steps this start of a run has got to, by its lines."""
+    return max(map(int, re.findall(r"train step (\d+)/", command.text)), default=0)
+
+
 def kill_until_done(file: Path, workdir: Path, kills: int, draw: random.Random) -> None:
     """Start the command, kill it after a random number of steps and milliseconds, again and again; then let it end."""
-    log = workdir / "metrics.jsonl"
     for _ in range(kills):
-        before = log.stat().st_ino if log.exists() else None  # a process that starts replaces the file
         last = draw.randrange(NUM_STEPS)
         command = start_training(file, workdir, accident="pace=0.05")
 
-        def far_enough(before: int | None = before, last: int = last) -> bool:
-            return log.exists() and log.stat().st_ino != before and steps_logged(workdir) > last
+        def far_enough(command: Command = command, last: int = last) -> bool:
+            return steps_reported(command) > last
 
         wait_until(far_enough, command)
         time.sleep(draw.random() * 0.3)

@@ -3,22 +3,22 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from drills import rig
 
+from conftest import HANG_SECONDS
 from moe_jax.checkpoint import check, committed
 
-HEARTBEAT_SECONDS = 5
 CONFIG = rig.drill_config(
     num_steps=8,
     save_every=4,
     mesh=dict(data=2, expert=2),
-    heartbeat_seconds=HEARTBEAT_SECONDS,
+    heartbeat_seconds=5,
     model=dict(num_layers=2),
 )
 
@@ -43,9 +43,7 @@ def test_two_processes_train_as_one_and_killing_one_ends_the_other_and_a_restart
     with rig.Processes(file, workdir, devices=(2, 2)) as processes:
         rig.wait_until(lambda: rig.steps_logged(workdir) >= 5, processes[0])
         processes[1].kill()
-        killed = time.monotonic()
-        assert processes[0].wait(60) == 75, processes.text
-        assert time.monotonic() - killed < HEARTBEAT_SECONDS + 15
+        assert processes[0].wait() == 75, processes.text
     assert re.match(r"error: process 0 of 2, at step \d: another process of the run has died", error_of(processes[0]))
     assert "The same command on all hosts goes on from the newest checkpoint." in error_of(processes[0])
     assert committed(workdir / "checkpoints") == [4]
@@ -63,20 +61,41 @@ def test_killing_the_process_that_coordinates_ends_the_other(one_process, tmp_pa
     with rig.Processes(one_process / "config.py", workdir, devices=(2, 2)) as processes:
         rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, processes[0])
         processes[0].kill()
-        killed = time.monotonic()
-        assert processes[1].wait(60) == 75, processes.text
-        assert time.monotonic() - killed < HEARTBEAT_SECONDS + 15
+        assert processes[1].wait() == 75, processes.text
     assert "another process of the run has died" in error_of(processes[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_ends_both_out_of_the_same_evaluation_which_the_next_start_makes_up_for(tmp_path):
+    config = dataclasses.replace(CONFIG, eval_every=4, data=dataclasses.replace(CONFIG.data, eval_sequences=64))
+    workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
+    with rig.Processes(file, workdir, devices=(2, 2), accident="linger=0.5") as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 4, processes[0])
+        processes[1].process.send_signal(signal.SIGUSR1)
+        assert processes.wait() == [143, 143], processes.text
+    assert committed(workdir / "checkpoints") == [4]
+    assert "eval/loss" not in rig.curve(workdir)[-1]
+    rig.train_together(file, workdir, devices=(2, 2))
+    assert [r["step"] for r in rig.curve(workdir) if "eval/loss" in r] == [3, 7]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_the_evaluate_command_in_all(one_process, tmp_path):
+    file, workdir = one_process / "config.py", shutil.copytree(one_process / "run", tmp_path / "run")
+    with rig.Processes(file, workdir, devices=(2, 2), accident="linger=0.5", name="moe_jax.evaluate") as processes:
+        rig.wait_until(lambda: "evaluates a batch" in processes[1].text, processes[1])
+        processes[1].process.send_signal(signal.SIGTERM)
+        assert processes.wait() == [143, 143], processes.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_one_process_stops_both_after_the_same_step(one_process, tmp_path, number):
     workdir, file = tmp_path / "run", one_process / "config.py"
     with rig.Processes(file, workdir, devices=(2, 2), accident="pace=0.3") as processes:
         rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, processes[0])
         processes[1].process.send_signal(number)
-        assert processes.wait(120) == [143, 143], processes.text
+        assert processes.wait() == [143, 143], processes.text
     done = committed(workdir / "checkpoints")[-1]
     assert 2 <= done < 8
     assert rig.steps_logged(workdir) == done
@@ -92,14 +111,12 @@ def test_a_stuck_process_ends_the_run_within_the_limit_and_the_step_is_named(tmp
     with rig.Processes(file, workdir, devices=(2, 2), accident="pace=0.3") as processes:
         rig.wait_until(lambda: rig.steps_logged(workdir) >= 2, processes[0])
         processes[1].process.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        assert processes[0].wait(60) == 75, processes.text
-        assert time.monotonic() - stopped < 8 + 10
+        assert processes[0].wait() == 75, processes.text
         done = rig.steps_logged(workdir)
         assert re.match(rf"error: step {done} has not finished within step_timeout_seconds=8", error_of(processes[0]))
         assert "in _steps" in processes[0].text  # where the process was
         processes[1].process.send_signal(signal.SIGCONT)
-        assert processes[1].wait(60) not in (0, None)
+        assert processes[1].wait() not in (0, None)
     assert rig.train_together(file, workdir, devices=(2, 2))
 
 
@@ -118,7 +135,7 @@ def test_a_damaged_checkpoint_ends_every_process_with_the_sentence(one_process, 
     damaged = rig.data_files(workdir / "checkpoints" / "00000002")[-1]
     rig.flip_bit(damaged, 8)
     with rig.Processes(file, workdir, devices=(2, 2)) as processes:
-        assert processes.wait(60) == [2, 2], processes.text
+        assert processes.wait() == [2, 2], processes.text
     for command in processes.all:
         assert damaged.name in error_of(command)
 
@@ -126,7 +143,7 @@ def test_a_damaged_checkpoint_ends_every_process_with_the_sentence(one_process, 
 @pytest.mark.slow
 def test_a_workdir_that_the_processes_do_not_share_is_refused(one_process, tmp_path):
     with rig.Processes(one_process / "config.py", tmp_path / "run", devices=(2, 2), shared=False) as processes:
-        assert processes.wait(60) == [2, 2], processes.text
+        assert processes.wait() == [2, 2], processes.text
     assert "is not the folder that process 0 sees" in error_of(processes[0])
 
 
@@ -136,7 +153,7 @@ from moe_jax import distributed
 with distributed.joined(3, lambda: "step 7"):
     if distributed.gather(distributed.index()) == [0, 1] and distributed.index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(100)
+    time.sleep(10**6)
 """
 
 
@@ -154,7 +171,7 @@ def test_a_process_in_no_collective_has_its_own_last_word_when_the_heartbeat_sto
         for number in range(2)
     ]
     try:
-        last = both[0].communicate(timeout=60)[1].splitlines()[-1]
+        last = both[0].communicate(timeout=HANG_SECONDS)[1].splitlines()[-1]
     finally:
         for process in both:
             process.kill()
