@@ -6,8 +6,8 @@ Imports no jax, as `config`: a mistake is reported in well under a second.
 import ast
 import importlib.machinery
 import importlib.util
-import json
 import io
+import json
 import os
 import re
 import sys
