@@ -142,7 +142,7 @@ def dense_swiglu(
         return swiglu(x, *weights)
     tokens = x.shape[0]
     one = ExpertWeights(*(w[None] for w in weights))
-    return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1)), one).astype(x.dtype)
+    return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32), one).astype(x.dtype)
 
 
 def _grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array, quantization: str) -> Array:
