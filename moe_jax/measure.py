@@ -23,12 +23,18 @@ from moe_jax.options import BIAS_METHODS
 from moe_jax.state import TrainState, Tree
 from moe_jax.step import at_least_one, forward, language_nats, split_batch, summed_forward, without_what_no_step_reads
 
-Measure = Any  # a jitted (TrainState, Batch, key) -> {name: [L]}
+Measure = Any  # (TrainState, Batch, key) -> {name: [L]}, by what is jitted
 
 
 def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
     """(state, batch, key) -> what `measure` gives, jitted, whole on every device; the state is left alone."""
-    return _jitted(measure, without_what_no_step_reads(config), mesh)
+    run = _jitted(measure, without_what_no_step_reads(config), mesh)
+
+    def measured(state: TrainState, batch: Batch, key: Array) -> dict[str, Array]:
+        with jax.debug_nans(False):  # here NaN is an answer: there is no angle to a gradient of 0
+            return run(state, batch, key)
+
+    return measured
 
 
 def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:

@@ -180,7 +180,8 @@ def sequence_violations(row_loads: Any) -> dict[str, Any]:
 def sequence_floor(row_loads: Any, top_k: Any) -> Any:
     """The max of `sequence_violations` under uniform random choice: the `violation_floor` of each sequence's tokens."""
     xp = row_loads.__array_namespace__()
-    floor = violation_floor(row_loads.sum(-1) / top_k, top_k, row_loads.shape[-1])
+    copies, per_token = (xp.asarray(n, dtype=jnp.float32) for n in (xp.sum(row_loads, axis=-1), top_k))
+    floor = violation_floor(copies / per_token, per_token, row_loads.shape[-1])
     return _mean_of_rows(xp.asarray(floor), row_loads)
 
 

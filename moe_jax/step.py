@@ -153,8 +153,11 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     sums, grads = accumulate(config, state, batch, key, mesh)
     grad_norm, rate = optax.tree.norm(grads), learning_rate(config.optimizer, config.num_steps)(state.step)
-    moved = advance(config, state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING))
-    finite = all_finite((sums.total_loss, grad_norm, moved))
+    move = state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING)
+    moved = advance(config, *move)
+    # done twice behind a barrier: kept until all of it is known to be finite, what moved would need room of its own
+    checked = advance(config, *jax.lax.optimization_barrier(move))
+    finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
     after = all_or_nothing(finite, moved, state)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
@@ -335,9 +338,18 @@ def balance_update(config: Config, state: TrainState, statistics: balance.Statis
     return state._replace(bias=bias, balance=moved)
 
 
-def all_finite(tree: Tree) -> Bool[Array, ""]:
-    """Whether every number of every array is finite."""
-    return functools.reduce(jnp.logical_and, (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)))
+def is_finite(state: TrainState) -> Bool[Array, ""]:
+    """Whether every number of the state is finite: a parameter and its moments in one pass over memory."""
+    like = jax.tree.structure(state.params)
+
+    def is_like(tree: Tree) -> bool:
+        return jax.tree.structure(tree) == like
+
+    parts = jax.tree.leaves((state.params, state.optimizer, state.bias, state.balance), is_leaf=is_like)
+    by_parameter = zip(*(jax.tree.leaves(part) for part in parts if is_like(part)), strict=True)
+    alone = ((part,) for part in parts if not is_like(part))
+    checks = (functools.reduce(jnp.logical_and, map(jnp.isfinite, group)).all() for group in (*by_parameter, *alone))
+    return functools.reduce(jnp.logical_and, checks)
 
 
 def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
