@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
         num_steps=1000,
         batch_size=8,
         sequence_length=256,
-        model=there["model"],
+        model=there["model"] | dict(param_dtype="float32"),  # small updates vanish in bfloat16
         balance=there.get("balance") or dict(aux_loss=dict(weight=1e-3)),
         optimizer=dict(learning_rate=1e-5, schedule="wsd", warmup_steps=50),
     )

@@ -73,7 +73,7 @@ def attend_cached(
     """
     queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
     scores = jnp.einsum("bgrqk,bgsk->bgrqs", queries, keys)
-    visible = jnp.arange(key.shape[1]) <= jnp.maximum(positions, 0)[:, None, None, :, None]
+    visible = _numbers(key.shape[1])[None, None, None, None] <= jnp.maximum(positions, 0)[:, None, None, :, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return _as_heads(jnp.einsum("bgrqs,bgsv->bgrqv", weights, values), query.dtype)
 
@@ -123,7 +123,7 @@ def visibility(segment_ids: Int32[Array, "batch seq"]) -> Bool[Array, "batch 1 s
     """Who may attend to whom: earlier or same position, same segment. Padding (0) sees padding only."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     causal = jnp.tril(jnp.ones(2 * segment_ids.shape[1:], bool))
-    return (same & causal)[:, None]
+    return (same & causal[None])[:, None]
 
 
 # --- TPU ------------------------------------------------------------------------------------------------------
@@ -257,6 +257,10 @@ def _as_heads(x: Array, dtype: jnp.dtype) -> Array:
 
 def _visible(segment_ids: Array, first: int, last: int) -> Array:
     """[B, 1, 1, Q, S]: which earlier tokens of its segment each query of a block sees."""
-    causal = jnp.arange(first, last)[:, None] >= jnp.arange(last)
+    causal = _numbers(last)[first:, None] >= _numbers(last)[None]
     same = segment_ids[:, first:last, None] == segment_ids[:, None, :last]
-    return (causal & same)[:, None, None]
+    return (causal[None] & same)[:, None, None]
+
+
+def _numbers(length: int) -> Int32[Array, "length"]:
+    return jnp.arange(length, dtype=jnp.int32)

@@ -122,6 +122,7 @@ class OptimizerConfig:
     weight_decay: float = number(0.1, 0.0)
     clip_norm: float = number(1.0, 0.0)  # 0 clips nothing
     moment_dtype: DType = "float32"
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters and moments that are kept in bfloat16
 
 
 @dataclass(frozen=True)
@@ -630,6 +631,16 @@ def _check_optimizer(c: Config) -> None:
         raise ValueError(
             f"optimizer.warmup_steps={o.warmup_steps} and the {decay} steps of optimizer.decay_fraction="
             f"{o.decay_fraction} must fit into num_steps={c.num_steps}; lower one of them."
+        )
+    if o.eps < 2**-126:
+        raise ValueError(
+            f"optimizer.eps={o.eps} must be above 0 in float32 (at least 2^-126), for Adam divides 0 by it where a "
+            "parameter has no gradient; try 1e-8."
+        )
+    if o.rounding == "stochastic" and "bfloat16" not in (c.model.param_dtype, o.moment_dtype):
+        raise ValueError(
+            "optimizer.rounding='stochastic' is of parameters or moments in bfloat16, but model.param_dtype and "
+            "optimizer.moment_dtype are float32; set one of them to 'bfloat16', or optimizer.rounding='nearest'."
         )
     for name in ("b1", "b2"):
         if getattr(o, name) >= 1:

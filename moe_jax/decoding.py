@@ -314,7 +314,7 @@ def _step(model: ModelConfig, entries: Entries, mesh: Mesh | None, sampling: Sam
     def step(arrays: Any, tokens: Any, positions: Any, before: Any, cache: Any, key: Any, rows: Any) -> Any:
         logits, _, cache = extend(arrays, tokens, positions, cache, last_only=True)
         logits = logits[:, 0]
-        known = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+        known = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] < num_tokens, logits, -jnp.inf)
         new = next_tokens(known, sampling, key, rows, positions.max(-1) + 1)
         return jnp.where((positions >= 0).any(-1), new, before), cache
 
@@ -331,7 +331,7 @@ def _score(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
         logits, _, cache = extend(arrays, tokens, positions, cache)
         chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         logs = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return logs, jnp.argmax(logits, -1) == targets, cache
+        return logs, jnp.argmax(logits, -1).astype(jnp.int32) == targets, cache
 
     whole = None if mesh is None else replicated(mesh)
     places = None if mesh is None else (whole, whole, _cache_place(mesh))

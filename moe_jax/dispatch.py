@@ -142,7 +142,7 @@ def dense_swiglu(
         return swiglu(x, *weights)
     tokens = x.shape[0]
     one = ExpertWeights(*(w[None] for w in weights))
-    return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1)), one).astype(x.dtype)
+    return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32), one).astype(x.dtype)
 
 
 def _grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array, quantization: str) -> Array:
@@ -426,7 +426,7 @@ def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> _Copies:
 
 def _before(sizes: Array) -> Array:
     """The sum of all earlier entries, along the first axis."""
-    return jnp.cumsum(sizes, axis=0) - sizes
+    return jnp.cumsum(sizes, axis=0, dtype=jnp.int32) - sizes
 
 
 def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array | int], _Round]]:
@@ -434,8 +434,8 @@ def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
     num_copies = copies.copy.shape[0]
     capacity = min(num_copies, math.ceil(factor * num_copies / devices))
     needed = lax.pmax(-(-copies.send.max() // capacity), BATCH)
-    upto = jnp.cumsum(copies.received, axis=1)
-    inside = jnp.arange(capacity, dtype=jnp.int32)
+    upto = jnp.cumsum(copies.received, axis=1, dtype=jnp.int32)
+    inside = jnp.arange(capacity, dtype=jnp.int32)[None]
 
     def make(number: Array | int) -> _Round:
         first = number * capacity
@@ -447,7 +447,7 @@ def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
         slot = jnp.where(here, copies.device * capacity + wanted, devices * capacity)
         # a source's copies for this device are sorted by expert: place c of the round is of the first expert
         # whose copies, with those of all experts before it, are more than that
-        expert = (upto[:, :, None] <= first + inside).sum(1, dtype=jnp.int32).ravel()
+        expert = (upto[:, :, None] <= first + inside[None]).sum(1, dtype=jnp.int32).ravel()
 
         def exchange(buffer: Array) -> Array:
             return lax.all_to_all(buffer.reshape(devices, capacity, -1), "expert", 0, 0, tiled=True).reshape(
@@ -471,7 +471,7 @@ def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
     here = lax.axis_index("expert")
     offset = _before(sent)  # where a source's copies lie in the destination's list
     start = _before(sent.T)[here]  # where the copies for this device lie at every source
-    upto = jnp.cumsum(copies.received.ravel())
+    upto = jnp.cumsum(copies.received.ravel(), dtype=jnp.int32)
     local_experts = copies.received.shape[1]
 
     def make(number: Array | int) -> _Round:
@@ -479,7 +479,7 @@ def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
         begin, end = (jnp.clip(bound - offset, 0, sent) for bound in (first, first + capacity))
         amount, landing = end - begin, offset + begin - first
         listed = first + jnp.arange(capacity, dtype=jnp.int32)
-        run = (upto[:, None] <= listed).sum(0, dtype=jnp.int32)  # runs are those of `received`: sources, then experts
+        run = (upto[:, None] <= listed[None]).sum(0, dtype=jnp.int32)  # runs are those of `received`: sources, then experts
         expert = jnp.where(run < upto.size, run % local_experts, local_experts)
 
         def there(buffer: Array) -> Array:
@@ -530,7 +530,7 @@ def _capacity(
     kept = (ids < num_experts) & (seat < capacity)
     dropped = ((ids < num_experts) & ~kept).sum(dtype=jnp.int32)
     # slot (e, b, c) of one flat buffer; a copy without a seat points past its end
-    position = (ids * num_rows + jnp.arange(num_rows)[:, None, None]) * capacity + seat
+    position = (ids * num_rows + jnp.arange(num_rows, dtype=jnp.int32)[:, None, None]) * capacity + seat
     position = jnp.where(kept, position, num_experts * num_rows * capacity).reshape(-1, slots)
     buffer = jnp.zeros_like(x, shape=(num_experts * num_rows * capacity, x.shape[1]))
     buffer = buffer.at[position].set(x[:, None, :], mode="drop").reshape(num_experts, -1, x.shape[1])
@@ -551,5 +551,5 @@ def _seats(ids: Int32[Array, "tokens slots"], num_experts: int) -> Int32[Array, 
     queue = ids.T.ravel()
     _, place = _sorting(queue)
     sizes = jnp.zeros(num_experts + 1, jnp.int32).at[queue].add(1)
-    starts = jnp.cumsum(sizes) - sizes
+    starts = _before(sizes)
     return (place - starts[queue]).reshape(ids.shape[::-1]).T

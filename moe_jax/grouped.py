@@ -98,7 +98,8 @@ def has_tokamax() -> bool:
 
 def zero_tail(y: Array, group_sizes: Array) -> Array:
     """Rows after the last group become 0, whatever they held."""
-    return jnp.where(jnp.arange(y.shape[0])[:, None] < group_sizes.sum(), y, 0)
+    row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(row < group_sizes.sum(dtype=jnp.int32), y, 0)
 
 
 # --- TPU: megablox ---------------------------------------------------------------------------------------------
@@ -167,9 +168,9 @@ def _tiles(group_sizes: Array, num_rows: int, tile: int) -> tuple[Array, Array, 
     Every group has ceil(size / tile) tiles, so at most num_rows / tile + E in all.
     """
     num_groups = group_sizes.shape[0]
-    ends = jnp.cumsum(group_sizes)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     tiles_of = (group_sizes + tile - 1) // tile
-    tile_ends = jnp.cumsum(tiles_of)
+    tile_ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     index = jnp.arange(num_rows // tile + num_groups, dtype=jnp.int32)
     group = jnp.searchsorted(tile_ends, index, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
@@ -181,7 +182,7 @@ def _tiles(group_sizes: Array, num_rows: int, tile: int) -> tuple[Array, Array, 
 def _tile_mask(first: Array, end: Array, num_rows: int, tile: int) -> tuple[Array, Array]:
     """Where a tile's slice starts (moved back at the end of the array) and which of its rows are the tile's."""
     start = jnp.clip(first, 0, num_rows - tile)
-    row = start + jnp.arange(tile)
+    row = start + jnp.arange(tile, dtype=jnp.int32)
     return start, ((row >= first) & (row < end))[:, None]
 
 

@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
         """Same shape and dtype as x."""
         wide = x.astype(jnp.float32)
         scaled = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.eps)
-        return (scaled * self.scale.astype(jnp.float32)).astype(x.dtype)
+        return (scaled * jnp.broadcast_to(self.scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 # --- positions ------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def rope(
     Source: arXiv 2104.09864; the length, `mscale` over `mscale_all_dim`, as in DeepSeek-V2's code.
     """
     half = x.shape[-1] // 2
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies(half, theta, yarn)
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies(half, theta, yarn)[None, None, None]
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if yarn.factor > 1:
@@ -264,7 +264,7 @@ def project(
 
 def remember(cache: Cache, new: Cache, positions: Int32[Array, "batch seq"]) -> Cache:
     """The cache with each row's new tokens in the slots of their positions; -1 is padding and leaves no trace."""
-    rows = jnp.arange(len(positions))[:, None]
+    rows = jnp.arange(len(positions), dtype=jnp.int32)[:, None]
 
     def one(slots: Array, values: Array) -> Array:
         place = jnp.where(positions < 0, slots.shape[1], positions)

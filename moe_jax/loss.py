@@ -59,10 +59,15 @@ def _forward(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array,
 
 def _backward(gradients: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
     dx, d_head = gradients
-    return (d * dx).astype(dx.dtype), (d * d_head).astype(d_head.dtype), None, None
+    return _times(d, dx), _times(d, d_head), None, None
 
 
 summed_nats.defvjp(_forward, _backward)
+
+
+def _times(d: Array, gradient: Array) -> Array:
+    """The product in float32, rounded once."""
+    return (d * gradient.astype(jnp.float32)).astype(gradient.dtype)
 
 
 def _blocks(x: Array, targets: Array, mask: Array, vocab: int) -> tuple[Array, Array, Array]:
@@ -84,7 +89,7 @@ def _nats(head: Array, x: Array, targets: Array, mask: Array) -> tuple[Array, Ar
     shifted = logits - logits.max(-1, keepdims=True)
     powers = jnp.exp(shifted)
     total = powers.sum(-1, keepdims=True)
-    chosen = targets[:, None] == jnp.arange(logits.shape[1])
+    chosen = jax.nn.one_hot(targets, logits.shape[1], dtype=bool)
     nats = jnp.log(total[:, 0]) - jnp.where(chosen, shifted, 0.0).sum(-1)
-    d_logits = jnp.where(mask[:, None], powers / total - chosen, 0.0)
+    d_logits = jnp.where(mask[:, None], powers / total - chosen.astype(jnp.float32), 0.0)
     return jnp.where(mask, nats, 0.0).sum(), d_logits

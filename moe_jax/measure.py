@@ -21,14 +21,20 @@ from moe_jax.mesh import BATCH, constrain, replicated
 from moe_jax.moe import Balancing, Details
 from moe_jax.options import BIAS_METHODS
 from moe_jax.state import TrainState, Tree
-from moe_jax.step import forward, language_nats, split_batch, summed_forward, without_what_no_step_reads
+from moe_jax.step import at_least_one, forward, language_nats, split_batch, summed_forward, without_what_no_step_reads
 
-Measure = Any  # a jitted (TrainState, Batch, key) -> {name: [L]}
+Measure = Any  # (TrainState, Batch, key) -> {name: [L]}, by what is jitted
 
 
 def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
     """(state, batch, key) -> what `measure` gives, jitted, whole on every device; the state is left alone."""
-    return _jitted(measure, without_what_no_step_reads(config), mesh)
+    run = _jitted(measure, without_what_no_step_reads(config), mesh)
+
+    def measured(state: TrainState, batch: Batch, key: Array) -> dict[str, Array]:
+        with jax.debug_nans(False):  # here NaN is an answer: there is no angle to a gradient of 0
+            return run(state, batch, key)
+
+    return measured
 
 
 def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
@@ -96,7 +102,7 @@ def _gradients(
     """One forward pass, linearised once, and pulled back from each of the three losses."""
     balancer = balance.make(config.balance, config.model)
     z_labels = {e.label for e in config.balance if e.method == "z_loss"}
-    num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
+    num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     router = jnp.concatenate([leaf for _, leaf in routers(state.params)])
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
@@ -104,7 +110,7 @@ def _gradients(
         balancing = Balancing(balancer, state.balance, offset=offset, step=steps)
         nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
         assert report is not None  # only models with experts are measured
-        apart = {True: jnp.zeros(()), False: jnp.zeros(())}
+        apart = {True: jnp.float32(0.0), False: jnp.float32(0.0)}
         for label, value in report.losses.items():
             apart[label in z_labels] += value.sum()
         language = language_nats(config, state.step, nats, ahead) / num_tokens
@@ -113,7 +119,7 @@ def _gradients(
     shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
     offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, P(None, BATCH))
     _, pull, details = jax.vjp(losses, router, offset, has_aux=True)
-    return Gradients(*(Places(*pull(tuple(map(jnp.float32, unit)))) for unit in jnp.eye(3))), details
+    return Gradients(*(Places(*pull(tuple(map(jnp.float32, unit)))) for unit in jnp.eye(3, dtype=jnp.float32))), details
 
 
 def _choices(config: Config, details: Details) -> dict[str, Array]:
@@ -123,8 +129,8 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     num_choices, mask = routing.loads.shape[-1], routing.tokens.mask
     changed = jax.vmap(functools.partial(metrics.decisions_changed, num_experts=num_choices))
     assert mask is not None
-    tokens = jnp.maximum(mask.sum(-1), 1)
-    copies = loads.sum(-1) / tokens
+    tokens = at_least_one(mask.sum(-1, dtype=jnp.int32))
+    copies = loads.sum(-1, dtype=jnp.int32).astype(jnp.float32) / tokens
     floors = {
         "microbatch": metrics.violation_floor(tokens, copies, real),
         "sequence": metrics.sequence_floor(row_loads, copies[:, None]),

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_jax.config import MeshConfig, mesh_sizes
+from moe_jax.defaults import jax_defaults
 
 AXES = ("replica", "data", "expert", "tensor")
 BATCH = AXES[:3]  # what the rows of a batch are split over
@@ -203,7 +204,9 @@ def around_kernel(kernel: Callable[..., Any], *arrays: Array) -> Any:
     They vary over all axes that an operand varies over. Not differentiable: for use within a `custom_vjp`.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
-        return kernel(*arrays)
+        with jax_defaults():
+            return kernel(*arrays)
     varying = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    y = jax.shard_map(kernel, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
+    with jax_defaults():
+        y = jax.shard_map(kernel, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
     return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(varying), to="varying"), y) if varying else y

@@ -48,10 +48,12 @@ def of_loads(loads: Any, num_real_experts: int, num_tokens: Any = None, top_k: A
     }
     values = over_layers(violations(loads))
     values |= {name: xp.mean(value) for name, value in measured.items()}
-    values["dead_experts"] = xp.sum(dead_experts(loads))
+    values["dead_experts"] = xp.sum(dead_experts(loads), dtype=jnp.int32)
     values["max_expert_share"] = xp.max(max_expert_share(loads))
     if num_tokens is not None:
-        copies = loads.sum(-1) / xp.maximum(xp.asarray(num_tokens), 1) if top_k is None else top_k
+        counts = xp.sum(loads, axis=-1), xp.maximum(xp.asarray(num_tokens), 1)
+        copies, tokens = (xp.asarray(n, dtype=jnp.float32) for n in counts)
+        copies = copies / tokens if top_k is None else top_k
         values["violation_floor"] = xp.mean(xp.asarray(violation_floor(num_tokens, copies, num_real_experts)))
     return values
 
@@ -132,13 +134,13 @@ def gini(loads: Any) -> Any:
     """
     xp, num_experts = loads.__array_namespace__(), loads.shape[-1]
     rank = 2 * xp.arange(1, num_experts + 1, dtype=jnp.float32) - (num_experts + 1)
-    return xp.sum(rank * xp.sort(_shares(loads), axis=-1), axis=-1) / num_experts
+    return xp.sum(xp.broadcast_to(rank, loads.shape) * xp.sort(_shares(loads), axis=-1), axis=-1) / num_experts
 
 
 def dead_experts(loads: Any) -> Any:
     """How many experts had no token at all: int [...]."""
     xp = loads.__array_namespace__()
-    return xp.sum(loads == 0, axis=-1)
+    return xp.sum(loads == 0, axis=-1, dtype=jnp.int32)
 
 
 def starved_experts(loads: Any) -> Any:
@@ -178,7 +180,8 @@ def sequence_violations(row_loads: Any) -> dict[str, Any]:
 def sequence_floor(row_loads: Any, top_k: Any) -> Any:
     """The max of `sequence_violations` under uniform random choice: the `violation_floor` of each sequence's tokens."""
     xp = row_loads.__array_namespace__()
-    floor = violation_floor(row_loads.sum(-1) / top_k, top_k, row_loads.shape[-1])
+    copies, per_token = (xp.asarray(n, dtype=jnp.float32) for n in (xp.sum(row_loads, axis=-1), top_k))
+    floor = violation_floor(copies / per_token, per_token, row_loads.shape[-1])
     return _mean_of_rows(xp.asarray(floor), row_loads)
 
 
@@ -240,7 +243,8 @@ def _violation_floor(tokens: Array, top_k: Array, num_experts: int) -> Array:
     mean = tokens * p
     first = jnp.ceil(mean * (1.0 - 1e-6))  # the largest load is never below the mean
     width = jnp.maximum(1.0, jnp.sqrt(mean * (1.0 - p)) / 6.0)  # loads lumped together where they are many
-    load = first + width * jnp.arange(64) + (width - 1.0) / 2.0
+    number = jax.lax.broadcasted_iota(jnp.float32, (*mean.shape[:-1], 64), mean.ndim - 1)
+    load = first + width * number + (width - 1.0) / 2.0
     score = _binomial_score(load, tokens, p) * math.sqrt(1.0 - 1.0 / num_experts)
     below = jnp.where(load < tokens, jax.scipy.special.ndtr(score) ** num_experts, 1.0)
     largest = first - mean + width * (1.0 - below).sum(-1, keepdims=True)
@@ -380,8 +384,8 @@ def pair_counts(ids: Any, num_experts: int) -> Any:
         ids: int [..., T, S]; num_experts or more is an empty slot. T below 2^24: counted in float32, exactly.
     """
     xp = ids.__array_namespace__()
-    chosen = xp.any(ids[..., None] == xp.arange(num_experts), axis=-2)
-    chosen = xp.astype(chosen, jnp.float32)
+    experts = xp.broadcast_to(xp.arange(num_experts, dtype=ids.dtype), (*ids.shape, num_experts))
+    chosen = xp.astype(xp.any(ids[..., None] == experts, axis=-2), jnp.float32)
     return xp.astype(xp.matmul(xp.swapaxes(chosen, -1, -2), chosen), jnp.int32)
 
 

@@ -291,7 +291,7 @@ class Transformer(nnx.Module):
             return constrain(x, mesh, P(BATCH)), rest
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))
-        layers = stack, jnp.arange(run.repeats), by_layer, caches
+        layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), by_layer, caches
         x, (report, after) = jax.lax.scan(body, x, layers, unroll=self.config.unroll_layers)
         return x, report, after
 
@@ -313,7 +313,7 @@ class Transformer(nnx.Module):
         body = rematerialized(body, self.config.remat, is_sharded(mesh))
         depth = self.config.mtp_depth
         read = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(inputs, k + 1) for k in range(depth)))
-        return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth), by_layer, read))[1]
+        return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth, dtype=jnp.int32), by_layer, read))[1]
 
 
 AHEAD = 2**31  # the stream of randomness of multi-token prediction, after those of layers
@@ -335,11 +335,11 @@ def shifted(x: Array, depth: int) -> Array:
 
 def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
     """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
-    kind = (inputs.tokens[..., None] >= jnp.asarray(class_starts)).sum(-1, dtype=jnp.int32) if class_starts else None
-    rows = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[0])[:, None], inputs.tokens.shape)
+    kind = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
+    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
     return Tokens(
         mask=(inputs.segment_ids > 0).ravel(),
-        row=rows.ravel().astype(jnp.int32),
+        row=rows.ravel(),
         ids=inputs.tokens.ravel(),
         kind=None if kind is None else kind.ravel(),
         rows=Rows(len(rows)),

@@ -128,8 +128,8 @@ class MoE(nnx.Module):
             quantization=c.quantization,
         )
         if drop is not None:
-            lost = count(routing.expert_ids, c.num_experts).sum() - count(sent.expert_ids, c.num_experts).sum()
-            traffic = traffic._replace(dropped=traffic.dropped + lost)
+            lost = count(routing.expert_ids, c.num_experts) - count(sent.expert_ids, c.num_experts)
+            traffic = traffic._replace(dropped=traffic.dropped + lost.sum(dtype=jnp.int32))
         if c.num_zero_experts:
             y = y + through_zero_experts(flat, sent, c.num_experts)
         if self.shared is not None:
@@ -159,7 +159,7 @@ class MoE(nnx.Module):
         wide = x.astype(jnp.float32)
         if train and c.router_jitter > 0:
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
-            wide = wide * jax.random.uniform(jitter_key, wide.shape, minval=low, maxval=high)
+            wide = wide * jax.random.uniform(jitter_key, wide.shape, jnp.float32, low, high)
         logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
         state = {"bias": self.bias[...]} if state is None else state
         if balancer.select is not None and (train or balancer.inference == "same"):
@@ -179,7 +179,7 @@ class MoE(nnx.Module):
         split = jax.tree.map(lambda _: P(BATCH), tokens)
         places: Any = Routing._make([P(BATCH)] * 5 + [P(), split])
         routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, bias, tokens)
-        return routing._replace(loads=routing.loads.sum(0))
+        return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
 
     def pick(self, logits: Array, bias: Array, tokens: Tokens, balancer: Balancer, **how: Any) -> Routing:
         """`route` as the config says."""

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -501,57 +502,111 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x
 
 // --- the interface to XLA -----------------------------------------------------------------------------------------
 
-using In = ffi::AnyBuffer;
-using Out = ffi::Result<ffi::AnyBuffer>;
+// XLA refuses a call whose arrays have another element type or rank; sizes that must agree are compared here
+template <ffi::DataType T, size_t Rank>
+using In = ffi::Buffer<T, Rank>;
+template <ffi::DataType T, size_t Rank>
+using Out = ffi::Result<ffi::Buffer<T, Rank>>;
 
-template <class X>
-X* data(const In& buffer) {
-  return static_cast<X*>(buffer.untyped_data());
+constexpr ffi::DataType kFloat = ffi::F32, kInt = ffi::S32;
+
+template <ffi::DataType T>
+using Element = std::conditional_t<T == ffi::BF16, Bf16, ffi::NativeType<T>>;
+
+template <ffi::DataType T, size_t Rank>
+Element<T>* data(const In<T, Rank>& buffer) {
+  return static_cast<Element<T>*>(buffer.untyped_data());
 }
 
-template <class X>
-X* data(Out& buffer) {
-  return huge(static_cast<X*>(buffer->untyped_data()), buffer->element_count());
+template <ffi::DataType T, size_t Rank>
+Element<T>* data(Out<T, Rank>& buffer) {
+  return huge(static_cast<Element<T>*>(buffer->untyped_data()), buffer->element_count());
 }
 
-Shape shape_of(const In& x, const In& gates, const In& w) {
-  return {int64_t(x.dimensions()[0]), int64_t(gates.dimensions()[1]), int64_t(w.dimensions()[0]),
-          int(w.dimensions()[1]), int(w.dimensions()[2])};
+template <class Buffer>
+bool has(const Buffer& buffer, std::initializer_list<int64_t> sizes) {
+  auto dimensions = buffer.dimensions();
+  return std::equal(dimensions.begin(), dimensions.end(), sizes.begin(), sizes.end());
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, In x, In ids, In gates, In w_gate, In w_up, In w_down, Out y, Out gate, Out up,
-                   Out order, Out place, Out sizes, Out outputs) {
-  auto run = [&](auto zero) {
-    using X = decltype(zero);
-    forward<X>(pool, shape_of(x, gates, w_gate), data<X>(x), data<int32_t>(ids), data<float>(gates),
-               {data<X>(w_gate), data<X>(w_up), data<X>(w_down)}, data<float>(y), data<X>(gate), data<X>(up),
-               {data<int32_t>(order), data<int32_t>(place), data<int32_t>(sizes)}, data<float>(outputs));
-  };
-  x.element_type() == ffi::F32 ? run(float{}) : run(Bf16{});
+template <ffi::DataType T>
+Shape shape_of(const In<T, 2>& x, const In<kFloat, 2>& gates, const In<T, 3>& w) {
+  return {x.dimensions()[0], gates.dimensions()[1], w.dimensions()[0], int(w.dimensions()[1]), int(w.dimensions()[2])};
+}
+
+// what both passes are given: x [T, D], gates [T, K], weights [E, D, F], [E, D, F], [E, F, D]
+template <ffi::DataType T>
+bool fit(const Shape& s, const In<T, 2>& x, const In<kFloat, 2>& gates, const In<T, 3>& w_gate, const In<T, 3>& w_up,
+         const In<T, 3>& w_down) {
+  return has(x, {s.tokens, s.embed}) && has(gates, {s.tokens, s.slots}) && has(w_gate, {s.experts, s.embed, s.ffw}) &&
+         has(w_up, {s.experts, s.embed, s.ffw}) && has(w_down, {s.experts, s.ffw, s.embed});
+}
+
+ffi::Error misfit() { return ffi::Error::InvalidArgument("the sizes of the arrays do not fit together"); }
+
+template <ffi::DataType T>
+ffi::Error Forward(ffi::ThreadPool pool, In<T, 2> x, In<kInt, 2> ids, In<kFloat, 2> gates, In<T, 3> w_gate,
+                   In<T, 3> w_up, In<T, 3> w_down, Out<kFloat, 2> y, Out<T, 2> gate, Out<T, 2> up, Out<kInt, 1> order,
+                   Out<kInt, 1> place, Out<kInt, 1> sizes, Out<kFloat, 2> outputs) {
+  const Shape s = shape_of(x, gates, w_gate);
+  const int64_t copies = s.copies();
+  if (!fit(s, x, gates, w_gate, w_up, w_down) || !has(ids, {s.tokens, s.slots}) || !has(*y, {s.tokens, s.embed}) ||
+      !has(*gate, {copies, s.ffw}) || !has(*up, {copies, s.ffw}) || !has(*order, {copies}) ||
+      !has(*place, {copies}) || !has(*sizes, {s.experts}) || !has(*outputs, {copies, s.embed}))
+    return misfit();
+  forward<Element<T>>(pool, s, data(x), data(ids), data(gates), {data(w_gate), data(w_up), data(w_down)}, data(y),
+                      data(gate), data(up), {data(order), data(place), data(sizes)}, data(outputs));
   return ffi::Error::Success();
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, In dy, In x, In gates, In w_gate, In w_up, In w_down, In gate, In up,
-                    In order, In place, In sizes, Out dx, Out d_gates, Out dw_gate, Out dw_up, Out dw_down,
-                    Out outputs) {
-  auto run = [&](auto zero) {
-    using X = decltype(zero);
-    backward<X>(pool, shape_of(x, gates, w_gate), data<float>(dy), data<X>(x), data<float>(gates),
-                {data<X>(w_gate), data<X>(w_up), data<X>(w_down)}, data<X>(gate), data<X>(up),
-                {data<int32_t>(order), data<int32_t>(place), data<int32_t>(sizes)}, data<X>(dx), data<float>(d_gates),
-                {data<X>(dw_gate), data<X>(dw_up), data<X>(dw_down)}, data<float>(outputs));
-  };
-  x.element_type() == ffi::F32 ? run(float{}) : run(Bf16{});
+template <ffi::DataType T>
+ffi::Error Backward(ffi::ThreadPool pool, In<kFloat, 2> dy, In<T, 2> x, In<kFloat, 2> gates, In<T, 3> w_gate,
+                    In<T, 3> w_up, In<T, 3> w_down, In<T, 2> gate, In<T, 2> up, In<kInt, 1> order, In<kInt, 1> place,
+                    In<kInt, 1> sizes, Out<T, 2> dx, Out<kFloat, 2> d_gates, Out<T, 3> dw_gate, Out<T, 3> dw_up,
+                    Out<T, 3> dw_down, Out<kFloat, 2> outputs) {
+  const Shape s = shape_of(x, gates, w_gate);
+  const int64_t copies = s.copies();
+  if (!fit(s, x, gates, w_gate, w_up, w_down) || !fit(s, *dx, *d_gates, *dw_gate, *dw_up, *dw_down) ||
+      !has(dy, {s.tokens, s.embed}) || !has(gate, {copies, s.ffw}) || !has(up, {copies, s.ffw}) ||
+      !has(order, {copies}) || !has(place, {copies}) || !has(sizes, {s.experts}) || !has(*outputs, {copies, s.embed}))
+    return misfit();
+  backward<Element<T>>(pool, s, data(dy), data(x), data(gates), {data(w_gate), data(w_up), data(w_down)}, data(gate),
+                       data(up), {data(order), data(place), data(sizes)}, data(dx), data(d_gates),
+                       {data(dw_gate), data(dw_up), data(dw_down)}, data(outputs));
   return ffi::Error::Success();
+}
+
+// the parameters of `Forward` and `Backward`, in their order
+template <ffi::DataType T>
+auto bind_forward() {
+  using X = In<T, 2>;
+  using W = In<T, 3>;
+  using Floats = In<kFloat, 2>;
+  using Ints = In<kInt, 1>;
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()                                                //
+      .template Arg<X>().template Arg<In<kInt, 2>>().template Arg<Floats>()                     //
+      .template Arg<W>().template Arg<W>().template Arg<W>()                                    //
+      .template Ret<Floats>().template Ret<X>().template Ret<X>()                               //
+      .template Ret<Ints>().template Ret<Ints>().template Ret<Ints>().template Ret<Floats>();
+}
+
+template <ffi::DataType T>
+auto bind_backward() {
+  using X = In<T, 2>;
+  using W = In<T, 3>;
+  using Floats = In<kFloat, 2>;
+  using Ints = In<kInt, 1>;
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()                                                //
+      .template Arg<Floats>().template Arg<X>().template Arg<Floats>()                          //
+      .template Arg<W>().template Arg<W>().template Arg<W>().template Arg<X>().template Arg<X>()  //
+      .template Arg<Ints>().template Arg<Ints>().template Arg<Ints>()                           //
+      .template Ret<X>().template Ret<Floats>()                                                 //
+      .template Ret<W>().template Ret<W>().template Ret<W>().template Ret<Floats>();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    moe_experts_forward, Forward,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>()  //
-        .Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    moe_experts_backward, Backward,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>()  //
-        .Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_experts_forward_float32, Forward<ffi::F32>, bind_forward<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_experts_forward_bfloat16, Forward<ffi::BF16>, bind_forward<ffi::BF16>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_experts_backward_float32, Backward<ffi::F32>, bind_backward<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_experts_backward_bfloat16, Backward<ffi::BF16>, bind_backward<ffi::BF16>());

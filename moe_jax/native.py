@@ -8,13 +8,14 @@ T tokens, K slots, N = T K copies, E experts, D embed, F ffw.
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,9 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-class _Targets(NamedTuple):
-    """The names under which XLA knows the compiled functions: another source has others."""
-
-    forward: str
-    backward: str
+Targets = dict[tuple[str, str], str]  # (forward or backward, dtype) -> its name to XLA; another source has others
 
 
-@jax.custom_vjp
 def experts(
     x: Float[Array, "tokens embed"],
     expert_ids: Int32[Array, "tokens slots"],
@@ -46,15 +42,46 @@ def experts(
 
     Cost follows the copies: neither E nor the skew of the routing counts. Call it where `missing()` is None.
 
+    The C++ reads memory as it is, so here is where dtypes become what it reads, and sizes are compared.
+
     Args:
         x: [T, D], float32 or bfloat16.
-        expert_ids: int32 [T, K]; E is an empty slot.
-        gates: float32 [T, K].
-        weights: gate and up [E, D, F], down [E, F, D], in x's dtype.
+        expert_ids: int32 [T, K]; E is an empty slot. Another integer dtype is cast.
+        gates: float32 [T, K]; another floating dtype is cast.
+        weights: gate and up [E, D, F], down [E, F, D]; cast to x's dtype.
 
     Returns:
         float32 [T, D]. An expert without tokens has a gradient of exactly 0.
+
+    Raises:
+        ValueError: another dtype, or sizes that do not fit together.
     """
+    if x.dtype not in DTYPES or not jnp.issubdtype(expert_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"experts in C++ take x in float32 or bfloat16 and integer expert_ids, not {x.dtype} and "
+            f"{expert_ids.dtype}; cast them."
+        )
+    shapes = [a.shape for a in (x, expert_ids, gates, *weights)]
+    if not _fit(*shapes):
+        raise ValueError(
+            f"x, expert_ids, gates and the three weights have the shapes {', '.join(map(str, shapes))}, which must be "
+            "[T, D], [T, K], [T, K], [E, D, F], [E, D, F] and [E, F, D]; correct them."
+        )
+    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+    return _experts(x, expert_ids.astype(jnp.int32), gates.astype(jnp.float32), weights)
+
+
+def _fit(x: tuple, ids: tuple, gates: tuple, gate: tuple, up: tuple, down: tuple) -> bool:
+    """Whether these shapes have the sizes of one problem."""
+    if [len(shape) for shape in (x, ids, gate)] != [2, 2, 3]:
+        return False
+    (tokens, embed), (experts, _, ffw) = x, gate
+    wide, narrow = (experts, embed, ffw), (experts, ffw, embed)
+    return ids[0] == tokens and gates == ids and (gate, up, down) == (wide, wide, narrow)
+
+
+@jax.custom_vjp
+def _experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> Array:
     return _forward(x, expert_ids, gates, weights)[0]
 
 
@@ -72,7 +99,7 @@ def _forward(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]
         *(hidden, hidden, ints, ints, jax.ShapeDtypeStruct((num_experts,), jnp.int32)),
         jax.ShapeDtypeStruct((copies, embed), jnp.float32),
     ]
-    y, *kept, _ = _call("forward", results, x, expert_ids, gates, *weights)
+    y, *kept, _ = _call("forward", x.dtype, results, x, expert_ids, gates, *weights)
     return y, (x, gates, weights, *kept)
 
 
@@ -80,23 +107,23 @@ def _backward(kept: tuple[Any, ...], dy: Array) -> tuple[Array, None, Array, Any
     x, gates, weights, *rest = kept
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *weights)]
     room = jax.ShapeDtypeStruct((gates.size, x.shape[1]), jnp.float32)
-    dx, d_gates, *d_weights, _ = _call("backward", [*like, room], dy, x, gates, *weights, *rest)
+    dx, d_gates, *d_weights, _ = _call("backward", x.dtype, [*like, room], dy, x, gates, *weights, *rest)
     return dx, None, d_gates, jax.tree.unflatten(jax.tree.structure(weights), d_weights)
 
 
-experts.defvjp(_forward, _backward)
+_experts.defvjp(_forward, _backward)
 
 
-def _call(which: str, results: list[jax.ShapeDtypeStruct], *arrays: Array) -> list[Array]:
+def _call(which: str, dtype: jnp.dtype, results: list[jax.ShapeDtypeStruct], *arrays: Array) -> list[Array]:
     targets = _build()
-    assert isinstance(targets, _Targets)  # the caller has asked `missing`
-    call = jax.ffi.ffi_call(getattr(targets, which), results, vmap_method="sequential")
+    assert not isinstance(targets, str)  # the caller has asked `missing`
+    call = jax.ffi.ffi_call(targets[which, dtype.name], results, vmap_method="sequential")
     with jax.named_scope("experts"):  # dispatch and combine are in the same call
         return around_kernel(call, *arrays)
 
 
 @functools.cache
-def _build() -> _Targets | str:
+def _build() -> Targets | str:
     """Compile, unless it is compiled, and make known to XLA; or why that cannot be."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -125,9 +152,10 @@ def _compile(compiler: str, library: Path) -> None:
         made.replace(library)
 
 
-def _register(library: ctypes.CDLL, digest: str) -> _Targets:
-    targets = _Targets(*(f"moe_jax_experts_{which}_{digest}" for which in _Targets._fields))
-    for which, name in zip(_Targets._fields, targets, strict=True):
-        handler = jax.ffi.pycapsule(getattr(library, f"moe_experts_{which}"))
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+def _register(library: ctypes.CDLL, digest: str) -> Targets:
+    targets = {}
+    for which, dtype in itertools.product(("forward", "backward"), (jnp.dtype(d).name for d in DTYPES)):
+        targets[which, dtype] = f"moe_jax_experts_{which}_{dtype}_{digest}"
+        handler = jax.ffi.pycapsule(getattr(library, f"moe_experts_{which}_{dtype}"))
+        jax.ffi.register_ffi_target(targets[which, dtype], handler, platform="cpu")
     return targets

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from moe_jax import grouped
+from moe_jax.defaults import jax_defaults
 
 if TYPE_CHECKING:
     from qwix import QArray
@@ -81,7 +82,8 @@ def narrowed(a: Float[Array, "..."], quantization: str, scaled_axes: tuple[int, 
     import qwix
 
     form, how = FORMATS[quantization], CALIBRATION[quantization]
-    return qwix.quantize(a.astype(jnp.float32), form, channelwise_axes=scaled_axes, calibration_method=how)
+    with jax_defaults():
+        return qwix.quantize(a.astype(jnp.float32), form, channelwise_axes=scaled_axes, calibration_method=how)
 
 
 def _product(x: Array, w: Array, group_sizes: Array, quantization: str) -> Array:
@@ -105,15 +107,20 @@ def _outer(x: Array, dy: Array, group_sizes: Array, quantization: str) -> Array:
 
 
 def _ragged_product(x: "QArray", w: "QArray", group_sizes: Array) -> Array:
-    import qwix
-
-    return qwix.ragged_dot_general(x, w, group_sizes, grouped.PRODUCT, preferred_element_type=jnp.float32)
+    return _qwix_product(x, w, group_sizes, grouped.PRODUCT)
 
 
 def _ragged_outer(x: "QArray", dy: "QArray", group_sizes: Array) -> Array:
+    return _qwix_product(x, dy, group_sizes, grouped.OUTER)
+
+
+def _qwix_product(
+    a: "QArray", b: "QArray", group_sizes: Array, which: lax.RaggedDotDimensionNumbers
+) -> Float[Array, "..."]:
     import qwix
 
-    return qwix.ragged_dot_general(x, dy, group_sizes, grouped.OUTER, preferred_element_type=jnp.float32)
+    with jax_defaults():
+        return qwix.ragged_dot_general(a, b, group_sizes, which, preferred_element_type=jnp.float32)
 
 
 # --- and ours, where a row should meet its own group only ------------------------------------------------------
@@ -126,9 +133,9 @@ def _tiled_product(x: "QArray", w: "QArray", group_sizes: Array) -> Array:
 
 def _tiled_outer(x: "QArray", dy: "QArray", group_sizes: Array) -> Array:
     dw = grouped.tiled_outer(x.qvalue, dy.qvalue, group_sizes, x.scale.dtype)
-    return dw * x.scale.T * dy.scale
+    return dw * x.scale.T[None] * dy.scale[None]
 
 
 def _widened_outer(x: "QArray", dy: "QArray", group_sizes: Array) -> Array:
     rows, grads = (a.qvalue.astype(jnp.bfloat16) for a in (x, dy))
-    return grouped.tpu_outer(rows, grads, group_sizes, x.scale.dtype) * x.scale.T * dy.scale
+    return grouped.tpu_outer(rows, grads, group_sizes, x.scale.dtype) * x.scale.T[None] * dy.scale[None]

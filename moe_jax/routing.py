@@ -103,7 +103,7 @@ def route(
     logits = logits.astype(jnp.float32)
     scores = affinity(logits, score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
-    own_bias = bias if bias.ndim == 1 else bias[0 if tokens.kind is None else tokens.kind]
+    own_bias = jnp.atleast_2d(bias)[:1] if bias.ndim == 1 or tokens.kind is None else bias[tokens.kind]
     if select is None:
         biased = scores + own_bias if combine is None else combine(scores, own_bias)
         expert_ids = lax.top_k(limit_groups(biased, num_groups, top_groups, group_top), top_k)[1]
@@ -162,7 +162,7 @@ def limit_groups(
     grouped = biased.reshape(num_tokens, num_groups, num_experts // num_groups)
     rank = lax.top_k(grouped, group_top)[0].sum(-1)
     best = lax.top_k(rank, top_groups)[1]
-    allowed = (best[:, :, None] == jnp.arange(num_groups)).any(1)
+    allowed = jax.nn.one_hot(best, num_groups, dtype=bool).any(1)
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
 
 
@@ -183,7 +183,7 @@ def counts_by_row(
     expert_ids: Int32[Array, "tokens slots"], num_rows: int, num_experts: int
 ) -> Int32[Array, "rows experts"]:
     """`count` of every row of the batch, whose tokens lie one after the other: no scatter, so rows stay in place."""
-    chosen = expert_ids.reshape(num_rows, -1, 1) == jnp.arange(num_experts)
+    chosen = jax.nn.one_hot(expert_ids.reshape(num_rows, -1), num_experts, dtype=bool)
     return chosen.sum(1, dtype=jnp.int32)
 
 
@@ -209,9 +209,9 @@ def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
     num_experts = routing.loads.shape[0]
     total = routing.gates.sum(1)
     second = routing.gates[:, 1] / jnp.where(total > 0, total, 1.0)
-    keep = 2.0 * second > jax.random.uniform(key, routing.gates.shape[:1])
+    keep = 2.0 * second > jax.random.uniform(key, routing.gates.shape[:1], jnp.float32)
     expert_ids = routing.expert_ids.at[:, 1].set(jnp.where(keep, routing.expert_ids[:, 1], num_experts))
-    gates = routing.gates.at[:, 1].multiply(keep)
+    gates = routing.gates.at[:, 1].multiply(keep.astype(jnp.float32))
     return routing._replace(expert_ids=expert_ids, gates=gates, loads=count(expert_ids, num_experts))
 
 
@@ -221,8 +221,8 @@ def _gates(scores: Array, log_scores: Array, expert_ids: Array, normalize: bool)
     filled = expert_ids < num_experts
     index = jnp.minimum(expert_ids, num_experts - 1)
     if not normalize:
-        return jnp.take_along_axis(scores, index, axis=-1) * filled
+        return jnp.take_along_axis(scores, index, axis=-1) * filled.astype(scores.dtype)
     # a token without any expert would give softmax(-inf, ...) = NaN
-    empty = jnp.where(filled.any(-1, keepdims=True), -jnp.inf, 0.0)
+    empty = jnp.where(filled.any(-1, keepdims=True), jnp.float32(-jnp.inf), 0.0)
     chosen = jnp.where(filled, jnp.take_along_axis(log_scores, index, axis=-1), empty)
-    return jax.nn.softmax(chosen, axis=-1) * filled
+    return jax.nn.softmax(chosen, axis=-1) * filled.astype(chosen.dtype)

@@ -58,7 +58,7 @@ def next_tokens(
         return jnp.argmax(logits, -1).astype(jnp.int32)
     scaled = logits / sampling.temperature
     keys = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, scaled.shape[1:]))(keys)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, scaled.shape[1:], jnp.float32))(keys)
     return jnp.argmax(jnp.where(kept(scaled, sampling), scaled + noise, -jnp.inf), -1).astype(jnp.int32)
 
 
@@ -68,7 +68,7 @@ def kept(logits: Float32[Array, "batch vocab"], sampling: Sampling) -> Bool[Arra
         return jnp.ones(logits.shape, bool)
     order = jnp.argsort(-logits, axis=-1, stable=True)
     falling = jnp.take_along_axis(logits, order, axis=-1)
-    place = jnp.arange(logits.shape[-1])
+    place = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     falling = jnp.where(place < (sampling.top_k or logits.shape[-1]), falling, -jnp.inf)
     shares = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(shares, axis=-1) - shares  # the likeliest token has none before it and always stays

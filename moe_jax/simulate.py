@@ -384,10 +384,10 @@ def closed_loop(
 
     from moe_jax.metrics import bias_range, dead_experts, flip_rate, max_violation
 
-    router = jax.random.normal(jax.random.key(0), (32, s.experts))  # for losses on it; it stays
+    router = jax.random.normal(jax.random.key(0), (32, s.experts), jnp.float32)  # for losses on it; it stays
 
     def forward(offset: Any, logits: Any, tokens: Any, state: Any, key: Any) -> tuple[Any, Any]:
-        routing = routed(balancer, s, logits + offset, tokens, state, key)
+        routing = routed(balancer, s, logits + offset[None], tokens, state, key)
         statistics = balancer.observe(routing)
         return balancer.loss(routing, statistics, state, router), statistics
 
@@ -410,9 +410,9 @@ def closed_loop(
     @jax.jit
     def run(seed: Any) -> Trace:
         world_key, steps_key = jax.random.split(jax.random.key(seed))
-        nothing, none = jnp.zeros(s.experts), jnp.zeros(s.experts, jnp.int32)
+        nothing, none = jnp.zeros(s.experts, jnp.float32), jnp.zeros(s.experts, jnp.int32)
         start = stream.init(world_key), nothing, balancer.init(s.experts, layer), none, nothing
-        return jax.lax.scan(step, start, (jnp.arange(s.steps), jax.random.split(steps_key, s.steps)))[1]
+        return jax.lax.scan(step, start, (jnp.arange(s.steps, dtype=jnp.int32), jax.random.split(steps_key, s.steps)))[1]
 
     return lambda seed: Trace(*map(np.asarray, run(seed)))
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
 from moe_jax.config import Config, ModelConfig, OptimizerConfig, num_moe_layers
+from moe_jax.defaults import jax_defaults
 from moe_jax.mesh import AnyMesh, platform, replicated, spec
 from moe_jax.model import Transformer
 from moe_jax.moe import RouterBias
@@ -29,7 +30,8 @@ Entries = tuple[BalanceEntry, ...]
 class TrainState(NamedTuple):
     """What `step` optimizer steps have made. The bias has one home, the model; other balancer state is apart.
 
-    step: steps done, skipped ones included. skipped: steps whose loss or gradient was not finite.
+    step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or anything that the update
+    made of them was not finite.
     stuck: how many of them came last in a row. bias: the RouterBias variables. balance: [L, ...] by label.
     """
 
@@ -209,15 +211,17 @@ _STACKS_FIRST = ("stacks", "mtp").index
 def make_optimizer(config: OptimizerConfig, dims: Tree) -> optax.GradientTransformation:
     """AdamW without its learning rate, which follows the step number and is applied by the train step.
 
-    Weights with two or more logical dimensions decay; scales of norms, which have one, do not. The number
-    of array dimensions would not tell them apart, for layers are stacked.
+    It computes in float32: what it returns is stored by `stored`. Weights with two or more logical dimensions decay;
+    scales of norms, which have one, do not. The number of array dimensions would not tell them apart, for layers are
+    stacked.
     """
     parts = [_clip_by_norm(config.clip_norm)] if config.clip_norm > 0 else []
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     parts.append(_moments_in(adam, config.moment_dtype))
     if config.weight_decay > 0:
         parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(dims)))
-    return optax.chain(*parts)
+    chain = optax.chain(*parts)
+    return optax.GradientTransformation(jax_defaults()(chain.init), jax_defaults()(chain.update))
 
 
 def _clip_by_norm(most: float) -> optax.GradientTransformation:
@@ -238,34 +242,34 @@ def decay_mask(dims: Tree) -> Tree:
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """step -> learning rate: a linear warm-up that ends at the peak, then the schedule by name.
 
-    constant; cosine to `end_ratio` of the peak at the last step; wsd (warm-up, stable, decay): linear over
-    the last `decay_fraction`; multistep: times `milestone_ratio` at every milestone.
+    constant; cosine to `end_ratio` of the peak at the last step; wsd (warm-up, stable, decay): linear to the same
+    over the last `decay_fraction`; multistep: times `milestone_ratio` at every milestone. A decay starts from a step
+    at the peak, so one that would fill the run is a step shorter.
     """
-    peak, rest = config.learning_rate, max(1, num_steps - config.warmup_steps)
-    if config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(1, rest - 1), config.end_ratio)
-    elif config.schedule == "wsd":
-        decay = max(1, round(config.decay_fraction * num_steps))
-        after = optax.linear_schedule(peak, config.end_ratio * peak, decay, max(0, rest - 1 - decay))
-    else:
-        drops = jnp.array([round(m * num_steps) - config.warmup_steps for m in config.milestones])
-
-        def after(step: Any) -> Any:
-            return peak * config.milestone_ratio ** (drops <= step).sum()
-
-    warmup = config.warmup_steps
+    peak, warmup = config.learning_rate, config.warmup_steps
+    longest = num_steps - max(1, warmup)  # of the decay
+    decay, fall = 0, optax.constant_schedule(peak)
+    if config.schedule == "cosine" and longest:
+        decay = max(1, num_steps - 1 - warmup)
+        fall = optax.cosine_decay_schedule(peak, decay, config.end_ratio)
+    elif config.schedule == "wsd" and config.decay_fraction and longest:
+        decay = min(longest, max(1, round(config.decay_fraction * num_steps)))
+        fall = optax.linear_schedule(peak, config.end_ratio * peak, decay)
+    milestones = config.milestones if config.schedule == "multistep" else ()
+    last_at_peak = num_steps - 1 - decay
 
     def schedule(step: Any) -> Any:
-        ramp = jnp.minimum(1.0, (step + 1) / max(1, warmup))
-        return ramp * after(jnp.maximum(step - warmup, 0))
+        step = jnp.asarray(step, jnp.int32)
+        ramp = jnp.minimum(1.0, (step + 1).astype(jnp.float32) / max(1, warmup))
+        rate = ramp * fall(jnp.maximum(step - last_at_peak, 0).astype(jnp.float32))
+        drops = sum((step >= round(m * num_steps)).astype(jnp.float32) for m in milestones)
+        return rate * config.milestone_ratio**drops if milestones else rate
 
     return schedule
 
 
 def _moments_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """`inner` computing in float32 on moments stored in `dtype`, whatever the parameters' dtype."""
+    """`inner` computing in float32 from moments that begin in `dtype`, whatever the parameters' dtype."""
 
     def cast(tree: Tree, to: str) -> Tree:
         return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
@@ -274,10 +278,48 @@ def _moments_in(inner: optax.GradientTransformation, dtype: str) -> optax.Gradie
         return cast(inner.init(params), dtype)
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
-        updates, state = inner.update(cast(updates, "float32"), cast(state, "float32"), params)
-        return updates, cast(state, dtype)
+        return inner.update(cast(updates, "float32"), cast(state, "float32"), params)
 
     return optax.GradientTransformation(init, update)
+
+
+def stored(new: Tree, old: Tree, rounding: str, key: Key[Array, ""]) -> Tree:
+    """What was computed, in the dtypes of `old`: rounded to the nearest, or by chance where that is to bfloat16.
+
+    To the nearest, what changes a bfloat16 number by less than 2^-8 of it is lost, step after step. By chance, a number
+    goes up or down with the probabilities that keep its mean. The draws are those of `key`, the same on any mesh.
+
+    Source: stochastic rounding for training, Gupta et al. (arXiv 1502.02551); in bfloat16, Zamirai et al. (2010.06192).
+    """
+
+    def one(number: int, new: Array, old: Array) -> Array:
+        if rounding == "nearest" or (new.dtype, old.dtype) != (jnp.float32, jnp.bfloat16):
+            return new.astype(old.dtype)
+        noise = jax.random.bits(jax.random.fold_in(key, number), new.shape, jnp.uint16).astype(jnp.uint32)
+        bits = (jax.lax.bitcast_convert_type(new, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+        return jnp.where(jnp.isfinite(new), jax.lax.bitcast_convert_type(bits, jnp.float32), new).astype(old.dtype)
+
+    leaves, structure = jax.tree.flatten(new)
+    pairs = zip(leaves, jax.tree.leaves(old), strict=True)
+    return jax.tree.unflatten(structure, [one(number, *pair) for number, pair in enumerate(pairs)])
+
+
+def cost_of_rounding(config: Config) -> str | None:
+    """One line on what is lost of small updates to numbers that are kept in bfloat16; None where nothing is."""
+    model, optimizer = config.model, config.optimizer
+    if optimizer.rounding == "stochastic":
+        return None
+    kept = []
+    if model.param_dtype == "bfloat16":
+        kept.append("model.param_dtype")
+    if optimizer.moment_dtype == "bfloat16" and max(optimizer.b1, optimizer.b2) > 1 - 2**-8:
+        kept.append("optimizer.moment_dtype")
+    if not kept:
+        return None
+    return (
+        f"{' and '.join(kept)}='bfloat16' loses every change of a number by less than about 2^-8 of it, as small "
+        "learning rates make them; set 'float32', or optimizer.rounding='stochastic'"
+    )
 
 
 def _is_variable(node: object) -> bool:

@@ -34,6 +34,7 @@ from moe_jax.state import (
     read_bias,
     state_shardings,
     step_key,
+    stored,
     write_bias,
 )
 
@@ -146,19 +147,21 @@ def train_step(
         mesh: where state and batch lie; None for one device.
 
     Returns:
-        the next state (or, if loss or gradient is not finite, this one with step and skipped advanced),
-        and the step's metrics with per-layer `loads` [L, E] and `bias` [L, E] for a model with experts.
+        the next state (or, if the loss, the gradient or anything in it is not finite, this one with step and skipped
+        advanced), and the step's metrics with per-layer `loads` [L, E] and `bias` [L, E] for a model with experts.
     """
     key = jax.random.fold_in(key, state.step)
     sums, grads = accumulate(config, state, batch, key, mesh)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm)
-    rate = learning_rate(config.optimizer, config.num_steps)(state.step)
-    moved = advance(config, state, grads, sums.report, rate)
+    grad_norm, rate = optax.tree.norm(grads), learning_rate(config.optimizer, config.num_steps)(state.step)
+    move = state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING)
+    moved = advance(config, *move)
+    # done twice behind a barrier: kept until all of it is known to be finite, what moved would need room of its own
+    checked = advance(config, *jax.lax.optimization_barrier(move))
+    finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
     after = all_or_nothing(finite, moved, state)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
-        values |= {"mtp/loss": sums.ahead_nats / jnp.maximum(sums.ahead_tokens, 1)}
+        values |= {"mtp/loss": sums.ahead_nats / at_least_one(sums.ahead_tokens)}
     if sums.report is not None:
         values |= balance_metrics(config, sums.report, batch, state, after, mesh)
     return after, values
@@ -174,8 +177,8 @@ def accumulate(
     """
     balancer = balance.make(config.balance, config.model)
     micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches))
-    num_tokens = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
+    num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     statistics = None
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
         statistics = step_statistics(config, balancer, state, micro, keys, mesh)
@@ -186,7 +189,7 @@ def accumulate(
         balancing = Balancing(balancer, state.balance, statistics, earlier)
         nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
         total = language_nats(config, state.step, nats, ahead) / num_tokens
-        share = batch.mask.sum() / num_tokens
+        share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
         if report is None:
             return total, Sums(nats, *ahead, total, None)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
@@ -303,18 +306,25 @@ def language_nats(
 def prediction_weight(config: Config, step: Int32[Array, ""]) -> Float32[Array, ""]:
     """lambda, the weight of multi-token prediction's mean loss over its depths. Source: DeepSeek-V3, section 4.2."""
     starts = jnp.array([round(share * config.num_steps) for share in config.mtp_milestones], jnp.int32)
-    return jnp.array(config.mtp_weights, jnp.float32)[(starts <= step).sum()]
+    return jnp.array(config.mtp_weights, jnp.float32)[(starts <= step).sum(dtype=jnp.int32)]
 
 
 def _inputs(batch: Batch) -> Inputs:
     return Inputs(batch.tokens, batch.positions, batch.segment_ids)
 
 
-def advance(config: Config, state: TrainState, grads: Tree, report: Reported | None, rate: Array) -> TrainState:
+ROUNDING = 2**31  # the stream of randomness of stochastic rounding, after those of micro-batches
+
+
+def advance(
+    config: Config, state: TrainState, grads: Tree, report: Reported | None, rate: Array, key: Key[Array, ""]
+) -> TrainState:
     """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
+    old = state.params, state.optimizer
+    params, moments = stored((params, moments), old, config.optimizer.rounding, key)
     state = state._replace(params=params, optimizer=moments)
     return state if report is None else balance_update(config, state, report.statistics)
 
@@ -328,6 +338,20 @@ def balance_update(config: Config, state: TrainState, statistics: balance.Statis
     return state._replace(bias=bias, balance=moved)
 
 
+def is_finite(state: TrainState) -> Bool[Array, ""]:
+    """Whether every number of the state is finite: a parameter and its moments in one pass over memory."""
+    like = jax.tree.structure(state.params)
+
+    def is_like(tree: Tree) -> bool:
+        return jax.tree.structure(tree) == like
+
+    parts = jax.tree.leaves((state.params, state.optimizer, state.bias, state.balance), is_leaf=is_like)
+    by_parameter = zip(*(jax.tree.leaves(part) for part in parts if is_like(part)), strict=True)
+    alone = ((part,) for part in parts if not is_like(part))
+    checks = (functools.reduce(jnp.logical_and, map(jnp.isfinite, group)).all() for group in (*by_parameter, *alone))
+    return functools.reduce(jnp.logical_and, checks)
+
+
 def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
     """The moved state, or where not finite the old one bit by bit; `step` advances either way.
 
@@ -336,7 +360,7 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     return kept._replace(
         step=state.step + 1,
-        skipped=state.skipped + ~finite,
+        skipped=state.skipped + (~finite).astype(jnp.int32),
         stuck=jnp.where(finite, 0, state.stuck + 1),
     )
 
@@ -344,15 +368,20 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
 def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
     """What is logged of every step; `state` is the one after it."""
     return {
-        "loss": sums.nats / jnp.maximum(batch.mask.sum(), 1),
+        "loss": sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32)),
         "total_loss": sums.total_loss,
         "tokens": batch.mask.sum(dtype=jnp.int32),
-        "bits_per_byte": sums.nats / (jnp.log(2.0) * jnp.maximum(batch.num_bytes.sum(), 1)),
+        "bits_per_byte": sums.nats / (jnp.log(jnp.float32(2.0)) * at_least_one(batch.num_bytes.sum(dtype=jnp.int32))),
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "skipped": state.skipped,
         "stuck": state.stuck,
     }
+
+
+def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """A number of things to divide by."""
+    return jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def balance_metrics(
@@ -368,8 +397,9 @@ def balance_metrics(
     Losses are logged once, as they stand in the total loss, summed over layers. `moe/dropped` are copies, and
     `moe/drop_rate` is their share.
     """
-    m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum()
+    m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum(dtype=jnp.int32)
     loads, traffic = report.statistics["loads"], report.traffic
+    dropped, rounds, rows, visits = (a.astype(jnp.float32) for a in traffic)
     copies = jnp.maximum(loads[:, : m.num_experts].sum(-1, dtype=jnp.float32), 1.0)
     values = {f"moe/{name}": v for name, v in metrics.of_loads(loads, m.num_experts, tokens).items()}
     values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
@@ -380,15 +410,16 @@ def balance_metrics(
         on_devices = metrics.device_violation(loads[:, : m.num_experts], mesh.shape["expert"])
         values |= {"moe/device_violation": on_devices.mean(), "moe/device_violation_worst": on_devices.max()}
     if m.num_zero_experts:
-        values |= {"moe/zero_share": (loads[:, m.num_experts :].sum(-1) / jnp.maximum(loads.sum(-1), 1)).mean()}
+        to_zero = loads[:, m.num_experts :].sum(-1, dtype=jnp.int32).astype(jnp.float32)
+        values |= {"moe/zero_share": (to_zero / at_least_one(loads.sum(-1, dtype=jnp.int32))).mean()}
     return values | {
         "moe/bias_range": metrics.bias_range(bias).max(),
         "moe/aux_loss": report.aux_loss.mean(),
-        "moe/dropped": traffic.dropped.sum(),
-        "moe/drop_rate": (traffic.dropped / copies).mean(),
-        "moe/rounds": traffic.rounds.mean() / config.micro_batches,
-        "moe/padding": (traffic.rows / copies).mean(),
-        "moe/devices_per_token": (traffic.visits / jnp.maximum(tokens, 1)).mean(),
+        "moe/dropped": traffic.dropped.sum(dtype=jnp.int32),
+        "moe/drop_rate": (dropped / copies).mean(),
+        "moe/rounds": rounds.mean() / config.micro_batches,
+        "moe/padding": (rows / copies).mean(),
+        "moe/devices_per_token": (visits / at_least_one(tokens)).mean(),
         "loads": loads,
         "bias": bias,
     }
@@ -414,7 +445,7 @@ class Evaluation(NamedTuple):
     @property
     def loads(self) -> Int32[Array, "layers experts"] | None:
         """Of the whole batch."""
-        return None if self.row_loads is None else self.row_loads.sum(0)
+        return None if self.row_loads is None else self.row_loads.sum(0, dtype=jnp.int32)
 
 
 @functools.lru_cache(maxsize=16)
@@ -428,7 +459,7 @@ def _eval_step(
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         balancing = Balancing(balancer, state.balance)
         # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
-        key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum())
+        key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum(dtype=jnp.int32))
         nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
@@ -448,6 +479,7 @@ def _kept_without_bias(state: TrainState, details: Details) -> tuple[Int32[Array
     routing, bias = details.routing, read_bias(state.bias)
     kept, chosen = metrics.decisions_kept(routing.expert_ids, details.unbiased_ids, routing.loads.shape[-1])
     biased = (metrics.bias_range(bias) > 0).reshape(len(bias), -1).any(-1)  # else a rule chose, as in layers that hash
+    kept, chosen = kept.astype(jnp.int32), chosen.astype(jnp.int32)
     return jnp.where(biased, kept, chosen), chosen
 
 
@@ -467,16 +499,32 @@ def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return jnp.dtype(jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+PARTS = (
+    *("loss", "gradient of", "norm of the gradient"),
+    *("moved parameter", "moved moment", "moved bias of", "moved balancer state"),
+)
 
 
 def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh | None = None) -> str:
-    """The first tensor of a step that is not finite: "loss", a gradient's path, or "nothing any more"."""
+    """The first tensor of a step that is not finite: one of PARTS, with its path, in that order.
+
+    "nothing any more" if there is none.
+    """
+
+    def parts(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, ...]:
+        sums, grads = accumulate(config, state, batch, key, mesh)
+        rate = learning_rate(config.optimizer, config.num_steps)(state.step)
+        moved = advance(config, state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING))
+        found = sums.total_loss, grads, optax.tree.norm(grads), *moved[TrainState._fields.index("params") :]
+        return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), found)
+
     key = jax.random.fold_in(step_key(config), state.step)
-    sums, grads = jax.jit(functools.partial(accumulate, config, mesh=mesh))(state, batch, key)
-    if not jnp.isfinite(sums.total_loss):
-        return "loss"
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        if not jnp.isfinite(leaf).all():
-            return "gradient of " + jax.tree_util.keystr(path, simple=True, separator="/")
-    return "nothing any more" if jnp.isfinite(optax.tree.norm(grads)) else "norm of the gradient"
+    flags = jax.jit(parts, out_shardings=None if mesh is None else replicated(mesh))(state, batch, key)
+    for name, tree in zip(PARTS, flags, strict=True):
+        for path, is_finite in jax.tree_util.tree_leaves_with_path(tree):
+            if not is_finite:
+                return f"{name} {jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip()
+    return "nothing any more"

@@ -58,9 +58,9 @@ def bursty(num_experts: int, skew: float, burst: float, period: int) -> Offsets:
 
     def move(state: tuple[Array, Array], key: Array, step: Array, loads: Array) -> tuple[Any, Array]:
         offset, left = state
-        begins = jax.random.bernoulli(key, 0.02 / period, (num_experts,))
+        begins = jax.random.bernoulli(key, jnp.float32(0.02 / period), (num_experts,))
         left = jnp.where(begins, period, jnp.maximum(left - 1, 0))
-        return (offset, left), offset + burst * (left > 0)
+        return (offset, left), offset + burst * (left > 0).astype(jnp.float32)
 
     return Offsets(init, move)
 
@@ -69,11 +69,12 @@ def domains(num_experts: int, skew: float, domains: int, period: int) -> Offsets
     """So many domains with offsets of their own as `skewed`; every `period` steps one is drawn for the batches."""
 
     def init(key: Array) -> tuple[Array, Array]:
-        return jax.random.normal(key, (domains, num_experts)) * skew, key
+        return _drawn(key, (domains, num_experts), skew), key
 
     def move(state: tuple[Array, Array], key: Array, step: Array, loads: Array) -> tuple[Any, Array]:
         offsets, own_key = state
-        return state, offsets[jax.random.randint(jax.random.fold_in(own_key, step // period), (), 0, domains)]
+        drawn = jax.random.randint(jax.random.fold_in(own_key, step // period), (), 0, domains, jnp.int32)
+        return state, offsets[drawn]
 
     return Offsets(init, move)
 
@@ -94,15 +95,15 @@ def adversarial(num_experts: int, skew: float, drift: float, bound: float) -> Of
     """
 
     def move(offset: Array, key: Array, step: Array, loads: Array) -> tuple[Array, Array]:
-        push = jax.nn.one_hot(loads.argmax(), num_experts) - 1.0 / num_experts
-        offset = jnp.clip(offset + drift * push * (loads.sum() > 0), -bound, bound)
+        push = jax.nn.one_hot(loads.argmax(), num_experts, dtype=jnp.float32) - 1.0 / num_experts
+        offset = jnp.clip(offset + drift * push * (loads.sum() > 0).astype(jnp.float32), -bound, bound)
         return offset, offset
 
     return Offsets(lambda key: _drawn(key, num_experts, skew), move)
 
 
-def _drawn(key: Array, num_experts: int, deviation: float) -> Array:
-    return deviation * jax.random.normal(key, (num_experts,))
+def _drawn(key: Array, shape: int | tuple[int, ...], deviation: float) -> Array:
+    return deviation * jax.random.normal(key, shape, jnp.float32)
 
 
 # --- logits -----------------------------------------------------------------------------------------------------
@@ -121,18 +122,18 @@ def synthetic(
 
     def init(key: Array) -> dict[str, Any]:
         pool_key, own_key = jax.random.split(key)
-        return {"pool": jax.random.normal(pool_key, (room,)), "offsets": offsets.init(own_key)}
+        return {"pool": jax.random.normal(pool_key, (room,), jnp.float32), "offsets": offsets.init(own_key)}
 
     def next(state: dict[str, Any], key: Array, step: Array, loads: Array) -> tuple[Any, Array, Tokens]:
         window_key, move_key, id_key = jax.random.split(key, 3)
         own, offset = offsets.move(state["offsets"], move_key, step, loads)
         windows = [
             lax.dynamic_slice(state["pool"], (start,), (size,))
-            for start in jax.random.randint(window_key, (2,), 0, room - size)
+            for start in jax.random.randint(window_key, (2,), 0, room - size, jnp.int32)
         ]
         z = (windows[0] + windows[1]).reshape(num_tokens, num_experts) * 0.5**0.5
-        ids = jax.random.randint(id_key, (num_tokens,), 0, vocab_size)
-        return state | {"offsets": own}, noise * (z + offset), rows_of(num_rows, num_tokens)._replace(ids=ids)
+        ids = jax.random.randint(id_key, (num_tokens,), 0, vocab_size, jnp.int32)
+        return state | {"offsets": own}, noise * (z + offset[None]), rows_of(num_rows, num_tokens)._replace(ids=ids)
 
     return Stream(init, next)
 

@@ -226,6 +226,7 @@ class _Run:
         import jax
 
         from moe_jax import dispatch
+        from moe_jax.state import cost_of_rounding
 
         if not can_be_noted():
             self.display.say("not in the main thread: signals are left to the program around, and save nothing here")
@@ -233,6 +234,8 @@ class _Run:
             self.display.say(f"going on from step {first}")
         m = self.config.model
         if m.num_experts and (line := dispatch.told(m.cpu_kernel, self.mesh, m.compute_dtype, m.quantization)):
+            self.display.say(line)
+        if line := cost_of_rounding(self.config):
             self.display.say(line)
         if unused := jax.device_count() - self.mesh.size:
             self.display.say(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
@@ -365,9 +368,9 @@ class _Run:
         before = self.state._replace(step=self.state.step - 1)
         where = first_non_finite(self.config, before, batch, self.mesh)
         return (
-            f"step {step}: loss or gradient was not finite {stuck} times in a row (first: {where}); the "
-            f"parameters are those before. Lower optimizer.learning_rate={self.config.optimizer.learning_rate} "
-            "or look at the data; the newest checkpoint is finite."
+            f"step {step}: the loss, the gradient or what the update made of them was not finite {stuck} times in a "
+            f"row (first: {where}); the parameters are those before. Lower optimizer.learning_rate="
+            f"{self.config.optimizer.learning_rate} or look at the data."
         )
 
 

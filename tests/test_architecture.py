@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 options
 config
+defaults
 files
 command
 cache

@@ -8,6 +8,7 @@ has its own. T tokens, S slots, N bins.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Shaped
 
@@ -154,7 +155,7 @@ def quantile(options: Quantile, _: ModelConfig) -> Method:
         target = balanced_bias(loads, counts, bias)
         known = counts.sum(1) > 0
         if options.zero_mean:
-            target = target - jnp.where(known, target, 0.0).sum() / jnp.maximum(known.sum(), 1)
+            target = target - jnp.where(known, target, 0.0).sum() / jnp.maximum(known.sum(dtype=jnp.float32), 1.0)
         share = options.damping * factor_at(options, step)
         return jnp.where(known, (1.0 - share) * bias + share * target, bias), None
 
@@ -167,11 +168,11 @@ def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts 
     One scatter of T x E ones; the comparison with [T, S, E] is fused and never in memory.
     """
     num_experts = routing.scores.shape[1]
-    experts = jnp.arange(num_experts)
-    chosen = (routing.expert_ids[:, :, None] == experts).any(1)
-    alpha = jnp.where(chosen, -jnp.inf, routing.scores + routing.bias).max(1, keepdims=True)
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    chosen = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=bool).any(1)
+    alpha = jnp.where(chosen, -jnp.inf, routing.scores + routing.bias[None]).max(1, keepdims=True)
     low, width = bin_range(routing.bias, bins)
-    place = jnp.clip((alpha - routing.scores - low) / width, 0, bins - 1).astype(jnp.int32) + bins * experts
+    place = jnp.clip((alpha - routing.scores - low) / width, 0, bins - 1).astype(jnp.int32) + bins * experts[None]
     counted = alpha > -jnp.inf
     if routing.tokens.mask is not None:
         counted &= routing.tokens.mask[:, None]
@@ -184,13 +185,16 @@ def balanced_bias(
     loads: Int32[Array, "experts"], counts: Int32[Array, "experts bins"], bias: Float32[Array, "experts"]
 ) -> Float32[Array, "experts"]:
     """The bias below which each expert's histogram has the mean load: exact ranks, linear within the bin."""
-    rank, rest = jnp.divmod(loads.sum(), loads.shape[0])  # the mean load, K / E of all tokens, without rounding
-    below = jnp.cumsum(counts, axis=1)
-    place = (below >= rank + (rest > 0)).argmax(1)[:, None]
+    total, num_experts = loads.sum(dtype=jnp.int32), loads.shape[0]
+    rank, rest = jnp.divmod(total, num_experts)  # the mean load, K / E of all tokens, without rounding
+    below = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
+    place = (below >= rank + (rest > 0).astype(jnp.int32)).argmax(1)[:, None].astype(jnp.int32)
     in_bin = jnp.take_along_axis(counts, place, axis=1)
-    wanted = rank - (jnp.take_along_axis(below, place, axis=1) - in_bin) + rest / loads.shape[0]
+    whole = rank - (jnp.take_along_axis(below, place, axis=1) - in_bin)
+    wanted = whole.astype(jnp.float32) + rest.astype(jnp.float32) / num_experts
+    within = wanted / jnp.maximum(in_bin, 1).astype(jnp.float32)
     low, width = bin_range(bias, counts.shape[1])
-    return (low + width * (place + wanted / jnp.maximum(in_bin, 1)))[:, 0]
+    return (low + width * (place.astype(jnp.float32) + within))[:, 0]
 
 
 def bin_range(bias: Float32[Array, "experts"], bins: int) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -215,7 +219,7 @@ def load_sign(loads: Shaped[Array, "experts"], model: ModelConfig = ModelConfig(
     if not jnp.issubdtype(loads.dtype, jnp.integer):
         sign = jnp.sign(target_loads(loads, model) - loads)
     else:
-        quotient, remainder = jnp.divmod(_part(loads.sum(), 1.0 - model.zero_share if zero else 1.0), real)
+        quotient, remainder = jnp.divmod(_part(loads.sum(dtype=jnp.int32), 1.0 - model.zero_share if zero else 1.0), real)
         at_quotient = jnp.sign(remainder)
         sign = jnp.where(loads > quotient, -1, jnp.where(loads < quotient, 1, at_quotient)).astype(jnp.float32)
     return jnp.where(jnp.arange(loads.shape[0]) < real, sign, 0.0)
@@ -223,7 +227,7 @@ def load_sign(loads: Shaped[Array, "experts"], model: ModelConfig = ModelConfig(
 
 def target_loads(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
     """How many copies each expert is to have, float32 [E + Z]."""
-    total = loads.sum().astype(jnp.float32)
+    total = _total(loads)
     zero = model.num_zero_experts
     real = loads.shape[0] - zero
     if not zero:
@@ -241,16 +245,22 @@ def relative_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float
 def copies_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
     """target - load in copies; 0 for zero-computation experts."""
     real = jnp.arange(loads.shape[0]) < loads.shape[0] - model.num_zero_experts
-    return jnp.where(real, target_loads(loads, model) - loads, 0.0)
+    return jnp.where(real, target_loads(loads, model) - loads.astype(jnp.float32), 0.0)
 
 
 def share_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
     """The target's share of all copies less the load's; 0 for zero-computation experts."""
-    return copies_error(loads, model) / jnp.maximum(loads.sum(), 1)
+    return copies_error(loads, model) / jnp.maximum(_total(loads), 1.0)
 
 
 def _zeros(num_experts: int, _: Any) -> Float32[Array, "experts"]:
     return jnp.zeros(num_experts, jnp.float32)
+
+
+def _total(loads: Shaped[Array, "experts"]) -> Float32[Array, ""]:
+    """All copies; counts are summed as the integers they are."""
+    counts = jnp.issubdtype(loads.dtype, jnp.integer)
+    return loads.sum(dtype=jnp.int32 if counts else jnp.float32).astype(jnp.float32)
 
 
 def _part(total: Array, share: float) -> Array:

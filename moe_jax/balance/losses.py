@@ -98,9 +98,10 @@ def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Method:
     """
 
     def loss(routing: Routing, *_: object) -> Float32[Array, ""]:
-        experts = jnp.arange(routing.loads.shape[0] - model.num_zero_experts)
+        num_experts = routing.loads.shape[0] - model.num_zero_experts
         # a comparison instead of a scatter over the whole batch, which may lie on many devices
-        at_experts = jnp.where(routing.expert_ids[:, :, None] == experts, routing.gates[:, :, None], 0.0)
+        chosen = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=bool)
+        at_experts = jnp.where(chosen, routing.gates[:, :, None], 0.0)
         return options.weight * squared_variation(at_experts.sum((0, 1)))
 
     return Method(loss=loss)
@@ -149,7 +150,7 @@ def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Method:
     """
 
     def loss(routing: Routing, _: Array, __: None, ___: None, router_weight: Array) -> Float32[Array, ""]:
-        squared = (router_weight**2).sum(0)
+        squared = (router_weight**2).sum(0, keepdims=True)
         rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, 1e-20))  # less would have an infinite gradient
         return _unless_no_token(routing, options.weight * (_gram_minus_identity(rows) ** 2).sum())
 
@@ -270,8 +271,8 @@ def _counted_ids(options: AuxLoss, groups: Groups, routing: Routing) -> Int32[Ar
 
 def _visits(groups: Groups, group_ids: Array, is_token: Array) -> Int32[Array, "tokens columns"]:
     """Each group that a token visits, once, and group `number` for the token itself."""
-    each = jnp.arange(groups.number, dtype=jnp.int32)
-    visited = (group_ids[:, :, None] == each).any(1)
+    each = jnp.arange(groups.number, dtype=jnp.int32)[None]
+    visited = jax.nn.one_hot(group_ids, groups.number, dtype=bool).any(1)
     ids = jnp.where(visited, each, groups.num_counts)
     token = jnp.where(is_token, groups.number, groups.num_counts).astype(jnp.int32)
     return jnp.concatenate([ids, token[:, None]], axis=1)
@@ -334,7 +335,7 @@ def _kth_excluding(values: Float32[Array, "tokens choices"], k: int) -> Float32[
 
 def _at(values: Float32[Array, "tokens choices"], ids: Int32[Array, "tokens"]) -> Float32[Array, "tokens"]:
     """Each row's value at its id; a sum, whose gradient stays where the rows are, as a gather's might not."""
-    return jnp.where(ids[:, None] == jnp.arange(values.shape[1]), values, 0.0).sum(1)
+    return jnp.where(jax.nn.one_hot(ids, values.shape[1], dtype=bool), values, 0.0).sum(1)
 
 
 def _gram_minus_identity(columns: Float32[Array, "embed choices"]) -> Float32[Array, "choices choices"]:

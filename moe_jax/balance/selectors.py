@@ -34,8 +34,9 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
     def choose(scores: Array, valid: Array, row: Array, num_rows: int, top_k: int) -> Bool[Array, "tokens experts"]:
         num_experts = scores.shape[1]
         sizes = count(jnp.where(valid, row, num_rows), num_rows)
-        capacity = jnp.round(options.capacity_factor * top_k / num_experts * sizes)
-        group = jnp.where(valid, row, num_rows)[:, None] * num_experts + jnp.arange(num_experts)
+        share = options.capacity_factor * top_k / num_experts
+        capacity = jnp.round(share * sizes.astype(jnp.float32)).astype(jnp.int32)
+        group = jnp.where(valid, row, num_rows)[:, None] * num_experts + _ids(num_experts)
         rank = rank_in_group(scores.ravel(), group.ravel(), (num_rows + 1) * num_experts)
         return valid[:, None] & (rank.reshape(scores.shape) < capacity[row][:, None])
 
@@ -50,7 +51,7 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
             chosen = choose(scores, valid, tokens.row, len(scores), top_k)
         else:
             chosen = choose(scores, valid, jnp.zeros(len(scores), jnp.int32), 1, top_k)
-        return jnp.where(chosen, jnp.arange(scores.shape[1]), scores.shape[1])
+        return jnp.where(chosen, _ids(scores.shape[1]), scores.shape[1])
 
     return Method(select=select, inference="top_k")
 
@@ -74,12 +75,12 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
         valid = is_valid(tokens, num_tokens)
 
         def balance(_: Any, v: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
-            u = jnp.where(valid, -jax.nn.logsumexp(log_scores + v, axis=1), -jnp.inf)
+            u = jnp.where(valid, -jax.nn.logsumexp(log_scores + v[None], axis=1), -jnp.inf)
             mass = jax.nn.logsumexp(log_scores + u[:, None], axis=0)
             return jnp.where(valid.any(), -mass, 0.0)  # up to a constant, which ranks nothing
 
         v = lax.fori_loop(0, options.iterations, balance, jnp.zeros(num_experts, jnp.float32))
-        return best(log_scores + v, top_k)
+        return best(log_scores + v[None], top_k)
 
     return Method(select=select, inference="top_k")
 
@@ -114,14 +115,14 @@ def bip(options: Bip, model: ModelConfig) -> Method:
         num_experts = scores.shape[1]
         scores = lax.stop_gradient(scores)
         valid = is_valid(tokens, len(scores))
-        room = top_k * valid.sum() // num_experts
+        room = top_k * valid.sum(dtype=jnp.int32) // num_experts
 
         def prices(_: Any, q: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
-            p = nth_largest((scores - q).T, top_k)
+            p = nth_largest((scores - q[None]).T, top_k)
             return nth_largest(jnp.where(valid[:, None], scores - p[:, None], -jnp.inf), room)
 
         q = lax.fori_loop(0, options.iterations, prices, jnp.zeros(num_experts, jnp.float32))
-        return best(scores - q, top_k)
+        return best(scores - q[None], top_k)
 
     def nth_largest(values: Float32[Array, "items columns"], n: Array | int) -> Float32[Array, "columns"]:
         """Of each column the value above which n lie, at least 0; 0 where there are no more than n."""
@@ -150,14 +151,14 @@ def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Method:
         ids = best(biased, slots)
         unseen = (biased == scores).all(-1, keepdims=True)
         over = jnp.take_along_axis(biased, ids, axis=-1) > 0
-        return jnp.where(jnp.where(unseen, jnp.arange(slots) < top_k, over), ids, num_experts)
+        return jnp.where(jnp.where(unseen, _ids(slots) < top_k, over), ids, num_experts)
 
     def observe(routing: Routing) -> Int32[Array, "experts bins"]:
         num_tokens, num_experts = routing.scores.shape
         bins = jnp.clip(jnp.floor(routing.scores * options.bins).astype(jnp.int32), 0, options.bins - 1)
         place = jnp.where(is_valid(routing.tokens, num_tokens)[:, None], bins, options.bins)
         histogram = jnp.zeros((num_experts, options.bins + 1), jnp.int32)
-        return histogram.at[jnp.arange(num_experts), place].add(1)[:, :-1]
+        return histogram.at[_ids(num_experts), place].add(1)[:, :-1]
 
     def update_bias(_: Array, histogram: Array, bias: Array, __: None, step: Array) -> tuple[Array, None]:
         target = -cutoffs(histogram, model.top_k)
@@ -175,10 +176,12 @@ def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Arra
     """
     num_experts, bins = histogram.shape
     target = top_k / num_experts * histogram.sum(1).astype(jnp.float32)
-    at_least = jnp.cumsum(histogram[:, ::-1], axis=1)[:, ::-1]  # how many lie in this bin or above
-    place = jnp.maximum((at_least >= target[:, None]).sum(1) - 1, 0)  # the highest bin that reaches the target
-    in_bin, reached = (jnp.take_along_axis(a, place[:, None], axis=1)[:, 0] for a in (histogram, at_least))
-    return (place + (reached - target) / jnp.maximum(in_bin, 1)) / bins
+    at_least = jnp.cumsum(histogram[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]  # how many lie in this bin or above
+    reaches = at_least.astype(jnp.float32) >= target[:, None]
+    place = jnp.maximum(reaches.sum(1, dtype=jnp.int32) - 1, 0)  # the highest bin that reaches the target
+    here = (jnp.take_along_axis(a, place[:, None], axis=1)[:, 0] for a in (histogram, at_least))
+    in_bin, reached = (a.astype(jnp.float32) for a in here)
+    return (place.astype(jnp.float32) + (reached - target) / jnp.maximum(in_bin, 1.0)) / bins
 
 
 @register("hash")
@@ -259,7 +262,7 @@ def random(options: Random, model: ModelConfig) -> Method:
     def select(scores: Array, biased: Array, *, top_k: int, key: Any, **_: Any) -> Int32[Array, "tokens slots"]:
         if key is None:
             raise ValueError("random draws experts, but key is None; give a key.")
-        return best(jax.random.uniform(key, scores.shape), top_k)
+        return best(jax.random.uniform(key, scores.shape, jnp.float32), top_k)
 
     return Method(select=select, by_token=False)  # one draw for the whole batch
 
@@ -274,7 +277,7 @@ def forced(options: Forced, model: ModelConfig) -> Method:
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
-        number = jnp.cumsum(is_valid(tokens, len(scores)).astype(jnp.int32)) - 1
+        number = jnp.cumsum(is_valid(tokens, len(scores)), dtype=jnp.int32) - 1
         return _in_turn(number, top_k, scores.shape[1])
 
     return Method(select=select, by_token=False)  # it counts the tokens before
@@ -298,7 +301,8 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
         if not train:
             return travels
         devices = _devices(num_experts)
-        budget = jnp.round(options.capacity_factor / devices * travels.sum())
+        copies = travels.sum(dtype=jnp.int32).astype(jnp.float32)
+        budget = jnp.round(options.capacity_factor / devices * copies).astype(jnp.int32)
         affinity = jnp.take_along_axis(routing.scores, jnp.minimum(ids, num_experts - 1), axis=-1)
         safe = _drawn_sequences(routing.tokens, len(ids), key, options.protected)[:, None]
         device = jnp.where(travels, ids * devices // num_experts, devices)
@@ -321,7 +325,7 @@ def rank_in_group(
     order = jnp.lexsort((-values, group))
     place = jnp.zeros_like(group).at[order].set(jnp.arange(len(group), dtype=group.dtype))
     sizes = count(group, num_groups)
-    return place - (jnp.cumsum(sizes) - sizes)[group]
+    return place - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)[group]
 
 
 def is_valid(tokens: Tokens, num_tokens: int) -> Bool[Array, "tokens"]:
@@ -342,7 +346,12 @@ def leak_bits(num_experts: int, top_k: int, num_layers: int = 1) -> float:
 
 def _in_turn(number: Int32[Array, "tokens"], top_k: int, num_experts: int) -> Int32[Array, "tokens slots"]:
     """Experts in turn: number n gets n k to n k + k - 1, modulo E."""
-    return (number[:, None] * top_k + jnp.arange(top_k)) % num_experts
+    return (number[:, None] * top_k + _ids(top_k)) % num_experts
+
+
+def _ids(number: int) -> Int32[Array, "1 ids"]:
+    """0, 1, ... as one row."""
+    return jnp.arange(number, dtype=jnp.int32)[None]
 
 
 def _uniform_table(vocab_size: int, num_experts: int, top_k: int, layer: Any) -> Int32[Array, "vocab slots"]:
@@ -350,14 +359,14 @@ def _uniform_table(vocab_size: int, num_experts: int, top_k: int, layer: Any) ->
     ids = jnp.arange(vocab_size, dtype=jnp.int32)
     period = num_experts // math.gcd(num_experts, top_k)
     key = jax.random.fold_in(jax.random.key(0), layer)
-    order = best(jax.random.uniform(key, (-(-vocab_size // period), num_experts)), num_experts)
+    order = best(jax.random.uniform(key, (-(-vocab_size // period), num_experts), jnp.float32), num_experts)
     return order[ids[:, None] // period, _in_turn(ids % period, top_k, num_experts)]
 
 
 def _drawn_sequences(tokens: Tokens, num_tokens: int, key: Array, share: float) -> Bool[Array, "tokens"]:
     """True for the tokens of a random share of the sequences."""
     if tokens.rows is not None:
-        drawn = jax.random.uniform(key, (tokens.rows.count,)) < share
+        drawn = jax.random.uniform(key, (tokens.rows.count,), jnp.float32) < share
         return jnp.repeat(drawn, num_tokens // tokens.rows.count)
     row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
-    return (jax.random.uniform(key, (num_tokens,)) < share)[row]
+    return (jax.random.uniform(key, (num_tokens,), jnp.float32) < share)[row]

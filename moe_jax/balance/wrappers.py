@@ -130,7 +130,7 @@ def per_class(method: Method, num_classes: int) -> Method:
             own = routing._replace(expert_ids=ids, loads=loads, bias=bias, tokens=tokens._replace(mask=mask))
             return {"loads": loads, "own": method.observe(own)}
 
-        return jax.vmap(of_class)(jnp.arange(num_classes))
+        return jax.vmap(of_class)(jnp.arange(num_classes, dtype=jnp.int32))
 
     def update_bias(loads: Array, own: Any, bias: Array, state: Any, step: Array) -> tuple[Array, Any]:
         def of_class(seen: Any, bias: Array, state: Any) -> tuple[Array, Any]:
