@@ -479,7 +479,8 @@ def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
         begin, end = (jnp.clip(bound - offset, 0, sent) for bound in (first, first + capacity))
         amount, landing = end - begin, offset + begin - first
         listed = first + jnp.arange(capacity, dtype=jnp.int32)
-        run = (upto[:, None] <= listed[None]).sum(0, dtype=jnp.int32)  # runs are those of `received`: sources, then experts
+        # runs are those of `received`: sources, then experts
+        run = (upto[:, None] <= listed[None]).sum(0, dtype=jnp.int32)
         expert = jnp.where(run < upto.size, run % local_experts, local_experts)
 
         def there(buffer: Array) -> Array:

@@ -335,7 +335,7 @@ def shifted(x: Array, depth: int) -> Array:
 
 def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
     """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
-    kind = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
+    kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
     rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
     return Tokens(
         mask=(inputs.segment_ids > 0).ravel(),

@@ -412,7 +412,8 @@ def closed_loop(
         world_key, steps_key = jax.random.split(jax.random.key(seed))
         nothing, none = jnp.zeros(s.experts, jnp.float32), jnp.zeros(s.experts, jnp.int32)
         start = stream.init(world_key), nothing, balancer.init(s.experts, layer), none, nothing
-        return jax.lax.scan(step, start, (jnp.arange(s.steps, dtype=jnp.int32), jax.random.split(steps_key, s.steps)))[1]
+        steps = jnp.arange(s.steps, dtype=jnp.int32), jax.random.split(steps_key, s.steps)
+        return jax.lax.scan(step, start, steps)[1]
 
     return lambda seed: Trace(*map(np.asarray, run(seed)))
 

@@ -340,7 +340,7 @@ def balance_update(config: Config, state: TrainState, statistics: balance.Statis
 
 def is_finite(state: TrainState) -> Bool[Array, ""]:
     """Whether every number of the state is finite: a parameter and its moments in one pass over memory."""
-    like = jax.tree.structure(state.params)
+    like: Any = jax.tree.structure(state.params)
 
     def is_like(tree: Tree) -> bool:
         return jax.tree.structure(tree) == like

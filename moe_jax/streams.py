@@ -37,24 +37,24 @@ class Offsets(NamedTuple):
 
 def skewed(num_experts: int, skew: float) -> Offsets:
     """Fixed offsets, normal with standard deviation `skew`."""
-    return Offsets(lambda key: _drawn(key, num_experts, skew), lambda offset, *_: (offset, offset))
+    return Offsets(lambda key: _drawn(key, (num_experts,), skew), lambda offset, *_: (offset, offset))
 
 
 def drifting(num_experts: int, skew: float, drift: float) -> Offsets:
     """Offsets that begin as `skewed` and take a normal step of standard deviation `drift` each time."""
 
     def move(offset: Array, key: Array, step: Array, loads: Array) -> tuple[Array, Array]:
-        offset = offset + _drawn(key, num_experts, drift)
+        offset = offset + _drawn(key, (num_experts,), drift)
         return offset, offset
 
-    return Offsets(lambda key: _drawn(key, num_experts, skew), move)
+    return Offsets(lambda key: _drawn(key, (num_experts,), skew), move)
 
 
 def bursty(num_experts: int, skew: float, burst: float, period: int) -> Offsets:
     """Offsets as `skewed`; now and then an expert gets `burst` more for `period` steps, 2 % of them at a time."""
 
     def init(key: Array) -> tuple[Array, Array]:
-        return _drawn(key, num_experts, skew), jnp.zeros(num_experts, jnp.int32)
+        return _drawn(key, (num_experts,), skew), jnp.zeros(num_experts, jnp.int32)
 
     def move(state: tuple[Array, Array], key: Array, step: Array, loads: Array) -> tuple[Any, Array]:
         offset, left = state
@@ -83,7 +83,7 @@ def shift(num_experts: int, skew: float, at: int) -> Offsets:
     """Offsets as `skewed`, drawn anew from step `at` on."""
 
     def init(key: Array) -> Array:
-        return jnp.stack([_drawn(k, num_experts, skew) for k in jax.random.split(key)])
+        return jnp.stack([_drawn(k, (num_experts,), skew) for k in jax.random.split(key)])
 
     return Offsets(init, lambda offsets, key, step, loads: (offsets, offsets[(step >= at).astype(jnp.int32)]))
 
@@ -99,10 +99,10 @@ def adversarial(num_experts: int, skew: float, drift: float, bound: float) -> Of
         offset = jnp.clip(offset + drift * push * (loads.sum() > 0).astype(jnp.float32), -bound, bound)
         return offset, offset
 
-    return Offsets(lambda key: _drawn(key, num_experts, skew), move)
+    return Offsets(lambda key: _drawn(key, (num_experts,), skew), move)
 
 
-def _drawn(key: Array, shape: int | tuple[int, ...], deviation: float) -> Array:
+def _drawn(key: Array, shape: tuple[int, ...], deviation: float) -> Array:
     return deviation * jax.random.normal(key, shape, jnp.float32)
 
 

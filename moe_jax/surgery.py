@@ -87,7 +87,7 @@ def without_best(balancer: Balancer, config: Config, count: int) -> Balancer:
         biased = scores + bias if balancer.combine is None else balancer.combine(scores, bias)
         biased = limit_groups(biased, m.num_groups, m.top_groups, m.group_top)
         allowed = jnp.where(jnp.isfinite(biased), scores, -jnp.inf)[:, : m.num_experts]
-        masked = (best(allowed, count)[:, :, None] == jnp.arange(scores.shape[1])).any(1)
+        masked = jax.nn.one_hot(best(allowed, count), scores.shape[1], dtype=bool).any(1)
         return best(jnp.where(masked, -jnp.inf, biased), top_k)
 
     return balancer._replace(select=select, inference="same")

@@ -219,7 +219,8 @@ def load_sign(loads: Shaped[Array, "experts"], model: ModelConfig = ModelConfig(
     if not jnp.issubdtype(loads.dtype, jnp.integer):
         sign = jnp.sign(target_loads(loads, model) - loads)
     else:
-        quotient, remainder = jnp.divmod(_part(loads.sum(dtype=jnp.int32), 1.0 - model.zero_share if zero else 1.0), real)
+        shared = _part(loads.sum(dtype=jnp.int32), 1.0 - model.zero_share if zero else 1.0)
+        quotient, remainder = jnp.divmod(shared, real)
         at_quotient = jnp.sign(remainder)
         sign = jnp.where(loads > quotient, -1, jnp.where(loads < quotient, 1, at_quotient)).astype(jnp.float32)
     return jnp.where(jnp.arange(loads.shape[0]) < real, sign, 0.0)
