@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from moe_jax import distributed
-from moe_jax.cache import keep_compiled
-from moe_jax.command import config_source, define_config_flag, fail, parse_flags, run_own
 from moe_jax.config import Config, as_dict, flatten, resolve, validate
+from moe_jax.config.command import config_source, define_config_flag, fail, parse_flags, run_own
 from moe_jax.data import check_corpus
-from moe_jax.files import is_remote, workdir_of, write_json
-from moe_jax.workdir import check_workdir, read_run
+from moe_jax.runtime import processes
+from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.files import is_remote, workdir_of, write_json
+from moe_jax.runtime.workdir import check_workdir, read_run
 
 from . import hyper
 
@@ -207,7 +207,7 @@ def main(_: list[str]) -> None:
         if is_remote(workdir):
             raise ValueError(f"--workdir={flag.workdir} is in a bucket, where a sweep cannot be; name a folder.")
         index, count = parse_shard(flag.shard)
-        if cluster := distributed.find_cluster(os.environ):
+        if cluster := processes.find_cluster(os.environ):
             raise ValueError(
                 f"{cluster.launcher} started this as one process of many, but a sweep's runs are of one process each; "
                 "start it once a machine with JAX_NUM_PROCESSES=1 and --shard=i/n."

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, resolve, validate
-from moe_jax.options import BALANCE_METHODS
+from moe_jax.config.balance import BALANCE_METHODS
+from moe_jax.config.command import define_config_flag, fail, parse_flags
 
 
 class Cost(NamedTuple):
@@ -25,8 +25,8 @@ def compiled_cost(config: Config) -> Cost:
     """The cost of the config's train step on one device of this machine, by the compiler's own count."""
     import jax
 
-    from moe_jax.state import abstract_state
-    from moe_jax.step import abstract_batch, make_train_step
+    from moe_jax.training.state import abstract_state
+    from moe_jax.training.step import abstract_batch, make_train_step
 
     config = resolve(config, 1, jax.devices()[0].platform)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -25,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from moe_jax import balance, simulate, streams
+from moe_jax import balance, simulate
 from moe_jax.balance.base import REGISTRY, Balancer
 from moe_jax.balance.method import Method
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import ModelConfig, balance_entries
-from moe_jax.files import path_of, write_whole
-from moe_jax.options import BALANCE_METHODS
+from moe_jax.config.balance import BALANCE_METHODS
+from moe_jax.config.command import fail, parse_flags
+from moe_jax.runtime.files import path_of, write_whole
 from moe_jax.simulate import Arm, Result, Settings
+from moe_jax.simulator import streams
 
 T = TypeVar("T")
 SETTINGS = Settings(experts=64, top_k=6, tokens=4096, steps=400)

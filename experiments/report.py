@@ -17,10 +17,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.command import fail, print_any_name
 from moe_jax.config import flatten
-from moe_jax.files import path_of
-from moe_jax.ledger import KINDS
+from moe_jax.config.command import fail, print_any_name
+from moe_jax.runtime.files import path_of
+from moe_jax.runtime.ledger import KINDS
 
 from .figures import STYLE, Picture, pictures
 from .statistics import (

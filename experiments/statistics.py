@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import flatten
-from moe_jax.ledger import KINDS
-from moe_jax.log import parts
+from moe_jax.runtime.ledger import KINDS
+from moe_jax.runtime.log import parts
 
 CONFIDENCE = 0.95
 STEPS_KEY = "num_steps"

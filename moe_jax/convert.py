@@ -20,14 +20,14 @@ from typing import Any
 
 from absl import app, flags
 
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, as_dict, default, validate
+from moe_jax.config.command import fail, parse_flags
 from moe_jax.data.corpus import check_corpus, keep_tokenizer
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_jax.data.trained import TOKENIZER_FILE
-from moe_jax.files import is_remote, new_folder, workdir_of, write_json
-from moe_jax.shards import INDEX, SINGLE, open_folder
-from moe_jax.workdir import TOKENIZER, config_of_run, versions
+from moe_jax.huggingface.shards import INDEX, SINGLE, open_folder
+from moe_jax.runtime.files import is_remote, new_folder, workdir_of, write_json
+from moe_jax.runtime.workdir import TOKENIZER, config_of_run, versions
 
 
 def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
@@ -46,8 +46,8 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
     """
     open_folder(folder)  # what is wrong with the files is told before jax is loaded
     # before there is a folder: a signal in the middle of loading jax ends the process at once, and nothing tidies up
-    from moe_jax import checkpoint
-    from moe_jax.interop import abstract_weights, carry, fill, index_axes, open_hf
+    from moe_jax.huggingface.weights import abstract_weights, carry, fill, index_axes, open_hf
+    from moe_jax.runtime import checkpoint
 
     with new_folder(workdir) as partial:
         source = open_hf(folder, dtype)
@@ -81,8 +81,8 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
     Raises:
         ValueError: no checkpoint, a damaged one, or a model that the family does not hold.
     """
-    from moe_jax import checkpoint
-    from moe_jax.interop import abstract_weights, export, refuse_balance
+    from moe_jax.huggingface.weights import abstract_weights, export, refuse_balance
+    from moe_jax.runtime import checkpoint
 
     config = config_of_run(workdir)
     refuse_balance(config)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import app, flags
 
-from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, resolve, validate
-from moe_jax.flops import AHEAD, Part, parts, train_flops
+from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.model.cost import AHEAD, Part, parts, train_flops
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +56,7 @@ def leaves(config: Config, num_devices: int = 1) -> list[Leaf]:
     import jax
 
     from moe_jax.mesh import abstract_mesh, axes_of, bytes_on_device
-    from moe_jax.state import abstract_state
+    from moe_jax.training.state import abstract_state
 
     state = abstract_state(config, abstract_mesh(config.mesh, num_devices))._asdict()
     rows = []
@@ -85,8 +85,8 @@ def sharding_table(config: Config, num_devices: int) -> "Table":
 
 def compiled_bytes(config: Config) -> tuple[int, int]:
     """(bytes of the arguments, of temporaries) of the compiled train step, by XLA's own analysis."""
-    from moe_jax.state import abstract_state, step_key
-    from moe_jax.step import abstract_batch, make_train_step
+    from moe_jax.training.state import abstract_state, step_key
+    from moe_jax.training.step import abstract_batch, make_train_step
 
     lowered = make_train_step(config).lower(abstract_state(config), abstract_batch(config), step_key(config))
     compiled = lowered.compile()
@@ -98,7 +98,7 @@ def model_table(config: Config) -> "Table":
     """The summary as a rich table."""
     from rich.table import Table
 
-    from moe_jax.model import layout
+    from moe_jax.model.transformer import layout
 
     m = config.model
     layers = " + ".join(f"{run.repeats} x ({', '.join(run.kinds)})" for run in layout(m))

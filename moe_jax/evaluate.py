@@ -25,24 +25,24 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from moe_jax import distributed
-from moe_jax.cache import keep_compiled
-from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import DROPLESS, Config, MeshConfig, num_moe_layers, resolve, validate
-from moe_jax.files import is_writable, sha256_of, workdir_of, write_json, write_whole
-from moe_jax.prefetch import prefetched
-from moe_jax.signals import Abandoned, Stopped, never, noted
-from moe_jax.watchdog import Watchdog
-from moe_jax.workdir import TOKENIZER, config_of_run, identity_of, read_run
+from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.runtime import processes
+from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.files import is_writable, sha256_of, workdir_of, write_json, write_whole
+from moe_jax.runtime.prefetch import prefetched
+from moe_jax.runtime.signals import Abandoned, Stopped, never, noted
+from moe_jax.runtime.watchdog import Watchdog
+from moe_jax.runtime.workdir import TOKENIZER, config_of_run, identity_of, read_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from moe_jax.analysis.specialisation import Survey
     from moe_jax.balance import Balancer
     from moe_jax.data import Batch, Corpus
-    from moe_jax.specialisation import Survey
-    from moe_jax.state import TrainState
-    from moe_jax.step import Evaluation
+    from moe_jax.training.state import TrainState
+    from moe_jax.training.step import Evaluation
 
 
 def evaluate(
@@ -83,7 +83,7 @@ def evaluate(
     import jax
 
     from moe_jax.mesh import make_mesh
-    from moe_jax.step import make_eval_step
+    from moe_jax.training.step import make_eval_step
 
     mesh, watchdog = mesh or make_mesh(config.mesh), watchdog or Watchdog(0)
     eval_step = make_eval_step(config, mesh, balancer)
@@ -115,7 +115,7 @@ def held_out(config: Config, corpus: "Corpus", mesh: "Mesh", stopped: Stopped = 
 
     def load(number: int) -> "Batch":
         rows = functools.partial(batches.batch_at, number)
-        return distributed.from_rows(rows, batch_size, batch_sharding(mesh))
+        return processes.from_rows(rows, batch_size, batch_sharding(mesh))
 
     for _, batch in prefetched(load, 0, len(batches)):
         if number := stopped():
@@ -156,12 +156,12 @@ class Totals:
     def _add_loads(self, domain: Any, row_loads: Any) -> None:
         import numpy as np
 
-        from moe_jax import metrics
+        from moe_jax.balance import measures
 
         if self.loads is None:
             self.loads = np.zeros((len(self.nats), *row_loads.shape[1:]), np.int64)
         np.add.at(self.loads, domain, row_loads)
-        for name, values in metrics.violations(row_loads).items():  # [B, L]
+        for name, values in measures.violations(row_loads).items():  # [B, L]
             self.by_sequence[name] += float(values.mean(-1).astype(np.float64).sum())
 
     @property
@@ -182,18 +182,18 @@ class Totals:
 
     def balance(self, domains: Sequence[str]) -> dict[str, float | int]:
         """How even loads are, in all, by domain and by sequence; nothing for a dense model."""
-        from moe_jax import metrics
+        from moe_jax.balance import measures
 
         if self.loads is None:
             return {}
-        whole = metrics.of_loads(self.loads.sum(0), self.num_experts, self.num_tokens)
+        whole = measures.of_loads(self.loads.sum(0), self.num_experts, self.num_tokens)
         numbers = {f"eval/{name}": value.item() for name, value in whole.items()}
         for name, loads in zip(domains, self.loads, strict=True):
             if loads.any():
-                measured = metrics.over_layers(metrics.violations(loads))
+                measured = measures.over_layers(measures.violations(loads))
                 numbers |= {f"eval/{measure}/{name}": value.item() for measure, value in measured.items()}
                 numbers[f"eval/violation_floor/{name}"] = float(self._floor(loads))
-        information = metrics.mutual_information(self.loads.swapaxes(0, 1))
+        information = measures.mutual_information(self.loads.swapaxes(0, 1))
         numbers["eval/domain_information"] = float(information.mean())
         numbers |= self._by_sequence()
         if self.dropped is not None:
@@ -203,10 +203,10 @@ class Totals:
     def _by_sequence(self) -> dict[str, float]:
         import numpy as np
 
-        from moe_jax import metrics
+        from moe_jax.balance import measures
 
         lengths, counts = np.array(list(self.lengths)), np.array(list(self.lengths.values()))
-        floor = np.asarray(metrics.violation_floor(lengths, self._copies, self.num_experts), np.float64)
+        floor = np.asarray(measures.violation_floor(lengths, self._copies, self.num_experts), np.float64)
         numbers = {f"eval/sequence_{name}": total / int(counts.sum()) for name, total in self.by_sequence.items()}
         return numbers | {"eval/sequence_violation_floor": float((floor * counts).sum() / counts.sum())}
 
@@ -217,10 +217,10 @@ class Totals:
 
     def _floor(self, loads: Any) -> Any:
         """The violation floor of loads [L, E]: at as many tokens as made them."""
-        from moe_jax import metrics
+        from moe_jax.balance import measures
 
         tokens = loads.sum() / (len(loads) * self._copies)
-        return metrics.violation_floor(tokens, self._copies, self.num_experts)
+        return measures.violation_floor(tokens, self._copies, self.num_experts)
 
 
 def store_routing(
@@ -239,14 +239,14 @@ def store_routing(
     """
     import jax
 
-    from moe_jax.specialisation import make_choices_step, store_ids
+    from moe_jax.analysis.specialisation import make_choices_step, store_ids
 
     if not config.measure_every:
         return
     work = (watchdog or Watchdog(0)).watch("routing of evaluation", 0)
     chosen = make_choices_step(config, mesh)(state, next(held_out(config, corpus, mesh, stopped))).expert_ids
     work.result = chosen
-    if distributed.index() == 0:
+    if processes.index() == 0:
         store_ids(workdir, int(state.step), jax.device_get(chosen), _name_of_first_batch(config, corpus))
 
 
@@ -262,7 +262,7 @@ def survey(config: Config, state: "TrainState", corpus: "Corpus", mesh: "Mesh", 
     import jax
     import numpy as np
 
-    from moe_jax.specialisation import Survey, make_choices_step
+    from moe_jax.analysis.specialisation import Survey, make_choices_step
 
     step, layers, experts = make_choices_step(config, mesh), num_moe_layers(config.model), config.model.num_experts
     loads = np.zeros((len(corpus.domains), layers, experts), np.int64)
@@ -287,7 +287,7 @@ def ablate(
     Raises:
         ValueError: there is nothing to take away.
     """
-    from moe_jax.surgery import variants
+    from moe_jax.analysis.knockout import variants
 
     found = {"as it is": dict(whole)}
     for name, variant in variants(config, state).items():
@@ -298,8 +298,8 @@ def ablate(
 
 def restore_run(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", dict[str, Any]] | None:
     """The newest checkpoint of the workdir as (state, extra), on this mesh; None if there is none."""
-    from moe_jax import checkpoint
-    from moe_jax.state import abstract_state
+    from moe_jax.runtime import checkpoint
+    from moe_jax.training.state import abstract_state
 
     options = config.checkpoint
     target = abstract_state(config, mesh)
@@ -314,9 +314,9 @@ def restore_model(config: Config, workdir: Path, mesh: "Mesh") -> "TrainState | 
     import jax
     import jax.numpy as jnp
 
-    from moe_jax import checkpoint
     from moe_jax.mesh import replicated
-    from moe_jax.state import TrainState, abstract_state, initial_balance
+    from moe_jax.runtime import checkpoint
+    from moe_jax.training.state import TrainState, abstract_state, initial_balance
 
     options, target = config.checkpoint, abstract_state(config, mesh)
     fields = {name: getattr(target, name) for name in ("step", "params", "bias", "balance")}
@@ -399,8 +399,8 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     from moe_jax.mesh import make_mesh
 
     check_asked(config, specialisation, ablation)
-    distributed.by_first(lambda: check_writable(workdir, specialisation))
-    corpus = distributed.by_all(lambda: open_corpus(config.data.path, config.data.verify))
+    processes.by_first(lambda: check_writable(workdir, specialisation))
+    corpus = processes.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     check_tokenizer(config, workdir, corpus)
     _note_other_data(workdir, corpus)
     config = on_these_devices(config)
@@ -409,7 +409,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     if state is None:
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
     # a signal ends a process alone by itself; of several all must end, and JAX has taken SIGTERM over
-    with noted() if distributed.count() > 1 else contextlib.nullcontext(never) as stopped:
+    with noted() if processes.count() > 1 else contextlib.nullcontext(never) as stopped:
         whole = evaluate(config, state, corpus, mesh, stopped=stopped)
         tell(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
         if specialisation:
@@ -422,7 +422,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
 def _note_other_data(workdir: Path, corpus: "Corpus") -> None:
     """Print a line where the text is not held out of what the run trained on, but of other data."""
     identity = identity_of(read_run(workdir))
-    if identity is not None and identity.corpus != corpus.fingerprint and distributed.index() == 0:
+    if identity is not None and identity.corpus != corpus.fingerprint and processes.index() == 0:
         print(
             f"the text is of other data (fingerprint {corpus.fingerprint[:16]}) than the run was trained on "
             f"({identity.corpus[:16]})",
@@ -464,7 +464,7 @@ def check_writable(workdir: Path, specialisation: bool) -> None:
 
 def tell(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[Any], None]) -> None:
     """Print a result and write it to workdir/<name>.json, if that can be written; process 0 does."""
-    if distributed.index() == 0:
+    if processes.index() == 0:
         show(result)
         try:
             write_json(workdir / f"{name}.json", result)
@@ -474,9 +474,9 @@ def tell(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[An
 
 def draw_survey(workdir: Path, found: "Survey") -> None:
     """Write specialisation.json and specialisation.png; process 0 does."""
-    from moe_jax.specialisation import as_json, draw
+    from moe_jax.analysis.specialisation import as_json, draw
 
-    if distributed.index() == 0:
+    if processes.index() == 0:
         write_json(workdir / "specialisation.json", as_json(found))
         picture = io.BytesIO()
         draw(found).savefig(picture, format="png", dpi=100)
@@ -486,9 +486,9 @@ def draw_survey(workdir: Path, found: "Survey") -> None:
 
 def tell_saturation(config: Config, workdir: Path) -> None:
     """Print router saturation and write saturation.json, or say what is missing, where a run stored its routing."""
-    from moe_jax.specialisation import saturation, stored_steps
+    from moe_jax.analysis.specialisation import saturation, stored_steps
 
-    if distributed.index() != 0 or not stored_steps(workdir):
+    if processes.index() != 0 or not stored_steps(workdir):
         return
     try:
         result = saturation(workdir, config.model.num_experts + config.model.num_zero_experts)
@@ -512,7 +512,7 @@ def main(_: list[str]) -> None:
         path, length = flag.data or config.data.path, flag.sequence_length or config.sequence_length
         data = replace(config.data, path=path, eval_sequences=flag.eval_sequences)
         config = replace(config, data=data, sequence_length=length)
-        with distributed.joined(config.heartbeat_seconds, lambda: "evaluation"):
+        with processes.joined(config.heartbeat_seconds, lambda: "evaluation"):
             try:
                 run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
             except Abandoned as stop:

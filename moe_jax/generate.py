@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from moe_jax.cache import keep_compiled
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config
-from moe_jax.files import output_of, path_of, workdir_of, write_whole
-from moe_jax.show import as_html, on_terminal, printable
-from moe_jax.workdir import TOKENIZER, config_of_run
+from moe_jax.config.command import fail, parse_flags
+from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.files import output_of, path_of, workdir_of, write_whole
+from moe_jax.runtime.workdir import TOKENIZER, config_of_run
+from moe_jax.text.colours import as_html, on_terminal, printable
 
 if TYPE_CHECKING:
     from moe_jax.data import Tokenizer
-    from moe_jax.decoding import Completion, Model
+    from moe_jax.text.decoding import Completion, Model
 
 
 def restore(workdir: Path) -> "tuple[Model, int]":
@@ -38,9 +38,9 @@ def restore(workdir: Path) -> "tuple[Model, int]":
     Raises:
         ValueError: there is no run, no checkpoint, or a damaged one.
     """
-    from moe_jax.decoding import Model
     from moe_jax.evaluate import on_these_devices, restore_model
     from moe_jax.mesh import is_sharded, make_mesh
+    from moe_jax.text.decoding import Model
 
     config = on_these_devices(config_of_run(workdir))
     check_trained(workdir)
@@ -53,7 +53,7 @@ def restore(workdir: Path) -> "tuple[Model, int]":
 
 def check_trained(workdir: Path) -> None:
     """Raise a ValueError where there is no finished checkpoint."""
-    from moe_jax.checkpoint import committed
+    from moe_jax.runtime.checkpoint import committed
 
     if not committed(workdir / "checkpoints"):
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
@@ -145,8 +145,8 @@ def run(flag: Any) -> None:
         ValueError, OSError: whatever the flags or the workdir lack.
     """
     workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
-    from moe_jax.decoding import check_model, check_prompts, notice_of_drops
-    from moe_jax.sampling import Sampling
+    from moe_jax.text.decoding import check_model, check_prompts, notice_of_drops
+    from moe_jax.text.sampling import Sampling
 
     sampling = Sampling(flag.temperature, flag.top_k, flag.top_p)
     config = config_of_run(workdir)
@@ -187,7 +187,7 @@ def _in_batches(
     """The completions, so many rows at a time; `live` is the prompt of a single text that is printed while made."""
     import jax
 
-    from moe_jax.decoding import complete
+    from moe_jax.text.decoding import complete
 
     how = how | {"key": jax.random.key(seed)}
     if live is not None:
@@ -202,7 +202,7 @@ def _in_batches(
 def _print_live(
     model: "Model", given: Sequence[Sequence[int]], tokenizer: "Tokenizer", how: dict[str, Any]
 ) -> "Completion":
-    from moe_jax.decoding import Completion, generate
+    from moe_jax.text.decoding import Completion, generate
 
     ids: list[int] = []
     text = why = ""
@@ -228,7 +228,7 @@ def _show(
     flag: Any,
 ) -> None:
     """The texts in colours, on the terminal, in a file, or both."""
-    from moe_jax.decoding import Traced, trace
+    from moe_jax.text.decoding import Traced, trace
 
     sequences = [[*prompt, *one.ids] for prompt, one in zip(given, found, strict=True)]
     texts: list[Traced] = []

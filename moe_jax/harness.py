@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 
-from moe_jax.cache import keep_compiled
-from moe_jax.command import fail, parse_flags
-from moe_jax.files import output_of, path_of, workdir_of, write_json
+from moe_jax.config.command import fail, parse_flags
 from moe_jax.generate import check_trained, encode, longest, restore, tokenizer_of
-from moe_jax.workdir import config_of_run
+from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.files import output_of, path_of, workdir_of, write_json
+from moe_jax.runtime.workdir import config_of_run
 
 if TYPE_CHECKING:
     from moe_jax.data import Tokenizer
-    from moe_jax.decoding import Model
+    from moe_jax.text.decoding import Model
 
 OURS = Path(__file__).parent / "tasks"
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what a task may ask of text
@@ -63,7 +63,7 @@ def reader(workdir: Path, tokenizer: str = "", max_length: int = 0, batch_size: 
     Raises:
         ValueError: no run, no checkpoint, or a model that cannot make text token by token.
     """
-    from moe_jax.decoding import check_model
+    from moe_jax.text.decoding import check_model
 
     if batch_size < 1:
         raise ValueError(f"--batch_size={batch_size} must be at least 1; raise it.")
@@ -177,7 +177,7 @@ def likelihoods(read: Reader, requests: Sequence[tuple[Sequence[int], Sequence[i
 
 def _scored(read: Reader, pieces: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
     """Of each piece the sum over its last tokens, and whether all were the likeliest: longest first, in batches."""
-    from moe_jax.decoding import score
+    from moe_jax.text.decoding import score
 
     results: dict[int, tuple[float, bool]] = {}
     order = sorted(range(len(pieces)), key=lambda n: -len(pieces[n][0]))
@@ -207,7 +207,7 @@ def until(read: Reader, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> li
     Raises:
         ValueError: as `wish`.
     """
-    from moe_jax.decoding import complete
+    from moe_jax.text.decoding import complete
 
     wishes = [wish(read, options) for _, options in requests]
     texts = [""] * len(requests)
@@ -228,7 +228,7 @@ def wish(read: Reader, options: Mapping[str, Any]) -> Wish:
     Raises:
         ValueError: they have what is not known here, a value out of range, or leave no room for a prompt.
     """
-    from moe_jax.sampling import Sampling
+    from moe_jax.text.sampling import Sampling
 
     if unknown := set(options) - GENERATION:
         raise ValueError(

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_jax.config import MeshConfig, mesh_sizes
-from moe_jax.defaults import jax_defaults
+from moe_jax.runtime.defaults import jax_defaults
 
 AXES = ("replica", "data", "expert", "tensor")
 BATCH = AXES[:3]  # what the rows of a batch are split over

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from moe_jax import hlo
-from moe_jax.chips import GIB, Place, Topology, exchange_seconds, parse_topology, place_of
-from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, MeshConfig, validate
-from moe_jax.files import output_of, write_json, write_whole
+from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.planning import hlo
+from moe_jax.runtime.chips import GIB, Place, Topology, exchange_seconds, parse_topology, place_of
+from moe_jax.runtime.files import output_of, write_json, write_whole
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -123,8 +123,8 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     import jax
 
     from moe_jax.mesh import replicated
-    from moe_jax.state import abstract_state
-    from moe_jax.step import abstract_batch, make_train_step
+    from moe_jax.training.state import abstract_state
+    from moe_jax.training.step import abstract_batch, make_train_step
 
     started, busy = time.perf_counter(), time.process_time()
     dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
@@ -176,7 +176,7 @@ def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
     import jax
 
     from moe_jax.mesh import bytes_on_device
-    from moe_jax.state import abstract_state
+    from moe_jax.training.state import abstract_state
 
     state = abstract_state(config, mesh)
 
@@ -273,7 +273,7 @@ def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled
 
 
 def _flops(config: Config, chips: int, cost: hlo.Cost) -> dict[str, Any]:
-    from moe_jax.flops import parts
+    from moe_jax.model.cost import parts
 
     tokens = config.batch_size * config.sequence_length
     rows = parts(config)

@@ -37,12 +37,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from moe_jax.cache import keep_compiled
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, article, balance_entries, validate
-from moe_jax.files import output_of, path_of, write_json
-from moe_jax.options import BalanceEntry
-from moe_jax.workdir import read_config
+from moe_jax.config.balance import BalanceEntry
+from moe_jax.config.command import fail, parse_flags
+from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.files import output_of, path_of, write_json
+from moe_jax.runtime.workdir import read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from moe_jax.balance import Balancer
     from moe_jax.routing import Routing
-    from moe_jax.streams import Stream
+    from moe_jax.simulator.streams import Stream
 
 # every synthetic stream with the settings that it alone reads, in the order of its function's arguments
 STREAMS = {
@@ -344,7 +344,7 @@ def make_stream(s: Settings, recording: Recording | None = None) -> "Stream":
     """The stream that the settings name, or a replay."""
     import jax.numpy as jnp
 
-    from moe_jax import streams
+    from moe_jax.simulator import streams
 
     if recording is not None:
         logits, mask, ids = map(jnp.asarray, recording[:3])
@@ -382,7 +382,7 @@ def closed_loop(
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.metrics import bias_range, dead_experts, flip_rate, max_violation
+    from moe_jax.balance.measures import bias_range, dead_experts, flip_rate, max_violation
 
     router = jax.random.normal(jax.random.key(0), (32, s.experts), jnp.float32)  # for losses on it; it stays
 
@@ -438,7 +438,7 @@ def simulate(arm: Arm, s: Settings, seeds: int = 1, recording: Recording | None 
 
 def floor(s: Settings, recording: Recording | None = None) -> float:
     """The max violation that a uniform random router has by chance, for the tokens of a step."""
-    from moe_jax.metrics import violation_floor
+    from moe_jax.balance.measures import violation_floor
 
     tokens = s.tokens if recording is None else round(float(recording.mask.sum(1).mean()))
     return float(violation_floor(tokens, s.top_k, s.experts))

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from moe_jax import distributed
-from moe_jax.cache import keep_compiled
-from moe_jax.command import define_config_flag, fail, parse_flags
 from moe_jax.config import Config, as_dict, differences, keys_that_change, resolve, validate
+from moe_jax.config.command import define_config_flag, fail, parse_flags
 from moe_jax.evaluate import evaluate, has_another_tokenizer, restore_run, store_routing
-from moe_jax.files import copy_tree, is_remote, new_folder, workdir_of
-from moe_jax.ledger import Ledger, of_earlier_attempts
-from moe_jax.log import METRICS, Display, RunLog, has_evaluation, newest, set_aside
-from moe_jax.prefetch import prefetched
-from moe_jax.signals import Abandoned, Stopped, can_be_noted, never, noted
-from moe_jax.watchdog import Watchdog, Work
-from moe_jax.workdir import (
+from moe_jax.runtime import processes
+from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.files import copy_tree, is_remote, new_folder, workdir_of
+from moe_jax.runtime.ledger import Ledger, of_earlier_attempts
+from moe_jax.runtime.log import METRICS, Display, RunLog, has_evaluation, newest, set_aside
+from moe_jax.runtime.prefetch import prefetched
+from moe_jax.runtime.signals import Abandoned, Stopped, can_be_noted, never, noted
+from moe_jax.runtime.watchdog import Watchdog, Work
+from moe_jax.runtime.workdir import (
     TOKENIZER,
     Identity,
     check_workdir,
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
     from moe_jax.data import Corpus
     from moe_jax.data.batches import Batch
-    from moe_jax.profiling import Profiler
-    from moe_jax.state import TrainState
+    from moe_jax.runtime.profiling import Profiler
+    from moe_jax.training.state import TrainState
 
 MAX_STUCK = 3  # so many non-finite steps in a row end the run: the next would not be finite either
 
@@ -96,18 +96,18 @@ def _run(
     config: Config, workdir: Path, name: str, stop_at: int, quiet: bool, watchdog: Watchdog, profile: int
 ) -> Outcome:
     ledger = Ledger(stopped_seconds=watchdog.stopped_seconds)
-    corpus = distributed.by_all(lambda: open_data(config))
+    corpus = processes.by_all(lambda: open_data(config))
     agree_on_data(config, corpus)
-    distributed.by_first(lambda: check_workdir(workdir, config, corpus.fingerprint))
+    processes.by_first(lambda: check_workdir(workdir, config, corpus.fingerprint))
     import jax  # from here on: it takes seconds, and a mistake is told before
 
     resolve(config, jax.device_count(), jax.devices()[0].platform)
     with claim(workdir):
-        if line := distributed.by_first(lambda: why_finished(config, workdir)):
-            Display(name, config.num_steps, quiet or distributed.index() > 0).say(line)
+        if line := processes.by_first(lambda: why_finished(config, workdir)):
+            Display(name, config.num_steps, quiet or processes.index() > 0).say(line)
             return Outcome(config.num_steps, None, {})
         one = _Run(config, workdir, corpus, name, quiet, watchdog, ledger)
-        distributed.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
+        processes.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
         for line in one.remarks:
             one.display.say(line)
         return one.until(min(stop_at or config.num_steps, config.num_steps), profile)
@@ -126,9 +126,9 @@ class _Run:
         watchdog: Watchdog,
         ledger: Ledger,
     ) -> None:
-        from moe_jax.checkpoint import Checkpointer
         from moe_jax.data import training_batches
         from moe_jax.mesh import make_mesh
+        from moe_jax.runtime.checkpoint import Checkpointer
 
         self.config, self.workdir, self.corpus, self.watchdog = config, workdir, corpus, watchdog
         self.mesh, self.ledger = make_mesh(config.mesh), ledger
@@ -137,9 +137,9 @@ class _Run:
         self.made_by = versions() | {"identity": identity._asdict()}
         self.first, self.tokens_seen = int(self.state.step), extra.get("tokens_seen", 0)
         self.checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, self.first)
-        first_process = distributed.index() == 0
+        first_process = processes.index() == 0
         self.display = Display(name, config.num_steps, quiet or not first_process)
-        self.about = self.made_by | distributed.by_first(lambda: self._continue_ledger(extra))
+        self.about = self.made_by | processes.by_first(lambda: self._continue_ledger(extra))
         self.log = RunLog(workdir, self.first) if first_process else None
         self.batch_at = training_batches(
             corpus,
@@ -168,7 +168,7 @@ class _Run:
 
     def until(self, last: int, profile: int) -> Outcome:
         """Steps `first` to `last`, then save and close."""
-        from moe_jax.profiling import Profiler, steps_to_trace
+        from moe_jax.runtime.profiling import Profiler, steps_to_trace
 
         with ExitStack() as open_until_the_end:  # each is closed, whatever another one fails with
             if self.log is not None:
@@ -195,9 +195,9 @@ class _Run:
 
     def _steps(self, first: int, last: int, profiler: "Profiler") -> int:
         """Do them, as far as no signal comes; gives the steps done."""
-        from moe_jax.observer import Observer
-        from moe_jax.state import step_key
-        from moe_jax.step import make_train_step
+        from moe_jax.analysis.observer import Observer
+        from moe_jax.training.state import step_key
+        from moe_jax.training.step import make_train_step
 
         train_step, key = make_train_step(self.config, self.mesh), step_key(self.config)
         observer = Observer(self.config, self.mesh, self.workdir)
@@ -225,15 +225,15 @@ class _Run:
     def _greet(self, first: int) -> None:
         import jax
 
-        from moe_jax import dispatch
-        from moe_jax.state import cost_of_rounding
+        from moe_jax.dispatch import apply
+        from moe_jax.training.state import cost_of_rounding
 
         if not can_be_noted():
             self.display.say("not in the main thread: signals are left to the program around, and save nothing here")
         if first:
             self.display.say(f"going on from step {first}")
         m = self.config.model
-        if m.num_experts and (line := dispatch.told(m.cpu_kernel, self.mesh, m.compute_dtype, m.quantization)):
+        if m.num_experts and (line := apply.told(m.cpu_kernel, self.mesh, m.compute_dtype, m.quantization)):
             self.display.say(line)
         if line := cost_of_rounding(self.config):
             self.display.say(line)
@@ -245,7 +245,7 @@ class _Run:
         from moe_jax.mesh import batch_sharding
 
         rows = functools.partial(self.batch_at, step)
-        return distributed.from_rows(rows, self.config.batch_size, batch_sharding(self.mesh))
+        return processes.from_rows(rows, self.config.batch_size, batch_sharding(self.mesh))
 
     def _done(self, step: int, batch: "Batch", values: dict[str, Any], profiler: "Profiler") -> None:
         """Count a step that was given to the devices, and do what is due after it."""
@@ -293,7 +293,7 @@ class _Run:
         """Whether the evaluation after the steps of the checkpoint is due, and was cut off or failed."""
         if self.first == 0 or not self._is_evaluated_after(self.first):
             return False
-        return not distributed.by_first(lambda: self.log is not None and has_evaluation(self.log.newest(), self.first))
+        return not processes.by_first(lambda: self.log is not None and has_evaluation(self.log.newest(), self.first))
 
     def _count(self, values: Any = None, kind: str = "step") -> Any:
         """Count the tokens of the last steps, and fetch `values` in the same transfer; what it waits for is `kind`."""
@@ -363,7 +363,7 @@ class _Run:
 
     def _why_stuck(self, step: int, batch: "Batch", stuck: int) -> str:
         """Which tensor was not finite; nothing has moved since the first of these steps."""
-        from moe_jax.step import first_non_finite
+        from moe_jax.training.step import first_non_finite
 
         before = self.state._replace(step=self.state.step - 1)
         where = first_non_finite(self.config, before, batch, self.mesh)
@@ -396,7 +396,7 @@ def is_finished(config: Config, workdir: Path) -> bool:
 
 def why_finished(config: Config, workdir: Path) -> str:
     """A sentence if the run is finished and its checkpoints are gone; empty for every other."""
-    from moe_jax import checkpoint
+    from moe_jax.runtime import checkpoint
 
     if not is_finished(config, workdir) or checkpoint.committed(workdir / "checkpoints"):
         return ""
@@ -420,7 +420,7 @@ class Cost(NamedTuple):
 
 
 def _cost_of_token(config: Config, mesh: "Mesh") -> Cost:
-    from moe_jax.flops import peak_flops, train_flops
+    from moe_jax.model.cost import peak_flops, train_flops
 
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return Cost(train_flops(config), None if peak is None else peak * mesh.size)
@@ -454,7 +454,7 @@ def _resume(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> St
         refuse_another_run(workdir, "checkpoint", extra["config"], there, config, corpus.fingerprint)
         return refuse_other_weights(workdir, there, validate(extra["config"]), config)
 
-    remarks = distributed.by_first(check)
+    remarks = processes.by_first(check)
     return Start(state, extra, there or Identity(corpus.fingerprint), remarks)
 
 
@@ -487,7 +487,7 @@ def refuse_other_weights(workdir: Path, identity: Identity | None, there: Config
 
 def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
     """The fingerprint of the finished checkpoint of a step; None where it is gone or damaged."""
-    from moe_jax.checkpoint import fingerprint
+    from moe_jax.runtime.checkpoint import fingerprint
 
     try:
         return fingerprint(checkpoints / f"{step:08d}")
@@ -497,11 +497,11 @@ def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
 
 def _start(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> Start:
     """A new run: parameters drawn, or those of `init_from` with what came along."""
-    from moe_jax.state import init_state
+    from moe_jax.training.state import init_state
 
     state, weights = weights_of(config, mesh) if config.init_from else (init_state(config, mesh), None)
     state = with_hash_tables(config, state, corpus)
-    remarks = distributed.by_first(lambda: [*changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
+    remarks = processes.by_first(lambda: [*changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
     return Start(state, {}, Identity(corpus.fingerprint, weights), remarks)
 
 
@@ -518,8 +518,8 @@ def weights_of(config: Config, mesh: "Mesh") -> tuple["TrainState", dict[str, An
     """
     import jax
 
-    from moe_jax import checkpoint
-    from moe_jax.state import abstract_state, state_around
+    from moe_jax.runtime import checkpoint
+    from moe_jax.training.state import abstract_state, state_around
 
     target, options = abstract_state(config, mesh), config.checkpoint
     folder = workdir_of(config.init_from, "init_from") / "checkpoints"
@@ -537,7 +537,7 @@ def weights_of(config: Config, mesh: "Mesh") -> tuple["TrainState", dict[str, An
     if told:
         _refuse_bias_of_another_kind(config, validate(extra["config"]))
     step = extra["step"]
-    known = {"step": step, "fingerprint": distributed.by_first(lambda: checkpoint.fingerprint(folder / f"{step:08d}"))}
+    known = {"step": step, "fingerprint": processes.by_first(lambda: checkpoint.fingerprint(folder / f"{step:08d}"))}
     return state_around(config, weights["params"], weights["bias"] if told else None, mesh), known
 
 
@@ -635,16 +635,16 @@ def open_data(config: Config) -> "Corpus":
 
 def agree_on_data(config: Config, corpus: "Corpus") -> None:
     """Raise a ValueError in every process unless `data.path` leads all of them to the same data."""
-    first = distributed.by_first(lambda: corpus.fingerprint)
+    first = processes.by_first(lambda: corpus.fingerprint)
 
     def check() -> None:
         if corpus.fingerprint != first:
             raise ValueError(
-                f"data.path={config.data.path!r} leads process {distributed.index()} to other data (fingerprint "
+                f"data.path={config.data.path!r} leads process {processes.index()} to other data (fingerprint "
                 f"{corpus.fingerprint[:16]}) than process 0 ({first[:16]}); give all hosts the same prepared folder."
             )
 
-    distributed.by_all(check)
+    processes.by_all(check)
 
 
 def main(_: list[str]) -> None:
@@ -666,11 +666,11 @@ def main(_: list[str]) -> None:
         check_corpus(config.data.path)
         workdir_of(config.init_from, "init_from")
         watchdog = Watchdog(config.step_timeout_seconds)
-        with distributed.joined(config.heartbeat_seconds, lambda: watchdog.doing):
+        with processes.joined(config.heartbeat_seconds, lambda: watchdog.doing):
             outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog, profile=flag.profile)
             if outcome.signal:
                 raise SystemExit(128 + outcome.signal)
-            if distributed.index() == 0:
+            if processes.index() == 0:
                 print(f"{outcome.step} of {config.num_steps} steps done in {flag.workdir}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))

@@ -16,12 +16,13 @@ from conftest import tiny_config
 from experiments import ablate, hyper
 from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
 from experiments.statistics import read_sweep
-from moe_jax import checkpoint, train
-from moe_jax.command import load
+from moe_jax import train
 from moe_jax.config import as_dict, default, flatten, validate
+from moe_jax.config.command import load
 from moe_jax.data import check_corpus, open_corpus, training_batches
-from moe_jax.state import init_state
-from moe_jax.workdir import Identity, record
+from moe_jax.runtime import checkpoint
+from moe_jax.runtime.workdir import Identity, record
+from moe_jax.training.state import init_state
 
 BASE = as_dict(rig.drill_config(save_every=0))
 SETTINGS = hyper.product(

@@ -9,16 +9,17 @@ import pytest
 from drills import rig
 
 from moe_jax import evaluate as evaluation
-from moe_jax import observer, train
-from moe_jax.checkpoint import Checkpointer, committed
+from moe_jax import train
+from moe_jax.analysis import observer
 from moe_jax.data import open_corpus
 from moe_jax.evaluate import Totals, held_out, store_routing, survey
-from moe_jax.log import RunLog
 from moe_jax.mesh import make_mesh
-from moe_jax.profiling import Profiler
-from moe_jax.signals import Abandoned, noted
-from moe_jax.state import init_state
+from moe_jax.runtime.checkpoint import Checkpointer, committed
+from moe_jax.runtime.log import RunLog
+from moe_jax.runtime.profiling import Profiler
+from moe_jax.runtime.signals import Abandoned, noted
 from moe_jax.train import is_unaccounted, run
+from moe_jax.training.state import init_state
 
 SHORT = rig.drill_config(num_steps=4, save_every=2, eval_every=2)
 LONG_EVALUATION = rig.drill_config(num_steps=4, save_every=0, eval_every=2, data=dict(eval_sequences=32))

@@ -14,7 +14,7 @@ from moe_jax.balance import base
 from moe_jax.balance.bias import load_sign
 from moe_jax.balance.wrappers import factor_at
 from moe_jax.config import balance_entries
-from moe_jax.options import BALANCE_METHODS, BiasSign
+from moe_jax.config.balance import BALANCE_METHODS, BiasSign
 from moe_jax.routing import Rows, Tokens, route
 
 TOKENS, EXPERTS, TOP_K = 12, 4, 2

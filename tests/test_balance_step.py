@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config
-from moe_jax import checkpoint
 from moe_jax.config import resolve
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.mesh import AXES, batch_sharding, make_mesh
-from moe_jax.state import abstract_state, init_state, read_bias, state_shardings, step_key
-from moe_jax.step import make_train_step
+from moe_jax.runtime import checkpoint
+from moe_jax.training.state import abstract_state, init_state, read_bias, state_shardings, step_key
+from moe_jax.training.step import make_train_step
 
 # family -> balance, model: with all that makes a state larger than one vector of an expert
 FAMILIES = {

@@ -10,9 +10,9 @@ import pytest
 
 from moe_jax import balance
 from moe_jax.balance.bias import balanced_bias, needed_bias_histogram
+from moe_jax.balance.measures import max_violation
 from moe_jax.config import ModelConfig
-from moe_jax.metrics import max_violation
-from moe_jax.options import BIAS_METHODS
+from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.routing import Tokens, route
 
 METHODS = sorted(BIAS_METHODS - {"expert_threshold"})

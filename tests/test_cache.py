@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from drills import rig
 
-from moe_jax import cache
+from moe_jax.runtime import cache
 
 NAMES = (cache.FOLDER, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES")
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from drills import rig
 
-from moe_jax import checkpoint, step
-from moe_jax.checkpoint import MANIFEST, Checkpointer, check, committed, restore, state_hash
 from moe_jax.config import as_dict, validate
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.state import abstract_state, init_state, step_key
-from moe_jax.step import make_train_step
+from moe_jax.runtime import checkpoint
+from moe_jax.runtime.checkpoint import MANIFEST, Checkpointer, check, committed, restore, state_hash
 from moe_jax.train import run
+from moe_jax.training import step
+from moe_jax.training.state import abstract_state, init_state, step_key
+from moe_jax.training.step import make_train_step
 
 CONFIG = rig.drill_config(checkpoint=dict(keep=10))
 CORRUPTIONS = 10

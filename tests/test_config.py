@@ -9,17 +9,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.config import (
-    Config,
-    as_dict,
-    balance_entries,
-    complete,
-    default,
-    differences,
-    flatten,
-    resolve,
-    validate,
-)
+from moe_jax.config import Config, as_dict, balance_entries, complete, default, differences, flatten, resolve, validate
 
 MOE = dict(num_experts=4)
 

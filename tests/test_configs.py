@@ -7,7 +7,7 @@ from drills.rig import REPO
 
 from moe_jax.config import validate
 from moe_jax.describe import totals
-from moe_jax.flops import AHEAD, parts
+from moe_jax.model.cost import AHEAD, parts
 
 # Embedding and head V D each. Latent attention, with or without a latent of queries R_q (its norm is counted with the
 # norms), key-value latent 512, heads of 128 + 64 with and 128 without RoPE:

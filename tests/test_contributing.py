@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config
-from moe_jax import balance, options
+from moe_jax import balance
 from moe_jax.balance import base, bias
 from moe_jax.config import ModelConfig
+from moe_jax.config import balance as options
 
 
 @pytest.fixture

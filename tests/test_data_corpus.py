@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import vocabularies
 
-from moe_jax.data import check_corpus, corpus, embed, make_corpus, open_corpus
+from moe_jax.data import check_corpus, corpus, make_corpus, open_corpus
+from moe_jax.data.embedded import build
 from moe_jax.data.prepare import Options, prepare
 
 SEPARATOR = 256
@@ -142,24 +143,24 @@ def test_embedded_text_is_clean_and_held_out_documents_are_not_in_training(embed
         splits = corpus._read_documents(corpus.EMBEDDED / f"{domain}.jsonl.xz")
         training = "".join(splits["train"])
         for text in splits["train"] + splits["validation"]:
-            assert text == embed.clean(text) == unicodedata.normalize("NFC", text)
+            assert text == build.clean(text) == unicodedata.normalize("NFC", text)
         for text in splits["validation"]:
             assert text[len(text) // 2 :][:200] not in training
 
 
 def test_packing_the_embedded_documents_again_gives_the_same_text():
-    documents = [embed.Document("a/1", "train", "é\n"), embed.Document("a/2", "validation", "x\n")]
-    assert embed.pack(documents) == embed.pack(documents)
+    documents = [build.Document("a/1", "train", "é\n"), build.Document("a/2", "validation", "x\n")]
+    assert build.pack(documents) == build.pack(documents)
 
 
 def test_clean_normalises_newlines_blanks_tabs_controls_and_unicode():
-    assert embed.clean("\ufeff\r\na\tb  \r\n\r\n\r\n\r\ne\u0301\x1a\rz") == "a   b\n\n\u00e9\nz\n"
+    assert build.clean("\ufeff\r\na\tb  \r\n\r\n\r\n\r\ne\u0301\x1a\rz") == "a   b\n\n\u00e9\nz\n"
 
 
 def test_a_profile_becomes_lines_of_fields():
     area = {"total": {"text": "1 <b>sq</b>\n km ++ two"}, "lost": {"text": "\ufffd"}}
     profile = {"Geography": {"Area": area, "Map": {"text": None}}, "Economy": {"left": {"text": "out"}}}
-    assert embed.render("Land", profile) == "Land\n\nIntroduction\n\nGeography\nArea: total: 1 sq km; two\n"
+    assert build.render("Land", profile) == "Land\n\nIntroduction\n\nGeography\nArea: total: 1 sq km; two\n"
 
 
 def test_a_prepared_folder_opens_memory_mapped_with_the_same_documents(prepared):

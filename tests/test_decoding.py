@@ -13,9 +13,9 @@ from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig
 from moe_jax.mesh import make_mesh
-from moe_jax.model import Inputs
-from moe_jax.moe import Balancing
-from moe_jax.state import abstract_model, init_state, state_shardings, write_bias
+from moe_jax.model.moe import Balancing
+from moe_jax.model.transformer import Inputs
+from moe_jax.training.state import abstract_model, init_state, state_shardings, write_bias
 
 LENGTHS = (9, 5, 1)  # of the three prompts
 PROMPT, TOTAL = 9, 14

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_jax import native
-from moe_jax.dispatch import ExpertWeights, _seats, apply_experts, capacity_of
+from moe_jax.dispatch.apply import ExpertWeights, _seats, apply_experts, capacity_of
+from moe_jax.kernels import native
 from moe_jax.routing import Routing, count, route
 
 TOKENS, EXPERTS, EMBED, FFW = 6, 4, 3, 5

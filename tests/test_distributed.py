@@ -8,8 +8,8 @@ import pytest
 from drills import rig
 
 from moe_jax.config import MeshConfig
-from moe_jax.distributed import by_all, by_first, find_cluster, from_rows, gather
 from moe_jax.mesh import batch_sharding, make_mesh
+from moe_jax.runtime.processes import by_all, by_first, find_cluster, from_rows, gather
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 SLURM = {

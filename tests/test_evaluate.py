@@ -12,16 +12,17 @@ import pytest
 from drills import rig
 
 from conftest import tiny_config
-from moe_jax import metrics, step
-from moe_jax.checkpoint import state_hash
+from moe_jax.analysis.specialisation import store_ids
+from moe_jax.balance import measures
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
 from moe_jax.evaluate import Totals, config_of_run, evaluate, on_these_devices, run, store_routing, tell_saturation
-from moe_jax.log import read_jsonl
 from moe_jax.mesh import make_mesh
-from moe_jax.specialisation import store_ids
-from moe_jax.state import init_state
-from moe_jax.step import Evaluation
+from moe_jax.runtime.checkpoint import state_hash
+from moe_jax.runtime.log import read_jsonl
 from moe_jax.train import run as train
+from moe_jax.training import step
+from moe_jax.training.state import init_state
+from moe_jax.training.step import Evaluation
 
 CONFIG = rig.drill_config()
 CORPUS = open_corpus()
@@ -136,10 +137,10 @@ def test_the_floors_are_those_of_the_whole_set_and_of_a_sequence(monkeypatch):
     # 16 sequences of 16 tokens, one copy each
     monkeypatch.setattr(step, "make_eval_step", spread_step)
     result = evaluate(CONFIG, None, CORPUS)
-    assert result["eval/violation_floor"] == pytest.approx(float(metrics.violation_floor(256, 1, 4)), rel=1e-6)
-    of_a_domain = float(metrics.violation_floor(64, 1, 4))  # four of the sequences
+    assert result["eval/violation_floor"] == pytest.approx(float(measures.violation_floor(256, 1, 4)), rel=1e-6)
+    of_a_domain = float(measures.violation_floor(64, 1, 4))  # four of the sequences
     assert result[f"eval/violation_floor/{CORPUS.domains[0]}"] == pytest.approx(of_a_domain, rel=1e-6)
-    assert result["eval/sequence_violation_floor"] == pytest.approx(float(metrics.violation_floor(16, 1, 4)), rel=1e-6)
+    assert result["eval/sequence_violation_floor"] == pytest.approx(float(measures.violation_floor(16, 1, 4)), rel=1e-6)
 
 
 def biased(state, bias):

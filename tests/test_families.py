@@ -6,12 +6,12 @@ import math
 import pytest
 from drills.folders import CASES, LATENT, SHARPENED, config_of, model_of
 
-from moe_jax.checkpoint import describe_leaves
 from moe_jax.config import ModelConfig, YarnConfig, default, validate
-from moe_jax.families import FAMILIES, choose, from_hf, to_hf
-from moe_jax.interop import abstract_weights
-from moe_jax.model import layout
-from moe_jax.tensors import tensors
+from moe_jax.huggingface.families import FAMILIES, choose, from_hf, to_hf
+from moe_jax.huggingface.tensors import tensors
+from moe_jax.huggingface.weights import abstract_weights
+from moe_jax.model.transformer import layout
+from moe_jax.runtime.checkpoint import describe_leaves
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from moe_jax.data import prepare
-from moe_jax.files import lock, new_folder, output_of, path_of, workdir_of, write_whole
-from moe_jax.workdir import claim
+from moe_jax.runtime.files import lock, new_folder, output_of, path_of, workdir_of, write_whole
+from moe_jax.runtime.workdir import claim
 
 ADDRESSES = {
     "s3://bucket/run": "mount them",

@@ -3,8 +3,8 @@
 import pytest
 
 from conftest import tiny_config
-from moe_jax.chips import CHIPS
-from moe_jax.flops import GPUS, parts, peak_flops, train_flops
+from moe_jax.model.cost import GPUS, parts, peak_flops, train_flops
+from moe_jax.runtime.chips import CHIPS
 
 DENSE = dict(num_layers=2, first_dense=2, num_experts=0, num_shared_experts=0, vocab_size=264)
 

@@ -16,26 +16,19 @@ from drills import rig
 from flax import nnx
 
 from conftest import tiny_config
-from moe_jax import balance, checkpoint, decoding, generate, harness
+from moe_jax import balance, generate, harness
 from moe_jax.config import as_dict
 from moe_jax.data import ByteTokenizer, get_tokenizer
 from moe_jax.data.prepare import Options, prepare
-from moe_jax.decoding import (
-    Growing,
-    Model,
-    check_model,
-    check_prompts,
-    complete,
-    notice_of_drops,
-    score,
-    trace,
-)
 from moe_jax.generate import chosen_layer, encode, longest, read_prompts, tokenizer_of
 from moe_jax.mesh import make_mesh
-from moe_jax.model import Inputs
-from moe_jax.moe import Balancing
-from moe_jax.sampling import Sampling
-from moe_jax.state import abstract_model, init_state, write_bias
+from moe_jax.model.moe import Balancing
+from moe_jax.model.transformer import Inputs
+from moe_jax.runtime import checkpoint
+from moe_jax.text import decoding
+from moe_jax.text.decoding import Growing, Model, check_model, check_prompts, complete, notice_of_drops, score, trace
+from moe_jax.text.sampling import Sampling
+from moe_jax.training.state import abstract_model, init_state, write_bias
 
 BYTES = ByteTokenizer()
 MLA = dict(attention="mla", kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)

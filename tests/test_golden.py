@@ -7,8 +7,8 @@ import pytest
 from drills.rig import REPO
 
 from experiments import ablate, hyper
-from moe_jax.command import load
 from moe_jax.config import as_dict, differences, validate
+from moe_jax.config.command import load
 
 ALL = sorted((REPO / "configs").rglob("*.py"))
 FILES = [file for file in ALL if file.stem != "from_checkpoint"]  # which means what the workdir it is given says

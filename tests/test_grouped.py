@@ -13,8 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import grouped
-from moe_jax.grouped import grouped_matmul
+from moe_jax.kernels import grouped
+from moe_jax.kernels.grouped import grouped_matmul
 
 ROWS, GROUPS, IN, OUT = 13, 5, 3, 2
 TILE = 4  # small tiles, so that 13 rows make groups of several, whole and partial ones

@@ -20,12 +20,12 @@ from conftest import tiny_config
 from moe_jax import harness
 from moe_jax.data import ByteTokenizer, documents, evaluation_batches, get_tokenizer, make_corpus, open_corpus
 from moe_jax.data.prepare import Options, prepare
-from moe_jax.decoding import Model, complete, score
 from moe_jax.harness import Reader, check, likelihoods, pair, rolling, until, windows
-from moe_jax.sampling import Sampling
-from moe_jax.state import init_state
-from moe_jax.step import make_eval_step
-from moe_jax.tasks.documents import continuation, questions
+from moe_jax.text.decoding import Model, complete, score
+from moe_jax.text.sampling import Sampling
+from moe_jax.text.tasks.documents import continuation, questions
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_eval_step
 
 BYTES = ByteTokenizer()
 CONFIG = tiny_config(model=dict(init_std=0.2))

@@ -10,10 +10,10 @@ from flax import nnx
 from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.model import Inputs
-from moe_jax.moe import Balancing
-from moe_jax.state import abstract_model, init_state, read_bias, step_key, write_bias
-from moe_jax.step import make_train_step
+from moe_jax.model.moe import Balancing
+from moe_jax.model.transformer import Inputs
+from moe_jax.training.state import abstract_model, init_state, read_bias, step_key, write_bias
+from moe_jax.training.step import make_train_step
 
 LAYERS, HASHED, EXPERTS, SLOTS, ROWS, LENGTH = 4, 3, 8, 2, 3, 12
 CONFIG = tiny_config(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import hlo
+from moe_jax.planning import hlo
 
 # Eight local devices as data 2 x expert 4; every program's text by name, from one process of its own.
 PROGRAMS = """

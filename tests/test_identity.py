@@ -12,12 +12,12 @@ from drills import rig
 
 from experiments import ablate
 from moe_jax import evaluate
+from moe_jax.analysis.specialisation import stored_steps
 from moe_jax.config import as_dict, changed_numbers, keys_that_change, validate
 from moe_jax.data.prepare import main as prepare
-from moe_jax.log import read_jsonl
-from moe_jax.specialisation import stored_steps
+from moe_jax.runtime.log import read_jsonl
+from moe_jax.runtime.workdir import config_of_run
 from moe_jax.train import run
-from moe_jax.workdir import config_of_run
 
 SHORT = dict(num_steps=4, save_every=2)
 WORDS = ["a cat sat on a mat", "the dog ran to the sea", "rain fell on the town", "he saw ten ships", "no one knew why"]

@@ -17,19 +17,28 @@ from drills import folders, rig
 
 from configs import from_checkpoint
 from conftest import tiny_config
-from moe_jax import evaluate, generate, shards, train
-from moe_jax.checkpoint import Checkpointer, describe_leaves, open_newest, restore, restore_weights
+from moe_jax import evaluate, generate, train
 from moe_jax.config import validate
 from moe_jax.convert import run, to_folder, to_workdir
 from moe_jax.data import open_corpus, prepare, training_batches
-from moe_jax.files import new_folder
-from moe_jax.interop import LanguageModel, abstract_weights, bias_of, load_hf, positions_in, refuse_balance, save_hf
+from moe_jax.huggingface import shards
+from moe_jax.huggingface.shards import open_folder
+from moe_jax.huggingface.weights import (
+    LanguageModel,
+    abstract_weights,
+    bias_of,
+    load_hf,
+    positions_in,
+    refuse_balance,
+    save_hf,
+)
 from moe_jax.mesh import make_mesh
-from moe_jax.shards import open_folder
-from moe_jax.state import TrainState, abstract_state, initial_balance, read_bias
-from moe_jax.step import make_train_step
+from moe_jax.runtime.checkpoint import Checkpointer, describe_leaves, open_newest, restore, restore_weights
+from moe_jax.runtime.files import new_folder
+from moe_jax.runtime.workdir import config_of_run
 from moe_jax.train import weights_of, with_hash_tables
-from moe_jax.workdir import config_of_run
+from moe_jax.training.state import TrainState, abstract_state, initial_balance, read_bias
+from moe_jax.training.step import make_train_step
 
 KINDS = {case: (case, {}) for case in folders.CASES}
 KINDS["qwen3_moe, every second"] = ("qwen3_moe", dict(num_hidden_layers=4, mlp_only_layers=[], decoder_sparse_step=2))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.ledger import KINDS, Ledger, of_earlier_attempts
+from moe_jax.runtime.ledger import KINDS, Ledger, of_earlier_attempts
 
 
 class Clock:

@@ -14,8 +14,19 @@ from drills import rig
 from etils import epath
 
 from experiments.statistics import read_lines
-from moe_jax import log
-from moe_jax.log import LONG, Display, RunLog, lines_from_end, newest, parts, plain, read_jsonl, set_aside, summary_line
+from moe_jax.runtime import log
+from moe_jax.runtime.log import (
+    LONG,
+    Display,
+    RunLog,
+    lines_from_end,
+    newest,
+    parts,
+    plain,
+    read_jsonl,
+    set_aside,
+    summary_line,
+)
 from moe_jax.train import run
 
 CONFIG = rig.drill_config(eval_every=4)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import loss
-from moe_jax.loss import row_nats, summed_nats
+from moe_jax.kernels import head as loss
+from moe_jax.kernels.head import row_nats, summed_nats
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 150, 8, 40
 

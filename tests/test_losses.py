@@ -9,8 +9,8 @@ import pytest
 
 from moe_jax import balance
 from moe_jax.balance.losses import squared_variation
+from moe_jax.balance.measures import max_violation
 from moe_jax.config import ModelConfig
-from moe_jax.metrics import max_violation
 from moe_jax.routing import Rows, Tokens, route
 
 NO_ROUTER = np.zeros((1, 4), np.float32)

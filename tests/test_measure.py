@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config
+from moe_jax.analysis.interference import make_measure_step, make_recorder
 from moe_jax.config import resolve
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.measure import make_measure_step, make_recorder
 from moe_jax.mesh import batch_sharding, make_mesh
-from moe_jax.state import init_state, step_key, write_bias
-from moe_jax.step import accumulate, make_train_step
+from moe_jax.training.state import init_state, step_key, write_bias
+from moe_jax.training.step import accumulate, make_train_step
 
 BALANCES = {
     "none": {},

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import metrics
+from moe_jax.balance import measures
 from moe_jax.routing import Tokens, route
 
 NAMES = """max_violation min_violation mean_violation coefficient_of_variation load_entropy effective_experts gini
 dead_experts starved_experts max_expert_share""".split()
-MEASURES = {name: getattr(metrics, name) for name in NAMES}
+MEASURES = {name: getattr(measures, name) for name in NAMES}
 COMPILED = {name: jax.jit(measure) for name, measure in MEASURES.items()}
 KINDS = pytest.mark.parametrize(
     "measured",
@@ -32,7 +32,7 @@ def measured_aux_loss(**options):
 
     def run(logits, mask):
         routing = route(logits, tokens=Tokens(mask=mask), **options)
-        return metrics.aux_loss_value(routing), routing.loads
+        return measures.aux_loss_value(routing), routing.loads
 
     return jax.jit(run)
 
@@ -108,7 +108,7 @@ def test_even_or_no_loads_are_in_balance_by_every_measure(measured, loads):
         np.testing.assert_allclose(measured(name, loads), even.get(name, 0.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("measure", [metrics.bias_range, jax.jit(metrics.bias_range)], ids=["numpy", "jax"])
+@pytest.mark.parametrize("measure", [measures.bias_range, jax.jit(measures.bias_range)], ids=["numpy", "jax"])
 def test_bias_range_is_the_largest_difference_that_selection_sees(measure):
     # 0.5 - (-0.25); adding 10 to all changes nothing; a single expert has none; layers stay apart
     bias = np.asarray([0.5, -0.25, 0.0], np.float32)
@@ -143,8 +143,8 @@ def test_measures_are_float32_from_integers_of_any_width(measured):
 def test_totals_of_an_evaluation_beyond_int32_are_measured_in_int64():
     # 2^33 copies: (6 - 3) / 3 with every load times 2^30
     loads = np.asarray([1, 2, 3, 6], np.int64) * 2**30
-    np.testing.assert_allclose(metrics.max_violation(loads), 1.0, atol=1e-6)
-    np.testing.assert_allclose(metrics.load_entropy(loads), metrics.load_entropy(loads // 2**30), rtol=1e-6)
+    np.testing.assert_allclose(measures.max_violation(loads), 1.0, atol=1e-6)
+    np.testing.assert_allclose(measures.load_entropy(loads), measures.load_entropy(loads // 2**30), rtol=1e-6)
 
 
 def test_measures_do_not_depend_on_the_order_of_experts():
@@ -185,9 +185,9 @@ def test_aux_loss_value_does_not_see_padding():
 LOADS = np.asarray([[4, 4, 4, 4, 9], [8, 8, 0, 0, 9]])  # the fifth column is a zero-computation expert
 
 
-@pytest.mark.parametrize("of_loads", [metrics.of_loads, jax.jit(metrics.of_loads, static_argnums=1)])
+@pytest.mark.parametrize("of_loads", [measures.of_loads, jax.jit(measures.of_loads, static_argnums=1)])
 def test_of_loads_averages_layers_takes_the_worst_and_leaves_out_zero_computation_experts(of_loads):
-    kind = np.int64 if of_loads is metrics.of_loads else np.int32
+    kind = np.int64 if of_loads is measures.of_loads else np.int32
     values = of_loads(LOADS.astype(kind), 4, kind(8))
     expected = dict(
         max_violation=0.5,  # 0 and 1
@@ -203,7 +203,7 @@ def test_of_loads_averages_layers_takes_the_worst_and_leaves_out_zero_computatio
         dead_experts=2,
         starved_experts=0.25,
         max_expert_share=0.5,
-        violation_floor=metrics.violation_floor(8, 2, 4),  # 16 copies of 8 tokens, whatever top_k chose elsewhere
+        violation_floor=measures.violation_floor(8, 2, 4),  # 16 copies of 8 tokens, whatever top_k chose elsewhere
     )
     assert values.keys() == expected.keys()
     for name, value in expected.items():
@@ -211,18 +211,18 @@ def test_of_loads_averages_layers_takes_the_worst_and_leaves_out_zero_computatio
 
 
 def test_without_the_number_of_tokens_there_is_no_floor():
-    assert "violation_floor" not in metrics.of_loads(LOADS, 4)
+    assert "violation_floor" not in measures.of_loads(LOADS, 4)
 
 
 def test_training_and_evaluation_log_the_same_numbers():
     loads = np.random.default_rng(0).integers(0, 50, (3, 8))
-    ours, theirs = metrics.of_loads(loads, 8, 77, 2), jax.jit(metrics.of_loads, static_argnums=1)(loads, 8, 77, 2)
+    ours, theirs = measures.of_loads(loads, 8, 77, 2), jax.jit(measures.of_loads, static_argnums=1)(loads, 8, 77, 2)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
 
 
 def test_no_tokens_give_finite_numbers():
-    values = jax.jit(metrics.of_loads, static_argnums=1)(np.zeros((2, 4), np.int32), 4, 0, 2)
+    values = jax.jit(measures.of_loads, static_argnums=1)(np.zeros((2, 4), np.int32), 4, 0, 2)
     assert all(np.isfinite(v) for v in values.values())
     assert values["violation_floor"] == values["max_violation"] == 0
 
@@ -239,7 +239,7 @@ def simulated_max_violation(tokens, top_k, experts, repeats):
         else:
             ids = np.argsort(draw.random((tokens, experts)), axis=1)[:, :top_k]
             loads = np.bincount(ids.ravel(), minlength=experts)
-        violations.append(metrics.max_violation(loads))
+        violations.append(measures.max_violation(loads))
     return np.mean(violations), np.std(violations) / math.sqrt(repeats)
 
 
@@ -257,43 +257,46 @@ def simulated_max_violation(tokens, top_k, experts, repeats):
 def test_the_floor_is_what_uniform_choice_gives(tokens, top_k, experts, repeats):
     expected, error = simulated_max_violation(tokens, top_k, experts, repeats)
     assert error < 0.01 * expected
-    np.testing.assert_allclose(metrics.violation_floor(tokens, top_k, experts), expected, rtol=0.03)
+    np.testing.assert_allclose(measures.violation_floor(tokens, top_k, experts), expected, rtol=0.03)
 
 
 def test_one_token_overloads_its_expert_by_all_others():
     # one copy, E experts: (1 - 1/E) / (1/E) = E - 1
-    np.testing.assert_allclose(metrics.violation_floor(1, 1, 4), 3.0, rtol=1e-3)
+    np.testing.assert_allclose(measures.violation_floor(1, 1, 4), 3.0, rtol=1e-3)
 
 
 def test_where_every_expert_is_chosen_or_none_the_floor_is_zero():
     assert (
-        metrics.violation_floor(100, 4, 4) == metrics.violation_floor(0, 2, 4) == metrics.violation_floor(9, 1, 1) == 0
+        measures.violation_floor(100, 4, 4)
+        == measures.violation_floor(0, 2, 4)
+        == measures.violation_floor(9, 1, 1)
+        == 0
     )
 
 
 def test_the_floor_falls_with_the_square_root_of_tokens_however_many():
     # float32 must not run out: a quarter of the violation for sixteen times the tokens, to 2^40 of them
     tokens = 2.0 ** np.arange(16, 41, 4)
-    floors = jax.jit(metrics.violation_floor, static_argnums=2)(tokens.astype(np.float32), 2, 64)
+    floors = jax.jit(measures.violation_floor, static_argnums=2)(tokens.astype(np.float32), 2, 64)
     np.testing.assert_allclose(floors[:-1] / floors[1:], 4.0, rtol=0.02)
 
 
 def test_device_violation_is_that_of_consecutive_blocks():
     # blocks (1 + 2, 3 + 6) = (3, 9), mean 6: (9 - 6) / 6; each expert its own device is max_violation
     loads = np.asarray([[1, 2, 3, 6]])
-    np.testing.assert_allclose(metrics.device_violation(loads, 2), [0.5])
-    np.testing.assert_allclose(metrics.device_violation(loads, 4), metrics.max_violation(loads))
+    np.testing.assert_allclose(measures.device_violation(loads, 2), [0.5])
+    np.testing.assert_allclose(measures.device_violation(loads, 4), measures.max_violation(loads))
     with pytest.raises(ValueError, match="num_devices=3 must divide the 4 experts"):
-        metrics.device_violation(loads, 3)
+        measures.device_violation(loads, 3)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_sequence_violations_average_sequences_that_have_tokens(kind):
     # 0 and 1; the third sequence is padding. Pooled, (12, 4) would give 0.5 as well: the second layer tells
     rows = kind([[[4, 4], [8, 0], [0, 0]], [[8, 0], [0, 8], [0, 0]]])
-    np.testing.assert_allclose(metrics.sequence_violations(rows)["max_violation"], [0.5, 1.0], rtol=1e-6)
-    floor = metrics.violation_floor(8, 1, 2)
-    np.testing.assert_allclose(metrics.sequence_floor(rows, 1), [floor, floor], rtol=1e-6)
+    np.testing.assert_allclose(measures.sequence_violations(rows)["max_violation"], [0.5, 1.0], rtol=1e-6)
+    floor = measures.violation_floor(8, 1, 2)
+    np.testing.assert_allclose(measures.sequence_floor(rows, 1), [floor, floor], rtol=1e-6)
 
 
 # --- the bias -------------------------------------------------------------------------------------------------
@@ -302,15 +305,15 @@ def test_sequence_violations_average_sequences_that_have_tokens(kind):
 def test_a_bias_for_each_class_has_a_range_for_each_class():
     # between the classes' biases lies 10, which no token ever compares
     bias = np.asarray([[[0.0, 0.5], [10.0, 10.25]]], np.float32)
-    np.testing.assert_allclose(metrics.bias_range(bias), [[0.5, 0.25]])
-    np.testing.assert_allclose(metrics.bias_mean(bias), [[0.25, 10.125]])
-    np.testing.assert_allclose(metrics.bias_std(bias), [[0.25, 0.125]])
+    np.testing.assert_allclose(measures.bias_range(bias), [[0.5, 0.25]])
+    np.testing.assert_allclose(measures.bias_mean(bias), [[0.25, 10.125]])
+    np.testing.assert_allclose(measures.bias_std(bias), [[0.25, 0.125]])
 
 
 def test_flip_rate_counts_biases_that_turned_round_and_not_those_that_rest():
     before = np.asarray([[1, -1, 1, 0], [1, 1, 1, 1]], np.int8)
     after = np.asarray([[-1, 1, 1, 1], [1, 1, 0, 1]], np.int8)
-    np.testing.assert_allclose(metrics.flip_rate(before, after), [2 / 3, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(measures.flip_rate(before, after), [2 / 3, 0.0], rtol=1e-6)
 
 
 # --- the choices ----------------------------------------------------------------------------------------------
@@ -321,22 +324,22 @@ def test_decisions_changed_is_the_share_that_the_other_does_not_make(kind):
     # order does not matter; 1 of 2 kept, 2 of 2, and the padding's are not counted: 1 - 3 / 4
     ids, other = kind([[0, 1], [2, 3], [0, 1]]), kind([[1, 3], [3, 2], [2, 3]])
     mask = kind([True, True, False])
-    np.testing.assert_allclose(metrics.decisions_changed(ids, other, 4, mask), 0.25)
-    np.testing.assert_allclose(metrics.decisions_changed(ids, other, 4), 0.5)  # 3 of 6
+    np.testing.assert_allclose(measures.decisions_changed(ids, other, 4, mask), 0.25)
+    np.testing.assert_allclose(measures.decisions_changed(ids, other, 4), 0.5)  # 3 of 6
 
 
 def test_empty_slots_are_no_decisions():
     # 4 is empty: the only decision of the first token is kept, of the second none; another number of slots is fine
     ids, other = np.asarray([[4, 1], [3, 4]]), np.asarray([[1, 4, 4], [0, 4, 4]])
-    np.testing.assert_allclose(metrics.decisions_changed(ids, other, 4), 0.5)
-    assert metrics.decisions_changed(np.full((2, 2), 4), ids, 4) == 0.0
+    np.testing.assert_allclose(measures.decisions_changed(ids, other, 4), 0.5)
+    assert measures.decisions_changed(np.full((2, 2), 4), ids, 4) == 0.0
 
 
 def test_saturation_is_the_overlap_over_k_layer_by_layer():
     # layer 0: 2 of 2 and 1 of 2; layer 1: none, and padding
     then = np.asarray([[[0, 1], [2, 3]], [[0, 1], [4, 4]]], np.uint16)
     now = np.asarray([[[1, 0], [0, 3]], [[2, 3], [4, 4]]], np.uint16)
-    np.testing.assert_allclose(metrics.saturation(then, now, 4), [0.75, 0.0])
+    np.testing.assert_allclose(measures.saturation(then, now, 4), [0.75, 0.0])
 
 
 # --- specialisation -------------------------------------------------------------------------------------------
@@ -344,7 +347,7 @@ def test_saturation_is_the_overlap_over_k_layer_by_layer():
 
 def test_the_domain_matrix_is_the_load_over_the_balanced_load():
     # domain 0 has 8 copies, 4 each at balance; domain 1 has 2
-    np.testing.assert_allclose(metrics.domain_matrix(np.asarray([[6, 2], [0, 2]])), [[1.5, 0.0], [0.5, 2.0]])
+    np.testing.assert_allclose(measures.domain_matrix(np.asarray([[6, 2], [0, 2]])), [[1.5, 0.0], [0.5, 2.0]])
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
@@ -359,23 +362,23 @@ def test_the_domain_matrix_is_the_load_over_the_balanced_load():
     ],
 )
 def test_mutual_information_in_bits(kind, loads, bits):
-    np.testing.assert_allclose(metrics.mutual_information(kind(loads)), bits, atol=1e-6)
+    np.testing.assert_allclose(measures.mutual_information(kind(loads)), bits, atol=1e-6)
 
 
-@pytest.mark.parametrize("pairs", [metrics.pair_counts, jax.jit(metrics.pair_counts, static_argnums=1)])
+@pytest.mark.parametrize("pairs", [measures.pair_counts, jax.jit(measures.pair_counts, static_argnums=1)])
 def test_coactivation_is_the_share_of_an_experts_tokens_that_another_has_too(pairs):
     # expert 0 has tokens 0 and 1, both with 1; expert 1 has 3 tokens, 2 with 0 and 1 with 2; 3 is dead; 4 is empty
     counts = np.asarray(pairs(np.asarray([[0, 1], [1, 0], [2, 1], [4, 4]], np.int32), 4))
     np.testing.assert_array_equal(counts, [[2, 2, 0, 0], [2, 3, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
     expected = [[1, 1, 0, 0], [2 / 3, 1, 1 / 3, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_allclose(metrics.coactivation(counts), expected, rtol=1e-6)
+    np.testing.assert_allclose(measures.coactivation(counts), expected, rtol=1e-6)
 
 
 def test_counts_of_pairs_add_up_over_batches_and_stay_apart_by_layer():
     ids = np.asarray(list(itertools.permutations(range(3), 2)))[None].repeat(2, 0)
-    whole = metrics.pair_counts(ids, 3)
+    whole = measures.pair_counts(ids, 3)
     assert whole.shape == (2, 3, 3)
-    np.testing.assert_array_equal(whole, metrics.pair_counts(ids[:, :2], 3) + metrics.pair_counts(ids[:, 2:], 3))
+    np.testing.assert_array_equal(whole, measures.pair_counts(ids[:, :2], 3) + measures.pair_counts(ids[:, 2:], 3))
 
 
 # --- interference ---------------------------------------------------------------------------------------------
@@ -389,19 +392,19 @@ A, B = (
 
 def test_cosine_and_ratio_of_two_gradients():
     # product 4 x 8 = 32, norms 5 and 10
-    np.testing.assert_allclose(metrics.cosine(A, B), 32 / 50, rtol=1e-6)
-    np.testing.assert_allclose(metrics.norm_ratio(A, B), 0.5, rtol=1e-6)
-    np.testing.assert_allclose(metrics.cosine(A["x"], -A["x"]), -1.0, rtol=1e-6)
+    np.testing.assert_allclose(measures.cosine(A, B), 32 / 50, rtol=1e-6)
+    np.testing.assert_allclose(measures.norm_ratio(A, B), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(measures.cosine(A["x"], -A["x"]), -1.0, rtol=1e-6)
 
 
 def test_gradients_whose_squares_underflow_are_not_nothing():
     tiny = jax.tree.map(lambda x: 1e-30 * x, A)
-    np.testing.assert_allclose(metrics.cosine(tiny, B), 32 / 50, rtol=1e-5)
-    np.testing.assert_allclose(metrics.norm_ratio(tiny, B), 0.5e-30, rtol=1e-5)
+    np.testing.assert_allclose(measures.cosine(tiny, B), 32 / 50, rtol=1e-5)
+    np.testing.assert_allclose(measures.norm_ratio(tiny, B), 0.5e-30, rtol=1e-5)
 
 
 def test_without_a_balancing_gradient_there_is_no_angle_and_the_ratio_is_zero():
     nothing = jax.tree.map(jnp.zeros_like, A)
-    assert np.isnan(metrics.cosine(nothing, A)) and np.isnan(metrics.cosine(A, nothing))
-    assert metrics.norm_ratio(nothing, A) == metrics.norm_ratio(nothing, nothing) == 0.0
-    assert np.isinf(metrics.norm_ratio(A, nothing))
+    assert np.isnan(measures.cosine(nothing, A)) and np.isnan(measures.cosine(A, nothing))
+    assert measures.norm_ratio(nothing, A) == measures.norm_ratio(nothing, nothing) == 0.0
+    assert np.isinf(measures.norm_ratio(A, nothing))

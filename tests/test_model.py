@@ -12,10 +12,10 @@ from flax import nnx
 from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
 from moe_jax.config import as_dict, num_moe_layers, validate
-from moe_jax.dispatch import capacity_of
-from moe_jax.layers import Attention, RMSNorm, SwiGLU, normal, rope
-from moe_jax.model import Inputs, Run, Transformer, layout
-from moe_jax.moe import Balancing, MoE
+from moe_jax.dispatch.apply import capacity_of
+from moe_jax.model.layers import Attention, RMSNorm, SwiGLU, normal, rope
+from moe_jax.model.moe import Balancing, MoE
+from moe_jax.model.transformer import Inputs, Run, Transformer, layout
 from moe_jax.routing import Tokens
 
 SMALL = dict(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffw_dim=12, expert_ffw_dim=6, vocab_size=257)

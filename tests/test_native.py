@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import dispatch, native
 from moe_jax.config import MeshConfig
-from moe_jax.dispatch import IN_XLA, ExpertWeights, in_native
+from moe_jax.dispatch import apply
+from moe_jax.dispatch.apply import IN_XLA, ExpertWeights, in_native
+from moe_jax.kernels import native
 from moe_jax.mesh import make_mesh
 
 
@@ -119,8 +120,8 @@ def test_the_dispatch_says_what_it_multiplied(compiler):
     # 3 copies: in C++ no row is padding, in XLA tiles are 128 rows
     ids = jnp.array([[0], [1], [1]])
     weights = ExpertWeights(*(jnp.ones((2, 4, 4)) for _ in range(3)))
-    for kernel, rows in ((dispatch.NATIVE, 3), (dispatch.IN_XLA, 256)):
-        _, traffic = dispatch._local(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), weights, kernel=kernel)
+    for kernel, rows in ((apply.NATIVE, 3), (apply.IN_XLA, 256)):
+        _, traffic = apply._local(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), weights, kernel=kernel)
         assert int(traffic.rows[0]) == rows
 
 
@@ -130,7 +131,7 @@ def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
     weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((8, 12), (8, 12), (12, 8))))
 
     def value_and_gradients(kernel):
-        run = jax.value_and_grad(lambda x, w: (dispatch.dense_swiglu(x, w, cpu_kernel=kernel) ** 2).sum(), (0, 1))
+        run = jax.value_and_grad(lambda x, w: (apply.dense_swiglu(x, w, cpu_kernel=kernel) ** 2).sum(), (0, 1))
         return jax.tree.leaves(jax.jit(run)(x, weights))
 
     for ours, theirs in zip(value_and_gradients("native"), value_and_gradients("xla"), strict=True):
@@ -139,7 +140,7 @@ def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
 
 def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert dispatch.told("auto", mesh, "float32") == "experts multiply in C++"
-    assert dispatch.told("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
+    assert apply.told("auto", mesh, "float32") == "experts multiply in C++"
+    assert apply.told("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
     monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
-    assert dispatch.told("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"
+    assert apply.told("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"

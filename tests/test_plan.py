@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moe_jax import plan
-from moe_jax.chips import CHIPS, Place, Topology, exchange_seconds, parse_topology
-from moe_jax.hlo import Collective
+from moe_jax.planning.hlo import Collective
+from moe_jax.runtime.chips import CHIPS, Place, Topology, exchange_seconds, parse_topology
 
 V5E, V5P = CHIPS["v5e"], CHIPS["v5p"]
 SMALL = ["--config.model.num_layers=2", "--config.sequence_length=32", "--config.batch_size=8"]

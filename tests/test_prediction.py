@@ -11,12 +11,12 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax import balance
+from moe_jax.analysis.interference import measure
 from moe_jax.data.batches import Batch
-from moe_jax.measure import measure
-from moe_jax.model import Inputs, ahead_of
-from moe_jax.moe import Balancing
-from moe_jax.state import init_state, read_bias, step_key
-from moe_jax.step import accumulate, ahead_targets, make_train_step, prediction_weight, summed_forward
+from moe_jax.model.moe import Balancing
+from moe_jax.model.transformer import Inputs, ahead_of
+from moe_jax.training.state import init_state, read_bias, step_key
+from moe_jax.training.step import accumulate, ahead_targets, make_train_step, prediction_weight, summed_forward
 
 # two documents, of 4 and 3 tokens, and one place of padding; a document's last token predicts the separator (9)
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])

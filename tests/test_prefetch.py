@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from conftest import HANG_SECONDS
-from moe_jax.prefetch import prefetched
+from moe_jax.runtime.prefetch import prefetched
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 3), (0, 1), (2, 9)])

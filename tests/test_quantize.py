@@ -13,15 +13,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conftest import tiny_config
-from moe_jax import dispatch, quantize
 from moe_jax.config import MeshConfig, default, validate
 from moe_jax.data.batches import Batch
-from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.dispatch import apply
+from moe_jax.dispatch.apply import ExpertWeights, apply_experts
+from moe_jax.kernels import quantize
+from moe_jax.kernels.quantize import quantized_matmul
 from moe_jax.mesh import batch_sharding, make_mesh
-from moe_jax.quantize import quantized_matmul
 from moe_jax.routing import count, route
-from moe_jax.state import init_state, step_key
-from moe_jax.step import make_train_step
+from moe_jax.training.state import init_state, step_key
+from moe_jax.training.step import make_train_step
 
 ROWS, EXPERTS, IN, OUT = 150, 4, 24, 16
 SIZES = np.asarray([130, 0, 9, 4], np.int32)  # more than a tile, none, a few; the last 7 rows are nobody's
@@ -246,7 +247,7 @@ def test_where_qwix_is_missing_a_sentence_says_so(monkeypatch):
 
 def test_a_run_says_in_what_its_experts_multiply():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert dispatch.told("auto", mesh, "float32", "int8") == "experts multiply in int8, quantized by qwix, in XLA"
+    assert apply.told("auto", mesh, "float32", "int8") == "experts multiply in int8, quantized by qwix, in XLA"
 
 
 @pytest.mark.parametrize(

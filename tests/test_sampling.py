@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.sampling import Sampling, kept, next_tokens
+from moe_jax.text.sampling import Sampling, kept, next_tokens
 
 # shares 0.5, 0.25, 0.125, 0.125, in another order
 LOGITS = jnp.log(jnp.array([[0.125, 0.5, 0.125, 0.25]], jnp.float32))

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax import balance
+from moe_jax.balance.measures import max_violation
 from moe_jax.balance.selectors import balanced_table, cutoffs, leak_bits, rank_in_group
 from moe_jax.config import ModelConfig
-from moe_jax.metrics import max_violation
 from moe_jax.routing import Routing, Rows, Tokens, count, route
 
 KEY = jax.random.key(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from moe_jax.shards import INDEX, SINGLE, Plan, open_folder, read, read_json, write_folder
+from moe_jax.huggingface.shards import INDEX, SINGLE, Plan, open_folder, read, read_json, write_folder
 
 VALUES = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.show import INK, NOBODY, Traced, as_html, letters, on_terminal, palette, shares, top_experts
+from moe_jax.text.colours import INK, NOBODY, Traced, as_html, letters, on_terminal, palette, shares, top_experts
 
 EXPERTS = 3
 # two layers, three tokens, two slots; the last token has no expert in layer 1, the second one slot only
@@ -79,7 +79,7 @@ def test_colors_of_few_experts_are_far_apart():
 
 def test_a_color_is_that_of_the_formula():
     # white has lightness 1 and no chroma; the red of sRGB is oklch(0.628 0.2577 29.23)
-    from moe_jax.show import oklch
+    from moe_jax.text.colours import oklch
 
     assert oklch(1.0, 0.0, 0.0) == "#ffffff"
     assert oklch(0.62796, 0.25768, 29.234) == "#ff0000"

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import simulate, streams
+from moe_jax import simulate
 from moe_jax.config import balance_entries
-from moe_jax.options import BALANCE_METHODS
+from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.simulate import Settings, Summary, Trace
+from moe_jax.simulator import streams
 
 TINY = Settings(experts=8, top_k=2, tokens=256, steps=200, skew=1.0)
 EXPERTS = 8

@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config
-from moe_jax import metrics
+from moe_jax.analysis.specialisation import (
+    Survey,
+    as_json,
+    draw,
+    make_choices_step,
+    saturation,
+    store_ids,
+    stored_steps,
+)
+from moe_jax.balance import measures
 from moe_jax.data import evaluation_batches, open_corpus
-from moe_jax.specialisation import Survey, as_json, draw, make_choices_step, saturation, store_ids, stored_steps
-from moe_jax.state import init_state
+from moe_jax.training.state import init_state
 
 LOADS = np.asarray([[[6, 2]], [[0, 2]]])  # two domains, one layer, two experts
 PAIRS = np.asarray([[[6, 3], [3, 4]]])
@@ -19,7 +27,7 @@ def test_a_survey_is_written_with_layers_first():
     assert written["domains"] == ["prose", "code"]
     assert written["relative_load"] == [[[1.5, 0.0], [0.5, 2.0]]]
     assert written["coactivation"] == [[[1.0, 0.5], [0.75, 1.0]]]
-    assert written["domain_information"] == [float(metrics.mutual_information(LOADS[:, 0]))]
+    assert written["domain_information"] == [float(measures.mutual_information(LOADS[:, 0]))]
 
 
 def test_the_heat_map_has_domains_down_and_experts_across():

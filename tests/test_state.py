@@ -8,7 +8,7 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax.config import OptimizerConfig, num_moe_layers
-from moe_jax.state import (
+from moe_jax.training.state import (
     abstract_model,
     abstract_state,
     decay_mask,

@@ -10,9 +10,9 @@ import pytest
 from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.data.batches import Batch
-from moe_jax.moe import Balancing
-from moe_jax.state import abstract_model, abstract_state, init_state, read_bias, step_key, write_bias
-from moe_jax.step import accumulate, balance_update, forward, make_eval_step, make_train_step, split_batch
+from moe_jax.model.moe import Balancing
+from moe_jax.training.state import abstract_model, abstract_state, init_state, read_bias, step_key, write_bias
+from moe_jax.training.step import accumulate, balance_update, forward, make_eval_step, make_train_step, split_batch
 
 METHODS = {
     "bias": dict(bias_sign=dict(rate=0.01)),

@@ -9,9 +9,9 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax import balance
+from moe_jax.analysis.knockout import variants, without_best, without_shared
 from moe_jax.routing import route
-from moe_jax.state import init_state
-from moe_jax.surgery import variants, without_best, without_shared
+from moe_jax.training.state import init_state
 
 SCORES = np.asarray([[0.9, 0.8, 0.3, 0.1], [0.2, 0.4, 0.6, 0.7]], np.float32)
 LOGITS = np.log(SCORES / (1 - SCORES))  # of the sigmoid

@@ -16,17 +16,18 @@ import pytest
 import vocabularies
 from drills import rig
 
-from moe_jax import data, step
-from moe_jax.checkpoint import committed, restore, state_hash
+from moe_jax import data
 from moe_jax.data import ByteTokenizer, get_tokenizer, open_corpus, prepare, token_frequencies, training_batches
-from moe_jax.flops import train_flops
-from moe_jax.log import Display, read_jsonl
 from moe_jax.mesh import make_mesh
-from moe_jax.signals import ENDING
-from moe_jax.state import abstract_state, init_state, step_key
-from moe_jax.step import make_train_step
+from moe_jax.model.cost import train_flops
+from moe_jax.runtime.checkpoint import committed, restore, state_hash
+from moe_jax.runtime.log import Display, read_jsonl
+from moe_jax.runtime.signals import ENDING
+from moe_jax.runtime.workdir import versions
 from moe_jax.train import carry_tokenizer, changes_of_model, run, weights_of, with_hash_tables
-from moe_jax.workdir import versions
+from moe_jax.training import step
+from moe_jax.training.state import abstract_state, init_state, step_key
+from moe_jax.training.step import make_train_step
 
 CONFIG = rig.drill_config()
 

@@ -11,8 +11,8 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
-from moe_jax import distributed
-from moe_jax.watchdog import Awake, Watchdog
+from moe_jax.runtime import processes
+from moe_jax.runtime.watchdog import Awake, Watchdog
 
 TIMEOUT = 10.0
 
@@ -44,7 +44,7 @@ def clock():
 
 @pytest.fixture
 def watchdog(clock, monkeypatch):
-    monkeypatch.setattr(distributed, "end", lambda message: None)  # its own thread sees the same clock
+    monkeypatch.setattr(processes, "end", lambda message: None)  # its own thread sees the same clock
     with closing(Watchdog(TIMEOUT, clock)) as watchdog:
         yield watchdog
 
@@ -79,7 +79,7 @@ def test_the_process_ends_with_a_sentence(monkeypatch):
         event.message = message
         event.set()
 
-    monkeypatch.setattr(distributed, "end", end)
+    monkeypatch.setattr(processes, "end", end)
     watchdog = Watchdog(0.2)
     begin(watchdog, "step", 0, True)
     begin(watchdog, "step", 1, False)

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import ModelConfig, default, validate
-from moe_jax.shards import Plan, digest, open_folder, write_folder
+from moe_jax.config.command import fail, parse_flags
+from moe_jax.huggingface.shards import Plan, digest, open_folder, write_folder
 
 GIGABYTE = 10**9
 SIZES = ("embed_dim", "expert_ffw_dim", "num_experts", "vocab_size")
@@ -47,8 +47,8 @@ def write_model(folder: Path, config: ModelConfig) -> dict[str, int]:
     """config.json and the tensors, one after the other; how many bytes in all, and in the largest."""
     import ml_dtypes
 
-    from moe_jax.families import choose, to_hf
-    from moe_jax.tensors import tensors
+    from moe_jax.huggingface.families import choose, to_hf
+    from moe_jax.huggingface.tensors import tensors
 
     family = choose(config)
     folder.mkdir(parents=True)

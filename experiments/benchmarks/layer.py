@@ -25,7 +25,7 @@ from absl import app, flags
 
 from experiments.benchmarks import layer_peers, peers, problem, timing
 from experiments.benchmarks.problem import Contestant, DType, Problem, Shape, Skew
-from moe_jax.command import fail, parse_flags
+from moe_jax.config.command import fail, parse_flags
 
 SHAPES = {
     "a": Shape(4096, 512, 64, 256, 6),
@@ -51,7 +51,7 @@ def _module(shape: Shape, numbers: Problem, dtype: DType, score: Score) -> tuple
     from flax import nnx
 
     from moe_jax.config import ModelConfig
-    from moe_jax.moe import MoE
+    from moe_jax.model.moe import MoE
 
     d, e, h, k = shape[1:]
     config = ModelConfig(
@@ -71,7 +71,7 @@ def _forward_and_backward() -> Callable[..., tuple]:
     from flax import nnx
 
     from moe_jax import balance
-    from moe_jax.moe import Balancing
+    from moe_jax.model.moe import Balancing
     from moe_jax.routing import Tokens
 
     balancing = Balancing(balance.make({}), {})

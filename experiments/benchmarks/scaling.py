@@ -24,8 +24,8 @@ from absl import app, flags
 from experiments.benchmarks import layer, problem, timing
 from experiments.benchmarks.problem import Shape
 from experiments.benchmarks.step import DEEPSEEK, config_like, random_batch
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, validate
+from moe_jax.config.command import fail, parse_flags
 
 SKEWS: tuple[problem.Skew, ...] = ("uniform", "zipf", "collapsed")
 MODEL = dict(num_layers=4, embed_dim=128, num_heads=4, num_experts=16, top_k=2, expert_ffw_dim=128, vocab_size=1024)
@@ -77,8 +77,8 @@ def depth(layers: list[int], rounds: int) -> dict[str, Any]:
 def _compile(config: Config) -> None:
     import jax
 
-    from moe_jax.state import abstract_state
-    from moe_jax.step import abstract_batch, make_train_step
+    from moe_jax.training.state import abstract_state
+    from moe_jax.training.step import abstract_batch, make_train_step
 
     jax.clear_caches()  # the last round's trace
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -103,7 +103,7 @@ def print_devices(counts: list[int], rounds: int) -> None:
 
 def devices_here(counts: list[int], rounds: int) -> dict[str, Any]:
     """The same batch on more and more of this process's devices."""
-    from moe_jax import hlo
+    from moe_jax.planning import hlo
 
     steps, sent = {}, {}
     for count in counts:
@@ -118,8 +118,8 @@ def _sharded_step(count: int) -> tuple[Any, Callable[[], Any]]:
 
     from moe_jax.config import as_dict
     from moe_jax.mesh import batch_sharding, make_mesh
-    from moe_jax.state import init_state, step_key
-    from moe_jax.step import make_train_step
+    from moe_jax.training.state import init_state, step_key
+    from moe_jax.training.step import make_train_step
 
     mesh_config = dict(replica=1, data=1, expert=count, tensor=1)
     config = validate(as_dict(config_like(DEEPSEEK, MODEL, BATCH)) | {"mesh": mesh_config})

@@ -21,7 +21,7 @@ from absl import app, flags
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.step import DEEPSEEK, config_like, define_size_flags, sizes_of_flags
-from moe_jax.command import fail, parse_flags
+from moe_jax.config.command import fail, parse_flags
 
 PARTS = ("import", "init", "first_step", "second_step", "total")
 
@@ -33,8 +33,8 @@ def run(sizes: dict[str, int], batch: dict[str, int]) -> None:
 
     from experiments.benchmarks.step import random_batch
     from moe_jax.data.batches import Batch
-    from moe_jax.state import init_state, step_key
-    from moe_jax.step import make_train_step
+    from moe_jax.training.state import init_state, step_key
+    from moe_jax.training.step import make_train_step
 
     config = config_like(DEEPSEEK, sizes, batch)
     data: Batch = jax.device_put(random_batch(config))

@@ -28,8 +28,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import peers, step_peers, timing
-from moe_jax.command import fail, parse_flags
 from moe_jax.config import Config, default, validate
+from moe_jax.config.command import fail, parse_flags
 
 SIZES = dict(
     num_layers=8, embed_dim=256, num_heads=8, num_experts=16, top_k=2, expert_ffw_dim=256, vocab_size=8192
@@ -95,8 +95,8 @@ def trainer(config: Config) -> Trainer:
     """Our train step as a user runs it: jitted, the state donated."""
     import jax
 
-    from moe_jax.state import init_state, step_key
-    from moe_jax.step import make_train_step
+    from moe_jax.training.state import init_state, step_key
+    from moe_jax.training.step import make_train_step
 
     state, key = init_state(config), step_key(config)
     batch = jax.device_put(random_batch(config))
@@ -243,7 +243,7 @@ def _attention(config: Config) -> Callable[[], Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from moe_jax.layers import Attention
+    from moe_jax.model.layers import Attention
 
     data = random_batch(config)
     graph, params, rest = _module(functools.partial(Attention, config.model))
@@ -256,7 +256,7 @@ def _moe(config: Config) -> Callable[[], Any]:
     from flax import nnx
 
     from moe_jax import balance
-    from moe_jax.moe import Balancing, MoE
+    from moe_jax.model.moe import Balancing, MoE
     from moe_jax.routing import Tokens
 
     graph, params, rest = _module(functools.partial(MoE, config.model))
@@ -282,7 +282,7 @@ def _optimizer(config: Config) -> Callable[[], Any]:
     import jax
     import optax
 
-    from moe_jax.state import abstract_model, init_state, make_optimizer
+    from moe_jax.training.state import abstract_model, init_state, make_optimizer
 
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
     state = init_state(config)

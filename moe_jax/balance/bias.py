@@ -16,7 +16,7 @@ from moe_jax.balance.base import register
 from moe_jax.balance.method import Method
 from moe_jax.balance.wrappers import factor_at
 from moe_jax.config import ModelConfig
-from moe_jax.options import (
+from moe_jax.config.balance import (
     BiasMultiplicative,
     BiasOptions,
     BiasPi,

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float32, Int32, Shaped
 from moe_jax.balance.base import register
 from moe_jax.balance.method import Method
 from moe_jax.config import ModelConfig
-from moe_jax.options import AuxLoss, ImportanceLoss, LoadLoss, OrthogonalLoss, SimilarityLoss, TargetViolation, ZLoss
+from moe_jax.config.balance import (
+    AuxLoss,
+    ImportanceLoss,
+    LoadLoss,
+    OrthogonalLoss,
+    SimilarityLoss,
+    TargetViolation,
+    ZLoss,
+)
 from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normalized_scores
 
 

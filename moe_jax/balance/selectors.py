@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from moe_jax.balance.base import register
 from moe_jax.balance.method import Method
 from moe_jax.config import ModelConfig
-from moe_jax.options import Bip, DeviceCapacity, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
+from moe_jax.config.balance import Bip, DeviceCapacity, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
 from moe_jax.routing import Routing, Tokens, best, count
 
 

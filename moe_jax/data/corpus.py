@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
-from moe_jax.files import path_of, sha256_of, write_json, write_whole
+from moe_jax.runtime.files import path_of, sha256_of, write_json, write_whole
 
 SPLITS = ("train", "validation")
 PARTS = ("tokens", "offsets")

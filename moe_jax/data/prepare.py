@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.command import fail, print_any_name
+from moe_jax.config.command import fail, print_any_name
 from moe_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -52,7 +52,7 @@ from moe_jax.data.corpus import (
     tokenize_documents,
 )
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
-from moe_jax.files import lock, path_of, write_whole
+from moe_jax.runtime.files import lock, path_of, write_whole
 
 INCLUDE = "*.txt,*.md,*.jsonl"
 MAX_PROBLEMS = 20

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moe_jax.files import path_of
+from moe_jax.runtime.files import path_of
 
 
 class Tokenizer(Protocol):

@@ -45,7 +45,7 @@ def main() -> None:
 
 def watch_steps(poison_from: int) -> list:
     """Remember every train step that is made, and spoil the parameters from a step on."""
-    from moe_jax import step
+    from moe_jax.training import step
 
     made, original = [], step.make_train_step
 
@@ -66,13 +66,13 @@ def watch_steps(poison_from: int) -> list:
 
 
 def pace(seconds: float) -> None:
-    from moe_jax.log import Display
+    from moe_jax.runtime.log import Display
 
     Display.step = lambda self, done: time.sleep(seconds)
 
 
 def linger(seconds: float) -> None:
-    from moe_jax import step
+    from moe_jax.training import step
 
     original = step.make_eval_step
 
@@ -90,7 +90,7 @@ def linger(seconds: float) -> None:
 
 
 def disturb_manifest(die_in: int, seconds: float) -> None:
-    from moe_jax import checkpoint
+    from moe_jax.runtime import checkpoint
 
     calls, original = [], checkpoint.write_manifest
 
@@ -105,7 +105,7 @@ def disturb_manifest(die_in: int, seconds: float) -> None:
 
 
 def fill_disk(step: int) -> None:
-    from moe_jax import checkpoint
+    from moe_jax.runtime import checkpoint
 
     original = checkpoint.Checkpointer.save
 

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.config import default, validate
-from moe_jax.families import from_hf
-from moe_jax.shards import Plan, write_folder
-from moe_jax.tensors import copies, tensors
+from moe_jax.huggingface.families import from_hf
+from moe_jax.huggingface.shards import Plan, write_folder
+from moe_jax.huggingface.tensors import copies, tensors
 
 BASE = dict(vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 BASE |= dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, rms_norm_eps=1e-5)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from conftest import HANG_SECONDS, tiny_config
-from moe_jax import checkpoint
 from moe_jax.config import Config, as_dict
-from moe_jax.log import read_jsonl
-from moe_jax.state import TrainState, abstract_state
+from moe_jax.runtime import checkpoint
+from moe_jax.runtime.log import read_jsonl
+from moe_jax.training.state import TrainState, abstract_state
 
 REPO = Path(__file__).parent.parent.parent
 DRIVER = Path(__file__).parent / "driver.py"

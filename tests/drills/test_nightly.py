@@ -7,9 +7,9 @@ import shutil
 import pytest
 from drills import rig
 
-from moe_jax import checkpoint
-from moe_jax.state import abstract_state
+from moe_jax.runtime import checkpoint
 from moe_jax.train import run
+from moe_jax.training.state import abstract_state
 
 pytestmark = pytest.mark.slow
 

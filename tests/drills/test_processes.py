@@ -13,7 +13,7 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
-from moe_jax.checkpoint import check, committed
+from moe_jax.runtime.checkpoint import check, committed
 from moe_jax.train import run
 
 CONFIG = rig.drill_config()

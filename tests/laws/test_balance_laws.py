@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from moe_jax import balance
+from moe_jax.balance.measures import max_violation
 from moe_jax.config import balance_entries
-from moe_jax.metrics import max_violation
-from moe_jax.options import BALANCE_METHODS, BIAS_METHODS, WITHOUT_TOP_K, BiasOptions, LossOptions
+from moe_jax.config.balance import BALANCE_METHODS, BIAS_METHODS, WITHOUT_TOP_K, BiasOptions, LossOptions
 from moe_jax.routing import Routing, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4

@@ -11,14 +11,15 @@ import pytest
 from configs.balance_cost import get_config
 from conftest import tiny_config
 from experiments.cost import costs
-from moe_jax import grouped, hlo
 from moe_jax.config import resolve, validate
-from moe_jax.dispatch import ExpertWeights, apply_experts
-from moe_jax.grouped import rows_multiplied
+from moe_jax.dispatch.apply import ExpertWeights, apply_experts
+from moe_jax.kernels import grouped
+from moe_jax.kernels.grouped import rows_multiplied
 from moe_jax.mesh import AXES, make_mesh
+from moe_jax.planning import hlo
 from moe_jax.routing import Routing, route
-from moe_jax.state import abstract_state, step_key
-from moe_jax.step import abstract_batch, make_train_step
+from moe_jax.training.state import abstract_state, step_key
+from moe_jax.training.step import abstract_batch, make_train_step
 
 # Token counts that no weight has as a dimension: 16 sequences of 60, 2 of them and 120 tokens a device
 ROWS, SEQ, SLOTS, EMBED, EXPERTS, DEVICES = 16, 60, 2, 256, 8, 8

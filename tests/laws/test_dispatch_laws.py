@@ -10,9 +10,10 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import dispatch, native
 from moe_jax.config import MeshConfig
-from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.dispatch import apply
+from moe_jax.dispatch.apply import ExpertWeights, apply_experts
+from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.routing import Routing, count, route
 
@@ -196,7 +197,7 @@ def test_capacity_drops_the_same_copies_on_any_mesh():
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-PADDED = dispatch._padded
+PADDED = apply._padded
 
 
 def temporary_bytes(monkeypatch, possible_rounds) -> int:
@@ -207,7 +208,7 @@ def temporary_bytes(monkeypatch, possible_rounds) -> int:
         assert possible == 7  # 512 copies at 80 a round
         return possible_rounds, needed, make
 
-    monkeypatch.setattr(dispatch, "_padded", padded)
+    monkeypatch.setattr(apply, "_padded", padded)
     mesh = mesh_of((1, 1, 8, 1))
     tokens, embed, ffw = 2048, 64, 64
     rows, experts = batch_sharding(mesh), NamedSharding(mesh, P("expert"))

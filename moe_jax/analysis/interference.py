@@ -1,0 +1,200 @@
+"""What balancing does inside a step: how its gradient stands to the language model's, and what the bias decides.
+
+Measured on the first micro-batch of a step, before it, and apart from it: the train step is the same program
+whether or not anything is measured. L MoE layers, T tokens, S slots, E experts, D embed.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int32
+
+from moe_jax import balance
+from moe_jax.balance import measures
+from moe_jax.config import Config, num_moe_layers
+from moe_jax.config.balance import BIAS_METHODS
+from moe_jax.data.batches import Batch
+from moe_jax.mesh import BATCH, constrain, replicated
+from moe_jax.model.moe import Balancing, Details
+from moe_jax.training.state import TrainState, Tree
+from moe_jax.training.step import (
+    at_least_one,
+    forward,
+    language_nats,
+    split_batch,
+    summed_forward,
+    without_what_no_step_reads,
+)
+
+Measure = Any  # (TrainState, Batch, key) -> {name: [L]}, by what is jitted
+
+
+def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
+    """(state, batch, key) -> what `measure` gives, jitted, whole on every device; the state is left alone."""
+    run = _jitted(measure, without_what_no_step_reads(config), mesh)
+
+    def measured(state: TrainState, batch: Batch, key: Array) -> dict[str, Array]:
+        with jax.debug_nans(False):  # here NaN is an answer: there is no angle to a gradient of 0
+            return run(state, batch, key)
+
+    return measured
+
+
+def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
+    """(state, batch, key) -> `Scores` of the step's first micro-batch, jitted, whole on every device."""
+    return _jitted(record, without_what_no_step_reads(config), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(function: Any, config: Config, mesh: Mesh | None) -> Measure:
+    places = None if mesh is None else replicated(mesh)
+    return jax.jit(functools.partial(function, config, mesh=mesh), out_shardings=places)
+
+
+def measure(
+    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
+) -> dict[str, Float[Array, "*layers"]]:
+    """Numbers of every MoE layer, float32 [L]; those of violations over the layers, float32 [].
+
+    Args:
+        state, batch, key: what the train step is about to be given.
+
+    Returns:
+        interference/router_ratio: norm of the balancing losses' gradient over that of the language model's, at the
+            router weight; 0 for methods without a loss. interference/router_cosine: of the angle between the two,
+            NaN where one is 0. interference/input_ratio, input_cosine: the same at the layer's input.
+            interference/z_...: the same for z-losses, which do not balance and are not in the former. Losses of
+            scope global read the counts of this micro-batch alone.
+        moe/microbatch_max_violation, moe/sequence_max_violation: MaxVio of the micro-batch's loads, the tokens that
+            compute together, and the mean of that of its sequences; min_, mean_, _worst and _violation_floor as of
+            a step. moe/bias_changed: share of the choices that the bias changes, where there is one. moe/churn:
+            share that the update from this micro-batch alone would change, where the bias alone selects.
+
+    Source: LongCat-Flash (arXiv 2509.01322) watches the ratio of the gradients; here both are pulled back through
+    one linearisation.
+    """
+    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    gradients, details = _gradients(config, state, micro, key, mesh)
+    values = {}
+    for name, of in {"": gradients.balance, "z_": gradients.z}.items():
+        for place in Places._fields:
+            ours, theirs = getattr(of, place), getattr(gradients.language, place)
+            values[f"interference/{name}{place}_ratio"] = jax.vmap(measures.norm_ratio)(ours, theirs)
+            values[f"interference/{name}{place}_cosine"] = jax.vmap(measures.cosine)(ours, theirs)
+    return values | _choices(config, details)
+
+
+class Places(NamedTuple):
+    """Gradients of one loss in every layer: at the router weight [L, D, E] and the layer's input [L, B, S, D]."""
+
+    router: Array
+    input: Array
+
+
+class Gradients(NamedTuple):
+    """Of the cross-entropy, of the losses that balance, and of z-losses."""
+
+    language: Places
+    balance: Places
+    z: Places
+
+
+def _gradients(
+    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None
+) -> tuple[Gradients, Details]:
+    """One forward pass, linearised once, and pulled back from each of the three losses."""
+    balancer = balance.make(config.balance, config.model)
+    z_labels = {e.label for e in config.balance if e.method == "z_loss"}
+    num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
+    router = jnp.concatenate([leaf for _, leaf in routers(state.params)])
+
+    def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
+        params, steps = with_routers(state.params, router), jnp.full(router.shape[0], state.step)
+        balancing = Balancing(balancer, state.balance, offset=offset, step=steps)
+        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
+        assert report is not None  # only models with experts are measured
+        apart = {True: jnp.float32(0.0), False: jnp.float32(0.0)}
+        for label, value in report.losses.items():
+            apart[label in z_labels] += value.sum()
+        language = language_nats(config, state.step, nats, ahead) / num_tokens
+        return (language, apart[False], apart[True]), report.details
+
+    shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
+    offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, P(None, BATCH))
+    _, pull, details = jax.vjp(losses, router, offset, has_aux=True)
+    return Gradients(*(Places(*pull(tuple(map(jnp.float32, unit)))) for unit in jnp.eye(3, dtype=jnp.float32))), details
+
+
+def _choices(config: Config, details: Details) -> dict[str, Array]:
+    """How the micro-batch chose."""
+    routing, real = details.routing, config.model.num_experts
+    loads, row_loads = routing.loads[:, :real], details.row_loads[..., :real]
+    num_choices, mask = routing.loads.shape[-1], routing.tokens.mask
+    changed = jax.vmap(functools.partial(measures.decisions_changed, num_experts=num_choices))
+    assert mask is not None
+    tokens = at_least_one(mask.sum(-1, dtype=jnp.int32))
+    copies = loads.sum(-1, dtype=jnp.int32).astype(jnp.float32) / tokens
+    floors = {
+        "microbatch": measures.violation_floor(tokens, copies, real),
+        "sequence": measures.sequence_floor(row_loads, copies[:, None]),
+    }
+    scopes = {"microbatch": measures.violations(loads), "sequence": measures.sequence_violations(row_loads)}
+    values = {}
+    if any(e.method in BIAS_METHODS for e in config.balance):
+        values["moe/bias_changed"] = changed(routing.expert_ids, details.unbiased_ids, mask=mask)
+    for scope, measured in scopes.items():
+        values |= {f"moe/{scope}_{name}": value for name, value in measures.over_layers(measured).items()}
+        values[f"moe/{scope}_violation_floor"] = floors[scope].mean()
+    if balance.make(config.balance, config.model).select is None:
+        values["moe/churn"] = changed(routing.expert_ids, details.next_ids, mask=mask)
+    return values
+
+
+class Scores(NamedTuple):
+    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids.
+
+    Layers of multi-token prediction, which see other tokens, are not in it.
+    """
+
+    logits: Float[Array, "layers tokens experts"]
+    mask: Bool[Array, "tokens"]
+    ids: Int32[Array, "tokens"]
+
+
+def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
+    """The router logits of the step's first micro-batch, as the train step is about to see them."""
+    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    balancing = Balancing(balance.make(config.balance, config.model), state.balance)
+    report = forward(config, state.params, state.bias, balancing, micro, key, mesh=mesh)[1]
+    assert report is not None  # only models with experts are recorded
+    tokens = report.details.routing.tokens
+    assert tokens.mask is not None and tokens.ids is not None
+    logits = report.details.routing.logits[: num_moe_layers(config.model) - config.model.mtp_depth]
+    return Scores(logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])
+
+
+def _first_micro_batch(
+    config: Config, batch: Batch, key: Array, state: TrainState, mesh: Mesh | None
+) -> tuple[Batch, Array]:
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
+    return jax.tree.map(lambda a: a[0], micro), jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
+
+
+def routers(params: Tree) -> list[tuple[Any, Array]]:
+    """Path and weight [layers, D, E] of every stack of routers, as they run: multi-token prediction's last."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = [(path, leaf) for path, leaf in leaves if path[-1] == jax.tree_util.DictKey("router")]
+    return sorted(found, key=lambda pair: pair[0][0] == jax.tree_util.DictKey("mtp"))
+
+
+def with_routers(params: Tree, router: Float[Array, "layers embed experts"]) -> Tree:
+    """The parameters with other routers, those of all layers in one array."""
+    ends = itertools.accumulate(len(leaf) for _, leaf in routers(params))
+    parts = zip(routers(params), jnp.split(router, list(ends)[:-1]), strict=True)
+    new = {path: part for (path, _), part in parts}
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(path, leaf), params)

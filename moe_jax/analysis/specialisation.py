@@ -1,0 +1,194 @@
+"""Which experts take which tokens: by domain, with which others, and since when.
+
+D domains, L MoE layers, T tokens, S slots, B sequences, E experts that compute (zero-computation ones are left out).
+"""
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int32
+
+from moe_jax import balance
+from moe_jax.balance import measures
+from moe_jax.config import Config
+from moe_jax.data.batches import Batch
+from moe_jax.mesh import replicated
+from moe_jax.model.moe import Balancing
+from moe_jax.runtime.files import write_whole
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import forward, without_what_no_step_reads
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+MAX_PANELS = 12  # layers in the picture
+
+
+class Choices(NamedTuple):
+    """How one held-out batch is routed: the experts of every token, and what they add up to."""
+
+    expert_ids: Int32[Array, "layers tokens slots"]
+    domain: Int32[Array, "batch"]
+    row_loads: Int32[Array, "batch layers experts"]
+    pairs: Int32[Array, "layers experts experts"]
+
+
+def make_choices_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], Choices]:
+    """(state, batch) -> Choices, jitted, whole on every device. Moves nothing."""
+    return _choices_step(without_what_no_step_reads(config), mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _choices_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Batch], Choices]:
+    balancer, num_experts = balance.make(config.balance, config.model), config.model.num_experts
+
+    def choices(state: TrainState, batch: Batch) -> Choices:
+        balancing, key = Balancing(balancer, state.balance), jax.random.key(0)
+        _, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
+        assert report is not None  # callers refuse dense models
+        ids, row_loads = report.details.routing.expert_ids, report.details.row_loads[..., :num_experts]
+        pairs = jax.lax.map(lambda one: measures.pair_counts(one, num_experts), ids)  # a layer at a time: [T, E] is big
+        return Choices(ids, jnp.asarray(batch.domain), row_loads.swapaxes(0, 1), pairs)
+
+    return jax.jit(choices, out_shardings=None if mesh is None else replicated(mesh))
+
+
+# --- by domain, and together ----------------------------------------------------------------------------------
+
+
+class Survey(NamedTuple):
+    """Counts over the held-out set, int64: loads [D, L, E] by domain, and pairs [L, E, E] chosen together."""
+
+    domains: Sequence[str]
+    loads: np.ndarray
+    pairs: np.ndarray
+
+
+def as_json(survey: Survey) -> dict[str, Any]:
+    """What is written of a survey: lists with layers first.
+
+    Returns:
+        domains; relative_load [L][E][D], 1 is as much as other experts; domain_information [L], bits;
+        coactivation [L][E][E], the share of row's tokens that also chose column.
+    """
+    loads = survey.loads.swapaxes(0, 1)
+    return {
+        "domains": list(survey.domains),
+        "relative_load": measures.domain_matrix(loads).tolist(),
+        "domain_information": measures.mutual_information(loads).tolist(),
+        "coactivation": measures.coactivation(survey.pairs).tolist(),
+    }
+
+
+def draw(survey: Survey) -> "Figure":
+    """A heat map: experts across, domains down, a panel for each layer (the first, the last and some between)."""
+    from matplotlib.figure import Figure
+
+    loads = survey.loads.swapaxes(0, 1)
+    layers = np.unique(np.linspace(0, len(loads) - 1, min(MAX_PANELS, len(loads))).round().astype(int))
+    num_domains, num_experts = loads.shape[1:]
+    width = min(14.0, max(6.0, 2.5 + 0.25 * num_experts))
+    height = max(2.8, 1.3 + len(layers) * (0.45 + 0.22 * num_domains))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, layer in zip(axes, layers, strict=True):
+        image = _panel(axis, survey.domains, loads[layer], f"MoE layer {layer}")
+    axes[-1].set_xlabel("expert")
+    bar = figure.colorbar(image, ax=list(axes), extend="max", shrink=min(1.0, 3.5 / height), aspect=15)
+    bar.set_label("load over the balanced load")
+    figure.suptitle("Which experts each domain uses", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _panel(axis: Any, domains: Sequence[str], loads: np.ndarray, title: str) -> Any:
+    matrix, information = measures.domain_matrix(loads).T, measures.mutual_information(loads)
+    image = axis.imshow(matrix, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
+    axis.set_yticks(range(len(domains)), domains, fontsize=8)
+    axis.set_xticks(range(0, loads.shape[1], max(1, loads.shape[1] // 16)))
+    axis.set_title(f"{title}: {information:.3f} bits about the domain", fontsize=9, loc="left")
+    return image
+
+
+# --- since when -----------------------------------------------------------------------------------------------
+
+
+def store_ids(workdir: Path, step: int, expert_ids: np.ndarray, tokens: str) -> None:
+    """Put the expert ids [L, T, S] into workdir/routing/<step>.npy, uint16, whole or not at all.
+
+    Files of other tokens, which saturation could not compare with these, are moved into a folder beside them.
+
+    Args:
+        workdir: of the run.
+        step: the steps it has done.
+        expert_ids: int [L, T, S].
+        tokens: a name for what was routed, equal for the same tokens only.
+    """
+    folder, buffer = workdir / "routing", io.BytesIO()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder / "tokens.txt"
+    former = name.read_text() if name.is_file() else tokens
+    if former != tokens:
+        aside = folder / former
+        aside.mkdir(exist_ok=True)
+        for earlier in stored_steps(workdir):
+            (folder / f"{earlier}.npy").rename(aside / f"{earlier}.npy")
+        print(f"the held-out tokens are others than before: their routing was moved to {aside}", flush=True)
+    write_whole(name, tokens)
+    np.save(buffer, np.asarray(expert_ids).astype(np.uint16))
+    write_whole(folder / f"{step}.npy", buffer.getvalue())
+
+
+def stored_steps(workdir: Path) -> list[int]:
+    """The steps whose routing the run has stored, rising."""
+    folder = workdir / "routing"
+    files = folder.iterdir() if folder.is_dir() else []
+    return sorted(int(file.stem) for file in files if file.suffix == ".npy" and file.stem.isdigit())
+
+
+def saturation(workdir: Path, num_choices: int) -> dict[str, Any]:
+    """How much of the last stored routing each stored step had already: router saturation by step and layer.
+
+    Args:
+        workdir: of a run with measure_every > 0.
+        num_choices: an id of so much or more is an empty slot.
+
+    Returns:
+        steps; saturation [steps][L], 0 to 1, of which the last row is 1.
+
+    Raises:
+        ValueError: fewer than two steps are stored, or they are not of the same tokens.
+    """
+    steps = stored_steps(workdir)
+    if len(steps) < 2:
+        raise ValueError(
+            f"--workdir={workdir} has stored the routing of {len(steps)} evaluations, and saturation compares two; "
+            "train with measure_every > 0 and an eval_every that is reached twice."
+        )
+    last = _read(workdir, steps[-1])
+    return {"steps": steps, "saturation": [_saturation(workdir, step, last, num_choices).tolist() for step in steps]}
+
+
+def _saturation(workdir: Path, step: int, last: np.ndarray, num_choices: int) -> np.ndarray:
+    ids = _read(workdir, step)
+    if ids.shape[:2] != last.shape[:2]:
+        raise ValueError(
+            f"{workdir / 'routing'} holds the routing of other tokens at step {step} {ids.shape} than at the last "
+            f"{last.shape}; delete the files of the older run."
+        )
+    return measures.saturation(ids, last, num_choices)
+
+
+def _read(workdir: Path, step: int) -> np.ndarray:
+    file = workdir / "routing" / f"{step}.npy"
+    try:
+        return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it.") from None

@@ -1,0 +1,262 @@
+"""The tensors of Hugging Face's families, and where each is in our parameters.
+
+All is data: a row gives the name of a tensor, its layout there and the layout of our parameters that it holds, in
+letters:
+
+    v vocabulary, d embed, h heads, g kv heads, k head_dim, f dense hidden width, x experts, m an expert's hidden width,
+    s the shared experts', y and u all queries and all keys, z and r the latents of queries and of keys and values,
+    n a head's part without RoPE, p with it, q both, w a value's width; b and c are d twice.
+
+`h.k d` has heads and their width merged in one axis, `n+w` has two of our parameters one after the other. Only `p`
+and the end of `q` are permuted besides: there RoPE rotates the pairs (2i, 2i + 1), here (i, i + half).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.huggingface.families import GATED, Family
+from moe_jax.model.transformer import layout
+
+# --- tables of tensors ----------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A tensor of theirs: its name, its layout, and our parameters in it with theirs."""
+
+    name: str
+    layout: str
+    ours: Mapping[str, str]
+
+
+def _same(name: str, ours: str, letter: str = "d") -> Row:
+    return Row(name, letter, {ours: letter})
+
+
+def _swiglu(prefix: str, ours: str, width: str, names: tuple[str, str, str] = GATED) -> tuple[Row, ...]:
+    gate, up, down = names
+    return (
+        Row(f"{prefix}.{gate}.weight", f"{width} d", {f"{ours}gate": f"d {width}"}),
+        Row(f"{prefix}.{up}.weight", f"{width} d", {f"{ours}up": f"d {width}"}),
+        Row(f"{prefix}.{down}.weight", f"d {width}", {f"{ours}down": f"{width} d"}),
+    )
+
+
+OUTSIDE = (
+    Row("model.embed_tokens.weight", "v d", {"params/embedding": "v d"}),
+    _same("model.norm.weight", "params/final_norm/scale"),
+)
+
+
+HEAD = Row("lm_head.weight", "v d", {"params/head": "d v"})
+
+
+NORMS = (
+    _same("input_layernorm.weight", "attention_norm/scale"),
+    _same("post_attention_layernorm.weight", "ffw_norm/scale"),
+)
+
+
+GROUPED = (
+    Row("self_attn.q_proj.weight", "h.k d", {"attention/query": "d h k"}),
+    Row("self_attn.k_proj.weight", "g.k d", {"attention/key": "d g k"}),
+    Row("self_attn.v_proj.weight", "g.k d", {"attention/value": "d g k"}),
+    Row("self_attn.o_proj.weight", "d h.k", {"attention/out": "h k d"}),
+)
+
+
+QK_NORMS = {
+    "none": (),
+    "head": (
+        _same("self_attn.q_norm.weight", "attention/query_norm/scale", "k"),
+        _same("self_attn.k_norm.weight", "attention/key_norm/scale", "k"),
+    ),
+    "projection": (
+        _same("self_attn.q_norm.weight", "attention/query_norm/scale", "y"),
+        _same("self_attn.k_norm.weight", "attention/key_norm/scale", "u"),
+    ),
+}
+
+
+FULL_QUERIES = (Row("self_attn.q_proj.weight", "h.q d", {"attention/query": "d h q"}),)
+
+
+LATENT_QUERIES = (
+    Row("self_attn.q_a_proj.weight", "z d", {"attention/query_down": "d z"}),
+    _same("self_attn.q_a_layernorm.weight", "attention/query_latent_norm/scale", "z"),
+    Row("self_attn.q_b_proj.weight", "h.q z", {"attention/query_up": "z h q"}),
+)
+
+
+LATENT = (
+    Row("self_attn.kv_a_proj_with_mqa.weight", "r+p d", {"attention/latent_down": "d r", "attention/key_rope": "d p"}),
+    _same("self_attn.kv_a_layernorm.weight", "attention/latent_norm/scale", "r"),
+    Row("self_attn.kv_b_proj.weight", "h.n+w r", {"attention/key_up": "r h n", "attention/value_up": "r h w"}),
+    Row("self_attn.o_proj.weight", "d h.w", {"attention/out": "h w d"}),
+)
+
+
+DENSE = _swiglu("mlp", "ffw/", "f")
+
+
+SHARED = _swiglu("mlp.shared_experts", "ffw/shared/", "s")
+
+
+BIAS = _same("mlp.gate.e_score_correction_bias", "ffw/bias", "x")
+
+
+PREDICTION = (
+    _same("enorm.weight", "embedding_norm/scale"),
+    _same("hnorm.weight", "hidden_norm/scale"),
+    Row("eh_proj.weight", "d b+c", {"from_embedding": "b d", "from_hidden": "c d"}),
+    _same("shared_head.norm.weight", "norm/scale"),
+)
+
+
+# repeated in every module of multi-token prediction, as DeepSeek publishes them
+COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+
+# --- their tensors in our parameters --------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A slice of one of our parameters, and how it lies in a tensor of theirs.
+
+    leaf: the parameter's path. at: the index of its layer, and of the expert. span: from where to where along the
+    tensor's divided axis. order: their axes in our order. rope: so many last columns are interleaved pairs.
+    """
+
+    leaf: str
+    at: tuple[int, ...]
+    span: slice
+    order: tuple[int, ...]
+    rope: int
+
+
+class Tensor(NamedTuple):
+    """A tensor of theirs: name, shape, the shape with merged axes apart, the axis that parts divide, the parts."""
+
+    name: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    axis: int
+    parts: tuple[Part, ...]
+
+
+def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
+    """Every tensor of a model, in the order of the layers."""
+    sizes = _sizes(c)
+
+    def place(rows: tuple[Row, ...], prefix: str, path: str, index: tuple[int, ...] = ()) -> Iterator[Tensor]:
+        return (_tensor(row, prefix, path, index, sizes) for row in rows)
+
+    yield from place(OUTSIDE, "", "")
+    layer = 0
+    for number, run in enumerate(layout(c)):
+        for repeat in range(run.repeats):
+            for block, kind in enumerate(run.kinds):
+                path = f"params/stacks/{number}/blocks/{block}/"
+                yield from _layer(family, c, f"model.layers.{layer}.", path, repeat, kind, sizes)
+                layer += 1
+    if not c.tied_embeddings:
+        yield from place((HEAD,), "", "")
+    for depth in range(c.mtp_depth):
+        prefix = f"model.layers.{c.num_layers + depth}."
+        yield from place(PREDICTION, prefix, "params/mtp/", (depth,))
+        yield from _layer(family, c, prefix, "params/mtp/block/", depth, "moe", sizes)
+
+
+def copies(c: ModelConfig) -> dict[str, str]:
+    """name -> of which tensor it is a copy; checkpoints may lack them, and what a checkpoint has must be equal."""
+    head = "model.embed_tokens.weight" if c.tied_embeddings else "lm_head.weight"
+    found = {"lm_head.weight": head} if c.tied_embeddings else {}
+    for depth in range(c.mtp_depth):
+        for name, original in COPIES.items():
+            found[f"model.layers.{c.num_layers + depth}.{name}"] = head if original == "lm_head.weight" else original
+    return found
+
+
+def _layer(
+    family: Family, c: ModelConfig, prefix: str, path: str, at: int, kind: str, sizes: Mapping[str, int]
+) -> Iterator[Tensor]:
+    """The tensors of one layer."""
+    rows: tuple[Row, ...] = NORMS
+    if c.attention == "mla":
+        rows += (LATENT_QUERIES if c.q_lora_rank else FULL_QUERIES) + LATENT
+    else:
+        rows += GROUPED + QK_NORMS[c.qk_norm]
+    if kind == "dense":
+        rows += DENSE
+    else:
+        rows += (Row(family.router, "x d", {"ffw/router": "d x"}),) + (SHARED if c.num_shared_experts else ())
+        if family.has_bias:
+            yield _tensor(BIAS, prefix, path.replace("params/", "bias/", 1), (at,), sizes)
+    yield from (_tensor(row, prefix, path, (at,), sizes) for row in rows)
+    for expert in range(c.num_experts if kind == "moe" else 0):
+        for row in _swiglu(family.experts.format(expert), "ffw/", "m", family.expert_names):
+            yield _tensor(row, prefix, path, (at, expert), sizes)
+
+
+def _sizes(c: ModelConfig) -> dict[str, int]:
+    """The letters' sizes."""
+    letters = dict(v=c.vocab_size, d=c.embed_dim, b=c.embed_dim, c=c.embed_dim, h=c.num_heads, g=c.num_kv_heads)
+    letters |= dict(k=c.head_dim, f=c.ffw_dim, x=c.num_experts, m=c.expert_ffw_dim)
+    letters |= dict(y=c.num_heads * c.head_dim, u=c.num_kv_heads * c.head_dim)
+    letters |= dict(s=c.num_shared_experts * c.expert_ffw_dim, z=c.q_lora_rank, r=c.kv_lora_rank)
+    return letters | dict(
+        n=c.qk_nope_head_dim, p=c.qk_rope_head_dim, q=c.qk_nope_head_dim + c.qk_rope_head_dim, w=c.v_head_dim
+    )
+
+
+def _tensor(row: Row, prefix: str, path: str, index: tuple[int, ...], sizes: Mapping[str, int]) -> Tensor:
+    axes = [axis for merged in row.layout.split() for axis in merged.split(".")]
+    size = {axis: sum(sizes[letter] for letter in axis.split("+")) for axis in axes}
+    shape = tuple(math.prod(size[axis] for axis in merged.split(".")) for merged in row.layout.split())
+    divided = next((i for i, axis in enumerate(axes) if "+" in axis), 0)
+    parts: list[Part] = []
+    start = 0
+    for (ours, letters), letter in zip(row.ours.items(), axes[divided].split("+"), strict=True):
+        order = tuple(next(i for i, axis in enumerate(axes) if one in axis.split("+")) for one in letters.split())
+        rope = sizes["p"] if letters[-1] in "pq" else 0
+        parts.append(Part(path + ours, index, slice(start, start + sizes[letter]), order, rope))
+        start += sizes[letter]
+    return Tensor(prefix + row.name, shape, tuple(size[axis] for axis in axes), divided, tuple(parts))
+
+
+def split(tensor: Tensor, value: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
+    """The slices of our parameters in a tensor of theirs."""
+    view = value.reshape(tensor.view)
+    for part in tensor.parts:
+        span = (slice(None),) * tensor.axis + (part.span,)
+        yield part, _as_halves(view[span].transpose(part.order), part.rope)
+
+
+def join(tensor: Tensor, slices: list[np.ndarray]) -> np.ndarray:
+    """The tensor of theirs made of our slices: the inverse of `split`."""
+    found = [
+        _as_pairs(value, part.rope).transpose(np.argsort(part.order))
+        for part, value in zip(tensor.parts, slices, strict=True)
+    ]
+    whole = found[0] if len(found) == 1 else np.concatenate(found, tensor.axis)
+    return whole.reshape(tensor.shape)
+
+
+def _as_halves(value: np.ndarray, rope: int) -> np.ndarray:
+    """The last `rope` columns with the first of every pair first."""
+    if not rope:
+        return value
+    kept, pairs = value[..., :-rope], value[..., -rope:]
+    return np.concatenate([kept, pairs[..., 0::2], pairs[..., 1::2]], -1)
+
+
+def _as_pairs(value: np.ndarray, rope: int) -> np.ndarray:
+    """The inverse of `_as_halves`."""
+    if not rope:
+        return value
+    result = value.copy()
+    result[..., -rope::2], result[..., 1 - rope :: 2] = value[..., -rope : -rope // 2], value[..., -rope // 2 :]
+    return result

@@ -1,0 +1,503 @@
+"""Weights in and out: models of Hugging Face's families as models of ours, and back.
+
+`load_hf(folder)` gives a model to call, `save_hf(model, folder)` writes one. Both go tensor by tensor through the
+tables of `families`, as the command `python -m moe_jax.convert` does, which never holds a model whole.
+"""
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from moe_jax import balance
+from moe_jax.config import Config, ModelConfig, default, validate
+from moe_jax.huggingface import shards
+from moe_jax.huggingface.families import CARRIED, Family, choose, from_hf, to_hf, words
+from moe_jax.huggingface.shards import Entry, Plan
+from moe_jax.huggingface.tensors import Tensor, copies, join, split, tensors
+from moe_jax.model.moe import Balancing
+from moe_jax.model.transformer import Inputs
+from moe_jax.runtime import checkpoint
+from moe_jax.runtime.files import new_folder
+from moe_jax.training.state import Tree, abstract_model, read_bias
+
+CARRIED_FILES = words(
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "tokenizer.model tiktoken.model generation_config.json chat_template.json chat_template.jinja"
+)
+
+
+MOST_FILE_BYTES = 256 * 2**20  # of a tokenizer's file
+
+
+SCALE = "_scale_inv"  # DeepSeek's float8: tensor X comes with X_scale_inv, one float32 for each block
+
+
+Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that slice of our parameters
+
+
+# --- a model to call ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its weights: call it on tokens. `folder` has its tokenizer files, where there are any."""
+
+    config: ModelConfig
+    params: Tree
+    bias: Tree
+    folder: Path | None = None
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"] | None = None,
+        positions: Int32[Array, "batch seq"] | None = None,
+    ) -> Float32[Array, "batch seq vocab"]:
+        """Next-token logits. Dropless.
+
+        Args:
+            tokens: int32 [B, S].
+            segment_ids: int32 [B, S], which document a token is of, those of one side by side; 0 is padding. None:
+                every row is one document.
+            positions: int32 [B, S], place in the document; None counts from each document's first token.
+        """
+        return self._run(tokens, segment_ids, positions)[0]
+
+    def ahead(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
+        """Logits float32 [K, B, S, V] of multi-token prediction: depth k at place i predicts token i + k + 1."""
+        found = self._run(tokens, segment_ids, positions)[1]
+        if found is None:
+            raise ValueError("model.mtp_depth=0: this model predicts no further token; load one that does.")
+        return found
+
+    def expert_ids(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
+        """Which experts every token has, int32 [L, B, S, K]; the number of experts where there is none."""
+        ids = self._run(tokens, segment_ids, positions)[2]
+        return ids.reshape(ids.shape[0], *jnp.shape(tokens), -1)
+
+    def _run(self, tokens: Array, segment_ids: Array | None, positions: Array | None) -> tuple[Array, Any, Any]:
+        tokens = jnp.asarray(tokens, jnp.int32)
+        segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        places = positions_in(segments) if positions is None else jnp.asarray(positions, jnp.int32)
+        return _forward(self.config)(self.params, self.bias, Inputs(tokens, places, segments))
+
+
+def positions_in(segment_ids: Int32[Array, "batch seq"]) -> Int32[Array, "batch seq"]:
+    """Each token's place in its document, from 0."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _forward(config: ModelConfig) -> Callable[..., tuple[Array, Any, Any]]:
+    graphdef, balancer = abstract_model(config).graphdef, balance.make({}, config)
+
+    def forward(params: Tree, bias: Tree, inputs: Inputs) -> tuple[Array, Any, Any]:
+        model = nnx.merge(graphdef, params, bias)
+        x, ahead, report = model.before_head(inputs, Balancing(balancer, {}), key=jax.random.key(0))
+        ids = None if report is None else report.details.routing.expert_ids
+        return model.logits(x), None if ahead is None else model.logits(ahead), ids
+
+    return jax.jit(forward)
+
+
+def load_hf(folder: str | Path, dtype: str | None = None) -> LanguageModel:
+    """A model from a folder with config.json and *.safetensors.
+
+    Args:
+        folder: as transformers writes and reads it; no code in it is run.
+        dtype: "float32" or "bfloat16" for parameters and computation; None: as stored (float16 as float32, for only
+            that loses nothing; DeepSeek's float8 as bfloat16). Router and bias are float32 always.
+
+    Raises:
+        ValueError: a config, a file or a tensor that is not as it should be; the first one, by name.
+    """
+    source = open_hf(Path(folder), dtype)
+    abstract = abstract_weights(source.config)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    values = {_name(path): np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+    def write(leaf: str, index: tuple[int, ...], value: np.ndarray) -> None:
+        values[leaf][index] = value
+
+    for _ in fill(source, write):
+        pass
+    tree = jax.tree.unflatten(structure, [jnp.asarray(values.pop(_name(path))) for path, _ in leaves])
+    return LanguageModel(source.config, tree["params"], tree["bias"], Path(folder))
+
+
+def save_hf(
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    architecture: str = "",
+    dtype: str | None = None,
+    max_length: int = 4096,
+) -> None:
+    """Write a model as a folder for transformers and vLLM; the inverse of `load_hf`.
+
+    What acts in training only (router jitter, quantised training, remat) is no part of it.
+
+    Args:
+        model: of `load_hf`, or made of a config, parameters and bias.
+        folder: not there yet, or empty; appears whole or not at all.
+        architecture: "DeepseekV3ForCausalLM", for example; "": the family that holds such a model.
+        dtype: "float32" or "bfloat16" for all tensors but the bias; None: that of the parameters, and for routers the
+            narrowest that loses nothing.
+        max_length: written as max_position_embeddings where the model came without one.
+
+    Raises:
+        ValueError: no family, or not that one, holds such a model, by what it has; or the folder is not empty.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path({"params": model.params, "bias": model.bias})
+    values = {_name(path): leaf for path, leaf in leaves}
+    with new_folder(Path(folder)) as partial:
+        for _ in export(
+            model.config,
+            lambda leaf, index: np.asarray(values[leaf][index]),
+            partial,
+            architecture=architecture,
+            dtype=dtype,
+            carried=model.folder,
+            max_length=max_length,
+        ):
+            pass
+
+
+# --- in -------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """A checked folder of theirs. block: rows and columns of a float8 scale's block."""
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    tensors: list[Tensor]
+    entries: dict[str, Entry]
+    block: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """What is read of it."""
+        return sum(self.entries[t.name].end - self.entries[t.name].begin for t in self.tensors)
+
+
+def open_hf(folder: Path, dtype: str | None = None) -> Source:
+    """Read config and headers, and check that every tensor is there, known, and of the right shape.
+
+    Raises:
+        ValueError: as `load_hf`.
+    """
+    hf = shards.read_json(folder, "config.json") if folder.is_dir() else {}
+    entries = shards.open_folder(folder)
+    try:
+        family, ours = from_hf(hf)
+        block = _block(hf, entries)
+        ours["mtp_depth"] = _depths_there(ours, entries)
+        ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(entries)
+        config = validate(default(model=ours)).model
+        choose(config, family.architecture)  # what comes in can go out again
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    found = _check_tensors(folder, tensors(family, config), entries, copies(config))
+    return Source(folder, family, config, found, entries, block)
+
+
+def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:
+    """Rows and columns that share a float8 scale; any quantisation but DeepSeek's is refused."""
+    quantised = hf.get("quantization_config") or {}
+    if not isinstance(quantised, Mapping):
+        raise ValueError(f"config.json has quantization_config={quantised!r}, which must be an object; correct it.")
+    block = quantised.get("weight_block_size")
+    narrow = [name for name, entry in entries.items() if entry.dtype.startswith("F8")]
+    fits = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+    if quantised and not (quantised.get("quant_method") == "fp8" and quantised.get("fmt", "e4m3") == "e4m3" and fits):
+        raise ValueError(
+            f"config.json has quantization_config={quantised!r}; known is quant_method 'fp8' with fmt 'e4m3' and a "
+            "weight_block_size of two integers."
+        )
+    if narrow and not quantised:
+        raise ValueError(f"tensor {narrow[0]} is float8, but config.json has no quantization_config; give it.")
+    return (block[0], block[1]) if block else (1, 1)
+
+
+def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Entry]) -> int:
+    """How many modules of multi-token prediction are in the files: transformers itself leaves them out."""
+    first = f"model.layers.{ours['num_layers']}."
+    return ours.get("mtp_depth", 0) if any(name.startswith(first) for name in entries) else 0
+
+
+def _stored_dtype(entries: Mapping[str, Entry]) -> str:
+    """The dtype that loses nothing of any tensor, but for routers, biases and scales, which are float32 anyway."""
+    apart = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "e_score_correction_bias", SCALE)
+    dtypes = {entry.dtype for name, entry in entries.items() if not name.endswith(apart)}
+    return "bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32"
+
+
+def _check_tensors(
+    folder: Path, wanted: Iterator[Tensor], entries: Mapping[str, Entry], allowed_copies: Mapping[str, str]
+) -> list[Tensor]:
+    """The tensors to read; a missing, unexpected or differently shaped one is told."""
+    found, missing = [], []
+    for tensor in wanted:
+        entry = entries.get(tensor.name)
+        if entry is None:
+            missing.append(tensor)
+            if len(missing) == 4:  # a config that lies may ask for more than fits anywhere
+                break
+        elif entry.shape != tensor.shape:
+            raise ValueError(
+                f"{folder}: tensor {tensor.name} in {entry.file.name} has shape {list(entry.shape)}, but config.json "
+                f"makes it {list(tensor.shape)}; fetch the file, or the config, again."
+            )
+        else:
+            found.append(tensor)
+    if missing:
+        names = ", ".join(f"{t.name} {list(t.shape)}" for t in missing)
+        raise ValueError(f"{folder} lacks tensors that config.json asks for: {names}{', ...' * (len(missing) == 4)}.")
+    _check_others(folder, {t.name for t in found}, entries, allowed_copies)
+    return found
+
+
+def _check_others(
+    folder: Path, known: set[str], entries: Mapping[str, Entry], allowed_copies: Mapping[str, str]
+) -> None:
+    """What is no tensor of the model: copies, scales, tables that RoPE computes; all else is refused."""
+    for name, entry in entries.items():
+        if name in known or name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if name in allowed_copies:
+            original = allowed_copies[name]
+            if shards.digest(entry) != shards.digest(entries[original]):
+                raise ValueError(
+                    f"{folder}: tensor {name} {list(entry.shape)} must be a copy of {original}, which we share, but "
+                    "differs; convert another model."
+                )
+        elif not (name.endswith(SCALE) and name.removesuffix(SCALE) in known):
+            raise ValueError(
+                f"{folder}: tensor {name} {list(entry.shape)} in {entry.file.name} is none that config.json asks for; "
+                "give the config that belongs to it."
+            )
+    for name in known:
+        scale = entries.get(name + SCALE)
+        narrow = entries[name].dtype.startswith("F8")
+        if narrow and len(entries[name].shape) != 2:
+            raise ValueError(f"{folder}: tensor {name} is float8, as matrices only are; fetch the file again.")
+        if narrow != (scale is not None):
+            missing = "has no" if narrow else f"is {entries[name].dtype}, and needs no"
+            raise ValueError(f"{folder}: tensor {name} {missing} {name}{SCALE}; fetch the file again.")
+
+
+def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], None]) -> Iterator[int]:
+    """Read every tensor, as the files have them, and write its slices; yields the bytes read."""
+    dtypes = {_name(p): leaf.dtype for p, leaf in _leaves(source.config)}
+    for tensor in sorted(source.tensors, key=lambda t: (source.entries[t.name].file, source.entries[t.name].begin)):
+        for part, value in split(tensor, _value(source, tensor.name)):
+            write(part.leaf, part.at, value.astype(dtypes[part.leaf]))
+        entry = source.entries[tensor.name]
+        yield entry.end - entry.begin
+
+
+def _value(source: Source, name: str) -> np.ndarray:
+    """A tensor as it is stored; of float8, its product with the scales in float32."""
+    entry = source.entries[name]
+    value = shards.read(entry)
+    if entry.dtype.startswith("F8"):
+        return dequantised(value, _scale(source, name, value.shape), source.block)
+    if name.endswith("e_score_correction_bias"):
+        _refuse_unless(np.isfinite(value), source, name, "finite")
+    return value
+
+
+def _scale(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The scales of a tensor's blocks, positive as a quotient of largest values is."""
+    scale = shards.read(source.entries[name + SCALE]).astype(np.float32)
+    blocks = [math.ceil(n / b) for n, b in zip(shape, source.block, strict=True)]
+    if list(scale.shape) != blocks:
+        raise ValueError(
+            f"{source.folder}: tensor {name}{SCALE} has shape {list(scale.shape)}, but blocks of {list(source.block)} "
+            f"make it {blocks}; fetch the file again."
+        )
+    _refuse_unless(np.isfinite(scale) & (scale >= 0), source, name + SCALE, "finite and not negative")
+    return scale
+
+
+def _refuse_unless(good: np.ndarray, source: Source, name: str, what: str) -> None:
+    if not good.all():
+        raise ValueError(
+            f"{source.folder}: tensor {name} has {np.size(good) - good.sum()} values that are not {what}; "
+            "fetch the file again."
+        )
+
+
+def dequantised(value: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """float8 [O, I] times the float32 scale of each block, in float32. Source: DeepSeek-V3's published weights."""
+    rows, columns = value.shape
+    wide = value.astype(np.float32)
+    for i in range(scale.shape[0]):  # a row of blocks at a time, so that no second array is as large
+        factors = np.repeat(scale[i], block[1])[:columns]
+        wide[i * block[0] : min(rows, (i + 1) * block[0])] *= factors
+    return wide
+
+
+# --- out ------------------------------------------------------------------------------------------------------
+
+
+def export(
+    config: ModelConfig,
+    read: Read,
+    folder: Path,
+    *,
+    architecture: str = "",
+    dtype: str | None = None,
+    carried: Path | None = None,
+    max_length: int = 4096,
+) -> Iterator[tuple[Plan, int]]:
+    """Write config.json, the tensors and the tokenizer's files; yields each tensor and the bytes of all.
+
+    Args:
+        config: of the model.
+        read: gives the slices of its parameters.
+        folder: where to; it is there, and empty.
+        architecture: as in `save_hf`.
+        dtype: as in `save_hf`.
+        carried: where the tokenizer's files and an old config.json are, if anywhere.
+        max_length: as in `save_hf`.
+    """
+    family = choose(config, architecture)
+    if not family.has_bias:
+        _refuse_bias(family, config, read)
+    found = {tensor.name: tensor for tensor in tensors(family, config)}
+    repeated = {name: of for name, of in copies(config).items() if name != "lm_head.weight"}
+    plans = [Plan(t.name, _written_dtype(t, config, read, dtype), t.shape) for t in found.values()]
+    plans += [Plan(name, dtype or config.param_dtype, found[of].shape) for name, of in repeated.items()]
+    kinds = {plan.name: plan.dtype for plan in plans}
+
+    def value(name: str) -> np.ndarray:
+        tensor = found[repeated.get(name, name)]
+        whole = join(tensor, [read(part.leaf, part.at) for part in tensor.parts])
+        return whole.astype(kinds[name])
+
+    known = {"max_position_embeddings": _length(config, max_length)} | carry(carried, folder)
+    (folder / "config.json").write_text(
+        json.dumps(to_hf(family, config, dtype or config.param_dtype, known), indent=2) + "\n"
+    )
+    total = sum(plan.num_bytes for plan in plans)
+    for plan in shards.write_folder(folder, plans, value):
+        yield plan, total
+
+
+def _length(config: ModelConfig, max_length: int) -> int:
+    yarn = config.yarn
+    return round(yarn.original_length * yarn.factor) if yarn.factor > 1 else max_length
+
+
+def _written_dtype(tensor: Tensor, config: ModelConfig, read: Read, dtype: str | None) -> str:
+    """The bias float32, a router as narrow as loses nothing, all else as asked for."""
+    (leaf, index, *_), *_ = tensor.parts
+    if leaf.startswith("bias/"):
+        return "float32"
+    if dtype is None and config.param_dtype == "bfloat16" and leaf.endswith("/router"):
+        wide = read(leaf, index)
+        return "bfloat16" if np.array_equal(wide, wide.astype(ml_dtypes.bfloat16).astype(np.float32)) else "float32"
+    return dtype or config.param_dtype
+
+
+def _refuse_bias(family: Family, config: ModelConfig, read: Read) -> None:
+    """Raise a ValueError if a bias would be lost that picks other experts than the scores alone."""
+    for path, leaf in _leaves(config):
+        if _name(path).startswith("bias/"):
+            value = read(_name(path), ())
+            if np.ptp(value.reshape(leaf.shape[0], -1), axis=-1).any():
+                raise ValueError(
+                    f"{family.architecture} has no place for a selection bias, but {_name(path)} is from "
+                    f"{value.min():.3g} to {value.max():.3g}; the experts it picks would be lost. Train with another "
+                    "way of balancing, or a model that DeepseekV3ForCausalLM holds."
+                )
+
+
+def refuse_balance(config: Config) -> None:
+    """Raise a ValueError where a run picks experts by other means than scores plus bias, which no family knows."""
+    balancer = balance.make(config.balance, config.model)
+    names = ", ".join(entry.label for entry in config.balance)
+    if balancer.combine is not None and config.model.num_experts:
+        raise ValueError(f"balance ({names}) does not add the bias to the scores, which no family knows; no export.")
+    if balancer.select is not None and balancer.inference == "same":
+        raise ValueError(
+            f"balance ({names}) selects experts itself, in inference too, which no family knows; no export."
+        )
+
+
+def carry(source: Path | None, target: Path, everything: bool = False) -> dict[str, Any]:
+    """Copy the tokenizer's files, and with `everything` config.json too; the `CARRIED` keys of config.json, if any."""
+    if source is None or not source.is_dir():
+        return {}
+    there = [name for name in sorted(CARRIED_FILES) if (source / name).exists()]
+    if templates := source / "additional_chat_templates":
+        there += [f"{templates.name}/{f.name}" for f in templates.glob("*.jinja")] if templates.is_dir() else []
+    for name in there:
+        _copy(source, target, name)
+    if not (source / "config.json").exists():
+        return {}
+    if everything:
+        _copy(source, target, "config.json")
+    config = shards.read_json(source, "config.json")
+    return {key: config[key] for key in CARRIED if key in config}
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
+    """One file, which may not lead elsewhere, to the same place below the target."""
+    place, _, plain = name.rpartition("/")
+    file = shards.inside(source, plain, place)
+    if file.stat().st_size > MOST_FILE_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any tokenizer's file; remove it.")
+    (target / place).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target / name)
+
+
+# --- our leaves -----------------------------------------------------------------------------------------------
+
+
+def abstract_weights(config: ModelConfig) -> dict[str, Tree]:
+    """Shapes and dtypes of parameters and bias."""
+    model = abstract_model(config)
+    return {"params": model.params, "bias": model.bias}
+
+
+def index_axes(config: ModelConfig) -> Callable[[str], int]:
+    """leaf -> how many of its first axes a slice has an index for: layer, and expert."""
+    dims = {_name(p): d.names for p, d in jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})}
+
+    def axes(leaf: str) -> int:
+        if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
+            return 0
+        return 2 if dims.get(leaf, ())[:1] == ("experts",) else 1
+
+    return axes
+
+
+def _leaves(config: ModelConfig) -> list[tuple[Any, jax.ShapeDtypeStruct]]:
+    return jax.tree_util.tree_leaves_with_path(abstract_weights(config))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return checkpoint.path_name(path)
+
+
+def bias_of(model: LanguageModel) -> Float32[Array, "layers experts"]:
+    """The biases of all MoE layers, those of multi-token prediction last."""
+    return read_bias(model.bias)

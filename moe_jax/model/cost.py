@@ -1,0 +1,115 @@
+"""What a token costs: parameters and FLOPs by part of the model, and the rate at which a device could do them."""
+
+import math
+from typing import NamedTuple
+
+from moe_jax.config import Config
+from moe_jax.runtime.chips import ALIASES, CHIPS
+
+# dense bf16 FLOP/s of NVIDIA's data sheets, whose larger figures are for sparse matrices; longer names first
+GPUS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
+
+
+class Part(NamedTuple):
+    """Parameters of one kind: all of them, those a token uses, and its forward matmul FLOPs in them."""
+
+    name: str
+    total: int
+    active: int
+    flops: int
+
+
+AHEAD, SCORES = "multi-token prediction", "attention scores"
+
+
+def parts(config: Config) -> list[Part]:
+    """The model by kind of parameter, plus the attention scores, which have FLOPs and no parameters.
+
+    A multiply and an add are two FLOPs; the scores of causal attention over a full sequence are halved. All of
+    multi-token prediction is one part, but for its scores: its FLOPs have the product with the model's head, too.
+    Of the embedding all is active, as papers count it, though a token reads one row.
+    """
+    import jax
+
+    from moe_jax.training.state import abstract_model
+
+    m, model = config.model, abstract_model(config.model)
+    sums: dict[str, list[int]] = {}
+    dims = jax.tree.leaves(model.dims)
+    for (path, leaf), d in zip(jax.tree_util.tree_leaves_with_path(model.params), dims, strict=True):
+        kind = _kind(jax.tree_util.keystr(path, simple=True, separator="/"), d.names)
+        active = math.prod(leaf.shape)
+        if _is_routed(d.names):
+            active = active * m.top_k // m.num_experts
+        row = sums.setdefault(kind, [0, 0, 0])
+        row[0] += math.prod(leaf.shape)
+        row[1] += active
+        row[2] += 2 * active if len(d.names) > 1 and kind != "embedding" else 0
+    if m.tied_embeddings:
+        sums["embedding"][2] = 2 * sums["embedding"][0]
+    if m.mtp_depth:
+        sums[AHEAD][2] += 2 * m.mtp_depth * m.embed_dim * m.vocab_size
+    return [Part(kind, *row) for kind, row in sums.items()] + [Part(SCORES, 0, 0, _scores(config))]
+
+
+def _scores(config: Config) -> int:
+    """L S H (K + V): query . key and the mean of values, of widths K and V, for half of the tokens each."""
+    m = config.model
+    widths = m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim if m.attention == "mla" else 2 * m.head_dim
+    return (m.num_layers + m.mtp_depth) * config.sequence_length * m.num_heads * widths
+
+
+def train_flops(config: Config) -> int:
+    """Model FLOPs of a training step a token, forward and backward: what has to be computed, however it is done.
+
+    6 x the active parameters that a token is multiplied by (2 in the forward pass, twice that in the backward pass;
+    the embedding is looked up, norms are not counted, the head is counted once more for each depth of multi-token
+    prediction), and 3 L S H (K + V) for causal attention over a full sequence, with queries and keys of width K and
+    values of width V: 6 L S H D where both are D, half of 12 L S H D for one that sees all. K is the width that
+    attention is trained with, both parts of a latent attention's query. What is computed again (remat) or for padding
+    is not counted.
+
+    Source: PaLM (arXiv 2204.02311), appendix B, with the causal half left out.
+    """
+    return 3 * sum(part.flops for part in parts(config))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device, by jax's name for it; None where it is not known, as for CPUs.
+
+    Args:
+        device_kind: "TPU v5 lite", "TPU v6e", "TPU7x", "NVIDIA H100 80GB HBM3", ...
+    """
+    if device_kind.startswith("TPU"):
+        name = device_kind.lower().replace(" ", "").removeprefix("tpu")
+        name = {"v5": "v5p", "7x": "tpu7x"}.get(name, name)
+        chip = CHIPS.get(ALIASES.get(name, name))
+        return chip.flops if chip else None
+    found = next((name for name in GPUS if name in device_kind), None)
+    return GPUS[found] if found else None
+
+
+def _kind(path: str, dims: tuple[str, ...]) -> str:
+    if path.startswith("mtp/"):
+        return AHEAD
+    if len(dims) == 1:
+        return "norms"
+    if "experts" in dims:
+        return "routed experts" if _is_routed(dims) else "router"
+    if "ffw" in dims:
+        return "shared experts" if "/shared/" in path else "dense feed-forward"
+    if "vocab" in dims:
+        return "embedding" if dims[0] == "vocab" else "head"
+    return "attention"
+
+
+def _is_routed(dims: tuple[str, ...]) -> bool:
+    return "experts" in dims and "ffw" in dims

@@ -1,0 +1,71 @@
+"""A trace of some steps, in files that Perfetto and XProf open."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+
+from moe_jax.runtime import processes
+from moe_jax.runtime.files import copy_tree, is_remote, remove_tree
+
+STEP = "train"  # what the viewers call a step
+
+
+LEAD = 2  # steps of a start before the trace: the first compiles, the next one settles
+
+
+class Profiler:
+    """Traces steps `first` to before `last` of process 0; none if they are the same."""
+
+    def __init__(self, folder: Path, first: int, last: int) -> None:
+        """Args: folder: made if absent; gets plugins/profile/<time>/, with perfetto_trace.json.gz in it."""
+        self._folder, self._first, self._last = folder, first, last
+        self._local: Path | None = None  # where the trace under way will be written
+
+    def before(self, step: int) -> None:
+        """When the step is due: start the trace if it is the first of those to trace."""
+        if step == self._first < self._last and processes.index() == 0:
+            self._start()
+
+    def named(self, step: int) -> jax.profiler.StepTraceAnnotation:
+        """Around the call of the train step: how the viewers tell one step from the next; free without a trace."""
+        return jax.profiler.StepTraceAnnotation(STEP, step_num=step)
+
+    def is_last(self, step: int) -> bool:
+        """Whether the trace has all its steps once this one is finished: the time to close."""
+        return self.is_tracing and step + 1 == self._last
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether a trace is under way."""
+        return self._local is not None
+
+    def close(self) -> None:
+        """Write the trace that is under way."""
+        if self._local is None:
+            return
+        local, self._local = self._local, None
+        jax.profiler.stop_trace()
+        if local != self._folder:
+            copy_tree(local, self._folder)
+            remove_tree(local)
+
+    def _start(self) -> None:
+        self._local = Path(tempfile.mkdtemp(prefix="moe_jax_profile_")) if is_remote(self._folder) else self._folder
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # thousands of Python calls a step hide its operations
+        jax.profiler.start_trace(self._local, create_perfetto_trace=True, profiler_options=options)
+
+
+def steps_to_trace(count: int, first: int, last: int) -> tuple[int, int]:
+    """(first, last) of the `count` steps to trace in a start that does steps `first` to before `last`.
+
+    Raises:
+        ValueError: it does too few.
+    """
+    if count and first + LEAD + count > last:
+        raise ValueError(
+            f"--profile={count} must leave {LEAD} steps before it, and this start has {max(0, last - first)} to do; "
+            "trace fewer, or do more."
+        )
+    return first + LEAD, first + LEAD + count

@@ -1,0 +1,76 @@
+"""Signals that end a run: noted when they come, answered where nothing is half done."""
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moe_jax.runtime import processes
+
+# what clusters send, Ctrl-C, a terminal that was closed, and what Slurm's --signal=USR1@60 sends
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+Stopped = Callable[[], int | None]  # the signal that the run is to end for, None while there is none
+
+
+class Abandoned(Exception):
+    """Work made of pieces was left between two of them, for the run is to end; `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"left undone for {signal.Signals(number).name}")
+        self.number = number
+
+
+def never() -> None:
+    """Nothing stops."""
+
+
+def can_be_noted() -> bool:
+    """Whether this is the main thread; Python allows handlers of signals in no other."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def noted() -> Iterator[Stopped]:
+    """Note signals instead of dying of them while the block runs; yields `stopped()`, which says for which to end.
+
+    Several processes must end at the same place. JAX's preemption service agrees on one: it catches SIGTERM (that
+    handler stays), and the other signals are passed on to it. It counts the calls of `stopped` and names one of them
+    for all, so every process must call it equally often and in the same places.
+
+    Outside the main thread signals stay with the program around. A SIGHUP that is ignored (`nohup`) stays ignored.
+    """
+    caught: list[int] = []
+    calls = itertools.count()
+    many = processes.count() > 1
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+
+    def pass_on(_: int, __: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped() -> int | None:
+        if many and not caught and _all_agree(next(calls)):
+            caught.append(signal.SIGTERM)
+        return caught[0] if caught else None
+
+    kinds = [kind for kind in ENDING if not (many and kind == signal.SIGTERM)] if can_be_noted() else []
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        kinds = [kind for kind in kinds if kind != signal.SIGHUP]
+    before = {kind: signal.signal(kind, pass_on if many else note) for kind in kinds}
+    try:
+        yield stopped
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _all_agree(call: int) -> bool:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(call)

@@ -1,0 +1,196 @@
+"""The folder of a run: one process has it at a time, and its numbers come from one config, one corpus and one start.
+
+The config may change where it changes no number (`config.free_keys`). The corpus and the weights that a run starts
+from are known by their fingerprints: the same data may be moved, other data at the same place are refused.
+"""
+
+import json
+import platform
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax.config import Config, as_dict, changed_numbers, validate
+from moe_jax.runtime import processes
+from moe_jax.runtime.files import is_remote, lock, write_json
+
+TOKENIZER = "tokenizer"  # the folder of a workdir with what came with a converted model besides its weights
+
+
+class Identity(NamedTuple):
+    """What a run reads and what it started from, by content. Stored in run.json and in every checkpoint.
+
+    corpus: `data.Corpus.fingerprint`. weights: "step" and "fingerprint" of the checkpoint of `init_from` that the run
+    started from; None where its parameters were drawn.
+    """
+
+    corpus: str
+    weights: dict[str, Any] | None = None
+
+
+def identity_of(about: Mapping[str, Any]) -> Identity | None:
+    """The identity in a run.json or beside a checkpoint; None where it is older than identities."""
+    return Identity(**about["identity"]) if "identity" in about else None
+
+
+def check_workdir(workdir: Path, config: Config, corpus: str) -> None:
+    """Raise a ValueError if the workdir is a file, or the run in it has another config or reads another corpus.
+
+    Args:
+        workdir: a folder, or nothing yet.
+        config: what is about to run.
+        corpus: the fingerprint of the data that it would read.
+    """
+    file = workdir / "config.json"
+    if file.is_file():
+        refuse_another_run(workdir, "run", read_config(file), identity_of(read_run(workdir)), config, corpus)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file and must be a folder; name another.")
+
+
+@contextmanager
+def claim(workdir: Path) -> Iterator[None]:
+    """Hold the workdir, made if absent, for this run; process 0 does, for all.
+
+    Raises:
+        ValueError: another command holds it, or some processes of this run see another folder under its name.
+    """
+    with ExitStack() as held:
+        processes.by_first(lambda: held.enter_context(_locked(workdir)))
+        if processes.count() > 1:
+            token = processes.by_first(lambda: _leave_token(workdir))
+            processes.by_all(lambda: _find_token(workdir, token))
+        yield
+
+
+@contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if is_remote(workdir):  # a bucket has no locks: one command at a time is the user's to see to
+        yield
+        return
+    with open(workdir / ".lock", "w") as file:
+        lock(file, workdir, f"--workdir={workdir} is in use by another process; wait for it, or use another workdir.")
+        yield
+
+
+def _leave_token(workdir: Path) -> str:
+    token = secrets.token_hex(8)
+    (workdir / ".token").write_text(token)
+    return token
+
+
+def _find_token(workdir: Path, token: str, tries: int = 100) -> None:
+    """Raise a ValueError unless process 0's token is seen in the workdir; network file systems take a while.
+
+    Tries are counted, not seconds: a process that is stopped meanwhile has not looked.
+    """
+    for _ in range(tries):
+        if (workdir / ".token").is_file() and (workdir / ".token").read_text() == token:
+            return
+        time.sleep(0.1)
+    raise ValueError(
+        f"--workdir={workdir} is not the folder that process 0 sees; name one on a file system that all hosts share."
+    )
+
+
+def record(workdir: Path, config: Config, about: dict[str, Any]) -> None:
+    """Write config.json, which claims the workdir for this config, and run.json."""
+    write_json(workdir / "config.json", as_dict(config))
+    write_run(workdir, about)
+
+
+def write_run(workdir: Path, about: dict[str, Any]) -> None:
+    """Write run.json: what made the run, and where its time went."""
+    write_json(workdir / "run.json", about)
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """run.json; empty where there is none yet.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = workdir / "run.json"
+    try:
+        about = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); delete it.") from None
+    return about if isinstance(about, dict) else {}
+
+
+def refuse_another_run(
+    workdir: Path, what: str, there: dict[str, Any], identity: Identity | None, config: Config, corpus: str
+) -> None:
+    """Raise a ValueError, with the differences, unless the workdir's run trains the same numbers on the same data.
+
+    Args:
+        workdir: the folder of the run.
+        what: the run itself, or its checkpoint.
+        there: its config, as read from JSON.
+        identity: its identity; None if it is older than identities, and its data are then where its config says.
+        config: what is about to run.
+        corpus: the fingerprint of the data that it would read.
+    """
+    before = validate(there)  # a key that is younger than the run has its default
+    if changed := changed_numbers(before, config):
+        raise ValueError(
+            f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
+            "The differences (there -> here):\n  " + "\n  ".join(changed)
+        )
+    same = before.data.path == config.data.path if identity is None else identity.corpus == corpus
+    if not same:
+        known = f"{before.data.path!r}" if identity is None else f"the fingerprint {identity.corpus[:16]}"
+        raise ValueError(
+            f"data.path={config.data.path!r} has other data (fingerprint {corpus[:16]}) than the {what} in "
+            f"--workdir={workdir} reads, which has {known}; name the folder with the data of the run, or use another "
+            "workdir."
+        )
+
+
+def versions() -> dict[str, Any]:
+    """What made a run: library versions, and the git revision of this package if it lies in a clone."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    revision = None
+    if shutil.which("git") and (here.parent / ".git").exists():  # an installed one lies in somebody else's, if in any
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return {
+        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
+        "git": revision,
+        "machine": f"{platform.machine()} {platform.system()}",
+    }
+
+
+def config_of_run(workdir: Path) -> Config:
+    """The config a workdir's run was started with.
+
+    Raises:
+        ValueError: the workdir holds no run.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--workdir={workdir} holds no config.json, so no run; give the workdir of a training run.")
+    return validate(read_config(file))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.json of a workdir.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); restore it, or use another workdir.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no config; restore it, or use another workdir.")
+    return config

@@ -1,0 +1,391 @@
+"""Texts from a model, token by token with a cache: what `generate` and `harness` run.
+
+A prompt enters the cache in pieces, then every step adds one token to each row. What is compiled depends on rounded
+lengths only. No copy of a token is dropped, and the logits are those of the training's forward pass.
+
+Legend: B rows, N tokens at a time, V vocabulary, L MoE layers, S slots.
+"""
+
+import codecs
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax import balance
+from moe_jax.config import Config, ModelConfig
+from moe_jax.config.balance import BalanceEntry
+from moe_jax.data import Tokenizer
+from moe_jax.mesh import BATCH, replicated
+from moe_jax.model.moe import Balancing
+from moe_jax.text.colours import Traced
+from moe_jax.text.sampling import Sampling, next_tokens
+from moe_jax.training.state import abstract_model
+
+CHUNK = 256  # tokens of a prompt that enter the cache at a time: their logits are in memory together
+
+
+Entries = tuple[BalanceEntry, ...]
+
+
+class Model(NamedTuple):
+    """What text is made with: a config and the arrays of a state, on one device or on a mesh."""
+
+    config: Config
+    params: Any
+    bias: Any
+    balance: Any
+    mesh: Mesh | None = None
+
+
+class New(NamedTuple):
+    """One more token of one text.
+
+    row: which text. id: the token. text: the characters that are certain now, which may be none, or several tokens'.
+    why: "" while the text goes on; "end", "stop" or "length" with its last token.
+    """
+
+    row: int
+    id: int
+    text: str
+    why: str
+
+
+class Completion(NamedTuple):
+    """What followed a prompt: its token ids without an end of text, the text up to a stop string, and why it ended."""
+
+    ids: list[int]
+    text: str
+    why: str
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    key: Any = None,
+    rows: Sequence[int] | None = None,
+    max_length: int = 0,
+) -> Iterator[New]:
+    """Continue prompts together, token by token, with a cache.
+
+    One program is compiled for the prompts' padded length and one for a single token; lengths are rounded up.
+
+    Args:
+        model: config, parameters and bias.
+        prompts: token ids, at least one in each; lengths may differ.
+        tokenizer: gives the texts; ids that it does not know are never drawn.
+        max_new_tokens: of each text, at least 1.
+        sampling: `Sampling()` if None.
+        stop: a text ends before the first of these strings, which may also have names of special tokens in them.
+        key: of the randomness; `jax.random.key(0)` if None.
+        rows: what tells the draws of the texts apart, their number if None: a text depends on its row, not on others.
+        max_length: prompt and new tokens together must not exceed it; 0 is no limit.
+
+    Yields:
+        A `New` for every text that goes on, then for the next token of each.
+
+    Raises:
+        ValueError: an argument is out of range, or the model cannot route one token at a time.
+    """
+    check_model(model.config, tokenizer)
+    check_prompts(prompts, max_new_tokens, stop, max_length)
+    count = _whole_shards(len(prompts), model.mesh)
+    lengths = np.array([len(prompt) for prompt in prompts] + [0] * (count - len(prompts)))
+    names = np.arange(count) if rows is None else np.resize(np.asarray(rows, np.int64), count)
+    step = _step(*_compiled_by(model), sampling or Sampling(), tokenizer.vocab_size)
+    arrays = (model.params, model.bias, model.balance)
+    how = jax.random.key(0) if key is None else key, names.astype(np.int32)
+    cache = _cache_maker(model.config.model, model.mesh, count, rounded(int(lengths.max()) + max_new_tokens))()
+    new = np.zeros(count, np.int32)
+    for tokens, positions in _chunks(prompts, count, max(map(len, prompts))):
+        new, cache = step(arrays, tokens, positions, new, cache, *how)
+    texts = [Growing(tokenizer, stop, opening=not tokenizer.to_bytes(prompt)) for prompt in prompts]
+    for number in range(max_new_tokens):
+        ids = np.asarray(new)
+        for row, text in enumerate(texts):
+            if not text.why:
+                grown = text.take(int(ids[row]), last=number + 1 == max_new_tokens)
+                yield New(row, int(ids[row]), grown, text.why)
+        if all(text.why for text in texts):
+            return
+        going = np.array([not text.why for text in texts] + [False] * (count - len(texts)))
+        positions = np.where(going, lengths + number, -1).astype(np.int32)
+        new, cache = step(arrays, ids[:, None], positions[:, None], new, cache, *how)
+
+
+def complete(model: Model, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, **how: Any) -> list[Completion]:
+    """As `generate`, but all of every text at once, in the order of the prompts."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    texts, why = [""] * len(prompts), [""] * len(prompts)
+    for new in generate(model, prompts, tokenizer, **how):
+        ids[new.row] += [] if new.why == "end" else [new.id]
+        texts[new.row] += new.text
+        why[new.row] = new.why
+    return [Completion(*one) for one in zip(ids, texts, why, strict=True)]
+
+
+class Growing:
+    """One text while it is made: only whole characters leave it, and nothing that may become a stop string.
+
+    Names of special tokens never leave it, but stop strings are looked for in the text that has them.
+
+    Args:
+        tokenizer: gives the characters.
+        stop: the strings before which the text ends.
+        opening: whether no text stands before it, so that what a tokenizer puts before texts is none of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], opening: bool = False) -> None:
+        self.why = ""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._first: list[int] | None = [] if opening else None
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self._is_text: list[bool] = []  # of each character that is held
+
+    def take(self, token: int, last: bool = False) -> str:
+        """The characters that one more token makes certain; `last` says that no other follows."""
+        ended = token in self._tokenizer.ends
+        data = self._bytes_of([] if ended else [token], final=ended or last)
+        text, name = self._decoder.decode(data, final=ended or last), self._tokenizer.names.get(token, "")
+        self._held += text + name
+        self._is_text += [True] * len(text) + [False] * len(name)
+        found = [place for place in map(self._held.find, self._stop) if place >= 0]
+        self.why = "end" if ended else "stop" if found else "length" if last else ""
+        certain = min(found) if found else len(self._held) if self.why else len(self._held) - self._doubtful()
+        shown = "".join(itertools.compress(self._held[:certain], self._is_text))
+        self._held, self._is_text = self._held[certain:], self._is_text[certain:]
+        return shown
+
+    def _bytes_of(self, ids: list[int], final: bool) -> bytes:
+        """The bytes of more ids, but at the beginning of a text none until it is clear which are its own."""
+        if self._first is None:
+            return self._tokenizer.to_bytes(ids)
+        self._first += ids
+        data = self._tokenizer.to_bytes(self._first)
+        if len(data) < 2 * self._tokenizer.lead_bytes and not final:
+            return b""
+        lead, self._first = self._tokenizer.lead(self._first), None
+        return data[lead:]
+
+    def _doubtful(self) -> int:
+        """How many of the last characters may be the beginning of a stop string."""
+        beginnings = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        return max((len(begun) for begun in beginnings if self._held.endswith(begun)), default=0)
+
+
+def trace(
+    model: Model, sequences: Sequence[Sequence[int]], prompts: Sequence[int], tokenizer: Tokenizer
+) -> list[Traced]:
+    """Where the tokens of finished texts go: the routing of all MoE layers, by one forward pass.
+
+    Args:
+        model: with experts.
+        sequences: token ids of whole texts, prompt and what followed.
+        prompts: how many of each are the prompt's.
+        tokenizer: gives their bytes.
+    """
+    count = _whole_shards(len(sequences), model.mesh)
+    longest = rounded(max(map(len, sequences)))
+    tokens, positions = _padded(sequences, count, longest)
+    arrays = (model.params, model.bias, model.balance)
+    found = _routes(*_compiled_by(model))(arrays, tokens, positions)
+    ids, gates = (np.asarray(a).reshape(len(a), count, longest, -1) for a in found)
+    pieces = [[tokenizer.to_bytes([i]) for i in sequence] for sequence in sequences]
+    return [
+        Traced(sequence, pieces[n], prompts[n], ids[:, n, : len(sequence)], gates[:, n, : len(sequence)])
+        for n, sequence in enumerate(sequences)
+    ]
+
+
+def score(model: Model, sequences: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How likely given texts are, with the same programs whatever their lengths, which are rounded.
+
+    Args:
+        model: config, parameters and bias.
+        sequences: token ids, at least two in each.
+
+    Returns:
+        For each the logarithms of the probabilities of its tokens after the first, float32 [N - 1], over the model's
+        whole vocabulary, and whether each was the likeliest token, bool [N - 1].
+    """
+    count, found = _whole_shards(len(sequences), model.mesh), []
+    inputs, targets = [s[:-1] for s in sequences], [s[1:] for s in sequences]
+    longest = max(map(len, inputs))
+    step, arrays = _score(*_compiled_by(model)), (model.params, model.bias, model.balance)
+    cache = _cache_maker(model.config.model, model.mesh, count, rounded(longest))()
+    pieces = zip(_chunks(inputs, count, longest), _chunks(targets, count, longest), strict=True)
+    for (tokens, positions), (following, _) in pieces:
+        *result, cache = step(arrays, tokens, positions, following, cache)
+        found.append([np.asarray(a) for a in result])
+    logs, likeliest = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    return [(logs[n, : len(t)], likeliest[n, : len(t)]) for n, t in enumerate(targets)]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+def check_model(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise a ValueError where a model cannot make text token by token, or not that of the tokenizer."""
+    for entry in config.balance:
+        if not balance.make((entry,), config.model).by_token:
+            raise ValueError(
+                f"balance.{entry.label} chooses a token's experts by the whole batch, in evaluation too, so no text "
+                "can be made token by token; train with another method."
+            )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of tokenizer "
+            f"{tokenizer.name!r}; give the tokenizer that the model was trained with."
+        )
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = (), max_length: int = 0
+) -> None:
+    """Raise a ValueError where there is nothing to continue, or too much."""
+    if max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens={max_new_tokens} must be at least 1; raise it.")
+    if not prompts:
+        raise ValueError("there is no prompt; give at least one.")
+    if "" in stop:
+        raise ValueError("--stop is empty, and every text has that at once; give a string, or leave it out.")
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} has no token to continue; give some text, or --separator.")
+        if max_length and len(prompt) + max_new_tokens > max_length:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, which with --max_new_tokens={max_new_tokens} are more than "
+                f"the {max_length} that the model is made for; lower --max_new_tokens, or set --max_length."
+            )
+
+
+def notice_of_drops(config: Config) -> str:
+    """What to tell of a run whose training dropped copies, which generation does not; "" of others."""
+    droppers = [f"balance.{e.label}" for e in config.balance if balance.make((e,), config.model).drop is not None]
+    droppers += (
+        ["model.dispatch='capacity'"] if config.model.num_experts and config.model.dispatch == "capacity" else []
+    )
+    return f"{' and '.join(droppers)} dropped copies of tokens in training; here none is dropped." if droppers else ""
+
+
+# --- what is compiled -----------------------------------------------------------------------------------------
+
+
+def _compiled_by(model: Model) -> tuple[ModelConfig, Entries, Mesh | None]:
+    return model.config.model, model.config.balance, model.mesh
+
+
+@functools.lru_cache(maxsize=16)
+def _extend(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
+    """(arrays, tokens, positions, cache) -> logits, report, cache; not compiled by itself."""
+
+    def extend(arrays: Any, tokens: Any, positions: Any, cache: Any, **how: Any) -> Any:
+        params, bias, state = arrays
+        transformer: Any = nnx.merge(abstract_model(model).graphdef, params, bias)
+        cache = transformer.init_cache(*tokens.shape) if cache is None else cache
+        balancing = Balancing(balance.make(entries, model), state)
+        return transformer.extend(tokens, positions, cache, balancing, mesh=mesh, **how)
+
+    return extend
+
+
+@functools.lru_cache(maxsize=32)
+def _step(model: ModelConfig, entries: Entries, mesh: Mesh | None, sampling: Sampling, num_tokens: int) -> Any:
+    """(arrays, tokens, positions, before, cache, key, rows) -> next tokens [B], cache; compiled for each shape.
+
+    A row without tokens keeps the one from before.
+    """
+    extend = _extend(model, entries, mesh)
+
+    def step(arrays: Any, tokens: Any, positions: Any, before: Any, cache: Any, key: Any, rows: Any) -> Any:
+        logits, _, cache = extend(arrays, tokens, positions, cache, last_only=True)
+        logits = logits[:, 0]
+        known = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] < num_tokens, logits, -jnp.inf)
+        new = next_tokens(known, sampling, key, rows, positions.max(-1) + 1)
+        return jnp.where((positions >= 0).any(-1), new, before), cache
+
+    places = None if mesh is None else (replicated(mesh), _cache_place(mesh))
+    return jax.jit(step, donate_argnums=4, out_shardings=places)
+
+
+@functools.lru_cache(maxsize=16)
+def _score(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
+    """(arrays, tokens, positions, targets, cache) -> ln p of the targets [B, N], likeliest [B, N], cache."""
+    extend = _extend(model, entries, mesh)
+
+    def step(arrays: Any, tokens: Any, positions: Any, targets: Any, cache: Any) -> Any:
+        logits, _, cache = extend(arrays, tokens, positions, cache)
+        chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        logs = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return logs, jnp.argmax(logits, -1).astype(jnp.int32) == targets, cache
+
+    whole = None if mesh is None else replicated(mesh)
+    places = None if mesh is None else (whole, whole, _cache_place(mesh))
+    return jax.jit(step, donate_argnums=4, out_shardings=places)
+
+
+@functools.lru_cache(maxsize=16)
+def _routes(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
+    """(arrays, tokens, positions) -> expert ids and gates [L, B N, S], compiled for each shape."""
+    extend = _extend(model, entries, mesh)
+
+    def routes(arrays: Any, tokens: Any, positions: Any) -> Any:
+        routing = extend(arrays, tokens, positions, None)[1].details.routing
+        return routing.expert_ids, routing.gates
+
+    return jax.jit(routes, out_shardings=None if mesh is None else replicated(mesh))
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_maker(model: ModelConfig, mesh: Mesh | None, count: int, length: int) -> Any:
+    """() -> an empty cache for so many rows of so many tokens."""
+    abstract = abstract_model(model)
+    transformer: Any = nnx.merge(abstract.graphdef, abstract.params, abstract.bias)
+    make = functools.partial(transformer.init_cache, count, length)
+    return jax.jit(make, out_shardings=None if mesh is None else _cache_place(mesh))
+
+
+def _cache_place(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes, behind the axis of stacked layers."""
+    return NamedSharding(mesh, P(None, BATCH))
+
+
+def rounded(length: int) -> int:
+    """A length that few others are rounded to as well: a power of two from 16 to 1024, beyond a multiple of 512."""
+    return max(16, 1 << (length - 1).bit_length()) if length <= 1024 else -(-length // 512) * 512
+
+
+def _whole_shards(rows: int, mesh: Mesh | None) -> int:
+    """So many rows that each shard of the batch has as many."""
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    return -(-rows // shards) * shards
+
+
+def _chunks(sequences: Sequence[Sequence[int]], count: int, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sequences of at most `longest` tokens as tokens and positions [B, N] after each other, N at most CHUNK."""
+    width = min(CHUNK, rounded(longest))
+    tokens, positions = _padded(sequences, count, -(-longest // width) * width)
+    for start in range(0, tokens.shape[1], width):
+        yield tokens[:, start : start + width], positions[:, start : start + width]
+
+
+def _padded(sequences: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, 0 where there is none, and positions, -1 there: int32 [count, width] each."""
+    tokens, positions = np.zeros((count, width), np.int32), np.full((count, width), -1, np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)], positions[row, : len(sequence)] = sequence, np.arange(len(sequence))
+    return tokens, positions

@@ -1,0 +1,532 @@
+"""The train step and the evaluation step: the only jit boundary.
+
+One step: every micro-batch forward and backward, one division, one optimizer update, one bias update, and
+all of it or nothing. N micro-batches, B sequences, S tokens a sequence, L MoE layers, E experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float32, Int32, Key
+
+from moe_jax import balance
+from moe_jax.balance import measures
+from moe_jax.config import Config
+from moe_jax.config.balance import BIAS_METHODS
+from moe_jax.data.batches import Batch
+from moe_jax.dispatch.apply import Traffic
+from moe_jax.kernels import head
+from moe_jax.mesh import BATCH, batch_sharding, constrain, is_sharded, platform, replicated
+from moe_jax.model.moe import Balancing, Details, Report
+from moe_jax.model.transformer import Inputs, ahead_of, shifted
+from moe_jax.training.state import (
+    TrainState,
+    Tree,
+    abstract_model,
+    learning_rate,
+    make_optimizer,
+    read_bias,
+    state_shardings,
+    step_key,
+    stored,
+    write_bias,
+)
+
+TrainStep = Any  # a jitted (TrainState, Batch, key) -> (TrainState, metrics)
+
+
+class Reported(NamedTuple):
+    """What the step keeps of the layers' `Report`s, added up: all but the details."""
+
+    statistics: balance.Statistics
+    losses: dict[str, Float32[Array, "layers"]]
+    aux_loss: Float32[Array, "layers"]
+    traffic: Traffic
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports.
+
+    ahead_nats, ahead_tokens: of multi-token prediction, summed over its depths, and the targets it has there.
+    """
+
+    nats: Float32[Array, ""]
+    ahead_nats: Float32[Array, ""]
+    ahead_tokens: Int32[Array, ""]
+    total_loss: Float32[Array, ""]
+    report: Reported | None
+
+
+def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
+    """(state, batch, key) -> (state, metrics), jitted, the state donated.
+
+    Configs that differ in nothing a step reads share one function, and so one compilation: the seeds of an
+    experiment, for example. Metrics are device arrays, whole on every device; fetching them is the caller's to
+    time. With a mesh the state lies as `state_shardings` says, the batch as `batch_sharding`.
+    """
+    return _train_step(without_what_no_step_reads(config), mesh)
+
+
+def make_eval_step(
+    config: Config, mesh: Mesh | None = None, balancer: balance.Balancer | None = None
+) -> Callable[[TrainState, Batch], "Evaluation"]:
+    """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing.
+
+    Experts are chosen as the config's balance says, or by another `balancer` with the same state.
+    """
+    return _eval_step(without_what_no_step_reads(config), mesh, balancer)
+
+
+def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
+    """Shapes and dtypes of a step's batch; with a mesh also where it lies."""
+    place = None if mesh is None else batch_sharding(mesh)
+
+    def leaf(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    rows, tokens = (config.batch_size,), (config.batch_size, config.sequence_length)
+    ints = leaf(tokens)
+    return Batch(ints, ints, ints, ints, leaf(tokens, jnp.bool_), leaf(rows), leaf(rows))
+
+
+def without_what_no_step_reads(config: Config) -> Config:
+    """The config by which steps are compiled: runs that differ elsewhere share one compilation."""
+    plain = Config()
+    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint", "init_from"]
+    keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
+    return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
+
+
+@functools.lru_cache(maxsize=16)
+def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
+    step = functools.partial(train_step, config, mesh=mesh)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    places = state_shardings(config, mesh), replicated(mesh)
+    options = compiler_options(config, platform(mesh))
+    if options:
+        _check_options(options, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
+
+
+def compiler_options(config: Config, platform: str) -> dict[str, str]:
+    """The options of `config.compiler_options` for XLA on a platform; one named xla_tpu_... is for "tpu" only."""
+    others = tuple(f"xla_{name}_" for name in ("cpu", "gpu", "tpu") if name != platform)
+    return {name: value for name, value in config.compiler_options.items() if not name.startswith(others)}
+
+
+def _check_options(options: dict[str, str], mesh: Mesh) -> None:
+    """Try the options on next to nothing, before minutes are spent on the step.
+
+    Raises:
+        ValueError: XLA does not know an option, or not its value.
+    """
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(scalar).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"compiler_options={options} was refused by XLA: {told}; correct or remove it.") from None
+
+
+def train_step(
+    config: Config, state: TrainState, batch: Batch, key: Key[Array, ""], mesh: Mesh | None = None
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step, as a pure function.
+
+    Args:
+        state: after `state.step` steps.
+        batch: `batch_at(state.step)`, leaves [B, ...].
+        key: the run's base key; this step uses `fold_in(key, state.step)`.
+        mesh: where state and batch lie; None for one device.
+
+    Returns:
+        the next state (or, if the loss, the gradient or anything in it is not finite, this one with step and skipped
+        advanced), and the step's metrics with per-layer `loads` [L, E] and `bias` [L, E] for a model with experts.
+    """
+    key = jax.random.fold_in(key, state.step)
+    sums, grads = accumulate(config, state, batch, key, mesh)
+    grad_norm, rate = optax.tree.norm(grads), learning_rate(config.optimizer, config.num_steps)(state.step)
+    move = state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING)
+    moved = advance(config, *move)
+    # done twice behind a barrier: kept until all of it is known to be finite, what moved would need room of its own
+    checked = advance(config, *jax.lax.optimization_barrier(move))
+    finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
+    after = all_or_nothing(finite, moved, state)
+    values = step_metrics(sums, batch, after, grad_norm, rate)
+    if config.model.mtp_depth:
+        values |= {"mtp/loss": sums.ahead_nats / at_least_one(sums.ahead_tokens)}
+    if sums.report is not None:
+        values |= balance_metrics(config, sums.report, batch, state, after, mesh)
+    return after, values
+
+
+def accumulate(
+    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
+) -> tuple[Sums, Tree]:
+    """Sum the loss, its gradient and the reports over the micro-batches, by scan.
+
+    Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
+    weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
+    """
+    balancer = balance.make(config.balance, config.model)
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
+    num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
+    statistics = None
+    if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
+        statistics = step_statistics(config, balancer, state, micro, keys, mesh)
+
+    running = config.micro_batches > 1 and balance.needs_running_statistics(config.balance)
+
+    def objective(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
+        balancing = Balancing(balancer, state.balance, statistics, earlier)
+        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
+        total = language_nats(config, state.step, nats, ahead) / num_tokens
+        share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
+        if report is None:
+            return total, Sums(nats, *ahead, total, None)
+        losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
+        total = sum((value.sum() for value in losses.values()), total)
+        summed = Reported(report.statistics, losses, aux_loss, report.traffic)
+        return total, Sums(nats, *ahead, total, summed)
+
+    gradient = jax.jit(jax.grad(objective, has_aux=True))
+
+    def body(sofar: tuple, one: tuple) -> tuple[tuple, None]:
+        grads, sums = gradient(state.params, *one, sofar[0].report.statistics if running else None)
+        sums, grads = jax.tree.map(lambda total, new: total + new, sofar, (sums, grads))
+        return (sums, _as_parameters(config, grads, mesh)), None
+
+    one = jax.tree.map(lambda a: a[0], (micro, keys))
+    if config.micro_batches == 1:  # no sum, and no pass over all gradients to add them to zeros
+        grads, sums = gradient(state.params, *one, None)
+        return sums, _as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
+    earlier = None
+    if running:
+        earlier = jax.eval_shape(lambda: gradient(state.params, *one, None)[1].report.statistics)
+    grads, sums = jax.eval_shape(gradient, state.params, *one, earlier)
+    sums, grads = jax.tree.map(_zeros_to_add_to, (sums, grads))
+    zeros = sums, _as_parameters(config, grads, mesh)
+    return jax.lax.scan(body, zeros, (micro, keys))[0]
+
+
+def _as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
+    """Gradients laid out as their parameters, so that no device ever holds all of them."""
+    if not is_sharded(mesh):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, state_shardings(config, mesh).params)
+
+
+def step_statistics(
+    config: Config, balancer: balance.Balancer, state: TrainState, micro: Batch, keys: Array, mesh: Mesh | None
+) -> balance.Statistics:
+    """The statistics [L, ...] of the whole step, by a forward-only pass before the pass with gradients."""
+
+    def observe(batch: Batch, key: Array) -> balance.Statistics:
+        balancing = Balancing(balancer, state.balance)
+        report = forward(config, state.params, state.bias, balancing, batch, key, mesh=mesh)[1]
+        assert report is not None  # a config with a balancer has MoE layers
+        return report.statistics
+
+    def body(sofar: Tree, one: tuple) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, sofar, observe(*one)), None
+
+    one = jax.tree.map(lambda a: a[0], (micro, keys))
+    zeros = jax.tree.map(_zeros_to_add_to, jax.eval_shape(observe, *one))
+    return jax.lax.scan(body, zeros, (micro, keys))[0]
+
+
+def forward(
+    config: Config,
+    params: Tree,
+    bias: Tree,
+    balancing: Balancing,
+    batch: Batch,
+    key: Array,
+    train: bool = True,
+    mesh: Mesh | None = None,
+) -> tuple[Float32[Array, "batch"], Report | None]:
+    """The cross-entropy of every row in nats, summed over its valid targets, and the layers' reports."""
+    model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
+    logits, report = model(_inputs(batch), balancing, key=key, train=train, mesh=mesh)
+    return head.row_nats(logits, batch.targets, batch.mask), report
+
+
+class AheadLoss(NamedTuple):
+    """Of multi-token prediction: nats summed over its depths, and how many targets it has there."""
+
+    nats: Float32[Array, ""]
+    tokens: Int32[Array, ""]
+
+
+def summed_forward(
+    config: Config, params: Tree, bias: Tree, balancing: Balancing, batch: Batch, key: Array, mesh: Mesh | None = None
+) -> tuple[Float32[Array, ""], AheadLoss, Report | None]:
+    """`forward` in training, with the sum of the nats, which on one device needs no logits in memory."""
+    model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
+    x, ahead, report = model.before_head(_inputs(batch), balancing, key=key, train=True, mesh=mesh)
+
+    def nats(x: Array, targets: Array, mask: Array) -> Array:
+        if is_sharded(mesh):
+            return head.row_nats(model.logits(x, mesh), targets, mask).sum()
+        with jax.named_scope("head"):
+            return head.summed_nats(x, model.head_weight(mesh), targets, mask)
+
+    later = AheadLoss(jnp.float32(0.0), jnp.int32(0))
+    for depth in range(config.model.mtp_depth):
+        targets, mask = ahead_targets(batch, depth + 1)
+        later = AheadLoss(later.nats + nats(ahead[depth], targets, mask), later.tokens + mask.sum(dtype=jnp.int32))
+    return nats(x, batch.targets, batch.mask), later, report
+
+
+def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """What depth k of multi-token prediction predicts at each place, t_{i+k+1}, and where: inside one document."""
+    seen = ahead_of(_inputs(batch), depth).segment_ids > 0
+    return shifted(batch.targets, depth), seen & shifted(batch.mask, depth)
+
+
+def language_nats(
+    config: Config, step: Int32[Array, ""], nats: Float32[Array, ""], ahead: AheadLoss
+) -> Float32[Array, ""]:
+    """The nats that training lowers: of the next token, and lambda times the mean over the depths after it.
+
+    Both are to be divided by the tokens of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
+    """
+    depth = config.model.mtp_depth
+    return nats + prediction_weight(config, step) / depth * ahead.nats if depth else nats
+
+
+def prediction_weight(config: Config, step: Int32[Array, ""]) -> Float32[Array, ""]:
+    """lambda, the weight of multi-token prediction's mean loss over its depths. Source: DeepSeek-V3, section 4.2."""
+    starts = jnp.array([round(share * config.num_steps) for share in config.mtp_milestones], jnp.int32)
+    return jnp.array(config.mtp_weights, jnp.float32)[(starts <= step).sum(dtype=jnp.int32)]
+
+
+def _inputs(batch: Batch) -> Inputs:
+    return Inputs(batch.tokens, batch.positions, batch.segment_ids)
+
+
+ROUNDING = 2**31  # the stream of randomness of stochastic rounding, after those of micro-batches
+
+
+def advance(
+    config: Config, state: TrainState, grads: Tree, report: Reported | None, rate: Array, key: Key[Array, ""]
+) -> TrainState:
+    """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
+    old = state.params, state.optimizer
+    params, moments = stored((params, moments), old, config.optimizer.rounding, key)
+    state = state._replace(params=params, optimizer=moments)
+    return state if report is None else balance_update(config, state, report.statistics)
+
+
+def balance_update(config: Config, state: TrainState, statistics: balance.Statistics) -> TrainState:
+    """`balancer.update` in every MoE layer, from the statistics [L, ...] of the step just trained on."""
+    balancer = balance.make(config.balance, config.model)
+    joined = state.balance | {"bias": read_bias(state.bias)}
+    moved = jax.vmap(balancer.update, in_axes=(0, 0, None))(statistics, joined, state.step)
+    bias = write_bias(state.bias, moved.pop("bias"))
+    return state._replace(bias=bias, balance=moved)
+
+
+def is_finite(state: TrainState) -> Bool[Array, ""]:
+    """Whether every number of the state is finite: a parameter and its moments in one pass over memory."""
+    like: Any = jax.tree.structure(state.params)
+
+    def is_like(tree: Tree) -> bool:
+        return jax.tree.structure(tree) == like
+
+    parts = jax.tree.leaves((state.params, state.optimizer, state.bias, state.balance), is_leaf=is_like)
+    by_parameter = zip(*(jax.tree.leaves(part) for part in parts if is_like(part)), strict=True)
+    alone = ((part,) for part in parts if not is_like(part))
+    checks = (functools.reduce(jnp.logical_and, map(jnp.isfinite, group)).all() for group in (*by_parameter, *alone))
+    return functools.reduce(jnp.logical_and, checks)
+
+
+def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
+    """The moved state, or where not finite the old one bit by bit; `step` advances either way.
+
+    By selection, never by multiplying with zero: 0 x NaN is NaN.
+    """
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    return kept._replace(
+        step=state.step + 1,
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+        stuck=jnp.where(finite, 0, state.stuck + 1),
+    )
+
+
+def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
+    """What is logged of every step; `state` is the one after it."""
+    return {
+        "loss": sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32)),
+        "total_loss": sums.total_loss,
+        "tokens": batch.mask.sum(dtype=jnp.int32),
+        "bits_per_byte": sums.nats / (jnp.log(jnp.float32(2.0)) * at_least_one(batch.num_bytes.sum(dtype=jnp.int32))),
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "skipped": state.skipped,
+        "stuck": state.stuck,
+    }
+
+
+def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """A number of things to divide by."""
+    return jnp.maximum(count, 1).astype(jnp.float32)
+
+
+def balance_metrics(
+    config: Config,
+    report: Reported,
+    batch: Batch,
+    before: TrainState,
+    after: TrainState,
+    mesh: Mesh | None = None,
+) -> dict[str, Array]:
+    """What is logged of a step's routing, the same for every method, and `loads` and `bias` layer by layer.
+
+    Losses are logged once, as they stand in the total loss, summed over layers. `moe/dropped` are copies, and
+    `moe/drop_rate` is their share.
+    """
+    m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum(dtype=jnp.int32)
+    loads, traffic = report.statistics["loads"], report.traffic
+    dropped, rounds, rows, visits = (a.astype(jnp.float32) for a in traffic)
+    copies = jnp.maximum(loads[:, : m.num_experts].sum(-1, dtype=jnp.float32), 1.0)
+    values = {f"moe/{name}": v for name, v in measures.of_loads(loads, m.num_experts, tokens).items()}
+    values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
+    if "direction" in before.balance:
+        directions = (state.balance["direction"].ravel() for state in (before, after))
+        values |= {"moe/bias_flips": measures.flip_rate(*directions)}
+    if is_sharded(mesh) and mesh.shape["expert"] > 1:
+        on_devices = measures.device_violation(loads[:, : m.num_experts], mesh.shape["expert"])
+        values |= {"moe/device_violation": on_devices.mean(), "moe/device_violation_worst": on_devices.max()}
+    if m.num_zero_experts:
+        to_zero = loads[:, m.num_experts :].sum(-1, dtype=jnp.int32).astype(jnp.float32)
+        values |= {"moe/zero_share": (to_zero / at_least_one(loads.sum(-1, dtype=jnp.int32))).mean()}
+    return values | {
+        "moe/bias_range": measures.bias_range(bias).max(),
+        "moe/aux_loss": report.aux_loss.mean(),
+        "moe/dropped": traffic.dropped.sum(dtype=jnp.int32),
+        "moe/drop_rate": (dropped / copies).mean(),
+        "moe/rounds": rounds.mean() / config.micro_batches,
+        "moe/padding": (rows / copies).mean(),
+        "moe/devices_per_token": (visits / at_least_one(tokens)).mean(),
+        "loads": loads,
+        "bias": bias,
+    }
+
+
+class Evaluation(NamedTuple):
+    """Sums over one held-out batch: of every row, and over all; None where there are no experts, or no bias.
+
+    nats, tokens, domain, num_bytes: of a row, its valid targets alone. row_loads: of a row's sequence.
+    kept, chosen: how many decisions are the same without the bias, and how many there are. dropped: how many copies no
+    expert saw; None where none can be dropped.
+    """
+
+    nats: Float32[Array, "batch"]
+    tokens: Int32[Array, "batch"]
+    domain: Int32[Array, "batch"]
+    num_bytes: Int32[Array, "batch"]
+    row_loads: Int32[Array, "batch layers experts"] | None
+    kept: Int32[Array, "layers"] | None = None
+    chosen: Int32[Array, "layers"] | None = None
+    dropped: Int32[Array, "layers"] | None = None
+
+    @property
+    def loads(self) -> Int32[Array, "layers experts"] | None:
+        """Of the whole batch."""
+        return None if self.row_loads is None else self.row_loads.sum(0, dtype=jnp.int32)
+
+
+@functools.lru_cache(maxsize=16)
+def _eval_step(
+    config: Config, mesh: Mesh | None, balancer: balance.Balancer | None
+) -> Callable[[TrainState, Batch], Evaluation]:
+    balancer = balance.make(config.balance, config.model) if balancer is None else balancer
+    has_bias = any(entry.method in BIAS_METHODS for entry in config.balance)
+    can_drop = config.model.dispatch == "capacity" or balancer.drop is not None
+
+    def evaluate(state: TrainState, batch: Batch) -> Evaluation:
+        balancing = Balancing(balancer, state.balance)
+        # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
+        key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum(dtype=jnp.int32))
+        nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
+        row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
+        rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
+        result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)
+        if report is not None and can_drop:
+            result = result._replace(dropped=report.traffic.dropped)
+        if report is None or not has_bias:
+            return result
+        kept, chosen = _kept_without_bias(state, report.details)
+        return result._replace(kept=kept, chosen=chosen)
+
+    return jax.jit(evaluate, out_shardings=None if mesh is None else replicated(mesh))
+
+
+def _kept_without_bias(state: TrainState, details: Details) -> tuple[Int32[Array, "layers"], Int32[Array, "layers"]]:
+    """How many decisions of each layer its scores alone would make too, and how many there are."""
+    routing, bias = details.routing, read_bias(state.bias)
+    kept, chosen = measures.decisions_kept(routing.expert_ids, details.unbiased_ids, routing.loads.shape[-1])
+    biased = (measures.bias_range(bias) > 0).reshape(len(bias), -1).any(-1)  # else a rule chose, as in layers that hash
+    kept, chosen = kept.astype(jnp.int32), chosen.astype(jnp.int32)
+    return jnp.where(biased, kept, chosen), chosen
+
+
+def split_batch(batch: Batch, micro_batches: int) -> Batch:
+    """[B, ...] to [N, B / N, ...]; micro-batch i holds the rows i, i + N, ..., so that rows on one device stay."""
+
+    def split(a: Any) -> Array:
+        a = jnp.asarray(a)
+        return a.reshape(a.shape[0] // micro_batches, micro_batches, *a.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of the leaf's shape; gradients of narrower floats are summed in float32."""
+    return jnp.zeros(leaf.shape, _wide(leaf.dtype))
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+PARTS = (
+    *("loss", "gradient of", "norm of the gradient"),
+    *("moved parameter", "moved moment", "moved bias of", "moved balancer state"),
+)
+
+
+def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh | None = None) -> str:
+    """The first tensor of a step that is not finite: one of PARTS, with its path, in that order.
+
+    "nothing any more" if there is none.
+    """
+
+    def parts(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, ...]:
+        sums, grads = accumulate(config, state, batch, key, mesh)
+        rate = learning_rate(config.optimizer, config.num_steps)(state.step)
+        moved = advance(config, state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING))
+        found = sums.total_loss, grads, optax.tree.norm(grads), *moved[TrainState._fields.index("params") :]
+        return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), found)
+
+    key = jax.random.fold_in(step_key(config), state.step)
+    flags = jax.jit(parts, out_shardings=None if mesh is None else replicated(mesh))(state, batch, key)
+    for name, tree in zip(PARTS, flags, strict=True):
+        for path, is_finite in jax.tree_util.tree_leaves_with_path(tree):
+            if not is_finite:
+                return f"{name} {jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip()
+    return "nothing any more"
