@@ -25,8 +25,8 @@ def compiled_cost(config: Config) -> Cost:
     """The cost of the config's train step on one device of this machine, by the compiler's own count."""
     import jax
 
+    from moe_jax.training.compile import abstract_batch, make_train_step
     from moe_jax.training.state import abstract_state
-    from moe_jax.training.step import abstract_batch, make_train_step
 
     config = resolve(config, 1, jax.devices()[0].platform)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -25,22 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from moe_jax import balance, simulate
+from moe_jax import balance
 from moe_jax.balance.base import REGISTRY, Balancer
 from moe_jax.balance.method import Method
 from moe_jax.config import ModelConfig, balance_entries
 from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.config.command import fail, parse_flags
 from moe_jax.runtime.files import path_of, write_whole
-from moe_jax.simulate import Arm, Result, Settings
-from moe_jax.simulator import streams
+from moe_jax.simulator import arms, loop, settings, show, streams
+from moe_jax.simulator.arms import Arm
+from moe_jax.simulator.loop import Result
+from moe_jax.simulator.settings import Settings
 
 T = TypeVar("T")
 SETTINGS = Settings(experts=64, top_k=6, tokens=4096, steps=400)
 FEW_STEPS = 40
 SMALL = Settings(experts=24, top_k=2, tokens=64)  # for what is seen in one step
 SHAPES = Settings(experts=72, top_k=6, tokens=96)  # sizes that tell one dimension from another
-DIMENSIONS = {72: "E", 6: "K", 96: "T", simulate.VOCAB_SIZE: "V"}
+DIMENSIONS = {72: "E", 6: "K", 96: "T", settings.VOCAB_SIZE: "V"}
 FAMILIES = ("bias", "loss", "control", "selector")
 
 
@@ -90,9 +92,9 @@ def composition(name: str) -> dict[str, dict[str, Any]]:
     if hasattr(options, "controls"):
         mapping[options.controls] = {}
     if hasattr(options, "target"):
-        own["target"] = round(simulate.threshold(SETTINGS), 2)
+        own["target"] = round(loop.threshold(SETTINGS), 2)
     try:
-        simulate.config_of(SETTINGS, balance_entries(mapping))
+        settings.config_of(SETTINGS, balance_entries(mapping))
     except ValueError:  # the only thing that a method lacks by default
         own["num_devices"] = 8
     return mapping
@@ -101,12 +103,12 @@ def composition(name: str) -> dict[str, dict[str, Any]]:
 def arm_of(name: str) -> Arm:
     """The method as the simulator runs it."""
     mapping = composition(name)
-    return Arm(simulate.write_balance(mapping), balance_entries(mapping))
+    return Arm(arms.write_balance(mapping), balance_entries(mapping))
 
 
 def made(name: str, s: Settings) -> Balancer:
     """The method and what it needs, for one layer of these sizes."""
-    config = simulate.config_of(s, arm_of(name).entries)
+    config = settings.config_of(s, arm_of(name).entries)
     return balance.make(config.balance, config.model)
 
 
@@ -157,7 +159,7 @@ def shapes(tree: Mapping[str, Any], name: str) -> str:
 def forward(balancer: Balancer, s: Settings, logits: Any, state: Any, ids: Any) -> tuple[Any, Any]:
     """Experts [T, S] of one layer's tokens, where a dropped copy is an empty slot, and statistics."""
     tokens, key = streams.rows_of(s.sequences, s.tokens)._replace(ids=ids), jax.random.key(0)
-    routing = simulate.routed(balancer, s, logits, tokens, state, key)
+    routing = loop.routed(balancer, s, logits, tokens, state, key)
     if balancer.drop is None:
         return routing.expert_ids, balancer.observe(routing)
     keep = balancer.drop(routing, state, key, True)
@@ -195,7 +197,7 @@ def is_causal(name: str) -> bool:
     def draw() -> np.ndarray:
         return random.normal(size=(s.tokens, s.experts)).astype(np.float32)
 
-    ids = random.integers(0, simulate.VOCAB_SIZE, s.tokens, dtype=np.int32)
+    ids = random.integers(0, settings.VOCAB_SIZE, s.tokens, dtype=np.int32)
     state = balancer.init(s.experts)
     for step in range(3):
         state = balancer.update(run(draw(), state, ids)[1], state, jnp.int32(step))
@@ -204,7 +206,7 @@ def is_causal(name: str) -> bool:
     for t in range(1, s.tokens, 7):
         changed, other_ids = logits.copy(), ids.copy()
         changed[t:] = 3.0 * draw()[t:]
-        other_ids[t:] = random.integers(0, simulate.VOCAB_SIZE, s.tokens - t)
+        other_ids[t:] = random.integers(0, settings.VOCAB_SIZE, s.tokens - t)
         if (np.asarray(run(changed, state, other_ids)[0])[:t] != before[:t]).any():
             return False
     return True
@@ -251,8 +253,8 @@ def row(name: str, result: Result, low: float) -> list[str]:
 
 def speed_and_level(result: Result, low: float) -> list[str]:
     """Steps until it settled, and the final level over the floor."""
-    settled = simulate.cell([summary.settled for summary in result.summaries], steps=True)
-    return [settled, simulate.cell([summary.final / low for summary in result.summaries], steps=False)]
+    settled = show.cell([summary.settled for summary in result.summaries], steps=True)
+    return [settled, show.cell([summary.final / low for summary in result.summaries], steps=False)]
 
 
 def two_at_a_time(function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
@@ -266,11 +268,11 @@ def methods_table(seeds: int) -> str:
     names = sorted(REGISTRY, key=lambda name: (FAMILIES.index(family(name)), name))
 
     def run(name: str) -> Result:
-        return simulate.simulate(arm_of(name), settings_of(name), seeds)
+        return loop.simulate(arm_of(name), settings_of(name), seeds)
 
     results = two_at_a_time(run, names)
-    low = simulate.floor(SETTINGS)
-    free = simulate.simulate(Arm("none", ()), SETTINGS, seeds)
+    low = loop.floor(SETTINGS)
+    free = loop.simulate(Arm("none", ()), SETTINGS, seeds)
     nothing = ["none", *"-------", *speed_and_level(free, low)]
     rows = [row(name, result, low) for name, result in zip(names, results, strict=True)]
     return markdown_table(HEADER, [nothing, *rows])
@@ -292,11 +294,11 @@ def drawn(picture: Picture, folder: Path) -> str:
 def numbers_table(told: Mapping[str, Any]) -> str:
     """What the simulator printed: a row for every arm."""
     shifted = told["settings"]["stream"] == "shift"
-    columns = {k: v for k, v in simulate.COLUMNS.items() if shifted or k not in ("recovered", "peak")}
+    columns = {k: v for k, v in show.COLUMNS.items() if shifted or k not in ("recovered", "peak")}
     rows = []
     for arm in told["methods"]:
         values = ([seed[key] for seed in arm["seeds"]] for key in columns)
-        cells = (simulate.cell(v, key in simulate.STEPS) for key, v in zip(columns, values, strict=True))
+        cells = (show.cell(v, key in show.STEPS) for key, v in zip(columns, values, strict=True))
         rows.append([f"`{arm['balance']}`", *cells])
     return markdown_table(["balance", *columns.values()], rows)
 
@@ -334,11 +336,11 @@ def page(folder: Path, seeds: int) -> str:
     others = [f"`{arm_of(n).name}`" for n in sorted(REGISTRY) if arm_of(n).name != n]
     return PAGE.format(
         seeds=seeds,
-        what=simulate.told(s, "", seeds).rpartition(";")[0],
+        what=show.told(s, "", seeds).rpartition(";")[0],
         window=s.window,
-        limit=simulate.threshold(s),
+        limit=loop.threshold(s),
         within=s.within,
-        floor=simulate.floor(s),
+        floor=loop.floor(s),
         steps=s.steps,
         few=FEW_STEPS,
         router_rate=s.router_rate,

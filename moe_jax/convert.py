@@ -47,7 +47,7 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
     open_folder(folder)  # what is wrong with the files is told before jax is loaded
     # before there is a folder: a signal in the middle of loading jax ends the process at once, and nothing tidies up
     from moe_jax.huggingface.weights import abstract_weights, carry, fill, index_axes, open_hf
-    from moe_jax.runtime import checkpoint
+    from moe_jax.runtime import slices
 
     with new_folder(workdir) as partial:
         source = open_hf(folder, dtype)
@@ -56,11 +56,11 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
         carry(folder, partial / TOKENIZER, everything=True)
         path, abstract = partial / "checkpoints" / "00000000", abstract_weights(source.config)
         path.parent.mkdir()
-        arrays = checkpoint.create(path, abstract, index_axes(source.config))
+        arrays = slices.create(path, abstract, index_axes(source.config))
         with progress(workdir.name, source.num_bytes) as advance:
             for num_bytes in fill(source, lambda leaf, index, value: arrays[leaf].write(index, value)):
                 advance(num_bytes)
-        checkpoint.commit(path, abstract, {"config": as_dict(config), "converted_from": folder.name})
+        slices.commit(path, abstract, {"config": as_dict(config), "converted_from": folder.name})
         write_json(partial / "config.json", as_dict(config))
         write_json(partial / "run.json", versions())
     return config
@@ -82,11 +82,11 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
         ValueError: no checkpoint, a damaged one, or a model that the family does not hold.
     """
     from moe_jax.huggingface.weights import abstract_weights, export, refuse_balance
-    from moe_jax.runtime import checkpoint
+    from moe_jax.runtime import slices
 
     config = config_of_run(workdir)
     refuse_balance(config)
-    found = checkpoint.open_newest(
+    found = slices.open_newest(
         workdir / "checkpoints",
         abstract_weights(config.model),
         verify=config.checkpoint.verify,

@@ -85,8 +85,8 @@ def sharding_table(config: Config, num_devices: int) -> "Table":
 
 def compiled_bytes(config: Config) -> tuple[int, int]:
     """(bytes of the arguments, of temporaries) of the compiled train step, by XLA's own analysis."""
+    from moe_jax.training.compile import abstract_batch, make_train_step
     from moe_jax.training.state import abstract_state, step_key
-    from moe_jax.training.step import abstract_batch, make_train_step
 
     lowered = make_train_step(config).lower(abstract_state(config), abstract_batch(config), step_key(config))
     compiled = lowered.compile()
@@ -98,7 +98,7 @@ def model_table(config: Config) -> "Table":
     """The summary as a rich table."""
     from rich.table import Table
 
-    from moe_jax.model.transformer import layout
+    from moe_jax.model.block import layout
 
     m = config.model
     layers = " + ".join(f"{run.repeats} x ({', '.join(run.kinds)})" for run in layout(m))

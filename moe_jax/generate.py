@@ -15,7 +15,6 @@ No copy of a token is dropped, and the logits are those of the training's forwar
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
@@ -24,84 +23,14 @@ from moe_jax.config import Config
 from moe_jax.config.command import fail, parse_flags
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import output_of, path_of, workdir_of, write_whole
-from moe_jax.runtime.workdir import TOKENIZER, config_of_run
+from moe_jax.runtime.workdir import config_of_run
 from moe_jax.text.colours import as_html, on_terminal, printable
+from moe_jax.text.model import encode, longest, restore, tokenizer_of
 
 if TYPE_CHECKING:
     from moe_jax.data import Tokenizer
-    from moe_jax.text.decoding import Completion, Model
-
-
-def restore(workdir: Path) -> "tuple[Model, int]":
-    """The model of a workdir's newest checkpoint, on the devices at hand, and its step.
-
-    Raises:
-        ValueError: there is no run, no checkpoint, or a damaged one.
-    """
-    from moe_jax.evaluate import on_these_devices, restore_model
-    from moe_jax.mesh import is_sharded, make_mesh
-    from moe_jax.text.decoding import Model
-
-    config = on_these_devices(config_of_run(workdir))
-    check_trained(workdir)
-    mesh = make_mesh(config.mesh)
-    state = restore_model(config, workdir, mesh)
-    assert state is not None
-    model = Model(config, state.params, state.bias, state.balance, mesh if is_sharded(mesh) else None)
-    return model, int(state.step)
-
-
-def check_trained(workdir: Path) -> None:
-    """Raise a ValueError where there is no finished checkpoint."""
-    from moe_jax.runtime.checkpoint import committed
-
-    if not committed(workdir / "checkpoints"):
-        raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
-
-
-def tokenizer_of(workdir: Path, config: Config, asked: str = "", eos: str = "") -> "tuple[Tokenizer, bool]":
-    """The model's tokenizer, and whether a prompt begins with its separator: as the model has seen its texts.
-
-    The one asked for, else the files of a converted model, else that of the run's corpus; `eos` is one more token of
-    it, by name or id, that ends texts.
-
-    Raises:
-        ValueError: a converted model came without a tokenizer that can be read; or as `get_tokenizer`.
-    """
-    from moe_jax.data import check_corpus, get_tokenizer
-    from moe_jax.data.corpus import TOKENIZER_FOLDER
-    from moe_jax.data.tokenizer import TOKENIZERS
-    from moe_jax.data.trained import TOKENIZER_FILE, read_tokenizer
-
-    own = workdir / TOKENIZER
-    if asked:
-        tokenizer = get_tokenizer(asked, eos=eos, flag="eos")
-        return tokenizer, tokenizer.opens_text
-    if (own / TOKENIZER_FILE).is_file():
-        tokenizer = read_tokenizer(own, eos=eos, flag="eos")
-        return tokenizer, tokenizer.opens_text
-    if own.is_dir():
-        raise ValueError(f"{own} came without a {TOKENIZER_FILE}; put one there, or give --tokenizer=DIR_OR_JSON.")
-    tokenizer = check_corpus(config.data.path).tokenizer
-    if eos:
-        known = tokenizer.name in TOKENIZERS
-        name = tokenizer.name if known else str(Path(config.data.path) / TOKENIZER_FOLDER)
-        tokenizer = get_tokenizer(name, tokenizer.separator, eos, flag="eos")
-    return tokenizer, True
-
-
-def longest(workdir: Path, config: Config) -> int:
-    """How many tokens the model knows to handle: a converted one as its maker says, others as in training."""
-    from moe_jax.data.trained import read_settings
-
-    own = read_settings(workdir / TOKENIZER / "config.json").get("max_position_embeddings")
-    return own if isinstance(own, int) else config.sequence_length
-
-
-def encode(tokenizer: "Tokenizer", prompt: str, opened: bool) -> list[int]:
-    """A prompt's ids, names of special tokens read as these, behind the separator if it is to be opened."""
-    ids = tokenizer.encode(prompt, special=True).tolist()
-    return [tokenizer.separator, *ids] if opened and ids[:1] != [tokenizer.separator] else ids
+    from moe_jax.text.decoding import Completion
+    from moe_jax.text.model import Model
 
 
 def read_prompts(prompts: Sequence[str], file: str) -> list[str]:

@@ -70,6 +70,7 @@ def repo() -> Path:
 def tpu_devices() -> Iterator[Callable[[str], list]]:
     """topology -> devices to compile for, though they are not here; skipped without the TPU compiler."""
     from moe_jax import plan
+    from moe_jax.planning import compile
 
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
     # what only compiles cannot read programs back from the cache, so none is written
@@ -78,8 +79,8 @@ def tpu_devices() -> Iterator[Callable[[str], list]]:
 
     def devices(text: str) -> list:
         topology = plan.parse_topology(text)
-        plan.prepare_environment(topology)
-        return list(plan.topology_devices(topology))
+        compile.prepare_environment(topology)
+        return list(compile.topology_devices(topology))
 
     yield devices
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)

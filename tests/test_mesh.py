@@ -15,10 +15,13 @@ from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, platform, spec
+from moe_jax.model.abstract import abstract_model
 from moe_jax.model.moe import Balancing, MoE, RouterBias
 from moe_jax.routing import Tokens
-from moe_jax.training.state import abstract_model, abstract_state, init_state, state_shardings, step_key
-from moe_jax.training.step import accumulate, compiler_options, forward, make_eval_step, make_train_step
+from moe_jax.training.compile import compiler_options, make_eval_step, make_train_step
+from moe_jax.training.losses import forward
+from moe_jax.training.state import abstract_state, init_state, state_shardings, step_key
+from moe_jax.training.step import accumulate
 
 ONE = (1, 1, 1, 1)
 MESHES = [(1, 1, 8, 1), (1, 8, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]

@@ -77,8 +77,8 @@ def depth(layers: list[int], rounds: int) -> dict[str, Any]:
 def _compile(config: Config) -> None:
     import jax
 
+    from moe_jax.training.compile import abstract_batch, make_train_step
     from moe_jax.training.state import abstract_state
-    from moe_jax.training.step import abstract_batch, make_train_step
 
     jax.clear_caches()  # the last round's trace
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -103,12 +103,12 @@ def print_devices(counts: list[int], rounds: int) -> None:
 
 def devices_here(counts: list[int], rounds: int) -> dict[str, Any]:
     """The same batch on more and more of this process's devices."""
-    from moe_jax.planning import hlo
+    from moe_jax.planning import cost
 
     steps, sent = {}, {}
     for count in counts:
         compiled, steps[f"{count} devices"] = _sharded_step(count)
-        sent[f"{count} devices"] = hlo.analyze(compiled.as_text()).sent
+        sent[f"{count} devices"] = cost.analyze(compiled.as_text()).sent
     return relative(steps, rounds) | {"bytes_sent_per_device": sent}
 
 
@@ -118,8 +118,8 @@ def _sharded_step(count: int) -> tuple[Any, Callable[[], Any]]:
 
     from moe_jax.config import as_dict
     from moe_jax.mesh import batch_sharding, make_mesh
+    from moe_jax.training.compile import make_train_step
     from moe_jax.training.state import init_state, step_key
-    from moe_jax.training.step import make_train_step
 
     mesh_config = dict(replica=1, data=1, expert=count, tensor=1)
     config = validate(as_dict(config_like(DEEPSEEK, MODEL, BATCH)) | {"mesh": mesh_config})

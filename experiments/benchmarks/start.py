@@ -33,8 +33,8 @@ def run(sizes: dict[str, int], batch: dict[str, int]) -> None:
 
     from experiments.benchmarks.step import random_batch
     from moe_jax.data.batches import Batch
+    from moe_jax.training.compile import make_train_step
     from moe_jax.training.state import init_state, step_key
-    from moe_jax.training.step import make_train_step
 
     config = config_like(DEEPSEEK, sizes, batch)
     data: Batch = jax.device_put(random_batch(config))

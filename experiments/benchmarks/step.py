@@ -95,8 +95,8 @@ def trainer(config: Config) -> Trainer:
     """Our train step as a user runs it: jitted, the state donated."""
     import jax
 
+    from moe_jax.training.compile import make_train_step
     from moe_jax.training.state import init_state, step_key
-    from moe_jax.training.step import make_train_step
 
     state, key = init_state(config), step_key(config)
     batch = jax.device_put(random_batch(config))
@@ -243,7 +243,7 @@ def _attention(config: Config) -> Callable[[], Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from moe_jax.model.layers import Attention
+    from moe_jax.model.attention import Attention
 
     data = random_batch(config)
     graph, params, rest = _module(functools.partial(Attention, config.model))
@@ -282,7 +282,9 @@ def _optimizer(config: Config) -> Callable[[], Any]:
     import jax
     import optax
 
-    from moe_jax.training.state import abstract_model, init_state, make_optimizer
+    from moe_jax.model.abstract import abstract_model
+    from moe_jax.training.optimizer import make_optimizer
+    from moe_jax.training.state import init_state
 
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
     state = init_state(config)

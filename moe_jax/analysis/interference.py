@@ -12,24 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float
 
 from moe_jax import balance
+from moe_jax.analysis import gradients as gradients_
 from moe_jax.balance import measures
-from moe_jax.config import Config, num_moe_layers
+from moe_jax.config import Config
 from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import BATCH, constrain, replicated
+from moe_jax.model.abstract import Tree
 from moe_jax.model.moe import Balancing, Details
-from moe_jax.training.state import TrainState, Tree
-from moe_jax.training.step import (
-    at_least_one,
-    forward,
-    language_nats,
-    split_batch,
-    summed_forward,
-    without_what_no_step_reads,
-)
+from moe_jax.training.compile import without_what_no_step_reads
+from moe_jax.training.losses import language_nats, summed_forward
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import at_least_one, split_batch
 
 Measure = Any  # (TrainState, Batch, key) -> {name: [L]}, by what is jitted
 
@@ -43,11 +40,6 @@ def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
             return run(state, batch, key)
 
     return measured
-
-
-def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
-    """(state, batch, key) -> `Scores` of the step's first micro-batch, jitted, whole on every device."""
-    return _jitted(record, without_what_no_step_reads(config), mesh)
 
 
 @functools.lru_cache(maxsize=16)
@@ -84,8 +76,8 @@ def measure(
     for name, of in {"": gradients.balance, "z_": gradients.z}.items():
         for place in Places._fields:
             ours, theirs = getattr(of, place), getattr(gradients.language, place)
-            values[f"interference/{name}{place}_ratio"] = jax.vmap(measures.norm_ratio)(ours, theirs)
-            values[f"interference/{name}{place}_cosine"] = jax.vmap(measures.cosine)(ours, theirs)
+            values[f"interference/{name}{place}_ratio"] = jax.vmap(gradients_.norm_ratio)(ours, theirs)
+            values[f"interference/{name}{place}_cosine"] = jax.vmap(gradients_.cosine)(ours, theirs)
     return values | _choices(config, details)
 
 
@@ -153,29 +145,6 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     if balance.make(config.balance, config.model).select is None:
         values["moe/churn"] = changed(routing.expert_ids, details.next_ids, mask=mask)
     return values
-
-
-class Scores(NamedTuple):
-    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids.
-
-    Layers of multi-token prediction, which see other tokens, are not in it.
-    """
-
-    logits: Float[Array, "layers tokens experts"]
-    mask: Bool[Array, "tokens"]
-    ids: Int32[Array, "tokens"]
-
-
-def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
-    """The router logits of the step's first micro-batch, as the train step is about to see them."""
-    micro, key = _first_micro_batch(config, batch, key, state, mesh)
-    balancing = Balancing(balance.make(config.balance, config.model), state.balance)
-    report = forward(config, state.params, state.bias, balancing, micro, key, mesh=mesh)[1]
-    assert report is not None  # only models with experts are recorded
-    tokens = report.details.routing.tokens
-    assert tokens.mask is not None and tokens.ids is not None
-    logits = report.details.routing.logits[: num_moe_layers(config.model) - config.model.mtp_depth]
-    return Scores(logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])
 
 
 def _first_micro_batch(

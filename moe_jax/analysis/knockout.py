@@ -5,8 +5,9 @@ A variant is the same model under another config, with other values, or with ano
 Source: DeepSeekMoE (arXiv 2401.06066) sec. 4.5: shared experts removed, and Fig. 4, best routed experts masked.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,18 @@ from jaxtyping import Array, Float32, Int32
 from moe_jax import balance
 from moe_jax.balance import Balancer
 from moe_jax.config import Config, ModelConfig
+from moe_jax.model.abstract import Tree
 from moe_jax.routing import best, limit_groups
-from moe_jax.training.state import TrainState, Tree
+from moe_jax.runtime.signals import Stopped, never
+from moe_jax.training.evaluation import evaluate
+from moe_jax.training.state import TrainState
 
 MASKED = (1, 2, 4)  # how many of each token's best routed experts are taken away
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from moe_jax.data import Corpus
 
 
 class Variant(NamedTuple):
@@ -91,3 +100,25 @@ def without_best(balancer: Balancer, config: Config, count: int) -> Balancer:
         return best(jnp.where(masked, -jnp.inf, biased), top_k)
 
     return balancer._replace(select=select, inference="same")
+
+
+def ablate(
+    config: Config,
+    state: "TrainState",
+    corpus: "Corpus",
+    mesh: "Mesh",
+    whole: Mapping[str, float | int],
+    stopped: Stopped = never,
+) -> dict[str, dict[str, float | int]]:
+    """Loss and bits per byte of the model as it is, whose evaluation is `whole`, and of its variants.
+
+    Raises:
+        ValueError: there is nothing to take away.
+    """
+    pass
+
+    found = {"as it is": dict(whole)}
+    for name, variant in variants(config, state).items():
+        found[name] = evaluate(variant.config, variant.state, corpus, mesh, balancer=variant.balancer, stopped=stopped)
+    keys = ("eval/loss", "eval/bits_per_byte")
+    return {name: {key.removeprefix("eval/"): result[key] for key in keys} for name, result in found.items()}

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.analysis.interference import make_measure_step, make_recorder
+from moe_jax.analysis.interference import make_measure_step
+from moe_jax.analysis.recording import make_recorder
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.runtime import processes

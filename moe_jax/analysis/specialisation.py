@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from moe_jax import balance
+from moe_jax.analysis import counts
 from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import replicated
 from moe_jax.model.moe import Balancing
 from moe_jax.runtime.files import write_whole
+from moe_jax.training.compile import without_what_no_step_reads
+from moe_jax.training.losses import forward
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import forward, without_what_no_step_reads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +57,7 @@ def _choices_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Ba
         _, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
         assert report is not None  # callers refuse dense models
         ids, row_loads = report.details.routing.expert_ids, report.details.row_loads[..., :num_experts]
-        pairs = jax.lax.map(lambda one: measures.pair_counts(one, num_experts), ids)  # a layer at a time: [T, E] is big
+        pairs = jax.lax.map(lambda one: counts.pair_counts(one, num_experts), ids)  # a layer at a time: [T, E] is big
         return Choices(ids, jnp.asarray(batch.domain), row_loads.swapaxes(0, 1), pairs)
 
     return jax.jit(choices, out_shardings=None if mesh is None else replicated(mesh))
@@ -82,9 +84,9 @@ def as_json(survey: Survey) -> dict[str, Any]:
     loads = survey.loads.swapaxes(0, 1)
     return {
         "domains": list(survey.domains),
-        "relative_load": measures.domain_matrix(loads).tolist(),
+        "relative_load": counts.domain_matrix(loads).tolist(),
         "domain_information": measures.mutual_information(loads).tolist(),
-        "coactivation": measures.coactivation(survey.pairs).tolist(),
+        "coactivation": counts.coactivation(survey.pairs).tolist(),
     }
 
 
@@ -109,7 +111,7 @@ def draw(survey: Survey) -> "Figure":
 
 
 def _panel(axis: Any, domains: Sequence[str], loads: np.ndarray, title: str) -> Any:
-    matrix, information = measures.domain_matrix(loads).T, measures.mutual_information(loads)
+    matrix, information = counts.domain_matrix(loads).T, measures.mutual_information(loads)
     image = axis.imshow(matrix, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
     axis.set_yticks(range(len(domains)), domains, fontsize=8)
     axis.set_xticks(range(0, loads.shape[1], max(1, loads.shape[1] // 16)))

@@ -1,10 +1,6 @@
 """Ways to balance experts: `make(config.balance)` gives one `Balancer`; `names()` lists the methods."""
 
-from moe_jax.balance import (
-    bias,
-    losses,
-    selectors,  # importing registers the methods
-)
+from moe_jax.balance import bias, losses, selectors
 from moe_jax.balance.base import (
     Balancer,
     State,

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float32
 
 from moe_jax.balance import wrappers
 from moe_jax.balance.method import Method
-from moe_jax.config import ModelConfig, balance_entries
-from moe_jax.config.balance import BALANCE_METHODS, BalanceEntry, BiasOptions
+from moe_jax.config import BalanceEntry, ModelConfig, balance_entries
+from moe_jax.config.balance import BALANCE_METHODS, BiasOptions
 from moe_jax.routing import Routing
 
 State = dict[str, Any]  # {"bias": float32 [E] or [C, E], <label>: ...}

@@ -343,24 +343,6 @@ def saturation(ids_then: Any, ids_now: Any, num_experts: int) -> Any:
     return 1.0 - decisions_changed(ids_now, ids_then, num_experts)
 
 
-# --- specialisation -------------------------------------------------------------------------------------------
-
-
-def domain_matrix(loads: Any) -> Any:
-    """How much each expert is used by each domain, relative to balance: 1 is as much as the others, 0 to E.
-
-    Args:
-        loads: int [..., D, E], by domain.
-
-    Returns:
-        float32 [..., E, D].
-
-    Source: DeepSeek-V3 (arXiv 2412.19437) Fig. 9: the actual over the balanced load.
-    """
-    xp = loads.__array_namespace__()
-    return xp.swapaxes(_shares(loads), -1, -2) * loads.shape[-1]
-
-
 def mutual_information(loads: Any) -> Any:
     """I(expert; domain) in bits: what the expert of a copy tells about its domain. 0 to log2 min(D, E), float32 [...].
 
@@ -377,34 +359,6 @@ def mutual_information(loads: Any) -> Any:
     return xp.maximum(xp.sum(joint * xp.log2(ratio), axis=(-2, -1)), 0.0)
 
 
-def pair_counts(ids: Any, num_experts: int) -> Any:
-    """How many tokens chose both expert i and expert j, on the diagonal i at all: int [..., E, E], additive.
-
-    Args:
-        ids: int [..., T, S]; num_experts or more is an empty slot. T below 2^24: counted in float32, exactly.
-    """
-    xp = ids.__array_namespace__()
-    experts = xp.broadcast_to(xp.arange(num_experts, dtype=ids.dtype), (*ids.shape, num_experts))
-    chosen = xp.astype(xp.any(ids[..., None] == experts, axis=-2), jnp.float32)
-    return xp.astype(xp.matmul(xp.swapaxes(chosen, -1, -2), chosen), jnp.int32)
-
-
-def coactivation(pairs: Any) -> Any:
-    """N(i, j) / N(i): of the tokens of expert i the share that also chose j. 1 on the diagonal, 0 for a dead expert.
-
-    Args:
-        pairs: int [..., E, E], of `pair_counts`.
-
-    Returns:
-        float32 [..., E, E], 0 to 1; (K - 1) / (E - 1) off the diagonal by chance.
-
-    Source: OLMoE (arXiv 2409.02060) eq. 6. Its script counts neighbours in the order of scores only; these are all.
-    """
-    xp = pairs.__array_namespace__()
-    own = xp.linalg.diagonal(pairs)[..., None]
-    return xp.astype(pairs, jnp.float32) / xp.astype(xp.maximum(own, 1), jnp.float32)
-
-
 # --- the auxiliary loss, and what it does to the gradient -----------------------------------------------------
 
 
@@ -417,35 +371,3 @@ def aux_loss_value(routing: Routing, num_experts: int | None = None) -> Float32[
     logits, scores, loads = (a[..., :num_experts] for a in (routing.logits, routing.scores, routing.loads))
     routing = routing._replace(logits=logits, scores=scores, loads=loads)
     return balance_value(loads, mean_over_tokens(normalized_scores(routing), routing))
-
-
-def cosine(a: Any, b: Any) -> Float32[Array, ""]:
-    """The cosine of the angle between two gradients, -1 to 1; NaN, logged as null, where one of them is 0.
-
-    -1 is a balancing loss that undoes what the language model learns. Any two pytrees of the same structure.
-    """
-    (a, norm_a), (b, norm_b) = _scaled(a), _scaled(b)
-    product = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    nothing = (norm_a == 0) | (norm_b == 0)
-    return jnp.where(nothing, jnp.nan, product / jnp.where(nothing, 1.0, norm_a * norm_b))
-
-
-def norm_ratio(a: Any, b: Any) -> Float32[Array, ""]:
-    """|a| / |b|, say of the balancing gradient over the language model's: 0 where a is 0, infinite where only b is.
-
-    Source: the ratio R_g that LongCat-Flash (arXiv 2509.01322) keeps below 0.1.
-    """
-    largest_a, largest_b = _largest(a), _largest(b)
-    ratio = _scaled(a)[1] / jnp.where(largest_b > 0, _scaled(b)[1], 1.0) * (largest_a / largest_b)
-    return jnp.where(largest_a == 0, 0.0, ratio)
-
-
-def _scaled(tree: Any) -> tuple[Any, Array]:
-    """The tree over its largest entry, and its norm then: squares of small gradients are 0 in float32."""
-    largest = _largest(tree)
-    scaled = jax.tree.map(lambda x: x.astype(jnp.float32) / jnp.where(largest > 0, largest, 1.0), tree)
-    return scaled, jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(scaled)))
-
-
-def _largest(tree: Any) -> Array:
-    return functools.reduce(jnp.maximum, (jnp.abs(x).max().astype(jnp.float32) for x in jax.tree.leaves(tree)))

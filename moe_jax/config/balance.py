@@ -4,28 +4,10 @@
 and what a method's options must fulfil by themselves.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-# What another value of a key makes: another model; other numbers of the training; the same numbers up to rounding, at
-# another speed; or nothing that the training could notice.
-Effect = Literal["model", "numbers", "speed", "nothing"]
-
-
-def number(default: Any, low: float | None = None, high: float | None = None, changes: Effect | None = None) -> Any:
-    """A numeric field with an inclusive range, and what another value changes (None: as its section says)."""
-    return field(default=default, metadata={"low": low, "high": high, "changes": changes})
-
-
-def choice(default: Any, changes: Effect) -> Any:
-    """A field of any other type, and what another value changes."""
-    return field(default=default, metadata={"changes": changes})
-
-
-def section(options: type, changes: Effect) -> Any:
-    """A nested dataclass, and what its keys change unless they say otherwise."""
-    return field(default_factory=options, metadata={"changes": changes})
-
+from moe_jax.config.fields import number
 
 Schedule = Literal["constant", "linear", "cosine"]
 

@@ -13,7 +13,8 @@ from moe_jax.data.corpus import (
     open_corpus,
     token_frequencies,
 )
-from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from moe_jax.data.vocabularies import get_tokenizer
 
 __all__ = [
     "SPLITS",

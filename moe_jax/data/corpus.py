@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, token_dtype
+from moe_jax.data.vocabularies import get_tokenizer
 from moe_jax.runtime.files import path_of, sha256_of, write_json, write_whole
 
 SPLITS = ("train", "validation")

@@ -51,7 +51,8 @@ from moe_jax.data.corpus import (
     open_corpus,
     tokenize_documents,
 )
-from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer, token_dtype
+from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, token_dtype
+from moe_jax.data.vocabularies import get_tokenizer
 from moe_jax.runtime.files import lock, path_of, write_whole
 
 INCLUDE = "*.txt,*.md,*.jsonl"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.config import ModelConfig, did_you_mean
-from moe_jax.model.transformer import layout
+from moe_jax.model.block import layout
 
 # --- tables of keys -------------------------------------------------------------------------------------------
 

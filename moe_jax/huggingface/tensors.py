@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.huggingface.families import GATED, Family
-from moe_jax.model.transformer import layout
+from moe_jax.model.block import layout
 
 # --- tables of tensors ----------------------------------------------------------------------------------------
 

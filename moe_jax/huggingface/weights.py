@@ -4,21 +4,16 @@
 tables of `families`, as the command `python -m moe_jax.convert` does, which never holds a model whole.
 """
 
-import functools
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
 from moe_jax.config import Config, ModelConfig, default, validate
@@ -26,11 +21,8 @@ from moe_jax.huggingface import shards
 from moe_jax.huggingface.families import CARRIED, Family, choose, from_hf, to_hf, words
 from moe_jax.huggingface.shards import Entry, Plan
 from moe_jax.huggingface.tensors import Tensor, copies, join, split, tensors
-from moe_jax.model.moe import Balancing
-from moe_jax.model.transformer import Inputs
-from moe_jax.runtime import checkpoint
-from moe_jax.runtime.files import new_folder
-from moe_jax.training.state import Tree, abstract_model, read_bias
+from moe_jax.model.abstract import Tree, abstract_model
+from moe_jax.runtime import leaves
 
 CARRIED_FILES = words(
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
@@ -45,136 +37,6 @@ SCALE = "_scale_inv"  # DeepSeek's float8: tensor X comes with X_scale_inv, one 
 
 
 Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that slice of our parameters
-
-
-# --- a model to call ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A model with its weights: call it on tokens. `folder` has its tokenizer files, where there are any."""
-
-    config: ModelConfig
-    params: Tree
-    bias: Tree
-    folder: Path | None = None
-
-    def __call__(
-        self,
-        tokens: Int32[Array, "batch seq"],
-        segment_ids: Int32[Array, "batch seq"] | None = None,
-        positions: Int32[Array, "batch seq"] | None = None,
-    ) -> Float32[Array, "batch seq vocab"]:
-        """Next-token logits. Dropless.
-
-        Args:
-            tokens: int32 [B, S].
-            segment_ids: int32 [B, S], which document a token is of, those of one side by side; 0 is padding. None:
-                every row is one document.
-            positions: int32 [B, S], place in the document; None counts from each document's first token.
-        """
-        return self._run(tokens, segment_ids, positions)[0]
-
-    def ahead(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
-        """Logits float32 [K, B, S, V] of multi-token prediction: depth k at place i predicts token i + k + 1."""
-        found = self._run(tokens, segment_ids, positions)[1]
-        if found is None:
-            raise ValueError("model.mtp_depth=0: this model predicts no further token; load one that does.")
-        return found
-
-    def expert_ids(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
-        """Which experts every token has, int32 [L, B, S, K]; the number of experts where there is none."""
-        ids = self._run(tokens, segment_ids, positions)[2]
-        return ids.reshape(ids.shape[0], *jnp.shape(tokens), -1)
-
-    def _run(self, tokens: Array, segment_ids: Array | None, positions: Array | None) -> tuple[Array, Any, Any]:
-        tokens = jnp.asarray(tokens, jnp.int32)
-        segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-        places = positions_in(segments) if positions is None else jnp.asarray(positions, jnp.int32)
-        return _forward(self.config)(self.params, self.bias, Inputs(tokens, places, segments))
-
-
-def positions_in(segment_ids: Int32[Array, "batch seq"]) -> Int32[Array, "batch seq"]:
-    """Each token's place in its document, from 0."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
-    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
-@functools.lru_cache(maxsize=16)
-def _forward(config: ModelConfig) -> Callable[..., tuple[Array, Any, Any]]:
-    graphdef, balancer = abstract_model(config).graphdef, balance.make({}, config)
-
-    def forward(params: Tree, bias: Tree, inputs: Inputs) -> tuple[Array, Any, Any]:
-        model = nnx.merge(graphdef, params, bias)
-        x, ahead, report = model.before_head(inputs, Balancing(balancer, {}), key=jax.random.key(0))
-        ids = None if report is None else report.details.routing.expert_ids
-        return model.logits(x), None if ahead is None else model.logits(ahead), ids
-
-    return jax.jit(forward)
-
-
-def load_hf(folder: str | Path, dtype: str | None = None) -> LanguageModel:
-    """A model from a folder with config.json and *.safetensors.
-
-    Args:
-        folder: as transformers writes and reads it; no code in it is run.
-        dtype: "float32" or "bfloat16" for parameters and computation; None: as stored (float16 as float32, for only
-            that loses nothing; DeepSeek's float8 as bfloat16). Router and bias are float32 always.
-
-    Raises:
-        ValueError: a config, a file or a tensor that is not as it should be; the first one, by name.
-    """
-    source = open_hf(Path(folder), dtype)
-    abstract = abstract_weights(source.config)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    values = {_name(path): np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
-
-    def write(leaf: str, index: tuple[int, ...], value: np.ndarray) -> None:
-        values[leaf][index] = value
-
-    for _ in fill(source, write):
-        pass
-    tree = jax.tree.unflatten(structure, [jnp.asarray(values.pop(_name(path))) for path, _ in leaves])
-    return LanguageModel(source.config, tree["params"], tree["bias"], Path(folder))
-
-
-def save_hf(
-    model: LanguageModel,
-    folder: str | Path,
-    *,
-    architecture: str = "",
-    dtype: str | None = None,
-    max_length: int = 4096,
-) -> None:
-    """Write a model as a folder for transformers and vLLM; the inverse of `load_hf`.
-
-    What acts in training only (router jitter, quantised training, remat) is no part of it.
-
-    Args:
-        model: of `load_hf`, or made of a config, parameters and bias.
-        folder: not there yet, or empty; appears whole or not at all.
-        architecture: "DeepseekV3ForCausalLM", for example; "": the family that holds such a model.
-        dtype: "float32" or "bfloat16" for all tensors but the bias; None: that of the parameters, and for routers the
-            narrowest that loses nothing.
-        max_length: written as max_position_embeddings where the model came without one.
-
-    Raises:
-        ValueError: no family, or not that one, holds such a model, by what it has; or the folder is not empty.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path({"params": model.params, "bias": model.bias})
-    values = {_name(path): leaf for path, leaf in leaves}
-    with new_folder(Path(folder)) as partial:
-        for _ in export(
-            model.config,
-            lambda leaf, index: np.asarray(values[leaf][index]),
-            partial,
-            architecture=architecture,
-            dtype=dtype,
-            carried=model.folder,
-            max_length=max_length,
-        ):
-            pass
 
 
 # --- in -------------------------------------------------------------------------------------------------------
@@ -495,9 +357,4 @@ def _leaves(config: ModelConfig) -> list[tuple[Any, jax.ShapeDtypeStruct]]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    return checkpoint.path_name(path)
-
-
-def bias_of(model: LanguageModel) -> Float32[Array, "layers experts"]:
-    """The biases of all MoE layers, those of multi-token prediction last."""
-    return read_bias(model.bias)
+    return leaves.path_name(path)

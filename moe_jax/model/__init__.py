@@ -1,1 +1,1 @@
-""""""
+"""What is trained: layers, attention, experts, the transformer."""

@@ -4,18 +4,6 @@ import math
 from typing import NamedTuple
 
 from moe_jax.config import Config
-from moe_jax.runtime.chips import ALIASES, CHIPS
-
-# dense bf16 FLOP/s of NVIDIA's data sheets, whose larger figures are for sparse matrices; longer names first
-GPUS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-}
 
 
 class Part(NamedTuple):
@@ -39,7 +27,7 @@ def parts(config: Config) -> list[Part]:
     """
     import jax
 
-    from moe_jax.training.state import abstract_model
+    from moe_jax.model.abstract import abstract_model
 
     m, model = config.model, abstract_model(config.model)
     sums: dict[str, list[int]] = {}
@@ -80,21 +68,6 @@ def train_flops(config: Config) -> int:
     Source: PaLM (arXiv 2204.02311), appendix B, with the causal half left out.
     """
     return 3 * sum(part.flops for part in parts(config))
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, by jax's name for it; None where it is not known, as for CPUs.
-
-    Args:
-        device_kind: "TPU v5 lite", "TPU v6e", "TPU7x", "NVIDIA H100 80GB HBM3", ...
-    """
-    if device_kind.startswith("TPU"):
-        name = device_kind.lower().replace(" ", "").removeprefix("tpu")
-        name = {"v5": "v5p", "7x": "tpu7x"}.get(name, name)
-        chip = CHIPS.get(ALIASES.get(name, name))
-        return chip.flops if chip else None
-    found = next((name for name in GPUS if name in device_kind), None)
-    return GPUS[found] if found else None
 
 
 def _kind(path: str, dims: tuple[str, ...]) -> str:

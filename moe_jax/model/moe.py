@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from moe_jax.balance import Balancer, State, Statistics, measures
 from moe_jax.config import ModelConfig
-from moe_jax.dispatch.apply import ExpertWeights, Traffic, apply_experts
+from moe_jax.dispatch import ExpertWeights, Traffic, apply_experts
 from moe_jax.mesh import BATCH, per_shard
 from moe_jax.model.layers import SwiGLU, normal
 from moe_jax.routing import Routing, Tokens, count, counts_by_row, drop_second, route

@@ -3,8 +3,7 @@
 Layers of a kind are stacked and scanned, so compile time does not grow with depth.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,116 +13,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, GATHERED, axes_of, constrain, gather, is_expert_weight, is_sharded, spec
-from moe_jax.model.layers import Cache, RMSNorm, SwiGLU, make_attention, normal
-from moe_jax.model.moe import Balancing, MoE, Report
-from moe_jax.routing import Rows, Tokens
-
-
-class Inputs(NamedTuple):
-    """What a forward pass reads, [B, S] each: token ids, position in the document, document (0: padding)."""
-
-    tokens: Int32[Array, "batch seq"]
-    positions: Int32[Array, "batch seq"]
-    segment_ids: Int32[Array, "batch seq"]
-
-
-class Run(NamedTuple):
-    """`repeats` copies of a unit of consecutive layers, each "dense" or "moe"."""
-
-    kinds: tuple[str, ...]
-    repeats: int
-
-
-def layout(config: ModelConfig) -> tuple[Run, ...]:
-    """Which layers are stacked together: `first_dense` dense ones, then units of `moe_every` ending in MoE.
-
-    A unit has at most one MoE layer, its last, and all units with one are in one run.
-    """
-    if config.num_experts == 0:
-        return (Run(("dense",), config.num_layers),)
-    units, left = divmod(config.num_layers - config.first_dense, config.moe_every)
-    body = Run(("dense",) * (config.moe_every - 1) + ("moe",), units)
-    runs = (Run(("dense",), config.first_dense), body, Run(("dense",), left))
-    return tuple(run for run in runs if run.repeats)
-
-
-class Block(nnx.Module):
-    """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: str) -> None:
-        self.attention_norm = RMSNorm(config, embed=config.embed_dim)
-        self.attention = make_attention(config, rngs)
-        self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
-        self.ffw = MoE(config, rngs) if kind == "moe" else SwiGLU(config, rngs, config.ffw_dim)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        cache: Cache | None,
-        inputs: Inputs,
-        balancing: Balancing,
-        key: Key[Array, ""],
-        train: bool,
-        mesh: Mesh | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
-        """The residual stream after this layer, the Report if the layer routes, and the cache if there is one."""
-        with jax.named_scope("attention"):
-            h = self.attention_norm(x)
-            if cache is None:
-                mixed = self.attention(h, inputs.positions, inputs.segment_ids, mesh)
-            else:
-                mixed, cache = self.attention.extend(h, inputs.positions, cache, mesh)
-            x = x + mixed
-        h = self.ffw_norm(x)
-        if isinstance(self.ffw, SwiGLU):
-            return x + self.ffw(h, mesh), None, cache
-        tokens = token_info(inputs, self.ffw.config.class_starts)
-        y, report = self.ffw(h, tokens, balancing, key, train, mesh, dropless=cache is not None)
-        return x + y, report, cache
-
-
-class Unit(nnx.Module):
-    """The consecutive layers that a scan repeats."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kinds: tuple[str, ...]) -> None:
-        self.blocks = nnx.List([Block(config, rngs, kind) for kind in kinds])
-
-    def __call__(
-        self, x: Array, caches: tuple[Cache | None, ...], *args: Any
-    ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
-        """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
-        report, after = None, []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x, report, cache = block(x, cache, *args)
-            after.append(cache)
-        return x, report, tuple(after)
-
-
-class Ahead(nnx.Module):
-    """One depth of multi-token prediction: a layer on what was seen and the next token, both normed and mixed.
-
-    `h^k_i = norm(layer(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]))` predicts t_{i+k+1} through the model's own head.
-    h^0 is what the model's head sees, as in the implementations that decode with published weights.
-
-    Source: DeepSeek-V3 (arXiv 2412.19437) eq. 21-23.
-    """
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        width = config.embed_dim
-        self.embedding_norm = RMSNorm(config, embed=width)
-        self.hidden_norm = RMSNorm(config, embed=width)
-        self.from_embedding = normal(config, rngs, embed=width, mixed=width)
-        self.from_hidden = normal(config, rngs, embed=width, mixed=width)
-        self.block = Block(config, rngs, "moe" if config.num_experts else "dense")
-        self.norm = RMSNorm(config, embed=width)
-
-    def __call__(self, x: Array, embedded: Array, *args: Any) -> tuple[Float[Array, "batch seq embed"], Report | None]:
-        """x [B, S, D] of the depth before, and the embedding of the token k places on; to this depth's, and Report."""
-        known, seen = self.embedding_norm(embedded), self.hidden_norm(x)
-        mixed = known @ self.from_embedding.astype(x.dtype) + seen @ self.from_hidden.astype(x.dtype)
-        x, report, _ = self.block(mixed, None, *args)
-        return self.norm(x), report
+from moe_jax.mesh import BATCH, constrain, is_sharded
+from moe_jax.model.attention import Cache
+from moe_jax.model.block import Inputs, Run, Unit, layout
+from moe_jax.model.layers import RMSNorm, normal
+from moe_jax.model.moe import Balancing, Report
+from moe_jax.model.placing import _stack, at_use, look_up, rematerialized
+from moe_jax.model.prediction import AHEAD, Ahead, ahead_of
 
 
 class Transformer(nnx.Module):
@@ -314,96 +210,3 @@ class Transformer(nnx.Module):
         depth = self.config.mtp_depth
         read = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(inputs, k + 1) for k in range(depth)))
         return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth, dtype=jnp.int32), by_layer, read))[1]
-
-
-AHEAD = 2**31  # the stream of randomness of multi-token prediction, after those of layers
-
-
-def ahead_of(inputs: Inputs, depth: int) -> Inputs:
-    """What depth k of multi-token prediction reads at each place: the token k on, if it is of the same document.
-
-    Elsewhere the segment is 0, as padding's: of a document of n tokens n - k are seen, routed and counted.
-    """
-    tokens, later = (shifted(a, depth) for a in (inputs.tokens, inputs.segment_ids))
-    return Inputs(tokens, inputs.positions, jnp.where(later == inputs.segment_ids, inputs.segment_ids, 0))
-
-
-def shifted(x: Array, depth: int) -> Array:
-    """[B, S] moved `depth` places towards the start; zeros come in."""
-    return jnp.pad(x[:, depth:], ((0, 0), (0, depth)))
-
-
-def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
-    """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
-    kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
-    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
-    return Tokens(
-        mask=(inputs.segment_ids > 0).ravel(),
-        row=rows.ravel(),
-        ids=inputs.tokens.ravel(),
-        kind=None if kind is None else kind.ravel(),
-        rows=Rows(len(rows)),
-    )
-
-
-def look_up(
-    table: Float[Array, "vocab embed"], tokens: Int32[Array, "batch seq"], mesh: Mesh | None
-) -> Float[Array, "batch seq embed"]:
-    """The tokens' rows of the table, which every device gathers from its shards (their gradient scatters).
-
-    Where `tensor` splits the vocabulary, each part looks up its own tokens and the sum has them all.
-    """
-    if not is_sharded(mesh):
-        return table[tokens]
-    place = spec(mesh, ("vocab", "embed"), table.shape)
-    rows, columns = map(axes_of, place)
-
-    def on_shard(part: Array, tokens: Array) -> Array:
-        for axis, names in ((1, columns), (0, tuple(name for name in rows if name != "tensor"))):
-            part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
-        if "tensor" not in rows:
-            return part[tokens]
-        first = jax.lax.axis_index("tensor") * part.shape[0]
-        own = jnp.where(tokens >= first, tokens - first, part.shape[0])
-        return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), "tensor")
-
-    return jax.shard_map(on_shard, mesh=mesh, in_specs=(place, P(BATCH)), out_specs=P(BATCH))(table, tokens)
-
-
-def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:
-    """The parameters of a module as it multiplies by them: gathered from their shards, in the compute dtype.
-
-    The one place where that happens; experts' weights are gathered by dispatch.
-    """
-
-    def one(variable: Any) -> Any:
-        if not isinstance(variable, nnx.Param):
-            return variable
-        dims = variable.get_metadata()["dims"]
-        if is_expert_weight(dims):
-            return variable
-        narrow = len(dims) > 1 and "experts" not in dims  # the router stays float32
-        value = variable[...].astype(dtype) if narrow else variable[...]
-        return variable.replace(gather(value, mesh, dims))
-
-    if not is_sharded(mesh):
-        return module
-    return jax.tree.map(one, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
-
-
-def rematerialized(body: Callable, policy: str, sharded: bool = False) -> Callable:
-    """The scan body, keeping for the backward pass all of it ("none"), matmul outputs ("dots") or its input.
-
-    Weights gathered from shards are never kept: every layer's would lie whole on every device.
-    """
-    policies = jax.checkpoint_policies
-    if policy == "none":
-        keep = policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(body, policy=keep, prevent_cse=False) if sharded else body
-    keep = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(body, policy=keep, prevent_cse=False)
-
-
-def _stack(rngs: nnx.Rngs, repeats: int, kind: type, config: ModelConfig, *args: Any) -> Any:
-    """So many modules of a kind as one, layers in front."""
-    return nnx.vmap(lambda r: kind(config, r, *args))(rngs.split(repeats))

@@ -1,1 +1,1 @@
-""""""
+"""Balancing methods on streams of router logits, without a model."""

@@ -1,1 +1,1 @@
-""""""
+"""A trained model reads and writes text."""

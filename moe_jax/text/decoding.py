@@ -21,29 +21,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax import balance
-from moe_jax.config import Config, ModelConfig
-from moe_jax.config.balance import BalanceEntry
+from moe_jax.config import BalanceEntry, Config, ModelConfig
 from moe_jax.data import Tokenizer
 from moe_jax.mesh import BATCH, replicated
+from moe_jax.model.abstract import abstract_model
 from moe_jax.model.moe import Balancing
 from moe_jax.text.colours import Traced
+from moe_jax.text.model import Model
 from moe_jax.text.sampling import Sampling, next_tokens
-from moe_jax.training.state import abstract_model
 
 CHUNK = 256  # tokens of a prompt that enter the cache at a time: their logits are in memory together
 
 
 Entries = tuple[BalanceEntry, ...]
-
-
-class Model(NamedTuple):
-    """What text is made with: a config and the arrays of a state, on one device or on a mesh."""
-
-    config: Config
-    params: Any
-    bias: Any
-    balance: Any
-    mesh: Mesh | None = None
 
 
 class New(NamedTuple):

@@ -6,7 +6,7 @@ Parameters, biases and moments are plain nested dicts of arrays; layers of a kin
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
-from moe_jax.config import Config, ModelConfig, OptimizerConfig, num_moe_layers
-from moe_jax.config.balance import BalanceEntry
+from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, num_moe_layers
 from moe_jax.mesh import AnyMesh, platform, replicated, spec
-from moe_jax.model.moe import RouterBias
+from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
-from moe_jax.runtime.defaults import jax_defaults
-
-Tree = Any  # a nested dict of arrays
-
+from moe_jax.training.optimizer import make_optimizer
 
 Entries = tuple[BalanceEntry, ...]
 
@@ -44,34 +40,6 @@ class TrainState(NamedTuple):
     optimizer: Tree
     bias: Tree
     balance: Tree
-
-
-class AbstractModel(NamedTuple):
-    """The model without values: how to rebuild it, and shape, dtype and logical dimensions of each leaf."""
-
-    graphdef: nnx.GraphDef
-    params: Tree
-    bias: Tree
-    dims: Tree
-
-
-@functools.lru_cache(maxsize=64)
-def abstract_model(config: ModelConfig) -> AbstractModel:
-    """The model's structure; no array is made."""
-    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
-    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
-    dims = jax.tree.map(lambda v: Dims(v.get_metadata()["dims"]), params, is_leaf=_is_variable)
-    return AbstractModel(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(bias), nnx.to_pure_dict(dims))
-
-
-class Dims:
-    """A leaf's logical dimensions, wrapped so that trees treat them as one leaf."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __repr__(self) -> str:
-        return f"Dims({', '.join(self.names)})"
 
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
@@ -207,124 +175,3 @@ def _in_order(bias: Tree) -> list[Tree]:
 
 
 _STACKS_FIRST = ("stacks", "mtp").index
-
-
-# --- optimizer ------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(config: OptimizerConfig, dims: Tree) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which follows the step number and is applied by the train step.
-
-    It computes in float32: what it returns is stored by `stored`. Weights with two or more logical dimensions decay;
-    scales of norms, which have one, do not. The number of array dimensions would not tell them apart, for layers are
-    stacked.
-    """
-    parts = [_clip_by_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    parts.append(_moments_in(adam, config.moment_dtype))
-    if config.weight_decay > 0:
-        parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(dims)))
-    chain = optax.chain(*parts)
-    return optax.GradientTransformation(jax_defaults()(chain.init), jax_defaults()(chain.update))
-
-
-def _clip_by_norm(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with one division in all, not one an element, for which XLA:CPU keeps a copy."""
-
-    def clip(updates: Tree, _: Tree) -> Tree:
-        share = jnp.minimum(1.0, most / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: (share * u).astype(u.dtype), updates)
-
-    return optax.stateless(clip)
-
-
-def decay_mask(dims: Tree) -> Tree:
-    """True for every leaf that weight decay shrinks."""
-    return jax.tree.map(lambda d: len(d.names) > 1, dims)
-
-
-def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """step -> learning rate: a linear warm-up that ends at the peak, then the schedule by name.
-
-    constant; cosine to `end_ratio` of the peak at the last step; wsd (warm-up, stable, decay): linear to the same
-    over the last `decay_fraction`; multistep: times `milestone_ratio` at every milestone. A decay starts from a step
-    at the peak, so one that would fill the run is a step shorter.
-    """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    longest = num_steps - max(1, warmup)  # of the decay
-    decay, fall = 0, optax.constant_schedule(peak)
-    if config.schedule == "cosine" and longest:
-        decay = max(1, num_steps - 1 - warmup)
-        fall = optax.cosine_decay_schedule(peak, decay, config.end_ratio)
-    elif config.schedule == "wsd" and config.decay_fraction and longest:
-        decay = min(longest, max(1, round(config.decay_fraction * num_steps)))
-        fall = optax.linear_schedule(peak, config.end_ratio * peak, decay)
-    milestones = config.milestones if config.schedule == "multistep" else ()
-    last_at_peak = num_steps - 1 - decay
-
-    def schedule(step: Any) -> Any:
-        step = jnp.asarray(step, jnp.int32)
-        ramp = jnp.minimum(1.0, (step + 1).astype(jnp.float32) / max(1, warmup))
-        rate = ramp * fall(jnp.maximum(step - last_at_peak, 0).astype(jnp.float32))
-        drops = sum((step >= round(m * num_steps)).astype(jnp.float32) for m in milestones)
-        return rate * config.milestone_ratio**drops if milestones else rate
-
-    return schedule
-
-
-def _moments_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """`inner` computing in float32 from moments that begin in `dtype`, whatever the parameters' dtype."""
-
-    def cast(tree: Tree, to: str) -> Tree:
-        return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
-
-    def init(params: Tree) -> Tree:
-        return cast(inner.init(params), dtype)
-
-    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
-        return inner.update(cast(updates, "float32"), cast(state, "float32"), params)
-
-    return optax.GradientTransformation(init, update)
-
-
-def stored(new: Tree, old: Tree, rounding: str, key: Key[Array, ""]) -> Tree:
-    """What was computed, in the dtypes of `old`: rounded to the nearest, or by chance where that is to bfloat16.
-
-    To the nearest, what changes a bfloat16 number by less than 2^-8 of it is lost, step after step. By chance, a number
-    goes up or down with the probabilities that keep its mean. The draws are those of `key`, the same on any mesh.
-
-    Source: stochastic rounding for training, Gupta et al. (arXiv 1502.02551); in bfloat16, Zamirai et al. (2010.06192).
-    """
-
-    def one(number: int, new: Array, old: Array) -> Array:
-        if rounding == "nearest" or (new.dtype, old.dtype) != (jnp.float32, jnp.bfloat16):
-            return new.astype(old.dtype)
-        noise = jax.random.bits(jax.random.fold_in(key, number), new.shape, jnp.uint16).astype(jnp.uint32)
-        bits = (jax.lax.bitcast_convert_type(new, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
-        return jnp.where(jnp.isfinite(new), jax.lax.bitcast_convert_type(bits, jnp.float32), new).astype(old.dtype)
-
-    leaves, structure = jax.tree.flatten(new)
-    pairs = zip(leaves, jax.tree.leaves(old), strict=True)
-    return jax.tree.unflatten(structure, [one(number, *pair) for number, pair in enumerate(pairs)])
-
-
-def cost_of_rounding(config: Config) -> str | None:
-    """One line on what is lost of small updates to numbers that are kept in bfloat16; None where nothing is."""
-    model, optimizer = config.model, config.optimizer
-    if optimizer.rounding == "stochastic":
-        return None
-    kept = []
-    if model.param_dtype == "bfloat16":
-        kept.append("model.param_dtype")
-    if optimizer.moment_dtype == "bfloat16" and max(optimizer.b1, optimizer.b2) > 1 - 2**-8:
-        kept.append("optimizer.moment_dtype")
-    if not kept:
-        return None
-    return (
-        f"{' and '.join(kept)}='bfloat16' loses every change of a number by less than about 2^-8 of it, as small "
-        "learning rates make them; set 'float32', or optimizer.rounding='stochastic'"
-    )
-
-
-def _is_variable(node: object) -> bool:
-    return isinstance(node, nnx.Variable)

@@ -45,9 +45,9 @@ def main() -> None:
 
 def watch_steps(poison_from: int) -> list:
     """Remember every train step that is made, and spoil the parameters from a step on."""
-    from moe_jax.training import step
+    from moe_jax.training import compile
 
-    made, original = [], step.make_train_step
+    made, original = [], compile.make_train_step
 
     def make_train_step(config, mesh=None):
         real = original(config, mesh)
@@ -61,7 +61,7 @@ def watch_steps(poison_from: int) -> list:
 
         return train_step
 
-    step.make_train_step = make_train_step
+    compile.make_train_step = make_train_step
     return made
 
 
@@ -72,9 +72,9 @@ def pace(seconds: float) -> None:
 
 
 def linger(seconds: float) -> None:
-    from moe_jax.training import step
+    from moe_jax.training import compile
 
-    original = step.make_eval_step
+    original = compile.make_eval_step
 
     def make_eval_step(*args):
         real = original(*args)
@@ -86,13 +86,13 @@ def linger(seconds: float) -> None:
 
         return eval_step
 
-    step.make_eval_step = make_eval_step
+    compile.make_eval_step = make_eval_step
 
 
 def disturb_manifest(die_in: int, seconds: float) -> None:
-    from moe_jax.runtime import checkpoint
+    from moe_jax.runtime import manifest
 
-    calls, original = [], checkpoint.write_manifest
+    calls, original = [], manifest.write_manifest
 
     def write_manifest(path, *rest):
         calls.append(path)
@@ -101,7 +101,7 @@ def disturb_manifest(die_in: int, seconds: float) -> None:
         time.sleep(seconds)
         original(path, *rest)
 
-    checkpoint.write_manifest = write_manifest
+    manifest.write_manifest = write_manifest
 
 
 def fill_disk(step: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from conftest import HANG_SECONDS, tiny_config
 from moe_jax.config import Config, as_dict
-from moe_jax.runtime import checkpoint
+from moe_jax.runtime import checkpoint, leaves
+from moe_jax.runtime import manifest as manifest_
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.training.state import TrainState, abstract_state
 
@@ -197,7 +198,7 @@ def restored(config: Config, workdir: Path) -> TrainState:
 
 def final_hash(config: Config, workdir: Path) -> str:
     """The state hash of the newest checkpoint."""
-    return checkpoint.state_hash(restored(config, workdir))
+    return leaves.state_hash(restored(config, workdir))
 
 
 def curve(workdir: Path) -> list[dict[str, Any]]:
@@ -245,14 +246,14 @@ def flip_bit(file: Path, position: int) -> None:
 
 def data_files(folder: Path) -> list[Path]:
     """The files of a checkpoint whose bytes its manifest vouches for."""
-    return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in checkpoint.NOT_HASHED]
+    return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in manifest_.NOT_HASHED]
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """A manifest with other values and a checksum that fits: what an attacker would write."""
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((folder / manifest_.MANIFEST).read_text())
     body: Mapping[str, Any] = {k: v for k, v in manifest.items() if k != "sha256"} | changes
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": checkpoint._digest(body), **body}))
+    (folder / manifest_.MANIFEST).write_text(json.dumps({"sha256": manifest_._digest(body), **body}))
 
 
 def uninterrupted(tmp_path_factory: Any, config: Config) -> Path:

@@ -12,7 +12,8 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
-from moe_jax.runtime.checkpoint import check, committed
+from moe_jax.runtime.checkpoint import committed
+from moe_jax.runtime.manifest import check
 
 CONFIG = rig.drill_config(
     num_steps=8,

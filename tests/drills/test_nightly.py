@@ -8,7 +8,7 @@ import pytest
 from drills import rig
 
 from moe_jax.runtime import checkpoint
-from moe_jax.train import run
+from moe_jax.training.loop import run
 from moe_jax.training.state import abstract_state
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,9 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
-from moe_jax.runtime.checkpoint import check, committed
-from moe_jax.train import run
+from moe_jax.runtime.checkpoint import committed
+from moe_jax.runtime.manifest import check
+from moe_jax.training.loop import run
 
 CONFIG = rig.drill_config()
 

@@ -12,14 +12,14 @@ from configs.balance_cost import get_config
 from conftest import tiny_config
 from experiments.cost import costs
 from moe_jax.config import resolve, validate
-from moe_jax.dispatch.apply import ExpertWeights, apply_experts
+from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import grouped
 from moe_jax.kernels.grouped import rows_multiplied
 from moe_jax.mesh import AXES, make_mesh
-from moe_jax.planning import hlo
+from moe_jax.planning import cost
 from moe_jax.routing import Routing, route
+from moe_jax.training.compile import abstract_batch, make_train_step
 from moe_jax.training.state import abstract_state, step_key
-from moe_jax.training.step import abstract_batch, make_train_step
 
 # Token counts that no weight has as a dimension: 16 sequences of 60, 2 of them and 120 tokens a device
 ROWS, SEQ, SLOTS, EMBED, EXPERTS, DEVICES = 16, 60, 2, 256, 8, 8
@@ -35,7 +35,7 @@ BALANCE = dict(
 
 
 @functools.cache
-def collectives(sizes, remat: str) -> dict[hlo.Collective, int]:
+def collectives(sizes, remat: str) -> dict[cost.Collective, int]:
     """What a device exchanges in one train step with balanced routing, and how often."""
     config = tiny_config(
         batch_size=ROWS,
@@ -49,7 +49,7 @@ def collectives(sizes, remat: str) -> dict[hlo.Collective, int]:
     step = make_train_step(config, mesh).lower(
         abstract_state(config, mesh), abstract_batch(config, mesh), step_key(config)
     )
-    return dict(hlo.analyze(step.compile().as_text()).collectives)
+    return dict(cost.analyze(step.compile().as_text()).collectives)
 
 
 @pytest.mark.parametrize(("remat", "hops"), [("none", 4), ("full", 5)])
@@ -62,7 +62,7 @@ def test_tokens_travel_no_further_than_the_algorithm_needs(remat, hops):
     np.testing.assert_allclose(exchanged / ideal, 1.25 * hops / 4, rtol=0.01)
 
 
-def shapes(collective: hlo.Collective) -> list[list[int]]:
+def shapes(collective: cost.Collective) -> list[list[int]]:
     """The dimensions of every array that an exchange moves."""
     return [[int(d) for d in dims.split(",") if d] for dims in re.findall(r"\[([\d,]*)\]", collective.shape)]
 
@@ -128,7 +128,7 @@ def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
         return (apply_experts(x, chosen, weights, backend="local", cpu_kernel="xla")[0] ** 2).sum()
 
     program = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, router, weights).compile()
-    return hlo.analyze(program.as_text()).flops
+    return cost.analyze(program.as_text()).flops
 
 
 def test_rows_and_flops_at_256_experts_are_within_1_3_of_those_at_16(monkeypatch):

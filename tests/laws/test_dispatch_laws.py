@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import MeshConfig
-from moe_jax.dispatch import apply
-from moe_jax.dispatch.apply import ExpertWeights, apply_experts
+from moe_jax.dispatch import ExpertWeights, apply_experts, transports
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.routing import Routing, count, route
@@ -197,7 +196,7 @@ def test_capacity_drops_the_same_copies_on_any_mesh():
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-PADDED = apply._padded
+PADDED = transports._padded
 
 
 def temporary_bytes(monkeypatch, possible_rounds) -> int:
@@ -208,7 +207,7 @@ def temporary_bytes(monkeypatch, possible_rounds) -> int:
         assert possible == 7  # 512 copies at 80 a round
         return possible_rounds, needed, make
 
-    monkeypatch.setattr(apply, "_padded", padded)
+    monkeypatch.setattr(transports, "_padded", padded)
     mesh = mesh_of((1, 1, 8, 1))
     tokens, embed, ffw = 2048, 64, 64
     rows, experts = batch_sharding(mesh), NamedSharding(mesh, P("expert"))

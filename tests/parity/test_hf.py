@@ -14,9 +14,10 @@ from drills.folders import CASES
 
 from conftest import tiny_config
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.huggingface.weights import LanguageModel, abstract_weights, load_hf, save_hf
+from moe_jax.huggingface import LanguageModel, load_hf, save_hf
+from moe_jax.huggingface.weights import abstract_weights
+from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import abstract_state, read_bias
-from moe_jax.training.step import make_train_step
 
 torch = pytest.importorskip("torch", reason="needs torch and transformers: pip install 'moe_jax[peers]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'moe_jax[peers]'")

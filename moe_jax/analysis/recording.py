@@ -1,0 +1,44 @@
+"""Router logits of a step, recorded for the simulator."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int32
+
+from moe_jax import balance
+from moe_jax.analysis.interference import Measure, _first_micro_batch, _jitted
+from moe_jax.config import Config, num_moe_layers
+from moe_jax.data.batches import Batch
+from moe_jax.model.moe import Balancing
+from moe_jax.training.compile import without_what_no_step_reads
+from moe_jax.training.losses import forward
+from moe_jax.training.state import TrainState
+
+
+def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
+    """(state, batch, key) -> `Scores` of the step's first micro-batch, jitted, whole on every device."""
+    return _jitted(record, without_what_no_step_reads(config), mesh)
+
+
+class Scores(NamedTuple):
+    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids.
+
+    Layers of multi-token prediction, which see other tokens, are not in it.
+    """
+
+    logits: Float[Array, "layers tokens experts"]
+    mask: Bool[Array, "tokens"]
+    ids: Int32[Array, "tokens"]
+
+
+def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
+    """The router logits of the step's first micro-batch, as the train step is about to see them."""
+    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    balancing = Balancing(balance.make(config.balance, config.model), state.balance)
+    report = forward(config, state.params, state.bias, balancing, micro, key, mesh=mesh)[1]
+    assert report is not None  # only models with experts are recorded
+    tokens = report.details.routing.tokens
+    assert tokens.mask is not None and tokens.ids is not None
+    logits = report.details.routing.logits[: num_moe_layers(config.model) - config.model.mtp_depth]
+    return Scores(logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])

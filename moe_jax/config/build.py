@@ -1,0 +1,285 @@
+"""A `ConfigDict` or mapping becomes a typed `Config`, or one clear sentence; and a `Config` a mapping again."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from moe_jax.config.balance import (
+    BALANCE_METHODS,
+    BalanceEntry,
+    check_options,
+    check_together,
+)
+from moe_jax.config.rules import RULES
+from moe_jax.config.schema import Config
+
+T = TypeVar("T")
+
+
+class SourceGone(ValueError):
+    """What a config file reads its values from is gone. `source` is the workdir that the run starts from.
+
+    A run that started from it has a config of its own by now, and resumes with that.
+    """
+
+    def __init__(self, source: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.source = source
+
+
+def default(**overrides: Any) -> Any:
+    """A complete `ConfigDict`: every key with its default, then `overrides`, nested dicts merged.
+
+    What a config file returns. Being complete, every key of it can be overridden from the command line,
+    the options of the named balancing methods included.
+
+    Args:
+        **overrides: top-level keys; `model=dict(num_layers=2)` changes that one key of `model`.
+
+    Returns:
+        `ml_collections.ConfigDict`.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    from ml_collections import ConfigDict
+
+    balance = overrides.pop("balance", {})
+    config = _build(Config, {**overrides, "balance": {}}, "")
+    plain = {f.name: _plain(getattr(config, f.name)) for f in fields(Config) if f.name != "balance"}
+    plain["balance"] = {e.label: _entry_as_dict(e) for e in balance_entries(balance)}
+    plain["data"]["weights"] = named(config.data.weights)
+    return ConfigDict({k: _with_placeholders(v) for k, v in plain.items()})
+
+
+def named(values: Mapping[str, Any]) -> Any:
+    """A `ConfigDict` of the values, whose names may have dots in them, as those of domains: `{"wiki.en": 2.0}`."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(dict(values), allow_dotted_keys=True)
+
+
+def validate(config: Any) -> Config:
+    """Turn a ConfigDict (or nested dict) into a frozen `Config`, or raise one sentence.
+
+    Args:
+        config: `ml_collections.ConfigDict` or mapping; absent keys take their default.
+
+    Raises:
+        ValueError: the first broken rule, with key, value, rule and fix.
+    """
+    if isinstance(config, Config):
+        return config
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise ValueError(f"the config is {config!r} and must be a dict of keys; return moe_jax.config.default(...).")
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    entries = balance_entries(plain.pop("balance", {}))
+    result = dataclasses.replace(_build(Config, plain, ""), balance=entries)
+    for check in RULES:
+        check(result)
+    return result
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON values, the inverse of `validate`."""
+    plain = {f.name: _plain(getattr(config, f.name)) for f in fields(Config) if f.name != "balance"}
+    plain["balance"] = {e.label: _entry_as_dict(e) for e in config.balance}
+    return plain
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys: how a difference is shown. An empty dict has no keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for every dotted key whose value differs."""
+    a, b = flatten(old), flatten(new)
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def balance_entries(mapping: Mapping[str, Any] | None) -> tuple[BalanceEntry, ...]:
+    """Check `config.balance` and give its entries, sorted by label, so that order never matters.
+
+    Args:
+        mapping: label -> options; the label is the method's name unless `method=` names another.
+
+    Raises:
+        ValueError: unknown method or option, wrong type, or methods that contradict each other.
+    """
+    if mapping is not None and not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
+        raise ValueError(
+            f"balance={mapping!r} must be a mapping from method to options; "
+            "write balance=dict(bias_sign=dict(rate=1e-3)), or balance={} for none."
+        )
+    entries = tuple(_balance_entry(label, options) for label, options in sorted((mapping or {}).items()))
+    check_together(entries)
+    return entries
+
+
+def _balance_entry(label: str, options: Any) -> BalanceEntry:
+    path = f"balance.{label}"
+    if not isinstance(options, Mapping) and not hasattr(options, "items"):
+        raise ValueError(f"{path}={options!r} must be a dict of options; write {label}=dict() for its defaults.")
+    options = dict(options.items())
+    method = options.pop("method", label)
+    if not isinstance(method, str) or method not in BALANCE_METHODS:
+        hint = did_you_mean(str(method), BALANCE_METHODS)
+        raise ValueError(
+            f"{path} names the balancing method {method!r}, which does not exist{hint}; "
+            f"the methods are {', '.join(sorted(BALANCE_METHODS))}."
+        )
+    if label in SHARED or not re.fullmatch(r"\w+", label):
+        raise ValueError(
+            f"{path}: a label is one word, not 'bias' or 'loads' or 'direction', which all methods share; "
+            "choose another."
+        )
+    entry = BalanceEntry(label, method, _build(BALANCE_METHODS[method], options, path + "."))
+    check_options(path, entry.options)
+    return entry
+
+
+SHARED = ("bias", "direction", "loads")  # names in a balancer's state and statistics that no label may take
+
+
+# --- building typed sections from mappings ------------------------------------------------------------------
+
+
+def _build(cls: type[T], mapping: Mapping[str, Any], path: str) -> T:
+    """An instance of the dataclass `cls` from a mapping: unknown keys, wrong types and ranges are sentences."""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        if key not in known:
+            raise ValueError(
+                f"{path}{key} is not a configuration key{did_you_mean(key, known)}; "
+                f"the keys {'of ' + path[:-1] if path else 'at the top'} are {', '.join(known)}."
+            )
+        if cls is Config and key == "balance":
+            continue
+        values[key] = _typed(hints[key], value, path + key)
+        _check_range(known[key].metadata, values[key], path + key)
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type, or a sentence."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ValueError(f"{path}={value!r} must be a dict of keys; write {path}=dict(...).")
+        return _build(hint, dict(value.items()), path + ".")  # type: ignore[arg-type]
+    if origin is types.UnionType:
+        return None if value is None else _typed(typing.get_args(hint)[0], value, path)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if isinstance(value, bool):
+            value = FORMER.get(path, {}).get(value, value)
+        if value not in choices:
+            raise ValueError(
+                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}."
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{path}={value!r} must be a tuple; write ({value!r},).")
+        return tuple(_typed(typing.get_args(hint)[0], v, path) for v in value)
+    if origin is dict:
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ValueError(f"{path}={value!r} must be a dict; write {path}=dict(name=number).")
+        return {str(k): _typed(typing.get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
+    return _scalar(hint, value, path)
+
+
+FORMER = {"model.qk_norm": {False: "none", True: "head"}}  # values of keys that once were booleans, in old workdirs
+
+
+def _scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**1000 else math.inf
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(
+            f"{path}={value!r} must be {article(hint)}, not {type(value).__name__}; write it as {hint.__name__}."
+        )
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{path}={value!r} must be a finite number; give one.")
+    return value
+
+
+def article(hint: type) -> str:
+    """What a value of the type is called in a sentence."""
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    return names.get(hint, hint.__name__)
+
+
+def _check_range(limits: Mapping[str, Any], value: Any, path: str) -> None:
+    low, high = limits.get("low"), limits.get("high")
+    if value is None:
+        return
+    if low is not None and value < low:
+        raise ValueError(f"{path}={value} must be at least {low}; raise it.")
+    if high is not None and value > high:
+        raise ValueError(f"{path}={value} must be at most {high}; lower it.")
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """A hint at the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts, tuples kept: what ConfigDict holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return value
+
+
+def _entry_as_dict(entry: BalanceEntry) -> dict[str, Any]:
+    options = _plain(entry.options)
+    return options if entry.label == entry.method else {"method": entry.method, **options}
+
+
+def _with_placeholders(value: Any) -> Any:
+    """None becomes a typed placeholder, for ConfigDict could not override it otherwise."""
+    from ml_collections import config_dict
+
+    if isinstance(value, dict):
+        return {k: _with_placeholders(v) for k, v in value.items()}
+    return config_dict.placeholder(int) if value is None else value
+
+
+def complete(config: Any) -> Any:
+    """The ConfigDict (or dict) of a config file with every key; what is no mapping is left for `validate`."""
+    from ml_collections import ConfigDict, FrozenConfigDict
+
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        return config
+    if isinstance(config, FrozenConfigDict) or not isinstance(config, ConfigDict):
+        config = ConfigDict(config.to_dict() if hasattr(config, "to_dict") else config)
+    entries = config.get("balance") or {}
+    with config.unlocked():
+        _fill(config, default(balance=entries.to_dict() if hasattr(entries, "to_dict") else entries))
+    return config
+
+
+def _fill(config: Any, full: Any) -> None:
+    """Add what `config` lacks of `full`, in place, so that references between keys stay."""
+    for key in full:
+        if key not in config:
+            config[key] = full.get_ref(key) if full.get(key) is None else full[key]
+        elif hasattr(full[key], "to_dict") and hasattr(config[key], "to_dict"):
+            _fill(config[key], full[key])

@@ -1,0 +1,52 @@
+"""What a change of a config key changes: another model, other numbers, the speed, or nothing."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator
+from dataclasses import fields
+
+from moe_jax.config.build import as_dict, differences
+from moe_jax.config.fields import Effect
+from moe_jax.config.schema import Config
+
+
+def keys_that_change(*effects: Effect) -> set[str]:
+    """The dotted keys of `Config` whose other value has one of the effects; those of `balance` change numbers.
+
+    What a key says is about itself alone: `free_keys` knows where it depends on another.
+    """
+    return set(_keys_that_change(effects, Config, "", "numbers"))
+
+
+def _keys_that_change(effects: tuple[Effect, ...], cls: type, path: str, inherited: Effect) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        effect = f.metadata.get("changes") or inherited
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _keys_that_change(effects, hints[f.name], f"{path}{f.name}.", effect)
+        elif effect in effects:
+            yield path + f.name
+
+
+def free_keys(config: Config) -> set[str]:
+    """The dotted keys that may change while a run is under way: no number of its training depends on them.
+
+    The number of micro-batches is not free where routing or a loss is computed by micro-batch, or draws by it.
+    """
+    free = keys_that_change("speed", "nothing")
+    m = config.model
+    if m.dispatch == "capacity":
+        free -= {"model.dispatch", "model.capacity_factor"}
+    draws = m.router_jitter > 0 or m.random_second
+    if draws or any(e.options.by_micro_batch for e in config.balance):
+        free -= {"micro_batches"}
+    return free
+
+
+def changed_numbers(there: Config, here: Config) -> list[str]:
+    """Lines `key: there -> here` for every key by which two configs train other numbers; empty for one run's."""
+    free = free_keys(there) & free_keys(here)
+    lines = differences(*(json.loads(json.dumps(as_dict(c))) for c in (there, here)))
+    keys = (line.partition(":")[0] for line in lines)
+    return [line for line, key in zip(lines, keys, strict=True) if not any(f"{key}.".startswith(f"{f}.") for f in free)]

@@ -1,0 +1,206 @@
+"""Every key of a config: its type, its default, its range, and what another value of it changes.
+
+Imports no jax: a mistake is reported before jax could be loaded.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from moe_jax.config.balance import BalanceEntry
+from moe_jax.config.fields import choice, number, section
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN: RoPE for contexts `factor` times the `original_length` of training; 1 scales nothing.
+
+    A pair that turns more than `beta_fast` times over the original length keeps its frequency, one that turns less
+    than `beta_slow` times has it divided by the factor. `mscale` and `mscale_all_dim` sharpen the softmax, as in
+    DeepSeek's code (`layers.Rope`). Source: arXiv 2309.00071.
+    """
+
+    factor: float = number(1.0, 1.0)
+    original_length: int = number(4096, 1)
+    beta_fast: float = number(32.0, 0.0)
+    beta_slow: float = number(1.0, 0.0)
+    mscale: float = number(1.0, 0.0)
+    mscale_all_dim: float = number(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer. `num_experts=0` is a dense one; what is said of experts is then unused."""
+
+    vocab_size: int = number(264, 1)  # bytes + separator = 257, rounded up so that it divides by 8
+    num_layers: int = number(4, 1)
+    embed_dim: int = number(128, 1)
+    attention: Literal["gqa", "mla"] = "gqa"  # grouped-query, or multi-head latent
+    num_heads: int = number(4, 1)
+    num_kv_heads: int = number(2, 1)  # gqa, as are the next two
+    head_dim: int = number(32, 2)
+    qk_norm: Literal["none", "head", "projection"] = "none"  # RMSNorm of queries and keys: of each head, or of all
+    q_lora_rank: int = number(0, 0)  # mla: width of the queries' latent; 0: queries are projected at once
+    kv_lora_rank: int = number(64, 1)  # mla: width of the latent of keys and values, which decoding caches
+    qk_nope_head_dim: int = number(32, 1)  # mla: of a head's query and key, the part without RoPE ...
+    qk_rope_head_dim: int = number(16, 2)  # ... and the part with it, whose key all heads share
+    v_head_dim: int = number(32, 1)  # mla
+    rope_theta: float = number(10000.0, 1.0)
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+    ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
+    norm_eps: float = number(1e-6, 0.0)
+    tied_embeddings: bool = False
+    init_std: float = number(0.02, 0.0, changes="numbers")
+    param_dtype: DType = choice("float32", "numbers")
+    compute_dtype: DType = choice("float32", "numbers")
+    # what a layer keeps for backward: all, matmuls, input
+    remat: Literal["none", "dots", "full"] = choice("none", "speed")
+    # Mixture of experts
+    num_experts: int = number(0, 0)
+    top_k: int = number(2, 1)
+    num_shared_experts: int = number(0, 0)
+    expert_ffw_dim: int = number(128, 1)  # hidden width of one expert, routed or shared
+    first_dense: int = number(0, 0)  # the first layers keep a dense feed-forward
+    moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
+    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
+    normalize_gates: bool = True
+    gate_scale: float = number(1.0, 0.0)
+    num_groups: int = number(1, 1)
+    top_groups: int = number(1, 1)
+    group_top: int = number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
+    router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
+    random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
+    dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = choice("auto", "speed")
+    cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # on CPUs experts multiply in C++, or in XLA
+    quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
+    # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
+    capacity_factor: float = number(1.25, 0.01, changes="speed")
+    # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
+    num_zero_experts: int = number(0, 0)
+    zero_share: float = number(0.25, 0.0, 0.99)  # share of all copies that a method with a bias gives to them
+    class_starts: tuple[int, ...] = ()  # token ids at which class 1, 2, ... begins, each with a bias of its own
+    # compile every layer apart: for reading the program, for it costs compile time
+    unroll_layers: bool = choice(False, "speed")
+    mtp_depth: int = number(0, 0)  # multi-token prediction: modules that predict the token after the next, and so on
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW behind gradient clipping; `schedule` shapes the learning rate over `num_steps`."""
+
+    learning_rate: float = number(1e-3, 0.0)
+    schedule: Literal["constant", "cosine", "wsd", "multistep"] = "cosine"
+    warmup_steps: int = number(0, 0)
+    end_ratio: float = number(0.1, 0.0, 1.0)  # last learning rate over the peak (cosine, wsd)
+    decay_fraction: float = number(0.2, 0.0, 1.0)  # wsd: the last share of the run, decaying
+    milestones: tuple[float, ...] = (0.8, 0.9)  # multistep: shares of the run at which the rate drops ...
+    milestone_ratio: float = number(0.316, 0.0, 1.0)  # ... by this factor
+    b1: float = number(0.9, 0.0, 1.0)
+    b2: float = number(0.95, 0.0, 1.0)
+    eps: float = number(1e-8, 0.0)
+    weight_decay: float = number(0.1, 0.0)
+    clip_norm: float = number(1.0, 0.0)  # 0 clips nothing
+    moment_dtype: DType = "float32"
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters and moments that are kept in bfloat16
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
+
+    path: str = choice("", "nothing")  # what is there changes numbers, and is known by its fingerprint
+    weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: as large as it is
+    verify: Literal["auto", "full", "sizes"] = choice("auto", "nothing")  # auto: sha256 below 10 GB
+    # held-out sequences per domain while training; 0: all of them
+    eval_sequences: int = number(0, 0, changes="nothing")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; one of them may be -1, which takes the devices that the others leave.
+
+    The batch is split over replica, data and expert, experts over expert, widths and heads over tensor.
+    """
+
+    replica: int = number(1, -1)
+    data: int = number(-1, -1)
+    expert: int = number(1, -1)
+    tensor: int = number(1, -1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`keep` newest checkpoints stay; `fallback` may restore an older one when the newest is damaged."""
+
+    keep: int = number(2, 1)
+    verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
+    fallback: bool = False
+
+
+DROPLESS = ("auto", "local", "rounds", "ragged")  # choices of `model.dispatch` that give the same output
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Hashable, and equal configs make equal runs."""
+
+    seed: int = number(0, 0, 2**31 - 1)
+    num_steps: int = number(1000, 1)
+    batch_size: int = number(8, 1)  # sequences per optimizer step, over all devices
+    micro_batches: int = number(1, 1, changes="speed")  # gradients, counts and losses are those of the whole step
+    sequence_length: int = number(128, 1)
+    log_every: int = number(10, 1, changes="nothing")
+    eval_every: int = number(500, 0, changes="nothing")  # 0: only after the last step
+    save_every: int = number(500, 0, changes="nothing")  # 0: only after the last step
+    # interference, churn and more, on a step's first micro-batch; 0: never
+    measure_every: int = number(0, 0, changes="nothing")
+    # router logits of a step's first micro-batch, into scores/; 0: never
+    record_scores_every: int = number(0, 0, changes="nothing")
+    heartbeat_seconds: int = number(100, 1, changes="nothing")  # a process of the run not heard of for so long is dead
+    # a step that takes longer is stuck and ends the run; 0: never
+    step_timeout_seconds: int = number(1800, 0, changes="nothing")
+    mtp_weights: tuple[float, ...] = (0.3,)  # of the loss of multi-token prediction, one after the other ...
+    mtp_milestones: tuple[float, ...] = ()  # ... from these shares of the run on
+    # a workdir whose newest checkpoint gives a new run its parameters and its bias
+    init_from: str = choice("", "nothing")
+    model: ModelConfig = section(ModelConfig, "model")
+    balance: tuple[BalanceEntry, ...] = ()
+    optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
+    data: DataConfig = section(DataConfig, "numbers")
+    mesh: MeshConfig = section(MeshConfig, "speed")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")
+    # XLA's, for the train step; those named xla_tpu_... (gpu, cpu) are read on that platform only
+    compiler_options: dict[str, str] = section(dict, "speed")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+def num_moe_layers(m: ModelConfig) -> int:
+    """L: how many layers route tokens to experts, those of multi-token prediction last."""
+    return (m.num_layers - m.first_dense) // m.moe_every + m.mtp_depth if m.num_experts else 0
+
+
+def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """(replica, data, expert, tensor) on so many devices, with -1 filled in; without -1 some may be left over.
+
+    Raises:
+        ValueError: there are too few devices, or their number does not divide.
+    """
+    sizes = tuple(getattr(mesh, f.name) for f in fields(MeshConfig))
+    known = math.prod(s for s in sizes if s != -1)
+    written = ", ".join(f"{f.name}={s}" for f, s in zip(fields(MeshConfig), sizes, strict=True))
+    if -1 in sizes and num_devices % known == 0:
+        return tuple(num_devices // known if s == -1 else s for s in sizes)
+    if -1 in sizes:
+        raise ValueError(
+            f"mesh ({written}) needs a multiple of {known} devices, but there are {num_devices}; change the sizes."
+        )
+    if known > num_devices:
+        raise ValueError(
+            f"mesh ({written}) needs {known} devices, but there are {num_devices}; "
+            "change the sizes, or set one to -1, which takes all that are left."
+        )
+    return sizes

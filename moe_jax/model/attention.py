@@ -1,0 +1,260 @@
+"""Attention layers: grouped-query and multi-head latent, rotary positions, and the cache of decoding."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
+
+from moe_jax.config import ModelConfig, YarnConfig
+from moe_jax.kernels.attention import attend, attend_cached
+from moe_jax.mesh import is_sharded
+from moe_jax.model.layers import RMSNorm, normal
+
+# --- positions ------------------------------------------------------------------------------------------------
+
+
+def rope(
+    x: Float[Array, "batch seq heads head_dim"],
+    positions: Int32[Array, "batch seq"],
+    theta: float,
+    yarn: YarnConfig = YarnConfig(),
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotate the pairs (i, i + head_dim / 2) by position x frequency; YaRN also lengthens them.
+
+    Source: arXiv 2104.09864; the length, `mscale` over `mscale_all_dim`, as in DeepSeek-V2's code.
+    """
+    half = x.shape[-1] // 2
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies(half, theta, yarn)[None, None, None]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if yarn.factor > 1:
+        length = _yarn_scale(yarn, yarn.mscale) / _yarn_scale(yarn, yarn.mscale_all_dim)
+        cos, sin = length * cos, length * sin
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def frequencies(half: int, theta: float, yarn: YarnConfig) -> Float[Array, "half"]:
+    """theta^(-i / half), in radians a position; under YaRN slow pairs turn `factor` times slower.
+
+    Between the pairs that turn `beta_fast` and `beta_slow` times over the original length, the share of the slowing
+    rises linearly. Source: arXiv 2309.00071, section 3.2; its bounds are rounded outwards, as in its code.
+    """
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if yarn.factor == 1:
+        return frequency
+
+    def pair_turning(turns: float) -> float:
+        return half * math.log(yarn.original_length / (turns * 2 * math.pi)) / math.log(theta)
+
+    low = max(0, math.floor(pair_turning(yarn.beta_fast)))
+    high = min(2 * half - 1, math.ceil(pair_turning(yarn.beta_slow)))
+    slowed = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return frequency * (slowed / yarn.factor + 1.0 - slowed)
+
+
+def softmax_scale(width: int, yarn: YarnConfig) -> float:
+    """What query . key is multiplied by: 1 / sqrt(width), and under YaRN the square of its `mscale_all_dim`."""
+    return _yarn_scale(yarn, yarn.mscale_all_dim) ** 2 / math.sqrt(width)
+
+
+def _yarn_scale(yarn: YarnConfig, mscale: float) -> float:
+    return 0.1 * mscale * math.log(yarn.factor) + 1.0
+
+
+# --- attention ------------------------------------------------------------------------------------------------
+
+Cache = tuple[Array, ...]  # what one layer remembers of earlier tokens, [B, slots, ...] each
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with RoPE, optional RMSNorm of queries and keys.
+
+    A token sees earlier tokens of its own segment (document) only. Source: GQA arXiv 2305.13245; the norm of each
+    head as in Qwen3, of all heads together as in OLMoE.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width, heads, kv_heads, head = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.query = normal(config, rngs, embed=width, heads=heads, head_dim=head)
+        self.key = normal(config, rngs, embed=width, kv_heads=kv_heads, head_dim=head)
+        self.value = normal(config, rngs, embed=width, kv_heads=kv_heads, head_dim=head)
+        self.out = normal(config, rngs, heads=heads, head_dim=head, embed=width)
+        self.query_norm = _norm_of_heads(config, heads)
+        self.key_norm = _norm_of_heads(config, kv_heads)
+        self.config = nnx.static(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        mesh: Mesh | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """x [B, S, D] with each token's position in its segment, and its segment."""
+        query, key, value = self._project(x, positions, mesh)
+        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh)
+        return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
+
+    def extend(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        cache: Cache,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """The same for tokens that see those in the cache, and enter it: one document a row, -1 is padding."""
+        query, key, value = self._project(x, positions, mesh)
+        keys, values = remember(cache, (key, value), positions)
+        mixed = attend_cached(query, keys, values, positions, scale=self._scale)
+        return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype)), (keys, values)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` tokens a row: keys and values [B, length, G, K]."""
+        c = self.config
+        return (jnp.zeros((batch, length, c.num_kv_heads, c.head_dim), c.compute_dtype),) * 2
+
+    @property
+    def _scale(self) -> float:
+        return softmax_scale(self.config.head_dim, self.config.yarn)
+
+    def _project(self, x: Array, positions: Array, mesh: Mesh | None) -> tuple[Array, Array, Array]:
+        query, key, value = project(x, [self.query[...], self.key[...], self.value[...]], mesh)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = over_heads(self.query_norm, query), over_heads(self.key_norm, key)
+        theta, yarn = self.config.rope_theta, self.config.yarn
+        return rope(query, positions, theta, yarn), rope(key, positions, theta, yarn), value
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention: keys and values of all heads from one narrow latent a token.
+
+    `[c^Q] = norm(W^DQ x), q = [W^UQ c^Q; RoPE(W^QR c^Q)]; c = norm(W^DKV x), k = [W^UK c; RoPE(W^KR x)], v = W^UV c`.
+    The part of a key with RoPE is one for all heads. With `q_lora_rank=0` queries come from x at once. Decoding
+    caches c and the rotated part only, and attends in the absorbed form: `q . W^UK c = (W^UK^T q) . c`, so that all
+    heads look at one key and one value, the latent itself.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; the latents' norms have its code's epsilon.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        width, heads, rank = config.embed_dim, config.num_heads, config.kv_lora_rank
+        head, query_rank = config.qk_nope_head_dim + config.qk_rope_head_dim, config.q_lora_rank
+        self.query_down = normal(config, rngs, embed=width, latent=query_rank) if query_rank else None
+        self.query_latent_norm = RMSNorm(config, LATENT_EPS, latent=query_rank) if query_rank else None
+        self.query_up = normal(config, rngs, latent=query_rank, heads=heads, head_dim=head) if query_rank else None
+        self.query = None if query_rank else normal(config, rngs, embed=width, heads=heads, head_dim=head)
+        self.latent_down = normal(config, rngs, embed=width, latent=rank)
+        self.key_rope = normal(config, rngs, embed=width, head_dim=config.qk_rope_head_dim)
+        self.latent_norm = RMSNorm(config, LATENT_EPS, latent=rank)
+        self.key_up = normal(config, rngs, latent=rank, heads=heads, head_dim=config.qk_nope_head_dim)
+        self.value_up = normal(config, rngs, latent=rank, heads=heads, head_dim=config.v_head_dim)
+        self.out = normal(config, rngs, heads=heads, head_dim=config.v_head_dim, embed=width)
+        self.config = nnx.static(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        mesh: Mesh | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """x [B, S, D] with each token's position in its segment, and its segment."""
+        nope, rotated, latent, key_rope = self._project(x, positions, mesh)
+        key, value = project(latent, [self.key_up[...], self.value_up[...]], mesh)
+        shared = jnp.broadcast_to(key_rope, (*key.shape[:3], key_rope.shape[-1]))
+        query, key = jnp.concatenate([nope, rotated], -1), jnp.concatenate([key, shared], -1)
+        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh)
+        return jnp.einsum("bshv,hvd->bsd", mixed, self.out.astype(x.dtype))
+
+    def extend(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        cache: Cache,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """The same for tokens that see those in the cache, and enter it: one document a row, -1 is padding."""
+        nope, rotated, latent, key_rope = self._project(x, positions, mesh)
+        cache = remember(cache, (latent[:, :, None], key_rope), positions)
+        absorbed = jnp.einsum("bshk,rhk->bshr", nope, self.key_up.astype(x.dtype))
+        query, key = jnp.concatenate([absorbed, rotated], -1), jnp.concatenate(cache, -1)
+        mixed = attend_cached(query, key, cache[0], positions, scale=self._scale)
+        values = jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.astype(x.dtype))
+        return jnp.einsum("bshv,hvd->bsd", values, self.out.astype(x.dtype)), cache
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` tokens a row: latents [B, length, 1, R] and rotated keys [B, length, 1, K]."""
+        c = self.config
+        widths = c.kv_lora_rank, c.qk_rope_head_dim
+        return tuple(jnp.zeros((batch, length, 1, width), c.compute_dtype) for width in widths)
+
+    @property
+    def _scale(self) -> float:
+        c = self.config
+        return softmax_scale(c.qk_nope_head_dim + c.qk_rope_head_dim, c.yarn)
+
+    def _project(self, x: Array, positions: Array, mesh: Mesh | None) -> tuple[Array, Array, Array, Array]:
+        """Queries without and with RoPE [B, S, H, K] each, the latent [B, S, R], the key with RoPE [B, S, 1, K]."""
+        c = self.config
+        first = self.query if self.query_down is None else self.query_down
+        assert first is not None
+        query, latent, key_rope = project(x, [first[...], self.latent_down[...], self.key_rope[...]], mesh)
+        if self.query_latent_norm is not None and self.query_up is not None:
+            query = project(self.query_latent_norm(query), [self.query_up[...]], mesh)[0]
+        nope, rotated = jnp.split(query, [c.qk_nope_head_dim], -1)
+        rotated = rope(rotated, positions, c.rope_theta, c.yarn)
+        key_rope = rope(key_rope[:, :, None], positions, c.rope_theta, c.yarn)
+        return nope, rotated, self.latent_norm(latent), key_rope
+
+
+LATENT_EPS = 1e-6  # DeepSeek's code takes its default here, whatever the configuration's
+
+
+def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
+    """The attention that `model.attention` names."""
+    return LatentAttention(config, rngs) if config.attention == "mla" else Attention(config, rngs)
+
+
+def project(
+    x: Float[Array, "batch seq width"], weights: Sequence[Float[Array, "width ..."]], mesh: Mesh | None
+) -> list[Float[Array, "batch seq ..."]]:
+    """x [B, S, D] by every weight [D, ...], to [B, S, ...] each: one product on one device.
+
+    On several devices what is split over them stays apart.
+    """
+    weights = [w.astype(x.dtype) for w in weights]
+    if is_sharded(mesh):
+        return [jnp.tensordot(x, w, 1) for w in weights]
+    flat = [w.reshape(len(w), -1) for w in weights]
+    ends = itertools.accumulate(w.shape[1] for w in flat[:-1])
+    parts = jnp.split(x @ jnp.concatenate(flat, 1), list(ends), -1)
+    return [part.reshape(*x.shape[:2], *w.shape[1:]) for part, w in zip(parts, weights, strict=True)]
+
+
+def remember(cache: Cache, new: Cache, positions: Int32[Array, "batch seq"]) -> Cache:
+    """The cache with each row's new tokens in the slots of their positions; -1 is padding and leaves no trace."""
+    rows = jnp.arange(len(positions), dtype=jnp.int32)[:, None]
+
+    def one(slots: Array, values: Array) -> Array:
+        place = jnp.where(positions < 0, slots.shape[1], positions)
+        return slots.at[rows, place].set(values.astype(slots.dtype), mode="drop")
+
+    return jax.tree.map(one, cache, new)
+
+
+def over_heads(norm: RMSNorm, x: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq heads head_dim"]:
+    """The norm of each head or, if it is as wide as all of them, of all together."""
+    if norm.scale.shape[-1] == x.shape[-1]:
+        return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+def _norm_of_heads(config: ModelConfig, heads: int) -> RMSNorm | None:
+    if config.qk_norm == "none":
+        return None
+    return RMSNorm(config, head_dim=config.head_dim * (heads if config.qk_norm == "projection" else 1))

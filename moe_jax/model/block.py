@@ -1,0 +1,108 @@
+"""One block of the transformer, and how blocks are stacked."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32, Key
+
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import Cache, make_attention
+from moe_jax.model.layers import RMSNorm, SwiGLU
+from moe_jax.model.moe import Balancing, MoE, Report
+from moe_jax.routing import Rows, Tokens
+
+
+class Inputs(NamedTuple):
+    """What a forward pass reads, [B, S] each: token ids, position in the document, document (0: padding)."""
+
+    tokens: Int32[Array, "batch seq"]
+    positions: Int32[Array, "batch seq"]
+    segment_ids: Int32[Array, "batch seq"]
+
+
+class Run(NamedTuple):
+    """`repeats` copies of a unit of consecutive layers, each "dense" or "moe"."""
+
+    kinds: tuple[str, ...]
+    repeats: int
+
+
+def layout(config: ModelConfig) -> tuple[Run, ...]:
+    """Which layers are stacked together: `first_dense` dense ones, then units of `moe_every` ending in MoE.
+
+    A unit has at most one MoE layer, its last, and all units with one are in one run.
+    """
+    if config.num_experts == 0:
+        return (Run(("dense",), config.num_layers),)
+    units, left = divmod(config.num_layers - config.first_dense, config.moe_every)
+    body = Run(("dense",) * (config.moe_every - 1) + ("moe",), units)
+    runs = (Run(("dense",), config.first_dense), body, Run(("dense",), left))
+    return tuple(run for run in runs if run.repeats)
+
+
+class Block(nnx.Module):
+    """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: str) -> None:
+        self.attention_norm = RMSNorm(config, embed=config.embed_dim)
+        self.attention = make_attention(config, rngs)
+        self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
+        self.ffw = MoE(config, rngs) if kind == "moe" else SwiGLU(config, rngs, config.ffw_dim)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        cache: Cache | None,
+        inputs: Inputs,
+        balancing: Balancing,
+        key: Key[Array, ""],
+        train: bool,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
+        """The residual stream after this layer, the Report if the layer routes, and the cache if there is one."""
+        with jax.named_scope("attention"):
+            h = self.attention_norm(x)
+            if cache is None:
+                mixed = self.attention(h, inputs.positions, inputs.segment_ids, mesh)
+            else:
+                mixed, cache = self.attention.extend(h, inputs.positions, cache, mesh)
+            x = x + mixed
+        h = self.ffw_norm(x)
+        if isinstance(self.ffw, SwiGLU):
+            return x + self.ffw(h, mesh), None, cache
+        tokens = token_info(inputs, self.ffw.config.class_starts)
+        y, report = self.ffw(h, tokens, balancing, key, train, mesh, dropless=cache is not None)
+        return x + y, report, cache
+
+
+class Unit(nnx.Module):
+    """The consecutive layers that a scan repeats."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kinds: tuple[str, ...]) -> None:
+        self.blocks = nnx.List([Block(config, rngs, kind) for kind in kinds])
+
+    def __call__(
+        self, x: Array, caches: tuple[Cache | None, ...], *args: Any
+    ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
+        """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
+        report, after = None, []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, report, cache = block(x, cache, *args)
+            after.append(cache)
+        return x, report, tuple(after)
+
+
+def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
+    """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
+    kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
+    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
+    return Tokens(
+        mask=(inputs.segment_ids > 0).ravel(),
+        row=rows.ravel(),
+        ids=inputs.tokens.ravel(),
+        kind=None if kind is None else kind.ravel(),
+        rows=Rows(len(rows)),
+    )

@@ -1,0 +1,77 @@
+"""Where parameters are when they are used: gathered, looked up, rematerialised."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from moe_jax.config import ModelConfig
+from moe_jax.mesh import BATCH, GATHERED, axes_of, gather, is_expert_weight, is_sharded, spec
+
+
+def look_up(
+    table: Float[Array, "vocab embed"], tokens: Int32[Array, "batch seq"], mesh: Mesh | None
+) -> Float[Array, "batch seq embed"]:
+    """The tokens' rows of the table, which every device gathers from its shards (their gradient scatters).
+
+    Where `tensor` splits the vocabulary, each part looks up its own tokens and the sum has them all.
+    """
+    if not is_sharded(mesh):
+        return table[tokens]
+    place = spec(mesh, ("vocab", "embed"), table.shape)
+    rows, columns = map(axes_of, place)
+
+    def on_shard(part: Array, tokens: Array) -> Array:
+        for axis, names in ((1, columns), (0, tuple(name for name in rows if name != "tensor"))):
+            part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
+        if "tensor" not in rows:
+            return part[tokens]
+        first = jax.lax.axis_index("tensor") * part.shape[0]
+        own = jnp.where(tokens >= first, tokens - first, part.shape[0])
+        return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), "tensor")
+
+    return jax.shard_map(on_shard, mesh=mesh, in_specs=(place, P(BATCH)), out_specs=P(BATCH))(table, tokens)
+
+
+def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:
+    """The parameters of a module as it multiplies by them: gathered from their shards, in the compute dtype.
+
+    The one place where that happens; experts' weights are gathered by dispatch.
+    """
+
+    def one(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        dims = variable.get_metadata()["dims"]
+        if is_expert_weight(dims):
+            return variable
+        narrow = len(dims) > 1 and "experts" not in dims  # the router stays float32
+        value = variable[...].astype(dtype) if narrow else variable[...]
+        return variable.replace(gather(value, mesh, dims))
+
+    if not is_sharded(mesh):
+        return module
+    return jax.tree.map(one, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def rematerialized(body: Callable, policy: str, sharded: bool = False) -> Callable:
+    """The scan body, keeping for the backward pass all of it ("none"), matmul outputs ("dots") or its input.
+
+    Weights gathered from shards are never kept: every layer's would lie whole on every device.
+    """
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        keep = policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(body, policy=keep, prevent_cse=False) if sharded else body
+    keep = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+
+
+def _stack(rngs: nnx.Rngs, repeats: int, kind: type, config: ModelConfig, *args: Any) -> Any:
+    """So many modules of a kind as one, layers in front."""
+    return nnx.vmap(lambda r: kind(config, r, *args))(rngs.split(repeats))

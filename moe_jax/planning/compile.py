@@ -1,0 +1,168 @@
+"""Compile the train step for a topology whose devices are not here."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moe_jax.config import Config
+from moe_jax.planning.topology import Topology
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def prepare_environment(topology: Topology) -> None:
+    """What must be set before jax is imported: the local platform is CPU, with enough fake devices.
+
+    Raises:
+        ValueError: the TPU compiler is not installed.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology.family == "cpu":
+        others = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
+        os.environ["XLA_FLAGS"] = f"{others} --xla_force_host_platform_device_count={topology.dims[0]}".strip()
+        return
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology={topology} needs the TPU compiler, which is not installed; run pip install 'jax[tpu]', "
+            "which has the libtpu that belongs to a jax."
+        )
+    quiet = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5p-8")
+    # no TPU is opened, so two plans at a time disturb nobody
+    for key, value in (quiet | dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_MIN_LOG_LEVEL="3")).items():
+        os.environ.setdefault(key, value)
+
+
+def topology_devices(topology: Topology) -> Sequence[Any]:
+    """The devices to compile for; none of them needs to exist, but for cpu.
+
+    Raises:
+        ValueError: the shape is refused by the compiler, or there are fewer local devices.
+    """
+    import jax
+
+    if topology.chip is None:
+        here = jax.devices("cpu")
+        if len(here) < topology.dims[0]:
+            raise ValueError(
+                f"--topology={topology} needs {topology.dims[0]} local devices and {len(here)} are here; set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.dims[0]} before jax is imported."
+            )
+        return here[: topology.dims[0]]
+    from jax.experimental import topologies
+
+    name, options = str(topology._replace(slices=1)), dict(topology.chip.options)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices  # type: ignore[assignment]
+    try:
+        return topologies.get_topology_desc(name, "tpu", **options).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        if "lockfile" in told:
+            raise ValueError(
+                f"--topology={topology}: another process holds the TPU compiler's lock; wait for it, or set "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1."
+            ) from None
+        raise ValueError(f"--topology={topology} was refused by the TPU compiler: {told}; try another shape.") from None
+
+
+# --- compiling ------------------------------------------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    """The compiled train step: its text, XLA's own account of memory, the seconds and processor seconds it took."""
+
+    text: str
+    arguments: int
+    results: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int
+    seconds: float
+    cpu_seconds: float
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to fit the step into memory: bytes needed and available, 0 where it does not say."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(needed, available)
+        self.needed, self.available = needed, available
+
+
+def compile_step(config: Config, mesh: "Mesh") -> Compiled:
+    """Lower and compile the real train step for the devices of `mesh`; no array is made.
+
+    Raises:
+        DoesNotFit: the compiler ran out of the chip's memory.
+    """
+    import jax
+
+    from moe_jax.mesh import replicated
+    from moe_jax.training.compile import abstract_batch, make_train_step
+    from moe_jax.training.state import abstract_state
+
+    started, busy = time.perf_counter(), time.process_time()
+    dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    key = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+    counted = dataclasses.replace(config.model, cpu_kernel="xla")  # XLA counts its own products only
+    config = dataclasses.replace(config, model=counted)
+    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        raise DoesNotFit(*out_of_memory(str(error))) from None
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu {metadata.version('libtpu')} writes programs that jax {jax.__version__} cannot read "
+            f"({str(error).splitlines()[0]}); run pip install 'jax[tpu]', which has the libtpu that belongs to a jax."
+        ) from None
+    m = compiled.memory_analysis()
+    return Compiled(
+        text=text,
+        arguments=m.argument_size_in_bytes,
+        results=m.output_size_in_bytes,
+        aliased=m.alias_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        code=m.generated_code_size_in_bytes,
+        peak=getattr(m, "peak_memory_in_bytes", 0),
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - busy,
+    )
+
+
+def out_of_memory(message: str) -> tuple[int, int]:
+    """(bytes needed, bytes available) of the compiler's message, 0 where it does not say."""
+
+    def read(pattern: str) -> int:
+        found = re.search(pattern, message)
+        return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
+
+    number = r"([\d.]+)([KMGT]?)"
+    needed = read(rf"\({number}\) exceeds available") or read(rf"[Uu]sed {number}")
+    return needed, read(rf"available HBM \({number}\)") or read(rf"[Uu]sed [\d.]+[KMGT]? of {number}")
+
+
+def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
+    """Bytes a chip of (parameters, optimizer, the rest of the state), by the shardings of the abstract state."""
+    import jax
+
+    from moe_jax.mesh import bytes_on_device
+    from moe_jax.training.state import abstract_state
+
+    state = abstract_state(config, mesh)
+
+    def size(tree: Any) -> int:
+        return sum(map(bytes_on_device, jax.tree.leaves(tree)))
+
+    return size(state.params), size(state.optimizer), size((state.bias, state.balance))

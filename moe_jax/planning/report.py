@@ -1,0 +1,207 @@
+"""What a compiled step costs on its topology: memory, FLOPs, bytes and the bound on MFU."""
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_jax.config import Config
+from moe_jax.planning import cost as cost_
+from moe_jax.planning import hlo
+from moe_jax.planning.compile import Compiled, state_bytes
+from moe_jax.planning.topology import Place, Topology, exchange_seconds, place_of
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def axes_of(group: Sequence[int], mesh: "Mesh") -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    places = np.unravel_index(list(group), mesh.devices.shape)
+    return tuple(name for name, at in zip(mesh.axis_names, places, strict=True) if np.ptp(at) > 0)
+
+
+# --- the report -----------------------------------------------------------------------------------------------
+
+ASSUMPTIONS = (
+    "FLOPs are those of matrix products and of kernels that tell theirs, each loop counted as often as it runs",
+    "the ideal is 6 x active parameters x tokens: embedding look-up and attention scores are not in it",
+    "routing is balanced: a conditional takes its cheapest branch, one round of dispatch",
+    "HBM traffic is the operands and results of every scheduled instruction, without what XLA keeps on the chip: an "
+    "estimate, high where a kernel keeps data on the chip, low where it reads an operand twice",
+    "collectives run one after another at link speed over all links they can use, without latency",
+    "the bound on MFU is the ideal FLOPs at peak over the longest of the three times, as if the other two were hidden",
+)
+
+
+CPU_LOOP = (
+    'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is counted as if it met every row once'
+)
+
+
+def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, Any]:
+    """Everything that the command tells, as JSON values; bytes are per chip, FLOPs per step."""
+    trips = tile_trips if topology.chip is None else lambda loop, body: None
+    cost = cost_.analyze(compiled.text, trips)
+    places = [place_of(d) for d in mesh.devices.flat]
+    report = _heading(config, topology, mesh)
+    report["bytes_per_chip"] = _memory(config, topology, mesh, compiled)
+    total, limit = report["bytes_per_chip"]["total"], report["bytes_per_chip"]["hbm"]
+    report["fits"] = None if limit is None else total <= limit
+    report["flops_per_step"] = _flops(config, len(places), cost)
+    report["collectives"] = _collectives(cost, mesh, places, topology)
+    report["largest_exchanges"] = _largest(cost, mesh, places, topology)
+    report["flops_per_chip_during_exchange"] = {kind: n for kind, n in cost.beside.items() if n}
+    report["kernels"] = dict(sorted(cost.kernels.items()))
+    report["seconds"], report["bound_by"], report["mfu_bound"] = _roofs(report, cost, topology, len(places))
+    report["hbm_traffic_per_chip"] = round(cost.hbm)
+    report["not_counted"] = {
+        "kernels_without_flops": sorted(cost.uncosted),
+        "loops_of_unknown_length": sorted(cost.unknown_loops),
+        "untaken_branches": {"flops_per_chip": cost.untaken[0], "bytes_sent_per_chip": cost.untaken[1]},
+    }
+    report["assumptions"] = list(ASSUMPTIONS) + ([CPU_LOOP] if topology.chip is None else [])
+    report["compile_seconds"] = round(compiled.seconds, 1)
+    report["compile_cpu_seconds"] = round(compiled.cpu_seconds, 1)
+    return report
+
+
+def _heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
+    import jax
+
+    chip = topology.chip
+    versions = {"jax": jax.__version__}
+    if chip is not None:
+        versions["libtpu"] = metadata.version("libtpu")
+    return {
+        "topology": str(topology),
+        "chips": mesh.devices.size,
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "remat": config.model.remat,
+        "dispatch": config.model.dispatch,
+        "micro_batches": config.micro_batches,
+        "tokens_per_step": config.batch_size * config.sequence_length,
+        "chip": None if chip is None else chip._asdict(),
+        "versions": versions,
+    }
+
+
+def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, int | None]:
+    parameters, optimizer, rest = state_bytes(config, mesh)
+    kept = min(cost_.saved_bytes(compiled.text), compiled.temporaries)
+    together = compiled.arguments + compiled.results - compiled.aliased + compiled.temporaries + compiled.code
+    return {
+        "parameters": parameters,
+        "optimizer": optimizer,
+        "bias_and_balance": rest,
+        "batch_and_results": compiled.arguments - parameters - optimizer - rest + compiled.results - compiled.aliased,
+        "activations": kept,
+        "temporaries": compiled.temporaries - kept,
+        "code": compiled.code,
+        "total": max(together, compiled.peak),
+        "hbm": topology.chip.hbm if topology.chip else None,
+    }
+
+
+def _flops(config: Config, chips: int, cost: cost_.Cost) -> dict[str, Any]:
+    from moe_jax.model.cost import parts
+
+    tokens = config.batch_size * config.sequence_length
+    rows = parts(config)
+    products = sum(p.flops for p in rows if p.name != "attention scores")
+    scores = sum(p.flops for p in rows if p.name == "attention scores")
+    phases: Counter[str] = Counter()
+    for name, n in cost.flops.items():
+        phases[_phase(name)] += n * chips
+    compiled = cost.flops.total() * chips
+    return {
+        "active_parameters": products // 2,
+        "ideal": 3 * products * tokens,
+        "causal_attention": 3 * scores * tokens,
+        "compiled": compiled,
+        "compiled_over_ideal": compiled / (3 * products * tokens),
+        "compiled_by_phase": dict(phases),
+        "compiled_by_origin": dict(_origins(cost, chips)),
+    }
+
+
+def _phase(op_name: str) -> str:
+    """The part of a step that an instruction belongs to; XLA drops some names when it rewrites."""
+    if "/" not in op_name:
+        return "unnamed"
+    again = "rematted_computation" in op_name
+    return "recomputed" if again else "backward" if "transpose(" in op_name else "forward"
+
+
+def _origins(cost: cost_.Cost, chips: int) -> Counter[str]:
+    """FLOPs by the last word of their op_name: dot_general, ragged_dot_general, a kernel's name."""
+    found: Counter[str] = Counter()
+    for name, n in cost.flops.items():
+        found["/".join(name.split("/")[-2:]) if "ragged" in name else name.rpartition("/")[2] or "unnamed"] += n * chips
+    return found
+
+
+def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
+    """By kind and mesh axes: how many a step, bytes a chip puts in, bytes that leave it, seconds alone."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for c, n in cost.collectives.items():
+        axes = axes_of(c.group, mesh)
+        row = rows.setdefault(
+            (c.kind, axes),
+            dict(
+                kind=c.kind, axes=list(axes), group=len(c.group), count=0, asynchronous=0, bytes=0, sent=0, seconds=0.0
+            ),
+        )
+        row["count"] += n
+        row["asynchronous"] += n if c.asynchronous else 0
+        row["bytes"] += c.bytes * n
+        row["sent"] += round(c.sent * n)
+        seconds = exchange_seconds(c, places, topology)
+        row["seconds"] = None if seconds is None else row["seconds"] + seconds * n
+    return sorted(rows.values(), key=lambda row: -row["sent"])
+
+
+def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
+    """The exchanges that send most, with their shape and where they come from: what to look at first."""
+    rows = sorted(cost.collectives.items(), key=lambda item: -item[0].sent * item[1])[:12]
+    return [
+        dict(
+            kind=c.kind,
+            axes=list(axes_of(c.group, mesh)),
+            count=n,
+            sent=round(c.sent * n),
+            shape=c.shape,
+            origin=c.op_name,
+        )
+        for c, n in rows
+    ]
+
+
+def _roofs(
+    report: dict[str, Any], cost: cost_.Cost, topology: Topology, chips: int
+) -> tuple[dict[str, float] | None, str | None, float | None]:
+    """Seconds a step that each roof needs, the longest of them, and the bound on MFU; None without a chip."""
+    chip = topology.chip
+    if chip is None:
+        return None, None, None
+    seconds = {
+        "compute": cost.flops.total() / chip.flops,
+        "hbm": cost.hbm / chip.hbm_bandwidth,
+        "interconnect": sum(row["seconds"] for row in report["collectives"]),
+    }
+    slowest = max(seconds, key=lambda name: seconds[name])
+    ideal = report["flops_per_step"]["ideal"] / chips / chip.flops
+    return seconds, slowest, ideal / seconds[slowest]
+
+
+def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:
+    """Turns of the CPU's loop over tiles of rows, whose number depends on the routing: all rows once."""
+    tiles = [
+        i.leaves[0].dims[0]
+        for i in body.instructions.values()
+        if "dynamic_slice" in i.op_name and i.leaves and len(i.leaves[0].dims) == 2
+    ]
+    rows = [leaf.dims[0] for leaf in loop.leaves if len(leaf.dims) == 2]
+    return max(1, max(rows) // min(tiles)) if tiles and rows else None

@@ -1,0 +1,121 @@
+"""Plan one config, or search the meshes and rematerialisations for the best."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from moe_jax.config import Config, MeshConfig
+from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
+from moe_jax.planning.report import _heading, make_report
+from moe_jax.planning.topology import Topology
+from moe_jax.runtime.chips import GIB
+from moe_jax.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+# --- one plan, or many ----------------------------------------------------------------------------------------
+
+
+def plan(config: Config, topology: Topology, text_file: Path | None = None) -> dict[str, Any]:
+    """The report of one config on one topology; `text_file` gets the compiled program.
+
+    Raises:
+        ValueError: the topology is refused, or the mesh does not divide.
+    """
+    from moe_jax.config import resolve
+    from moe_jax.mesh import make_mesh
+
+    devices = topology_devices(topology)
+    config = resolve(config, len(devices), "cpu" if topology.chip is None else "tpu")
+    return plan_on(config, topology, make_mesh(config.mesh, devices), text_file)
+
+
+def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: Path | None = None) -> dict[str, Any]:
+    """`plan` for a mesh that is made already; the config's is resolved."""
+    try:
+        compiled = compile_step(config, mesh)
+    except DoesNotFit as error:
+        parameters, optimizer, rest = state_bytes(config, mesh)
+        memory = dict(parameters=parameters, optimizer=optimizer, bias_and_balance=rest, total=error.needed or None)
+        available = error.available or (topology.chip.hbm if topology.chip else None)
+        return _heading(config, topology, mesh) | {"fits": False, "bytes_per_chip": memory | {"hbm": available}}
+    if text_file:
+        write_whole(text_file, compiled.text)
+    return make_report(config, topology, mesh, compiled)
+
+
+class Trial(NamedTuple):
+    """One line of a search: sizes of the mesh, the remat policy, and what came of it."""
+
+    mesh: dict[str, int]
+    remat: str
+    verdict: str
+    report: dict[str, Any]
+
+
+# from what recomputes least to what keeps least
+REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+
+
+def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial]:
+    """Compile the real step on every mesh that divides, until the time is up; each trial as it is done.
+
+    On each mesh the remat policies are tried from the one that recomputes least; the first that fits ends them,
+    for the next would only recompute more. A mesh on which the state alone does not fit is not compiled.
+    """
+    import jax
+
+    from moe_jax.mesh import make_mesh
+
+    devices = topology_devices(topology)
+    until = time.monotonic() + 60 * minutes
+    for resolved in meshes(config, len(devices)):
+        mesh = make_mesh(resolved.mesh, devices)
+        sizes = {name: int(size) for name, size in mesh.shape.items()}
+        state = sum(state_bytes(resolved, mesh))
+        if topology.chip and state > topology.chip.hbm:
+            yield Trial(sizes, "any", f"the state alone takes {state / GIB:.1f} GiB", {"fits": False})
+            continue
+        for remat in REMATS:
+            if time.monotonic() > until:
+                yield Trial(sizes, remat, "not tried: time is up", {})
+                break
+            jax.clear_caches()
+            one = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, remat=remat))
+            report = plan_on(one, topology, mesh)
+            yield Trial(sizes, remat, "fits" if report["fits"] in (True, None) else "does not fit", report)
+            if report["fits"] in (True, None):
+                break
+
+
+def meshes(config: Config, devices: int) -> list[Config]:
+    """The config on every mesh of data x expert x tensor that its rules accept, `replica` as it is.
+
+    Those without `tensor` first, nearest in `expert` to its own first, so that little time tries what is likely.
+
+    Raises:
+        ValueError: none is accepted.
+    """
+    from moe_jax.config import resolve
+
+    found: list[Config] = []
+    replica, own = max(1, config.mesh.replica), max(1, config.mesh.expert)
+    rest = devices // replica
+    sizes = [n for n in range(1, rest + 1) if rest % n == 0]
+    for expert, tensor in itertools.product(reversed(sizes), sizes):
+        if rest % (expert * tensor):
+            continue
+        mesh = MeshConfig(replica, rest // (expert * tensor), expert, tensor)
+        with contextlib.suppress(ValueError):
+            found.append(resolve(dataclasses.replace(config, mesh=mesh), devices))
+    if not found:
+        resolve(config, devices)  # says why
+        raise ValueError(f"no mesh of {devices} devices with mesh.replica={replica} fits the model and the batch.")
+    return sorted(found, key=lambda c: (c.mesh.tensor, abs(math.log2(c.mesh.expert / own))))

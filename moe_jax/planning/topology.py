@@ -1,0 +1,99 @@
+"""The shape of a slice of chips, and how long an exchange over its links takes."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.planning.cost import Collective
+from moe_jax.runtime.chips import ALIASES, CHIPS, Chip
+
+
+class Topology(NamedTuple):
+    """`slices` equal tori of one family, joined by the data-centre network; family "cpu" has one dimension."""
+
+    family: str
+    dims: tuple[int, ...]
+    slices: int = 1
+
+    def __str__(self) -> str:
+        shape = f"{self.family}:{'x'.join(map(str, self.dims))}"
+        return shape if self.slices == 1 else f"{self.slices}x{shape}"
+
+    @property
+    def chip(self) -> Chip | None:
+        """Its figures; None for cpu."""
+        return CHIPS.get(self.family)
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5p:8x16x16`, `cpu:8`, or `2xv5e:16x16` for two slices.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    example = "write FAMILY:SHAPE, as v5e:16x16, v5p:8x16x16, 2xv5e:16x16 (two slices) or cpu:8"
+    found = re.fullmatch(r"(?:(\d+)x)?([A-Za-z]\w*):([\dx]+)", text.strip().lower())
+    if not found:
+        raise ValueError(f"--topology={text} is not a topology; {example}.")
+    family = ALIASES.get(found[2], found[2])
+    if family not in CHIPS and family != "cpu":
+        raise ValueError(f"--topology={text} names no chip family that is known; choose {', '.join(CHIPS)} or cpu.")
+    sizes = found[3].split("x")
+    wanted = CHIPS[family].dimensions if family in CHIPS else 1
+    if not all(s.isdigit() and int(s) for s in sizes) or len(sizes) != wanted or (family == "cpu" and found[1]):
+        shape = "cpu:N" if family == "cpu" else f"{family}:{'x'.join('ABC'[:wanted])}"
+        raise ValueError(f"--topology={text} must give {wanted} positive size{'s' * (wanted > 1)}; write {shape}.")
+    return Topology(family, tuple(map(int, sizes)), int(found[1] or 1))
+
+
+class Place(NamedTuple):
+    """Where a device is: its slice and its coordinates in the torus."""
+
+    slice: int
+    coords: tuple[int, ...]
+
+
+def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology) -> float | None:
+    """The least time of one collective on the interconnect, alone on it; None without a chip.
+
+    Links carry W bytes/s each way. Along a dimension of the torus that the group spans at `a` positions, `s` apart,
+    a chip has two links if the group closes to a ring there and one if it is a line, shared with the s - 1 groups
+    between its members. All-gather, reduce-scatter and all-reduce: bytes sent over the links of all spanned
+    dimensions at once. All-to-all of B bytes a chip: what the busiest link carries in the slowest dimension,
+    s B a / 8 on a ring and s B a / 4 on a line. Across slices: what must leave the slice over the chip's share of
+    the data-centre network, and the rest inside. Latency is not counted, nor other traffic.
+    """
+    chip = topology.chip
+    if chip is None or len(c.group) < 2:
+        return None if chip is None else 0.0
+    members = [places[i] for i in c.group]
+    slices = len({m.slice for m in members})
+    inside = [m for m in members if m.slice == members[0].slice]
+    across = 0.0
+    if slices > 1:
+        share = 1 if c.kind in ("all-to-all", "ragged-all-to-all", "collective-permute") else len(inside)
+        factor = 2 if c.kind == "all-reduce" else 1
+        across = factor * c.bytes / share * (slices - 1) / slices / chip.dcn
+    if len(inside) < 2:
+        return across
+    sent = c._replace(group=c.group[: len(inside)]).sent
+    times, links = [], 0.0
+    for n, size in enumerate(topology.dims):
+        used = sorted({m.coords[n] for m in inside})
+        if len(used) < 2:
+            continue
+        stride = min(b - a for a, b in itertools.pairwise(used))
+        ring = size % chip.ring_multiple == 0 and len(used) * stride == size
+        links += (2 if ring else 1) / stride
+        halves = (len(used) // 2) * ((len(used) + 1) // 2)  # pairs on either side of the middle
+        times.append(stride * c.bytes * halves / len(used) / (2 if ring else 1) / chip.link)
+    if not times:  # two devices of one chip
+        return across
+    alone = max(times) if c.kind in ("all-to-all", "ragged-all-to-all") else sent / (links * chip.link)
+    return across + alone
+
+
+def place_of(device: Any) -> Place:
+    """A device's place in its torus; fake local devices stand in a row."""
+    return Place(getattr(device, "slice_index", None) or 0, tuple(getattr(device, "coords", None) or (device.id,)))

@@ -1,0 +1,136 @@
+"""The results of a simulation as a table, a picture and JSON."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_jax.simulator.loop import Result
+from moe_jax.simulator.settings import STREAMS, Settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "settled": "settled after",
+    "recovered": "recovered after",
+    "peak": "peak after shift",
+    "final": "final level",
+    "chatter": "chatter",
+    "bias_change": "bias change",
+    "flips": "flips",
+    "dead": "dead",
+    "bias_range": "bias range",
+}
+
+
+STEPS = ("settled", "recovered")  # numbers of steps, or never
+
+
+def cell(values: Sequence[float | None], steps: bool, spread: bool = True) -> str:
+    """The mean, its standard deviation over several seeds, and how many have a value if not all do."""
+    known = np.asarray([v for v in values if v is not None], float)
+    if not known.size:
+        return "never" if steps else "-"
+    mean = f"{known.mean():.0f}" if steps else f"{known.mean():.3g}"
+    more = f" ± {known.std(ddof=1):.{'0f' if steps else '1g'}}" if spread and known.size > 1 else ""
+    return mean + more + (f" ({known.size} of {len(values)})" if known.size < len(values) else "")
+
+
+def make_table(results: Sequence[Result], s: Settings, title: str) -> "Table":
+    """A row for every arm."""
+    from rich.table import Table
+
+    shown = [key for key in COLUMNS if s.stream == "shift" or key not in ("recovered", "peak")]
+    table = Table("balance", *(COLUMNS[key] for key in shown), title=title, title_justify="left")
+    for result in results:
+        values = {key: [getattr(summary, key) for summary in result.summaries] for key in shown}
+        cells = (cell(v, key in STEPS, key in (*STEPS, "peak", "final")) for key, v in values.items())
+        table.add_row(result.arm.name, *cells)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    return table
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5AA6", "#222222")  # Okabe and Ito's
+
+
+MANY = 4  # more arms than these are drawn without single steps
+
+
+def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: Path) -> None:
+    """Max violation over steps as a PNG: thick a mean over steps and seeds, thin each step of the first seed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10, 4.8), layout="constrained", facecolor="white")
+        axes = figure.subplots()
+        for i, result in enumerate(results):
+            look = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", (0, (4, 1)))[i // len(COLOURS) % 2])
+            _curve(axes, result, s, len(results) <= MANY, look)
+        axes.axhline(low, color="#555555", linestyle="--", linewidth=1.3, label=f"uniform random router, {low:.2g}")
+        if s.stream == "shift":
+            axes.axvline(s.shift_step, color="#999999", linestyle=":", linewidth=1.3, label="shift")
+        _label(figure, axes, title)
+        figure.savefig(file, dpi=130)
+
+
+def _curve(axes: "Axes", result: Result, s: Settings, single: bool, look: Mapping[str, Any]) -> None:
+    seen = np.stack([trace.violation for trace in result.traces])
+    if single:
+        axes.plot(seen[0], color=look["color"], alpha=0.18, linewidth=0.7)
+    # what was before the shift has no part in a mean after it
+    parts = np.split(seen.mean(0), [s.shift_step]) if s.stream == "shift" else [seen.mean(0)]
+    mean = np.concatenate([centred_mean(part, s.window) for part in parts])
+    axes.plot(mean, linewidth=1.9, label=result.arm.name, **look)
+
+
+def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean over about `window` steps around each, fewer at the ends: step n never sees one before n / 2."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(values.size)
+    before = np.minimum(window // 2, at // 2)
+    after = np.minimum(before, at[::-1])
+    return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
+
+
+def _label(figure: "Figure", axes: "Axes", title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set(yscale="log", xlabel="step", ylabel="max violation of a step's loads")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.margins(x=0.01)
+    axes.grid(color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    labels = [str(line.get_label()) for line in axes.lines if not str(line.get_label()).startswith("_")]
+    columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
+    figure.legend(loc="outside lower center", ncols=columns)
+
+
+def told(s: Settings, scores: str, seeds: int) -> str:
+    """What was simulated, in a line."""
+    what = f"E={s.experts}, top_k={s.top_k}, T={s.tokens}, {s.score}"
+    numbers = ", ".join(f"{name}={getattr(s, name):g}" for name in STREAMS[s.stream])
+    source = f"scores of {scores}" if scores else f"stream {s.stream} ({numbers}, noise={s.noise:g})"
+    return f"{what}; {source}; {seeds} seed{'s' * (seeds > 1)}"
+
+
+def as_json(results: Sequence[Result], s: Settings, scores: str) -> dict[str, Any]:
+    """Settings and summaries as JSON values."""
+    rows = [
+        {"balance": r.arm.name, "sign": r.arm.sign, "seeds": [summary._asdict() for summary in r.summaries]}
+        for r in results
+    ]
+    return {"settings": dataclasses.asdict(s), "scores": scores, "methods": rows}

@@ -1,0 +1,154 @@
+"""The jitted train and evaluation steps, shared by all configs that a step cannot tell apart."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int32
+
+from moe_jax import balance
+from moe_jax.balance import measures
+from moe_jax.config import Config
+from moe_jax.config.balance import BIAS_METHODS
+from moe_jax.data.batches import Batch
+from moe_jax.mesh import batch_sharding, platform, replicated
+from moe_jax.model.moe import Balancing, Details
+from moe_jax.training.losses import forward
+from moe_jax.training.state import TrainState, read_bias, state_shardings
+from moe_jax.training.step import train_step
+
+TrainStep = Any  # a jitted (TrainState, Batch, key) -> (TrainState, metrics)
+
+
+def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
+    """(state, batch, key) -> (state, metrics), jitted, the state donated.
+
+    Configs that differ in nothing a step reads share one function, and so one compilation: the seeds of an
+    experiment, for example. Metrics are device arrays, whole on every device; fetching them is the caller's to
+    time. With a mesh the state lies as `state_shardings` says, the batch as `batch_sharding`.
+    """
+    return _train_step(without_what_no_step_reads(config), mesh)
+
+
+def make_eval_step(
+    config: Config, mesh: Mesh | None = None, balancer: balance.Balancer | None = None
+) -> Callable[[TrainState, Batch], "Evaluation"]:
+    """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing.
+
+    Experts are chosen as the config's balance says, or by another `balancer` with the same state.
+    """
+    return _eval_step(without_what_no_step_reads(config), mesh, balancer)
+
+
+def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
+    """Shapes and dtypes of a step's batch; with a mesh also where it lies."""
+    place = None if mesh is None else batch_sharding(mesh)
+
+    def leaf(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    rows, tokens = (config.batch_size,), (config.batch_size, config.sequence_length)
+    ints = leaf(tokens)
+    return Batch(ints, ints, ints, ints, leaf(tokens, jnp.bool_), leaf(rows), leaf(rows))
+
+
+def without_what_no_step_reads(config: Config) -> Config:
+    """The config by which steps are compiled: runs that differ elsewhere share one compilation."""
+    plain = Config()
+    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint", "init_from"]
+    keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
+    return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
+
+
+@functools.lru_cache(maxsize=16)
+def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
+    step = functools.partial(train_step, config, mesh=mesh)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    places = state_shardings(config, mesh), replicated(mesh)
+    options = compiler_options(config, platform(mesh))
+    if options:
+        _check_options(options, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
+
+
+def compiler_options(config: Config, platform: str) -> dict[str, str]:
+    """The options of `config.compiler_options` for XLA on a platform; one named xla_tpu_... is for "tpu" only."""
+    others = tuple(f"xla_{name}_" for name in ("cpu", "gpu", "tpu") if name != platform)
+    return {name: value for name, value in config.compiler_options.items() if not name.startswith(others)}
+
+
+def _check_options(options: dict[str, str], mesh: Mesh) -> None:
+    """Try the options on next to nothing, before minutes are spent on the step.
+
+    Raises:
+        ValueError: XLA does not know an option, or not its value.
+    """
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(scalar).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"compiler_options={options} was refused by XLA: {told}; correct or remove it.") from None
+
+
+class Evaluation(NamedTuple):
+    """Sums over one held-out batch: of every row, and over all; None where there are no experts, or no bias.
+
+    nats, tokens, domain, num_bytes: of a row, its valid targets alone. row_loads: of a row's sequence.
+    kept, chosen: how many decisions are the same without the bias, and how many there are. dropped: how many copies no
+    expert saw; None where none can be dropped.
+    """
+
+    nats: Float32[Array, "batch"]
+    tokens: Int32[Array, "batch"]
+    domain: Int32[Array, "batch"]
+    num_bytes: Int32[Array, "batch"]
+    row_loads: Int32[Array, "batch layers experts"] | None
+    kept: Int32[Array, "layers"] | None = None
+    chosen: Int32[Array, "layers"] | None = None
+    dropped: Int32[Array, "layers"] | None = None
+
+    @property
+    def loads(self) -> Int32[Array, "layers experts"] | None:
+        """Of the whole batch."""
+        return None if self.row_loads is None else self.row_loads.sum(0, dtype=jnp.int32)
+
+
+@functools.lru_cache(maxsize=16)
+def _eval_step(
+    config: Config, mesh: Mesh | None, balancer: balance.Balancer | None
+) -> Callable[[TrainState, Batch], Evaluation]:
+    balancer = balance.make(config.balance, config.model) if balancer is None else balancer
+    has_bias = any(entry.method in BIAS_METHODS for entry in config.balance)
+    can_drop = config.model.dispatch == "capacity" or balancer.drop is not None
+
+    def evaluate(state: TrainState, batch: Batch) -> Evaluation:
+        balancing = Balancing(balancer, state.balance)
+        # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
+        key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum(dtype=jnp.int32))
+        nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
+        row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
+        rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
+        result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)
+        if report is not None and can_drop:
+            result = result._replace(dropped=report.traffic.dropped)
+        if report is None or not has_bias:
+            return result
+        kept, chosen = _kept_without_bias(state, report.details)
+        return result._replace(kept=kept, chosen=chosen)
+
+    return jax.jit(evaluate, out_shardings=None if mesh is None else replicated(mesh))
+
+
+def _kept_without_bias(state: TrainState, details: Details) -> tuple[Int32[Array, "layers"], Int32[Array, "layers"]]:
+    """How many decisions of each layer its scores alone would make too, and how many there are."""
+    routing, bias = details.routing, read_bias(state.bias)
+    kept, chosen = measures.decisions_kept(routing.expert_ids, details.unbiased_ids, routing.loads.shape[-1])
+    biased = (measures.bias_range(bias) > 0).reshape(len(bias), -1).any(-1)  # else a rule chose, as in layers that hash
+    kept, chosen = kept.astype(jnp.int32), chosen.astype(jnp.int32)
+    return jnp.where(biased, kept, chosen), chosen

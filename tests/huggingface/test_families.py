@@ -1,0 +1,215 @@
+"""Laws of the families: a config means the same here and there, and what has no meaning here is refused by name."""
+
+import dataclasses
+import math
+
+import pytest
+from drills.folders import CASES, LATENT, SHARPENED, config_of, model_of
+
+from moe_jax.config import ModelConfig, YarnConfig, default, validate
+from moe_jax.huggingface.families import FAMILIES, choose, from_hf, to_hf
+from moe_jax.huggingface.tensors import tensors
+from moe_jax.huggingface.weights import abstract_weights
+from moe_jax.model.block import layout
+from moe_jax.runtime.leaves import describe_leaves
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_that_goes_out_and_comes_back_is_the_same(case):
+    family, config = model_of(config_of(case))
+    hf = to_hf(family, config, "float32", {})
+    assert model_of(hf) == (family, config)
+    assert choose(config) is family
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tensors_are_our_parameters_each_slice_once(case):
+    # every element of every leaf is in one part of one tensor
+    extra = dict(num_nextn_predict_layers=2) if case == "deepseek_v3" else {}
+    family, config = model_of(config_of(case, **extra))
+    abstract = describe_leaves(abstract_weights(config))
+    elements, seen = dict.fromkeys(abstract, 0), set()
+    for tensor in tensors(family, config):
+        for part in tensor.parts:
+            shape = abstract[part.leaf][0][len(part.at) :]
+            assert (part.leaf, part.at) not in seen
+            seen.add((part.leaf, part.at))
+            view = list(tensor.view)
+            view[tensor.axis] = part.span.stop - part.span.start
+            assert [view[i] for i in part.order] == shape
+            elements[part.leaf] += int(math.prod(shape))
+    for leaf, (shape, _) in abstract.items():
+        absent = leaf.startswith("bias/") and not family.has_bias
+        assert elements[leaf] == (0 if absent else math.prod(shape)), leaf
+
+
+def test_kimi_k2_is_deepseek_v3():
+    keys = dict(model_type="kimi_k2", n_group=1, topk_group=1, rope_parameters=None, rope_theta=50000.0)
+    keys["rope_scaling"] = OLD | dict(factor=32.0, beta_fast=1.0, beta_slow=1.0, mscale_all_dim=1.0)  # as published
+    family, config = model_of(config_of("deepseek_v3", **keys))
+    assert family.architecture == "DeepseekV3ForCausalLM"
+    assert (config.score, config.num_groups, config.yarn.beta_fast) == ("sigmoid", 1, 1.0)
+
+
+def test_deepseek_v2_ranks_groups_by_their_best_expert_and_v3_by_two():
+    assert model_of(config_of("deepseek_v2"))[1].group_top == 1
+    assert model_of(config_of("deepseek_v3"))[1].group_top == 2
+    assert model_of(config_of("deepseek_v2_lite"))[1].num_groups == 1  # greedy knows no groups
+
+
+OLD = dict(type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)
+
+
+def test_rope_is_read_by_its_old_and_its_new_keys():
+    new = model_of(config_of("deepseek_v3"))[1]
+    old = model_of(config_of("deepseek_v3", rope_parameters=None, rope_scaling=OLD, rope_theta=50000.0))[1]
+    assert new == old
+    assert (old.rope_theta, old.yarn) == (50000.0, YarnConfig(4.0, 16, 32.0, 1.0, 1.0, 0.7))
+
+
+def test_rope_is_written_by_its_old_and_its_new_keys():
+    family, config = model_of(config_of("deepseek_v3"))
+    hf = to_hf(family, config, "float32", {})
+    for key in ("rope_scaling", "rope_parameters"):
+        assert hf[key].items() >= SHARPENED.items()
+    assert hf["rope_theta"] == 50000.0 and hf["rope_scaling"]["type"] == "yarn"
+
+
+def test_without_a_theta_it_is_that_of_the_family():
+    assert from_hf(config_of("mixtral"))[1]["rope_theta"] == 1e6
+    assert from_hf(config_of("olmoe"))[1]["rope_theta"] == 1e4
+
+
+@pytest.mark.parametrize(
+    ("keys", "kinds"),
+    [
+        (dict(mlp_only_layers=[0, 1]), "ddmmmm"),
+        (dict(mlp_only_layers=[], decoder_sparse_step=2), "dmdmdm"),
+        (dict(mlp_only_layers=[0], decoder_sparse_step=1), "dmmmmm"),
+        (dict(mlp_only_layers=[0, 1, 3, 4]), "ddmddm"),
+        (dict(mlp_only_layers=[1], decoder_sparse_step=2), "dddmdm"),
+    ],
+)
+def test_which_layers_of_qwen3_have_experts(keys, kinds):
+    family, config = model_of(config_of("qwen3_moe", num_hidden_layers=6, **keys))
+    assert "".join(kind[0] for run in layout(config) for kind in run.kinds * run.repeats) == kinds
+    written = to_hf(family, config, "float32", {})
+    assert model_of(written)[1] == config
+    assert written["mlp_only_layers"] == [i for i, kind in enumerate(kinds) if kind == "d"]
+
+
+@pytest.mark.parametrize("dense", [[2], [0, 2, 3], list(range(6))])
+def test_layers_that_we_cannot_arrange_are_refused(dense):
+    with pytest.raises(ValueError, match=r"mlp_only_layers=\["):
+        from_hf(config_of("qwen3_moe", num_hidden_layers=6, mlp_only_layers=dense))
+
+
+REFUSED = [
+    ("mixtral", dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    ("mixtral", dict(sliding_window=4096), "sliding_window=4096"),
+    ("qwen3_moe", dict(use_sliding_window=True, sliding_window=10), "sliding_window=10"),
+    ("qwen3_moe", dict(attention_bias=True), "attention_bias=True"),
+    ("qwen3_moe", dict(layer_types=["sliding_attention"]), "layer_types="),
+    ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0"),
+    ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob=True"),
+    ("deepseek_v2", dict(topk_method="noaux_tc"), "topk_method='noaux_tc'"),
+    ("deepseek_v2", dict(mlp_bias=True), "mlp_bias=True"),
+    ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func='softmax'"),
+    ("deepseek_v3", dict(topk_method="greedy"), "topk_method='greedy'"),
+    ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq=2"),
+    ("deepseek_v3", dict(rope_interleave=False), "rope_interleave=False"),
+    ("deepseek_v3", dict(num_key_value_heads=1), "num_key_value_heads=1"),
+    ("deepseek_v3", dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "type 'llama3'"),
+    ("deepseek_v3", dict(rope_parameters=SHARPENED | dict(truncate=False)), "truncate=false"),
+    ("deepseek_v3", dict(rope_parameters=SHARPENED | dict(attention_factor=2.0)), "attention_factor=2.0"),
+    ("deepseek_v3", dict(rope_parameters=SHARPENED | dict(mscale=None)), "mscale=None and mscale_all_dim=0.7"),
+    ("qwen3_moe", dict(rope_parameters=SHARPENED), "mscale_all_dim=0.7, which Qwen3MoeForCausalLM does not read"),
+    ("olmoe", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    ("olmoe", dict(num_nextn_predict_layers=1), "num_nextn_predict_layers=1, a key that OlmoeForCausalLM"),
+    ("mixtral", dict(use_strange_norm=True), "use_strange_norm=True, a key that MixtralForCausalLM is not known"),
+    ("mixtral", dict(architectures=["LlamaForCausalLM"]), r"architectures=\['LlamaForCausalLM'\]"),
+    ("mixtral", dict(model_type="llama"), "model_type='llama'"),
+    ("mixtral", dict(hidden_size=None), "has no hidden_size"),
+    ("qwen3_moe", dict(use_qk_norm=False), "use_qk_norm=False"),
+    ("qwen3_moe", dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000, which must be an integer from 0"),
+    ("qwen3_moe", dict(num_hidden_layers="4"), "num_hidden_layers='4', which must be an integer"),
+    ("qwen3_moe", dict(decoder_sparse_step=[2]), r"decoder_sparse_step=\[2\], which must be an integer"),
+    ("qwen3_moe", dict(mlp_only_layers=3), "mlp_only_layers=3, which must be a list"),
+    ("deepseek_v3", dict(num_nextn_predict_layers="1"), "num_nextn_predict_layers='1', which must be an integer"),
+    ("deepseek_v3", dict(num_mtp_layers=2, num_nextn_predict_layers=1), "which are one key"),
+    ("deepseek_v3", dict(routed_scaling_factor=None), "has no routed_scaling_factor"),
+    ("deepseek_v3", dict(n_group=None), "has no n_group"),
+    ("deepseek_v3", dict(rope_scaling=SHARPENED | dict(factor=8.0)), "mean different things"),
+    ("olmoe", dict(rope_parameters=dict(rope_type="default", factor=8.0)), "'default' with factor=8.0"),
+    ("olmoe", dict(rope_scaling=[2.0]), r"rope_scaling=\[2.0\], which must be an object"),
+]
+
+
+@pytest.mark.parametrize(("case", "keys", "words"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_our_model_does_not_have_is_refused_by_name(case, keys, words):
+    with pytest.raises(ValueError, match=words):
+        from_hf(config_of(case, **keys))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(auto_map={"AutoModel": "modeling.Evil"}),  # code that comes along is never run
+        dict(router_aux_loss_coef=0.1, output_router_logits=True, use_cache=True, attention_dropout=0.1),
+        dict(a_future_flag=False, another=None),
+    ],
+)
+def test_keys_that_change_no_logit_change_nothing(keys):
+    assert from_hf(config_of("mixtral", **keys)) == from_hf(config_of("mixtral"))
+
+
+def v3(**keys):
+    """Our config of the V3 case with keys changed."""
+    return dataclasses.replace(model_of(config_of("deepseek_v3"))[1], **keys)
+
+
+OUT = [
+    (v3(score="sqrt_softplus"), "score='sqrt_softplus'"),
+    (v3(num_zero_experts=2), "num_zero_experts=2"),
+    (v3(class_starts=(5,)), r"class_starts=\(5,\)"),
+    (v3(num_shared_experts=0), "num_shared_experts=0"),
+    (v3(group_top=1), "group_top=1"),
+    (v3(moe_every=2, num_layers=3), "moe_every=2"),
+    (ModelConfig(), "num_experts=0"),
+    (validate(default(model=dict(num_experts=4, num_shared_experts=1))).model, "attention='gqa' and no other"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), OUT, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_no_family_holds_is_refused_by_name(config, words):
+    with pytest.raises(ValueError, match=words):
+        choose(config)
+
+
+def test_a_named_family_that_does_not_hold_the_model_says_why():
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM cannot hold a model with .*attention='mla'"):
+        choose(v3(), "mixtral")
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' is no known family"):
+        choose(v3(), "LlamaForCausalLM")
+
+
+def test_groups_that_limit_nothing_are_no_obstacle():
+    config = dataclasses.replace(model_of(config_of("mixtral"))[1], num_groups=2, top_groups=2, group_top=1)
+    assert choose(config).architecture == "MixtralForCausalLM"
+
+
+def test_published_configs_are_understood():
+    # DeepSeek-V3's own keys, as published; 61 layers, of which 3 are dense, and one module ahead
+    hf = dict(LATENT, architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", hidden_act="silu")
+    hf |= dict(num_hidden_layers=61, first_k_dense_replace=3, num_nextn_predict_layers=1, moe_layer_freq=1, ep_size=1)
+    hf |= dict(scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True, aux_loss_alpha=0.001, seq_aux=True)
+    hf |= dict(quantization_config=dict(quant_method="fp8"), pretraining_tp=1, tie_word_embeddings=False)
+    hf |= dict(rope_theta=10000, rope_scaling=OLD | dict(factor=40, beta_fast=32, beta_slow=1, mscale_all_dim=1.0))
+    ours = from_hf(hf)[1]
+    assert (ours["num_layers"], ours["first_dense"], ours["mtp_depth"]) == (61, 3, 1)
+    assert ours["yarn"]["factor"] == 40 and ours["normalize_gates"] is True
+
+
+def test_every_family_is_one_of_the_cases():
+    used = {model_of(config_of(case))[0].architecture for case in CASES}
+    assert used == {family.architecture for family in FAMILIES}

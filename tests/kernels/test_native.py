@@ -1,0 +1,148 @@
+"""Laws of the experts in C++: those of XLA's, at every size, dtype and skew; and no compiler is no error."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import dispatch
+from moe_jax.config import MeshConfig
+from moe_jax.dispatch import ExpertWeights, local
+from moe_jax.dispatch import experts as experts_
+from moe_jax.dispatch.experts import IN_XLA, in_native
+from moe_jax.kernels import native
+from moe_jax.mesh import make_mesh
+
+
+@pytest.fixture
+def compiler():
+    if why := native.missing():
+        pytest.skip(why)
+
+
+SIZES = {  # tokens, slots, experts, embed, ffw
+    "one of everything": (1, 1, 1, 1, 1),
+    "nothing fits a vector": (37, 2, 5, 19, 7),
+    "whole vectors": (64, 2, 4, 64, 32),
+    "several blocks of the inner dimension": (40, 1, 2, 300, 270),
+    "one expert in several chunks and parts": (1500, 2, 3, 24, 17),
+}
+
+
+def problem(tokens, slots, experts, embed, ffw, dtype=jnp.float32):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(tokens, embed)), dtype)
+    ids = draw.integers(0, experts + 1, (tokens, slots))  # some slots are empty
+    ids[: tokens // 2] = 0  # and the first expert has half of the rest
+    gates = jnp.where(ids < experts, jnp.asarray(draw.random((tokens, slots)), jnp.float32), 0.0)
+    shapes = (experts, embed, ffw), (experts, embed, ffw), (experts, ffw, embed)
+    weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s) / s[1] ** 0.5, dtype) for s in shapes))
+    return x, jnp.asarray(ids, jnp.int32), gates, weights
+
+
+def value_and_gradients(multiply, x, ids, gates, weights):
+    def something(x, gates, weights):
+        y = multiply(x, ids, gates, weights)
+        return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(something, (0, 1, 2), has_aux=True))(x, gates, weights)
+    return jax.tree.leaves((y, gradients))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_and_gradients_are_those_of_xla(compiler, sizes):
+    for ours, theirs in zip(
+        value_and_gradients(native.experts, *problem(*sizes)),
+        value_and_gradients(IN_XLA.multiply, *problem(*sizes)),
+        strict=True,
+    ):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(theirs).max())))
+
+
+def test_bfloat16_is_off_by_its_rounding(compiler):
+    inputs = problem(*SIZES["one expert in several chunks and parts"], jnp.bfloat16)
+    x, ids, gates, weights = inputs
+    wide = x.astype(jnp.float32), ids, gates, jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+    exact = value_and_gradients(IN_XLA.multiply, *wide)
+    for ours, theirs in zip(value_and_gradients(native.experts, *inputs), exact, strict=True):
+        # what is kept for the backward pass is rounded too: 2^-8 of the largest
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-7 * float(jnp.abs(theirs).max()))
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero(compiler):
+    x, ids, gates, weights = problem(8, 1, 3, 16, 16)
+    *_, d_gate, d_up, d_down = value_and_gradients(native.experts, x, jnp.where(ids == 1, 3, ids), gates, weights)
+    for gradient in (d_gate, d_up, d_down):
+        np.testing.assert_array_equal(gradient[1], 0.0)
+
+
+def test_a_value_that_is_not_finite_stays_so(compiler):
+    # row 5 is NaN: so is its output, and no other
+    x, ids, gates, weights = problem(8, 1, 3, 16, 16)
+    y = native.experts(x.at[5].set(jnp.nan), jnp.zeros_like(ids), jnp.ones_like(gates), weights)
+    assert np.isnan(y).any(1).tolist() == [False] * 5 + [True] + [False] * 2
+
+
+def test_large_activations_saturate(compiler):
+    # silu(1e4) = 1e4 and silu(-1e4) = 0
+    weights = ExpertWeights(*(jnp.ones((1, 1, 1)) for _ in range(3)))
+    y = native.experts(jnp.array([[1e4], [-1e4]]), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), weights)
+    np.testing.assert_allclose(y, [[1e8], [0.0]], rtol=1e-6, atol=1e-20)  # sigmoid ends at e^-87
+
+
+def test_xla_is_asked_for_where_it_is_and_auto_takes_what_there_is(compiler, monkeypatch):
+    assert not in_native("xla", None, jnp.dtype("float32"))
+    assert in_native("auto", None, jnp.dtype("bfloat16"))
+    assert not in_native("auto", None, jnp.dtype("float16"))  # which the C++ does not know
+    monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
+    assert not in_native("auto", None, jnp.dtype("float32"))
+    with pytest.raises(ValueError, match=r'model\.cpu_kernel="native" cannot be: there is no compiler'):
+        in_native("native", None, jnp.dtype("float32"))
+    with pytest.raises(ValueError, match=r"float16.*set it to"):
+        in_native("native", None, jnp.dtype("float16"))
+
+
+@pytest.mark.parametrize(
+    ("compiler_command", "told"),
+    [("/no/such/compiler", "No such file"), ("false", "false failed"), ("true", "No such file")],
+)
+def test_a_compiler_that_fails_is_told_and_not_an_error(tmp_path, compiler_command, told):
+    environment = os.environ | {"CXX": compiler_command, "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from moe_jax import native; print(native.missing())"
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told in out.stdout
+
+
+def test_the_dispatch_says_what_it_multiplied(compiler):
+    # 3 copies: in C++ no row is padding, in XLA tiles are 128 rows
+    ids = jnp.array([[0], [1], [1]])
+    weights = ExpertWeights(*(jnp.ones((2, 4, 4)) for _ in range(3)))
+    for kernel, rows in ((experts_.NATIVE, 3), (experts_.IN_XLA, 256)):
+        _, traffic = local._local(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), weights, kernel=kernel)
+        assert int(traffic.rows[0]) == rows
+
+
+def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(20, 8)), jnp.float32)
+    weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((8, 12), (8, 12), (12, 8))))
+
+    def value_and_gradients(kernel):
+        run = jax.value_and_grad(lambda x, w: (dispatch.dense_swiglu(x, w, cpu_kernel=kernel) ** 2).sum(), (0, 1))
+        return jax.tree.leaves(jax.jit(run)(x, weights))
+
+    for ours, theirs in zip(value_and_gradients("native"), value_and_gradients("xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    assert dispatch.told("auto", mesh, "float32") == "experts multiply in C++"
+    assert dispatch.told("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
+    monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
+    assert dispatch.told("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"

@@ -1,0 +1,298 @@
+"""The plan command: what it counts, against the model's own arithmetic, and one sentence for whatever is wrong."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moe_jax.planning import compile
+from moe_jax.planning import report as report_
+from moe_jax.planning.cost import Collective
+from moe_jax.planning.topology import Place, Topology, exchange_seconds, parse_topology
+from moe_jax.runtime.chips import CHIPS
+
+V5E, V5P = CHIPS["v5e"], CHIPS["v5p"]
+SMALL = ["--config.model.num_layers=2", "--config.sequence_length=32", "--config.batch_size=8"]
+
+
+def run(repo, *arguments, config="configs/deepseek_v3_mini.py", **environment):
+    command = [sys.executable, "-m", "moe_jax.plan", f"--config={config}", *arguments]
+    return subprocess.run(command, cwd=repo, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def report(repo, tmp_path_factory):
+    """A plan for eight local devices, four of them on the expert axis."""
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    result = run(repo, "--topology=cpu:8", "--config.mesh.expert=4", f"--json={file}", *SMALL)
+    assert result.returncode == 0, result.stderr
+    return json.loads(file.read_text()) | {"printed": result.stdout}
+
+
+# --- what is counted --------------------------------------------------------------------------------------------
+
+
+def test_the_plan_names_what_it_compiled(report):
+    assert report["chips"] == 8
+    assert report["mesh"] == {"replica": 1, "data": 2, "expert": 4, "tensor": 1}
+    assert report["tokens_per_step"] == 8 * 32
+    assert report["compile_seconds"] > 0
+
+
+def test_bytes_of_the_state_follow_from_where_it_lies(report):
+    memory = report["bytes_per_chip"]
+    # two float32 moments for a float32 parameter, lying where it lies, and Adam's count
+    assert memory["optimizer"] == 2 * memory["parameters"] + 4
+    # two MoE layers, one of them of multi-token prediction, of 16 experts: float32, and the sign of its move
+    assert memory["bias_and_balance"] == 2 * (4 + 1) * 16
+    known = ("parameters", "optimizer", "bias_and_balance", "batch_and_results", "activations", "temporaries", "code")
+    assert memory["total"] >= sum(memory[key] for key in known)
+    assert all(memory[key] >= 0 for key in known)
+
+
+def test_compiled_flops_are_near_the_ideal(report):
+    f = report["flops_per_step"]
+    assert f["ideal"] == 6 * f["active_parameters"] * report["tokens_per_step"]
+    # above it: attention over the full square, room in the rounds, a round and the vectors of routing computed twice
+    assert 1.0 < f["compiled_over_ideal"] < 2.5
+    assert sum(f["compiled_by_phase"].values()) == pytest.approx(f["compiled"])
+    assert sum(f["compiled_by_origin"].values()) == pytest.approx(f["compiled"])
+
+
+def test_tokens_travel_over_the_expert_axis(report):
+    exchanges = [row for row in report["collectives"] if row["kind"] == "all-to-all"]
+    assert [row["axes"] for row in exchanges] == [["expert"]]
+    # loads; then copies and results, there and home again, forward and backward
+    assert exchanges[0]["count"] >= 1 + 2 + 2
+    assert all(row["seconds"] is None and row["sent"] > 0 for row in report["collectives"])
+
+
+def test_roofs_are_not_known_without_a_chip(report):
+    assert report["fits"] is report["seconds"] is report["mfu_bound"] is report["bound_by"] is None
+    assert "roofs: not known" in report["printed"]
+
+
+def test_what_is_assumed_is_told(report):
+    assert any("balanced" in line for line in report["assumptions"])
+    assert report["not_counted"]["untaken_branches"]["flops_per_chip"] > 0  # further rounds
+    assert report["not_counted"]["loops_of_unknown_length"] == []
+
+
+def test_a_search_tries_the_meshes_that_divide(repo, tmp_path):
+    file = tmp_path / "search.json"
+    tiny = ["--config.model.num_layers=1", "--config.sequence_length=16", "--config.batch_size=2"]
+    result = run(repo, "--topology=cpu:2", "--search", f"--json={file}", *tiny, config="configs/dense.py")
+    assert result.returncode == 0, result.stderr
+    trials = json.loads(file.read_text())
+    tried = [tuple(t["mesh"][axis] for axis in ("data", "expert", "tensor")) for t in trials]
+    assert sorted(tried) == [(1, 1, 2), (1, 2, 1), (2, 1, 1)]
+    assert {t["remat"] for t in trials} == {"none"}  # it fits, and the others recompute more
+    assert "tried, best first" in result.stdout
+
+
+# --- roofs, by hand ---------------------------------------------------------------------------------------------
+
+
+def collective(kind, size, group):
+    return Collective(kind, size, tuple(group), False, "", "")
+
+
+def torus(*dims):
+    return [Place(0, tuple(int(n) for n in at)) for at in np.ndindex(*dims)]
+
+
+def test_a_gather_around_a_ring_uses_both_directions():
+    # a row of 16 x 16: (n - 1) / n of the bytes over two links
+    seconds = exchange_seconds(collective("all-gather", 160e6, range(16)), torus(16, 16), Topology("v5e", (16, 16)))
+    assert seconds == pytest.approx(150e6 / (2 * V5E.link))
+
+
+def test_a_gather_along_a_line_has_one_link_at_its_end():
+    # 8 does not close to a ring on v5e
+    seconds = exchange_seconds(collective("all-gather", 80e6, range(8)), torus(8, 8), Topology("v5e", (8, 8)))
+    assert seconds == pytest.approx(70e6 / V5E.link)
+
+
+def test_a_group_that_spans_two_dimensions_uses_the_links_of_both():
+    everybody = range(256)
+    one = exchange_seconds(collective("all-reduce", 256e6, everybody), torus(16, 16), Topology("v5e", (16, 16)))
+    assert one == pytest.approx(2 * 255e6 / (4 * V5E.link))
+
+
+def test_members_that_are_apart_share_their_links_with_those_between():
+    # every fourth chip of a ring of 16: each link carries four groups
+    group = (0, 4, 8, 12)
+    seconds = exchange_seconds(collective("all-gather", 40e6, group), torus(1, 16), Topology("v5e", (1, 16)))
+    assert seconds == pytest.approx(30e6 / (2 * V5E.link / 4))
+
+
+def test_an_all_to_all_is_limited_by_its_busiest_link():
+    # half of what 8 chips put in leaves for the other half of the ring, by the two links at either end
+    seconds = exchange_seconds(collective("all-to-all", 16e6, range(16)), torus(16, 16), Topology("v5e", (16, 16)))
+    assert seconds == pytest.approx(8 * 16e6 / 2 / 2 / V5E.link)
+    # a line has one link in its middle
+    line = exchange_seconds(collective("all-to-all", 8e6, range(8)), torus(8, 8), Topology("v5e", (8, 8)))
+    assert line == pytest.approx(4 * 8e6 / 2 / V5E.link)
+    # 4 x 4 x 4 of a v5p: 32 chips send half of theirs over the 2 x 16 links between the halves
+    cube = exchange_seconds(collective("all-to-all", 64e6, range(64)), torus(4, 4, 4), Topology("v5p", (4, 4, 4)))
+    assert cube == pytest.approx(32 * 64e6 / 2 / 32 / V5P.link)
+
+
+def test_between_slices_the_data_centre_network_counts():
+    places = [Place(n // 4, (n % 4,)) for n in range(8)]
+    topology = Topology("v5e", (4,), slices=2)
+    seconds = exchange_seconds(collective("all-reduce", 8e6, (0, 4)), places, topology)
+    assert seconds == pytest.approx(2 * 8e6 / 2 / V5E.dcn)
+
+
+def test_there_is_no_time_without_a_chip_and_none_needed_alone():
+    assert exchange_seconds(collective("all-gather", 8, (0, 1)), [Place(0, (0,))] * 2, Topology("cpu", (2,))) is None
+    assert exchange_seconds(collective("all-gather", 8, (0,)), [Place(0, (0,))], Topology("v5e", (1, 1))) == 0.0
+
+
+def test_axes_are_those_along_which_a_group_differs():
+    mesh = SimpleNamespace(devices=np.zeros((1, 2, 4, 2)), axis_names=("replica", "data", "expert", "tensor"))
+    assert report_.axes_of((0, 2, 4, 6), mesh) == ("expert",)
+    assert report_.axes_of((0, 8), mesh) == ("data",)
+    assert report_.axes_of((0, 1, 8, 9), mesh) == ("data", "tensor")
+
+
+def test_the_longest_roof_bounds_mfu():
+    topology, chips, ideal = Topology("v5p", (2, 2, 1)), 4, 4 * V5P.flops  # one second of useful FLOPs
+    cost = SimpleNamespace(flops=SimpleNamespace(total=lambda: 2 * V5P.flops), hbm=V5P.hbm_bandwidth)
+    report = {"collectives": [{"seconds": 1.5}, {"seconds": 2.5}], "flops_per_step": {"ideal": ideal}}
+    seconds, slowest, bound = report_._roofs(report, cost, topology, chips)
+    assert seconds == {"compute": 2.0, "hbm": 1.0, "interconnect": 4.0}
+    assert (slowest, bound) == ("interconnect", 0.25)
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "family", "dims", "slices"),
+    [
+        ("v5p:8x16x16", "v5p", (8, 16, 16), 1),
+        ("2xv5e:16x16", "v5e", (16, 16), 2),
+        ("cpu:8", "cpu", (8,), 1),
+        ("v5litepod:4x4", "v5e", (4, 4), 1),
+        ("Trillium:16x16", "v6e", (16, 16), 1),
+    ],
+)
+def test_topologies_are_read(text, family, dims, slices):
+    assert parse_topology(text) == Topology(family, dims, slices)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("v5p", "is not a topology; write FAMILY:SHAPE"),
+        ("v5e:axb", "is not a topology"),
+        ("v9:4x4", "names no chip family that is known; choose v4, v5e, v5p, v6e, tpu7x or cpu"),
+        ("v5p:8x16", "must give 3 positive sizes; write v5p:AxBxC"),
+        ("v5e:0x4", "must give 2 positive sizes; write v5e:AxB"),
+        ("v5e:4x", "must give 2 positive sizes"),
+        ("cpu:2x4", "must give 1 positive size; write cpu:N"),
+        ("2xcpu:4", "must give 1 positive size; write cpu:N"),
+    ],
+)
+def test_a_wrong_topology_is_one_sentence(text, told):
+    with pytest.raises(ValueError, match=f"^--topology={text} ") as error:
+        parse_topology(text)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_topology_ends_the_command_with_status_2(repo):
+    result = run(repo, "--topology=v9:4x4")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: --topology=v9:4x4 names no chip family that is known; choose v4, v5e, v5p, v6e, tpu7x or cpu.\n"
+    )
+
+
+def test_a_mesh_that_does_not_divide_is_one_sentence(repo):
+    result = run(repo, "--topology=cpu:8", "--config.mesh.expert=3")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_tpu_compiler_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(ValueError, match="needs the TPU compiler, which is not installed; run pip install 'jax"):
+        compile.prepare_environment(Topology("v5e", (4, 4)))
+
+
+def test_too_few_local_devices_are_one_sentence():
+    with pytest.raises(ValueError, match=r"needs 4096 local devices and \d+ are here; set XLA_FLAGS"):
+        compile.topology_devices(Topology("cpu", (4096,)))
+
+
+def test_the_environment_is_set_for_fake_devices(monkeypatch):
+    environment = {"XLA_FLAGS": "--a=1 --xla_force_host_platform_device_count=2"}
+    monkeypatch.setattr(os, "environ", environment)
+    compile.prepare_environment(Topology("cpu", (8,)))
+    assert environment == {"XLA_FLAGS": "--a=1  --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "available"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+            "HLO temporaries (18.75G) exceeds available HBM (15.75G). HLO module: jit_f.",
+            18.75,
+            15.75,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5, 15.75),
+        ("RESOURCE_EXHAUSTED: something else", 0, 0),
+    ],
+)
+def test_the_compilers_out_of_memory_is_read(message, needed, available):
+    assert compile.out_of_memory(message) == (needed * 2**30, available * 2**30)
+
+
+# --- with the TPU compiler, by hand: python -m pytest -m slow tests/test_plan.py ----------------------------------
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jax[tpu]'")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_for_a_tpu_has_all_its_roofs(repo, tmp_path):
+    file = tmp_path / "plan.json"
+    result = run(repo, "--topology=v5e:4x4", "--config.mesh.expert=4", "--config.batch_size=16", f"--json={file}")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(file.read_text())
+    assert report["fits"] is True
+    assert set(report["seconds"]) == {"compute", "hbm", "interconnect"}
+    assert 0 < report["mfu_bound"] < 1
+    assert "FITS" in result.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "told"), [("v5e:3x5", "was refused by the TPU compiler"), ("v5p:3x5x7", "was refused by")]
+)
+def test_a_shape_that_the_compiler_refuses_is_one_sentence(repo, topology, told):
+    result = run(repo, f"--topology={topology}")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --topology={topology} {told}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_step_that_does_not_fit_says_so(repo):
+    large = ["--config.model.vocab_size=524288", "--config.model.embed_dim=8192", "--config.batch_size=64"]
+    result = run(repo, "--topology=v5e:2x2", *large, "--config.sequence_length=2048")
+    assert result.returncode == 0, result.stderr
+    assert "DOES NOT FIT" in result.stdout

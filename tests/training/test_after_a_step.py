@@ -1,0 +1,300 @@
+"""Laws of the loop: what is due after a step comes in one order, and what fails or is cut off takes nothing along."""
+
+import json
+import shutil
+import signal
+import threading
+
+import pytest
+from drills import rig
+
+from moe_jax import train
+from moe_jax.analysis import observer
+from moe_jax.analysis.survey import store_routing, survey
+from moe_jax.data import open_corpus
+from moe_jax.mesh import make_mesh
+from moe_jax.runtime.checkpoint import Checkpointer, committed
+from moe_jax.runtime.log import RunLog
+from moe_jax.runtime.profiling import Profiler
+from moe_jax.runtime.signals import Abandoned, noted
+from moe_jax.training import evaluation
+from moe_jax.training.evaluation import Totals, held_out
+from moe_jax.training.loop import run
+from moe_jax.training.start import is_unaccounted
+from moe_jax.training.state import init_state
+
+SHORT = rig.drill_config(num_steps=4, save_every=2, eval_every=2)
+LONG_EVALUATION = rig.drill_config(num_steps=4, save_every=0, eval_every=2, data=dict(eval_sequences=32))
+ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+def evaluated(workdir):
+    """The steps whose lines have an evaluation."""
+    return [line["step"] for line in rig.curve(workdir) if "eval/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Makes the curve of a run that nothing happens to."""
+    curves = {}
+
+    def curve(config):
+        if config not in curves:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            run(config, folder, quiet=True)
+            curves[config] = rig.curve(folder)
+        return curves[config]
+
+    return curve
+
+
+# --- the order ------------------------------------------------------------------------------------------------
+
+
+def test_after_a_step_come_its_line_then_its_save_then_its_evaluation_which_is_added_to_the_line(tmp_path, monkeypatch):
+    events = []
+
+    def spy(where, name, word, number):
+        real = getattr(where, name)
+
+        def spied(*args, **kwargs):
+            events.append(f"{word} {number(*args)}")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, spied)
+
+    spy(RunLog, "write", "log", lambda log, step, *_: step + 1)
+    spy(Checkpointer, "save", "save", lambda checkpoints, step, *_: step)
+    spy(train, "evaluate", "evaluate", lambda config, state, *_: int(state.step))
+    spy(RunLog, "amend", "amend", lambda log, step, _: step + 1)
+    run(SHORT, tmp_path, quiet=True)
+    due = ["log 1", "log 2", "save 2", "evaluate 2", "amend 2", "log 3", "log 4", "save 4", "evaluate 4", "amend 4"]
+    assert events == [*due, "save 4"]  # at the end once more, for a run that is stopped anywhere; it is there already
+
+
+def test_a_line_has_its_evaluation_and_every_step_one_line(tmp_path):
+    run(SHORT, tmp_path, quiet=True)
+    assert [line["step"] for line in rig.curve(tmp_path)] == [0, 1, 2, 3]
+    assert evaluated(tmp_path) == [1, 3]
+
+
+# --- an evaluation that fails ---------------------------------------------------------------------------------
+
+
+def test_an_evaluation_that_raises_takes_no_save_with_it_and_is_made_up_for(tmp_path, monkeypatch, undisturbed):
+    def too_large(*_, **__):
+        raise MemoryError("too large")
+
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", too_large)
+    for _ in range(2):  # the start after it fails at what it makes up for
+        with pytest.raises(MemoryError):
+            run(SHORT, tmp_path, quiet=True)
+        assert committed(tmp_path / "checkpoints") == [2]
+    monkeypatch.setattr(train, "evaluate", real)
+    run(SHORT, tmp_path, quiet=True)
+    assert rig.curve(tmp_path) == undisturbed(SHORT)
+
+
+def test_a_final_evaluation_that_is_missing_is_made_up_for_by_the_same_command_once(tmp_path, monkeypatch, undisturbed):
+    def fail_at_the_end(config, state, *rest, **options):
+        if int(state.step) == 4:
+            raise MemoryError("too large")
+        return real(config, state, *rest, **options)
+
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", fail_at_the_end)
+    with pytest.raises(MemoryError):
+        run(SHORT, tmp_path, quiet=True)
+    assert committed(tmp_path / "checkpoints") == [2, 4]
+    assert evaluated(tmp_path) == [1]
+    monkeypatch.setattr(train, "evaluate", real)
+    outcome = run(SHORT, tmp_path, quiet=True)
+    assert (outcome.step, outcome.evaluation["eval/loss"]) == (4, rig.curve(tmp_path)[-1]["eval/loss"])
+    assert rig.curve(tmp_path) == undisturbed(SHORT)
+    monkeypatch.setattr(train, "evaluate", fail_at_the_end)
+    assert run(SHORT, tmp_path, quiet=True).step == 4  # nothing is missing any more
+
+
+def test_a_trace_that_cannot_be_written_is_said_and_takes_no_save_with_it(tmp_path, monkeypatch, capsys):
+    def close(self):
+        if self._local is not None:
+            self._local = None
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(Profiler, "close", close)
+    monkeypatch.setattr(Profiler, "_start", lambda self: setattr(self, "_local", self._folder))
+    assert run(SHORT, tmp_path, profile=1).step == 4
+    assert committed(tmp_path / "checkpoints") == [2, 4]
+    assert "the trace could not be written: No space left on device" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_fails_in_the_background_does_not_keep_the_log_open(tmp_path, monkeypatch):
+    def close(self):
+        raise OSError("No space left on device")
+
+    closed = []
+    real = RunLog.close
+    monkeypatch.setattr(RunLog, "close", lambda self: (real(self), closed.append(self)))
+    monkeypatch.setattr(Checkpointer, "close", close)
+    with pytest.raises(OSError, match="No space left"):
+        run(SHORT, tmp_path, stop_at=1, quiet=True)
+    assert len(closed) == 1
+
+
+# --- a signal -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_in_an_evaluation_saves_and_ends_before_the_next_batch(tmp_path, monkeypatch, undisturbed, number):
+    batches = []
+
+    def add(self, sums):
+        batches.append(sums)
+        if len(batches) == 3:
+            signal.raise_signal(number)
+        return real(self, sums)
+
+    real = Totals.add
+    monkeypatch.setattr(Totals, "add", add)
+    outcome = run(LONG_EVALUATION, tmp_path, quiet=True)
+    assert (outcome.step, outcome.signal, len(batches)) == (2, number, 3)
+    assert committed(tmp_path / "checkpoints") == [2]
+    assert (rig.steps_logged(tmp_path), evaluated(tmp_path)) == (2, [])
+    run(LONG_EVALUATION, tmp_path, quiet=True)
+    assert rig.curve(tmp_path) == undisturbed(LONG_EVALUATION)
+
+
+def test_a_signal_while_an_evaluation_is_made_up_for_ends_it_too(tmp_path, monkeypatch):
+    def add(self, sums):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Totals, "add", add)
+    for _ in range(2):
+        assert run(LONG_EVALUATION, tmp_path, quiet=True)[:2] == (2, signal.SIGTERM)
+    assert evaluated(tmp_path) == []
+
+
+def test_a_signal_before_the_routing_is_stored_leaves_both_for_the_next_start(tmp_path, monkeypatch):
+    config = rig.drill_config(num_steps=2, save_every=0, measure_every=2)
+    real = train.evaluate
+
+    def then_a_signal(*args, **options):
+        found = real(*args, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(train, "evaluate", then_a_signal)
+    assert run(config, tmp_path, quiet=True)[:2] == (2, signal.SIGTERM)
+    assert evaluated(tmp_path) == [] and not (tmp_path / "routing").exists()
+    monkeypatch.setattr(train, "evaluate", real)
+    assert run(config, tmp_path, quiet=True)[:2] == (2, None)
+    assert evaluated(tmp_path) == [1] and (tmp_path / "routing" / "2.npy").is_file()
+
+
+def test_a_signal_while_a_step_is_measured_comes_before_the_step(tmp_path, monkeypatch):
+    def before(self, step, *_):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(observer.Observer, "before", before)
+    assert run(SHORT, tmp_path, quiet=True)[:2] == (2, signal.SIGTERM)
+    assert committed(tmp_path / "checkpoints") == [2]
+
+
+def test_whatever_reads_the_held_out_set_leaves_it_between_two_batches():
+    config, corpus = LONG_EVALUATION, open_corpus()
+    mesh = make_mesh(config.mesh)
+    state, answers = init_state(config), [None, signal.SIGTERM]
+    batches = held_out(config, corpus, mesh, lambda: answers.pop(0))
+    next(batches)
+    with pytest.raises(Abandoned, match="left undone for SIGTERM"):
+        next(batches)
+    with pytest.raises(Abandoned):
+        survey(config, state, corpus, mesh, lambda: signal.SIGTERM)
+    with pytest.raises(Abandoned):
+        evaluation.evaluate(config, state, corpus, mesh, stopped=lambda: signal.SIGTERM)
+    measured = rig.drill_config(measure_every=1)
+    with pytest.raises(Abandoned):
+        store_routing(measured, state, corpus, mesh, None, stopped=lambda: signal.SIGTERM)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a command
+    try:
+        with noted() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert stopped() is None
+            signal.raise_signal(signal.SIGUSR1)
+            assert stopped() == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_the_main_thread_a_run_works_without_signals_and_says_so_once(tmp_path, capsys):
+    # ray-project/ray#18920: a trainer in a worker's thread
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(run(SHORT, tmp_path)))
+    thread.start()
+    thread.join()
+    assert [outcome.step for outcome in outcomes] == [4]
+    assert capsys.readouterr().out.count("not in the main thread") == 1
+
+
+# --- a log without its checkpoints ----------------------------------------------------------------------------
+
+
+def lines(file):
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_a_finished_run_stays_finished_when_its_checkpoints_are_gone(tmp_path, capsys):
+    run(SHORT, tmp_path, quiet=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "layers.jsonl", "run.json")}
+    capsys.readouterr()
+    assert run(SHORT, tmp_path, stop_at=2).step == 4
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert "so the run is finished" in capsys.readouterr().out
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_log_that_no_checkpoint_accounts_for_is_kept_aside_and_that_is_said(tmp_path, capsys):
+    config = rig.drill_config(save_every=10)
+    for number in (1, 2):
+        run(config, tmp_path, stop_at=3, quiet=True)
+        shutil.rmtree(tmp_path / "checkpoints")
+        before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "layers.jsonl")}
+        capsys.readouterr()
+        run(config, tmp_path, stop_at=2)
+        assert f"it is kept as {tmp_path / 'metrics.jsonl'}.{number}" in capsys.readouterr().out
+        assert {name: (tmp_path / f"{name}.{number}").read_bytes() for name in before} == before
+        assert lines(tmp_path / "metrics.jsonl") == lines(tmp_path / "layers.jsonl") == [0, 1]
+
+
+def test_what_precedes_the_checkpoint_stays_in_the_log_when_the_rest_is_kept_aside(tmp_path):
+    run(SHORT, tmp_path, quiet=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "00000004")
+    run(SHORT, tmp_path, stop_at=3, quiet=True)
+    assert lines(tmp_path / "metrics.jsonl.1") == [0, 1, 2, 3]
+    assert lines(tmp_path / "metrics.jsonl") == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("logged", "first", "ended", "save_every", "expected"),
+    [
+        (0, 0, 0, 5, False),  # a new run
+        (5, 5, 5, 5, False),  # ended well
+        (9, 5, 0, 5, False),  # killed before the save at 10
+        (9, 7, 7, 5, False),  # stopped at 7, then killed before the save at 10
+        (10, 5, 0, 5, False),  # killed in that save
+        (12, 5, 0, 5, True),  # the save at 10 was begun, and is not there
+        (4, 0, 4, 5, True),  # had ended at 4, with a save
+        (3, 0, 0, 0, True),  # nothing saves before the end
+        (20, 20, 20, 0, False),
+    ],
+)
+def test_lines_after_the_checkpoint_are_accounted_for_up_to_the_next_save(logged, first, ended, save_every, expected):
+    assert is_unaccounted(logged, first, ended, save_every) == expected

@@ -1,0 +1,147 @@
+"""The train state: what decays, what the learning rate does, what is drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from conftest import tiny_config
+from moe_jax.config import OptimizerConfig, num_moe_layers
+from moe_jax.model.abstract import abstract_model
+from moe_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
+from moe_jax.training.state import abstract_state, init_state, read_bias, write_bias
+
+CONFIG = tiny_config(model=dict(qk_norm="head"), balance=dict(bias_sign={}))
+
+
+def leaves(tree):
+    """path -> leaf."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def test_every_matrix_decays_and_no_norm_scale_does():
+    mask = leaves(decay_mask(abstract_model(CONFIG.model).dims))
+    assert mask.keys() == leaves(abstract_state(CONFIG).params).keys()
+    for path, decays in mask.items():
+        assert decays == (not path.endswith("scale")), path
+    assert sum(mask.values()) > 10
+    assert sum(not m for m in mask.values()) > 5
+
+
+def test_weight_decay_shrinks_exactly_the_leaves_of_the_mask():
+    config = OptimizerConfig(weight_decay=0.5, clip_norm=0.0)
+    dims = abstract_model(CONFIG.model).dims
+    params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), abstract_state(CONFIG).params)
+    optimizer = make_optimizer(config, dims)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for path, update in leaves(updates).items():
+        np.testing.assert_array_equal(update, 0.0 if path.endswith("scale") else 0.5, err_msg=path)
+
+
+def test_the_bias_is_no_parameter_and_has_no_moments():
+    state = abstract_state(CONFIG)
+    assert not any("bias" in path for path in leaves((state.params, state.optimizer)))
+    assert [a.shape for a in jax.tree.leaves(state.bias)] == [(2, 4)]  # two MoE layers, four experts
+
+
+def test_biases_are_read_and_written_in_layer_order():
+    bias = {"mtp": {"a": jnp.zeros((1, 3))}, "stacks": {"b": jnp.zeros((2, 3)), "c": jnp.zeros((1, 3))}}
+    value = jnp.arange(12.0).reshape(4, 3)
+    written = write_bias(bias, value)
+    np.testing.assert_array_equal(read_bias(written), value)
+    np.testing.assert_array_equal(written["mtp"]["a"], value[3:])  # multi-token prediction comes last
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_have_the_configured_dtype_whatever_the_parameters(dtype):
+    config = tiny_config(optimizer=dict(moment_dtype=dtype), model=dict(param_dtype="bfloat16"))
+    state = abstract_state(config)
+    moments = {p: a for p, a in leaves(state.optimizer).items() if "mu" in p or "nu" in p}
+    assert moments
+    assert {str(a.dtype) for a in moments.values()} == {dtype}
+    routers = {p: a for p, a in leaves(state.params).items() if p.endswith("router")}
+    assert {str(a.dtype) for a in routers.values()} == {"float32"}
+
+
+def test_bfloat16_moments_make_nearly_the_same_step():
+    params = {"w": jnp.ones((4, 4))}
+    grads = {"w": jax.random.normal(jax.random.key(0), (4, 4))}
+    dims = {"w": type("D", (), {"names": ("embed", "ffw")})()}
+    steps = []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(OptimizerConfig(moment_dtype=dtype, clip_norm=0.0, weight_decay=0.0), dims)
+        state = optimizer.init(params)
+        for _ in range(3):
+            update, state = optimizer.update(grads, state, params)
+        steps.append(update["w"])
+    np.testing.assert_allclose(steps[0], steps[1], rtol=0.02)
+    assert steps[1].dtype == jnp.float32
+
+
+def test_clipping_bounds_the_global_norm():
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0), {})
+    reference = optax.clip_by_global_norm(1.0)
+    grads = {"w": jnp.array([3.0, 4.0])}
+    clipped = reference.update(grads, reference.init(grads))[0]["w"]  # (0.6, 0.8)
+    update, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    np.testing.assert_allclose(update["w"], clipped / (jnp.abs(clipped) + 1.0), rtol=1e-6)
+
+
+def rates(num_steps=100, **options):
+    schedule = learning_rate(OptimizerConfig(learning_rate=1.0, **options), num_steps)
+    return np.array([float(schedule(s)) for s in range(num_steps)])
+
+
+def test_warm_up_is_linear_ends_at_the_peak_and_never_starts_at_zero():
+    rate = rates(schedule="constant", warmup_steps=4)
+    np.testing.assert_allclose(rate[:6], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_cosine_falls_to_its_end_ratio():
+    rate = rates(num_steps=101, schedule="cosine", warmup_steps=0, end_ratio=0.1)
+    # half way between 1 and 0.1 in the middle of the 101 steps
+    np.testing.assert_allclose(rate[[0, 50, 100]], [1.0, 0.55, 0.1], rtol=1e-5)
+
+
+def test_wsd_is_stable_and_then_decays_linearly():
+    rate = rates(schedule="wsd", warmup_steps=10, decay_fraction=0.2, end_ratio=0.0)
+    np.testing.assert_allclose(rate[10:80], 1.0)
+    np.testing.assert_allclose(rate[[89, 99]], [0.5, 0.0], atol=1e-6)  # 20 steps from 1 to 0
+
+
+def test_multistep_drops_at_its_milestones():
+    rate = rates(schedule="multistep", warmup_steps=10, milestones=(0.8, 0.9), milestone_ratio=0.5)
+    np.testing.assert_allclose(rate[[10, 79, 81, 89, 91]], [1.0, 1.0, 0.5, 0.5, 0.25])
+
+
+def test_milestones_that_round_to_one_step_both_count():
+    rate = rates(num_steps=5, schedule="multistep", milestones=(0.8, 0.85), milestone_ratio=0.5)
+    np.testing.assert_allclose(rate, [1.0, 1.0, 1.0, 1.0, 0.25])
+
+
+def test_equal_seeds_draw_equal_states_and_others_do_not():
+    a, b = init_state(CONFIG), init_state(CONFIG)
+    other = init_state(tiny_config(model=dict(qk_norm="head"), balance=dict(bias_sign={}), seed=1))
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a.params, b.params))
+    assert not (a.params["embedding"] == other.params["embedding"]).any()
+
+
+def test_arms_of_an_experiment_start_from_the_same_weights():
+    none = tiny_config(model=dict(qk_norm="head"))
+    a, b = init_state(CONFIG), init_state(none)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a.params, b.params))
+
+
+def test_abstract_state_is_what_init_makes():
+    made = jax.tree.map(lambda a: (a.shape, a.dtype), init_state(CONFIG))
+    assert made == jax.tree.map(lambda a: (a.shape, a.dtype), abstract_state(CONFIG))
+
+
+def test_stacked_layers_differ_from_each_other():
+    experts = init_state(CONFIG).params["stacks"][1]["blocks"][0]["ffw"]["gate"]
+    assert experts.shape[:2] == (num_moe_layers(CONFIG.model), 4)
+    assert not np.allclose(experts[0], experts[1])
+    assert not np.allclose(experts[0, 0], experts[0, 1])

@@ -1,0 +1,299 @@
+"""The laws of the whole train step: one division, one update, all or nothing, whatever the micro-batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import tiny_config
+from moe_jax import balance
+from moe_jax.data.batches import Batch
+from moe_jax.model.abstract import abstract_model
+from moe_jax.model.moe import Balancing
+from moe_jax.training.compile import make_eval_step, make_train_step
+from moe_jax.training.losses import forward
+from moe_jax.training.state import abstract_state, init_state, read_bias, step_key, write_bias
+from moe_jax.training.step import accumulate, balance_update, split_batch
+
+METHODS = {
+    "bias": dict(bias_sign=dict(rate=0.01)),
+    "losses": dict(aux_loss=dict(weight=0.3, scope="sequence"), z_loss=dict(weight=0.3)),
+    "global": dict(
+        biased=dict(method="aux_loss", weight=0.3, scope="global"),
+        unbiased=dict(method="aux_loss", weight=0.3, scope="global", counts="unbiased"),
+    ),
+}
+
+
+def random_batch(seed=0, rows=8, length=16, padding=()) -> Batch:
+    """Random tokens, one document a row; `padding[i]` positions at the end of row i are padding."""
+    rng = np.random.default_rng(seed)
+    window = rng.integers(1, 256, (rows, length + 1)).astype(np.int32)
+    valid = np.ones((rows, length), bool)
+    for row, amount in enumerate(padding):
+        valid[row, length - amount :] = False
+    batch = Batch(
+        tokens=np.where(valid, window[:, :-1], 0),
+        targets=np.where(valid, window[:, 1:], 0),
+        segment_ids=valid.astype(np.int32),
+        positions=np.where(valid, np.arange(length, dtype=np.int32), 0),
+        mask=valid,
+        domain=np.zeros(rows, np.int32),
+        num_bytes=valid.sum(1).astype(np.int32),
+    )
+    return Batch(*(jnp.asarray(a) for a in batch))
+
+
+@functools.cache
+def state_of(name: str):
+    """A start with weights large enough that routing is decided and gradients are not tiny."""
+    config = tiny_config(balance=METHODS[name])
+    state = init_state(config)
+    return state._replace(params=jax.tree.map(lambda a: a * 3.0, state.params))
+
+
+@functools.cache
+def gradient_of(name: str, micro_batches: int, remat: str = "none"):
+    config = tiny_config(balance=METHODS[name], micro_batches=micro_batches, model=dict(remat=remat))
+    return jax.jit(functools.partial(accumulate, config))
+
+
+UNEQUAL = (0, 15, 3, 9, 0, 12, 1, 14)  # rows i, i + 2, ... are a micro-batch of two: 79 and 55 valid tokens
+
+
+def assert_trees_close(a, b, rtol=1e-5):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        scale = np.abs(np.asarray(x)).max() + 1e-12
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", ["bias", "losses", "global"])
+def test_micro_batches_with_unequal_padding_give_the_gradient_of_one_batch(name):
+    state, batch, key = state_of(name), random_batch(padding=UNEQUAL), jax.random.key(1)
+    one_sums, one = gradient_of(name, 1)(state, batch, key)
+    two_sums, two = gradient_of(name, 2)(state, batch, key)
+    assert_trees_close(one, two)
+    np.testing.assert_allclose(one_sums.total_loss, two_sums.total_loss, rtol=1e-6)
+    np.testing.assert_array_equal(one_sums.report.statistics["loads"], two_sums.report.statistics["loads"])
+
+
+def test_a_mean_of_micro_batch_means_would_be_another_gradient():
+    # the law above can fail: dividing each micro-batch by its own tokens is far from one batch
+    batch, key = random_batch(padding=UNEQUAL), jax.random.key(1)
+    micro = split_batch(batch, 2)
+    halves = [jax.tree.map(lambda a, i=i: a[i], micro) for i in range(2)]
+    one = gradient_of("bias", 1)(state_of("bias"), batch, key)[1]["head"]
+    own = [gradient_of("bias", 1)(state_of("bias"), half, key)[1]["head"] for half in halves]
+    assert np.abs((own[0] + own[1]) / 2 - one).max() > 0.05 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("name", ["losses"])
+def test_rematerialisation_changes_no_gradient_and_counts_nothing_twice(name, remat):
+    state, batch, key = state_of(name), random_batch(padding=UNEQUAL), jax.random.key(1)
+    plain_sums, plain = gradient_of(name, 1)(state, batch, key)
+    sums, grads = gradient_of(name, 1, remat)(state, batch, key)
+    assert_trees_close(plain, grads)
+    np.testing.assert_array_equal(plain_sums.report.statistics["loads"], sums.report.statistics["loads"])
+
+
+def test_loads_are_valid_tokens_times_top_k_in_every_layer():
+    sums, _ = gradient_of("bias", 2)(state_of("bias"), random_batch(padding=UNEQUAL), jax.random.key(1))
+    valid = 8 * 16 - sum(UNEQUAL)
+    np.testing.assert_array_equal(sums.report.statistics["loads"].sum(-1), [2 * valid, 2 * valid])
+
+
+def stepped(name: str, batches, state=None, **overrides):
+    """The state after a step on each batch, and the last metrics."""
+    config = tiny_config(balance=METHODS[name], **overrides)
+    step, key = make_train_step(config), step_key(config)
+    state = jax.tree.map(jnp.copy, state_of(name) if state is None else state)
+    for batch in batches:
+        state, metrics = step(state, batch, key)
+    return state, metrics
+
+
+def test_the_bias_moves_once_a_step_in_every_moe_layer_against_the_load():
+    state, metrics = stepped("bias", [random_batch()])
+    loads, bias = np.asarray(metrics["loads"]), np.asarray(read_bias(state.bias))
+    mean = loads.mean(-1, keepdims=True)
+    np.testing.assert_allclose(bias, 0.01 * np.sign(mean - loads), rtol=1e-6)
+    assert (bias != 0).any(1).all()
+    assert bias.dtype == np.float32
+
+
+@pytest.mark.parametrize("micro_batches", [4])
+def test_accumulation_moves_the_bias_once_not_once_a_micro_batch(micro_batches):
+    state, metrics = stepped("bias", [random_batch()], micro_batches=micro_batches)
+    loads = np.asarray(metrics["loads"])
+    want = 0.01 * np.sign(loads.mean(-1, keepdims=True) - loads)
+    np.testing.assert_allclose(read_bias(state.bias), want, rtol=1e-6)
+
+
+def test_the_bias_has_no_gradient():
+    config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
+    balancing = Balancing(balance.make(config.balance), state.balance)
+
+    def loss(bias):
+        return forward(config, state.params, bias, balancing, random_batch(), jax.random.key(0))[0].sum()
+
+    assert (read_bias(jax.jit(jax.grad(loss))(state.bias)) == 0).all()
+
+
+def test_a_bias_changes_who_is_selected_and_through_that_the_loss():
+    config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
+    balancing = Balancing(balance.make(config.balance), state.balance)
+    pushed = write_bias(state.bias, jnp.zeros((2, 4)).at[:, 3].set(10.0))
+    run = jax.jit(lambda bias: forward(config, state.params, bias, balancing, random_batch(), jax.random.key(0)))
+    (before, _), (after, report) = run(state.bias), run(pushed)
+    np.testing.assert_array_equal(report.statistics["loads"][:, 3], [128, 128])  # every token, as one of two
+    assert not np.allclose(before, after)
+
+
+def test_the_bias_used_in_a_step_is_the_one_before_it():
+    # loads of step 0 are those of the old (zero) bias: the same as a forward pass that never updates
+    config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
+    balancing = Balancing(balance.make(config.balance), state.balance)
+    run = jax.jit(lambda batch: forward(config, state.params, state.bias, balancing, batch, jax.random.key(0))[1])
+    report = run(random_batch())
+    _, metrics = stepped("bias", [random_batch()])
+    np.testing.assert_array_equal(report.statistics["loads"], metrics["loads"])
+
+
+def test_replayed_loads_give_bit_equal_biases_over_fifty_steps():
+    config = tiny_config(balance=dict(bias_sign=dict(rate=1e-3, zero_mean=True)))
+    rng = np.random.default_rng(0)
+    loads = rng.integers(0, 100, (50, 4, 2, 4)).astype(np.int32)  # steps, micro-batches, layers, experts
+    update = jax.jit(functools.partial(balance_update, config))
+    whole = parts = init_state(config)
+    for step in loads:
+        whole = update(whole, {"loads": jnp.asarray(step.sum(0))})
+        parts = update(parts, {"loads": functools.reduce(jnp.add, [jnp.asarray(s) for s in step])})
+    np.testing.assert_array_equal(read_bias(whole.bias), read_bias(parts.bias))
+    assert (read_bias(whole.bias) != 0).any()
+
+
+def test_nothing_in_a_bfloat16_model_narrows_the_bias_or_the_loads():
+    state, metrics = stepped(
+        "bias",
+        [random_batch(s) for s in range(3)],
+        state=init_state(tiny_config(model=dict(param_dtype="bfloat16"), balance=METHODS["bias"])),
+        model=dict(param_dtype="bfloat16", compute_dtype="bfloat16"),
+    )
+    assert read_bias(state.bias).dtype == jnp.float32
+    assert metrics["loads"].dtype == jnp.int32
+    assert jax.tree.leaves(state.params)[0].dtype == jnp.bfloat16
+    assert np.isfinite(float(metrics["loss"]))
+
+
+POISONS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("name", ["bias"])
+def test_a_step_that_is_not_finite_moves_nothing_but_the_step_number(name, poison):
+    state, _ = stepped(name, [random_batch(0)])
+    sick = state._replace(params=state.params | {"embedding": state.params["embedding"].at[7].set(POISONS[poison])})
+    batch = random_batch(1)
+    batch = batch._replace(tokens=jnp.where(batch.mask, 7, 0))
+    before = jax.tree.map(np.asarray, sick)
+    after, metrics = stepped(name, [batch], sick)
+    for field in ("params", "optimizer", "bias", "balance"):
+        assert_equal_bits(getattr(before, field), getattr(after, field))
+    assert int(after.step) == int(before.step) + 1
+    assert int(after.skipped) == int(metrics["skipped"]) == 1
+    healthy = after._replace(params=state.params)
+    healthy, metrics = stepped(name, [random_batch(2)], healthy)
+    assert (int(healthy.step), int(healthy.skipped), int(healthy.stuck)) == (3, 1, 0)
+    assert np.isfinite(float(metrics["loss"]))
+    assert not np.array_equal(read_bias(healthy.bias), read_bias(after.bias))
+
+
+def assert_equal_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_gradient_that_overflows_where_the_loss_does_not_is_skipped_too():
+    # with a head scaled to 1e30 the logits and the loss stay finite, but the squares of gradients do not
+    state = state_of("bias")
+    sick = state._replace(params=state.params | {"head": state.params["head"] * 1e30})
+    after, metrics = stepped("bias", [random_batch()], sick)
+    assert np.isfinite(float(metrics["loss"]))
+    assert not np.isfinite(float(metrics["grad_norm"]))
+    assert int(after.skipped) == 1
+
+
+def test_evaluation_moves_nothing():
+    config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
+    before = jax.tree.map(np.asarray, state)
+    make_eval_step(config)(state, random_batch())
+    assert_equal_bits(before, state)
+
+
+def test_evaluation_counts_padding_nowhere():
+    config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
+    result = make_eval_step(config)(state, random_batch(padding=(16, 16, 16, 16)))
+    np.testing.assert_array_equal(result.tokens, [0] * 4 + [16] * 4)
+    np.testing.assert_array_equal(result.nats[:4], 0.0)
+    np.testing.assert_array_equal(result.loads.sum(-1), [128, 128])  # 4 rows x 16 tokens x top-2
+
+
+@pytest.mark.parametrize("frozen", [dict(rate=0.0), dict(rate=0.01, freeze_step=0)])
+def test_a_frozen_bias_stays(frozen):
+    config = tiny_config(balance=dict(bias_sign=frozen))
+    state = make_train_step(config)(init_state(config), random_batch(), step_key(config))[0]
+    assert (read_bias(state.bias) == 0).all()
+
+
+def test_an_auxiliary_loss_is_logged_unscaled_and_not_times_the_micro_batches():
+    one = stepped("bias", [random_batch()])[1]["moe/aux_loss"]
+    four = stepped("bias", [random_batch()], micro_batches=4)[1]["moe/aux_loss"]
+    # measured where it is not trained on; the f of a quarter batch is noisier than that of the whole
+    assert 0.98 < float(one) < 1.2
+    assert 0.98 < float(four) < 1.3
+
+
+def test_total_loss_is_cross_entropy_plus_the_weighed_balancing_losses():
+    _, none = stepped("bias", [random_batch()])
+    _, aux = stepped("global", [random_batch()])
+    np.testing.assert_allclose(none["total_loss"], none["loss"], rtol=1e-6)
+    # two layers, twice 0.3 x sum f P (bias 0: biased and unbiased counts agree); with one micro-batch the
+    # logged mean over layers is the same f P
+    want = aux["loss"] + 2 * 2 * 0.3 * aux["moe/aux_loss"]
+    np.testing.assert_allclose(aux["total_loss"], want, rtol=1e-5)
+
+
+def test_bits_per_byte_is_nats_over_ln_2_and_bytes():
+    batch = random_batch()
+    batch = batch._replace(num_bytes=jnp.full(8, 10))  # 80 bytes for 128 targets
+    _, metrics = stepped("bias", [batch])
+    np.testing.assert_allclose(metrics["bits_per_byte"], metrics["loss"] * 128 / (np.log(2) * 80), rtol=1e-5)
+
+
+def test_experts_that_no_token_reaches_have_gradients_of_exactly_zero():
+    state = state_of("bias")
+    away = state._replace(bias=write_bias(state.bias, jnp.zeros((2, 4)).at[:, 0].set(-10.0)))
+    _, grads = gradient_of("bias", 1)(away, random_batch(), jax.random.key(1))
+    experts = grads["stacks"][1]["blocks"][0]["ffw"]
+    for name in ("gate", "up", "down"):
+        assert (experts[name][:, 0] == 0).all()
+        assert (experts[name][:, 1:] != 0).any()
+
+
+def test_compile_time_structure_does_not_grow_with_depth():
+    def operations(num_layers):
+        config = tiny_config(model=dict(num_layers=num_layers))
+        state = abstract_state(config)
+        text = make_train_step(config).lower(state, random_batch(), step_key(config)).as_text()
+        return text.count("\n")
+
+    assert operations(8) == operations(4)
+
+
+def test_every_parameter_has_dimensions_of_its_own_rank():
+    model = abstract_model(tiny_config().model)
+    for leaf, dims in zip(jax.tree.leaves(model.params), jax.tree.leaves(model.dims), strict=True):
+        assert len(leaf.shape) - len(dims.names) in (0, 1)  # one more where layers are stacked
