@@ -19,7 +19,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; the others use the first
 
-CHECKED = "routing balance metrics grouped quantize attention dispatch layers moe model state step".split()
+CHECKED = (
+    "routing balance kernels dispatch model training.state training.step training.losses training.optimizer".split()
+)
 install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import pytest  # noqa: E402

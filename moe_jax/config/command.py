@@ -145,7 +145,7 @@ def config_source() -> tuple[Path, types.ModuleType]:
 
 def shipped() -> dict[str, Path]:
     """The configs that come with this package, by name: `tiny`, `ablation/demo`."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())  # installed, or in a clone
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
 

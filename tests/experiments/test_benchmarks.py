@@ -13,7 +13,7 @@ import pytest
 
 from experiments.benchmarks import layer, layer_peers, peers, problem, scaling, start, step, step_peers, timing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = layer.SHAPES["tiny"]  # T 64, d 16, E 8, h 8, k 2
 SIZES = dict(num_layers=1, embed_dim=16, num_heads=2, num_experts=4, top_k=2, expert_ffw_dim=8, vocab_size=32)
 BATCH = dict(batch_size=2, sequence_length=8)
