@@ -8,7 +8,7 @@ Result: none of its own; the first step's routing is that of the weights and the
 import json
 
 from moe_jax.config import SourceGone, default
-from moe_jax.runtime.files import workdir_of
+from moe_jax.config.paths import workdir_of
 
 
 def get_config(arg: str = ""):

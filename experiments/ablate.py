@@ -25,10 +25,11 @@ from absl import app, flags
 
 from moe_jax.config import Config, as_dict, flatten, resolve, validate
 from moe_jax.config.command import config_source, define_config_flag, fail, parse_flags, run_own
+from moe_jax.config.paths import workdir_of
 from moe_jax.data import check_corpus
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import is_remote, workdir_of, write_json
+from moe_jax.runtime.files import is_remote, write_json
 from moe_jax.runtime.workdir import check_workdir, read_run
 
 from . import hyper

@@ -31,7 +31,8 @@ from moe_jax.balance.method import Method
 from moe_jax.config import ModelConfig, balance_entries
 from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.config.command import fail, parse_flags
-from moe_jax.runtime.files import path_of, write_whole
+from moe_jax.config.paths import path_of
+from moe_jax.runtime.files import write_whole
 from moe_jax.simulator import arms, loop, settings, show, streams
 from moe_jax.simulator.arms import Arm
 from moe_jax.simulator.loop import Result

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import flatten
 from moe_jax.config.command import fail, print_any_name
-from moe_jax.runtime.files import path_of
+from moe_jax.config.paths import path_of
 from moe_jax.runtime.ledger import KINDS
 
 from .figures import STYLE, Picture, pictures

@@ -22,11 +22,11 @@ from absl import app, flags
 
 from moe_jax.config import Config, as_dict, default, validate
 from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.paths import workdir_of
 from moe_jax.data.corpus import check_corpus, keep_tokenizer
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_jax.data.trained import TOKENIZER_FILE
-from moe_jax.huggingface.shards import INDEX, SINGLE, open_folder
-from moe_jax.runtime.files import is_remote, new_folder, workdir_of, write_json
+from moe_jax.runtime.files import is_remote, new_folder, write_json
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run, versions
 
 
@@ -44,6 +44,8 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
     Raises:
         ValueError: something in the folder is not as it should be, by name; or the workdir is not empty.
     """
+    from moe_jax.huggingface.shards import open_folder
+
     open_folder(folder)  # what is wrong with the files is told before jax is loaded
     # before there is a folder: a signal in the middle of loading jax ends the process at once, and nothing tidies up
     from moe_jax.huggingface.weights import abstract_weights, carry, fill, index_axes, open_hf
@@ -173,6 +175,8 @@ def holds_a_run(folder: Path) -> bool:
 
 def run(source: Path, target: Path, dtype: str | None, architecture: str) -> None:
     """Convert in the direction that the input asks for, and say what was made."""
+    from moe_jax.huggingface.shards import INDEX, SINGLE
+
     if is_remote(source) or is_remote(target):
         raise ValueError("--input and --output must be folders of this machine; copy a bucket's files here first.")
     if not holds_a_run(source):

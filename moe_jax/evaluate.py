@@ -20,17 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from moe_jax.analysis.knockout import ablate
-from moe_jax.analysis.survey import survey
 from moe_jax.config import Config, validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.config.paths import workdir_of
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import is_writable, workdir_of, write_json, write_whole
+from moe_jax.runtime.files import is_writable, write_json, write_whole
 from moe_jax.runtime.signals import Abandoned, never, noted
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run, identity_of, read_run
-from moe_jax.training.evaluation import evaluate
-from moe_jax.training.restore import has_another_tokenizer, on_these_devices, restore_model
 
 if TYPE_CHECKING:
     from moe_jax.analysis.specialisation import Survey
@@ -78,8 +75,12 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     Raises:
         ValueError, OSError: no or a damaged checkpoint, bad data, a mesh that does not fit, or nothing to measure.
     """
+    from moe_jax.analysis.knockout import ablate
+    from moe_jax.analysis.survey import survey
     from moe_jax.data import open_corpus
     from moe_jax.mesh import make_mesh
+    from moe_jax.training.evaluation import evaluate
+    from moe_jax.training.restore import on_these_devices, restore_model
 
     check_asked(config, specialisation, ablation)
     processes.by_first(lambda: check_writable(workdir, specialisation))
@@ -115,6 +116,8 @@ def _note_other_data(workdir: Path, corpus: "Corpus") -> None:
 
 def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
     """Raise a ValueError where a converted model would read another vocabulary than its own."""
+    from moe_jax.training.restore import has_another_tokenizer
+
     if has_another_tokenizer(workdir, corpus):
         raise ValueError(
             f"--workdir={workdir} has a tokenizer of its own, but data.path={config.data.path!r} is of "

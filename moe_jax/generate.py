@@ -21,11 +21,11 @@ from absl import app, flags
 
 from moe_jax.config import Config
 from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.paths import path_of, workdir_of
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import output_of, path_of, workdir_of, write_whole
+from moe_jax.runtime.files import output_of, write_whole
 from moe_jax.runtime.workdir import config_of_run
 from moe_jax.text.colours import as_html, on_terminal, printable
-from moe_jax.text.model import encode, longest, restore, tokenizer_of
 
 if TYPE_CHECKING:
     from moe_jax.data import Tokenizer
@@ -73,6 +73,8 @@ def run(flag: Any) -> None:
     Raises:
         ValueError, OSError: whatever the flags or the workdir lack.
     """
+    from moe_jax.text.model import encode, longest, restore, tokenizer_of
+
     workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
     from moe_jax.text.decoding import check_model, check_prompts, notice_of_drops
     from moe_jax.text.sampling import Sampling

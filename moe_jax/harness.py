@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 
 from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.paths import path_of, workdir_of
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import output_of, path_of, workdir_of, write_json
+from moe_jax.runtime.files import output_of, write_json
 from moe_jax.runtime.workdir import config_of_run
-from moe_jax.text.lm_eval import OURS, adapter
 
 if TYPE_CHECKING:
     pass
@@ -36,6 +36,8 @@ def run(flag: Any) -> dict[str, Any]:
     Raises:
         ValueError, OSError: whatever the flags, the workdir or a task lack.
     """
+    from moe_jax.text.lm_eval import OURS, adapter
+
     made, workdir = adapter(), workdir_of(flag.workdir)
     if flag.output:
         output_of(flag.output, "--output")

@@ -33,8 +33,9 @@ from absl import app, flags
 
 from moe_jax.config import article
 from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.paths import path_of
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import output_of, path_of, write_json
+from moe_jax.runtime.files import output_of, write_json
 from moe_jax.runtime.workdir import read_config
 from moe_jax.simulator.arms import Arm, arms_of
 from moe_jax.simulator.loop import FINAL, best, floor, simulate, threshold

@@ -15,9 +15,9 @@ from absl import app, flags
 
 from moe_jax.config import validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.config.paths import workdir_of
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import workdir_of
 from moe_jax.runtime.watchdog import Watchdog
 from moe_jax.training.loop import run
 

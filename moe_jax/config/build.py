@@ -10,12 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
-from moe_jax.config.balance import (
-    BALANCE_METHODS,
-    BalanceEntry,
-    check_options,
-    check_together,
-)
+from moe_jax.config.balance import BALANCE_METHODS, BalanceEntry, check_options, check_together
 from moe_jax.config.rules import RULES
 from moe_jax.config.schema import Config
 

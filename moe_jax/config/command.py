@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax.config.build import SourceGone, article, complete, default, did_you_mean, named
-from moe_jax.runtime.files import path_of
+from moe_jax.config.paths import path_of
 
 T = TypeVar("T")
 

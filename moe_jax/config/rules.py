@@ -4,11 +4,7 @@ import dataclasses
 import math
 from dataclasses import fields
 
-from moe_jax.config.balance import (
-    BIAS_METHODS,
-    SELECTORS,
-    WITH_QUANTILES,
-)
+from moe_jax.config.balance import BIAS_METHODS, SELECTORS, WITH_QUANTILES
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
 
 # --- rules across keys ----------------------------------------------------------------------------------------

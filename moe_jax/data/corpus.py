@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config.paths import path_of
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, token_dtype
 from moe_jax.data.vocabularies import get_tokenizer
-from moe_jax.runtime.files import path_of, sha256_of, write_json, write_whole
+from moe_jax.runtime.files import sha256_of, write_json, write_whole
 
 SPLITS = ("train", "validation")
 PARTS = ("tokens", "offsets")

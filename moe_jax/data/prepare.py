@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config.command import fail, print_any_name
+from moe_jax.config.paths import path_of
 from moe_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -53,7 +54,7 @@ from moe_jax.data.corpus import (
 )
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer, token_dtype
 from moe_jax.data.vocabularies import get_tokenizer
-from moe_jax.runtime.files import lock, path_of, write_whole
+from moe_jax.runtime.files import lock, write_whole
 
 INCLUDE = "*.txt,*.md,*.jsonl"
 MAX_PROBLEMS = 20

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moe_jax.config.paths import path_of
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from moe_jax.runtime.files import path_of
 
 TOKENIZERS = {"bytes": ByteTokenizer}
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from moe_jax.dispatch.experts import ExpertWeights, Traffic, _sorting, _swiglu_of_each, _traffic, _visits
-from moe_jax.dispatch.rounds import _before
+from moe_jax.dispatch.experts import ExpertWeights, Traffic, _before, _sorting, _swiglu_of_each, _traffic, _visits
 
 # --- capacity: fixed slots per expert and sequence, the rest is dropped ---------------------------------------
 

@@ -14,6 +14,8 @@ from moe_jax.kernels.grouped import TILE_ROWS, grouped_matmul
 from moe_jax.mesh import is_sharded, platform
 from moe_jax.routing import count
 
+pass
+
 
 class ExpertWeights(NamedTuple):
     """SwiGLU experts: gate and up [E, D, F], down [E, F, D]; without E a dense layer's."""
@@ -167,3 +169,8 @@ NATIVE, IN_XLA = Kernel(native.experts, 1), Kernel(_by_sorting, TILE_ROWS)
 def _traffic(dropped: Array | int = 0, *, rounds: Array | int, rows: Array | int, visits: Array) -> Traffic:
     """One row of a per-shard report."""
     return Traffic(*(jnp.asarray(n, jnp.int32)[None] for n in (dropped, rounds, rows, visits)))
+
+
+def _before(sizes: Array) -> Array:
+    """The sum of all earlier entries, along the first axis."""
+    return jnp.cumsum(sizes, axis=0, dtype=jnp.int32) - sizes

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from moe_jax.dispatch.experts import ExpertWeights, Kernel, Traffic, _sorting, _take, _traffic, _visits
+from moe_jax.dispatch.experts import ExpertWeights, Kernel, Traffic, _before, _sorting, _take, _traffic, _visits
 from moe_jax.kernels.grouped import rows_multiplied
 from moe_jax.routing import count
 
@@ -142,8 +142,3 @@ def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> _Copies:
         send=send,
         received=lax.all_to_all(loads, "expert", 0, 0, tiled=True),
     )
-
-
-def _before(sizes: Array) -> Array:
-    """The sum of all earlier entries, along the first axis."""
-    return jnp.cumsum(sizes, axis=0, dtype=jnp.int32) - sizes

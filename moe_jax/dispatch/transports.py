@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from moe_jax.dispatch.rounds import _before, _Copies, _Round
+from moe_jax.dispatch.experts import _before
+from moe_jax.dispatch.rounds import _Copies, _Round
 from moe_jax.mesh import BATCH
 
 

@@ -27,7 +27,7 @@ from moe_jax.runtime import processes
 from moe_jax.runtime.files import remove_tree
 from moe_jax.runtime.leaves import _as_dict, compare_leaves, describe_leaves, first_non_finite
 from moe_jax.runtime.manifest import MANIFEST, _is_link, check, hand_in_hashes, strangers, write_manifest
-from moe_jax.runtime.stored import CHUNK_BYTES, _absolute, _handler
+from moe_jax.runtime.stored import CHUNK_BYTES, _absolute, _handler, _one_sentence
 
 MOST_REMOVED = 20  # so often the run that is read may remove what is being read, before reading gives up
 
@@ -230,17 +230,6 @@ def _read_newest(
         f"{directory}: the run removes its checkpoints faster than they can be read; raise its checkpoint.keep or "
         "save_every, or wait for its end."
     )
-
-
-def _one_sentence(path: Path, function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, which reads of a checkpoint; what Orbax and TensorStore raise becomes a ValueError."""
-    try:
-        return function(*args)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # of this machine, and no fault of the checkpoint
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({text[:200]}{'...' if text[200:] else ''}).") from error
 
 
 def _newest(

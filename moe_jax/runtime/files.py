@@ -7,10 +7,8 @@ etils' `epath`, which look like `pathlib`'s; where the two differ, a function he
 import errno
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -19,72 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)")
-
-
-BUCKETS = {"gs", "s3", "az", "hf"}  # what Orbax takes for a bucket, wherever it stands in a path
-
+from moe_jax.config.paths import path_of
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system without them
-
-
-def path_of(text: str, flag: str) -> Path:
-    """The file or folder of this machine that a flag or a config key names; `~` is the home folder, as in a shell.
-
-    Args:
-        text: its value.
-        flag: how an error calls it, as "--output" or "data.path".
-
-    Raises:
-        ValueError: it is an address, which would be taken for a folder here, or names a user who does not exist.
-    """
-    scheme = SCHEME.match(text)
-    if scheme and (scheme[2] or scheme[1] in {*BUCKETS, "file"}):
-        remedy = {
-            "file": f"write the path alone, /{text[len(scheme[0]) :].lstrip('/')}",
-            "gs": f"a bucket is written gs://{text[len(scheme[0]) :]}, and only a workdir can be in one",
-        }
-        instead = remedy.get(scheme[1], "copy the files to this machine, or mount them, and give that folder")
-        raise ValueError(f"{flag}={text} is an address and must be a path of this machine; {instead}.")
-    expanded = os.path.expanduser(text)
-    if text.startswith("~") and expanded == text:
-        raise ValueError(
-            f"{flag}={text} begins with a user's home folder, and there is none; write ./{text} for a name with a ~."
-        )
-    return Path(expanded)
-
-
-def workdir_of(text: str, flag: str = "--workdir") -> Path:
-    """The folder of checkpoints that a flag or a config key names, on this machine or `gs://bucket/folder`.
-
-    Raises:
-        ValueError: as `path_of`, no checkpoint can be in such a folder, or what reads buckets is not installed.
-    """
-    if not text.startswith("gs://"):
-        path = path_of(text, flag)
-        _refuse_names_of_something_else(path, flag)
-        return path
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{flag}={text} needs gcsfs, which is not installed; pip install 'moe_jax[gcs]'.")
-    import fsspec
-    from etils import epath
-
-    # other processes write there too: a listing that is remembered is a listing that is wrong
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    remote: Any = epath.Path(text)
-    return remote
-
-
-def _refuse_names_of_something_else(path: Path, flag: str) -> None:
-    """Raise a ValueError for a folder that Orbax and tensorstore, which write checkpoints, take for something else."""
-    root, *names = path.absolute().parts
-    wrong = [f"{root}{name}" for name in names[:1] if name in BUCKETS]
-    wrong += [n for n in names if "\\" in n or n.endswith("gs:") or n.encode("utf-8", "ignore").decode() != n]
-    if wrong:
-        raise ValueError(
-            f"{flag}={str(path)!r} cannot hold checkpoints, for what writes them mistakes {wrong[0]!r} for something "
-            "else; use another folder, or a link to this one by another name."
-        )
 
 
 def is_remote(path: Path) -> bool:

@@ -10,10 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from moe_jax.runtime.checkpoint import _is_gone, _one_sentence, _read_newest, _shared
+from moe_jax.runtime.checkpoint import _is_gone, _read_newest, _shared
 from moe_jax.runtime.leaves import compare_leaves, describe_leaves, path_name
 from moe_jax.runtime.manifest import write_manifest
-from moe_jax.runtime.stored import CHUNK_BYTES, _absolute, _handler, _spec
+from moe_jax.runtime.stored import CHUNK_BYTES, _absolute, _handler, _one_sentence, _spec
 
 # --- slice by slice -------------------------------------------------------------------------------------------
 

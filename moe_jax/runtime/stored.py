@@ -5,17 +5,18 @@ import glob
 import math
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe_jax.runtime.checkpoint import _one_sentence
 from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.leaves import _leaf, path_name
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20  # a leaf lies on disk in pieces of at most this: what reading a slice of it reads
 
@@ -109,3 +110,14 @@ def _handler(use_ocdbt: bool = True) -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, type_handler_registry=registry)
+
+
+def _one_sentence(path: Path, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, which reads of a checkpoint; what Orbax and TensorStore raise becomes a ValueError."""
+    try:
+        return function(*args)
+    except (jax.errors.JaxRuntimeError, MemoryError):  # of this machine, and no fault of the checkpoint
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({text[:200]}{'...' if text[200:] else ''}).") from error

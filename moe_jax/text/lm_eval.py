@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_jax.runtime.files import workdir_of
+from moe_jax.config.paths import workdir_of
 from moe_jax.runtime.workdir import config_of_run
 from moe_jax.text.model import check_trained, encode, longest, restore, tokenizer_of
 

@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import Config, as_dict, differences, keys_that_change, validate
+from moe_jax.config.paths import workdir_of
 from moe_jax.runtime import processes
-from moe_jax.runtime.files import copy_tree, is_remote, new_folder, workdir_of
+from moe_jax.runtime.files import copy_tree, is_remote, new_folder
 from moe_jax.runtime.log import METRICS, has_evaluation, newest
-from moe_jax.runtime.workdir import (
-    TOKENIZER,
-    Identity,
-    config_of_run,
-    identity_of,
-    refuse_another_run,
-)
+from moe_jax.runtime.workdir import TOKENIZER, Identity, config_of_run, identity_of, refuse_another_run
 from moe_jax.training.restore import has_another_tokenizer, restore_run
 
 if TYPE_CHECKING:

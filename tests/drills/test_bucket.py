@@ -6,7 +6,7 @@ import json
 import pytest
 from drills import bucket, rig
 
-from moe_jax.runtime.files import workdir_of
+from moe_jax.config.paths import workdir_of
 
 CONFIG = rig.drill_config()
 

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from moe_jax.config.paths import path_of, workdir_of
 from moe_jax.data import prepare
-from moe_jax.runtime.files import lock, new_folder, output_of, path_of, workdir_of, write_whole
+from moe_jax.runtime.files import lock, new_folder, output_of, write_whole
 from moe_jax.runtime.workdir import claim
 
 ADDRESSES = {
