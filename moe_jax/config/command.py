@@ -209,7 +209,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _explain(argv: list[str], error: Exception) -> str:
     """One sentence for what went wrong while flags were read; the config file was read by then, or not named."""
     text = " ".join(str(error).split())
-    if missing := re.match(r"Flag --(\w+) must have a value other than None", text):
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=..."
     reader: Any = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     given = list(_overrides(argv))

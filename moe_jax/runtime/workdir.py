@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import moe_jax
 from moe_jax.config import Config, as_dict, changed_numbers, validate
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import is_remote, lock, write_json
@@ -157,7 +158,7 @@ def refuse_another_run(
 def versions() -> dict[str, Any]:
     """What made a run: library versions, and the git revision of this package if it lies in a clone."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    here = Path(__file__).parent
+    here = Path(moe_jax.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     revision = None
     if shutil.which("git") and (here.parent / ".git").exists():  # an installed one lies in somebody else's, if in any

@@ -337,6 +337,12 @@ def test_a_model_of_other_numbers_but_the_same_shapes_is_told(trained):
     assert "gate_scale: 1.0 -> 2.5" in changes_of_model(other)[0]
 
 
+def test_a_run_of_a_clone_has_its_revision(repo):
+    if not shutil.which("git") or not (repo / ".git").exists():
+        pytest.skip("this is no clone")
+    assert versions()["git"]
+
+
 def test_a_run_does_not_need_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert versions()["git"] is None
