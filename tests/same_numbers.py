@@ -1,7 +1,7 @@
-"""Whether two checkouts train the same numbers: `python tests/same_numbers.py OTHER_CHECKOUT [THIS_CHECKOUT]`.
+"""Whether two checkouts train the same numbers: `python tests/same_numbers.py OTHER_CHECKOUT [NAME ...]`.
 
 Trains 20 steps of five configs on one pinned core, and of tiny on a mesh of eight devices, in each checkout, and
-compares the bits of every logged loss, load and bias. A change that only moves code must leave them equal. Ends with
+compares the bits of every logged loss, load and bias; NAME chooses some of the runs. A change that only moves code must leave them equal. Ends with
 status 1 where they differ.
 """
 
@@ -59,12 +59,14 @@ def numbers(workdir: Path) -> dict[str, str]:
 
 def main() -> None:
     """Train in both checkouts and print the table."""
-    checkouts = [Path(argument).resolve() for argument in sys.argv[1:3]] or sys.exit(__doc__)
-    if len(checkouts) == 1:
-        checkouts.append(Path(__file__).resolve().parent.parent)
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    checkouts = [Path(sys.argv[1]).resolve(), Path(__file__).resolve().parent.parent]
+    names = sys.argv[2:] or list(RUNS)
     different = []
     print(f"{'config':20} {'':6} {'first':12} {'second':12}")
-    for name, (config, overrides, devices) in RUNS.items():
+    for name in names:
+        config, overrides, devices = RUNS[name]
         found = []
         for checkout in checkouts:
             with tempfile.TemporaryDirectory() as workdir:
