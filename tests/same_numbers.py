@@ -1,8 +1,8 @@
 """Whether two checkouts train the same numbers: `python tests/same_numbers.py OTHER_CHECKOUT [NAME ...]`.
 
 Trains 20 steps of five configs on one pinned core, and of tiny on a mesh of eight devices, in each checkout, and
-compares the bits of every logged loss, load and bias; NAME chooses some of the runs. A change that only moves code must leave them equal. Ends with
-status 1 where they differ.
+compares the bits of every logged loss, load and bias; NAME chooses some of the runs. A change that only moves code
+must leave them equal. Ends with status 1 where they differ.
 """
 
 import hashlib
