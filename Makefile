@@ -13,7 +13,7 @@ test: $(VENV)/peers.stamp
 
 laws: $(VENV)/dev.stamp
 	$(RUN) -m pytest tests/laws/test_balance_laws.py tests/laws/test_dispatch_laws.py tests/test_routing.py \
-	  tests/test_dispatch.py tests/test_decoding.py
+	  tests/dispatch/test_dispatch.py tests/text/test_decoding.py
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
