@@ -86,7 +86,7 @@ def route(
         gate_scale: factor on the gates, after normalisation.
         tokens: mask and more, see `Tokens`.
         select: replaces top-k of the biased scores: (scores, bias, *, top_k, tokens, key, train) -> ids [T, S].
-        combine: replaces scores + bias: (scores, bias) -> biased scores.
+        combine: replaces scores + bias: (scores, bias) -> biased scores. Here and above, bias is [1, E] or [T, E].
         key: randomness for `select`.
         train: True in training; selectors may infer otherwise than they train.
 

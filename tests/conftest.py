@@ -4,6 +4,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +25,7 @@ CHECKED = (
 )
 install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from moe_jax.config import Config, default, validate  # noqa: E402
@@ -52,6 +54,22 @@ def tiny_config(**overrides) -> Config:
         mesh=dict(data=1), num_steps=8, batch_size=8, sequence_length=16, log_every=1, eval_every=0, save_every=0
     )
     return validate(default(**(settings | overrides), model=model))
+
+
+def assert_same_bits(a, b) -> None:
+    """Structure, shapes, dtypes and every bit of two trees of arrays."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b)), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert x.tobytes() == y.tobytes()
+
+
+@contextmanager
+def strict_flags() -> Iterator[None]:
+    """JAX as a user may have set it for code of their own; to their programs these are the strictest flags."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        with jax.debug_nans(True):
+            yield
 
 
 @pytest.fixture(scope="module", autouse=True)

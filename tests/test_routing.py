@@ -295,7 +295,7 @@ def test_a_selector_is_given_scores_bias_and_all_that_is_known_of_the_tokens():
         random_logits(0),
     )
     assert seen["scores"].shape == (6, 8)
-    assert seen["bias"].shape == (8,)
+    assert seen["bias"].shape == (1, 8)  # a row, as it is added to scores
     assert (seen["top_k"], seen["train"], seen["key"] is key, seen["tokens"] is tokens) == (
         2,
         True,

@@ -54,7 +54,9 @@ def _capacity(
     rows = buffer.shape[0] * buffer.shape[1]
     seated = jnp.where(kept, ids, num_experts).reshape(-1, slots)
     visits = _visits(seated, num_experts // devices, devices)
-    return jnp.einsum("tk,tkd->td", gates, back), _traffic(dropped, rounds=1, rows=rows, visits=visits)
+    return jnp.einsum("tk,tkd->td", gates, back.astype(jnp.float32)), _traffic(
+        dropped, rounds=1, rows=rows, visits=visits
+    )
 
 
 def _seats(ids: Int32[Array, "tokens slots"], num_experts: int) -> Int32[Array, "tokens slots"]:

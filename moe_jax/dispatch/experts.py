@@ -155,7 +155,7 @@ def _by_sorting(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeight
         outputs = _grouped_swiglu(copies, weights, count(expert_ids, num_experts), quantization)
     with jax.named_scope("combine"):
         back = _take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
-        return jnp.einsum("tk,tkd->td", gates, back)
+        return jnp.einsum("tk,tkd->td", gates, back.astype(jnp.float32))
 
 
 @functools.cache  # the same kernel is the same function

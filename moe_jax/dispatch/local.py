@@ -18,7 +18,7 @@ def _dense(x: Array, routing: Routing, weights: ExpertWeights, quantization: str
     else:
         outputs = _swiglu_of_each(jnp.broadcast_to(x, (num_experts, *x.shape)), weights, quantization)
     share = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=jnp.float32) * routing.gates[..., None]
-    return jnp.einsum("te,etd->td", share.sum(1), outputs).astype(x.dtype)
+    return jnp.einsum("te,etd->td", share.sum(1), outputs.astype(jnp.float32)).astype(x.dtype)
 
 
 def _local(

@@ -36,6 +36,9 @@ BAD = [
     (dict(optimizer=dict(learning_rate=float("inf"))), "optimizer.learning_rate=inf", "finite"),
     (dict(optimizer=dict(learning_rate=-1.0)), "optimizer.learning_rate=-1.0", "raise it"),
     (dict(optimizer=dict(b1=1.0)), "optimizer.b1=1.0", "try 0.95"),
+    (dict(optimizer=dict(eps=0.0)), "optimizer.eps=0.0 must be above 0", "try 1e-8"),
+    (dict(optimizer=dict(eps=1e-46)), "optimizer.eps=1e-46 must be above 0 in float32", "try 1e-8"),  # it would be 0
+    (dict(optimizer=dict(rounding="stochastic")), "optimizer.rounding='stochastic'", "set one of them to 'bfloat16'"),
     (dict(optimizer=dict(warmup_steps=2000)), "optimizer.warmup_steps=2000", "try 100"),
     (dict(optimizer=dict(schedule="cosin")), "optimizer.schedule='cosin'", "did you mean 'cosine'"),
     (dict(optimizer=dict(milestones=0.5)), "optimizer.milestones=0.5", "write (0.5,)"),

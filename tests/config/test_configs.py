@@ -2,12 +2,19 @@
 
 import importlib.util
 
+import jax
+import numpy as np
 import pytest
-from drills.rig import REPO
+from drills.rig import REPO, drill_config
 
 from moe_jax.config import validate
 from moe_jax.describe import totals
+from moe_jax.mesh import make_mesh
 from moe_jax.model.cost import AHEAD, parts
+from moe_jax.runtime.checkpoint import restore
+from moe_jax.training.loop import run
+from moe_jax.training.start import weights_of
+from moe_jax.training.state import abstract_state
 
 # Embedding and head V D each. Latent attention, with or without a latent of queries R_q (its norm is counted with the
 # norms), key-value latent 512, heads of 128 + 64 with and 128 without RoPE:
@@ -56,11 +63,15 @@ PUBLISHED = {
 every_model = pytest.mark.parametrize("name", EXACT)
 
 
-def config_of(name):
+def written_in(name, *arg):
     spec = importlib.util.spec_from_file_location(name, REPO / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return validate(module.get_config())
+    return module.get_config(*arg)
+
+
+def config_of(name):
+    return validate(written_in(name))
 
 
 def sums_of(name):
@@ -95,3 +106,21 @@ def test_multi_token_prediction_is_one_more_layer_and_two_halves_of_a_projection
     found = {p.name: p for p in parts(config_of("deepseek_v3"))}[AHEAD]
     assert found.total == V3_LAYER + 2 * 7168 * 7168 + 3 * 7168
     assert abs((found.total + EXACT["deepseek_v3"] + 2 * 129280 * 7168) / 684.5e9 - 1) < 0.005
+
+
+def test_training_on_from_bfloat16_weights_moves_nearly_every_parameter(tmp_path, capsys):
+    # at its learning rate of 1e-5 bfloat16 parameters would stand still, all but one in twenty
+    narrow = drill_config(model=dict(param_dtype="bfloat16"))
+    run(narrow, tmp_path / "lite", stop_at=2)
+    assert "model.param_dtype='bfloat16' loses every change" in capsys.readouterr().out
+    written = written_in("from_checkpoint", str(tmp_path / "lite"))
+    written.update(num_steps=2, sequence_length=16, data=dict(eval_sequences=8), optimizer=dict(warmup_steps=1))
+    config = validate(written)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    before = weights_of(config, mesh).params
+    run(config, tmp_path / "on")
+    assert "bfloat16" not in capsys.readouterr().out
+    after = restore(tmp_path / "on" / "checkpoints", abstract_state(config, mesh))[0].params
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    moved = np.concatenate([(np.asarray(a) != np.asarray(b)).ravel() for a, b in pairs])
+    assert moved.mean() > 0.95

@@ -146,3 +146,63 @@ def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
     assert dispatch.told("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
     monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
     assert dispatch.told("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"
+
+
+# --- the boundary: what the C++ reads ----------------------------------------------------------------------------
+
+
+def test_other_dtypes_are_cast_before_the_compiled_code_reads_them(compiler):
+    # float16 gates were read as float32 and past their end, int64 and int16 ids as int32
+    x, ids, gates, weights = problem(*SIZES["nothing fits a vector"])
+    exact = native.experts(x, ids, gates, weights)
+    for narrow in (jnp.float16, jnp.bfloat16):
+        rounded = gates.astype(narrow)
+        want = native.experts(x, ids, rounded.astype(jnp.float32), weights)
+        np.testing.assert_array_equal(native.experts(x, ids, rounded, weights), want)
+    for other in (jnp.int8, jnp.int16, jnp.uint32):
+        np.testing.assert_array_equal(native.experts(x, ids.astype(other), gates, weights), exact)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(ids, jnp.int64), jnp.asarray(gates, jnp.float64)
+        np.testing.assert_array_equal(native.experts(x, *wide, weights), exact)
+        widened = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
+        np.testing.assert_array_equal(native.experts(x, ids, gates, widened), exact)
+
+
+def test_gradients_have_the_dtypes_of_what_was_given(compiler):
+    x, ids, gates, weights = problem(*SIZES["nothing fits a vector"])
+    run = jax.grad(lambda *args: native.experts(args[0], ids, *args[1:]).sum(), (0, 1, 2))
+    given = x.astype(jnp.bfloat16), gates.astype(jnp.float16), weights
+    for gradient, argument in zip(jax.tree.leaves(run(*given)), jax.tree.leaves(given), strict=True):
+        assert (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype)
+
+
+def test_dtypes_and_sizes_that_make_no_sense_are_refused_in_a_sentence(compiler):
+    x, ids, gates, weights = problem(8, 2, 3, 16, 16)
+    with pytest.raises(ValueError, match="not float16 and int32; cast them"):
+        native.experts(x.astype(jnp.float16), ids, gates, weights)
+    with pytest.raises(ValueError, match="not float32 and float32; cast them"):
+        native.experts(x, ids.astype(jnp.float32), gates, weights)
+    transposed = weights._replace(down=weights.down[:, :5])
+    for wrong in (
+        (x[:5], ids, gates, weights),
+        (x[:, :5], ids, gates, weights),
+        (x, ids[:, 0], gates, weights),
+        (x, ids, gates[:, :1], weights),
+        (x, ids, gates, transposed),
+        (x, ids, gates, jax.tree.map(lambda w: w[0], weights)),
+    ):
+        with pytest.raises(ValueError, match=r"have the shapes .*, which must be \[T, D\]"):
+            native.experts(*wrong)
+
+
+@pytest.mark.parametrize("wrong", ["gates", "expert_ids", "down", "sizes"])
+def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler, wrong):
+    x, ids, gates, weights = problem(8, 2, 3, 16, 16)
+    arguments = {
+        "gates": (x, ids, gates.astype(jnp.bfloat16), weights),
+        "expert_ids": (x, ids.astype(jnp.int16), gates, weights),
+        "down": (x, ids, gates, weights._replace(down=weights.down.astype(jnp.bfloat16))),
+        "sizes": (x, ids, gates[:5], weights),
+    }
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"dtype|sizes of the arrays do not fit together"):
+        jax.block_until_ready(native._experts(*arguments[wrong]))

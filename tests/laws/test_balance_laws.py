@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import assert_same_bits, strict_flags
 from moe_jax import balance
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import balance_entries
@@ -152,7 +153,8 @@ def look(balancer, in_step, logits, tokens, state, router, key) -> Seen:
         routing, sent = forward(balancer, logits, tokens, state | {"bias": bias}, key)
         statistics = balancer.observe(routing)
         loss = balancer.loss(routing, statistics, state | {"bias": bias}, router)
-        gates = (routing.gates * jnp.arange(1.0, routing.gates.shape[1] + 1.0)).sum()
+        weights = jnp.arange(1, routing.gates.shape[1] + 1, dtype=jnp.float32)
+        gates = (routing.gates * weights[None]).sum()
         return (loss, gates), (routing, sent, statistics)
 
     def alone(logits, tokens, of_step):
@@ -309,6 +311,19 @@ def test_no_tokens_move_nothing_and_cost_nothing(case):
     np.testing.assert_array_equal(seen.statistics["loads"], np.zeros(EXPERTS))
     assert_equal(update(case, seen.statistics, state), state)
     assert float(seen.loss) == 0.0
+
+
+@every_case
+def test_no_strict_flag_of_jax_changes_a_number(case):
+    # ids in int64 were read as int32 by the experts in C++; under strict promotion nothing ran at all
+    def all_of_it():
+        state = biased(case)
+        seen = run(case, random_logits(0), state)
+        return seen, update(case, seen.statistics, state, step=1)
+
+    plain = all_of_it()
+    with strict_flags():
+        assert_same_bits(plain, all_of_it())
 
 
 # --- counting -----------------------------------------------------------------------------------------------
