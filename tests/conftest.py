@@ -67,9 +67,9 @@ def assert_same_bits(a, b) -> None:
 @contextmanager
 def strict_flags() -> Iterator[None]:
     """JAX as a user may have set it for code of their own; to their programs these are the strictest flags."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        with jax.debug_nans(True):
-            yield
+    dtypes, ranks = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
+    with jax.enable_x64(True), dtypes, ranks, jax.debug_nans(True):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
