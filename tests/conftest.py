@@ -20,9 +20,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; the others use the first
 
-CHECKED = (
-    "routing balance kernels dispatch model training.state training.step training.losses training.optimizer".split()
-)
+CHECKED = """
+routing balance kernels.grouped kernels.quantize kernels.attention dispatch model training.state training.step
+""".split()
 install_import_hook([f"moe_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import numpy as np  # noqa: E402

@@ -113,7 +113,7 @@ def test_xla_is_asked_for_where_it_is_and_auto_takes_what_there_is(compiler, mon
 )
 def test_a_compiler_that_fails_is_told_and_not_an_error(tmp_path, compiler_command, told):
     environment = os.environ | {"CXX": compiler_command, "XDG_CACHE_HOME": str(tmp_path)}
-    code = "from moe_jax import native; print(native.missing())"
+    code = "from moe_jax.kernels import native; print(native.missing())"
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told in out.stdout
 
