@@ -73,10 +73,9 @@ def run(flag: Any) -> None:
     Raises:
         ValueError, OSError: whatever the flags or the workdir lack.
     """
-    from moe_jax.text.model import encode, longest, restore, tokenizer_of
-
     workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
     from moe_jax.text.decoding import check_model, check_prompts, notice_of_drops
+    from moe_jax.text.model import encode, longest, restore, tokenizer_of
     from moe_jax.text.sampling import Sampling
 
     sampling = Sampling(flag.temperature, flag.top_k, flag.top_p)

@@ -81,8 +81,7 @@ def test_a_key_that_a_users_file_leaves_out_can_be_overridden(repo, tmp_path):
 READ = """
 import json, sys
 from absl import flags
-from moe_jax import command
-from moe_jax.config import as_dict, validate
+from moe_jax.config import as_dict, command, validate
 
 command.define_config_flag("")
 command.parse_flags(sys.argv)

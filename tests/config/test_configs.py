@@ -117,7 +117,7 @@ def test_training_on_from_bfloat16_weights_moves_nearly_every_parameter(tmp_path
     written.update(num_steps=2, sequence_length=16, data=dict(eval_sequences=8), optimizer=dict(warmup_steps=1))
     config = validate(written)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    before = weights_of(config, mesh).params
+    before = weights_of(config, mesh)[0].params
     run(config, tmp_path / "on")
     assert "bfloat16" not in capsys.readouterr().out
     after = restore(tmp_path / "on" / "checkpoints", abstract_state(config, mesh))[0].params

@@ -13,7 +13,7 @@ from moe_jax.config.command import load
 ALL = sorted((REPO / "configs").rglob("*.py"))
 FILES = [file for file in ALL if file.stem != "from_checkpoint"]  # which means what the workdir it is given says
 GOLDEN = REPO / "tests" / "golden"
-UPDATE = "UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py"
+UPDATE = "UPDATE_GOLDEN=1 python -m pytest tests/config/test_golden.py"
 
 
 def name_of(file):
