@@ -5,7 +5,7 @@ T tokens, K top_k, S slots (= K for every selector that gives each token K exper
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,21 @@ class Routing(NamedTuple):
     scores: Float32[Array, "tokens experts"]
     bias: Float32[Array, "*classes experts"]
     tokens: Tokens
+
+    @classmethod
+    def dims(cls) -> Any:
+        """The dims of each field that devices may split, as the mesh's table names them; loads and bias are whole."""
+        by_token: Any = ("tokens",)
+        whole: Any = ()
+        return cls(
+            expert_ids=by_token,
+            gates=by_token,
+            loads=whole,
+            logits=by_token,
+            scores=by_token,
+            bias=whole,
+            tokens=by_token,
+        )
 
 
 def route(

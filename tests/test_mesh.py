@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
-from moe_jax.data import open_corpus, training_batches
-from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, platform, spec
+from moe_jax.data import Batch, open_corpus, training_batches
+from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, parameter_spec, platform, spec, specs
 from moe_jax.model.abstract import abstract_model
 from moe_jax.model.moe import Balancing, MoE, RouterBias
-from moe_jax.routing import Tokens
+from moe_jax.routing import Routing, Tokens
 from moe_jax.training.compile import compiler_options, make_eval_step, make_train_step
 from moe_jax.training.losses import forward
 from moe_jax.training.state import abstract_state, init_state, state_shardings, step_key
@@ -99,7 +99,7 @@ SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replic
 @pytest.mark.parametrize(("dims", "shape", "kept", "used"), SPECS)
 def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used):
     mesh = make_mesh(MeshConfig(1, 2, 2, 2))
-    assert spec(mesh, dims, shape) == kept
+    assert parameter_spec(mesh, dims, shape) == kept
     if used is not None:  # gathered inside a scan: without the stacked layers in front
         w = jax.device_put(np.zeros(shape[-len(dims) :], np.float32), NamedSharding(mesh, P()))
         gathered = jax.jit(lambda w: gather(w, mesh, dims))(w)
@@ -109,7 +109,23 @@ def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used
 def test_every_dimension_of_every_parameter_is_in_the_table():
     models = dict(qk_norm="head"), LATENT | dict(mtp_depth=1)
     dims = [d for m in models for d in jax.tree.leaves(abstract_model(tiny_config(model=m).model).dims)]
-    assert {name for d in dims for name in d.names} == set(TABLE)
+    activations = {"batch", "sequence", "tokens", "shards", "layers", "micro_batches"}
+    assert {name for d in dims for name in d.names} == set(TABLE) - activations
+
+
+def test_axes_that_the_batch_takes_are_left_to_no_later_dimension_of_an_activation():
+    batch = ("replica", "data", "expert")
+    assert spec("batch", "sequence", "heads", "head_dim") == P(batch, None, "tensor", None)
+    assert spec("layers", "batch") == P(None, batch)
+    assert spec("experts", "ffw", "embed") == P("expert", "tensor", "data")
+    assert spec() == P()
+
+
+@pytest.mark.parametrize("record", [Batch, Routing])
+def test_a_record_names_the_dims_of_every_field(record):
+    dims = record.dims()
+    assert all(type(own) is tuple for own in dims)
+    assert specs(dims, "layers") == record(*(spec("layers", *own) for own in dims))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from moe_jax.balance import Balancer, State, Statistics, measures
 from moe_jax.config import ModelConfig
 from moe_jax.dispatch import ExpertWeights, Traffic, apply_experts
-from moe_jax.mesh import BATCH, per_shard
+from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.layers import SwiGLU, normal
 from moe_jax.routing import Routing, Tokens, count, counts_by_row, drop_second, route
 
@@ -173,11 +172,12 @@ class MoE(nnx.Module):
 
         def pick_here(logits: Array, bias: Array, tokens: Tokens) -> Routing:
             routing = self.pick(logits, bias, tokens, balancer)
-            return routing._replace(loads=routing.loads[None])
+            return routing._replace(loads=routing.loads[None])  # [1, E], of this shard
 
-        split = jax.tree.map(lambda _: P(BATCH), tokens)
-        places: Any = Routing._make([P(BATCH)] * 5 + [P(), split])
-        routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, bias, tokens)
+        layout = specs(Routing.dims())
+        given = layout.logits, layout.bias, layout.tokens
+        by_shard = layout._replace(loads=spec("shards"))
+        routing = per_shard(pick_here, mesh, given, by_shard)(logits, bias, tokens)
         return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
 
     def pick(self, logits: Array, bias: Array, tokens: Tokens, balancer: Balancer, **how: Any) -> Routing:

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, constrain, is_sharded
+from moe_jax.mesh import constrain, is_sharded, spec
 from moe_jax.model.attention import Cache
 from moe_jax.model.block import Inputs, Run, Unit, layout
 from moe_jax.model.layers import RMSNorm, normal
@@ -184,7 +183,7 @@ class Transformer(nnx.Module):
             here = Balancing(balancing.balancer, *by_layer)
             unit = at_use(unit, mesh, self.config.compute_dtype)
             x, *rest = unit(x, caches, inputs, here, jax.random.fold_in(key, index), train, mesh)
-            return constrain(x, mesh, P(BATCH)), rest
+            return constrain(x, mesh, spec("batch", "sequence")), rest
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))
         layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), by_layer, caches
@@ -203,7 +202,7 @@ class Transformer(nnx.Module):
             module = at_use(module, mesh, self.config.compute_dtype)
             embedded = self._embed(inputs.tokens, mesh)
             x, report = module(x, embedded, inputs, here, jax.random.fold_in(key, index), train, mesh)
-            x = constrain(x, mesh, P(BATCH))
+            x = constrain(x, mesh, spec("batch", "sequence"))
             return x, (x, report)
 
         body = rematerialized(body, self.config.remat, is_sharded(mesh))

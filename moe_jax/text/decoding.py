@@ -9,7 +9,6 @@ Legend: B rows, N tokens at a time, V vocabulary, L MoE layers, S slots.
 import codecs
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moe_jax import balance
 from moe_jax.config import BalanceEntry, Config, ModelConfig
 from moe_jax.data import Tokenizer
-from moe_jax.mesh import BATCH, replicated
+from moe_jax.mesh import replicated, spec, ways
 from moe_jax.model.abstract import abstract_model
 from moe_jax.model.moe import Balancing
 from moe_jax.text.colours import Traced
@@ -351,7 +349,7 @@ def _cache_maker(model: ModelConfig, mesh: Mesh | None, count: int, length: int)
 
 def _cache_place(mesh: Mesh) -> NamedSharding:
     """Rows over the batch axes, behind the axis of stacked layers."""
-    return NamedSharding(mesh, P(None, BATCH))
+    return NamedSharding(mesh, spec("layers", "batch"))
 
 
 def rounded(length: int) -> int:
@@ -361,7 +359,7 @@ def rounded(length: int) -> int:
 
 def _whole_shards(rows: int, mesh: Mesh | None) -> int:
     """So many rows that each shard of the batch has as many."""
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    shards = ways(mesh, "batch")
     return -(-rows // shards) * shards
 
 

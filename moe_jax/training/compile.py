@@ -47,13 +47,13 @@ def make_eval_step(
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
     """Shapes and dtypes of a step's batch; with a mesh also where it lies."""
     place = None if mesh is None else batch_sharding(mesh)
+    sizes = {"batch": config.batch_size, "sequence": config.sequence_length}
 
-    def leaf(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def leaf(name: str, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        shape = tuple(sizes[dim] for dim in dims)
+        return jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32, sharding=place)
 
-    rows, tokens = (config.batch_size,), (config.batch_size, config.sequence_length)
-    ints = leaf(tokens)
-    return Batch(ints, ints, ints, ints, leaf(tokens, jnp.bool_), leaf(rows), leaf(rows))
+    return Batch(**{name: leaf(name, dims) for name, dims in Batch.dims()._asdict().items()})
 
 
 def without_what_no_step_reads(config: Config) -> Config:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from moe_jax import balance
@@ -19,7 +18,7 @@ from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
-from moe_jax.mesh import BATCH, constrain, is_sharded, replicated
+from moe_jax.mesh import constrain, is_sharded, replicated, specs
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.moe import Balancing
 from moe_jax.training.losses import forward, language_nats, summed_forward
@@ -90,7 +89,7 @@ def accumulate(
     weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
     """
     balancer = balance.make(config.balance, config.model)
-    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     statistics = None
