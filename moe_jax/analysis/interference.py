@@ -21,9 +21,10 @@ from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import constrain, replicated, spec, specs
 from moe_jax.model.abstract import Tree
-from moe_jax.model.moe import Balancing, Details
+from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
+from moe_jax.model.prediction import language_nats
 from moe_jax.training.compile import without_what_no_step_reads
-from moe_jax.training.losses import language_nats, summed_forward
+from moe_jax.training.losses import summed_nats
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import at_least_one, split_batch
 
@@ -106,8 +107,9 @@ def _gradients(
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
         params, steps = with_routers(state.params, router), jnp.full(router.shape[0], state.step)
-        balancing = Balancing(balancer, state.balance, offset=offset, step=steps)
-        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
+        per_layer = PerLayer(state.balance, offset=offset, step=steps)
+        fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
+        nats, ahead, report = summed_nats(config, params, state.bias, fwd, batch)
         assert report is not None  # only models with experts are measured
         apart = {True: jnp.float32(0.0), False: jnp.float32(0.0)}
         for label, value in report.losses.items():

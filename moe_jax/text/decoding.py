@@ -23,7 +23,7 @@ from moe_jax.config import BalanceEntry, Config, ModelConfig
 from moe_jax.data import Tokenizer
 from moe_jax.mesh import replicated, spec, ways
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Pass, PerLayer, next_inputs
 from moe_jax.text.colours import Traced
 from moe_jax.text.model import Model
 from moe_jax.text.sampling import Sampling, next_tokens
@@ -285,8 +285,9 @@ def _extend(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
         params, bias, state = arrays
         transformer: Any = nnx.merge(abstract_model(model).graphdef, params, bias)
         cache = transformer.init_cache(*tokens.shape) if cache is None else cache
-        balancing = Balancing(balance.make(entries, model), state)
-        return transformer.extend(tokens, positions, cache, balancing, mesh=mesh, **how)
+        inputs, balancer = next_inputs(tokens, positions), balance.make(entries, model)
+        fwd = Pass(inputs, balancer, PerLayer(state), jax.random.key(0), mesh=mesh)
+        return transformer.extend(fwd, cache, **how)
 
     return extend
 
