@@ -1,13 +1,14 @@
-"""The device mesh, and ONE table: logical dimension -> mesh axes.
+"""The device mesh, and ONE table for parameters and activations: logical dimension -> mesh axes.
 
 An axis splits devices (`replica data expert tensor`), a dim names an axis of an array (`embed ffw experts ...`).
 The batch is split over replica, data and expert; experts live on `expert`; weights are split fully, so that
 a device keeps one part in data x expert x tensor of them; replica repeats everything, across slow links.
+No other file names an axis in a PartitionSpec: it names dims, and `spec` looks them up.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -21,14 +22,16 @@ from moe_jax.config import MeshConfig, mesh_sizes
 from moe_jax.runtime.defaults import jax_defaults
 
 AXES = ("replica", "data", "expert", "tensor")
-BATCH = AXES[:3]  # what the rows of a batch are split over
+BATCH = AXES[:3]  # what the rows of a batch are split over, and what sums over the whole batch are over
 GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
 
 AnyMesh = Mesh | AbstractMesh
 
 # The axes that may split a dimension. It takes, in this order, those that no earlier dimension of the array
 # took and that divide it: rows of a weight by `data`, columns by `expert`, since 7168 does not split 2048 ways.
+# Of an activation the batch takes all axes but `tensor`, which is left for the heads: one table serves both.
 TABLE: dict[str, tuple[str, ...]] = {
+    # of parameters
     "experts": ("expert",),
     "embed": ("data",),
     "ffw": ("tensor", "expert"),
@@ -38,6 +41,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     "latent": ("data", "expert"),
     "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
+    # of activations
+    "batch": BATCH,
+    "sequence": (),
+    "tokens": BATCH,  # batch x sequence in one axis
+    "shards": BATCH,  # one entry from each part of the batch
+    # stacked in front
+    "layers": (),
+    "micro_batches": (),
 }
 
 
@@ -68,7 +79,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
                 f"network between them; set mesh.replica={slices}."
             )
         inside = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        across = (slices, *[1] * len(sizes[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # sort and gather fail on Explicit axes
@@ -91,8 +103,25 @@ def platform(mesh: Mesh) -> str:
 # --- where arrays lie -----------------------------------------------------------------------------------------
 
 
-def spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
-    """How a parameter lies: by TABLE; vectors (scales of norms, biases) are whole everywhere.
+def spec(*dims: str) -> P:
+    """How an array is split whose first axes are these dims, by TABLE; axes after them are whole.
+
+    For activations, and for what a shard sees inside `per_shard`: every axis splits, whatever it divides.
+    """
+    return P(*_by_table(dims, lambda index, axes: True))
+
+
+def specs(dims: Any, *in_front: str) -> Any:
+    """`spec` of each field of a record that holds dims, tuples of strings, with the same dims in front of all."""
+
+    def is_dims(node: Any) -> bool:
+        return type(node) is tuple and all(isinstance(name, str) for name in node)
+
+    return jax.tree.map(lambda own: spec(*in_front, *own), dims, is_leaf=is_dims)
+
+
+def parameter_spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
+    """How a parameter is split, by TABLE; vectors (scales of norms, biases) are whole everywhere.
 
     Args:
         dims: logical dimensions of the array's last axes; layers stacked in front are not split.
@@ -101,16 +130,29 @@ def spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
     stacked = len(shape) - len(dims)
     if len(dims) < 2:
         return P()
-    parts, taken = [], set()
-    for dim, size in zip(dims, shape[stacked:], strict=True):
+
+    def divide(index: int, axes: Sequence[str]) -> bool:
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        return mesh.shape[axes[-1]] > 1 and shape[stacked + index] % ways == 0
+
+    return P(*[None] * stacked, *_by_table(dims, divide))
+
+
+def _by_table(dims: Sequence[str], may_split: Callable[[int, Sequence[str]], bool]) -> Iterator[Any]:
+    """The entry of a PartitionSpec for each dim: the axes of TABLE that are left, and may split it together."""
+    taken: set[str] = set()
+    for index, dim in enumerate(dims):
         mine: list[str] = []
         for axis in TABLE[dim]:
-            ways = math.prod(mesh.shape[a] for a in (*mine, axis))
-            if mesh.shape[axis] > 1 and axis not in taken and size % ways == 0:
+            if axis not in taken and may_split(index, [*mine, axis]):
                 mine.append(axis)
         taken |= set(mine)
-        parts.append(tuple(mine) if len(mine) > 1 else mine[0] if mine else None)
-    return P(*[None] * stacked, *parts)
+        yield tuple(mine) if len(mine) > 1 else mine[0] if mine else None
+
+
+def ways(mesh: Mesh | None, dim: str) -> int:
+    """Into how many parts the mesh splits the first axis of an activation."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in TABLE[dim])
 
 
 def axes_of(part: Any) -> tuple[str, ...]:
@@ -135,7 +177,7 @@ def bytes_on_device(leaf: Any) -> int:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes, the rest whole."""
-    return NamedSharding(mesh, P(BATCH))
+    return NamedSharding(mesh, spec("batch"))
 
 
 def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
@@ -143,9 +185,11 @@ def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
     return mesh is not None and mesh.size > 1
 
 
-def constrain(x: Any, mesh: Mesh | None, spec: P) -> Any:
-    """The arrays of a pytree, laid out as `spec` inside a jitted function."""
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) if is_sharded(mesh) else x
+def constrain(x: Any, mesh: Mesh | None, layout: Any) -> Any:
+    """The arrays of a pytree, split inside a jitted function as `layout` says: one spec for all, or one for each."""
+    if not is_sharded(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.tree.map(lambda one: NamedSharding(mesh, one), layout))
 
 
 def gather(w: Array, mesh: Mesh | None, dims: Sequence[str]) -> Array:
@@ -161,7 +205,7 @@ def _way_to_use(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> tuple[
     In one go XLA would fill zeros in and sum the whole over all devices, the gradient likewise; axis by axis it
     gathers, and scatters the gradient's sums.
     """
-    parts = [list(axes_of(part)) for part in spec(mesh, dims, shape)]
+    parts = [list(axes_of(part)) for part in parameter_spec(mesh, dims, shape)]
     layouts = [P(*map(tuple, parts))]
     for axis in ("expert", "data"):
         for mine in parts:

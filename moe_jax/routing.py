@@ -5,12 +5,14 @@ T tokens, K top_k, S slots (= K for every selector that gives each token K exper
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, Key
+
+from moe_jax.config import ModelConfig
 
 Select = Callable[..., Int32[Array, "tokens slots"]]
 Combine = Callable[[Array, Array], Float32[Array, "tokens experts"]]
@@ -50,40 +52,69 @@ class Routing(NamedTuple):
     bias: Float32[Array, "*classes experts"]
     tokens: Tokens
 
+    @classmethod
+    def dims(cls) -> Any:
+        """The dims of each field that devices may split, as the mesh's table names them; loads and bias are whole."""
+        by_token: Any = ("tokens",)
+        whole: Any = ()
+        return cls(
+            expert_ids=by_token,
+            gates=by_token,
+            loads=whole,
+            logits=by_token,
+            scores=by_token,
+            bias=whole,
+            tokens=by_token,
+        )
+
+
+class RouterConfig(NamedTuple):
+    """How experts are scored, chosen and weighed; the keys of `config.model` of the same names.
+
+    top_k: experts per token, 1 to E.
+    score: "sigmoid" | "softmax" | "sqrt_softplus", the affinity in [0, 1] or [0, inf).
+    num_groups: G, divides E; experts e of group g have e // (E / G) == g.
+    top_groups: groups a token may use, ranked by the sum of their `group_top` best biased scores.
+    group_top: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
+    normalize_gates: divide the selected scores by their sum.
+    gate_scale: factor on the gates, after normalisation.
+    """
+
+    top_k: int
+    score: str = "sigmoid"
+    num_groups: int = 1
+    top_groups: int = 1
+    group_top: int = 2
+    normalize_gates: bool = True
+    gate_scale: float = 1.0
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "RouterConfig":
+        """The router of a model's layers."""
+        return cls(**{name: getattr(model, name) for name in cls._fields})
+
 
 def route(
     logits: Float32[Array, "tokens experts"],
+    router: RouterConfig,
     bias: Float32[Array, "*classes experts"] | None = None,
     *,
-    top_k: int,
-    score: str = "sigmoid",
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_top: int = 2,
-    normalize_gates: bool = True,
-    gate_scale: float = 1.0,
     tokens: Tokens = Tokens(),
     select: Select | None = None,
     combine: Combine | None = None,
     key: Key[Array, ""] | None = None,
     train: bool = False,
 ) -> Routing:
-    """Pick `top_k` experts for every token by `scores + bias`, and weigh them by the unbiased scores.
+    """Pick `router.top_k` experts for every token by `scores + bias`, and weigh them by the unbiased scores.
 
     Equal biased scores go to the lowest expert id (`lax.top_k`): with all-equal scores every token picks
     experts 0..K-1, which is why the router is initialised away from zero.
 
     Args:
         logits: float32 [T, E], any finite values.
+        router: how many experts, by which scores, from which groups, with what gates.
         bias: float32 [E], selection only: no gradient, no effect on gates. None is zero. Or [C, E], one for each
             class of tokens, which `tokens.kind` names (0 where it is None).
-        top_k: experts per token, 1 to E.
-        score: "sigmoid" | "softmax" | "sqrt_softplus", the affinity in [0, 1] or [0, inf).
-        num_groups: G, divides E; experts e of group g have e // (E / G) == g.
-        top_groups: groups a token may use, ranked by the sum of their `group_top` best biased scores.
-        group_top: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
-        normalize_gates: divide the selected scores by their sum.
-        gate_scale: factor on the gates, after normalisation.
         tokens: mask and more, see `Tokens`.
         select: replaces top-k of the biased scores: (scores, bias, *, top_k, tokens, key, train) -> ids [T, S].
         combine: replaces scores + bias: (scores, bias) -> biased scores. Here and above, bias is [1, E] or [T, E].
@@ -91,7 +122,7 @@ def route(
         train: True in training; selectors may infer otherwise than they train.
 
     Returns:
-        `Routing`; gates sum to `gate_scale` over a token's experts when normalised.
+        `Routing`; gates sum to `router.gate_scale` over a token's experts when normalised.
 
     Raises:
         ValueError: top_k, groups and experts do not fit together, or `score` is unknown.
@@ -99,24 +130,27 @@ def route(
     Source: DeepSeek-V3 (arXiv 2412.19437) eq. 13-16; Loss-Free Balancing (2408.15664) eq. 3.
     """
     num_experts = logits.shape[-1]
-    _check(num_experts, top_k, num_groups, top_groups, group_top)
+    _check(num_experts, router)
     logits = logits.astype(jnp.float32)
-    scores = affinity(logits, score)
+    scores = affinity(logits, router.score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
     own_bias = jnp.atleast_2d(bias)[:1] if bias.ndim == 1 or tokens.kind is None else bias[tokens.kind]
     if select is None:
         biased = scores + own_bias if combine is None else combine(scores, own_bias)
-        expert_ids = lax.top_k(limit_groups(biased, num_groups, top_groups, group_top), top_k)[1]
+        allowed = limit_groups(biased, router.num_groups, router.top_groups, router.group_top)
+        expert_ids = lax.top_k(allowed, router.top_k)[1]
     else:
-        expert_ids = select(scores, own_bias, top_k=top_k, tokens=tokens, key=key, train=train)
+        expert_ids = select(scores, own_bias, top_k=router.top_k, tokens=tokens, key=key, train=train)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
-    gates = gate_scale * _gates(scores, log_affinity(logits, score), expert_ids, normalize_gates)
+    log_scores = log_affinity(logits, router.score)
+    gates = router.gate_scale * _gates(scores, log_scores, expert_ids, router.normalize_gates)
     loads = count(expert_ids, num_experts)
     return Routing(expert_ids, gates, loads, logits, scores, bias, tokens)
 
 
-def _check(num_experts: int, top_k: int, num_groups: int, top_groups: int, group_top: int) -> None:
+def _check(num_experts: int, router: RouterConfig) -> None:
+    top_k, num_groups, top_groups, group_top = router.top_k, router.num_groups, router.top_groups, router.group_top
     if num_experts % num_groups:
         raise ValueError(f"num_experts={num_experts} must be divisible by num_groups={num_groups}; change one.")
     size = num_experts // num_groups

@@ -115,6 +115,21 @@ def test_commands_import_jax_late(command):
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
+SPECS_BY_HAND = {"mesh", "dispatch/apply"}  # where an axis may be named in a PartitionSpec
+
+
+def test_no_partition_spec_names_an_axis_outside_the_mesh():
+    # others name dims, `spec("batch", "sequence")`, so that the table alone says what an axis splits
+    def names_an_axis(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call):
+            return False
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return called in ("P", "PartitionSpec") and bool(node.args)
+
+    users = {name(f) for f in FILES if any(names_an_axis(node) for node in ast.walk(ast.parse(f.read_text())))}
+    assert users <= SPECS_BY_HAND
+
+
 def test_check_vma_is_switched_off_around_kernels_only():
     # `per_shard(kernel=True)` and `around_kernel`, whose laws are in the tests of their users
     assert {name(f) for f in FILES if "check_vma=" in f.read_text()} == {"mesh"}

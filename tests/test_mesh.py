@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
-from moe_jax.data import open_corpus, training_batches
-from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, platform, spec
+from moe_jax.data import Batch, open_corpus, training_batches
+from moe_jax.mesh import AXES, TABLE, batch_sharding, gather, make_mesh, parameter_spec, platform, spec, specs
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.moe import Balancing, MoE, RouterBias
-from moe_jax.routing import Tokens
+from moe_jax.model.forward import Pass, PerLayer, inputs_of
+from moe_jax.model.moe import MoE, RouterBias
+from moe_jax.routing import Routing, Tokens
 from moe_jax.training.compile import compiler_options, make_eval_step, make_train_step
-from moe_jax.training.losses import forward
+from moe_jax.training.losses import row_nats
 from moe_jax.training.state import abstract_state, init_state, state_shardings, step_key
 from moe_jax.training.step import accumulate
 
@@ -99,7 +100,7 @@ SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replic
 @pytest.mark.parametrize(("dims", "shape", "kept", "used"), SPECS)
 def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used):
     mesh = make_mesh(MeshConfig(1, 2, 2, 2))
-    assert spec(mesh, dims, shape) == kept
+    assert parameter_spec(mesh, dims, shape) == kept
     if used is not None:  # gathered inside a scan: without the stacked layers in front
         w = jax.device_put(np.zeros(shape[-len(dims) :], np.float32), NamedSharding(mesh, P()))
         gathered = jax.jit(lambda w: gather(w, mesh, dims))(w)
@@ -109,7 +110,23 @@ def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used
 def test_every_dimension_of_every_parameter_is_in_the_table():
     models = dict(qk_norm="head"), LATENT | dict(mtp_depth=1)
     dims = [d for m in models for d in jax.tree.leaves(abstract_model(tiny_config(model=m).model).dims)]
-    assert {name for d in dims for name in d.names} == set(TABLE)
+    activations = {"batch", "sequence", "tokens", "shards", "layers", "micro_batches"}
+    assert {name for d in dims for name in d.names} == set(TABLE) - activations
+
+
+def test_axes_that_the_batch_takes_are_left_to_no_later_dimension_of_an_activation():
+    batch = ("replica", "data", "expert")
+    assert spec("batch", "sequence", "heads", "head_dim") == P(batch, None, "tensor", None)
+    assert spec("layers", "batch") == P(None, batch)
+    assert spec("experts", "ffw", "embed") == P("expert", "tensor", "data")
+    assert spec() == P()
+
+
+@pytest.mark.parametrize("record", [Batch, Routing])
+def test_a_record_names_the_dims_of_every_field(record):
+    dims = record.dims()
+    assert all(type(own) is tuple for own in dims)
+    assert specs(dims, "layers") == record(*(spec("layers", *own) for own in dims))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -151,9 +168,11 @@ def one_step(sizes):
         return plain.observe(routing) | {"ids": routing.expert_ids, "scores": routing.scores + routing.bias}
 
     def loss(params, bias, state, batch, key):
-        balancing = Balancing(plain._replace(observe=observe), state)
-        nats, report = forward(config, params, bias, balancing, batch, key, mesh=mesh)
-        return nats.sum() / batch.mask.sum() + report.loss.sum(), (report.statistics, report.traffic)
+        balancer = plain._replace(observe=observe)
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(state), key, train=True, mesh=mesh)
+        nats, report = row_nats(config, params, bias, fwd, batch)
+        losses = sum(loss.sum() for loss in report.losses.values())
+        return nats.sum() / batch.mask.sum() + losses, (report.statistics, report.traffic)
 
     state, batch = init_state(config, mesh), batch_of(config, mesh)
     args = state.params, state.bias, state.balance, batch, step_key(config)
@@ -224,7 +243,8 @@ def replayed(sizes, steps: int = 50):
         def step(state, now):
             number, x = now
             layer = nnx.merge(graphdef, params, {"bias": state["bias"]})
-            routing = layer.route(x, Tokens(mask=mask), balancer, jax.random.key(0), True, mesh)
+            fwd = Pass(None, balancer, PerLayer({}), jax.random.key(0), train=True, mesh=mesh)
+            routing = layer.routing(x, Tokens(mask=mask), fwd)
             state = balancer.update(balancer.observe(routing), state, number)
             return state, (routing.loads, state["bias"])
 
@@ -254,7 +274,8 @@ def test_group_limited_copies_travel_to_few_blocks_of_consecutive_devices(num_gr
     config, mesh = config_on((1, 1, 8, 1), model=model)
     layer = MoE(config.model, nnx.Rngs(0))
     x = jax.device_put(np.random.default_rng(0).normal(size=(256, 16)).astype(np.float32), batch_sharding(mesh))
-    route = jax.jit(lambda x: layer.route(x, Tokens(), balance.make({}), jax.random.key(0), False, mesh))
+    fwd = Pass(None, balance.make({}), PerLayer({}), jax.random.key(0), mesh=mesh)  # a layer alone reads no inputs
+    route = jax.jit(lambda x: layer.routing(x, Tokens(), fwd))
     ids = np.asarray(route(x).expert_ids)
     assert max(len(set(row)) for row in ids // (16 // num_groups)) <= top_groups
     assert max(len(set(row)) for row in ids // 2) == most

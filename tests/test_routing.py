@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_jax.routing import Routing, Tokens, affinity, count, drop_second, limit_groups, route
+from moe_jax.routing import RouterConfig, Routing, Tokens, affinity, count, drop_second, limit_groups, route
 
 # scope: all laws of one score run together, so that each worker compiles few scores
 every_score = pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"], scope="module")
@@ -40,21 +40,22 @@ SLOPE = np.linspace(-0.2, 0.2, 8, dtype=np.float32)
 @functools.cache
 def routed(**options):
     """`route` under jit, one compilation for all tests that ask for the same options and shapes."""
-    return jax.jit(functools.partial(route, **options))
+    router = RouterConfig(**options)
+    return jax.jit(lambda logits, bias=None, **more: route(logits, router, bias, **more))
 
 
 @functools.cache
 def replayed(**options):
     """`route` of (logits, bias, expert_ids) with the selection given."""
-    return jax.jit(lambda logits, bias, ids: route(logits, bias, select=lambda *_, **__: ids, **options))
+    return jax.jit(lambda logits, bias, ids: route(logits, RouterConfig(**options), bias, select=lambda *_, **__: ids))
 
 
 @functools.cache
-def differentiated(**options):
+def differentiated(select=None, **options):
     """Value and gradient in (logits, bias) of something that normalised gates do not make constant."""
 
     def weighted_sum(logits, bias):
-        gates = route(logits, bias, **options).gates
+        gates = route(logits, RouterConfig(**options), bias, select=select).gates
         return (gates * jnp.arange(1.0, gates.size + 1.0).reshape(gates.shape)).sum()
 
     return jax.jit(jax.value_and_grad(weighted_sum, argnums=(0, 1)))
@@ -291,7 +292,7 @@ def test_a_selector_is_given_scores_bias_and_all_that_is_known_of_the_tokens():
 
     tokens, key = Tokens(ids=jnp.asarray(np.arange(6, dtype=np.int32))), jax.random.key(0)
     jax.eval_shape(
-        lambda logits: route(logits, top_k=2, tokens=tokens, select=select, key=key, train=True),
+        lambda logits: route(logits, RouterConfig(top_k=2), tokens=tokens, select=select, key=key, train=True),
         random_logits(0),
     )
     assert seen["scores"].shape == (6, 8)
@@ -428,4 +429,4 @@ def test_a_routing_has_the_seven_fields_of_the_protocol():
 )
 def test_route_refuses_what_does_not_fit(options):
     with pytest.raises(ValueError, match="must be"):
-        route(jnp.zeros((3, 4), jnp.float32), **options)
+        route(jnp.zeros((3, 4), jnp.float32), RouterConfig(**options))

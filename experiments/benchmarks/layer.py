@@ -71,17 +71,18 @@ def _forward_and_backward() -> Callable[..., tuple]:
     from flax import nnx
 
     from moe_jax import balance
-    from moe_jax.model.moe import Balancing
+    from moe_jax.model.forward import Pass, PerLayer
     from moe_jax.routing import Tokens
 
-    balancing = Balancing(balance.make({}), {})
+    no_inputs: Any = None  # a layer alone reads none
+    fwd = Pass(no_inputs, balance.make({}), PerLayer({}), jax.random.key(0), train=True)
 
     def run(layer: Any, x: Any, dy: Any) -> tuple:
         split: Any = nnx.split(layer, nnx.Param, ...)
         graph, params, rest = split
 
         def forward(params: Any, x: Any) -> Any:
-            return nnx.merge(graph, params, rest)(x, Tokens(), balancing, jax.random.key(0), True)[0]
+            return nnx.merge(graph, params, rest)(x, Tokens(), fwd)[0]
 
         y, backward = jax.vjp(forward, params, x)
         weights, dx = backward(dy)

@@ -256,12 +256,14 @@ def _moe(config: Config) -> Callable[[], Any]:
     from flax import nnx
 
     from moe_jax import balance
-    from moe_jax.model.moe import Balancing, MoE
+    from moe_jax.model.forward import Pass, PerLayer
+    from moe_jax.model.moe import MoE
     from moe_jax.routing import Tokens
 
     graph, params, rest = _module(functools.partial(MoE, config.model))
-    others = Tokens(), Balancing(balance.make({}), {}), jax.random.key(0), True
-    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, *others)[0], params, _hidden(config))
+    no_inputs: Any = None  # a layer alone reads none
+    fwd = Pass(no_inputs, balance.make({}), PerLayer({}), jax.random.key(0), train=True)
+    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, Tokens(), fwd)[0], params, _hidden(config))
 
 
 def _head(config: Config) -> Callable[[], Any]:

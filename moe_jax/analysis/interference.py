@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe_jax import balance
@@ -20,11 +19,12 @@ from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
-from moe_jax.mesh import BATCH, constrain, replicated
+from moe_jax.mesh import constrain, replicated, spec, specs
 from moe_jax.model.abstract import Tree
-from moe_jax.model.moe import Balancing, Details
+from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
+from moe_jax.model.prediction import language_nats
 from moe_jax.training.compile import without_what_no_step_reads
-from moe_jax.training.losses import language_nats, summed_forward
+from moe_jax.training.losses import summed_nats
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import at_least_one, split_batch
 
@@ -107,8 +107,9 @@ def _gradients(
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
         params, steps = with_routers(state.params, router), jnp.full(router.shape[0], state.step)
-        balancing = Balancing(balancer, state.balance, offset=offset, step=steps)
-        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
+        per_layer = PerLayer(state.balance, offset=offset, step=steps)
+        fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
+        nats, ahead, report = summed_nats(config, params, state.bias, fwd, batch)
         assert report is not None  # only models with experts are measured
         apart = {True: jnp.float32(0.0), False: jnp.float32(0.0)}
         for label, value in report.losses.items():
@@ -117,7 +118,7 @@ def _gradients(
         return (language, apart[False], apart[True]), report.details
 
     shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
-    offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, P(None, BATCH))
+    offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, spec("layers", "batch", "sequence"))
     _, pull, details = jax.vjp(losses, router, offset, has_aux=True)
     return Gradients(*(Places(*pull(tuple(map(jnp.float32, unit)))) for unit in jnp.eye(3, dtype=jnp.float32))), details
 
@@ -150,7 +151,7 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
 def _first_micro_batch(
     config: Config, batch: Batch, key: Array, state: TrainState, mesh: Mesh | None
 ) -> tuple[Batch, Array]:
-    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
     return jax.tree.map(lambda a: a[0], micro), jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
 
 

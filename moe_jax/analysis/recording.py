@@ -10,9 +10,9 @@ from moe_jax import balance
 from moe_jax.analysis.interference import Measure, _first_micro_batch, _jitted
 from moe_jax.config import Config, num_moe_layers
 from moe_jax.data.batches import Batch
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.training.compile import without_what_no_step_reads
-from moe_jax.training.losses import forward
+from moe_jax.training.losses import row_nats
 from moe_jax.training.state import TrainState
 
 
@@ -35,8 +35,9 @@ class Scores(NamedTuple):
 def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
     """The router logits of the step's first micro-batch, as the train step is about to see them."""
     micro, key = _first_micro_batch(config, batch, key, state, mesh)
-    balancing = Balancing(balance.make(config.balance, config.model), state.balance)
-    report = forward(config, state.params, state.bias, balancing, micro, key, mesh=mesh)[1]
+    balancer = balance.make(config.balance, config.model)
+    fwd = Pass(inputs_of(micro), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
+    report = row_nats(config, state.params, state.bias, fwd, micro)[1]
     assert report is not None  # only models with experts are recorded
     tokens = report.details.routing.tokens
     assert tokens.mask is not None and tokens.ids is not None

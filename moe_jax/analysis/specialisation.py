@@ -21,10 +21,10 @@ from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import replicated
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.runtime.files import write_whole
 from moe_jax.training.compile import without_what_no_step_reads
-from moe_jax.training.losses import forward
+from moe_jax.training.losses import row_nats
 from moe_jax.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def _choices_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Ba
     balancer, num_experts = balance.make(config.balance, config.model), config.model.num_experts
 
     def choices(state: TrainState, batch: Batch) -> Choices:
-        balancing, key = Balancing(balancer, state.balance), jax.random.key(0)
-        _, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), jax.random.key(0), mesh=mesh)
+        _, report = row_nats(config, state.params, state.bias, fwd, batch)
         assert report is not None  # callers refuse dense models
         ids, row_loads = report.details.routing.expert_ids, report.details.row_loads[..., :num_experts]
         pairs = jax.lax.map(lambda one: counts.pair_counts(one, num_experts), ids)  # a layer at a time: [T, E] is big

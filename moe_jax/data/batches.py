@@ -50,6 +50,20 @@ class Batch(NamedTuple):
     domain: Any
     num_bytes: Any
 
+    @classmethod
+    def dims(cls) -> "Batch":
+        """The dims of each field, as the mesh's table names them."""
+        by_token, by_row = ("batch", "sequence"), ("batch",)
+        return cls(
+            tokens=by_token,
+            targets=by_token,
+            segment_ids=by_token,
+            positions=by_token,
+            mask=by_token,
+            domain=by_row,
+            num_bytes=by_row,
+        )
+
 
 class BatchAt(Protocol):
     """(step, rows) -> those rows of the step's batch; all of them where `rows` is left out."""

@@ -16,8 +16,7 @@ from moe_jax import balance
 from moe_jax.config import ModelConfig
 from moe_jax.huggingface.weights import _name, abstract_weights, export, fill, open_hf
 from moe_jax.model.abstract import Tree, abstract_model
-from moe_jax.model.block import Inputs
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.runtime.files import new_folder
 from moe_jax.training.state import read_bias
 
@@ -81,7 +80,7 @@ def _forward(config: ModelConfig) -> Callable[..., tuple[Array, Any, Any]]:
 
     def forward(params: Tree, bias: Tree, inputs: Inputs) -> tuple[Array, Any, Any]:
         model = nnx.merge(graphdef, params, bias)
-        x, ahead, report = model.before_head(inputs, Balancing(balancer, {}), key=jax.random.key(0))
+        x, ahead, report = model.before_head(Pass(inputs, balancer, PerLayer({}), jax.random.key(0)))
         ids = None if report is None else report.details.routing.expert_ids
         return model.logits(x), None if ahead is None else model.logits(ahead), ids
 

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.mesh import BATCH, per_shard, platform
+from moe_jax.mesh import per_shard, platform, spec
 
 BLOCK = 512  # queries and keys the TPU kernel compares at once; of a shorter sequence, all
 
@@ -151,8 +150,10 @@ def splash(
         kernel = _splash_kernel(query.shape[1], length + rest, block, interpret)
         return kernel(query, key, value, segments).swapaxes(1, 2)[:, :length]
 
-    heads, rows = P(BATCH, None, "tensor"), P(BATCH)
-    run = per_shard(on_shard, mesh, (heads, heads, heads, rows), heads, kernel=True)
+    queries = spec("batch", "sequence", "heads")
+    keys = spec("batch", "sequence", "kv_heads")
+    segments = spec("batch", "sequence")
+    run = per_shard(on_shard, mesh, (queries, keys, keys, segments), queries, kernel=True)
     return run(query, key, value, segment_ids)
 
 

@@ -1,26 +1,16 @@
 """One block of the transformer, and how blocks are stacked."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Cache, make_attention
+from moe_jax.model.forward import Pass, Report, token_info
 from moe_jax.model.layers import RMSNorm, SwiGLU
-from moe_jax.model.moe import Balancing, MoE, Report
-from moe_jax.routing import Rows, Tokens
-
-
-class Inputs(NamedTuple):
-    """What a forward pass reads, [B, S] each: token ids, position in the document, document (0: padding)."""
-
-    tokens: Int32[Array, "batch seq"]
-    positions: Int32[Array, "batch seq"]
-    segment_ids: Int32[Array, "batch seq"]
+from moe_jax.model.moe import MoE
 
 
 class Run(NamedTuple):
@@ -56,25 +46,21 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch seq embed"],
         cache: Cache | None,
-        inputs: Inputs,
-        balancing: Balancing,
-        key: Key[Array, ""],
-        train: bool,
-        mesh: Mesh | None = None,
+        fwd: Pass,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
         """The residual stream after this layer, the Report if the layer routes, and the cache if there is one."""
         with jax.named_scope("attention"):
             h = self.attention_norm(x)
             if cache is None:
-                mixed = self.attention(h, inputs.positions, inputs.segment_ids, mesh)
+                mixed = self.attention(h, fwd.inputs.positions, fwd.inputs.segment_ids, fwd.mesh)
             else:
-                mixed, cache = self.attention.extend(h, inputs.positions, cache, mesh)
+                mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh)
             x = x + mixed
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
-            return x + self.ffw(h, mesh), None, cache
-        tokens = token_info(inputs, self.ffw.config.class_starts)
-        y, report = self.ffw(h, tokens, balancing, key, train, mesh, dropless=cache is not None)
+            return x + self.ffw(h, fwd.mesh), None, cache
+        tokens = token_info(fwd.inputs, self.ffw.config.class_starts)
+        y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)
         return x + y, report, cache
 
 
@@ -85,24 +71,11 @@ class Unit(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs, kind) for kind in kinds])
 
     def __call__(
-        self, x: Array, caches: tuple[Cache | None, ...], *args: Any
+        self, x: Array, caches: tuple[Cache | None, ...], fwd: Pass
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
         """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
         report, after = None, []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, report, cache = block(x, cache, *args)
+            x, report, cache = block(x, cache, fwd)
             after.append(cache)
         return x, report, tuple(after)
-
-
-def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
-    """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
-    kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
-    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
-    return Tokens(
-        mask=(inputs.segment_ids > 0).ravel(),
-        row=rows.ravel(),
-        ids=inputs.tokens.ravel(),
-        kind=None if kind is None else kind.ravel(),
-        rows=Rows(len(rows)),
-    )

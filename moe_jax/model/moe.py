@@ -4,70 +4,23 @@ Forward reports and changes nothing: the bias is read here and written only by t
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32
 
-from moe_jax.balance import Balancer, State, Statistics, measures
+from moe_jax.balance import State, Statistics, measures
 from moe_jax.config import ModelConfig
-from moe_jax.dispatch import ExpertWeights, Traffic, apply_experts
-from moe_jax.mesh import BATCH, per_shard
+from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.mesh import per_shard, spec, specs
+from moe_jax.model.forward import Details, Pass, Report
 from moe_jax.model.layers import SwiGLU, normal
-from moe_jax.routing import Routing, Tokens, count, counts_by_row, drop_second, route
+from moe_jax.routing import RouterConfig, Routing, Tokens, count, counts_by_row, drop_second, route
 
 
 class RouterBias(nnx.Variable):
     """The selection bias, float32 [E]: by type not a Param, so no gradient, optimizer or decay can touch it."""
-
-
-class Details(NamedTuple):
-    """What measuring reads of one layer's routing, and training does not: without a reader it is not computed.
-
-    routing: of the micro-batch. unbiased_ids: what its tokens would choose by their scores alone. next_ids: under
-    the bias that the update from this micro-batch alone gives. row_loads: copies per expert of every sequence.
-    """
-
-    routing: Routing
-    unbiased_ids: Int32[Array, "tokens slots"]
-    next_ids: Int32[Array, "tokens slots"]
-    row_loads: Int32[Array, "batch experts"]
-
-
-class Balancing(NamedTuple):
-    """What balancing needs in a forward pass; all but the balancer stacked over the MoE layers [L, ...].
-
-    statistics: those of the whole optimizer step where a loss reads them, None for this forward's own.
-    earlier: those of the step's micro-batches before this one, where a loss reads the sum so far.
-    offset: added to the layers' inputs [L, B, S, D], zeros by which to differentiate; None for nothing.
-    step: the optimizer step [L], the same for all, where the next bias is asked for; None for 0.
-    """
-
-    balancer: Balancer
-    state: State
-    statistics: Statistics | None = None
-    earlier: Statistics | None = None
-    offset: Array | None = None
-    step: Array | None = None
-
-
-class Report(NamedTuple):
-    """What one MoE layer tells: additive statistics, its balancing losses, and measures for the log."""
-
-    statistics: Statistics
-    losses: dict[str, Float32[Array, ""]]
-    aux_loss: Float32[Array, ""]
-    traffic: Traffic
-    details: Details
-
-    @property
-    def loss(self) -> Float32[Array, "*layers"]:
-        """The sum of the layer's losses; 0 for methods without one."""
-        return sum(self.losses.values(), jnp.zeros_like(self.aux_loss))
 
 
 class MoE(nnx.Module):
@@ -92,34 +45,31 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "batch seq embed"],
         tokens: Tokens,
-        balancing: Balancing,
-        key: Key[Array, ""],
-        train: bool,
-        mesh: Mesh | None = None,
+        fwd: Pass,
         dropless: bool = False,
     ) -> tuple[Float[Array, "batch seq embed"], Report]:
-        """x [B, S, D] to y [B, S, D] and the layer's Report; `balancing` is sliced to this layer.
+        """x [B, S, D] to y [B, S, D] and the layer's Report; `fwd` is this layer's own.
 
         With `dropless` no copy is dropped, though the config or a method would.
         """
-        c, balancer = self.config, balancing.balancer
-        drop = None if dropless else balancer.drop
-        if balancing.offset is not None:
-            x = x + balancing.offset.astype(x.dtype)
+        c = self.config
+        drop = None if dropless else fwd.balancer.drop
+        if fwd.per_layer.offset is not None:
+            x = x + fwd.per_layer.offset.astype(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
-        select_key, second_key = jax.random.split(key)
-        state = balancing.state | {"bias": self.bias[...]}
+        select_key, second_key = jax.random.split(fwd.key)
+        state = self._state(fwd)
         with jax.named_scope("router"):
-            routing = self.route(flat, tokens, balancer, select_key, train, mesh, state)
-        sent = drop_second(routing, second_key) if train and c.random_second else routing
+            routing = self.routing(flat, tokens, fwd._replace(key=select_key))
+        sent = drop_second(routing, second_key) if fwd.train and c.random_second else routing
         if drop is not None:
-            sent = only(sent, drop(sent, state, second_key, train))
+            sent = only(sent, drop(sent, state, second_key, fwd.train))
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
         y, traffic = apply_experts(
             flat,
             real_part(sent, c.num_experts),
             weights,
-            mesh=mesh,
+            mesh=fwd.mesh,
             backend="auto" if dropless and c.dispatch == "capacity" else c.dispatch,
             num_rows=x.shape[0],
             capacity_factor=c.capacity_factor,
@@ -132,98 +82,79 @@ class MoE(nnx.Module):
         if c.num_zero_experts:
             y = y + through_zero_experts(flat, sent, c.num_experts)
         if self.shared is not None:
-            y = y + self.shared(flat, mesh)
-        losses, own = self._balance(routing, balancing, state)
+            y = y + self.shared(flat, fwd.mesh)
+        losses, own = self._losses(routing, fwd, state)
         aux_loss = jax.lax.stop_gradient(measures.aux_loss_value(routing, c.num_experts))
-        details = self._details(routing, own, balancing, state, x.shape[0], mesh)
+        details = self._details(routing, own, fwd, state, x.shape[0])
         return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
 
-    def route(
-        self,
-        x: Float[Array, "tokens embed"],
-        tokens: Tokens,
-        balancer: Balancer,
-        key: Array,
-        train: bool,
-        mesh: Mesh | None = None,
-        state: State | None = None,
-    ) -> Routing:
-        """The routing of [T, D] vectors, before anything is dropped; router in float32, jitter in training only.
+    def routing(self, x: Float[Array, "tokens embed"], tokens: Tokens, fwd: Pass) -> Routing:
+        """Where [T, D] vectors go, before anything is dropped; router in float32, jitter in training only.
 
         Each device routes its own tokens, for XLA would gather all scores to sort them; a selector of its own
         may need to see the whole batch, and does.
         """
-        c = self.config
-        jitter_key, select_key = jax.random.split(key)
+        c, balancer, state = self.config, fwd.balancer, self._state(fwd)
+        jitter_key, select_key = jax.random.split(fwd.key)
         wide = x.astype(jnp.float32)
-        if train and c.router_jitter > 0:
+        if fwd.train and c.router_jitter > 0:
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
             wide = wide * jax.random.uniform(jitter_key, wide.shape, jnp.float32, low, high)
         logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
-        state = {"bias": self.bias[...]} if state is None else state
-        if balancer.select is not None and (train or balancer.inference == "same"):
-            select = functools.partial(balancer.select, state=state)
-            return self.pick(logits, state["bias"], tokens, balancer, select=select, key=select_key, train=train)
-        return self.pick_by_bias(logits, state["bias"], tokens, balancer, mesh)
-
-    def pick_by_bias(
-        self, logits: Array, bias: Array, tokens: Tokens, balancer: Balancer, mesh: Mesh | None = None
-    ) -> Routing:
-        """Route by the k best biased scores, every device its own tokens."""
-
-        def pick_here(logits: Array, bias: Array, tokens: Tokens) -> Routing:
-            routing = self.pick(logits, bias, tokens, balancer)
-            return routing._replace(loads=routing.loads[None])
-
-        split = jax.tree.map(lambda _: P(BATCH), tokens)
-        places: Any = Routing._make([P(BATCH)] * 5 + [P(), split])
-        routing = per_shard(pick_here, mesh, (P(BATCH), P(), split), places)(logits, bias, tokens)
-        return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
-
-    def pick(self, logits: Array, bias: Array, tokens: Tokens, balancer: Balancer, **how: Any) -> Routing:
-        """`route` as the config says."""
-        c = self.config
+        if balancer.select is None or (not fwd.train and balancer.inference == "top_k"):
+            return self._routing_by_bias(logits, state["bias"], tokens, fwd)
         return route(
             logits,
-            bias,
-            top_k=c.top_k,
-            score=c.score,
-            num_groups=c.num_groups,
-            top_groups=c.top_groups,
-            group_top=c.group_top,
-            normalize_gates=c.normalize_gates,
-            gate_scale=c.gate_scale,
+            RouterConfig.of(c),
+            state["bias"],
             tokens=tokens,
+            select=functools.partial(balancer.select, state=state),
             combine=balancer.combine,
-            **how,
+            key=select_key,
+            train=fwd.train,
         )
 
-    def _balance(
-        self, routing: Routing, balancing: Balancing, state: State
-    ) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
+    def _routing_by_bias(self, logits: Array, bias: Array, tokens: Tokens, fwd: Pass) -> Routing:
+        """`route` by the k best biased scores, every device its own tokens."""
+
+        def on_shard(logits: Array, bias: Array, tokens: Tokens) -> Routing:
+            router = RouterConfig.of(self.config)
+            routing = route(logits, router, bias, tokens=tokens, combine=fwd.balancer.combine)
+            return routing._replace(loads=routing.loads[None])  # [1, E], of this shard
+
+        layout = specs(Routing.dims())
+        given = layout.logits, layout.bias, layout.tokens
+        by_shard = layout._replace(loads=spec("shards"))
+        routing = per_shard(on_shard, fwd.mesh, given, by_shard)(logits, bias, tokens)
+        return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
+
+    def _state(self, fwd: Pass) -> State:
+        """The balancer's state of this layer, with the bias that the model holds."""
+        return fwd.per_layer.state | {"bias": self.bias[...]}
+
+    def _losses(self, routing: Routing, fwd: Pass, state: State) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
         """The balancing losses, and what this forward pass adds to the statistics of the step."""
-        own = seen = balancing.balancer.observe(routing)
-        if balancing.statistics is not None:
-            seen = balancing.statistics
-        if balancing.earlier is not None:
-            seen = jax.tree.map(jnp.add, own, balancing.earlier)
-        return balancing.balancer.losses(routing, seen, state, self.router[...]), own
+        own = seen = fwd.balancer.observe(routing)
+        if fwd.per_layer.statistics is not None:
+            seen = fwd.per_layer.statistics
+        if fwd.per_layer.earlier is not None:
+            seen = jax.tree.map(jnp.add, own, fwd.per_layer.earlier)
+        return fwd.balancer.losses(routing, seen, state, self.router[...]), own
 
     def _details(
         self,
         routing: Routing,
         own: Statistics,
-        balancing: Balancing,
+        fwd: Pass,
         state: State,
         num_rows: int,
-        mesh: Mesh | None,
     ) -> Details:
         routing = jax.lax.stop_gradient(routing)
-        balancer, num_choices = balancing.balancer, routing.loads.shape[0]
-        step = jnp.int32(0) if balancing.step is None else balancing.step
+        balancer, num_choices = fwd.balancer, routing.loads.shape[0]
+        step = jnp.int32(0) if fwd.per_layer.step is None else fwd.per_layer.step
 
         def chosen_under(bias: Array) -> Array:
-            return self.pick_by_bias(routing.logits, bias, routing.tokens, balancer, mesh).expert_ids
+            return self._routing_by_bias(routing.logits, bias, routing.tokens, fwd).expert_ids
 
         return Details(
             routing,

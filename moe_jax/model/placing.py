@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, GATHERED, axes_of, gather, is_expert_weight, is_sharded, spec
+from moe_jax.mesh import GATHERED, axes_of, gather, is_expert_weight, is_sharded, parameter_spec, spec
 
 
 def look_up(
@@ -23,7 +22,7 @@ def look_up(
     """
     if not is_sharded(mesh):
         return table[tokens]
-    place = spec(mesh, ("vocab", "embed"), table.shape)
+    place, by_token = parameter_spec(mesh, ("vocab", "embed"), table.shape), spec("batch", "sequence")
     rows, columns = map(axes_of, place)
 
     def on_shard(part: Array, tokens: Array) -> Array:
@@ -35,7 +34,7 @@ def look_up(
         own = jnp.where(tokens >= first, tokens - first, part.shape[0])
         return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), "tensor")
 
-    return jax.shard_map(on_shard, mesh=mesh, in_specs=(place, P(BATCH)), out_specs=P(BATCH))(table, tokens)
+    return jax.shard_map(on_shard, mesh=mesh, in_specs=(place, by_token), out_specs=by_token)(table, tokens)
 
 
 def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:

@@ -1,15 +1,17 @@
-"""Multi-token prediction: the modules that predict the tokens after the next."""
+"""Multi-token prediction: the modules that predict the tokens after the next, their inputs, targets and loss."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from moe_jax.config import ModelConfig
-from moe_jax.model.block import Block, Inputs
+from moe_jax.config import Config, ModelConfig
+from moe_jax.data.batches import Batch
+from moe_jax.model.block import Block
+from moe_jax.model.forward import Inputs, Pass, Report, inputs_of
 from moe_jax.model.layers import RMSNorm, normal
-from moe_jax.model.moe import Report
 
 
 class Ahead(nnx.Module):
@@ -30,11 +32,11 @@ class Ahead(nnx.Module):
         self.block = Block(config, rngs, "moe" if config.num_experts else "dense")
         self.norm = RMSNorm(config, embed=width)
 
-    def __call__(self, x: Array, embedded: Array, *args: Any) -> tuple[Float[Array, "batch seq embed"], Report | None]:
+    def __call__(self, x: Array, embedded: Array, fwd: Pass) -> tuple[Float[Array, "batch seq embed"], Report | None]:
         """x [B, S, D] of the depth before, and the embedding of the token k places on; to this depth's, and Report."""
         known, seen = self.embedding_norm(embedded), self.hidden_norm(x)
         mixed = known @ self.from_embedding.astype(x.dtype) + seen @ self.from_hidden.astype(x.dtype)
-        x, report, _ = self.block(mixed, None, *args)
+        x, report, _ = self.block(mixed, None, fwd)
         return self.norm(x), report
 
 
@@ -53,3 +55,47 @@ def ahead_of(inputs: Inputs, depth: int) -> Inputs:
 def shifted(x: Array, depth: int) -> Array:
     """[B, S] moved `depth` places towards the start; zeros come in."""
     return jnp.pad(x[:, depth:], ((0, 0), (0, depth)))
+
+
+# --- its loss -----------------------------------------------------------------------------------------------
+
+
+def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """What depth k of multi-token prediction predicts at each place, t_{i+k+1}, and where: inside one document."""
+    seen = ahead_of(inputs_of(batch), depth).segment_ids > 0
+    return shifted(batch.targets, depth), seen & shifted(batch.mask, depth)
+
+
+class AheadLoss(NamedTuple):
+    """Of multi-token prediction: nats summed over its depths, and how many targets it has there."""
+
+    nats: Float32[Array, ""]
+    tokens: Int32[Array, ""]
+
+
+def ahead_loss(
+    batch: Batch, ahead: Sequence[Array], nats: Callable[[Array, Array, Array], Float32[Array, ""]]
+) -> AheadLoss:
+    """The loss over all depths, `ahead` what the head multiplies at each; `nats` of (x, targets, mask)."""
+    total = AheadLoss(jnp.float32(0.0), jnp.int32(0))
+    for depth, x in enumerate(ahead, 1):
+        targets, mask = ahead_targets(batch, depth)
+        total = AheadLoss(total.nats + nats(x, targets, mask), total.tokens + mask.sum(dtype=jnp.int32))
+    return total
+
+
+def language_nats(
+    config: Config, step: Int32[Array, ""], nats: Float32[Array, ""], ahead: AheadLoss
+) -> Float32[Array, ""]:
+    """The nats that training lowers: of the next token, and lambda times the mean over the depths after it.
+
+    Both are to be divided by the tokens of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
+    """
+    depth = config.model.mtp_depth
+    return nats + prediction_weight(config, step) / depth * ahead.nats if depth else nats
+
+
+def prediction_weight(config: Config, step: Int32[Array, ""]) -> Float32[Array, ""]:
+    """lambda, the weight of multi-token prediction's mean loss over its depths. Source: DeepSeek-V3, section 4.2."""
+    starts = jnp.array([round(share * config.num_steps) for share in config.mtp_milestones], jnp.int32)
+    return jnp.array(config.mtp_weights, jnp.float32)[(starts <= step).sum(dtype=jnp.int32)]

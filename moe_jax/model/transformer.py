@@ -9,21 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int32, Key
+from jaxtyping import Array, Float, Float32
 
 from moe_jax.config import ModelConfig
-from moe_jax.mesh import BATCH, constrain, is_sharded
+from moe_jax.mesh import constrain, is_sharded, spec
 from moe_jax.model.attention import Cache
-from moe_jax.model.block import Inputs, Run, Unit, layout
+from moe_jax.model.block import Run, Unit, layout
+from moe_jax.model.forward import NOTHING, Pass, Report
 from moe_jax.model.layers import RMSNorm, normal
-from moe_jax.model.moe import Balancing, Report
 from moe_jax.model.placing import _stack, at_use, look_up, rematerialized
 from moe_jax.model.prediction import AHEAD, Ahead, ahead_of
 
 
 class Transformer(nnx.Module):
-    """Embedding, layers, norm, head. Call it on `Inputs` to get logits and the stacked Reports [L, ...].
+    """Embedding, layers, norm, head. Call it on a `Pass` to get logits and the stacked Reports [L, ...].
 
     L counts the MoE layers of multi-token prediction, which come last.
     """
@@ -37,55 +36,31 @@ class Transformer(nnx.Module):
         self.mtp = _stack(rngs, config.mtp_depth, Ahead, config) if config.mtp_depth else None
         self.config = nnx.static(config)
 
-    def __call__(
-        self,
-        inputs: Inputs,
-        balancing: Balancing,
-        *,
-        key: Key[Array, ""],
-        train: bool = False,
-        mesh: Mesh | None = None,
-    ) -> tuple[Float32[Array, "batch seq vocab"], Report | None]:
+    def __call__(self, fwd: Pass) -> tuple[Float32[Array, "batch seq vocab"], Report | None]:
         """Next-token logits and what the MoE layers report.
-
-        Args:
-            inputs: token ids, positions and segments, [B, S].
-            balancing: the balancer with its state stacked over MoE layers; the bias is read from the model.
-            key: randomness of this forward pass (router jitter, random second expert, selectors).
-            train: False turns that randomness off.
-            mesh: where parameters and rows of the batch lie; None for one device.
 
         Returns:
             logits float32 [B, S, V]; Report with leaves [L, ...], or None for a dense model.
         """
-        x, _, report = self.before_head(inputs, balancing, key=key, train=train, mesh=mesh)
-        return self.logits(x, mesh), report
+        x, _, report = self.before_head(fwd)
+        return self.logits(x, fwd.mesh), report
 
     def before_head(
-        self, inputs: Inputs, balancing: Balancing, *, key: Array, train: bool = False, mesh: Mesh | None = None
+        self, fwd: Pass
     ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "depth batch seq embed"] | None, Report | None]:
         """As the call, but what the head multiplies, in the compute dtype: [B, S, D], and of multi-token prediction."""
-        own, later = self._split(balancing)
-        x, report, _ = self._layers(inputs, own, key, train, mesh)
+        x, report, _ = self._layers(self._own(fwd))
         x = self.final_norm(x)
         if self.mtp is None:
             return x, None, report
         with jax.named_scope("ahead"):
-            ahead, more = self._ahead(x, inputs, later, jax.random.fold_in(key, AHEAD), train, mesh)
+            ahead, more = self._ahead(x, self._later(fwd))
         if report is not None:
             report = jax.tree.map(lambda *parts: jnp.concatenate(parts), report, more)
         return x, ahead, report
 
     def extend(
-        self,
-        tokens: Int32[Array, "batch seq"],
-        positions: Int32[Array, "batch seq"],
-        cache: Any,
-        balancing: Balancing,
-        *,
-        last_only: bool = False,
-        key: Key[Array, ""] | None = None,
-        mesh: Mesh | None = None,
+        self, fwd: Pass, cache: Any, *, last_only: bool = False
     ) -> tuple[Float32[Array, "batch out vocab"], Report | None, Any]:
         """Decode: the logits of tokens that see what the cache holds, and enter it.
 
@@ -93,26 +68,19 @@ class Transformer(nnx.Module):
         call on the whole sequence. No copy is dropped, whatever the config says of training.
 
         Args:
-            tokens: int32 [B, N], the next tokens of one document a row.
-            positions: int32 [B, N], each token's place in its row, below the cache's length; -1 is padding, which
-                enters nothing and is routed nowhere.
+            fwd: through `next_inputs`: the next tokens of one document a row, [B, N], each at its place in the row,
+                below the cache's length; padding, at -1, enters nothing and is routed nowhere.
             cache: of `init_cache`, or as the last call returned it.
-            balancing: as in the call.
             last_only: logits of each row's token of the highest position only: a prompt's others need no room.
-            key: for selectors that draw.
-            mesh: where parameters and rows of the batch lie; None for one device.
 
         Returns:
             logits float32 [B, N, V], or [B, 1, V]; Report with leaves [L, ...] without multi-token prediction; the
             cache.
         """
-        inputs = Inputs(tokens, positions, (positions >= 0).astype(jnp.int32))
-        own = self._split(balancing)[0]
-        key = jax.random.key(0) if key is None else key
-        x, report, cache = self._layers(inputs, own, key, False, mesh, cache)
+        x, report, cache = self._layers(self._own(fwd), cache)
         if last_only:
-            x = jnp.take_along_axis(x, positions.argmax(1)[:, None, None], 1)
-        return self.logits(self.final_norm(x), mesh), report, cache
+            x = jnp.take_along_axis(x, fwd.inputs.positions.argmax(1)[:, None, None], 1)
+        return self.logits(self.final_norm(x), fwd.mesh), report, cache
 
     def init_cache(self, batch: int, length: int) -> Any:
         """What `extend` fills, for so many rows of so many tokens: for each stack the layers' caches, stacked."""
@@ -136,77 +104,57 @@ class Transformer(nnx.Module):
     def _embed(self, tokens: Array, mesh: Mesh | None) -> Float[Array, "batch seq embed"]:
         return look_up(self.embedding[...].astype(self.config.compute_dtype), tokens, mesh)
 
-    def _split(self, balancing: Balancing) -> tuple[Balancing, Balancing]:
-        """What the layers get of it, and what multi-token prediction gets: its layers are the last."""
+    def _own(self, fwd: Pass) -> Pass:
+        """The pass through the layers of the model proper: those of multi-token prediction are the last."""
         depth = self.config.mtp_depth
-        if not depth:
-            return balancing, balancing
-        balancer, *by_layer = balancing
-        first, last = (jax.tree.map(lambda a, p=part: a[p], by_layer) for part in (slice(-depth), slice(-depth, None)))
-        return Balancing(balancer, *first), Balancing(balancer, *last)
+        return fwd.only(slice(-depth)) if depth else fwd
 
-    def _layers(
-        self,
-        inputs: Inputs,
-        balancing: Balancing,
-        key: Array,
-        train: bool,
-        mesh: Mesh | None,
-        cache: Any = None,
-    ) -> tuple[Array, Report | None, Any]:
+    def _later(self, fwd: Pass) -> Pass:
+        """The pass through the layers of multi-token prediction, with their own randomness."""
+        last = fwd.only(slice(-self.config.mtp_depth, None))
+        return last._replace(key=jax.random.fold_in(fwd.key, AHEAD))
+
+    def _layers(self, fwd: Pass, cache: Any = None) -> tuple[Array, Report | None, Any]:
         """Embedding and all layers of the model proper; with a cache also what is in it afterwards."""
-        x, report, after = self._embed(inputs.tokens, mesh), None, []
+        x, report, after = self._embed(fwd.inputs.tokens, fwd.mesh), None, []
         runs = layout(self.config)
         cache = [(None,) * len(run.kinds) for run in runs] if cache is None else cache
         for stack, run, caches in zip(self.stacks, runs, cache, strict=True):
-            x, stack_report, caches = self._scan(stack, run, x, inputs, balancing, key, train, mesh, caches)
+            x, stack_report, caches = self._scan(stack, run, x, fwd, caches)
             report = stack_report if stack_report is not None else report
             after.append(caches)
         return x, report, after
 
     def _scan(
-        self,
-        stack: Unit,
-        run: Run,
-        x: Array,
-        inputs: Inputs,
-        balancing: Balancing,
-        key: Array,
-        train: bool,
-        mesh: Mesh | None,
-        caches: tuple[Cache | None, ...],
+        self, stack: Unit, run: Run, x: Array, fwd: Pass, caches: tuple[Cache | None, ...]
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
-        routes = "moe" in run.kinds
-        _, *by_layer = balancing if routes else Balancing(balancing.balancer, {})
+        """All layers of a stack in turn."""
 
         def body(x: Array, layer: tuple) -> tuple[Array, Any]:
-            unit, index, by_layer, caches = layer
-            here = Balancing(balancing.balancer, *by_layer)
-            unit = at_use(unit, mesh, self.config.compute_dtype)
-            x, *rest = unit(x, caches, inputs, here, jax.random.fold_in(key, index), train, mesh)
-            return constrain(x, mesh, P(BATCH)), rest
+            unit, index, per_layer, caches = layer
+            unit = at_use(unit, fwd.mesh, self.config.compute_dtype)
+            x, *rest = unit(x, caches, fwd.layer(index, per_layer))
+            return constrain(x, fwd.mesh, spec("batch", "sequence")), rest
 
-        body = rematerialized(body, self.config.remat, is_sharded(mesh))
-        layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), by_layer, caches
+        body = rematerialized(body, self.config.remat, is_sharded(fwd.mesh))
+        per_layer = fwd.per_layer if "moe" in run.kinds else NOTHING
+        layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), per_layer, caches
         x, (report, after) = jax.lax.scan(body, x, layers, unroll=self.config.unroll_layers)
         return x, report, after
 
-    def _ahead(
-        self, x: Array, inputs: Inputs, balancing: Balancing, key: Array, train: bool, mesh: Mesh | None
-    ) -> tuple[Float[Array, "depth batch seq embed"], Report | None]:
+    def _ahead(self, x: Array, fwd: Pass) -> tuple[Float[Array, "depth batch seq embed"], Report | None]:
         """Every depth of multi-token prediction in turn."""
-        _, *by_layer = balancing if self.config.num_experts else Balancing(balancing.balancer, {})
 
         def body(x: Array, depth: tuple) -> tuple[Array, Any]:
-            module, index, by_layer, inputs = depth
-            here = Balancing(balancing.balancer, *by_layer)
-            module = at_use(module, mesh, self.config.compute_dtype)
-            embedded = self._embed(inputs.tokens, mesh)
-            x, report = module(x, embedded, inputs, here, jax.random.fold_in(key, index), train, mesh)
-            x = constrain(x, mesh, P(BATCH))
+            module, index, per_layer, inputs = depth
+            module = at_use(module, fwd.mesh, self.config.compute_dtype)
+            embedded = self._embed(inputs.tokens, fwd.mesh)
+            x, report = module(x, embedded, fwd.layer(index, per_layer)._replace(inputs=inputs))
+            x = constrain(x, fwd.mesh, spec("batch", "sequence"))
             return x, (x, report)
 
-        body = rematerialized(body, self.config.remat, is_sharded(mesh))
+        body = rematerialized(body, self.config.remat, is_sharded(fwd.mesh))
         depth = self.config.mtp_depth
-        read = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(inputs, k + 1) for k in range(depth)))
-        return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth, dtype=jnp.int32), by_layer, read))[1]
+        per_layer = fwd.per_layer if self.config.num_experts else NOTHING
+        read = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(fwd.inputs, k + 1) for k in range(depth)))
+        return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth, dtype=jnp.int32), per_layer, read))[1]

@@ -81,15 +81,13 @@ def make_stream(s: Settings, recording: Recording | None = None) -> "Stream":
 
 def routed(balancer: "Balancer", s: Settings, logits: Any, tokens: Any, state: Any, key: Any) -> "Routing":
     """One layer's routing in training."""
-    from moe_jax.routing import route
+    from moe_jax.routing import RouterConfig, route
 
     select = None if balancer.select is None else functools.partial(balancer.select, state=state)
     return route(
         logits,
+        RouterConfig(s.top_k, s.score, normalize_gates=s.top_k > 1),
         state["bias"],
-        top_k=s.top_k,
-        score=s.score,
-        normalize_gates=s.top_k > 1,
         tokens=tokens,
         select=select,
         combine=balancer.combine,

@@ -9,7 +9,6 @@ Legend: B rows, N tokens at a time, V vocabulary, L MoE layers, S slots.
 import codecs
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moe_jax import balance
 from moe_jax.config import BalanceEntry, Config, ModelConfig
 from moe_jax.data import Tokenizer
-from moe_jax.mesh import BATCH, replicated
+from moe_jax.mesh import replicated, spec, ways
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Pass, PerLayer, next_inputs
 from moe_jax.text.colours import Traced
 from moe_jax.text.model import Model
 from moe_jax.text.sampling import Sampling, next_tokens
@@ -287,8 +285,9 @@ def _extend(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
         params, bias, state = arrays
         transformer: Any = nnx.merge(abstract_model(model).graphdef, params, bias)
         cache = transformer.init_cache(*tokens.shape) if cache is None else cache
-        balancing = Balancing(balance.make(entries, model), state)
-        return transformer.extend(tokens, positions, cache, balancing, mesh=mesh, **how)
+        inputs, balancer = next_inputs(tokens, positions), balance.make(entries, model)
+        fwd = Pass(inputs, balancer, PerLayer(state), jax.random.key(0), mesh=mesh)
+        return transformer.extend(fwd, cache, **how)
 
     return extend
 
@@ -351,7 +350,7 @@ def _cache_maker(model: ModelConfig, mesh: Mesh | None, count: int, length: int)
 
 def _cache_place(mesh: Mesh) -> NamedSharding:
     """Rows over the batch axes, behind the axis of stacked layers."""
-    return NamedSharding(mesh, P(None, BATCH))
+    return NamedSharding(mesh, spec("layers", "batch"))
 
 
 def rounded(length: int) -> int:
@@ -361,7 +360,7 @@ def rounded(length: int) -> int:
 
 def _whole_shards(rows: int, mesh: Mesh | None) -> int:
     """So many rows that each shard of the batch has as many."""
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    shards = ways(mesh, "batch")
     return -(-rows // shards) * shards
 
 

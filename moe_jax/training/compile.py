@@ -16,8 +16,8 @@ from moe_jax.config import Config
 from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import batch_sharding, platform, replicated
-from moe_jax.model.moe import Balancing, Details
-from moe_jax.training.losses import forward
+from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
+from moe_jax.training.losses import row_nats
 from moe_jax.training.state import TrainState, read_bias, state_shardings
 from moe_jax.training.step import train_step
 
@@ -47,13 +47,13 @@ def make_eval_step(
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
     """Shapes and dtypes of a step's batch; with a mesh also where it lies."""
     place = None if mesh is None else batch_sharding(mesh)
+    sizes = {"batch": config.batch_size, "sequence": config.sequence_length}
 
-    def leaf(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def leaf(name: str, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        shape = tuple(sizes[dim] for dim in dims)
+        return jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32, sharding=place)
 
-    rows, tokens = (config.batch_size,), (config.batch_size, config.sequence_length)
-    ints = leaf(tokens)
-    return Batch(ints, ints, ints, ints, leaf(tokens, jnp.bool_), leaf(rows), leaf(rows))
+    return Batch(**{name: leaf(name, dims) for name, dims in Batch.dims()._asdict().items()})
 
 
 def without_what_no_step_reads(config: Config) -> Config:
@@ -128,10 +128,10 @@ def _eval_step(
     can_drop = config.model.dispatch == "capacity" or balancer.drop is not None
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
-        balancing = Balancing(balancer, state.balance)
         # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
         key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum(dtype=jnp.int32))
-        nats, report = forward(config, state.params, state.bias, balancing, batch, key, train=False, mesh=mesh)
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, mesh=mesh)
+        nats, report = row_nats(config, state.params, state.bias, fwd, batch)
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
         result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
 from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, num_moe_layers
-from moe_jax.mesh import AnyMesh, platform, replicated, spec
+from moe_jax.mesh import AnyMesh, parameter_spec, platform, replicated
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
 from moe_jax.training.optimizer import make_optimizer
@@ -72,7 +72,7 @@ def _abstract_state(model: ModelConfig, entries: Entries, optimizer: OptimizerCo
 def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: AnyMesh) -> TrainState:
     abstract, whole = abstract_model(model), replicated(mesh)
     params = jax.tree.map(
-        lambda a, d: NamedSharding(mesh, spec(mesh, d.names, a.shape)), abstract.params, abstract.dims
+        lambda a, d: NamedSharding(mesh, parameter_spec(mesh, d.names, a.shape)), abstract.params, abstract.dims
     )
     state = _abstract_state(model, entries, optimizer)
     moments = optax.tree.map_params(

@@ -5,13 +5,13 @@ all of it or nothing. N micro-batches, B sequences, S tokens a sequence, L MoE l
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from moe_jax import balance
@@ -19,16 +19,17 @@ from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
-from moe_jax.mesh import BATCH, constrain, is_sharded, replicated
+from moe_jax.mesh import constrain, is_sharded, replicated, specs
 from moe_jax.model.abstract import Tree, abstract_model
-from moe_jax.model.moe import Balancing
-from moe_jax.training.losses import forward, language_nats, summed_forward
+from moe_jax.model.forward import Pass, PerLayer, inputs_of
+from moe_jax.model.prediction import language_nats
+from moe_jax.training.losses import row_nats, summed_nats
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
 
-class Reported(NamedTuple):
-    """What the step keeps of the layers' `Report`s, added up: all but the details."""
+class LayerSums(NamedTuple):
+    """What a step adds up of the MoE layers' `Report`s [L, ...]: all but the details."""
 
     statistics: balance.Statistics
     losses: dict[str, Float32[Array, "layers"]]
@@ -36,7 +37,7 @@ class Reported(NamedTuple):
     traffic: Traffic
 
 
-class Sums(NamedTuple):
+class StepSums(NamedTuple):
     """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports.
 
     ahead_nats, ahead_tokens: of multi-token prediction, summed over its depths, and the targets it has there.
@@ -46,7 +47,7 @@ class Sums(NamedTuple):
     ahead_nats: Float32[Array, ""]
     ahead_tokens: Int32[Array, ""]
     total_loss: Float32[Array, ""]
-    report: Reported | None
+    report: LayerSums | None
 
 
 def train_step(
@@ -83,52 +84,62 @@ def train_step(
 
 def accumulate(
     config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
-) -> tuple[Sums, Tree]:
+) -> tuple[StepSums, Tree]:
     """Sum the loss, its gradient and the reports over the micro-batches, by scan.
 
     Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
     weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
     """
-    balancer = balance.make(config.balance, config.model)
-    micro = constrain(split_batch(batch, config.micro_batches), mesh, P(None, BATCH))
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     statistics = None
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
-        statistics = step_statistics(config, balancer, state, micro, keys, mesh)
+        statistics = step_statistics(config, state, micro, keys, mesh)
+    gradient = _micro_batch_gradient(config, state, statistics, num_tokens, mesh)
+    first: tuple[Batch, Array] = jax.tree.map(lambda a: a[0], (micro, keys))
 
-    running = config.micro_batches > 1 and balance.needs_running_statistics(config.balance)
+    if config.micro_batches == 1:  # no sum, and no pass over all gradients to add them to zeros
+        grads, sums = gradient(state.params, *first, None)
+        return sums, _as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
 
-    def objective(params: Tree, batch: Batch, key: Array, earlier: Tree) -> tuple[Array, Sums]:
-        balancing = Balancing(balancer, state.balance, statistics, earlier)
-        nats, ahead, report = summed_forward(config, params, state.bias, balancing, batch, key, mesh)
-        total = language_nats(config, state.step, nats, ahead) / num_tokens
-        share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
-        if report is None:
-            return total, Sums(nats, *ahead, total, None)
-        losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
-        total = sum((value.sum() for value in losses.values()), total)
-        summed = Reported(report.statistics, losses, aux_loss, report.traffic)
-        return total, Sums(nats, *ahead, total, summed)
-
-    gradient = jax.jit(jax.grad(objective, has_aux=True))
-
-    def body(sofar: tuple, one: tuple) -> tuple[tuple, None]:
-        grads, sums = gradient(state.params, *one, sofar[0].report.statistics if running else None)
+    def add(sofar: tuple[StepSums, Tree], one: tuple[Batch, Array]) -> tuple[tuple[StepSums, Tree], None]:
+        earlier = None
+        if balance.needs_running_statistics(config.balance):
+            assert sofar[0].report is not None  # a config with a balancer has MoE layers
+            earlier = sofar[0].report.statistics
+        grads, sums = gradient(state.params, *one, earlier)
         sums, grads = jax.tree.map(lambda total, new: total + new, sofar, (sums, grads))
         return (sums, _as_parameters(config, grads, mesh)), None
 
-    one = jax.tree.map(lambda a: a[0], (micro, keys))
-    if config.micro_batches == 1:  # no sum, and no pass over all gradients to add them to zeros
-        grads, sums = gradient(state.params, *one, None)
-        return sums, _as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
-    earlier = None
-    if running:
-        earlier = jax.eval_shape(lambda: gradient(state.params, *one, None)[1].report.statistics)
-    grads, sums = jax.eval_shape(gradient, state.params, *one, earlier)
+    grads, sums = jax.eval_shape(gradient, state.params, *first, None)
     sums, grads = jax.tree.map(_zeros_to_add_to, (sums, grads))
-    zeros = sums, _as_parameters(config, grads, mesh)
-    return jax.lax.scan(body, zeros, (micro, keys))[0]
+    return jax.lax.scan(add, (sums, _as_parameters(config, grads, mesh)), (micro, keys))[0]
+
+
+def _micro_batch_gradient(
+    config: Config, state: TrainState, statistics: balance.Statistics | None, num_tokens: Array, mesh: Mesh | None
+) -> Callable[[Tree, Batch, Array, balance.Statistics | None], tuple[Tree, StepSums]]:
+    """(params, micro-batch, its key, statistics of those before it) -> gradient, and what it adds to the step's sums.
+
+    statistics: those of the whole step where a loss reads them, else None. num_tokens: those of the whole step.
+    """
+    balancer = balance.make(config.balance, config.model)
+
+    def objective(params: Tree, batch: Batch, key: Array, earlier: Any) -> tuple[Array, StepSums]:
+        per_layer = PerLayer(state.balance, statistics, earlier)
+        fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
+        nats, ahead, report = summed_nats(config, params, state.bias, fwd, batch)
+        total = language_nats(config, state.step, nats, ahead) / num_tokens
+        share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
+        if report is None:
+            return total, StepSums(nats, *ahead, total, None)
+        losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
+        total = sum((value.sum() for value in losses.values()), total)
+        summed = LayerSums(report.statistics, losses, aux_loss, report.traffic)
+        return total, StepSums(nats, *ahead, total, summed)
+
+    return jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once for all its calls
 
 
 def _as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
@@ -139,13 +150,14 @@ def _as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def step_statistics(
-    config: Config, balancer: balance.Balancer, state: TrainState, micro: Batch, keys: Array, mesh: Mesh | None
+    config: Config, state: TrainState, micro: Batch, keys: Array, mesh: Mesh | None
 ) -> balance.Statistics:
     """The statistics [L, ...] of the whole step, by a forward-only pass before the pass with gradients."""
+    balancer = balance.make(config.balance, config.model)
 
     def observe(batch: Batch, key: Array) -> balance.Statistics:
-        balancing = Balancing(balancer, state.balance)
-        report = forward(config, state.params, state.bias, balancing, batch, key, mesh=mesh)[1]
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
+        report = row_nats(config, state.params, state.bias, fwd, batch)[1]
         assert report is not None  # a config with a balancer has MoE layers
         return report.statistics
 
@@ -161,7 +173,7 @@ ROUNDING = 2**31  # the stream of randomness of stochastic rounding, after those
 
 
 def advance(
-    config: Config, state: TrainState, grads: Tree, report: Reported | None, rate: Array, key: Key[Array, ""]
+    config: Config, state: TrainState, grads: Tree, report: LayerSums | None, rate: Array, key: Key[Array, ""]
 ) -> TrainState:
     """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
@@ -209,7 +221,7 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
     )
 
 
-def step_metrics(sums: Sums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
+def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
     """What is logged of every step; `state` is the one after it."""
     return {
         "loss": sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32)),
@@ -230,7 +242,7 @@ def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 def balance_metrics(
     config: Config,
-    report: Reported,
+    report: LayerSums,
     batch: Batch,
     before: TrainState,
     after: TrainState,

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.analysis.knockout import variants, without_best, without_shared
-from moe_jax.routing import route
+from moe_jax.routing import RouterConfig, route
 from moe_jax.training.state import init_state
 
 SCORES = np.asarray([[0.9, 0.8, 0.3, 0.1], [0.2, 0.4, 0.6, 0.7]], np.float32)
@@ -20,10 +20,9 @@ LOGITS = np.log(SCORES / (1 - SCORES))  # of the sigmoid
 def chosen(config, count, bias=None):
     """The expert ids that LOGITS give without each token's best `count` experts."""
     balancer = without_best(balance.make(config.balance, config.model), config, count)
-    m = config.model
-    groups = dict(num_groups=m.num_groups, top_groups=m.top_groups, group_top=m.group_top)
+    router = RouterConfig.of(config.model)
     select = functools.partial(balancer.select, state=None)
-    return route(jnp.asarray(LOGITS), bias, top_k=m.top_k, select=select, **groups).expert_ids
+    return route(jnp.asarray(LOGITS), router, bias, select=select).expert_ids
 
 
 def test_the_next_best_experts_take_the_place_of_the_masked_ones():

@@ -15,7 +15,7 @@ from moe_jax.balance.bias import load_sign
 from moe_jax.balance.wrappers import factor_at
 from moe_jax.config import balance_entries
 from moe_jax.config.balance import BALANCE_METHODS, BiasSign
-from moe_jax.routing import Rows, Tokens, route
+from moe_jax.routing import RouterConfig, Rows, Tokens, route
 
 TOKENS, EXPERTS, TOP_K = 12, 4, 2
 ROWS = np.repeat(np.arange(4, dtype=np.int32), 3)  # four sequences of three tokens
@@ -43,7 +43,7 @@ def compiled(score: str, **options):
     def run(logits, bias, mask, row, statistics, ids):
         select = None if ids is None else lambda *_, **__: ids
         tokens = Tokens(mask=mask, row=row)
-        routing = route(logits, bias, top_k=TOP_K, score=score, tokens=tokens, select=select)
+        routing = route(logits, RouterConfig(top_k=TOP_K, score=score), bias, tokens=tokens, select=select)
         own = balancer.observe(routing)
         state = balancer.init(EXPERTS)
         used = own if statistics is None else statistics
@@ -453,7 +453,7 @@ def test_bias_moves_by_its_rate_where_bfloat16_would_stall():
 
 def test_zero_mean_leaves_every_selection_as_it_is():
     # the two biases differ by a constant, so 100 steps of the same logits select the same (torchtitan #1506)
-    selected = jax.jit(lambda logits, bias: route(logits, bias, top_k=TOP_K))
+    selected = jax.jit(lambda logits, bias: route(logits, RouterConfig(top_k=TOP_K), bias))
     plain, centred = np.zeros((2, EXPERTS), np.float32)
     for step in range(100):
         logits = random_logits(step) + 3 * TILT
@@ -474,7 +474,7 @@ def test_every_method_of_the_schema_is_implemented():
 
 def test_no_methods_count_loads_and_do_nothing_else():
     balancer = balance.make({})
-    routing = route(jnp.asarray(random_logits(0)), top_k=TOP_K)
+    routing = route(jnp.asarray(random_logits(0)), RouterConfig(top_k=TOP_K))
     statistics = balancer.observe(routing)
     assert list(statistics) == ["loads"]
     assert float(balancer.loss(routing, statistics, balancer.init(EXPERTS), jnp.zeros((1, EXPERTS)))) == 0.0
@@ -486,7 +486,7 @@ def test_a_sequence_loss_is_the_same_where_the_number_of_rows_is_known():
     row, mask = jnp.asarray([0, 0, 0, 1, 1, 1]), jnp.asarray([True, True, False, True, True, True])
 
     def value(logits, tokens):
-        routing = route(logits, top_k=TOP_K, tokens=tokens)
+        routing = route(logits, RouterConfig(top_k=TOP_K), tokens=tokens)
         return loss.loss(routing, loss.observe(routing), loss.init(EXPERTS), jnp.zeros((1, EXPERTS)))
 
     by_row, known = (Tokens(mask=mask, row=row, rows=rows) for rows in (None, Rows(2)))
@@ -506,7 +506,7 @@ def test_one_kind_may_appear_twice_under_labels():
 
     @jax.jit
     def run(logits, row):
-        routing = route(logits, top_k=TOP_K, tokens=Tokens(row=row))
+        routing = route(logits, RouterConfig(top_k=TOP_K), tokens=Tokens(row=row))
         statistics = both.observe(routing)
         return both.loss(routing, statistics, both.init(EXPERTS), jnp.zeros((1, EXPERTS))), statistics
 

@@ -13,7 +13,7 @@ from moe_jax.balance.bias import balanced_bias, needed_bias_histogram
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import ModelConfig
 from moe_jax.config.balance import BIAS_METHODS
-from moe_jax.routing import Tokens, route
+from moe_jax.routing import RouterConfig, Tokens, route
 
 METHODS = sorted(BIAS_METHODS - {"expert_threshold"})
 BY_LOADS = [name for name in METHODS if name != "quantile"]  # these see loads alone
@@ -87,7 +87,8 @@ def test_multiplicative_bias_selects_by_products_and_pays_by_scores():
     scores = np.asarray([[0.5, 0.4, 0.2]], np.float32)
     bias = np.asarray([1.0, 2.0, 2.0], np.float32)
     combine = made("bias_multiplicative").combine
-    pick = jax.jit(lambda logits, bias: route(logits, bias, top_k=2, normalize_gates=False, combine=combine))
+    router = RouterConfig(top_k=2, normalize_gates=False)
+    pick = jax.jit(lambda logits, bias: route(logits, router, bias, combine=combine))
     routing = pick(logit(scores), bias)
     np.testing.assert_array_equal(routing.expert_ids, [[1, 0]])
     np.testing.assert_allclose(routing.gates, [[0.4, 0.5]], rtol=1e-6)
@@ -310,7 +311,7 @@ def random_logits(seed: int, tokens: int = 12, experts: int = 4) -> np.ndarray:
 
 @functools.cache
 def router(top_k: int):
-    return jax.jit(lambda logits, bias, tokens: route(logits, bias, top_k=top_k, tokens=tokens))
+    return jax.jit(lambda logits, bias, tokens: route(logits, RouterConfig(top_k=top_k), bias, tokens=tokens))
 
 
 def routed(logits, bias=None, *, top_k: int, tokens: Tokens = Tokens()):
@@ -457,7 +458,7 @@ def skewed_stream(method: str) -> np.ndarray:
 
     def step(state, key):
         noise = 0.5 * jax.random.normal(key, (2048, 8))
-        routing = route(skew + noise, state["bias"], top_k=2, combine=balancer.combine)
+        routing = route(skew + noise, RouterConfig(top_k=2), state["bias"], combine=balancer.combine)
         return balancer.update(balancer.observe(routing), state, jnp.int32(0)), max_violation(routing.loads)
 
     keys = jax.random.split(jax.random.key(0), 300)

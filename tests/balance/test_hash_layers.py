@@ -11,8 +11,7 @@ from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.block import Inputs
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Inputs, Pass, PerLayer, next_inputs
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import init_state, read_bias, step_key, write_bias
 
@@ -43,20 +42,25 @@ def built():
     bias = jnp.linspace(-3.0, 3.0, LAYERS * EXPERTS).reshape(LAYERS, EXPERTS)
     state = state._replace(bias=write_bias(state.bias, bias))
     module = nnx.merge(abstract_model(CONFIG.model).graphdef, state.params, state.bias)
-    return module, Balancing(balance.make(CONFIG.balance, CONFIG.model), state.balance), state
+    return module, state
+
+
+def passing(inputs, train=False) -> Pass:
+    balancer = balance.make(CONFIG.balance, CONFIG.model)
+    return Pass(inputs, balancer, PerLayer(built()[1].balance), jax.random.key(0), train)
 
 
 @functools.cache
 def routing(train: bool):
     """Of the whole batch, leaves [L, T, ...]."""
-    module, balancing, _ = built()
+    module, _ = built()
     inputs = Inputs(TOKENS, jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape), jnp.ones_like(TOKENS))
-    run = jax.jit(functools.partial(module, balancing=balancing, key=jax.random.key(0), train=train))
+    run = jax.jit(lambda inputs: module(passing(inputs, train)))
     return jax.tree.map(np.asarray, run(inputs)[1].details.routing)
 
 
 def test_the_first_layers_follow_their_tables_whatever_scores_and_bias_are():
-    tables = np.asarray(built()[2].balance["hash"]["own"]["table"])
+    tables = np.asarray(built()[1].balance["hash"]["own"]["table"])
     ids = np.asarray(TOKENS).ravel()
     for layer in range(HASHED):
         np.testing.assert_array_equal(routing(True).expert_ids[layer], tables[layer][ids])
@@ -67,7 +71,7 @@ def test_the_first_layers_follow_their_tables_whatever_scores_and_bias_are():
 def test_the_other_layers_choose_by_biased_scores_among_all_experts():
     found = routing(True)
     scores = np.sqrt(np.log1p(np.exp(found.logits[HASHED].astype(np.float64))))
-    order = np.argsort(-(scores + np.asarray(read_bias(built()[2].bias))[HASHED]), axis=1)
+    order = np.argsort(-(scores + np.asarray(read_bias(built()[1].bias))[HASHED]), axis=1)
     np.testing.assert_array_equal(found.expert_ids[HASHED], order[:, :SLOTS])
 
 
@@ -84,13 +88,14 @@ def test_evaluation_routes_as_training():
 
 
 def test_one_token_at_a_time_is_routed_as_the_whole_sequence():
-    module, balancing, _ = built()
-    extend, cache = jax.jit(functools.partial(module.extend, balancing=balancing)), module.init_cache(ROWS, LENGTH)
+    module, _ = built()
+    extend = jax.jit(lambda *new, cache: module.extend(passing(next_inputs(*new)), cache))
+    cache = module.init_cache(ROWS, LENGTH)
     whole = routing(False)
     ids, gates = (a.reshape(LAYERS, ROWS, LENGTH, SLOTS) for a in (whole.expert_ids, whole.gates))
     for place in range(LENGTH):
         at = jnp.full((ROWS, 1), place)
-        _, report, cache = extend(TOKENS[:, place : place + 1], at, cache)
+        _, report, cache = extend(TOKENS[:, place : place + 1], at, cache=cache)
         np.testing.assert_array_equal(report.details.routing.expert_ids, ids[:, :, place])
         np.testing.assert_allclose(report.details.routing.gates, gates[:, :, place], rtol=1e-4)
 

@@ -11,7 +11,7 @@ from moe_jax import balance
 from moe_jax.balance.losses import squared_variation
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import ModelConfig
-from moe_jax.routing import Rows, Tokens, route
+from moe_jax.routing import RouterConfig, Rows, Tokens, route
 
 NO_ROUTER = np.zeros((1, 4), np.float32)
 PLAIN = ModelConfig()
@@ -28,7 +28,7 @@ def compiled(method: str, model: ModelConfig, how: tuple, options: tuple):
     balancer = balance.make({method: dict(options)}, model)
 
     def run(logits, router, bias, tokens, statistics):
-        routing = route(logits, bias, tokens=tokens, **dict(how))
+        routing = route(logits, RouterConfig(**dict(how)), bias, tokens=tokens)
         own = balancer.observe(routing)
         state = balancer.init(logits.shape[1])
         return balancer.loss(routing, own if statistics is None else statistics, state, router), own
@@ -235,7 +235,7 @@ def test_a_sequence_loss_is_the_same_at_every_level_where_the_number_of_rows_is_
 
     @jax.jit
     def of(logits, tokens):
-        routing = route(logits, top_k=2, tokens=tokens)
+        routing = route(logits, RouterConfig(top_k=2), tokens=tokens)
         return loss.loss(routing, loss.observe(routing), loss.init(4), jnp.asarray(NO_ROUTER))
 
     row = jnp.asarray(ROW, jnp.int32)
@@ -462,7 +462,7 @@ def test_the_weight_of_a_loss_follows_its_schedule_through_the_updates(name):
 
     @jax.jit
     def step(state, index):
-        routing = route(jnp.asarray(log(TWO_TOKENS), jnp.float32), top_k=2, score="softmax")
+        routing = route(jnp.asarray(log(TWO_TOKENS), jnp.float32), RouterConfig(top_k=2, score="softmax"))
         statistics = balancer.observe(routing)
         loss = balancer.loss(routing, statistics, state, jnp.asarray(NO_ROUTER))
         return loss, balancer.update(statistics, state, index)
@@ -528,7 +528,7 @@ def test_the_violation_is_of_the_experts_that_compute():
 
 def test_the_factor_multiplies_the_loss_it_controls_and_no_other():
     both = balance.make({"near": {"method": "aux_loss"}, "z_loss": {}, "target_violation": {"controls": "near"}})
-    routing = route(jnp.asarray(random_logits(9)), top_k=2)
+    routing = route(jnp.asarray(random_logits(9)), RouterConfig(top_k=2))
     statistics, state = both.observe(routing), both.init(4)
     before, after = (
         both.losses(routing, statistics, state | {"target_violation": jnp.float32(x)}, jnp.asarray(NO_ROUTER))
@@ -555,7 +555,7 @@ def held(target: float) -> np.ndarray:
         noise = 0.5 * jax.random.normal(key, (TOKENS, 4))
 
         def loss(offset):
-            routing = route(skew + offset + noise, state["bias"], top_k=1)
+            routing = route(skew + offset + noise, RouterConfig(top_k=1), state["bias"])
             statistics = balancer.observe(routing)
             task = 0.5 * PULL * (offset**2).sum()
             return task + balancer.loss(routing, statistics, state, jnp.asarray(NO_ROUTER)), statistics

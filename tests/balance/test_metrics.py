@@ -12,7 +12,7 @@ import pytest
 from moe_jax.analysis import counts as counts_
 from moe_jax.analysis import gradients
 from moe_jax.balance import measures
-from moe_jax.routing import Tokens, route
+from moe_jax.routing import RouterConfig, Tokens, route
 
 NAMES = """max_violation min_violation mean_violation coefficient_of_variation load_entropy effective_experts gini
 dead_experts starved_experts max_expert_share""".split()
@@ -33,7 +33,7 @@ def measured_aux_loss(**options):
     """(logits, mask) -> the auxiliary loss's value, and the loads."""
 
     def run(logits, mask):
-        routing = route(logits, tokens=Tokens(mask=mask), **options)
+        routing = route(logits, RouterConfig(**options), tokens=Tokens(mask=mask))
         return measures.aux_loss_value(routing), routing.loads
 
     return jax.jit(run)

@@ -13,7 +13,7 @@ from moe_jax import balance
 from moe_jax.balance.measures import max_violation
 from moe_jax.balance.selectors import balanced_table, cutoffs, leak_bits, rank_in_group
 from moe_jax.config import ModelConfig
-from moe_jax.routing import Routing, Rows, Tokens, count, route
+from moe_jax.routing import RouterConfig, Routing, Rows, Tokens, count, route
 
 KEY = jax.random.key(0)
 
@@ -119,7 +119,7 @@ def test_the_last_token_reroutes_earlier_ones_under_expert_choice_but_not_under_
     before, after = (experts(chosen("expert_choice", s, 2), 4)[:-1] for s in (scores, changed))
     rerouted = [set(b) - set(a) for b, a in zip(before, after, strict=True)]
     assert sorted(e for lost in rerouted for e in lost) == [0, 1, 2, 3]  # each expert lets one earlier token go
-    top = [route(jnp.asarray(s), top_k=2).expert_ids[:-1] for s in (scores, changed)]
+    top = [route(jnp.asarray(s), RouterConfig(top_k=2)).expert_ids[:-1] for s in (scores, changed)]
     np.testing.assert_array_equal(*top)
 
 
@@ -154,7 +154,7 @@ def test_sinkhorn_balances_the_exponentials_of_the_logits_whatever_the_score(sco
     logits = np.random.default_rng(2).normal(size=(64, 8)) + np.linspace(-1, 1, 8)
     best = np.argsort(-balanced(np.exp(logits), rounds), axis=1)[:, :2]
     select = balance.make({"sinkhorn": {"iterations": rounds}}, ModelConfig(score=score)).select
-    routing = route(jnp.asarray(logits, jnp.float32), top_k=2, score=score, select=select, train=True)
+    routing = route(jnp.asarray(logits, jnp.float32), RouterConfig(top_k=2, score=score), select=select, train=True)
     np.testing.assert_array_equal(routing.expert_ids, best)
 
 
@@ -275,7 +275,7 @@ def test_before_a_cutoff_is_seen_a_token_uses_its_k_best_scores():
 def test_the_histogram_counts_valid_scores_only_and_keeps_both_ends():
     balancer = threshold_state(bins=10)
     logits = jnp.asarray([[-40.0, 40.0], [0.0, 0.0], [3.0, 3.0]])  # scores 0 and 1, .5 and .5
-    routing = route(logits, top_k=1, tokens=Tokens(mask=jnp.asarray([True, True, False])))
+    routing = route(logits, RouterConfig(top_k=1), tokens=Tokens(mask=jnp.asarray([True, True, False])))
     histogram = balancer.observe(routing)["expert_threshold"]
     assert histogram.tolist() == [[1, 0, 0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]]
 
@@ -287,7 +287,7 @@ def test_thresholds_of_one_batch_give_the_next_k_experts_a_token_on_average():
     def step(state, key):
         logits = jax.random.normal(key, (4096, 8)) + jnp.linspace(-1, 1, 8)
         select = functools.partial(balancer.select, state=state)
-        routing = route(logits, state["bias"], top_k=2, select=select, train=True)
+        routing = route(logits, RouterConfig(top_k=2), state["bias"], select=select, train=True)
         return balancer.update(balancer.observe(routing), state, jnp.int32(0)), routing.loads
 
     state, first = step(balancer.init(8), jax.random.key(0))

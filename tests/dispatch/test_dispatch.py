@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.dispatch.capacity import _seats, capacity_of
 from moe_jax.kernels import native
-from moe_jax.routing import Routing, count, route
+from moe_jax.routing import RouterConfig, Routing, count, route
 
 TOKENS, EXPERTS, EMBED, FFW = 6, 4, 3, 5
 EMPTY = EXPERTS  # the id of an empty slot
@@ -31,7 +31,7 @@ WEIGHTS = ExpertWeights(array(1, EXPERTS, EMBED, FFW), array(2, EXPERTS, EMBED, 
 def routing_of(ids, gates) -> Routing:
     """A routing of given ids and gates; empty slots get a gate of 0, as route gives them."""
     gates = jnp.where(ids < EXPERTS, gates, 0.0)
-    routing = route(jnp.zeros((ids.shape[0], EXPERTS)), top_k=1)
+    routing = route(jnp.zeros((ids.shape[0], EXPERTS)), RouterConfig(top_k=1))
     return routing._replace(expert_ids=ids, gates=gates, loads=count(ids, EXPERTS))
 
 

@@ -20,7 +20,7 @@ from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import quantize
 from moe_jax.kernels.quantize import quantized_matmul
 from moe_jax.mesh import batch_sharding, make_mesh
-from moe_jax.routing import count, route
+from moe_jax.routing import RouterConfig, count, route
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import init_state, step_key
 
@@ -161,7 +161,7 @@ def layer(backend: str, form: str, sizes=None, **options):
     mesh = None if sizes is None else make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
     def run(x, gates, weights, ids):
-        routing = route(jnp.zeros((TOKENS, 8)), top_k=1)
+        routing = route(jnp.zeros((TOKENS, 8)), RouterConfig(top_k=1))
         gates = jnp.where(ids < 8, gates, 0.0)
         routing = routing._replace(expert_ids=ids, gates=gates, loads=count(ids, 8))
         y, _ = apply_experts(x, routing, weights, mesh=mesh, backend=backend, quantization=form, **options)

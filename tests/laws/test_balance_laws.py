@@ -17,7 +17,7 @@ from moe_jax import balance
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import balance_entries
 from moe_jax.config.balance import BALANCE_METHODS, BIAS_METHODS, WITHOUT_TOP_K, BiasOptions, LossOptions
-from moe_jax.routing import Routing, Tokens, best, count, route
+from moe_jax.routing import RouterConfig, Routing, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
 
@@ -139,7 +139,7 @@ def forward(balancer, logits, tokens, state, key, train=True):
     """The routing, and the ids that travel."""
     select = None if balancer.select is None else functools.partial(balancer.select, state=state)
     how = {"select": select, "combine": balancer.combine, "key": key, "train": train}
-    routing = route(logits, state["bias"], top_k=TOP_K, tokens=tokens, **how)
+    routing = route(logits, RouterConfig(top_k=TOP_K), state["bias"], tokens=tokens, **how)
     if balancer.drop is None:
         return routing, routing.expert_ids
     keep = balancer.drop(routing, state, jax.random.fold_in(key, 1), train)

@@ -17,7 +17,7 @@ from moe_jax.kernels import grouped
 from moe_jax.kernels.grouped import rows_multiplied
 from moe_jax.mesh import AXES, make_mesh
 from moe_jax.planning import cost
-from moe_jax.routing import Routing, route
+from moe_jax.routing import RouterConfig, Routing, route
 from moe_jax.training.compile import abstract_batch, make_train_step
 from moe_jax.training.state import abstract_state, step_key
 
@@ -109,7 +109,7 @@ WIDTH, HIDDEN, TOP_K = 64, 512, 8
 
 def random_routing(num_experts: int) -> Routing:
     logits = np.random.default_rng(0).normal(size=(COPIES // TOP_K, num_experts)).astype(np.float32)
-    return jax.jit(lambda x: route(x, top_k=TOP_K))(logits)
+    return jax.jit(lambda x: route(x, RouterConfig(top_k=TOP_K)))(logits)
 
 
 def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
@@ -124,7 +124,7 @@ def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
     weights = ExpertWeights(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
 
     def run(x, router, weights):
-        chosen = route(x @ router, top_k=TOP_K)
+        chosen = route(x @ router, RouterConfig(top_k=TOP_K))
         return (apply_experts(x, chosen, weights, backend="local", cpu_kernel="xla")[0] ** 2).sum()
 
     program = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, router, weights).compile()

@@ -14,7 +14,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.dispatch import ExpertWeights, apply_experts, transports
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
-from moe_jax.routing import Routing, count, route
+from moe_jax.routing import RouterConfig, Routing, count, route
 
 TOKENS, EXPERTS, SLOTS, EMBED, FFW = 64, 8, 2, 8, 6
 EMPTY = EXPERTS
@@ -56,7 +56,7 @@ def mesh_of(sizes):
 
 def routing_of(ids, gates) -> Routing:
     """A routing of given ids and gates; empty slots get a gate of 0, as route gives them."""
-    routing = route(jnp.zeros((ids.shape[0], EXPERTS)), top_k=1)
+    routing = route(jnp.zeros((ids.shape[0], EXPERTS)), RouterConfig(top_k=1))
     return routing._replace(expert_ids=ids, gates=jnp.where(ids < EXPERTS, gates, 0.0), loads=count(ids, EXPERTS))
 
 

@@ -21,7 +21,7 @@ from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.model import abstract
-from moe_jax.routing import route
+from moe_jax.routing import RouterConfig, route
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.simulator import streams
 from moe_jax.text.sampling import Sampling, next_tokens
@@ -89,7 +89,7 @@ def dispatched(dtype, sizes=None, **how):
         args = jax.device_put(args, (tokens, tokens, NamedSharding(mesh, P())))
 
     def run(x, logits, weights):
-        y, traffic = apply_experts(x, route(logits, top_k=SLOTS), weights, mesh=mesh, **how)
+        y, traffic = apply_experts(x, route(logits, RouterConfig(top_k=SLOTS)), weights, mesh=mesh, **how)
         return (y.astype(jnp.float32) ** 2).sum(), (y, traffic)
 
     return jax.device_get(jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(*args))

@@ -14,9 +14,10 @@ from moe_jax import balance
 from moe_jax.config import as_dict, num_moe_layers, validate
 from moe_jax.dispatch.capacity import capacity_of
 from moe_jax.model.attention import Attention, rope
-from moe_jax.model.block import Inputs, Run, layout
+from moe_jax.model.block import Run, layout
+from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.model.layers import RMSNorm, SwiGLU, normal
-from moe_jax.model.moe import Balancing, MoE
+from moe_jax.model.moe import MoE
 from moe_jax.model.transformer import Transformer
 from moe_jax.routing import Tokens
 
@@ -47,8 +48,8 @@ def moe_layer(config, bias=0.0):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _apply(graphdef, state, x, key, train):
     tokens = Tokens(mask=jnp.ones(x.shape[0] * x.shape[1], bool))
-    balancing = Balancing(balance.make({}), {})
-    return nnx.merge(graphdef, state)(x, tokens, balancing, jax.random.key(key), train)
+    fwd = Pass(None, balance.make({}), PerLayer({}), jax.random.key(key), train)  # a layer alone reads no inputs
+    return nnx.merge(graphdef, state)(x, tokens, fwd)
 
 
 def apply(layer, x, train=False, key=0):
@@ -146,7 +147,7 @@ def test_the_dense_config_has_no_experts_and_reports_nothing():
     model = filled(lambda: Transformer(config, nnx.Rngs(0)))
     tokens = jnp.ones((1, 4), jnp.int32)
     inputs = Inputs(tokens, jnp.arange(4)[None], tokens)
-    logits, report = model(inputs, Balancing(balance.make({}), {}), key=jax.random.key(0))
+    logits, report = model(Pass(inputs, balance.make({}), PerLayer({}), jax.random.key(0)))
     assert logits.shape == (1, 4, 257)
     assert logits.dtype == jnp.float32
     assert report is None
@@ -302,8 +303,8 @@ def model_of(config):
 
     @jax.jit
     def run(inputs):
-        balancing = Balancing(balance.make({}), {"bias": zeros})
-        return nnx.merge(graphdef, state)(inputs, balancing, key=jax.random.key(0))[0]
+        fwd = Pass(inputs, balance.make({}), PerLayer({"bias": zeros}), jax.random.key(0))
+        return nnx.merge(graphdef, state)(fwd)[0]
 
     return run
 
@@ -373,7 +374,7 @@ def test_router_loads_and_bias_stay_float32_and_int32(dtype):
     assert y.dtype == jnp.dtype(dtype)
     assert report.statistics["loads"].dtype == jnp.int32
     assert report.aux_loss.dtype == jnp.float32
-    routing = layer.route(x[0], Tokens(), balance.make({}), jax.random.key(0), False)
+    routing = layer.routing(x[0], Tokens(), Pass(None, balance.make({}), PerLayer({}), jax.random.key(0)))
     assert routing.logits.dtype == routing.scores.dtype == routing.gates.dtype == jnp.float32
 
 

@@ -13,11 +13,10 @@ from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.analysis.interference import measure
 from moe_jax.data.batches import Batch
-from moe_jax.model.block import Inputs
-from moe_jax.model.moe import Balancing
-from moe_jax.model.prediction import ahead_of
+from moe_jax.model.forward import Inputs, Pass, PerLayer, inputs_of
+from moe_jax.model.prediction import ahead_of, ahead_targets, prediction_weight
 from moe_jax.training.compile import make_train_step
-from moe_jax.training.losses import ahead_targets, prediction_weight, summed_forward
+from moe_jax.training.losses import summed_nats
 from moe_jax.training.state import init_state, read_bias, step_key
 from moe_jax.training.step import accumulate
 
@@ -31,6 +30,11 @@ def packed() -> Batch:
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0]])
     rows = jnp.zeros(1, jnp.int32)
     return Batch(TOKENS, TARGETS, SEGMENTS, positions, SEGMENTS > 0, rows, rows + 7)
+
+
+def pass_through(config, state) -> Pass:
+    balancer = balance.make(config.balance, config.model)
+    return Pass(inputs_of(packed()), balancer, PerLayer(state), jax.random.key(0), train=True)
 
 
 def config_with(depth, **overrides):
@@ -70,8 +74,7 @@ def test_the_bias_moves_in_its_layers_against_their_own_loads():
 
 def test_the_loss_weighs_the_mean_over_depths_and_divides_by_the_tokens_of_the_step():
     config, before, (_, values) = stepped(2)
-    balancing = Balancing(balance.make(config.balance, config.model), before.balance)
-    nats, ahead, _ = summed_forward(config, before.params, before.bias, balancing, packed(), jax.random.key(0))
+    nats, ahead, _ = summed_nats(config, before.params, before.bias, pass_through(config, before.balance), packed())
     assert ahead.tokens == 5 + 3
     np.testing.assert_allclose(values["total_loss"], (nats + 0.3 / 2 * ahead.nats) / 7, rtol=1e-6)
     np.testing.assert_allclose(values["loss"], nats / 7, rtol=1e-6)
@@ -95,16 +98,15 @@ def test_weights_follow_their_milestones():
 
 
 def test_logits_do_not_depend_on_it():
-    with_it, without = (summed_nats(depth) for depth in (2, 0))
+    with_it, without = (next_token_nats(depth) for depth in (2, 0))
     np.testing.assert_array_equal(with_it, without)
 
 
-def summed_nats(depth):
+def next_token_nats(depth):
     """Of the next token, with the same parameters but for multi-token prediction's own."""
     config, state = config_with(depth), init_state(config_with(2))
     params, bias = ({k: v for k, v in tree.items() if depth or k != "mtp"} for tree in (state.params, state.bias))
-    balancing = Balancing(balance.make(config.balance, config.model), init_state(config).balance)
-    return summed_forward(config, params, bias, balancing, packed(), jax.random.key(0))[0]
+    return summed_nats(config, params, bias, pass_through(config, init_state(config).balance), packed())[0]
 
 
 def test_two_micro_batches_give_the_gradient_of_one_batch():

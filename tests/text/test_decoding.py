@@ -14,8 +14,7 @@ from moe_jax import balance
 from moe_jax.config import MeshConfig
 from moe_jax.mesh import make_mesh
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.block import Inputs
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Inputs, Pass, PerLayer, next_inputs
 from moe_jax.training.state import init_state, state_shardings, write_bias
 
 LENGTHS = (9, 5, 1)  # of the three prompts
@@ -51,20 +50,25 @@ def state_of(name):
 
 @functools.cache
 def built(name):
-    """Config, model, and the balancing of its config."""
+    """Config, model, and a function from inputs to the pass through them."""
     config, state = state_of(name)
     module = nnx.merge(abstract_model(config.model).graphdef, state.params, state.bias)
-    return config, module, Balancing(balance.make(config.balance, config.model), state.balance)
+    balancer = balance.make(config.balance, config.model)
+
+    def passing(inputs, mesh=None) -> Pass:
+        return Pass(inputs, balancer, PerLayer(state.balance), jax.random.key(0), mesh=mesh)
+
+    return config, module, passing
 
 
 def whole(name, tokens):
     """Logits and chosen experts by the forward pass, nothing dropped."""
-    config, module, balancing = built(name)
+    config, module, passing = built(name)
     if config.model.dispatch == "capacity":
         model = replace(config.model, dispatch="auto")
         module = nnx.merge(abstract_model(model).graphdef, *nnx.split(module, nnx.Param, ...)[1:])
     positions = jnp.broadcast_to(jnp.arange(TOTAL), tokens.shape)
-    logits, report = module(Inputs(tokens, positions, jnp.ones_like(tokens)), balancing, key=jax.random.key(0))
+    logits, report = module(passing(Inputs(tokens, positions, jnp.ones_like(tokens))))
     return logits, None if report is None else report.details.routing.expert_ids
 
 
@@ -80,10 +84,11 @@ def ragged(tokens):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_decoding_of_ragged_prompts_is_the_full_forward_pass(name):
-    _, module, balancing = built(name)
+    _, module, passing = built(name)
     tokens = jax.random.randint(jax.random.key(1), (3, TOTAL), 0, 256)
     logits, chosen = whole(name, tokens)
-    extend, cache = jax.jit(functools.partial(module.extend, balancing=balancing)), module.init_cache(3, TOTAL)
+    extend = jax.jit(lambda new, positions, cache: module.extend(passing(next_inputs(new, positions)), cache))
+    cache = module.init_cache(3, TOTAL)
     for new, positions in ragged(tokens):
         found, report, cache = extend(new, positions, cache)
         rows, places = np.nonzero(np.asarray(positions) >= 0)
@@ -96,10 +101,10 @@ def test_cached_decoding_of_ragged_prompts_is_the_full_forward_pass(name):
 
 
 def test_padding_is_routed_nowhere_and_leaves_the_cache_as_it_was():
-    _, module, balancing = built("mla")
+    _, module, passing = built("mla")
     tokens, nowhere = jnp.full((3, 4), 7), jnp.full((3, 4), -1)
     before = module.init_cache(3, TOTAL)
-    _, report, after = module.extend(tokens, nowhere, before, balancing)
+    _, report, after = module.extend(passing(next_inputs(tokens, nowhere)), before)
     assert report.statistics["loads"].sum() == 0
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -112,7 +117,7 @@ def test_the_cache_of_latent_attention_holds_the_latent_and_one_rotated_key():
 
 
 def test_decoding_on_a_mesh_is_decoding_on_one_device():
-    config, module, balancing = built("mla")
+    config, module, passing = built("mla")
     tokens, positions = jax.random.randint(jax.random.key(2), (4, 6), 0, 256), jnp.tile(jnp.arange(6), (4, 1))
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
     places = state_shardings(config, mesh)
@@ -120,7 +125,7 @@ def test_decoding_on_a_mesh_is_decoding_on_one_device():
     there = nnx.merge(abstract_model(config.model).graphdef, *weights)
     results = []
     for model, devices in ((module, None), (there, mesh)):
-        extend = jax.jit(functools.partial(model.extend, balancing=balancing, mesh=devices))
-        *_, cache = extend(tokens[:, :5], positions[:, :5], model.init_cache(4, 6))
-        results.append(extend(tokens[:, 5:], positions[:, 5:], cache)[0])
+        extend = jax.jit(lambda *new, cache, m=model, d=devices: m.extend(passing(next_inputs(*new), d), cache))
+        *_, cache = extend(tokens[:, :5], positions[:, :5], cache=model.init_cache(4, 6))
+        results.append(extend(tokens[:, 5:], positions[:, 5:], cache=cache)[0])
     np.testing.assert_allclose(*results, atol=1e-5)

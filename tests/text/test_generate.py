@@ -23,8 +23,7 @@ from moe_jax.data.prepare import Options, prepare
 from moe_jax.generate import chosen_layer, read_prompts
 from moe_jax.mesh import make_mesh
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.block import Inputs
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.runtime import leaves, slices
 from moe_jax.text import decoding
 from moe_jax.text import model as model_
@@ -63,9 +62,9 @@ def forward(name):
 
     def run(params, bias, tokens, segments):
         module = nnx.merge(abstract_model(model.config.model).graphdef, params, bias)
-        balancing = Balancing(balance.make(model.config.balance, model.config.model), model.balance)
+        balancer = balance.make(model.config.balance, model.config.model)
         inputs = Inputs(tokens, jnp.arange(WIDTH)[None], segments)
-        logits, report = module(inputs, balancing, key=jax.random.key(0))
+        logits, report = module(Pass(inputs, balancer, PerLayer(model.balance), jax.random.key(0)))
         return logits[0], report.details.routing
 
     return jax.jit(run)

@@ -11,9 +11,9 @@ from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.data.batches import Batch
 from moe_jax.model.abstract import abstract_model
-from moe_jax.model.moe import Balancing
+from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.training.compile import make_eval_step, make_train_step
-from moe_jax.training.losses import forward
+from moe_jax.training.losses import row_nats
 from moe_jax.training.state import abstract_state, init_state, read_bias, step_key, write_bias
 from moe_jax.training.step import accumulate, advance, balance_update, first_non_finite, split_batch
 
@@ -132,21 +132,25 @@ def test_accumulation_moves_the_bias_once_not_once_a_micro_batch(micro_batches):
     np.testing.assert_allclose(read_bias(state.bias), want, rtol=1e-6)
 
 
+def observed(config, state, bias, batch):
+    """Nats of every row and reports of a forward pass with this bias."""
+    fwd = Pass(inputs_of(batch), balance.make(config.balance), PerLayer(state.balance), jax.random.key(0), train=True)
+    return row_nats(config, state.params, bias, fwd, batch)
+
+
 def test_the_bias_has_no_gradient():
     config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
-    balancing = Balancing(balance.make(config.balance), state.balance)
 
     def loss(bias):
-        return forward(config, state.params, bias, balancing, random_batch(), jax.random.key(0))[0].sum()
+        return observed(config, state, bias, random_batch())[0].sum()
 
     assert (read_bias(jax.jit(jax.grad(loss))(state.bias)) == 0).all()
 
 
 def test_a_bias_changes_who_is_selected_and_through_that_the_loss():
     config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
-    balancing = Balancing(balance.make(config.balance), state.balance)
     pushed = write_bias(state.bias, jnp.zeros((2, 4)).at[:, 3].set(10.0))
-    run = jax.jit(lambda bias: forward(config, state.params, bias, balancing, random_batch(), jax.random.key(0)))
+    run = jax.jit(lambda bias: observed(config, state, bias, random_batch()))
     (before, _), (after, report) = run(state.bias), run(pushed)
     np.testing.assert_array_equal(report.statistics["loads"][:, 3], [128, 128])  # every token, as one of two
     assert not np.allclose(before, after)
@@ -155,8 +159,7 @@ def test_a_bias_changes_who_is_selected_and_through_that_the_loss():
 def test_the_bias_used_in_a_step_is_the_one_before_it():
     # loads of step 0 are those of the old (zero) bias: the same as a forward pass that never updates
     config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
-    balancing = Balancing(balance.make(config.balance), state.balance)
-    run = jax.jit(lambda batch: forward(config, state.params, state.bias, balancing, batch, jax.random.key(0))[1])
+    run = jax.jit(lambda batch: observed(config, state, state.bias, batch)[1])
     report = run(random_batch())
     _, metrics = stepped("bias", [random_batch()])
     np.testing.assert_array_equal(report.statistics["loads"], metrics["loads"])

@@ -1,0 +1,119 @@
+"""A forward pass as values: what it is given besides the parameters (`Pass`), and what its MoE layers report."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int32, Key
+
+from moe_jax.balance import Balancer, State, Statistics
+from moe_jax.data.batches import Batch
+from moe_jax.dispatch import Traffic
+from moe_jax.routing import Routing, Rows, Tokens
+
+# --- what goes in ---------------------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """What a forward pass reads, [B, S] each: token ids, position in the document, document (0: padding)."""
+
+    tokens: Int32[Array, "batch seq"]
+    positions: Int32[Array, "batch seq"]
+    segment_ids: Int32[Array, "batch seq"]
+
+
+def inputs_of(batch: Batch) -> Inputs:
+    """What the model reads of a batch."""
+    return Inputs(batch.tokens, batch.positions, batch.segment_ids)
+
+
+def next_inputs(tokens: Int32[Array, "batch seq"], positions: Int32[Array, "batch seq"]) -> Inputs:
+    """The next tokens of one document a row, for `Transformer.extend`; those at position -1 are padding."""
+    return Inputs(tokens, positions, (positions >= 0).astype(jnp.int32))
+
+
+class PerLayer(NamedTuple):
+    """What each MoE layer has of its own in a forward pass: leaves [L, ...], or of one layer inside it.
+
+    state: the balancer's; the bias is read from the model.
+    statistics: those of the whole optimizer step where a loss reads them, None for this forward's own.
+    earlier: those of the step's micro-batches before this one, where a loss reads the sum so far.
+    offset: added to the layers' inputs [L, B, S, D], zeros by which to differentiate; None for nothing.
+    step: the optimizer step [L], the same for all, where the next bias is computed; None for 0.
+    """
+
+    state: State
+    statistics: Statistics | None = None
+    earlier: Statistics | None = None
+    offset: Array | None = None
+    step: Array | None = None
+
+
+NOTHING = PerLayer({})  # of layers that do not route
+
+
+class Pass(NamedTuple):
+    """One forward pass: all that its layers read besides the parameters and the residual stream.
+
+    inputs: token ids, positions and segments, [B, S].
+    balancer: how experts are chosen and balanced.
+    per_layer: what each MoE layer has of its own.
+    key: the randomness of this pass (router jitter, random second expert, selectors).
+    train: False turns that randomness off.
+    mesh: where parameters and rows of the batch are placed; None for one device.
+    """
+
+    inputs: Inputs
+    balancer: Balancer
+    per_layer: PerLayer
+    key: Key[Array, ""]
+    train: bool = False
+    mesh: Mesh | None = None
+
+    def only(self, layers: slice) -> "Pass":
+        """The pass through some of the MoE layers."""
+        return self._replace(per_layer=jax.tree.map(lambda leaf: leaf[layers], self.per_layer))
+
+    def layer(self, index: Int32[Array, ""], per_layer: PerLayer) -> "Pass":
+        """The pass as layer `index` of a stack reads it, with its own part and its own randomness."""
+        return self._replace(per_layer=per_layer, key=jax.random.fold_in(self.key, index))
+
+
+def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
+    """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
+    kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
+    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
+    return Tokens(
+        mask=(inputs.segment_ids > 0).ravel(),
+        row=rows.ravel(),
+        ids=inputs.tokens.ravel(),
+        kind=None if kind is None else kind.ravel(),
+        rows=Rows(len(rows)),
+    )
+
+
+# --- what comes out -------------------------------------------------------------------------------------------
+
+
+class Details(NamedTuple):
+    """What measuring reads of one layer's routing, and training does not: without a reader it is not computed.
+
+    routing: of the micro-batch. unbiased_ids: what its tokens would choose by their scores alone. next_ids: under
+    the bias that the update from this micro-batch alone gives. row_loads: copies per expert of every sequence.
+    """
+
+    routing: Routing
+    unbiased_ids: Int32[Array, "tokens slots"]
+    next_ids: Int32[Array, "tokens slots"]
+    row_loads: Int32[Array, "batch experts"]
+
+
+class Report(NamedTuple):
+    """What one MoE layer reports: additive statistics, its balancing losses, and measures for the log."""
+
+    statistics: Statistics
+    losses: dict[str, Float32[Array, ""]]
+    aux_loss: Float32[Array, ""]
+    traffic: Traffic
+    details: Details
