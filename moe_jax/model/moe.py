@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from moe_jax.balance import Balancer, State, Statistics, measures
-from moe_jax.config import ModelConfig
+from moe_jax.config import DISPATCHERS, ModelConfig
 from moe_jax.dispatch import ExpertWeights, Traffic, apply_experts
 from moe_jax.mesh import BATCH, per_shard
 from moe_jax.model.layers import SwiGLU, normal
@@ -120,8 +120,8 @@ class MoE(nnx.Module):
             real_part(sent, c.num_experts),
             weights,
             mesh=mesh,
-            backend="auto" if dropless and c.dispatch == "capacity" else c.dispatch,
-            num_rows=x.shape[0],
+            backend="auto" if dropless and not DISPATCHERS[c.dispatch].dropless else c.dispatch,
+            num_sequences=x.shape[0],
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,
