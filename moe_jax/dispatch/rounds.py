@@ -129,9 +129,9 @@ def _sum_of_further_rounds(
 def _further_rounds(
     exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
 ) -> tuple[Array, Array]:
-    """`_sum_of_further_rounds`, of which nothing is kept for the backward pass, which does the rounds again
+    """`_sum_of_further_rounds`, of which nothing is kept: the backward pass does the rounds again.
 
-    whatever the layer around keeps: memory must not grow with the number of rounds that could be needed.
+    It does so whatever the layer around keeps: memory must not grow with the number of rounds that could be needed.
     """
     return _sum_of_further_rounds(exchange, x, gates, weights, copies)
 

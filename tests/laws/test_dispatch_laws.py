@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import DISPATCHERS, MeshConfig
+from moe_jax.config import DISPATCHERS, MeshConfig, default, validate
 from moe_jax.dispatch import ExpertWeights, apply_experts, transports
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
@@ -154,6 +154,20 @@ def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(backend,
     idle = np.bincount(ids.ravel(), minlength=EXPERTS + 1)[:EXPERTS] == 0
     for dw in gradients[2]:
         assert (dw[idle] == 0).all()
+
+
+@pytest.mark.usefixtures("own_dispatchers")
+@pytest.mark.parametrize("sizes", [sizes for sizes, _ in WHOLE], ids=str)
+def test_the_example_of_a_dispatcher_obeys_them_too(repo, sizes):
+    example = (repo / "docs/examples/dispatcher.py").read_text()
+    exec(example, {"__name__": "example"})
+    y, traffic, gradients = applied("loop", sizes, ROUTINGS["padded"]())
+    exact, _, its_gradients = oracle("padded")
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(its_gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    with pytest.raises(ValueError, match=r"model\.dispatch='loop' needs every expert on every device"):
+        validate(default(model=dict(num_experts=8, dispatch="loop"), mesh=dict(expert=2)))
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 1, 2)], ids=str)
