@@ -87,6 +87,20 @@ def repo() -> Path:
 
 
 @pytest.fixture
+def own_dispatchers() -> Iterator[None]:
+    """A test may register dispatchers, which are forgotten after it."""
+    from moe_jax.config import DISPATCHERS
+    from moe_jax.dispatch import BACKENDS
+
+    tables = DISPATCHERS, BACKENDS
+    before = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
+
+
+@pytest.fixture
 def tpu_devices() -> Iterator[Callable[[str], list]]:
     """topology -> devices to compile for, though they are not here; skipped without the TPU compiler."""
     from moe_jax import plan

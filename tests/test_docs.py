@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from moe_jax import balance
-from moe_jax.config import default, flatten
+from moe_jax.config import DISPATCHERS, default, flatten
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "mkdocs.yml").is_file())
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
@@ -86,6 +86,7 @@ def test_python_runs(block):
             balance.make(names["balance"])
 
 
+@pytest.mark.usefixtures("own_dispatchers")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_run_and_are_shown(example):
     assert f"--8<--\n{example.name}\n--8<--" in (ROOT / "docs/extending.md").read_text()
@@ -189,6 +190,11 @@ def test_every_key_that_is_named_exists(page):
     keys = flatten(default().to_dict())
     for key in re.findall(r"`((?:model|optimizer|data|mesh|checkpoint)\.\w+)", prose_of(page)):
         assert any(f"{known}.".startswith(f"{key}.") for known in keys), f"{page}: {key}"
+
+
+def test_every_dispatcher_has_a_row_on_the_page_of_devices():
+    table = (ROOT / "docs/devices.md").read_text().partition("| `model.dispatch` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(DISPATCHERS)
 
 
 @functools.cache

@@ -18,10 +18,10 @@ from moe_jax.config.build import (
     named,
     validate,
 )
+from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import changed_numbers, free_keys, keys_that_change
 from moe_jax.config.rules import resolve
 from moe_jax.config.schema import (
-    DROPLESS,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -34,11 +34,12 @@ from moe_jax.config.schema import (
 )
 
 __all__ = [
-    "DROPLESS",
+    "DISPATCHERS",
     "BalanceEntry",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "Dispatcher",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",

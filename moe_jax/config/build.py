@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
@@ -166,7 +166,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], path: str) -> T:
         if cls is Config and key == "balance":
             continue
         values[key] = _typed(hints[key], value, path + key)
-        _check_range(known[key].metadata, values[key], path + key)
+        _check_limits(known[key].metadata, values[key], path + key)
     return cls(**values)
 
 
@@ -183,10 +183,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         choices = typing.get_args(hint)
         if isinstance(value, bool):
             value = FORMER.get(path, {}).get(value, value)
-        if value not in choices:
-            raise ValueError(
-                f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}."
-            )
+        _check_is_among(choices, value, path)
         return value
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
@@ -220,7 +217,17 @@ def article(hint: type) -> str:
     return names.get(hint, hint.__name__)
 
 
-def _check_range(limits: Mapping[str, Any], value: Any, path: str) -> None:
+def _check_is_among(choices: Collection[str], value: Any, path: str) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{path}={value!r} must be one of {', '.join(map(repr, choices))}{did_you_mean(str(value), choices)}."
+        )
+
+
+def _check_limits(limits: Mapping[str, Any], value: Any, path: str) -> None:
+    """What a field says of its values beside their type."""
+    if limits.get("among") is not None:
+        _check_is_among(limits["among"], value, path)
     low, high = limits.get("low"), limits.get("high")
     if value is None:
         return

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from moe_jax.config.build import as_dict, differences
+from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.fields import Effect
 from moe_jax.config.schema import Config
 
@@ -36,7 +37,7 @@ def free_keys(config: Config) -> set[str]:
     """
     free = keys_that_change("speed", "nothing")
     m = config.model
-    if m.dispatch == "capacity":
+    if not DISPATCHERS[m.dispatch].dropless:
         free -= {"model.dispatch", "model.capacity_factor"}
     draws = m.router_jitter > 0 or m.random_second
     if draws or any(e.options.by_micro_batch for e in config.balance):

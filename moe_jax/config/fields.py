@@ -1,5 +1,6 @@
 """How a field of a config says its range, and what another value of it changes."""
 
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any, Literal
 
@@ -13,9 +14,9 @@ def number(default: Any, low: float | None = None, high: float | None = None, ch
     return field(default=default, metadata={"low": low, "high": high, "changes": changes})
 
 
-def choice(default: Any, changes: Effect) -> Any:
-    """A field of any other type, and what another value changes."""
-    return field(default=default, metadata={"changes": changes})
+def choice(default: Any, changes: Effect, among: Collection[str] | None = None) -> Any:
+    """A field of any other type, what another value changes, and the names among which it is, if its type has none."""
+    return field(default=default, metadata={"changes": changes, "among": among})
 
 
 def section(options: type, changes: Effect) -> Any:

@@ -5,6 +5,7 @@ import math
 from dataclasses import fields
 
 from moe_jax.config.balance import BIAS_METHODS, SELECTORS, WITH_QUANTILES
+from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
 
 # --- rules across keys ----------------------------------------------------------------------------------------
@@ -307,10 +308,10 @@ def _check_mesh(c: Config) -> None:
             f"{'fewer micro_batches, ' if c.micro_batches > 1 else ''}or a mesh of at most {rows} of these "
             "(mesh.data=1 is one)."
         )
-    if m.num_experts and sizes["expert"] > 1 and m.dispatch == "local":
+    if m.num_experts and sizes["expert"] > 1 and not DISPATCHERS[m.dispatch].splits_experts:
         raise ValueError(
-            f"model.dispatch='local' needs every expert on every device, but mesh.expert={sizes['expert']} splits "
-            "them; set model.dispatch='auto'."
+            f"model.dispatch={m.dispatch!r} needs every expert on every device, but mesh.expert={sizes['expert']} "
+            "splits them; set model.dispatch='auto'."
         )
 
 
@@ -321,10 +322,11 @@ def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
         ValueError: the sizes do not fit the devices, the model or the batch; the platform lacks a collective.
     """
     sizes = mesh_sizes(config.mesh, num_devices)
-    if platform == "cpu" and config.model.num_experts and config.model.dispatch == "ragged":
+    dispatcher = DISPATCHERS[config.model.dispatch]
+    if config.model.num_experts and platform in dispatcher.not_on:
         raise ValueError(
-            "model.dispatch='ragged' needs ragged_all_to_all, which exists on TPU and GPU but not on CPU; "
-            "set model.dispatch='auto' or 'rounds'."
+            f"model.dispatch={config.model.dispatch!r} needs {dispatcher.needs}, which {platform.upper()}s do not "
+            "have; set model.dispatch='auto' or 'rounds'."
         )
     config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
     _check_mesh(config)

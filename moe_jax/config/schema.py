@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from moe_jax.config.balance import BalanceEntry
+from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.fields import choice, number, section
 
 DType = Literal["float32", "bfloat16"]
@@ -72,7 +73,7 @@ class ModelConfig:
     group_top: int = number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
     router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
-    dispatch: Literal["auto", "local", "rounds", "ragged", "dense", "capacity"] = choice("auto", "speed")
+    dispatch: str = choice("auto", "speed", among=DISPATCHERS)  # how copies reach their experts
     cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # on CPUs experts multiply in C++, or in XLA
     quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
     # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
@@ -137,9 +138,6 @@ class CheckpointConfig:
     keep: int = number(2, 1)
     verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
     fallback: bool = False
-
-
-DROPLESS = ("auto", "local", "rounds", "ragged")  # choices of `model.dispatch` that give the same output
 
 
 @dataclass(frozen=True)

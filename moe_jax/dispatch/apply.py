@@ -1,11 +1,8 @@
-"""Dispatch: send every token copy to its expert, and combine what comes back, weighed by the gates.
+"""Dispatch: send every token copy to its expert, and combine what comes back, weighted by the gates.
 
-T tokens, K slots (experts per token), N = T K copies, E experts, D embed, F expert ffw, B rows, C capacity,
-X devices on the mesh's expert axis, each with E / X consecutive experts.
+T tokens, K slots (experts per token), E experts, D embed, F expert ffw, B sequences.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,14 +13,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from moe_jax.dispatch.capacity import _capacity
-from moe_jax.dispatch.experts import ExpertWeights, Traffic, _take, _visits, kernel_for
-from moe_jax.dispatch.local import _dense, _local
-from moe_jax.dispatch.rounds import _Exchange, _further_rounds, _further_rounds_again, _in_rounds
-from moe_jax.dispatch.transports import _padded, _ragged
-from moe_jax.kernels import quantize
-from moe_jax.mesh import BATCH, GATHERED, is_sharded, per_shard
+from moe_jax.config import DISPATCHERS
+from moe_jax.dispatch.experts import DIMS, ExpertWeights, multiply_for
+from moe_jax.dispatch.local import local
+from moe_jax.dispatch.transports import rounds
+from moe_jax.dispatch.work import BACKENDS, Dispatch, Traffic, Work, register
+from moe_jax.mesh import BATCH, GATHERED, TABLE, is_sharded, per_shard
 from moe_jax.routing import Routing
+
+
+@register("auto")
+def auto(work: Work) -> tuple[Array, Traffic]:
+    """`rounds` where experts are split over devices, else `local`."""
+    return rounds(work) if work.devices > 1 else local(work)
 
 
 def apply_experts(
@@ -33,29 +35,24 @@ def apply_experts(
     *,
     mesh: Mesh | None = None,
     backend: str = "auto",
-    num_rows: int = 1,
+    num_sequences: int = 1,
     capacity_factor: float = 1.25,
     cpu_kernel: str = "auto",
     quantization: str = "none",
 ) -> tuple[Float[Array, "tokens embed"], Traffic]:
     """sum over a token's experts of gate x expert(x), and what it took.
 
-    Dropless and exact whatever the routing, but for "capacity". Tokens lie on the batch axes of the mesh,
+    Exact whatever the routing, unless the dispatcher drops. Tokens lie on the batch axes of the mesh,
     experts on `expert`, their embed dimension on `data` and their ffw dimension on `tensor`.
 
     Args:
-        x: [T, D]; with `num_rows` B, tokens of row b are x[b S : (b + 1) S].
+        x: [T, D]; tokens of sequence b are x[b S : (b + 1) S], with S = T / B.
         routing: where the tokens go.
         weights: the experts, in the compute dtype.
         mesh: where everything lies; None for one device.
-        backend: "local" sorts the copies by expert, every device having all experts: cost does not grow with E.
-            "rounds" ships at most C copies per pair of devices by `all_to_all`, as many times as it takes.
-            "ragged" ships exact amounts by `ragged_all_to_all`, which XLA:CPU does not have, in rounds too.
-            "auto" is "rounds" where experts are split over devices, else "local".
-            "dense" runs every expert on every token: the oracle. "capacity" gives each expert C slots per row
-            and drops the rest (GShard, Switch).
-        num_rows: B, used by "capacity" only, whose groups are sequences.
-        capacity_factor: room over the balanced load: C of an expert ("capacity") or of a round.
+        backend: the name of a dispatcher, of `BACKENDS`.
+        num_sequences: B, for dispatchers whose groups are sequences.
+        capacity_factor: room over the balanced load, of an expert ("capacity") or of a round.
         cpu_kernel: how CPUs multiply, see `in_native`.
         quantization: "none", or the format of all products with weights, see `quantize`.
 
@@ -63,58 +60,50 @@ def apply_experts(
         y [T, D] in x's dtype; what the exchange took.
 
     Raises:
-        ValueError: `cpu_kernel="native"` where that cannot be; `quantization` without qwix.
-
-    Source: dropless sorting as in MegaBlocks (arXiv 2211.15841); capacity: GShard (2006.16668).
+        ValueError: a backend that is not registered; `cpu_kernel="native"` where that cannot be; `quantization`
+            without qwix.
     """
-    quantize.check(quantization)
-    if backend == "dense":
-        rows = jnp.int32(x.shape[0] * weights.gate.shape[0])
-        visits = _visits(routing.expert_ids, weights.gate.shape[0], 1)
-        return _dense(x, routing, weights, quantization), Traffic(jnp.int32(0), jnp.int32(1), rows, visits)
-    devices = mesh.shape["expert"] if is_sharded(mesh) else 1
-    if backend == "auto":
-        backend = "rounds" if devices > 1 else "local"
-    if backend in ("rounds", "ragged") and not is_sharded(mesh):
-        backend = "local"  # one device has nobody to ship to
-    kernel = kernel_for(cpu_kernel, mesh, x.dtype, quantization)
-    run: Callable
-    if backend == "capacity":
-        row_tokens = x.shape[0] // num_rows
-        run = functools.partial(_capacity, row_tokens=row_tokens, factor=capacity_factor, devices=devices)
-        run = functools.partial(run, quantization=quantization)
-    elif backend == "local":
-        run = functools.partial(_local, kernel=kernel)
-    else:
-        transport = {"rounds": _padded, "ragged": _ragged}[backend]
-        run = functools.partial(_in_rounds, exchange=_Exchange(transport, capacity_factor, devices, kernel))
-    on_shard = functools.partial(_with_weights, run) if is_sharded(mesh) else run
-    wide, narrow, tokens = P("expert", "data", "tensor"), P("expert", "tensor", "data"), P(BATCH)
-    experts: Any = ExpertWeights._make([wide, wide, narrow])
-    y, traffic = per_shard(on_shard, mesh, (tokens, tokens, tokens, experts), (tokens, tokens))(
-        x, routing.expert_ids, routing.gates, weights
-    )
-    total = jax.tree.map(lambda a: a.sum(dtype=jnp.int32), traffic)
-    return y.astype(x.dtype), total._replace(rounds=traffic.rounds.max())
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"model.dispatch={backend!r} is not registered, but {', '.join(BACKENDS)} are; import the module of its "
+            "function."
+        )
+    dispatch = BACKENDS[backend]
+    multiply = multiply_for(cpu_kernel, mesh, x.dtype, quantization)
+    sequence_length = x.shape[0] // num_sequences
+    if DISPATCHERS[backend].is_oracle:
+        mesh = None  # XLA splits its arrays
+
+    def on_device(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Traffic]:
+        work = Work(
+            x=x,
+            expert_ids=expert_ids,
+            gates=gates,
+            weights=weights,
+            multiply=multiply,
+            mesh=mesh,
+            sequence_length=sequence_length,
+            capacity_factor=capacity_factor,
+        )
+        y, traffic = _on_shard(dispatch, work) if is_sharded(mesh) else dispatch(work)
+        return y, jax.tree.map(lambda number: number[None], traffic)
+
+    tokens = P(BATCH)
+    experts: dict[str, Any] = {name: P(*(TABLE[dim][0] for dim in dims)) for name, dims in DIMS.items()}
+    places = (tokens, tokens, tokens, ExpertWeights(**experts))
+    y, by_shard = per_shard(on_device, mesh, places, (tokens, tokens))(x, routing.expert_ids, routing.gates, weights)
+    traffic = jax.tree.map(lambda a: a.sum(dtype=jnp.int32), by_shard)
+    return y.astype(x.dtype), traffic._replace(rounds=by_shard.rounds.max())
 
 
-def _with_weights(run: Callable, x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> tuple:
-    """`run` on a shard: weights gathered over `data` (their gradient scatters), partial sums over `tensor` added."""
+def _on_shard(dispatch: Dispatch, work: Work) -> tuple[Array, Traffic]:
+    """`dispatch` with weights gathered over `data` (their gradient scatters) and partial sums over `tensor` added."""
 
-    def whole(w: Array, axis: int) -> Array:
-        w = lax.all_gather(w, "data", axis=axis, tiled=True)
+    def gathered(w: Array, dims: tuple[str, ...]) -> Array:
+        w = lax.all_gather(w, "data", axis=dims.index("embed"), tiled=True)
         return checkpoint_name(lax.pcast(w, ("replica",), to="varying"), GATHERED)
 
-    weights = ExpertWeights(whole(weights.gate, 1), whole(weights.up, 1), whole(weights.down, 2))
-    x, gates = (lax.pcast(a, ("tensor",), to="varying") for a in (x, gates))
-    y, traffic = run(x, expert_ids, gates, weights)
+    weights = ExpertWeights(**{name: gathered(getattr(work.weights, name), dims) for name, dims in DIMS.items()})
+    x, gates = (lax.pcast(a, ("tensor",), to="varying") for a in (work.x, work.gates))
+    y, traffic = dispatch(work._replace(x=x, gates=gates, weights=weights))
     return lax.psum(y, "tensor"), traffic
-
-
-_take.defvjp(
-    lambda rows, index, back: (_take(rows, index, back), (index, back)),
-    lambda maps, d: (_take(d, maps[1], maps[0]), None, None),
-)
-
-
-_further_rounds.defvjp(lambda *args: (_further_rounds.fun(*args), args[1:]), _further_rounds_again)

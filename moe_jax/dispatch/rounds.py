@@ -1,4 +1,7 @@
-"""Dispatch between devices in rounds: as many exchanges as it takes, so that nothing is dropped."""
+"""Dispatch between devices in rounds: exchange, multiply, exchange back, as often as it takes; nothing is dropped.
+
+T tokens, K slots, N = T K copies, E experts, D embed, X devices on the mesh's expert axis.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,14 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from moe_jax.dispatch.experts import ExpertWeights, Kernel, Traffic, _before, _sorting, _take, _traffic, _visits
+from moe_jax.dispatch.experts import ExpertWeights, Multiply
+from moe_jax.dispatch.local import local
+from moe_jax.dispatch.sorting import sorting_of, sum_before, take
+from moe_jax.dispatch.work import Traffic, Work
 from moe_jax.kernels.grouped import rows_multiplied
+from moe_jax.mesh import is_sharded
 from moe_jax.routing import count
 
-# --- expert parallel: exchange, multiply, exchange back, in as many rounds as it takes ------------------------
 
-
-class _Copies(NamedTuple):
+class Copies(NamedTuple):
     """This device's token copies, sorted by expert, and so by device, for a device's experts are consecutive.
 
     token, copy [N, 1]: which of them stands at a place. place [T, K]: where each copy stands. start, send [X]:
@@ -33,7 +38,7 @@ class _Copies(NamedTuple):
     received: Int32[Array, "devices local_experts"]
 
 
-class _Round(NamedTuple):
+class Round(NamedTuple):
     """One exchange: which slot of the outgoing buffer holds which copy, and how the buffer travels.
 
     token, copy [slots, 1] of every outgoing slot, slot [T, K] of every copy; out of range where there is none.
@@ -48,60 +53,61 @@ class _Round(NamedTuple):
     home: Callable[[Array], Array]
 
 
+# how many rounds could be needed, how many are, and a round by its number
+Rounds = tuple[int, Array, Callable[[Array | int], Round]]
+
+
 class _Exchange(NamedTuple):
-    """How copies travel: by which transport, with how much room, between how many devices, multiplied by what."""
+    """How copies travel: by which transport, with how much room, between how many devices, multiplied how."""
 
-    transport: Callable
-    factor: float
+    transport: Callable[[Copies, float, int], Rounds]
+    capacity_factor: float
     devices: int
-    kernel: Kernel
+    multiply: Multiply
 
-    def plan(self, copies: _Copies) -> tuple[int, Array, Callable[[Array | int], _Round]]:
-        """Rounds that could be needed, that are, and round by number."""
-        return self.transport(copies, self.factor, self.devices)
+    def plan(self, copies: Copies) -> Rounds:
+        """The rounds of these copies."""
+        return self.transport(copies, self.capacity_factor, self.devices)
 
 
-def _in_rounds(
-    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, *, exchange: _Exchange
-) -> tuple[Array, Traffic]:
+def in_rounds(work: Work, transport: Callable[[Copies, float, int], Rounds]) -> tuple[Array, Traffic]:
     """Dropless expert parallelism in bounded memory: what does not fit into a round waits for the next.
 
     All devices do as many rounds as the busiest needs, over every axis: a device that stopped early would leave
     the others waiting. The first round is unconditional, so that a balanced step has no branch on its way and
     shared experts may compute meanwhile; the others run only if somebody needs them.
     """
-    num_local, devices = weights.gate.shape[0], exchange.devices
-    copies = _sort_copies(expert_ids, num_local * devices, devices)
+    if not is_sharded(work.mesh):
+        return local(work)  # one device has nobody to exchange with
+    x, gates, weights = work.x, work.gates, work.weights
+    exchange = _Exchange(transport, work.capacity_factor, work.devices, work.multiply)
+    copies = _sort_copies(work.expert_ids, work.num_experts, work.devices)
     _, needed, make = exchange.plan(copies)
-    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights, exchange.kernel))
+    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights, exchange.multiply))
     y, rows = _add(first(x, gates, weights), _further_rounds(exchange, x, gates, weights, copies))
-    visits = _visits(expert_ids, num_local, devices)
-    return y, _traffic(rounds=needed, rows=rows, visits=visits)
+    return y, Traffic.of(rounds=needed, rows=rows, visits=work.visits())
 
 
-def _one_round(now: _Round, x: Array, gates: Array, weights: ExpertWeights, kernel: Kernel) -> tuple[Array, Array]:
+def _one_round(now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply) -> tuple[Array, Array]:
     """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
 
-    Gates travel with their copies: weighed here, the way home needs not be gone again in the backward pass.
+    Gates travel with their copies, and outputs are weighted before they return: so the backward pass does not
+    repeat the exchange that brings them home.
     """
     with jax.named_scope("dispatch"):
-        incoming = now.there(_take(x, now.token, now.slot))
-        share = now.there(_take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
-        rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), kernel.tile)
-    outputs = kernel.multiply(incoming, now.expert[:, None], share, weights)
+        incoming = now.there(take(x, now.token, now.slot))
+        share = now.there(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
+        rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), multiply.tile)
+    outputs = multiply.routed(incoming, now.expert[:, None], share, weights)
     with jax.named_scope("combine"):
         outgoing = now.home(outputs.astype(x.dtype))
-        return _take(outgoing, now.slot, now.token).astype(jnp.float32), rows
+        return take(outgoing, now.slot, now.token).astype(jnp.float32), rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further_rounds(
-    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: _Copies
+def _sum_of_further_rounds(
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
 ) -> tuple[Array, Array]:
-    """The sum of all rounds after the first. Nothing is kept of them for the backward pass, which does them again,
-
-    whatever the layer around keeps: memory must not grow with the number of rounds that could be needed.
-    """
+    """What all rounds after the first add to the output, and how many rows they multiplied."""
     possible, needed, make = exchange.plan(copies)
 
     def nothing(_: Array) -> tuple[Array, Array]:
@@ -109,7 +115,7 @@ def _further_rounds(
 
     def one(number: Array) -> tuple[Array, Array]:
         # the sum stays outside of the checkpoint, or backward would keep it for every possible round
-        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.kernel))
+        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply))
         return lax.cond(number < needed, run, nothing, number)
 
     def all_of_them(numbers: Array) -> tuple[Array, Array]:
@@ -119,26 +125,50 @@ def _further_rounds(
     return lax.cond(needed > 1, all_of_them, nothing, numbers) if possible > 1 else nothing(numbers)
 
 
-def _further_rounds_again(exchange: _Exchange, kept: tuple, d: tuple) -> tuple[Array, Array, ExpertWeights, None]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further_rounds(
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
+) -> tuple[Array, Array]:
+    """`_sum_of_further_rounds`, of which nothing is kept: the backward pass does the rounds again.
+
+    It does so whatever the layer around keeps: memory must not grow with the number of rounds that could be needed.
+    """
+    return _sum_of_further_rounds(exchange, x, gates, weights, copies)
+
+
+def _keep_inputs(
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
+) -> tuple[tuple[Array, Array], tuple]:
+    return _sum_of_further_rounds(exchange, x, gates, weights, copies), (x, gates, weights, copies)
+
+
+def _do_rounds_again(exchange: _Exchange, kept: tuple, d: tuple) -> tuple[Array, Array, ExpertWeights, None]:
     *inputs, copies = kept
-    return *jax.vjp(lambda *inputs: _further_rounds.fun(exchange, *inputs, copies), *inputs)[1](d), None
+
+    def again(x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
+        return _sum_of_further_rounds(exchange, x, gates, weights, copies)
+
+    return *jax.vjp(again, *inputs)[1](d), None
+
+
+_further_rounds.defvjp(_keep_inputs, _do_rounds_again)
 
 
 def _add(a: tuple, b: tuple) -> tuple:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> _Copies:
+def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> Copies:
     slots = expert_ids.shape[1]
     loads = count(expert_ids, num_experts).reshape(devices, -1)
-    order, place = _sorting(expert_ids.ravel())
+    order, place = sorting_of(expert_ids.ravel())
     send = loads.sum(1, dtype=jnp.int32)
-    return _Copies(
+    return Copies(
         token=order[:, None] // slots,
         copy=order[:, None],
         place=place.reshape(expert_ids.shape),
         device=expert_ids // (num_experts // devices),
-        start=_before(send),
+        start=sum_before(send),
         send=send,
         received=lax.all_to_all(loads, "expert", 0, 0, tiled=True),
     )

@@ -1,26 +1,38 @@
-"""How a round ships rows: padded to equal parts, or ragged."""
+"""How a round ships rows: padded to equal parts, or exactly; and the dispatchers that do so."""
 
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from moe_jax.dispatch.experts import _before
-from moe_jax.dispatch.rounds import _Copies, _Round
+from moe_jax.dispatch.rounds import Copies, Round, Rounds, in_rounds
+from moe_jax.dispatch.sorting import sum_before
+from moe_jax.dispatch.work import Traffic, Work, register
 from moe_jax.mesh import BATCH
 
 
-def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array | int], _Round]]:
+@register("rounds")
+def rounds(work: Work) -> tuple[Array, Traffic]:
+    """At most C copies per pair of devices by `all_to_all`, as many times as it takes."""
+    return in_rounds(work, padded)
+
+
+@register("ragged")
+def ragged(work: Work) -> tuple[Array, Traffic]:
+    """Exact amounts by `ragged_all_to_all`, which XLA:CPU does not have, in rounds too."""
+    return in_rounds(work, exact)
+
+
+def padded(copies: Copies, capacity_factor: float, devices: int) -> Rounds:
     """Rounds of `all_to_all`, of at most C = factor x mean copies from each device to each; runs anywhere."""
     num_copies = copies.copy.shape[0]
-    capacity = min(num_copies, math.ceil(factor * num_copies / devices))
+    capacity = min(num_copies, math.ceil(capacity_factor * num_copies / devices))
     needed = lax.pmax(-(-copies.send.max() // capacity), BATCH)
     upto = jnp.cumsum(copies.received, axis=1, dtype=jnp.int32)
     inside = jnp.arange(capacity, dtype=jnp.int32)[None]
 
-    def make(number: Array | int) -> _Round:
+    def make(number: Array | int) -> Round:
         first = number * capacity
         filled = first + inside < copies.send[:, None]
         at = jnp.where(filled, copies.start[:, None] + first + inside, num_copies).ravel()
@@ -37,27 +49,27 @@ def _padded(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
                 buffer.shape
             )
 
-        return _Round(token, copy, slot, expert, exchange, exchange)
+        return Round(token, copy, slot, expert, exchange, exchange)
 
     return math.ceil(num_copies / capacity), needed, make
 
 
-def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, Callable[[Array | int], _Round]]:
+def exact(copies: Copies, capacity_factor: float, devices: int) -> Rounds:
     """Rounds of `ragged_all_to_all`, in which a device takes in at most factor x mean copies from all others.
 
     The copies for one device, source after source, are one list; round n ships its n-th piece.
     """
     num_copies = copies.copy.shape[0]
-    capacity = math.ceil(min(factor, devices) * num_copies)
+    capacity = math.ceil(min(capacity_factor, devices) * num_copies)
     sent = lax.all_gather(copies.send, "expert")  # [source, destination]
     needed = lax.pmax(-(-sent.sum(0).max() // capacity), BATCH)
     here = lax.axis_index("expert")
-    offset = _before(sent)  # where a source's copies lie in the destination's list
-    start = _before(sent.T)[here]  # where the copies for this device lie at every source
+    offset = sum_before(sent)  # where a source's copies lie in the destination's list
+    start = sum_before(sent.T)[here]  # where the copies for this device lie at every source
     upto = jnp.cumsum(copies.received.ravel(), dtype=jnp.int32)
     local_experts = copies.received.shape[1]
 
-    def make(number: Array | int) -> _Round:
+    def make(number: Array | int) -> Round:
         first = number * capacity
         begin, end = (jnp.clip(bound - offset, 0, sent) for bound in (first, first + capacity))
         amount, landing = end - begin, offset + begin - first
@@ -77,6 +89,6 @@ def _ragged(copies: _Copies, factor: float, devices: int) -> tuple[int, Array, C
             return lax.ragged_all_to_all(rows, buffer, *places, axis_name="expert")
 
         # copies of other rounds lie in the buffer too: they are not shipped, and come home as 0
-        return _Round(copies.token, copies.copy, copies.place, expert, there, home)
+        return Round(copies.token, copies.copy, copies.place, expert, there, home)
 
     return math.ceil(devices * num_copies / capacity), needed, make

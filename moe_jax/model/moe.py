@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
 from moe_jax.balance import State, Statistics, measures
-from moe_jax.config import ModelConfig
+from moe_jax.config import DISPATCHERS, ModelConfig
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
@@ -70,8 +70,8 @@ class MoE(nnx.Module):
             real_part(sent, c.num_experts),
             weights,
             mesh=fwd.mesh,
-            backend="auto" if dropless and c.dispatch == "capacity" else c.dispatch,
-            num_rows=x.shape[0],
+            backend="auto" if dropless and not DISPATCHERS[c.dispatch].dropless else c.dispatch,
+            num_sequences=x.shape[0],
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,

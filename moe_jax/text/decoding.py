@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import balance
-from moe_jax.config import BalanceEntry, Config, ModelConfig
+from moe_jax.config import DISPATCHERS, BalanceEntry, Config, ModelConfig
 from moe_jax.data import Tokenizer
 from moe_jax.mesh import replicated, spec, ways
 from moe_jax.model.abstract import abstract_model
@@ -264,9 +264,8 @@ def check_prompts(
 def notice_of_drops(config: Config) -> str:
     """What to tell of a run whose training dropped copies, which generation does not; "" of others."""
     droppers = [f"balance.{e.label}" for e in config.balance if balance.make((e,), config.model).drop is not None]
-    droppers += (
-        ["model.dispatch='capacity'"] if config.model.num_experts and config.model.dispatch == "capacity" else []
-    )
+    if config.model.num_experts and not DISPATCHERS[config.model.dispatch].dropless:
+        droppers.append(f"model.dispatch={config.model.dispatch!r}")
     return f"{' and '.join(droppers)} dropped copies of tokens in training; here none is dropped." if droppers else ""
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
 from moe_jax.balance import measures
-from moe_jax.config import Config
+from moe_jax.config import DISPATCHERS, Config
 from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import batch_sharding, platform, replicated
@@ -125,7 +125,7 @@ def _eval_step(
 ) -> Callable[[TrainState, Batch], Evaluation]:
     balancer = balance.make(config.balance, config.model) if balancer is None else balancer
     has_bias = any(entry.method in BIAS_METHODS for entry in config.balance)
-    can_drop = config.model.dispatch == "capacity" or balancer.drop is not None
+    can_drop = not DISPATCHERS[config.model.dispatch].dropless or balancer.drop is not None
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
         # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again

@@ -210,7 +210,7 @@ class _Run:
         if first:
             self.display.say(f"going on from step {first}")
         m = self.config.model
-        if m.num_experts and (line := dispatch.told(m.cpu_kernel, self.mesh, m.compute_dtype, m.quantization)):
+        if m.num_experts and (line := dispatch.kernel_note(m.cpu_kernel, self.mesh, m.compute_dtype, m.quantization)):
             self.display.say(line)
         if line := cost_of_rounding(self.config):
             self.display.say(line)

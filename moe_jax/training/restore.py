@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import DROPLESS, Config, MeshConfig, resolve
+from moe_jax.config import DISPATCHERS, Config, MeshConfig, resolve
 from moe_jax.runtime.files import sha256_of
 from moe_jax.runtime.workdir import TOKENIZER
 
@@ -62,7 +62,8 @@ def on_these_devices(config: Config) -> Config:
     import jax
 
     devices, platform = jax.device_count(), jax.devices()[0].platform
-    if config.model.dispatch in DROPLESS:
+    dispatcher = DISPATCHERS[config.model.dispatch]
+    if dispatcher.dropless and not dispatcher.is_oracle:  # another gives the same output
         config = replace(config, model=replace(config.model, dispatch="auto"))
     try:
         return resolve(config, devices, platform)

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moe_jax.dispatch import ExpertWeights, apply_experts
-from moe_jax.dispatch.capacity import _seats, capacity_of
+from moe_jax.config import DISPATCHERS
+from moe_jax.dispatch import BACKENDS, ExpertWeights, apply_experts, register
+from moe_jax.dispatch.capacity import capacity_of, seats_of
 from moe_jax.kernels import native
 from moe_jax.routing import RouterConfig, Routing, count, route
 
 TOKENS, EXPERTS, EMBED, FFW = 6, 4, 3, 5
 EMPTY = EXPERTS  # the id of an empty slot
-DROPLESS = ("auto", "local", "rounds", "ragged")
+DROPLESS = [name for name, facts in DISPATCHERS.items() if facts.dropless and not facts.is_oracle]
 
 
 def array(seed: int, *shape: int) -> np.ndarray:
@@ -46,11 +47,11 @@ cpu_kernel = "auto"
 
 
 @functools.cache
-def compiled(backend: str, cpu_kernel: str, num_rows: int = 1, capacity_factor: float = 1.25):
+def compiled(backend: str, cpu_kernel: str, num_sequences: int = 1, capacity_factor: float = 1.25):
     """(x, gates, weights, ids) -> (y, dropped), gradients in the first three of something of y."""
 
     def run(x, gates, weights, ids):
-        options = {"backend": backend, "num_rows": num_rows, "capacity_factor": capacity_factor}
+        options = {"backend": backend, "num_sequences": num_sequences, "capacity_factor": capacity_factor}
         options["cpu_kernel"] = cpu_kernel
         y, traffic = apply_experts(x, routing_of(ids, gates), weights, **options)
         return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic.dropped)
@@ -119,8 +120,22 @@ def test_local_equals_dense_value_and_gradient(shape):
     assert_equals_dense("local", SHAPES[shape])
 
 
+@pytest.mark.parametrize("backend", DROPLESS)
+def test_every_dropless_dispatcher_equals_dense_on_one_device(backend):
+    assert_equals_dense(backend, SHAPES["padded tokens"])
+
+
+def test_every_row_of_facts_has_a_function_and_every_function_a_row():
+    assert set(BACKENDS) == set(DISPATCHERS)
+    with pytest.raises(ValueError, match=r"'teleport' has no row in moe_jax\.config\.DISPATCHERS"):
+        register("teleport")
+    with pytest.raises(ValueError, match=r"model\.dispatch='teleport' is not registered, but .*rounds"):
+        applied("teleport", SHAPES["top-1"])
+
+
 def test_auto_and_every_exchange_are_local_on_one_device():
-    local, *others = (applied(backend, SHAPES["padded tokens"]) for backend in ("local", *DROPLESS))
+    exchanges = ("auto", "rounds", "ragged")
+    local, *others = (applied(backend, SHAPES["padded tokens"]) for backend in ("local", *exchanges))
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, local, other)
 
@@ -199,7 +214,7 @@ def test_capacity_is_the_factor_times_the_balanced_load_rounded_up_and_at_least_
 
 def test_first_choices_are_seated_before_second_ones():
     # expert 0: tokens 0, 2 by first choice, then 1; expert 1: token 1, then 0; expert 2: 2, 3; expert 3: 3
-    seats = jax.jit(_seats, static_argnums=1)(CHOICES, EXPERTS)
+    seats = jax.jit(seats_of, static_argnums=1)(CHOICES, EXPERTS)
     np.testing.assert_array_equal(seats, [[0, 1], [0, 2], [1, 0], [0, 1]])
 
 
@@ -246,8 +261,8 @@ def test_empty_slots_take_no_seat_and_are_not_counted_as_dropped():
 def test_another_sequence_changes_nothing():
     # capacity is per sequence: the second row collapses onto expert 0 and the first does not notice
     one, other = np.concatenate([CHOICES, CHOICES]), np.concatenate([CHOICES, [[0, 1]] * 4])
-    calm, _, _ = applied("capacity", one, num_rows=2, **TIGHT)
-    crowded, dropped, _ = applied("capacity", other, num_rows=2, **TIGHT)
+    calm, _, _ = applied("capacity", one, num_sequences=2, **TIGHT)
+    crowded, dropped, _ = applied("capacity", other, num_sequences=2, **TIGHT)
     np.testing.assert_array_equal(calm[:4], crowded[:4])
     assert dropped == 4 + 6
     x, gates = array(4, 8, EMBED)[:4], np.abs(array(5, 8, 2))[:4]

@@ -11,9 +11,9 @@ import pytest
 
 from moe_jax import dispatch
 from moe_jax.config import MeshConfig
-from moe_jax.dispatch import ExpertWeights, local
-from moe_jax.dispatch import experts as experts_
-from moe_jax.dispatch.experts import IN_XLA, in_native
+from moe_jax.dispatch import ExpertWeights, Work
+from moe_jax.dispatch.experts import IN_XLA, NATIVE, in_native
+from moe_jax.dispatch.local import local
 from moe_jax.kernels import native
 from moe_jax.mesh import make_mesh
 
@@ -57,7 +57,7 @@ def value_and_gradients(multiply, x, ids, gates, weights):
 def test_values_and_gradients_are_those_of_xla(compiler, sizes):
     for ours, theirs in zip(
         value_and_gradients(native.experts, *problem(*sizes)),
-        value_and_gradients(IN_XLA.multiply, *problem(*sizes)),
+        value_and_gradients(IN_XLA.routed, *problem(*sizes)),
         strict=True,
     ):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -68,7 +68,7 @@ def test_bfloat16_is_off_by_its_rounding(compiler):
     inputs = problem(*SIZES["one expert in several chunks and parts"], jnp.bfloat16)
     x, ids, gates, weights = inputs
     wide = x.astype(jnp.float32), ids, gates, jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-    exact = value_and_gradients(IN_XLA.multiply, *wide)
+    exact = value_and_gradients(IN_XLA.routed, *wide)
     for ours, theirs in zip(value_and_gradients(native.experts, *inputs), exact, strict=True):
         # what is kept for the backward pass is rounded too: 2^-8 of the largest
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-7 * float(jnp.abs(theirs).max()))
@@ -122,9 +122,10 @@ def test_the_dispatch_says_what_it_multiplied(compiler):
     # 3 copies: in C++ no row is padding, in XLA tiles are 128 rows
     ids = jnp.array([[0], [1], [1]])
     weights = ExpertWeights(*(jnp.ones((2, 4, 4)) for _ in range(3)))
-    for kernel, rows in ((experts_.NATIVE, 3), (experts_.IN_XLA, 256)):
-        _, traffic = local._local(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), weights, kernel=kernel)
-        assert int(traffic.rows[0]) == rows
+    for multiply, rows in ((NATIVE, 3), (IN_XLA, 256)):
+        of = dict(weights=weights, multiply=multiply, mesh=None, sequence_length=3, capacity_factor=1.0)
+        _, traffic = local(Work(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), **of))
+        assert int(traffic.rows) == rows
 
 
 def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
@@ -142,10 +143,10 @@ def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
 
 def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert dispatch.told("auto", mesh, "float32") == "experts multiply in C++"
-    assert dispatch.told("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
+    assert dispatch.kernel_note("auto", mesh, "float32") == "experts multiply in C++"
+    assert dispatch.kernel_note("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
     monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
-    assert dispatch.told("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"
+    assert dispatch.kernel_note("auto", mesh, "float32") == "experts multiply in XLA: there is no compiler"
 
 
 # --- the boundary: what the C++ reads ----------------------------------------------------------------------------

@@ -247,7 +247,9 @@ def test_where_qwix_is_missing_a_sentence_says_so(monkeypatch):
 
 def test_a_run_says_in_what_its_experts_multiply():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert dispatch.told("auto", mesh, "float32", "int8") == "experts multiply in int8, quantized by qwix, in XLA"
+    assert (
+        dispatch.kernel_note("auto", mesh, "float32", "int8") == "experts multiply in int8, quantized by qwix, in XLA"
+    )
 
 
 @pytest.mark.parametrize(
