@@ -165,18 +165,20 @@ def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
     """
     import jax
 
-    from moe_jax.training import loop, start
+    from moe_jax.analysis.observer import observers
+    from moe_jax.training import attempts, loop
 
     for run in runs:
         resolve(run.config, jax.device_count(), jax.devices()[0].platform)
     failed: list[str] = []
     for number, run in enumerate(runs, 1):
         folder = folder_of(workdir, run)
-        if start.is_finished(run.config, folder):
+        if attempts.is_finished(run.config, folder):
             continue
         if not diverged(folder):
             try:
-                outcome = loop.run(run.config, folder, name=f"[{number}/{len(runs)}] {run.arm} seed {run.seed}")
+                name = f"[{number}/{len(runs)}] {run.arm} seed {run.seed}"
+                outcome = loop.run(run.config, folder, hooks=observers(run.config), name=name)
             except Exception as error:  # whatever it is, the other runs are not to pay for it
                 if isinstance(error, OSError) and error.errno in FOR_ALL:
                     raise

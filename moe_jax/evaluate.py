@@ -116,7 +116,7 @@ def _note_other_data(workdir: Path, corpus: "Corpus") -> None:
 
 def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
     """Raise a ValueError where a converted model would read another vocabulary than its own."""
-    from moe_jax.training.restore import has_another_tokenizer
+    from moe_jax.training.tokenizer import has_another_tokenizer
 
     if has_another_tokenizer(workdir, corpus):
         raise ValueError(

@@ -9,10 +9,9 @@ together, process 0 writes the logs, and a signal to one of them stops all at th
 A lost or stuck process ends the run with status 75.
 """
 
-from typing import TYPE_CHECKING
-
 from absl import app, flags
 
+from moe_jax.analysis.observer import observers
 from moe_jax.config import validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
@@ -20,9 +19,6 @@ from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.watchdog import Watchdog
 from moe_jax.training.loop import run
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(_: list[str]) -> None:
@@ -45,7 +41,14 @@ def main(_: list[str]) -> None:
         workdir_of(config.init_from, "init_from")
         watchdog = Watchdog(config.step_timeout_seconds)
         with processes.joined(config.heartbeat_seconds, lambda: watchdog.doing):
-            outcome = run(config, workdir, stop_at=flag.stop_at, watchdog=watchdog, profile=flag.profile)
+            outcome = run(
+                config,
+                workdir,
+                hooks=observers(config),
+                stop_at=flag.stop_at,
+                watchdog=watchdog,
+                profile=flag.profile,
+            )
             if outcome.signal:
                 raise SystemExit(128 + outcome.signal)
             if processes.index() == 0:

@@ -1,3 +1,34 @@
-"""A hook that acts every so many steps, and a training run that takes it."""
+"""A hook of one's own: it logs a number of its own, and says which experts got no token."""
 
-# TODO: to be written, and executed by tests/test_docs.py.
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import optax
+
+from configs import tiny
+from moe_jax.config import validate
+from moe_jax.training.hooks import Hook
+from moe_jax.training.loop import run
+
+
+class DeadExperts(Hook):
+    """Every 5 steps logs the norm of the parameters, and says which experts got no token in the step."""
+
+    every = 5
+
+    def before(self, context, now):
+        """A number before the step, logged in its line."""
+        return {"parameters/norm": optax.tree.norm(now.state.params)}
+
+    def after(self, context, now):
+        """The numbers of the step, which is waited for."""
+        for layer, expert in np.argwhere(np.asarray(now.values["loads"]) == 0):
+            context.display.say(f"step {now.done}: expert {expert} of layer {layer} got no token")
+
+
+config = tiny.get_config()
+config.num_steps = 10
+with tempfile.TemporaryDirectory() as workdir:
+    run(validate(config), Path(workdir), hooks=[DeadExperts()])
+    assert "parameters/norm" in (Path(workdir) / "metrics.jsonl").read_text()

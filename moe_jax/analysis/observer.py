@@ -1,42 +1,71 @@
-"""What a run looks at beside its steps, every so many of them: measures for the log, and scores for a file."""
+"""What a run observes beside its steps, at the intervals of its config: measures for its log, files for commands."""
 
 import io
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from moe_jax.analysis.interference import make_measure_step
-from moe_jax.analysis.recording import make_recorder
+from moe_jax.analysis.survey import store_routing
 from moe_jax.config import Config
-from moe_jax.data.batches import Batch
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import write_whole
-from moe_jax.training.state import TrainState
+from moe_jax.training.hooks import Context, Hook, Now
+
+if TYPE_CHECKING:
+    from moe_jax.training.state import TrainState
 
 
-class Observer:
-    """What is measured or recorded of a step before it is done, at the intervals of the config."""
+def observers(config: Config) -> list[Hook]:
+    """The hooks of `record_scores_every` and `measure_every`; each is left out where its interval is 0."""
+    return [hook for hook in (Record(config.record_scores_every), Measure(config.measure_every)) if hook.every]
 
-    def __init__(self, config: Config, mesh: Mesh, workdir: Path) -> None:
-        self._config, self._folder = config, workdir / "scores"
-        self._mesh = mesh
 
-    def before(self, step: int, state: TrainState, batch: Batch, key: Any) -> dict[str, Any]:
-        """The measures of the step that is due next, on the device; recorded scores go to a file."""
-        c, done = self._config, step + 1
-        if c.record_scores_every and done % c.record_scores_every == 0:
-            self._write(step, make_recorder(c, self._mesh)(state, batch, key))
-        if c.measure_every and done % c.measure_every == 0:
-            return make_measure_step(c, self._mesh)(state, batch, key)
+class Measure(Hook):
+    """Measures interference at a step, and stores at evaluations which experts held-out tokens have."""
+
+    key = "measure_every"
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def before(self, context: Context, now: Now) -> Mapping[str, Any]:
+        """Balancing's gradient against the language model's, at the parameters that the step starts from."""
+        from moe_jax.analysis import interference
+        from moe_jax.training.state import step_key
+
+        with context.ledger("evaluation"):
+            measure_step = interference.make_measure_step(context.config, context.mesh)
+            return measure_step(now.state, now.batch, step_key(context.config))
+
+    def evaluate(self, context: Context, state: "TrainState") -> Mapping[str, float]:
+        """Write workdir/routing/<step>.npy."""
+        where = context.config, state, context.corpus, context.mesh
+        store_routing(*where, context.workdir, context.watchdog, stopped=context.stopped)
         return {}
 
-    def _write(self, step: int, scores: Any) -> None:
-        arrays = jax.device_get(scores)._asdict()
-        if processes.index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            packed = io.BytesIO()
-            np.savez_compressed(packed, **arrays)
-            write_whole(self._folder / f"{step:08d}.npz", packed.getvalue())
+
+class Record(Hook):
+    """Writes the router logits of a step to workdir/scores, for the simulator."""
+
+    key = "record_scores_every"
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def before(self, context: Context, now: Now) -> Mapping[str, Any]:
+        """Write <step>.npz."""
+        import jax
+        import numpy as np
+
+        from moe_jax.analysis.recording import make_recorder
+        from moe_jax.training.state import step_key
+
+        with context.ledger("evaluation"):
+            scores = make_recorder(context.config, context.mesh)(now.state, now.batch, step_key(context.config))
+            arrays = jax.device_get(scores)._asdict()
+            if processes.index() == 0:
+                folder = context.workdir / "scores"
+                folder.mkdir(parents=True, exist_ok=True)
+                packed = io.BytesIO()
+                np.savez_compressed(packed, **arrays)
+                write_whole(folder / f"{now.step:08d}.npz", packed.getvalue())
+        return {}

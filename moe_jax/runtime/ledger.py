@@ -1,22 +1,27 @@
 """Where a run's wall-clock time goes: every second is charged to one kind of work, over all its attempts."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 KINDS = ("init", "compile", "data", "step", "evaluation", "checkpoint", "lost")
+Kind = str | Callable[[], str]  # one of KINDS, or what says at the end of a block which one it was
 
 
 class Ledger:
-    """Charges time as it passes: the kinds add up to the wall time, whatever is charged when.
+    """Charges the time of every block to one kind: `with ledger("evaluation"): ...`.
 
-    The devices run behind the program that feeds them, so it charges where it waits for them anyway: at a logged
-    step, before an evaluation, before a save. A compilation or a wait of the program alone shows where it happens.
+    A block inside another takes its time away from the one around it, so the kinds always add up to the wall time.
+    Outside all blocks it is `init`. What a block did that an error cut off is lost.
+
+    The devices run behind the program that feeds them: a step takes its time where the program waits for its numbers,
+    at a logged step or before a save. So the whole loop is a block of "step", and what is not a step one inside it.
 
     init: until the first batch is there. compile: until the first step of a start has been done. data: waiting for a
     batch while no device works. step: the other steps. evaluation: held out, and measures beside steps.
     checkpoint: of a save, what holds up the steps. lost: steps that had to be done again, time in which the process was
-    stopped, and all else.
+    stopped, writing the log, and what was cut off.
     """
 
     def __init__(
@@ -28,23 +33,49 @@ class Ledger:
             now: seconds.
             stopped_seconds: of them those in which the process was stopped, so far.
         """
-        self.seconds = dict.fromkeys(KINDS, 0.0)
-        self._now, self._stopped_seconds = now, stopped_seconds
-        self._since, self._stopped = now(), stopped_seconds()
-        self._tokens, self._before = 0, dict(self.seconds)
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._now = now
+        self._stopped_seconds = stopped_seconds
+        self._since = now()
+        self._stopped = stopped_seconds()
+        self._around: list[Kind] = ["init"]  # the blocks that are open, the innermost last
+        self._tokens = 0
+        self._before = dict(self._seconds)
 
-    def charge(self, kind: str) -> None:
-        """What went by since the last charge was of this kind; time in which the process was stopped is lost."""
-        now, stopped = self._now(), self._stopped_seconds()
-        lost = min(stopped - self._stopped, now - self._since)
-        self.seconds[kind] += now - self._since - lost
-        self.seconds["lost"] += lost
-        self._since, self._stopped = now, stopped
+    @contextmanager
+    def __call__(self, kind: Kind) -> Iterator[None]:
+        """Charge the time of a block, without that of the blocks in it."""
+        self._charge(self._around[-1])
+        self._around.append(kind)
+        try:
+            yield
+        except BaseException:
+            self._charge("lost")
+            raise
+        else:
+            self._charge(kind)
+        finally:
+            self._around.pop()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Those of each kind, up to now."""
+        self._charge(self._around[-1])
+        return dict(self._seconds)
+
+    def _charge(self, kind: Kind) -> None:
+        """Add the time since the last charge to a kind; time in which the process was stopped is lost."""
+        now = self._now()
+        lost = min(self._stopped_seconds() - self._stopped, now - self._since)
+        self._seconds[kind if isinstance(kind, str) else kind()] += now - self._since - lost
+        self._seconds["lost"] += lost
+        self._since = now
+        self._stopped += lost
 
     def carry(self, seconds: Mapping[str, float]) -> None:
         """Add what earlier attempts spent."""
         for kind, spent in seconds.items():
-            self.seconds[kind] += spent
+            self._seconds[kind] += spent
 
     def count(self, tokens: int) -> int:
         """Add tokens to those trained on since `restart`; gives them back."""
@@ -53,14 +84,16 @@ class Ledger:
 
     def restart(self) -> None:
         """Measure speed from here on."""
-        self._tokens, self._before = 0, dict(self.seconds)
+        self._tokens = 0
+        self._before = self.seconds
 
     def speed(self) -> tuple[float | None, float | None]:
         """(tokens a second, share of the time in which devices waited for data) of the steps since `restart`.
 
         Without evaluation, saves and compilation; None where nothing has been timed.
         """
-        data, step = (self.seconds[kind] - self._before[kind] for kind in ("data", "step"))
+        seconds = self.seconds
+        data, step = (seconds[kind] - self._before[kind] for kind in ("data", "step"))
         if self._tokens == 0 or data + step <= 0:
             return None, None
         return self._tokens / (data + step), data / (data + step)
@@ -68,17 +101,23 @@ class Ledger:
     @property
     def goodput(self) -> float | None:
         """The share of all time that was spent on steps that count."""
-        total = sum(self.seconds.values())
-        return self.seconds["step"] / total if total else None
+        return _goodput(self.seconds)
 
     def columns(self) -> dict[str, float | None]:
         """For the log: the seconds of each kind so far, as time/<kind>, and goodput."""
-        return {f"time/{kind}": round(spent, 3) for kind, spent in self.seconds.items()} | {"goodput": self.goodput}
+        seconds = self.seconds
+        return {f"time/{kind}": round(spent, 3) for kind, spent in seconds.items()} | {"goodput": _goodput(seconds)}
 
     def summary(self, step: int) -> dict[str, Any]:
         """For run.json: the steps done, all seconds, those of each kind, and goodput."""
-        time = {kind: round(spent, 3) for kind, spent in self.seconds.items()}
-        return {"step": step, "seconds": round(sum(time.values()), 3), "time": time, "goodput": self.goodput}
+        seconds = self.seconds
+        time = {kind: round(spent, 3) for kind, spent in seconds.items()}
+        return {"step": step, "seconds": round(sum(time.values()), 3), "time": time, "goodput": _goodput(seconds)}
+
+
+def _goodput(seconds: Mapping[str, float]) -> float | None:
+    total = sum(seconds.values())
+    return seconds["step"] / total if total else None
 
 
 def of_earlier_attempts(

@@ -27,10 +27,6 @@ class Profiler:
         if step == self._first < self._last and processes.index() == 0:
             self._start()
 
-    def named(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Around the call of the train step: how the viewers tell one step from the next; free without a trace."""
-        return jax.profiler.StepTraceAnnotation(STEP, step_num=step)
-
     def is_last(self, step: int) -> bool:
         """Whether the trace has all its steps once this one is finished: the time to close."""
         return self.is_tracing and step + 1 == self._last
@@ -55,6 +51,11 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # thousands of Python calls a step hide its operations
         jax.profiler.start_trace(self._local, create_perfetto_trace=True, profiler_options=options)
+
+
+def named(step: int) -> jax.profiler.StepTraceAnnotation:
+    """Around the call of the train step: how the viewers tell one step from the next; free without a trace."""
+    return jax.profiler.StepTraceAnnotation(STEP, step_num=step)
 
 
 def steps_to_trace(count: int, first: int, last: int) -> tuple[int, int]:

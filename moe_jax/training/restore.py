@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import DISPATCHERS, Config, MeshConfig, resolve
-from moe_jax.runtime.files import sha256_of
-from moe_jax.runtime.workdir import TOKENIZER
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from moe_jax.data import Corpus
     from moe_jax.training.state import TrainState
 
 
@@ -74,9 +71,3 @@ def on_these_devices(config: Config) -> Config:
         with contextlib.suppress(ValueError):
             return resolve(replace(config, mesh=MeshConfig(data=data)), devices, platform)
     return resolve(replace(config, mesh=MeshConfig(data=1)), devices, platform)
-
-
-def has_another_tokenizer(workdir: Path, corpus: "Corpus") -> bool:
-    """Whether the workdir came with a tokenizer, and the corpus is of another."""
-    own = workdir / TOKENIZER / "tokenizer.json"
-    return own.is_file() and sha256_of(own)[:16] not in corpus.tokenizer.name

@@ -1,68 +1,72 @@
-"""What a run begins with: its checkpoint, other weights, or parameters drawn at random."""
+"""The state that a run begins with: that of its checkpoint, of other weights, or drawn at random."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from moe_jax import balance, dispatch
+from moe_jax.balance.selectors import balanced_table
 from moe_jax.config import Config, as_dict, differences, keys_that_change, validate
 from moe_jax.config.paths import workdir_of
-from moe_jax.runtime import processes
-from moe_jax.runtime.files import copy_tree, is_remote, new_folder
-from moe_jax.runtime.log import METRICS, has_evaluation, newest
-from moe_jax.runtime.workdir import TOKENIZER, Identity, config_of_run, identity_of, refuse_another_run
-from moe_jax.training.restore import has_another_tokenizer, restore_run
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from moe_jax.data import Corpus
-    from moe_jax.training.state import TrainState
-
-
-def is_unaccounted(logged: int, first: int, ended: int, save_every: int) -> bool:
-    """Whether a log has steps that a checkpoint must have held once, and which the newest one there is does not.
-
-    A crash leaves lines after the newest checkpoint too, at most up to the next save.
-
-    Args:
-        logged: the steps done by its newest line.
-        first: those of the newest checkpoint.
-        ended: those that the last attempt that ended well had saved.
-        save_every: of the config; 0 saves at the end only.
-    """
-    next_save = first // save_every * save_every + save_every if save_every else first
-    return logged > first and (ended > first or logged > next_save)
-
-
-def is_finished(config: Config, workdir: Path) -> bool:
-    """Whether the log ends with the evaluation after the last step."""
-    return has_evaluation(newest(workdir / METRICS), config.num_steps)
-
-
-def why_finished(config: Config, workdir: Path) -> str:
-    """A sentence if the run is finished and its checkpoints are gone; empty for every other."""
-    from moe_jax.runtime import checkpoint
-
-    if not is_finished(config, workdir) or checkpoint.committed(workdir / "checkpoints"):
-        return ""
-    return (
-        f"the log of {workdir} ends with the evaluation after its last step, so the run is finished, though no "
-        "checkpoint is there any more; to train it again, use another workdir or move metrics.jsonl away"
-    )
+from moe_jax.data import Corpus, token_frequencies
+from moe_jax.runtime import checkpoint, manifest, processes
+from moe_jax.runtime.signals import can_be_noted
+from moe_jax.runtime.workdir import Identity, config_of_run, identity_of, refuse_another_run
+from moe_jax.training.optimizer import cost_of_rounding
+from moe_jax.training.restore import restore_run
+from moe_jax.training.state import TrainState, abstract_state, init_state, state_around
+from moe_jax.training.tokenizer import carry_tokenizer
 
 
 class Start(NamedTuple):
     """What a run begins with: its state, what was saved beside it, its identity, and lines for the reader."""
 
-    state: "TrainState"
+    state: TrainState
     extra: dict[str, Any]
     identity: Identity
     remarks: list[str]
 
 
-def _resume(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> Start | None:
+def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
+    """The newest checkpoint of the workdir; without one, the weights of `init_from`; without these, random ones.
+
+    Args:
+        config: validated.
+        mesh: where the state will be.
+        workdir: of the run; gets the tokenizer of a new run, if it has one of its own.
+        corpus: what the run reads.
+
+    Raises:
+        ValueError: a damaged checkpoint, one of another run or another model, or weights that this run cannot use.
+    """
+    begun = _resumed(config, mesh, workdir, corpus) or _fresh(config, mesh, workdir, corpus)
+    return begun._replace(remarks=[*begun.remarks, *_remarks(config, mesh, int(begun.state.step))])
+
+
+def _remarks(config: Config, mesh: Mesh, first: int) -> list[str]:
+    """What a reader should know of a run of this config that begins at step `first` on this mesh."""
+    lines = []
+    if not can_be_noted():
+        lines.append("not in the main thread: signals are left to the program around, and save nothing here")
+    if first:
+        lines.append(f"going on from step {first}")
+    m = config.model
+    if m.num_experts and (line := dispatch.kernel_note(m.cpu_kernel, mesh, m.compute_dtype, m.quantization)):
+        lines.append(line)
+    if line := cost_of_rounding(config):
+        lines.append(line)
+    if unused := jax.device_count() - mesh.size:
+        lines.append(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
+    return lines
+
+
+# --- resumed --------------------------------------------------------------------------------------------------
+
+
+def _resumed(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start | None:
     """The newest checkpoint of the workdir; None if there is none. Needs nothing of `init_from`."""
     found = restore_run(config, workdir, mesh)
     if found is None:
@@ -72,13 +76,13 @@ def _resume(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> St
 
     def check() -> list[str]:
         refuse_another_run(workdir, "checkpoint", extra["config"], there, config, corpus.fingerprint)
-        return refuse_other_weights(workdir, there, validate(extra["config"]), config)
+        return _refuse_other_weights(workdir, there, validate(extra["config"]), config)
 
     remarks = processes.by_first(check)
     return Start(state, extra, there or Identity(corpus.fingerprint), remarks)
 
 
-def refuse_other_weights(workdir: Path, identity: Identity | None, there: Config, config: Config) -> list[str]:
+def _refuse_other_weights(workdir: Path, identity: Identity | None, there: Config, config: Config) -> list[str]:
     """Check `init_from` against the start of the run that is resumed; a line where that can be checked no more.
 
     A run needs nothing of the weights once it has a checkpoint, so they may be gone, moved or left out.
@@ -107,25 +111,24 @@ def refuse_other_weights(workdir: Path, identity: Identity | None, there: Config
 
 def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
     """The fingerprint of the finished checkpoint of a step; None where it is gone or damaged."""
-    from moe_jax.runtime.manifest import fingerprint
-
     try:
-        return fingerprint(checkpoints / f"{step:08d}")
+        return manifest.fingerprint(checkpoints / f"{step:08d}")
     except ValueError:
         return None
 
 
-def _start(config: Config, workdir: Path, mesh: "Mesh", corpus: "Corpus") -> Start:
-    """A new run: parameters drawn, or those of `init_from` with what came along."""
-    from moe_jax.training.state import init_state
+# --- fresh ----------------------------------------------------------------------------------------------------
 
-    state, weights = weights_of(config, mesh) if config.init_from else (init_state(config, mesh), None)
-    state = with_hash_tables(config, state, corpus)
-    remarks = processes.by_first(lambda: [*changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
+
+def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
+    """A new run: parameters drawn, or those of `init_from` with what came along."""
+    state, weights = _weights_of(config, mesh) if config.init_from else (init_state(config, mesh), None)
+    state = _with_hash_tables(config, state, corpus)
+    remarks = processes.by_first(lambda: [*_changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
     return Start(state, {}, Identity(corpus.fingerprint, weights), remarks)
 
 
-def weights_of(config: Config, mesh: "Mesh") -> tuple["TrainState", dict[str, Any]]:
+def _weights_of(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
     """A start from the newest checkpoint of `config.init_from`: its parameters and bias, and nothing else of it.
 
     A bias that is zero everywhere says nothing; where balancing starts from is this run's to say.
@@ -136,32 +139,27 @@ def weights_of(config: Config, mesh: "Mesh") -> tuple["TrainState", dict[str, An
     Raises:
         ValueError: no such checkpoint, a damaged one, of another model, or with a bias that this run cannot use.
     """
-    import jax
-
-    from moe_jax.runtime import checkpoint, manifest
-    from moe_jax.training.state import abstract_state, state_around
-
-    target, options = abstract_state(config, mesh), config.checkpoint
+    target = abstract_state(config, mesh)
     folder = workdir_of(config.init_from, "init_from") / "checkpoints"
     found = checkpoint.restore_weights(
         folder,
         {"params": target.params, "bias": target.bias},
-        verify=options.verify,
-        fallback=options.fallback,
+        verify=config.checkpoint.verify,
+        fallback=config.checkpoint.fallback,
         cast=True,
     )
     if found is None:
         raise ValueError(f"init_from={config.init_from!r} has no finished checkpoint; name the workdir of one.")
     weights, extra = found
-    told = any(np.asarray(leaf).any() for leaf in jax.device_get(jax.tree.leaves(weights["bias"])))
-    if told:
+    has_bias = any(np.asarray(leaf).any() for leaf in jax.device_get(jax.tree.leaves(weights["bias"])))
+    if has_bias:
         _refuse_bias_of_another_kind(config, validate(extra["config"]))
     step = extra["step"]
     known = {"step": step, "fingerprint": processes.by_first(lambda: manifest.fingerprint(folder / f"{step:08d}"))}
-    return state_around(config, weights["params"], weights["bias"] if told else None, mesh), known
+    return state_around(config, weights["params"], weights["bias"] if has_bias else None, mesh), known
 
 
-def changes_of_model(config: Config) -> list[str]:
+def _changes_of_model(config: Config) -> list[str]:
     """A line if the model of `init_from` was another than these weights now become, though of the same shapes."""
     if not config.init_from:
         return []
@@ -171,29 +169,8 @@ def changes_of_model(config: Config) -> list[str]:
     return [f"the weights were trained in another model: {'; '.join(changed)}"] if changed else []
 
 
-def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str]:
-    """Keep the tokenizer, for text and for export: that of `init_from`, or the corpus's; a line if they differ."""
-    from moe_jax.data import ByteTokenizer, keep_tokenizer
-
-    target, source = workdir / TOKENIZER, workdir_of(config.init_from, "init_from") if config.init_from else workdir
-    if target.exists():
-        return []
-    differs = has_another_tokenizer(source, corpus)
-    from_source = (source / TOKENIZER).is_dir() and not differs
-    if from_source or not isinstance(corpus.tokenizer, ByteTokenizer):
-        with nullcontext(target) if is_remote(target) else new_folder(target) as partial:
-            if from_source:
-                copy_tree(source / TOKENIZER, partial)
-            else:
-                keep_tokenizer(config.data.path, corpus.tokenizer, partial)
-    name = corpus.tokenizer.name
-    return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"] * differs
-
-
 def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
     """Biases that are added to scores and biases that multiply them are not the same numbers."""
-    from moe_jax import balance
-
     kinds = [
         "is added to scores" if balance.make(c.balance, c.model).combine is None else "multiplies scores"
         for c in (there, config)
@@ -205,16 +182,11 @@ def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
         )
 
 
-def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "TrainState":
+def _with_hash_tables(config: Config, state: TrainState, corpus: Corpus) -> TrainState:
     """The state with the tables of `hash` balanced for the corpus's token frequencies.
 
     Every layer has the same groups of tokens, and its experts in an order of its own.
     """
-    import jax
-
-    from moe_jax.balance.selectors import balanced_table
-    from moe_jax.data import token_frequencies
-
     labels = [e.label for e in config.balance if e.method == "hash"]
     if not labels:
         return state
@@ -230,38 +202,3 @@ def with_hash_tables(config: Config, state: "TrainState", corpus: "Corpus") -> "
 
     own = {label: jax.tree_util.tree_map_with_path(filled, state.balance[label]) for label in labels}
     return state._replace(balance=state.balance | own)
-
-
-def open_data(config: Config) -> "Corpus":
-    """The corpus of the config, checked against it.
-
-    Raises:
-        ValueError, FileNotFoundError: missing or damaged files, a vocabulary too small, wrong data.weights.
-    """
-    from moe_jax.data import open_corpus
-    from moe_jax.data.batches import check_weights
-
-    corpus = open_corpus(config.data.path, config.data.verify)
-    needed = corpus.tokenizer.vocab_size
-    if config.model.vocab_size < needed:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size} must be at least the {needed} tokens of the "
-            f"{corpus.tokenizer.name!r} tokenizer of data.path={config.data.path!r}; set it to {needed} or more."
-        )
-    if config.data.weights:
-        check_weights(corpus.domains, config.data.weights)  # before the workdir is claimed
-    return corpus
-
-
-def agree_on_data(config: Config, corpus: "Corpus") -> None:
-    """Raise a ValueError in every process unless `data.path` leads all of them to the same data."""
-    first = processes.by_first(lambda: corpus.fingerprint)
-
-    def check() -> None:
-        if corpus.fingerprint != first:
-            raise ValueError(
-                f"data.path={config.data.path!r} leads process {processes.index()} to other data (fingerprint "
-                f"{corpus.fingerprint[:16]}) than process 0 ({first[:16]}); give all hosts the same prepared folder."
-            )
-
-    processes.by_all(check)

@@ -376,8 +376,9 @@ def test_a_domain_with_a_dot_can_be_weighted(tmp_path, how):
         (tmp_path / "texts" / name / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     prepare.prepare(prepare.Options(tmp_path / "texts", tmp_path / "corpus"))
     (tmp_path / "config.py").write_text(DOTTED)
-    read = "from absl import app, flags; from moe_jax import config; from moe_jax.config import command; from moe_jax.training import start; "
-    read += "command.define_config_flag(''); app.run(lambda _: print(start.open_data(config.validate("
+    read = "from absl import app, flags; from moe_jax import config; from moe_jax.config import command; "
+    read += "from moe_jax.training.opening import open_data; "
+    read += "command.define_config_flag(''); app.run(lambda _: print(open_data(config.validate("
     read += "flags.FLAGS.config)).domains, dict(config.validate(flags.FLAGS.config).data.weights)), "
     read += "flags_parser=command.parse_flags)"
     given = [f"--config={tmp_path / 'config.py'}:{how}", f"--config.data.path={tmp_path / 'corpus'}"]

@@ -209,7 +209,7 @@ def trained(monkeypatch):
     """`train.run` replaced by a recorder."""
     done = []
 
-    def fake(config, folder, name):
+    def fake(config, folder, hooks, name):
         done.append((folder.parent.name, folder.name))
         return loop.Outcome(config.num_steps, None, {})
 
@@ -254,7 +254,7 @@ def test_a_run_whose_final_evaluation_is_missing_is_not_finished(trained, tmp_pa
 def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
     calls = []
 
-    def fake(config, folder, name):
+    def fake(config, folder, hooks, name):
         calls.append(folder)
         return loop.Outcome(7, signal.SIGTERM if len(calls) == 2 else None, {})
 
@@ -271,7 +271,7 @@ def failing(monkeypatch):
     """`train.run` replaced by a recorder that fails as the dict says, arm -> what is raised."""
     done, errors = [], {}
 
-    def fake(config, folder, name):
+    def fake(config, folder, hooks, name):
         done.append((folder.parent.name, folder.name))
         if folder.parent.name in errors:
             raise errors[folder.parent.name]

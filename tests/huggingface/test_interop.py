@@ -34,7 +34,7 @@ from moe_jax.runtime.workdir import config_of_run
 from moe_jax.text import model as generate
 from moe_jax.training import evaluation, loop
 from moe_jax.training.compile import make_train_step
-from moe_jax.training.start import weights_of, with_hash_tables
+from moe_jax.training.start import start
 from moe_jax.training.state import TrainState, abstract_state, initial_balance, read_bias
 
 KINDS = {case: (case, {}) for case in folders.CASES}
@@ -670,14 +670,14 @@ def test_evaluation_of_a_converted_workdir_is_that_of_the_model(converted, tmp_p
 
 
 @pytest.mark.parametrize("method", ["bias_sign", "aux_loss", "hash"])
-def test_training_goes_on_from_converted_weights_with_the_imported_bias(method, converted):
+def test_training_goes_on_from_converted_weights_with_the_imported_bias(method, converted, tmp_path):
     corpus, model = open_corpus(), load_hf(converted / "hf")
     config = from_checkpoint.get_config(str(converted / "run"))
     config.update(dict(batch_size=8, sequence_length=16, num_steps=4, mesh=dict(data=1)))
     config.optimizer.update(dict(warmup_steps=1))
     config.model.update(dict(num_groups=1, top_groups=1))  # `hash` knows no groups
     config = validate(config.to_dict() | {"balance": {method: {}}})
-    state = with_hash_tables(config, weights_of(config, make_mesh(config.mesh))[0], corpus)
+    state = start(config, make_mesh(config.mesh), tmp_path, corpus).state
     np.testing.assert_array_equal(read_bias(state.bias), bias_of(model))
     batch = training_batches(corpus, seed=0, batch_size=8, sequence_length=16)(0)
     free = LanguageModel(config.model, model.params, model.bias)

@@ -12,6 +12,7 @@ from drills import rig
 
 from experiments import ablate
 from moe_jax import evaluate
+from moe_jax.analysis.observer import observers
 from moe_jax.analysis.specialisation import stored_steps
 from moe_jax.config import as_dict, changed_numbers, keys_that_change, validate
 from moe_jax.data.prepare import main as prepare
@@ -270,8 +271,9 @@ def test_an_evaluation_on_other_data_than_the_run_was_trained_on_says_so(corpora
 
 def test_more_held_out_sequences_do_not_bind_a_run_and_its_stored_routing_stays_comparable(corpora, tmp_path):
     measured = dict(measure_every=1, eval_every=2)
-    run(config(corpora[0], **measured), tmp_path, stop_at=2, quiet=True)
+    first = config(corpora[0], **measured)
+    run(first, tmp_path, hooks=observers(first), stop_at=2, quiet=True)
     more = dict(path=str(corpora[0]), eval_sequences=8)
-    run(config(**measured, data=more), tmp_path, quiet=True)
+    run(config(**measured, data=more), tmp_path, hooks=observers(first), quiet=True)
     assert stored_steps(tmp_path) == [4]
     assert [file.name for file in (tmp_path / "routing").glob("*/*.npy")] == ["2.npy"]

@@ -1,5 +1,7 @@
 """Laws of the ledger: every second is charged once, over all attempts, and what was done twice is lost."""
 
+import contextlib
+
 import pytest
 
 from moe_jax.runtime.ledger import KINDS, Ledger, of_earlier_attempts
@@ -22,8 +24,8 @@ def clock():
 
 def spend(ledger, clock, *parts):
     for kind, seconds in parts:
-        clock.time += seconds
-        ledger.charge(kind)
+        with ledger(kind):
+            clock.time += seconds
 
 
 def test_the_kinds_add_up_to_the_wall_time(clock):
@@ -33,6 +35,47 @@ def test_the_kinds_add_up_to_the_wall_time(clock):
     assert sum(ledger.seconds.values()) == clock.time - 100.0 == 14.875
     assert ledger.seconds["step"] == 4.0
     assert ledger.goodput == 4.0 / 14.875
+
+
+def test_a_block_has_its_own_time_and_not_that_of_the_blocks_in_it(clock):
+    ledger = Ledger(clock)
+    clock.time += 2.0  # before the first block
+    with ledger("step"):
+        clock.time += 8.0
+        with ledger("evaluation"):
+            clock.time += 4.0
+            with ledger("lost"):
+                clock.time += 1.0
+        clock.time += 16.0
+    assert ledger.seconds == dict.fromkeys(KINDS, 0.0) | {"init": 2.0, "step": 24.0, "evaluation": 4.0, "lost": 1.0}
+
+
+def test_the_seconds_are_those_up_to_now_in_the_middle_of_a_block(clock):
+    ledger = Ledger(clock)
+    with ledger("step"):
+        clock.time += 8.0
+        assert ledger.seconds["step"] == ledger.columns()["time/step"] == 8.0
+        clock.time += 2.0
+    assert ledger.seconds["step"] == 10.0
+
+
+def test_what_a_block_was_can_be_known_at_its_end(clock):
+    ledger = Ledger(clock)
+    works = True
+    with ledger(lambda: "step" if works else "data"):
+        clock.time += 3.0
+        works = False
+    assert (ledger.seconds["data"], ledger.seconds["step"]) == (3.0, 0.0)
+
+
+def test_what_an_error_cut_off_is_lost_and_the_block_around_it_is_charged_as_before(clock):
+    ledger = Ledger(clock)
+    with ledger("step"):
+        with contextlib.suppress(MemoryError), ledger("evaluation"):
+            clock.time += 5.0
+            raise MemoryError
+        clock.time += 1.0
+    assert (ledger.seconds["evaluation"], ledger.seconds["lost"], ledger.seconds["step"]) == (0.0, 5.0, 1.0)
 
 
 def test_speed_is_of_steps_and_of_waits_for_their_data_only(clock):

@@ -4,23 +4,27 @@ import json
 import shutil
 import signal
 import threading
+from contextlib import contextmanager
 
+import numpy as np
+import optax
 import pytest
 from drills import rig
 
-from moe_jax import train
-from moe_jax.analysis import observer
+from moe_jax.analysis import interference, specialisation
+from moe_jax.analysis.observer import Measure, observers
 from moe_jax.analysis.survey import store_routing, survey
 from moe_jax.data import open_corpus
 from moe_jax.mesh import make_mesh
 from moe_jax.runtime.checkpoint import Checkpointer, committed
-from moe_jax.runtime.log import RunLog
+from moe_jax.runtime.log import Display, RunLog
 from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned, noted
-from moe_jax.training import evaluation
+from moe_jax.training import actions, compile, evaluation, loop
+from moe_jax.training.attempts import is_unaccounted
 from moe_jax.training.evaluation import Totals, held_out
+from moe_jax.training.hooks import Hook
 from moe_jax.training.loop import run
-from moe_jax.training.start import is_unaccounted
 from moe_jax.training.state import init_state
 
 SHORT = rig.drill_config(num_steps=4, save_every=2, eval_every=2)
@@ -51,31 +55,160 @@ def undisturbed(tmp_path_factory):
 # --- the order ------------------------------------------------------------------------------------------------
 
 
-def test_after_a_step_come_its_line_then_its_save_then_its_evaluation_which_is_added_to_the_line(tmp_path, monkeypatch):
-    events = []
+class Events(list):
+    """Words with the number of steps done, in the order in which they happened."""
 
-    def spy(where, name, word, number):
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self._monkeypatch = monkeypatch
+
+    def spy(self, where, name, word, done):
+        """Add `word` whenever a function is called."""
         real = getattr(where, name)
 
         def spied(*args, **kwargs):
-            events.append(f"{word} {number(*args)}")
+            self.append(f"{word} {done(*args)}")
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(where, name, spied)
+        self._monkeypatch.setattr(where, name, spied)
 
-    spy(RunLog, "write", "log", lambda log, step, *_: step + 1)
-    spy(Checkpointer, "save", "save", lambda checkpoints, step, *_: step)
-    spy(train, "evaluate", "evaluate", lambda config, state, *_: int(state.step))
-    spy(RunLog, "amend", "amend", lambda log, step, _: step + 1)
+    def spy_on_steps(self):
+        """Add the train step."""
+        real = compile.make_train_step
+
+        def make(config, mesh=None):
+            def train_step(state, batch, key):
+                self.append(f"step {int(state.step) + 1}")
+                return real(config, mesh)(state, batch, key)
+
+            return train_step
+
+        self._monkeypatch.setattr(compile, "make_train_step", make)
+
+    def spy_on_signals(self):
+        """Add every question whether to stop; processes must put it equally often and in the same places."""
+
+        @contextmanager
+        def noted():
+            yield lambda: self.append("stop?")
+
+        self._monkeypatch.setattr(loop, "noted", noted)
+
+    def spy_on_files(self):
+        """Add log lines, saves, evaluations."""
+        self.spy(RunLog, "write", "log", lambda log, step, *_: step + 1)
+        self.spy(Checkpointer, "save", "save", lambda checkpoints, step, *_: step)
+        self.spy(actions, "evaluate", "evaluate", lambda config, state, *_: int(state.step))
+        self.spy(RunLog, "amend", "amend", lambda log, step, _: step + 1)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What a run does, in order; nothing before it is spied on."""
+    return Events(monkeypatch)
+
+
+def test_after_a_step_come_its_line_then_its_save_then_its_evaluation_which_is_added_to_the_line(tmp_path, events):
+    events.spy_on_files()
     run(SHORT, tmp_path, quiet=True)
     due = ["log 1", "log 2", "save 2", "evaluate 2", "amend 2", "log 3", "log 4", "save 4", "evaluate 4", "amend 4"]
     assert events == [*due, "save 4"]  # at the end once more, for a run that is stopped anywhere; it is there already
+
+
+def test_whether_to_stop_is_asked_before_and_after_every_step_and_between_held_out_batches(tmp_path, events):
+    config = rig.drill_config(num_steps=2, save_every=2, measure_every=2, data=dict(eval_sequences=1))
+    events.spy_on_files()
+    events.spy_on_steps()
+    events.spy_on_signals()
+    events.spy(interference, "make_measure_step", "measure", lambda *_: 2)
+    events.spy(specialisation, "store_ids", "routing", lambda workdir, step, *_: step)
+    events.spy(Display, "step", "show", lambda display, done: done)
+    run(config, tmp_path, hooks=observers(config), quiet=True)
+    first = ["stop?", "step 1", "log 1", "show 1", "stop?"]
+    second = ["measure 2", "stop?", "step 2", "log 2", "save 2"]
+    evaluation = ["evaluate 2", "stop?", "stop?", "routing 2", "amend 2"]  # each reads one batch
+    assert events == [*first, *second, *evaluation, "show 2", "stop?", "stop?", "save 2"]
+
+
+def test_a_trace_begins_before_the_measures_of_its_first_step_and_ends_before_the_line_of_its_last(tmp_path, events):
+    config = rig.drill_config(num_steps=4, save_every=0, measure_every=1)
+    events.spy(Profiler, "_start", "trace", lambda profiler: "begins")
+    events.spy(Profiler, "close", "trace", lambda profiler: "ends")
+    events.spy(interference, "make_measure_step", "measure", lambda *_: "")
+    events.spy(RunLog, "write", "log", lambda log, step, *_: step + 1)
+    run(config, tmp_path, hooks=observers(config), quiet=True, profile=1)
+    assert events[4:9] == ["trace begins", "measure ", "trace ends", "log 3", "measure "]
 
 
 def test_a_line_has_its_evaluation_and_every_step_one_line(tmp_path):
     run(SHORT, tmp_path, quiet=True)
     assert [line["step"] for line in rig.curve(tmp_path)] == [0, 1, 2, 3]
     assert evaluated(tmp_path) == [1, 3]
+
+
+# --- hooks of one's own ---------------------------------------------------------------------------------------
+
+
+class Spy(Hook):
+    """A hook that says when it is called, and has numbers to add."""
+
+    every = 2
+
+    def __init__(self, events):
+        self.events = events
+
+    def begin(self, context, state):
+        self.events.append(f"begin {int(state.step)}")
+
+    def before(self, context, now):
+        self.events.append(f"before {now.done}")
+        return {"mine/norm": optax.tree.norm(now.state.params)}
+
+    def after(self, context, now):
+        assert int(now.state.step) == now.done and np.isfinite(now.values["loss"])
+        self.events.append(f"after {now.done}")
+
+    def evaluate(self, context, state):
+        self.events.append(f"evaluate mine {int(state.step)}")
+        return {"eval/mine": 7.0}
+
+    def close(self, context):
+        self.events.append("close")
+
+
+def test_a_hook_is_called_at_its_interval_last_of_what_is_due_and_its_numbers_are_logged(tmp_path, events, undisturbed):
+    events.spy_on_files()
+    events.spy_on_steps()
+    run(SHORT, tmp_path, hooks=[Spy(events)], stop_at=2, quiet=True)
+    first = ["begin 0", "step 1", "log 1"]
+    second = ["before 2", "step 2", "log 2", "save 2", "evaluate 2", "evaluate mine 2", "amend 2", "after 2"]
+    assert events == [*first, *second, "close", "save 2"]
+    lines = rig.curve(tmp_path)
+    assert ["mine/norm" in line for line in lines] == [False, True]
+    assert [line.pop("eval/mine", 0.0) for line in lines] == [0.0, 7.0]
+    assert [{k: v for k, v in line.items() if k != "mine/norm"} for line in lines] == undisturbed(SHORT)[:2]
+
+
+def test_a_hook_that_fails_takes_no_line_save_or_evaluation_with_it_and_every_hook_is_closed(tmp_path, events):
+    class Fails(Hook):
+        def after(self, context, now):
+            if now.done == 2:
+                raise MemoryError("too large")
+
+    with pytest.raises(MemoryError):
+        run(SHORT, tmp_path, hooks=[Fails(), Spy(events)], quiet=True)
+    assert committed(tmp_path / "checkpoints") == [2]
+    assert evaluated(tmp_path) == [1]
+    assert events == ["begin 0", "before 2", "evaluate mine 2", "close"]
+
+
+@pytest.mark.parametrize("key", ["measure_every", "record_scores_every"])
+def test_an_interval_of_the_config_that_no_hook_has_is_refused(tmp_path, key):
+    config = rig.drill_config(**{key: 2})
+    with pytest.raises(ValueError, match=rf"{key}=2 has no hook; add observers\(config\)"):
+        run(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    assert [hook.key for hook in observers(config)] == [key]
 
 
 # --- an evaluation that fails ---------------------------------------------------------------------------------
@@ -85,13 +218,13 @@ def test_an_evaluation_that_raises_takes_no_save_with_it_and_is_made_up_for(tmp_
     def too_large(*_, **__):
         raise MemoryError("too large")
 
-    real = train.evaluate
-    monkeypatch.setattr(train, "evaluate", too_large)
+    real = actions.evaluate
+    monkeypatch.setattr(actions, "evaluate", too_large)
     for _ in range(2):  # the start after it fails at what it makes up for
         with pytest.raises(MemoryError):
             run(SHORT, tmp_path, quiet=True)
         assert committed(tmp_path / "checkpoints") == [2]
-    monkeypatch.setattr(train, "evaluate", real)
+    monkeypatch.setattr(actions, "evaluate", real)
     run(SHORT, tmp_path, quiet=True)
     assert rig.curve(tmp_path) == undisturbed(SHORT)
 
@@ -102,17 +235,17 @@ def test_a_final_evaluation_that_is_missing_is_made_up_for_by_the_same_command_o
             raise MemoryError("too large")
         return real(config, state, *rest, **options)
 
-    real = train.evaluate
-    monkeypatch.setattr(train, "evaluate", fail_at_the_end)
+    real = actions.evaluate
+    monkeypatch.setattr(actions, "evaluate", fail_at_the_end)
     with pytest.raises(MemoryError):
         run(SHORT, tmp_path, quiet=True)
     assert committed(tmp_path / "checkpoints") == [2, 4]
     assert evaluated(tmp_path) == [1]
-    monkeypatch.setattr(train, "evaluate", real)
+    monkeypatch.setattr(actions, "evaluate", real)
     outcome = run(SHORT, tmp_path, quiet=True)
     assert (outcome.step, outcome.evaluation["eval/loss"]) == (4, rig.curve(tmp_path)[-1]["eval/loss"])
     assert rig.curve(tmp_path) == undisturbed(SHORT)
-    monkeypatch.setattr(train, "evaluate", fail_at_the_end)
+    monkeypatch.setattr(actions, "evaluate", fail_at_the_end)
     assert run(SHORT, tmp_path, quiet=True).step == 4  # nothing is missing any more
 
 
@@ -177,29 +310,29 @@ def test_a_signal_while_an_evaluation_is_made_up_for_ends_it_too(tmp_path, monke
 
 def test_a_signal_before_the_routing_is_stored_leaves_both_for_the_next_start(tmp_path, monkeypatch):
     config = rig.drill_config(num_steps=2, save_every=0, measure_every=2)
-    real = train.evaluate
+    real = actions.evaluate
 
     def then_a_signal(*args, **options):
         found = real(*args, **options)
         signal.raise_signal(signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(train, "evaluate", then_a_signal)
-    assert run(config, tmp_path, quiet=True)[:2] == (2, signal.SIGTERM)
+    monkeypatch.setattr(actions, "evaluate", then_a_signal)
+    assert run(config, tmp_path, hooks=observers(config), quiet=True)[:2] == (2, signal.SIGTERM)
     assert evaluated(tmp_path) == [] and not (tmp_path / "routing").exists()
-    monkeypatch.setattr(train, "evaluate", real)
-    assert run(config, tmp_path, quiet=True)[:2] == (2, None)
+    monkeypatch.setattr(actions, "evaluate", real)
+    assert run(config, tmp_path, hooks=observers(config), quiet=True)[:2] == (2, None)
     assert evaluated(tmp_path) == [1] and (tmp_path / "routing" / "2.npy").is_file()
 
 
 def test_a_signal_while_a_step_is_measured_comes_before_the_step(tmp_path, monkeypatch):
-    def before(self, step, *_):
-        if step == 2:
+    def before(self, context, now):
+        if now.step == 2:
             signal.raise_signal(signal.SIGTERM)
         return {}
 
-    monkeypatch.setattr(observer.Observer, "before", before)
-    assert run(SHORT, tmp_path, quiet=True)[:2] == (2, signal.SIGTERM)
+    monkeypatch.setattr(Measure, "before", before)
+    assert run(SHORT, tmp_path, hooks=[Measure(1)], quiet=True)[:2] == (2, signal.SIGTERM)
     assert committed(tmp_path / "checkpoints") == [2]
 
 

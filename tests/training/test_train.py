@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +18,7 @@ import vocabularies
 from drills import rig
 
 from moe_jax import data
+from moe_jax.analysis.observer import observers
 from moe_jax.data import ByteTokenizer, get_tokenizer, open_corpus, prepare, token_frequencies, training_batches
 from moe_jax.mesh import make_mesh
 from moe_jax.model.cost import train_flops
@@ -28,8 +30,9 @@ from moe_jax.runtime.workdir import versions
 from moe_jax.training import compile, step
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.loop import run
-from moe_jax.training.start import carry_tokenizer, changes_of_model, weights_of, with_hash_tables
+from moe_jax.training.start import start
 from moe_jax.training.state import abstract_state, init_state, step_key
+from moe_jax.training.tokenizer import carry_tokenizer
 
 CONFIG = rig.drill_config()
 
@@ -268,12 +271,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("balance", [rig.BALANCE, dict(aux_loss=dict(weight=1e-2)), dict(hash={}), {}])
-def test_a_run_from_other_weights_has_their_parameters_and_bias_and_nothing_else_of_them(trained, balance):
+def test_a_run_from_other_weights_has_their_parameters_and_bias_and_nothing_else_of_them(trained, tmp_path, balance):
     config = rig.drill_config(init_from=str(trained), balance=balance)
     mesh = make_mesh(config.mesh)
-    state, _ = weights_of(config, mesh)
+    state = start(config, mesh, tmp_path, open_corpus()).state
     there = restore(trained / "checkpoints", abstract_state(CONFIG, mesh))[0]
-    fresh = with_hash_tables(config, init_state(config, mesh), open_corpus())
+    fresh = start(replace(config, init_from=""), mesh, tmp_path, open_corpus()).state
     for name in ("params", "bias"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(there, name))
     jax.tree.map(np.testing.assert_array_equal, state.optimizer, fresh.optimizer)
@@ -296,10 +299,10 @@ def test_a_run_from_other_weights_goes_on_from_its_own_checkpoint(trained, tmp_p
         (dict(balance=dict(bias_multiplicative={})), "a bias that is added to scores"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(trained, overrides, words):
+def test_weights_that_do_not_fit_are_refused(trained, tmp_path, overrides, words):
     config = rig.drill_config(**(dict(init_from=str(trained)) | overrides))
     with pytest.raises(ValueError, match=words):
-        weights_of(config, make_mesh(config.mesh))
+        start(config, make_mesh(config.mesh), tmp_path, open_corpus())
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -330,11 +333,12 @@ def test_weights_of_another_tokenizer_get_that_of_the_corpus(tmp_path):
     assert kept.opens_text and not given.opens_text  # in training every document is opened
 
 
-def test_a_model_of_other_numbers_but_the_same_shapes_is_told(trained):
+def test_a_model_of_other_numbers_but_the_same_shapes_is_told(trained, tmp_path):
     same = rig.drill_config(init_from=str(trained), model=dict(remat="full"))
     other = rig.drill_config(init_from=str(trained), model=dict(gate_scale=2.5))
-    assert changes_of_model(same) == []
-    assert "gate_scale: 1.0 -> 2.5" in changes_of_model(other)[0]
+    said = [start(c, make_mesh(c.mesh), tmp_path, open_corpus()).remarks for c in (same, other)]
+    assert not any("another model" in line for line in said[0])
+    assert "gate_scale: 1.0 -> 2.5" in said[1][0]
 
 
 def test_a_run_of_a_clone_has_its_revision(repo):
@@ -431,7 +435,7 @@ def test_a_measured_run_has_the_curve_of_one_that_is_not_and_its_measures_at_the
     plain, measured = tmp_path / "plain", tmp_path / "measured"
     config = rig.drill_config(measure_every=5, record_scores_every=10)
     run(CONFIG, plain, stop_at=10, quiet=True)
-    run(config, measured, stop_at=10, quiet=True)
+    run(config, measured, hooks=observers(config), stop_at=10, quiet=True)
     for want, have in zip(rig.curve(plain), rig.curve(measured), strict=True):
         ours = {k: v for k, v in have.items() if k in want}
         assert ours.keys() == want.keys()
@@ -457,7 +461,7 @@ def test_a_run_made_before_a_key_existed_goes_on(tmp_path):
 
 def test_interference_of_a_bias_method_is_logged_as_zero_and_null(tmp_path):
     config = rig.drill_config(measure_every=1, balance=dict(bias_sign=dict(rate=1e-2)))
-    run(config, tmp_path, stop_at=1, quiet=True)
+    run(config, tmp_path, hooks=observers(config), stop_at=1, quiet=True)
     (record,) = rig.curve(tmp_path)
     for place in ("router", "input"):
         assert record[f"interference/{place}_ratio"] == 0.0

@@ -1,0 +1,235 @@
+"""The hooks of every run: trace, log, save, evaluate, show, stop."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_jax.config import Config, as_dict
+from moe_jax.model.cost import train_flops
+from moe_jax.runtime import processes
+from moe_jax.runtime.chips import peak_flops
+from moe_jax.runtime.log import has_evaluation
+from moe_jax.runtime.signals import Abandoned
+from moe_jax.training.evaluation import evaluate
+from moe_jax.training.hooks import Context, Hook, Now
+from moe_jax.training.step import first_non_finite
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from moe_jax.runtime.checkpoint import Checkpointer
+    from moe_jax.runtime.profiling import Profiler
+    from moe_jax.training.state import TrainState
+
+MAX_STUCK = 3  # non-finite steps in a row that end the run: the next would not be finite either
+
+
+class Trace(Hook):
+    """Traces some steps; a run does not fail for it."""
+
+    def __init__(self, profiler: "Profiler") -> None:
+        self._profiler = profiler
+
+    def before(self, context: Context, now: Now) -> Mapping[str, Any]:
+        """Begin the trace at its first step."""
+        with context.ledger("lost"):
+            self._profiler.before(now.step)
+        return {}
+
+    def after(self, context: Context, now: Now) -> None:
+        """Write the trace when its last step is finished."""
+        if self._profiler.is_last(now.step):
+            context.tokens.fetch()  # waits for the steps that were traced
+            self.close(context)
+
+    def close(self, context: Context) -> None:
+        """Write the trace that is under way, if one is."""
+        if not self._profiler.is_tracing:
+            return
+        try:
+            with context.ledger("lost"):
+                self._profiler.close()
+        except OSError as error:
+            context.display.say(f"the trace could not be written: {error}")
+        else:
+            context.display.say(f"a trace of the last steps is in {context.workdir / 'profile'}")
+
+
+class Evaluate(Hook):
+    """Evaluates on held-out text, and adds the result to the line of its step.
+
+    An evaluation may take long, fail or be cut off by a signal; the next start makes up for one that is missing.
+    """
+
+    key = "eval_every"
+
+    def __init__(self, config: Config, beside: Sequence[Hook]) -> None:
+        """Args: beside: hooks that have their own numbers to add."""
+        self.every = config.eval_every
+        self.found: dict[str, float | int] = {}  # by the newest evaluation
+        self._num_steps = config.num_steps
+        self._beside = beside
+
+    def is_due(self, done: int) -> bool:
+        """At its interval, and at the end."""
+        return done == self._num_steps or super().is_due(done)
+
+    def begin(self, context: Context, state: "TrainState") -> None:
+        """Make up for the evaluation after the steps of the checkpoint, if it was cut off or failed."""
+        done = int(state.step)
+        if done == 0 or not self.is_due(done):
+            return
+        log = context.log
+        if not processes.by_first(lambda: log is not None and has_evaluation(log.newest(), done)):
+            self._evaluate(context, state, done)
+
+    def after(self, context: Context, now: Now) -> None:
+        """Evaluate the state after the step."""
+        self._evaluate(context, now.state, now.done)
+
+    def _evaluate(self, context: Context, state: "TrainState", done: int) -> None:
+        where = context.config, state, context.corpus, context.mesh
+        try:
+            with context.ledger("evaluation"):
+                found = evaluate(*where, context.watchdog, stopped=context.stopped)
+                for hook in self._beside:
+                    found |= hook.evaluate(context, state)
+        except Abandoned:
+            context.display.say(f"the evaluation after step {done} is left for the next start")
+            return
+        self.found = found
+        if context.log is not None:
+            context.log.amend(done - 1, found | context.ledger.columns())
+        context.display.report(done, found)
+
+
+class Log(Hook):
+    """Logs the numbers of a step, in one host transfer, and ends a run whose steps are no longer finite.
+
+    Due at its interval, at the first step, and at every step that is evaluated.
+    """
+
+    key = "log_every"
+
+    def __init__(self, config: Config, mesh: "Mesh", evaluation: Evaluate) -> None:
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self.every = config.log_every
+        self._evaluation = evaluation
+        self._flops_per_token = train_flops(config)
+        self._peak = None if peak is None else peak * mesh.size  # FLOP/s of all devices of the mesh
+
+    def is_due(self, done: int) -> bool:
+        """An evaluation needs a line to be added to."""
+        return done == 1 or super().is_due(done) or self._evaluation.is_due(done)
+
+    def after(self, context: Context, now: Now) -> None:
+        """Wait for the step, and write its line.
+
+        Raises:
+            FloatingPointError: MAX_STUCK steps in a row were not finite.
+        """
+        numbers = context.tokens.fetch(now.values)
+        with context.ledger("lost"):
+            layers = {k: v for k, v in numbers.items() if np.ndim(v)}
+            numbers = {k: mean_of_layers(v) if k in layers else v for k, v in numbers.items() if np.ndim(v) < 2}
+            stuck = int(numbers.pop("stuck"))
+            del numbers["tokens"]
+            numbers |= {"tokens_seen": context.tokens.seen, **self._speed(context)} | context.ledger.columns()
+            if context.log is not None:
+                context.log.write(now.step, numbers, layers)
+            context.display.report(now.done, numbers)
+            if stuck >= MAX_STUCK:
+                raise FloatingPointError(_why_stuck(context, now, stuck))
+        context.ledger.restart()
+
+    def _speed(self, context: Context) -> dict[str, float | None]:
+        """What the steps since the last logged one achieved."""
+        tokens_per_second, data_wait = context.ledger.speed()
+        flops = None if tokens_per_second is None else tokens_per_second * self._flops_per_token
+        numbers = {"tokens_per_second": tokens_per_second, "data_wait": data_wait}
+        numbers["gflops_per_second"] = None if flops is None else flops / 1e9
+        if self._peak is not None:
+            numbers["mfu"] = None if flops is None else flops / self._peak
+        return numbers
+
+
+def mean_of_layers(values: Any) -> float | None:
+    """The mean over the layers where the value exists; None where it does in none."""
+    exists = values[np.isfinite(values)]
+    return float(exists.mean()) if exists.size else None
+
+
+def _why_stuck(context: Context, now: Now, stuck: int) -> str:
+    """Which tensor was not finite; nothing has moved since the first of these steps."""
+    before = now.state._replace(step=now.state.step - 1)
+    where = first_non_finite(context.config, before, now.batch, context.mesh)
+    return (
+        f"step {now.step}: the loss, the gradient or what the update made of them was not finite {stuck} times in a "
+        f"row (first: {where}); the parameters are those before. Lower optimizer.learning_rate="
+        f"{context.config.optimizer.learning_rate} or look at the data."
+    )
+
+
+class Save(Hook):
+    """Begins a checkpoint, which is written in the background."""
+
+    key = "save_every"
+
+    def __init__(self, config: Config, checkpoints: "Checkpointer", made_by: Mapping[str, Any]) -> None:
+        """Args: made_by: stored beside the state."""
+        self.every = config.save_every
+        self._num_steps = config.num_steps
+        self._checkpoints = checkpoints
+        self._made_by = made_by
+
+    def is_due(self, done: int) -> bool:
+        """At its interval, and at the end."""
+        return done == self._num_steps or super().is_due(done)
+
+    def after(self, context: Context, now: Now) -> None:
+        """Save the state after the step."""
+        self.save(context, now.state, now.done)
+
+    def save(self, context: Context, state: "TrainState", done: int) -> None:
+        """Save the state after `done` steps, unless it is there; the log is in the workdir before."""
+        with context.ledger("step"):
+            context.tokens.fetch()  # waits for the steps
+        with context.ledger("checkpoint"):
+            if context.log is not None:
+                context.log.flush()
+            extra = {"config": as_dict(context.config), "tokens_seen": context.tokens.seen}
+            extra["seconds"] = context.ledger.seconds
+            self._checkpoints.save(done, state, extra | dict(self._made_by))
+
+    def finish(self, context: Context, state: "TrainState", done: int) -> None:
+        """Save where the run ends, which may be anywhere, and wait until it is written."""
+        self.save(context, state, done)
+        with context.ledger("checkpoint"):
+            self._checkpoints.wait()
+
+
+class Show(Hook):
+    """Moves the progress bar."""
+
+    def after(self, context: Context, now: Now) -> None:
+        """One step further."""
+        context.display.step(now.done)
+
+
+class Stop(Hook):
+    """Ends the loop between two steps if a signal came; last, so that what is due after a step is done before."""
+
+    def before(self, context: Context, now: Now) -> Mapping[str, Any]:
+        """Leave the step undone."""
+        _stop(context)
+        return {}
+
+    def after(self, context: Context, now: Now) -> None:
+        """Do not wait for another batch."""
+        _stop(context)
+
+
+def _stop(context: Context) -> None:
+    if number := context.stopped():
+        raise Abandoned(number)

@@ -1,0 +1,71 @@
+"""The batches and the train step, with their time charged to what the devices did, and under the watchdog."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax import data
+from moe_jax.data import Batch
+from moe_jax.mesh import batch_sharding
+from moe_jax.runtime import processes
+from moe_jax.runtime.prefetch import prefetched
+from moe_jax.runtime.profiling import named
+from moe_jax.runtime.watchdog import Work
+from moe_jax.training import compile
+from moe_jax.training.hooks import Context, Now
+from moe_jax.training.state import TrainState, step_key
+
+
+class TimedStep:
+    """The train step; the first one compiles, and says nothing about speed."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._train_step = compile.make_train_step(context.config, context.mesh)
+        self._key = step_key(context.config)
+        self._newest: Work | None = None
+
+    def __call__(self, now: Now) -> tuple[TrainState, dict[str, Any]]:
+        """Give the step to the devices; waits for the first one only."""
+        context = self._context
+        compiles = self._newest is None
+        self._newest = context.watchdog.watch("step", now.step)
+        with context.ledger("compile" if compiles else "step"):
+            with named(now.step):
+                state, values = self._train_step(now.state, now.batch, self._key)
+            self._newest.result = values["loss"]
+            context.tokens.add(values["tokens"])
+            if compiles:
+                context.tokens.fetch()
+                context.ledger.restart()
+        return state, values
+
+    def meanwhile(self) -> str:
+        """What the time was until now: the devices still work on the newest step, or have nothing to do."""
+        if self._newest is None:
+            return "init"
+        return "data" if self._newest.finished() else "step"
+
+
+def timed_batches(context: Context, first: int, last: int, train_step: TimedStep) -> Iterator[tuple[int, Batch]]:
+    """The batches of the steps `first` to before `last`, numbered, on the mesh; each process reads only its rows."""
+    config = context.config
+    batch_at = data.training_batches(
+        context.corpus,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        weights=config.data.weights,
+    )
+
+    def load(step: int) -> Batch:
+        rows = functools.partial(batch_at, step)
+        return processes.from_rows(rows, config.batch_size, batch_sharding(context.mesh))
+
+    batches = prefetched(load, first, last)
+    while True:
+        with context.ledger(train_step.meanwhile):
+            numbered = next(batches, None)
+        if numbered is None:
+            return
+        yield numbered

@@ -1,0 +1,33 @@
+"""The tokenizer that a workdir keeps, for text and for export."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from moe_jax.config import Config
+from moe_jax.config.paths import workdir_of
+from moe_jax.data import ByteTokenizer, Corpus, keep_tokenizer
+from moe_jax.runtime.files import copy_tree, is_remote, new_folder, sha256_of
+from moe_jax.runtime.workdir import TOKENIZER
+
+
+def has_another_tokenizer(workdir: Path, corpus: Corpus) -> bool:
+    """Whether the workdir came with a tokenizer, and the corpus is of another."""
+    own = workdir / TOKENIZER / "tokenizer.json"
+    return own.is_file() and sha256_of(own)[:16] not in corpus.tokenizer.name
+
+
+def carry_tokenizer(config: Config, workdir: Path, corpus: Corpus) -> list[str]:
+    """Keep the tokenizer, for text and for export: that of `init_from`, or the corpus's; a line if they differ."""
+    target, source = workdir / TOKENIZER, workdir_of(config.init_from, "init_from") if config.init_from else workdir
+    if target.exists():
+        return []
+    differs = has_another_tokenizer(source, corpus)
+    from_source = (source / TOKENIZER).is_dir() and not differs
+    if from_source or not isinstance(corpus.tokenizer, ByteTokenizer):
+        with nullcontext(target) if is_remote(target) else new_folder(target) as partial:
+            if from_source:
+                copy_tree(source / TOKENIZER, partial)
+            else:
+                keep_tokenizer(config.data.path, corpus.tokenizer, partial)
+    name = corpus.tokenizer.name
+    return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"] * differs
