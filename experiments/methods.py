@@ -26,8 +26,8 @@ import numpy as np
 from absl import app, flags
 
 from moe_jax import balance
-from moe_jax.balance.base import REGISTRY, Balancer
-from moe_jax.balance.method import Method
+from moe_jax.balance.protocol import Balancer
+from moe_jax.balance.registry import REGISTRY
 from moe_jax.config import ModelConfig, balance_entries
 from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.config.command import fail, parse_flags
@@ -113,7 +113,7 @@ def made(name: str, s: Settings) -> Balancer:
     return balance.make(config.balance, config.model)
 
 
-def method_of(name: str) -> Method:
+def method_of(name: str) -> Balancer:
     """The functions that the method has, at its default options."""
     return REGISTRY[name](BALANCE_METHODS[name](), ModelConfig())
 
@@ -121,11 +121,11 @@ def method_of(name: str) -> Method:
 def family(name: str) -> str:
     """By what the method has: a factor on a loss, a selection of its own, a bias to move, a loss."""
     method = method_of(name)
-    if method.factor is not None:
+    if method.factors is not None:
         return "control"
     if method.select is not None or method.drop is not None:
         return "selector"
-    return "bias" if method.update_bias is not None else "loss"
+    return "bias" if method.initial_bias is not None else "loss"
 
 
 def equation(name: str) -> str:
@@ -177,7 +177,7 @@ def state_and_statistics(name: str) -> tuple[str, str]:
 
     logits = jax.ShapeDtypeStruct((s.tokens, s.experts), jnp.float32)
     state, statistics = jax.eval_shape(run, logits, jax.ShapeDtypeStruct((s.tokens,), jnp.int32))
-    shared = {"direction"} if method_of(name).update_bias is not None else {"direction", "bias"}
+    shared = {"direction"} if method_of(name).initial_bias is not None else {"direction", "bias"}
     kept = {key: value for key, value in state.items() if key not in shared}
     return shapes(kept, name) or "none", shapes(statistics, name)
 
@@ -185,7 +185,7 @@ def state_and_statistics(name: str) -> tuple[str, str]:
 def settings_of(name: str) -> Settings:
     """Fewer steps for a method that changes nothing from one step to the next: to it they are all alike."""
     method = method_of(name)
-    learns = method.update_bias is not None or method.update is not None or method.loss is not None
+    learns = any(f is not None for f in (method.initial_bias, method.own_loss, method.factors))
     return SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS)
 
 

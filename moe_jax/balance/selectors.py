@@ -13,15 +13,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from moe_jax.balance.base import register
-from moe_jax.balance.method import Method
+from moe_jax.balance.protocol import Balancer, Seen, zeros
+from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
 from moe_jax.config.balance import Bip, DeviceCapacity, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
 from moe_jax.routing import Routing, Tokens, best, count
 
 
 @register("expert_choice")
-def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
+def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
     """Expert Choice: `expert j takes its C = round(capacity_factor k T / E) tokens of highest s_tj`.
 
     T are the valid tokens among which an expert chooses: those of the micro-batch, or of each sequence apart. Loads
@@ -41,7 +41,7 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
         return valid[:, None] & (rank.reshape(scores.shape) < capacity[row][:, None])
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens experts"]:
-        scores, valid = lax.stop_gradient(scores), is_valid(tokens, len(scores))
+        scores, valid = lax.stop_gradient(scores), tokens.valid(len(scores))
         if options.scope == "sequence" and tokens.rows is not None:  # apart from each other, so rows stay in place
             rows = tokens.rows.count
             alone = jnp.zeros(len(scores) // rows, jnp.int32)
@@ -53,11 +53,11 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
             chosen = choose(scores, valid, jnp.zeros(len(scores), jnp.int32), 1, top_k)
         return jnp.where(chosen, _ids(scores.shape[1]), scores.shape[1])
 
-    return Method(select=select, inference="top_k")
+    return Balancer(select=select, inference="top_k")
 
 
 @register("sinkhorn")
-def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
+def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Balancer:
     """Sinkhorn: `top-k of u_t s_tj v_j`, where u and v give every token the mass 1/T and every expert 1/E.
 
     `iterations` rounds of u, then v, from v = 1, by logarithms. The factor u_t ranks nothing, so the choice is the
@@ -72,7 +72,7 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
         num_tokens, num_experts = scores.shape
         log_scores = logits_of(lax.stop_gradient(scores), model.score)
-        valid = is_valid(tokens, num_tokens)
+        valid = tokens.valid(num_tokens)
 
         def balance(_: Any, v: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
             u = jnp.where(valid, -jax.nn.logsumexp(log_scores + v[None], axis=1), -jnp.inf)
@@ -82,7 +82,7 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
         v = lax.fori_loop(0, options.iterations, balance, jnp.zeros(num_experts, jnp.float32))
         return best(log_scores + v[None], top_k)
 
-    return Method(select=select, inference="top_k")
+    return Balancer(select=select, inference="top_k")
 
 
 def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
@@ -99,7 +99,7 @@ def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[A
 
 
 @register("bip")
-def bip(options: Bip, model: ModelConfig) -> Method:
+def bip(options: Bip, model: ModelConfig) -> Balancer:
     """BIP: `top-k of s_tj - q_j`, the prices q of a binary integer program over the micro-batch.
 
     From q = 0, `iterations` times: p_t = max(0, (k+1)-th largest_j of s_tj - q_j), then
@@ -114,7 +114,7 @@ def bip(options: Bip, model: ModelConfig) -> Method:
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
         num_experts = scores.shape[1]
         scores = lax.stop_gradient(scores)
-        valid = is_valid(tokens, len(scores))
+        valid = tokens.valid(len(scores))
         room = top_k * valid.sum(dtype=jnp.int32) // num_experts
 
         def prices(_: Any, q: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
@@ -129,11 +129,11 @@ def bip(options: Bip, model: ModelConfig) -> Method:
         falling = -jnp.sort(-values, axis=0)
         return jnp.maximum(jnp.take(falling, n, axis=0, mode="fill", fill_value=-jnp.inf), 0.0)
 
-    return Method(select=select, inference="top_k")
+    return Balancer(select=select, inference="top_k")
 
 
 @register("expert_threshold")
-def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Method:
+def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Balancer:
     """Expert Threshold: `token t uses expert j iff s_tj > c_j`, c_j a moving average of expert choice's cutoffs.
 
     The cutoff of a step is the score above which lie k T / E of expert j's scores, read from a histogram over [0, 1].
@@ -153,20 +153,20 @@ def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Method:
         over = jnp.take_along_axis(biased, ids, axis=-1) > 0
         return jnp.where(jnp.where(unseen, _ids(slots) < top_k, over), ids, num_experts)
 
-    def observe(routing: Routing) -> Int32[Array, "experts bins"]:
-        num_tokens, num_experts = routing.scores.shape
+    def histogram(routing: Routing) -> Int32[Array, "experts bins"]:
+        num_experts = routing.scores.shape[1]
         bins = jnp.clip(jnp.floor(routing.scores * options.bins).astype(jnp.int32), 0, options.bins - 1)
-        place = jnp.where(is_valid(routing.tokens, num_tokens)[:, None], bins, options.bins)
-        histogram = jnp.zeros((num_experts, options.bins + 1), jnp.int32)
-        return histogram.at[_ids(num_experts), place].add(1)[:, :-1]
+        place = jnp.where(routing.is_token[:, None], bins, options.bins)
+        empty = jnp.zeros((num_experts, options.bins + 1), jnp.int32)
+        return empty.at[_ids(num_experts), place].add(1)[:, :-1]
 
-    def update_bias(_: Array, histogram: Array, bias: Array, __: None, step: Array) -> tuple[Array, None]:
-        target = -cutoffs(histogram, model.top_k)
-        new = jnp.where((bias == 0).all(), target, options.ema * bias + (1.0 - options.ema) * target)
-        frozen = False if options.freeze_step is None else step >= options.freeze_step
-        return jnp.where(frozen, bias, new), None
+    def update(seen: Seen) -> tuple[Array, None]:
+        target = -cutoffs(seen.own, model.top_k)
+        new = jnp.where((seen.bias == 0).all(), target, options.ema * seen.bias + (1.0 - options.ema) * target)
+        frozen = False if options.freeze_step is None else seen.step >= options.freeze_step
+        return jnp.where(frozen, seen.bias, new), None
 
-    return Method(select=select, observe=observe, update_bias=update_bias)
+    return Balancer(own_statistics=histogram, own_update=update, initial_bias=zeros, select=select)
 
 
 def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Array, "experts"]:
@@ -185,7 +185,7 @@ def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Arra
 
 
 @register("hash")
-def hash_routing(options: Hash, model: ModelConfig) -> Method:
+def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
     """Hash: `experts of token t = table[id_t]`, a fixed table from token ids to k experts; gates stay learned.
 
     The table int32 [V, K] is state under "table". `init` gives each layer another one, in which all experts stand
@@ -199,7 +199,7 @@ def hash_routing(options: Hash, model: ModelConfig) -> Method:
     Source: Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers.
     """
 
-    def init(num_experts: int, layer: Any) -> dict[str, Array]:
+    def table(num_experts: int, layer: Any) -> dict[str, Array]:
         return {"table": _uniform_table(model.vocab_size, num_experts, model.top_k, layer)}
 
     def select(
@@ -209,11 +209,11 @@ def hash_routing(options: Hash, model: ModelConfig) -> Method:
             raise ValueError("hash chooses experts by token id, but tokens.ids is None; give the ids of the tokens.")
         if state is None:
             return _in_turn(tokens.ids, top_k, scores.shape[1])
-        table = state["table"]
-        assert table.shape[1] == top_k
-        return table[tokens.ids % table.shape[0]]
+        experts = state["table"]
+        assert experts.shape[1] == top_k
+        return experts[tokens.ids % experts.shape[0]]
 
-    return Method(init=init, select=select)
+    return Balancer(own_state=table, select=select)
 
 
 def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
@@ -250,7 +250,7 @@ def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0
 
 
 @register("random")
-def random(options: Random, model: ModelConfig) -> Method:
+def random(options: Random, model: ModelConfig) -> Balancer:
     """Random: `k distinct experts, uniformly`, drawn anew for every token: the control without any router.
 
     Loads are those of a uniform router, the noise floor of max_violation. It is causal, and evaluation draws too, by
@@ -264,11 +264,11 @@ def random(options: Random, model: ModelConfig) -> Method:
             raise ValueError("random draws experts, but key is None; give a key.")
         return best(jax.random.uniform(key, scores.shape, jnp.float32), top_k)
 
-    return Method(select=select, by_token=False)  # one draw for the whole batch
+    return Balancer(select=select, by_token=False)  # one draw for the whole batch
 
 
 @register("forced")
-def forced(options: Forced, model: ModelConfig) -> Method:
+def forced(options: Forced, model: ModelConfig) -> Balancer:
     """Forced: `expert i of valid token n = (n k + i) mod E`: the control in perfect balance, whatever the scores.
 
     Loads differ by at most 1. It is causal, and evaluation routes the same.
@@ -277,14 +277,14 @@ def forced(options: Forced, model: ModelConfig) -> Method:
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
-        number = jnp.cumsum(is_valid(tokens, len(scores)), dtype=jnp.int32) - 1
+        number = jnp.cumsum(tokens.valid(len(scores)), dtype=jnp.int32) - 1
         return _in_turn(number, top_k, scores.shape[1])
 
-    return Method(select=select, by_token=False)  # it counts the tokens before
+    return Balancer(select=select, by_token=False)  # it counts the tokens before
 
 
 @register("device_capacity")
-def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
+def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
     """Device capacity: `each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj`.
 
     What is beyond is dropped in training: it travels nowhere and adds nothing, but loads count it. A device is a
@@ -295,7 +295,7 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
     Source: DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2.
     """
 
-    def drop(routing: Routing, key: Array, train: bool, _: None) -> Bool[Array, "tokens slots"]:
+    def drop(routing: Routing, state: None, key: Array, train: bool) -> Bool[Array, "tokens slots"]:
         ids, num_experts = routing.expert_ids, routing.loads.shape[0]
         travels = ids < num_experts
         if not train:
@@ -315,7 +315,7 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
         assert num_experts % devices == 0, "the config checks that experts divide among devices"
         return devices
 
-    return Method(drop=drop)
+    return Balancer(drop=drop)
 
 
 def rank_in_group(
@@ -326,11 +326,6 @@ def rank_in_group(
     place = jnp.zeros_like(group).at[order].set(jnp.arange(len(group), dtype=group.dtype))
     sizes = count(group, num_groups)
     return place - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)[group]
-
-
-def is_valid(tokens: Tokens, num_tokens: int) -> Bool[Array, "tokens"]:
-    """True for a token, False for padding."""
-    return jnp.ones(num_tokens, bool) if tokens.mask is None else tokens.mask
 
 
 def leak_bits(num_experts: int, top_k: int, num_layers: int = 1) -> float:

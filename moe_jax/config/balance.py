@@ -352,9 +352,9 @@ def check_options(path: str, options: Options) -> None:
 
 def check_together(entries: tuple[BalanceEntry, ...]) -> None:
     """Raise a ValueError where methods of one composition contradict each other, whatever the model."""
-    _at_most_one("own the bias", [e for e in entries if e.method in BIAS_METHODS])
+    at_most_one("own the bias", [e.label for e in entries if e.method in BIAS_METHODS])
     selectors = [e for e in entries if e.method in SELECTORS]
-    _at_most_one("select experts", selectors)
+    at_most_one("select experts", [e.label for e in selectors])
     for e in entries:
         if e.method == "target_violation":
             _check_controlled(e, entries)
@@ -389,11 +389,10 @@ def overlap(a: Options, b: Options) -> bool:
     return max(a.layers[0], b.layers[0]) < min(a.layers[1], b.layers[1])
 
 
-def _at_most_one(what: str, entries: list[BalanceEntry]) -> None:
-    if len(entries) > 1:
-        raise ValueError(
-            f"balance has {' and '.join(e.label for e in entries)}, but only one method may {what}; remove all but one."
-        )
+def at_most_one(what: str, labels: list[str]) -> None:
+    """Raise a ValueError where several methods would do what only one can."""
+    if len(labels) > 1:
+        raise ValueError(f"balance has {' and '.join(labels)}, but only one method may {what}; remove all but one.")
 
 
 def _check_controlled(entry: BalanceEntry, entries: tuple[BalanceEntry, ...]) -> None:
