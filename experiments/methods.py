@@ -10,7 +10,6 @@ wrong sign collapses. The commands that draw them are printed with them. It take
 import concurrent.futures
 import dataclasses
 import functools
-import inspect
 import json
 import re
 import subprocess
@@ -29,7 +28,7 @@ from moe_jax import balance
 from moe_jax.balance.protocol import Balancer
 from moe_jax.balance.registry import REGISTRY
 from moe_jax.config import ModelConfig, balance_entries
-from moe_jax.config.balance import BALANCE_METHODS
+from moe_jax.config.balance import BALANCE_METHODS, smallest
 from moe_jax.config.command import fail, parse_flags
 from moe_jax.config.paths import path_of
 from moe_jax.runtime.files import write_whole
@@ -86,18 +85,10 @@ PICTURES = (
 
 
 def composition(name: str) -> dict[str, dict[str, Any]]:
-    """The method with what it cannot do without: the loss it controls, a target within reach, logical devices."""
-    options = BALANCE_METHODS[name]()
-    own: dict[str, Any] = {}
-    mapping = {name: own}
-    if hasattr(options, "controls"):
-        mapping[options.controls] = {}
-    if hasattr(options, "target"):
-        own["target"] = round(loop.threshold(SETTINGS), 2)
-    try:
-        settings.config_of(SETTINGS, balance_entries(mapping))
-    except ValueError:  # the only thing that a method lacks by default
-        own["num_devices"] = 8
+    """The method with what it cannot do without, and a target within reach."""
+    mapping = smallest(name, num_devices=8)
+    if hasattr(BALANCE_METHODS[name](), "target"):
+        mapping[name]["target"] = round(loop.threshold(SETTINGS), 2)
     return mapping
 
 
@@ -115,7 +106,7 @@ def made(name: str, s: Settings) -> Balancer:
 
 def method_of(name: str) -> Balancer:
     """The functions that the method has, at its default options."""
-    return REGISTRY[name](BALANCE_METHODS[name](), ModelConfig())
+    return REGISTRY[name].build(BALANCE_METHODS[name](), ModelConfig())
 
 
 def family(name: str) -> str:
@@ -129,18 +120,16 @@ def family(name: str) -> str:
 
 
 def equation(name: str) -> str:
-    """The formulas in the first paragraph of the docstring: what stands between backticks and has a space."""
-    first = (inspect.getdoc(REGISTRY[name]) or "").split("\n\n")[0]
-    found = [" ".join(text.split()) for text in re.findall(r"`([^`]*)`", first)]
-    return "; ".join(f"`{text}`" for text in found if " " in text)
+    """The method's formulas, each as code."""
+    return "; ".join(f"`{formula}`" for formula in REGISTRY[name].equation.split("; "))
 
 
 def source(name: str) -> str:
-    """The identifiers in the docstring's "Source:", or its first clause where it has none."""
-    text = " ".join((inspect.getdoc(REGISTRY[name]) or "").partition("Source:")[2].split("\n\n")[0].split())
+    """The papers and essays that the method's source names, linked, or its first clause where it names none."""
+    text = REGISTRY[name].source
     papers = [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\b\d{4}\.\d{5}\b", text)]
     essays = [f"[kexue {n}](https://kexue.fm/archives/{n})" for n in re.findall(r"kexue\.fm\D{1,10}?(\d{4,5})", text)]
-    return ", ".join(dict.fromkeys(papers + essays)) or re.split(r"[,.;] ", text)[0].rstrip(".")
+    return ", ".join(dict.fromkeys(papers + essays)) or re.split(r"[,.;] ", text)[0]
 
 
 # --- what running it shows --------------------------------------------------------------------------------------

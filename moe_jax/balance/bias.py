@@ -27,14 +27,16 @@ from moe_jax.config.balance import (
 from moe_jax.routing import Routing
 
 
-@register("bias_sign")
+@register(
+    "bias_sign",
+    equation="b_i += u sign(mean load - load_i)",
+    source="arXiv 2408.15664, Algorithm 1; zero-mean as in Moonlight (`b += u (sign(e) - mean sign(e))`)",
+)
 def bias_sign(options: BiasSign, model: ModelConfig) -> Balancer:
-    """Loss-Free Balancing: `b_i += u sign(mean load - load_i)` after every step, effective on the next.
+    """Loss-Free Balancing, after every step and effective on the next.
 
     An overloaded expert's bias falls. `zero_mean` subtracts the mean of the increments, which changes no
     selection but keeps the biases from drifting together.
-
-    Source: arXiv 2408.15664, Algorithm 1; zero-mean as in Moonlight (`b += u (sign(e) - mean sign(e))`).
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
@@ -43,15 +45,17 @@ def bias_sign(options: BiasSign, model: ModelConfig) -> Balancer:
     return Balancer(own_update=update, initial_bias=zeros)
 
 
-@register("bias_proportional")
+@register(
+    "bias_proportional",
+    equation="b_i += u e_i; e_i = mean load - load_i",
+    source="arXiv 2408.15664, Table 3 (u = 0.01 has the best balance) and Table 6 (u = 0.001 with softmax scores)",
+)
 def bias_proportional(options: BiasProportional, model: ModelConfig) -> Balancer:
-    """Proportional rule: `b_i += u e_i`, where `e_i = mean load - load_i` in the unit that `error` names.
+    """Proportional rule, where e_i = mean load - load_i in the unit that `error` names.
 
     "relative" to the mean load, in [1 - E, 1]; a "fraction" of all copies, E times smaller; or a "count" of copies,
     which grows with the batch. The paper names no unit, but its rates of 1e-4 to 1e-2 for a batch of 2 million
     tokens leave only the relative one: by counts, an error of 10 % would move a bias by 2 or more in one step.
-
-    Source: arXiv 2408.15664, Table 3 (u = 0.01 has the best balance) and Table 6 (u = 0.001 with softmax scores).
     """
     errors = {"relative": relative_error, "fraction": share_error, "count": copies_error}
 
@@ -61,13 +65,15 @@ def bias_proportional(options: BiasProportional, model: ModelConfig) -> Balancer
     return Balancer(own_update=update, initial_bias=zeros)
 
 
-@register("bias_multiplicative")
+@register(
+    "bias_multiplicative",
+    equation="select by s_i b_i; b_i += u sign(mean load - load_i)",
+    source="arXiv 2408.15664, eq. 5 and Table 4",
+)
 def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Balancer:
-    """Multiplicative bias: `select by s_i b_i`, where b starts at 1 and `b_i += u sign(mean load - load_i)`.
+    """Multiplicative bias, which starts at 1.
 
     Selection sees ratios of biases, not differences, so that `zero_mean` does change it: it holds their mean at 1.
-
-    Source: arXiv 2408.15664, eq. 5 and Table 4.
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
@@ -79,14 +85,16 @@ def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Bala
     return Balancer(own_update=update, initial_bias=ones, combine=jnp.multiply)
 
 
-@register("bias_rms")
+@register(
+    "bias_rms",
+    equation="b_i -= u (F_i - Q_i) / RMS(F - Q)",
+    source="Su, kexue.fm/archives/10757 (the improved version)",
+)
 def bias_rms(options: BiasRms, model: ModelConfig) -> Balancer:
-    """Normalised gradient descent: `b_i -= u (F_i - Q_i) / RMS(F - Q)`, with F the shares of copies, Q the targets.
+    """Normalised gradient descent, with F the shares of copies, Q the targets.
 
     As long a step as the sign's at the same rate, so rates carry over, but an expert near its target moves little.
     Errors that are all below a millionth of the load are the rounding of float32, and move nothing.
-
-    Source: Su, kexue.fm/archives/10757 (the improved version).
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
@@ -97,15 +105,17 @@ def bias_rms(options: BiasRms, model: ModelConfig) -> Balancer:
     return Balancer(own_update=update, initial_bias=zeros)
 
 
-@register("bias_pi")
+@register(
+    "bias_pi",
+    equation="b_i += mu ((K_e / K) (1 / N) - T_i / (K T_all))",
+    source="arXiv 2509.01322 (LongCat-Flash), expert bias under 'computational budget control'; the P is ours",
+)
 def bias_pi(options: BiasPi, model: ModelConfig) -> Balancer:
-    """LongCat-Flash's controller: `b_i += mu ((K_e / K) (1 / N) - T_i / (K T_all))`, a target share less the share had.
+    """LongCat-Flash's controller: a target share less the share had.
 
     N real experts are to get K_e of a token's K slots, `1 - model.zero_share` of all. The sum of such errors is the
     I of a PID controller; `gain` adds the P, gain x the last error, shaped over steps as the rate is. Own state:
     that P, float32 [E + Z]. Errors are of order 1 / N: rate / N is the rate of `bias_proportional`.
-
-    Source: arXiv 2509.01322 (LongCat-Flash), expert bias under "computational budget control"; the P is ours.
     """
 
     def update(seen: Seen) -> tuple[Array, Array]:
@@ -117,14 +127,16 @@ def bias_pi(options: BiasPi, model: ModelConfig) -> Balancer:
     return Balancer(own_state=zeros, own_update=update, initial_bias=zeros)
 
 
-@register("bias_smebu")
+@register(
+    "bias_smebu",
+    equation="m = beta m + (1 - beta) u (v - mean v); b += m; v_i = tanh(kappa e_i)",
+    source="arXiv 2602.17004 (Arcee Trinity Large): u = 5e-4, kappa = 2, beta = 0.5",
+)
 def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Balancer:
-    """Soft-clamped momentum: `m = beta m + (1 - beta) u (v - mean v)`, `b += m`, `v_i = tanh(kappa e_i)`, e relative.
+    """Soft-clamped momentum, e the relative error.
 
     Near balance the step shrinks, where a sign would chatter. Own state: the momentum of v, float32 [E + Z], in
     [-1, 1]; rate and mean are taken on the way to the bias, which is the same sum, and stands still when frozen.
-
-    Source: arXiv 2602.17004 (Arcee Trinity Large): u = 5e-4, kappa = 2, beta = 0.5.
     """
 
     def update(seen: Seen) -> tuple[Array, Array]:
@@ -135,9 +147,13 @@ def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Balancer:
     return Balancer(own_state=zeros, own_update=update, initial_bias=zeros)
 
 
-@register("quantile")
+@register(
+    "quantile",
+    equation="b_j <- quantile_{K/E}(r_j) - mean; r_tj = alpha_t - s_tj",
+    source="Su, kexue.fm/archives/11619; range and bins as in Kimi K3 (arXiv 2607.24653), appendix D",
+)
 def quantile(options: Quantile, _: ModelConfig) -> Balancer:
-    """Quantile balancing: `b_j <- quantile_{K/E}(r_j) - mean`, `r_tj = alpha_t - s_tj`, no rate to choose.
+    """Quantile balancing: no rate to choose.
 
     alpha is a token's (K + 1)-th biased score, the best one it did not select, so it selects expert j where
     `s_j + b_j > alpha`, or `r_j < b_j`. Balance is that of all tokens' r_j a share K / E lies below b_j. alpha depends
@@ -146,8 +162,6 @@ def quantile(options: Quantile, _: ModelConfig) -> Balancer:
     Statistics: a histogram of r, int32 [E, N]. With scores in (0, 1), r lies in [min b - 1, max b + 1], which the
     bins divide: a quantile is exact to (max b - min b + 2) / N, 0.002 for small biases, and linear within a bin.
     A token that selects every expert has no alpha and is not counted; an expert never counted keeps its bias.
-
-    Source: Su, kexue.fm/archives/11619; range and bins as in Kimi K3 (arXiv 2607.24653), appendix D.
     """
 
     def histogram(routing: Routing) -> Int32[Array, "experts bins"]:

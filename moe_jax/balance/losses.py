@@ -27,9 +27,16 @@ from moe_jax.config.balance import (
 from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normalized_scores
 
 
-@register("aux_loss")
+@register(
+    "aux_loss",
+    equation="weight x sum_i f_i P_i",
+    source=(
+        "DeepSeekMoE (arXiv 2401.06066) eq. 12-17; DeepSeek-V2 (2405.04434) eq. 23-31; DeepSeek-V3 (2412.19437) "
+        "eq. 17-20; global scope: arXiv 2501.11873"
+    ),
+)
 def aux_loss(options: AuxLoss, model: ModelConfig) -> Balancer:
-    """Auxiliary loss: `weight x sum_i f_i P_i` over experts, over devices, or over visits to devices.
+    """Auxiliary loss, over experts, over devices, or over visits to devices.
 
     P_i is the mean over valid tokens of the score of expert i, or of the summed scores of the experts of device i:
     scores divided by each token's sum (`normalize=True`, as in DeepSeek-V3), or raw (as in Loss-Free Balancing
@@ -49,9 +56,6 @@ def aux_loss(options: AuxLoss, model: ModelConfig) -> Balancer:
     micro-batch included (`global_running`). `counts="unbiased"` counts the top-k of the scores without the bias and
     without a group limit, which is what DeepSeek-V3 eq. 18 writes. Zero-computation experts have no part in f and P,
     and scores are normalised without theirs.
-
-    Source: DeepSeekMoE (arXiv 2401.06066) eq. 12-17; DeepSeek-V2 (2405.04434) eq. 23-31; DeepSeek-V3 (2412.19437)
-    eq. 17-20; global scope: arXiv 2501.11873.
     """
     of_step = options.scope in ("global", "global_running")
     from_loads = options.counts == "biased" and options.level != "communication"
@@ -77,12 +81,13 @@ def aux_loss(options: AuxLoss, model: ModelConfig) -> Balancer:
     return Balancer(own_statistics=statistics, own_loss=loss)
 
 
-@register("z_loss")
+@register(
+    "z_loss",
+    equation="weight x mean_t (logsumexp_i logits_ti)^2",
+    source="ST-MoE (arXiv 2202.08906) eq. 5",
+)
 def z_loss(options: ZLoss, model: ModelConfig) -> Balancer:
-    """Router z-loss: `weight x mean_t (logsumexp_i logits_ti)^2` keeps logits small, and does not balance.
-
-    Source: ST-MoE (arXiv 2202.08906) eq. 5.
-    """
+    """Router z-loss: keeps logits small, and does not balance."""
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         squared = jax.nn.logsumexp(routing.logits, axis=-1) ** 2
@@ -91,9 +96,13 @@ def z_loss(options: ZLoss, model: ModelConfig) -> Balancer:
     return Balancer(own_loss=loss)
 
 
-@register("importance_loss")
+@register(
+    "importance_loss",
+    equation="weight x CV(sum_t g_t)^2",
+    source="Shazeer et al. (arXiv 1701.06538) eq. 6-7",
+)
 def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Balancer:
-    """Importance loss: `weight x CV(sum_t g_t)^2` makes the experts' summed gates equal.
+    """Importance loss: makes the experts' summed gates equal.
 
     g_ti is the gate of expert i for token t, 0 where it was not chosen; CV is the standard deviation over experts
     divided by their mean, so the factor on the gates cancels. 0 where all experts weigh the same, E - 1 where one
@@ -102,8 +111,6 @@ def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Balancer:
     Not linear in the gates: under accumulation each micro-batch has its own value, these are averaged by tokens, and
     the result depends on the number of micro-batches (small ones look less balanced than they are together).
     Zero-computation experts have no part in it.
-
-    Source: Shazeer et al. (arXiv 1701.06538) eq. 6-7.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
@@ -116,9 +123,13 @@ def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Balancer:
     return Balancer(own_loss=loss)
 
 
-@register("load_loss")
+@register(
+    "load_loss",
+    equation="weight x CV(sum_t Phi((x_ti - kth_excluding(x_t, k, i)) / noise_std))^2",
+    source="Shazeer et al. (arXiv 1701.06538) eq. 8-11; V-MoE (2106.05974) appendix A.2",
+)
 def load_loss(options: LoadLoss, model: ModelConfig) -> Balancer:
-    """Load loss: `weight x CV(sum_t Phi((x_ti - kth_excluding(x_t, k, i)) / noise_std))^2` equalises smooth loads.
+    """Load loss: equalises smooth loads.
 
     Phi(...) is the probability that expert i would be among the k best logits x of token t if noise were added to
     its logit alone; kth_excluding is the k-th best of the others, and k the number of slots. With logits that already
@@ -130,8 +141,6 @@ def load_loss(options: LoadLoss, model: ModelConfig) -> Balancer:
     Not linear in the probabilities: under accumulation each micro-batch has its own value, these are averaged by
     tokens, and the result depends on the number of micro-batches. Zero-computation experts compete for slots, but
     have no part in the sums. V-MoE has the k-th best of all, expert i included, as the threshold.
-
-    Source: Shazeer et al. (arXiv 1701.06538) eq. 8-11; V-MoE (2106.05974) appendix A.2.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
@@ -146,16 +155,20 @@ def load_loss(options: LoadLoss, model: ModelConfig) -> Balancer:
     return Balancer(own_loss=loss)
 
 
-@register("orthogonal_loss")
+@register(
+    "orthogonal_loss",
+    equation="weight x sum_ij (w_i . w_j - delta_ij)^2",
+    source=(
+        "ERNIE 4.5 technical report (2025), router orthogonalisation loss. Its published code takes the mean over "
+        "the E^2 pairs, with a weight of 1e-2; here it is the sum"
+    ),
+)
 def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Balancer:
-    """Router orthogonalisation: `weight x sum_ij (w_i . w_j - delta_ij)^2` of the router's normalised rows w.
+    """Router orthogonalisation, of the router's normalised rows w.
 
     Rows that point apart send the same token to fewer experts at once; loads are not seen. The diagonal is 0, or 1
     for a row of zeros. 0 needs as many dimensions as experts: E unit rows in d < E dimensions cost E^2 / d - E or more.
     It reads nothing but the router's weight, so it is the same however a batch is split.
-
-    Source: ERNIE 4.5 technical report (2025), router orthogonalisation loss. Its published code takes the mean over
-    the E^2 pairs, with a weight of 1e-2; here it is the sum.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
@@ -166,16 +179,18 @@ def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Balancer:
     return Balancer(own_loss=loss)
 
 
-@register("similarity_loss")
+@register(
+    "similarity_loss",
+    equation="weight x ||R^T R - I||_1",
+    source="SimBal (arXiv 2506.14038), the loss L_orth and its listing in the appendix; weight 0.1",
+)
 def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Balancer:
-    """SimBal: `weight x ||R^T R - I||_1`, the sum of absolute entries, of the router's weight R.
+    """SimBal: the sum of absolute entries, of the router's weight R.
 
     An orthonormal router keeps the angles between tokens, so that similar tokens go to similar experts, and no expert
     is favoured by its length; loads are not seen. The paper starts from an orthogonal router, and finds little
     difference between weights of 0.01, 0.1 and 1. It reads nothing but the router's weight, so it is the same however
     a batch is split.
-
-    Source: SimBal (arXiv 2506.14038), the loss L_orth and its listing in the appendix; weight 0.1.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
@@ -184,9 +199,13 @@ def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Balancer:
     return Balancer(own_loss=loss)
 
 
-@register("target_violation")
+@register(
+    "target_violation",
+    equation="log factor += rate x clip(MaxVio / target - 1, -1, 1)",
+    source="this project, after ReMoE (arXiv 2412.14711) eq. 7; MaxVio: Loss-Free Balancing (2408.15664) eq. 4",
+)
 def target_violation(options: TargetViolation, model: ModelConfig) -> Balancer:
-    """Held balance: `log factor += rate x clip(MaxVio / target - 1, -1, 1)`, where factor multiplies another loss.
+    """Held balance, where factor multiplies another loss.
 
     Methods can be compared at the same balance only if their strength is what gives it. After every step the weight
     of the loss labelled `controls` rises where the step's MaxVio over the experts that compute was above the target,
@@ -195,8 +214,6 @@ def target_violation(options: TargetViolation, model: ModelConfig) -> Balancer:
 
     In the spirit of ReMoE's adaptive coefficient, lambda x alpha^sign(target sparsity - sparsity), with the size of
     the error instead of its sign alone, so that the weight comes to rest, and with balance instead of sparsity.
-
-    Source: this project, after ReMoE (arXiv 2412.14711) eq. 7; MaxVio: Loss-Free Balancing (2408.15664) eq. 4.
     """
     limit = math.log(options.limit)
 

@@ -1,7 +1,7 @@
 """Methods by name: `config.balance` becomes one Balancer."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.balance import wrappers
 from moe_jax.balance.protocol import Balancer, chain
@@ -10,15 +10,24 @@ from moe_jax.config.balance import BALANCE_METHODS, BiasOptions
 
 Build = Callable[[Any, ModelConfig], Balancer]
 
-REGISTRY: dict[str, Build] = {}
+
+class Entry(NamedTuple):
+    """A method: how its Balancer is built, its equations, of which "; " parts several, and where it is from."""
+
+    build: Build
+    equation: str
+    source: str
 
 
-def register(name: str) -> Callable[[Build], Build]:
+REGISTRY: dict[str, Entry] = {}
+
+
+def register(name: str, *, equation: str, source: str) -> Callable[[Build], Build]:
     """Decorator: `name` in a config builds its Balancer by the decorated function of (options, model config)."""
     assert name in BALANCE_METHODS, f"{name} needs an options dataclass in moe_jax.config.balance.BALANCE_METHODS"
 
     def add(build: Build) -> Build:
-        REGISTRY[name] = build
+        REGISTRY[name] = Entry(build, equation, source)
         return build
 
     return add
@@ -43,7 +52,7 @@ def make(
         ValueError: an unknown method or option, or two methods that both own the bias or both select.
     """
     entries = mapping if isinstance(mapping, tuple) else balance_entries(mapping)
-    return chain({e.label: _wrapped(REGISTRY[e.method](e.options, model), e.options) for e in entries})
+    return chain({e.label: _wrapped(REGISTRY[e.method].build(e.options, model), e.options) for e in entries})
 
 
 def needs_step_statistics(entries: tuple[BalanceEntry, ...]) -> bool:

@@ -20,15 +20,17 @@ from moe_jax.config.balance import Bip, DeviceCapacity, ExpertChoice, ExpertThre
 from moe_jax.routing import Routing, Tokens, best, count
 
 
-@register("expert_choice")
+@register(
+    "expert_choice",
+    equation="expert j takes its C = round(capacity_factor k T / E) tokens of highest s_tj",
+    source="arXiv 2202.09368 eq. 1, whose c is capacity_factor k; the leak: arXiv 2408.15664, section 5.2",
+)
 def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
-    """Expert Choice: `expert j takes its C = round(capacity_factor k T / E) tokens of highest s_tj`.
+    """Expert Choice: an expert takes its C best tokens.
 
     T are the valid tokens among which an expert chooses: those of the micro-batch, or of each sequence apart. Loads
     are equal at once; a token has 0 to E experts (so E slots), equal scores go to the earlier token. It is not causal:
     whether a token is chosen depends on later ones (`leak_bits`), so evaluation routes by top-k instead.
-
-    Source: arXiv 2202.09368 eq. 1, whose c is capacity_factor k; the leak: arXiv 2408.15664, section 5.2.
     """
 
     def choose(scores: Array, valid: Array, row: Array, num_rows: int, top_k: int) -> Bool[Array, "tokens experts"]:
@@ -56,17 +58,21 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
     return Balancer(select=select, inference="top_k")
 
 
-@register("sinkhorn")
+@register(
+    "sinkhorn",
+    equation="top-k of u_t s_tj v_j",
+    source=(
+        "Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which "
+        "relaxes the linear assignment of BASE layers (2103.16716)"
+    ),
+)
 def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Balancer:
-    """Sinkhorn: `top-k of u_t s_tj v_j`, where u and v give every token the mass 1/T and every expert 1/E.
+    """Sinkhorn, where u and v give every token the mass 1/T and every expert 1/E.
 
     `iterations` rounds of u, then v, from v = 1, by logarithms. The factor u_t ranks nothing, so the choice is the
     top-k of log s_tj + log v_j. The matrix s is exp(logits), found back from the scores (up to u, for softmax). It is
     not causal, for v is of the whole micro-batch, so evaluation routes by top-k instead. No gradient passes u and v;
     gates are the scores.
-
-    Source: Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which
-    relaxes the linear assignment of BASE layers (2103.16716).
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -98,17 +104,19 @@ def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[A
     return jnp.log(scores)
 
 
-@register("bip")
+@register(
+    "bip",
+    equation="top-k of s_tj - q_j",
+    source="arXiv 2502.15451; the update as kexue.fm 11619 restates it",
+)
 def bip(options: Bip, model: ModelConfig) -> Balancer:
-    """BIP: `top-k of s_tj - q_j`, the prices q of a binary integer program over the micro-batch.
+    """BIP: q are the prices of a binary integer program over the micro-batch.
 
     From q = 0, `iterations` times: p_t = max(0, (k+1)-th largest_j of s_tj - q_j), then
     q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), T the valid tokens and kT/E rounded down: coordinate descent
     in the dual of "at most k experts a token, at most kT/E tokens an expert, the highest sum of scores". Prices are
     never negative, so they press crowded experts down but cannot lift starved ones. They are found before routing,
     so it is not causal, and evaluation routes by top-k instead.
-
-    Source: arXiv 2502.15451; the update as kexue.fm 11619 restates it.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -132,17 +140,19 @@ def bip(options: Bip, model: ModelConfig) -> Balancer:
     return Balancer(select=select, inference="top_k")
 
 
-@register("expert_threshold")
+@register(
+    "expert_threshold",
+    equation="token t uses expert j iff s_tj > c_j",
+    source="arXiv 2603.11535; kexue.fm 11626, whose decay is 0.9",
+)
 def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Balancer:
-    """Expert Threshold: `token t uses expert j iff s_tj > c_j`, c_j a moving average of expert choice's cutoffs.
+    """Expert Threshold: c_j is a moving average of expert choice's cutoffs.
 
     The cutoff of a step is the score above which lie k T / E of expert j's scores, read from a histogram over [0, 1].
     It moves the threshold for the next step, so this is causal expert choice: k experts a token on average, 0 to E
     (or `slots`) for each, and evaluation routes the same. The bias is -c. All zero it says that no cutoff was seen:
     then a token uses its k best scores, and the first cutoff becomes the threshold at once. (The paper instead warms
     up by expert choice, which is not causal.)
-
-    Source: arXiv 2603.11535; kexue.fm 11626, whose decay is 0.9.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -184,9 +194,13 @@ def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Arra
     return (place.astype(jnp.float32) + (reached - target) / jnp.maximum(in_bin, 1.0)) / bins
 
 
-@register("hash")
+@register(
+    "hash",
+    equation="experts of token t = table[id_t]",
+    source="Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers",
+)
 def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
-    """Hash: `experts of token t = table[id_t]`, a fixed table from token ids to k experts; gates stay learned.
+    """Hash: a fixed table from token ids to k experts; gates stay learned.
 
     The table int32 [V, K] is state under "table". `init` gives each layer another one, in which all experts stand
     equally often (to 1), as fits tokens of equal frequency; `balanced_table` makes one for given frequencies. Ids
@@ -195,8 +209,6 @@ def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
 
     Raises:
         ValueError: the tokens have no ids.
-
-    Source: Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers.
     """
 
     def table(num_experts: int, layer: Any) -> dict[str, Array]:
@@ -249,14 +261,16 @@ def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0
     return table
 
 
-@register("random")
+@register(
+    "random",
+    equation="k distinct experts, uniformly",
+    source="a control, as Megatron-LM's --moe-router-force-load-balancing",
+)
 def random(options: Random, model: ModelConfig) -> Balancer:
-    """Random: `k distinct experts, uniformly`, drawn anew for every token: the control without any router.
+    """Random, drawn for every token: the control without any router.
 
     Loads are those of a uniform router, the noise floor of max_violation. It is causal, and evaluation draws too, by
     the key it is given.
-
-    Source: a control, as Megatron-LM's --moe-router-force-load-balancing.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, key: Any, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -267,13 +281,15 @@ def random(options: Random, model: ModelConfig) -> Balancer:
     return Balancer(select=select, by_token=False)  # one draw for the whole batch
 
 
-@register("forced")
+@register(
+    "forced",
+    equation="expert i of valid token n = (n k + i) mod E",
+    source="a control of our own",
+)
 def forced(options: Forced, model: ModelConfig) -> Balancer:
-    """Forced: `expert i of valid token n = (n k + i) mod E`: the control in perfect balance, whatever the scores.
+    """Forced: the control in perfect balance, whatever the scores.
 
     Loads differ by at most 1. It is causal, and evaluation routes the same.
-
-    Source: a control of our own.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -283,16 +299,18 @@ def forced(options: Forced, model: ModelConfig) -> Balancer:
     return Balancer(select=select, by_token=False)  # it counts the tokens before
 
 
-@register("device_capacity")
+@register(
+    "device_capacity",
+    equation="each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj",
+    source="DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2",
+)
 def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
-    """Device capacity: `each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj`.
+    """Device capacity: what is beyond is dropped.
 
     What is beyond is dropped in training: it travels nowhere and adds nothing, but loads count it. A device is a
     logical group of consecutive experts: `num_devices`, else model.num_groups, else (in no config) one expert. The
     sequences of a share `protected`, drawn anew each time, keep all copies, first of their devices' budgets.
     It is not causal, for copies of later tokens compete; evaluation drops nothing.
-
-    Source: DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2.
     """
 
     def drop(routing: Routing, state: None, key: Array, train: bool) -> Bool[Array, "tokens slots"]:

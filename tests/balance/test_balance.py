@@ -579,7 +579,9 @@ def test_two_methods_that_select_are_refused_and_one_is_used(monkeypatch):
     def select(scores, biased, **_):
         return jnp.full((scores.shape[0], 1), 3, jnp.int32)
 
-    monkeypatch.setitem(registry.REGISTRY, "z_loss", lambda options, model: balance.Balancer(select=select))
+    monkeypatch.setitem(
+        registry.REGISTRY, "z_loss", registry.Entry(lambda options, model: balance.Balancer(select=select), "", "")
+    )
     used = balance.make({"z_loss": {}, "bias_sign": {}}).select(
         jnp.zeros((2, 4)), jnp.zeros((2, 4)), top_k=1, tokens=Tokens(), key=None, train=True
     )
@@ -594,7 +596,7 @@ def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
         own_state=lambda experts, layer: jnp.zeros((), jnp.int32),
         own_update=lambda seen: (seen.bias, seen.state + 1),
     )
-    monkeypatch.setitem(registry.REGISTRY, "z_loss", lambda options, model: counting)
+    monkeypatch.setitem(registry.REGISTRY, "z_loss", registry.Entry(lambda options, model: counting, "", ""))
     balancer = balance.make({"z_loss": {}, "bias_sign": {"rate": 0.5}})
     state = balancer.init(EXPERTS)
     for step in range(3):
