@@ -10,7 +10,7 @@ from typing import NamedTuple
 from absl import app, flags
 
 from moe_jax.config import Config, as_dict, resolve, validate
-from moe_jax.config.balance import BALANCE_METHODS
+from moe_jax.config.balance import BALANCE_METHODS, smallest
 from moe_jax.config.command import define_config_flag, fail, parse_flags
 
 
@@ -35,18 +35,11 @@ def compiled_cost(config: Config) -> Cost:
     return Cost(counted["flops"], counted["bytes accessed"])
 
 
-def balance_of(method: str) -> dict[str, dict]:
-    """A composition in which the method can be compiled: alone, or with the loss that it controls."""
-    if method == "none":
-        return {}
-    needs = dict(num_devices=2) if method == "device_capacity" else {}
-    return {method: needs} | ({"aux_loss": {}} if method == "target_violation" else {})
-
-
 def costs(config: Config, methods: Iterable[str]) -> Iterator[tuple[str, Cost]]:
     """(method, cost), one compilation after the other."""
     for method in methods:
-        yield method, compiled_cost(validate(as_dict(config) | {"balance": balance_of(method)}))
+        entries = {} if method == "none" else smallest(method, num_devices=2)
+        yield method, compiled_cost(validate(as_dict(config) | {"balance": entries}))
 
 
 def main(_: list[str]) -> None:

@@ -10,7 +10,6 @@ wrong sign collapses. The commands that draw them are printed with them. It take
 import concurrent.futures
 import dataclasses
 import functools
-import inspect
 import json
 import re
 import subprocess
@@ -26,10 +25,10 @@ import numpy as np
 from absl import app, flags
 
 from moe_jax import balance
-from moe_jax.balance.base import REGISTRY, Balancer
-from moe_jax.balance.method import Method
+from moe_jax.balance.protocol import Balancer
+from moe_jax.balance.registry import REGISTRY
 from moe_jax.config import ModelConfig, balance_entries
-from moe_jax.config.balance import BALANCE_METHODS
+from moe_jax.config.balance import BALANCE_METHODS, smallest
 from moe_jax.config.command import fail, parse_flags
 from moe_jax.config.paths import path_of
 from moe_jax.runtime.files import write_whole
@@ -86,18 +85,10 @@ PICTURES = (
 
 
 def composition(name: str) -> dict[str, dict[str, Any]]:
-    """The method with what it cannot do without: the loss it controls, a target within reach, logical devices."""
-    options = BALANCE_METHODS[name]()
-    own: dict[str, Any] = {}
-    mapping = {name: own}
-    if hasattr(options, "controls"):
-        mapping[options.controls] = {}
-    if hasattr(options, "target"):
-        own["target"] = round(loop.threshold(SETTINGS), 2)
-    try:
-        settings.config_of(SETTINGS, balance_entries(mapping))
-    except ValueError:  # the only thing that a method lacks by default
-        own["num_devices"] = 8
+    """The method with what it cannot do without, and a target within reach."""
+    mapping = smallest(name, num_devices=8)
+    if hasattr(BALANCE_METHODS[name](), "target"):
+        mapping[name]["target"] = round(loop.threshold(SETTINGS), 2)
     return mapping
 
 
@@ -113,34 +104,32 @@ def made(name: str, s: Settings) -> Balancer:
     return balance.make(config.balance, config.model)
 
 
-def method_of(name: str) -> Method:
+def method_of(name: str) -> Balancer:
     """The functions that the method has, at its default options."""
-    return REGISTRY[name](BALANCE_METHODS[name](), ModelConfig())
+    return REGISTRY[name].build(BALANCE_METHODS[name](), ModelConfig())
 
 
 def family(name: str) -> str:
     """By what the method has: a factor on a loss, a selection of its own, a bias to move, a loss."""
     method = method_of(name)
-    if method.factor is not None:
+    if method.factors is not None:
         return "control"
     if method.select is not None or method.drop is not None:
         return "selector"
-    return "bias" if method.update_bias is not None else "loss"
+    return "bias" if method.initial_bias is not None else "loss"
 
 
 def equation(name: str) -> str:
-    """The formulas in the first paragraph of the docstring: what stands between backticks and has a space."""
-    first = (inspect.getdoc(REGISTRY[name]) or "").split("\n\n")[0]
-    found = [" ".join(text.split()) for text in re.findall(r"`([^`]*)`", first)]
-    return "; ".join(f"`{text}`" for text in found if " " in text)
+    """The method's formulas, each as code."""
+    return "; ".join(f"`{formula}`" for formula in REGISTRY[name].equation.split("; "))
 
 
 def source(name: str) -> str:
-    """The identifiers in the docstring's "Source:", or its first clause where it has none."""
-    text = " ".join((inspect.getdoc(REGISTRY[name]) or "").partition("Source:")[2].split("\n\n")[0].split())
+    """The papers and essays that the method's source names, linked, or its first clause where it names none."""
+    text = REGISTRY[name].source
     papers = [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\b\d{4}\.\d{5}\b", text)]
     essays = [f"[kexue {n}](https://kexue.fm/archives/{n})" for n in re.findall(r"kexue\.fm\D{1,10}?(\d{4,5})", text)]
-    return ", ".join(dict.fromkeys(papers + essays)) or re.split(r"[,.;] ", text)[0].rstrip(".")
+    return ", ".join(dict.fromkeys(papers + essays)) or re.split(r"[,.;] ", text)[0]
 
 
 # --- what running it shows --------------------------------------------------------------------------------------
@@ -177,7 +166,7 @@ def state_and_statistics(name: str) -> tuple[str, str]:
 
     logits = jax.ShapeDtypeStruct((s.tokens, s.experts), jnp.float32)
     state, statistics = jax.eval_shape(run, logits, jax.ShapeDtypeStruct((s.tokens,), jnp.int32))
-    shared = {"direction"} if method_of(name).update_bias is not None else {"direction", "bias"}
+    shared = {"direction"} if method_of(name).initial_bias is not None else {"direction", "bias"}
     kept = {key: value for key, value in state.items() if key not in shared}
     return shapes(kept, name) or "none", shapes(statistics, name)
 
@@ -185,7 +174,7 @@ def state_and_statistics(name: str) -> tuple[str, str]:
 def settings_of(name: str) -> Settings:
     """Fewer steps for a method that changes nothing from one step to the next: to it they are all alike."""
     method = method_of(name)
-    learns = method.update_bias is not None or method.update is not None or method.loss is not None
+    learns = any(f is not None for f in (method.initial_bias, method.own_loss, method.factors))
     return SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS)
 
 

@@ -40,6 +40,10 @@ class Tokens(NamedTuple):
     kind: Int32[Array, "tokens"] | None = None
     rows: Rows | None = None
 
+    def valid(self, num_tokens: int) -> Bool[Array, "tokens"]:
+        """True for a token, False for padding."""
+        return jnp.ones(num_tokens, bool) if self.mask is None else self.mask
+
 
 class Routing(NamedTuple):
     """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere."""
@@ -66,6 +70,11 @@ class Routing(NamedTuple):
             bias=whole,
             tokens=by_token,
         )
+
+    @property
+    def is_token(self) -> Bool[Array, "tokens"]:
+        """True for a token, False for padding."""
+        return self.tokens.valid(self.scores.shape[0])
 
 
 class RouterConfig(NamedTuple):
@@ -116,8 +125,8 @@ def route(
         bias: float32 [E], selection only: no gradient, no effect on gates. None is zero. Or [C, E], one for each
             class of tokens, which `tokens.kind` names (0 where it is None).
         tokens: mask and more, see `Tokens`.
-        select: replaces top-k of the biased scores: (scores, bias, *, top_k, tokens, key, train) -> ids [T, S].
-        combine: replaces scores + bias: (scores, bias) -> biased scores. Here and above, bias is [1, E] or [T, E].
+        select: replaces top-k of the biased scores: (scores, biased, *, top_k, tokens, key, train) -> ids [T, S].
+        combine: replaces scores + bias: (scores, bias) -> biased scores; the bias is [1, E] or [T, E].
         key: randomness for `select`.
         train: True in training; selectors may infer otherwise than they train.
 
@@ -135,12 +144,12 @@ def route(
     scores = affinity(logits, router.score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
     own_bias = jnp.atleast_2d(bias)[:1] if bias.ndim == 1 or tokens.kind is None else bias[tokens.kind]
+    biased = scores + own_bias if combine is None else combine(scores, own_bias)
     if select is None:
-        biased = scores + own_bias if combine is None else combine(scores, own_bias)
         allowed = limit_groups(biased, router.num_groups, router.top_groups, router.group_top)
         expert_ids = lax.top_k(allowed, router.top_k)[1]
     else:
-        expert_ids = select(scores, own_bias, top_k=router.top_k, tokens=tokens, key=key, train=train)
+        expert_ids = select(scores, biased, top_k=router.top_k, tokens=tokens, key=key, train=train)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
     log_scores = log_affinity(logits, router.score)

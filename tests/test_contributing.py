@@ -8,7 +8,7 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax import balance
-from moe_jax.balance import base, bias
+from moe_jax.balance import bias, registry
 from moe_jax.config import ModelConfig
 from moe_jax.config import balance as options
 
@@ -19,7 +19,7 @@ def example(repo, monkeypatch):
     line, function = re.findall(r"```python\n(.*?)```", (repo / "docs/extending.md").read_text(), re.DOTALL)[:2]
     ((name, schema),) = eval("{" + line + "}", vars(options)).items()
     monkeypatch.setitem(options.BALANCE_METHODS, name, schema)
-    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
     exec(function, {**vars(bias), "BiasOptions": options.BiasOptions, "ModelConfig": ModelConfig})
     return name
 

@@ -283,11 +283,11 @@ def test_empty_slots_have_finite_gradients(score):
     assert not np.asarray(to_logits)[1].any()
 
 
-def test_a_selector_is_given_scores_bias_and_all_that_is_known_of_the_tokens():
+def test_a_selector_is_given_scores_biased_scores_and_all_that_is_known_of_the_tokens():
     seen = {}
 
-    def select(scores, bias, **rest):
-        seen.update(scores=scores, bias=bias, **rest)
+    def select(scores, biased, **rest):
+        seen.update(scores=scores, biased=biased, **rest)
         return jnp.asarray(np.tile(np.int32([0, 1]), (6, 1)))
 
     tokens, key = Tokens(ids=jnp.asarray(np.arange(6, dtype=np.int32))), jax.random.key(0)
@@ -296,7 +296,7 @@ def test_a_selector_is_given_scores_bias_and_all_that_is_known_of_the_tokens():
         random_logits(0),
     )
     assert seen["scores"].shape == (6, 8)
-    assert seen["bias"].shape == (1, 8)  # a row, as it is added to scores
+    assert seen["biased"].shape == (6, 8)
     assert (seen["top_k"], seen["train"], seen["key"] is key, seen["tokens"] is tokens) == (
         2,
         True,

@@ -17,7 +17,6 @@ from moe_jax import balance
 from moe_jax.analysis import gradients as gradients_
 from moe_jax.balance import measures
 from moe_jax.config import Config
-from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import constrain, replicated, spec, specs
 from moe_jax.model.abstract import Tree
@@ -101,7 +100,7 @@ def _gradients(
 ) -> tuple[Gradients, Details]:
     """One forward pass, linearised once, and pulled back from each of the three losses."""
     balancer = balance.make(config.balance, config.model)
-    z_labels = {e.label for e in config.balance if e.method == "z_loss"}
+    z_labels = {e.label for e in config.balance if not getattr(e.options, "balances", True)}
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     router = jnp.concatenate([leaf for _, leaf in routers(state.params)])
 
@@ -138,7 +137,7 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     }
     scopes = {"microbatch": measures.violations(loads), "sequence": measures.sequence_violations(row_loads)}
     values = {}
-    if any(e.method in BIAS_METHODS for e in config.balance):
+    if any(e.options.moves_bias for e in config.balance):
         values["moe/bias_changed"] = changed(routing.expert_ids, details.unbiased_ids, mask=mask)
     for scope, measured in scopes.items():
         values |= {f"moe/{scope}_{name}": value for name, value in measures.over_layers(measured).items()}

@@ -91,9 +91,8 @@ def without_best(balancer: Balancer, config: Config, count: int) -> Balancer:
     m = config.model
 
     def select(
-        scores: Float32[Array, "tokens experts"], bias: Array, *, top_k: int, **_: Any
+        scores: Float32[Array, "tokens experts"], biased: Array, *, top_k: int, **_: Any
     ) -> Int32[Array, "tokens slots"]:
-        biased = scores + bias if balancer.combine is None else balancer.combine(scores, bias)
         biased = limit_groups(biased, m.num_groups, m.top_groups, m.group_top)
         allowed = jnp.where(jnp.isfinite(biased), scores, -jnp.inf)[:, : m.num_experts]
         masked = jax.nn.one_hot(best(allowed, count), scores.shape[1], dtype=bool).any(1)

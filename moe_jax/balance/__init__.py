@@ -1,24 +1,22 @@
 """Ways to balance experts: `make(config.balance)` gives one `Balancer`; `names()` lists the methods."""
 
 from moe_jax.balance import bias, losses, selectors
-from moe_jax.balance.base import (
-    Balancer,
-    State,
-    Statistics,
+from moe_jax.balance.protocol import Balancer, Seen, State, Statistics, chain
+from moe_jax.balance.registry import (
     make,
     names,
     needs_running_statistics,
     needs_step_statistics,
     register,
 )
-from moe_jax.balance.method import Method
 
 __all__ = [
     "Balancer",
-    "Method",
+    "Seen",
     "State",
     "Statistics",
     "bias",
+    "chain",
     "losses",
     "make",
     "names",

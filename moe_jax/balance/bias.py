@@ -6,14 +6,12 @@ zero-computation expert stays, but for the common shift of `zero_mean`: where th
 has its own. T tokens, S slots, N bins.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Shaped
 
-from moe_jax.balance.base import register
-from moe_jax.balance.method import Method
+from moe_jax.balance.protocol import Balancer, Seen, zeros
+from moe_jax.balance.registry import register
 from moe_jax.balance.wrappers import factor_at
 from moe_jax.config import ModelConfig
 from moe_jax.config.balance import (
@@ -29,113 +27,133 @@ from moe_jax.config.balance import (
 from moe_jax.routing import Routing
 
 
-@register("bias_sign")
-def bias_sign(options: BiasSign, model: ModelConfig) -> Method:
-    """Loss-Free Balancing: `b_i += u sign(mean load - load_i)` after every step, effective on the next.
+@register(
+    "bias_sign",
+    equation="b_i += u sign(mean load - load_i)",
+    source="arXiv 2408.15664, Algorithm 1; zero-mean as in Moonlight (`b += u (sign(e) - mean sign(e))`)",
+)
+def bias_sign(options: BiasSign, model: ModelConfig) -> Balancer:
+    """Loss-Free Balancing, after every step and effective on the next.
 
     An overloaded expert's bias falls. `zero_mean` subtracts the mean of the increments, which changes no
     selection but keeps the biases from drifting together.
-
-    Source: arXiv 2408.15664, Algorithm 1; zero-mean as in Moonlight (`b += u (sign(e) - mean sign(e))`).
     """
 
-    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
-        return moved(options, bias, load_sign(loads, model), step), None
+    def update(seen: Seen) -> tuple[Array, None]:
+        return moved(options, seen, load_sign(seen.loads, model)), None
 
-    return Method(update_bias=update_bias)
+    return Balancer(own_update=update, initial_bias=zeros)
 
 
-@register("bias_proportional")
-def bias_proportional(options: BiasProportional, model: ModelConfig) -> Method:
-    """Proportional rule: `b_i += u e_i`, where `e_i = mean load - load_i` in the unit that `error` names.
+@register(
+    "bias_proportional",
+    equation="b_i += u e_i; e_i = mean load - load_i",
+    source="arXiv 2408.15664, Table 3 (u = 0.01 has the best balance) and Table 6 (u = 0.001 with softmax scores)",
+)
+def bias_proportional(options: BiasProportional, model: ModelConfig) -> Balancer:
+    """Proportional rule, where e_i = mean load - load_i in the unit that `error` names.
 
     "relative" to the mean load, in [1 - E, 1]; a "fraction" of all copies, E times smaller; or a "count" of copies,
     which grows with the batch. The paper names no unit, but its rates of 1e-4 to 1e-2 for a batch of 2 million
     tokens leave only the relative one: by counts, an error of 10 % would move a bias by 2 or more in one step.
-
-    Source: arXiv 2408.15664, Table 3 (u = 0.01 has the best balance) and Table 6 (u = 0.001 with softmax scores).
     """
     errors = {"relative": relative_error, "fraction": share_error, "count": copies_error}
 
-    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
-        return moved(options, bias, errors[options.error](loads, model), step), None
+    def update(seen: Seen) -> tuple[Array, None]:
+        return moved(options, seen, errors[options.error](seen.loads, model)), None
 
-    return Method(update_bias=update_bias)
+    return Balancer(own_update=update, initial_bias=zeros)
 
 
-@register("bias_multiplicative")
-def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Method:
-    """Multiplicative bias: `select by s_i b_i`, where b starts at 1 and `b_i += u sign(mean load - load_i)`.
+@register(
+    "bias_multiplicative",
+    equation="select by s_i b_i; b_i += u sign(mean load - load_i)",
+    source="arXiv 2408.15664, eq. 5 and Table 4",
+)
+def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Balancer:
+    """Multiplicative bias, which starts at 1.
 
     Selection sees ratios of biases, not differences, so that `zero_mean` does change it: it holds their mean at 1.
-
-    Source: arXiv 2408.15664, eq. 5 and Table 4.
     """
 
-    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
-        return moved(options, bias, load_sign(loads, model), step), None
+    def update(seen: Seen) -> tuple[Array, None]:
+        return moved(options, seen, load_sign(seen.loads, model)), None
 
-    return Method(update_bias=update_bias, initial_bias=1.0, combine=jnp.multiply)
+    def ones(num_experts: int) -> Float32[Array, "experts"]:
+        return jnp.ones(num_experts, jnp.float32)
+
+    return Balancer(own_update=update, initial_bias=ones, combine=jnp.multiply)
 
 
-@register("bias_rms")
-def bias_rms(options: BiasRms, model: ModelConfig) -> Method:
-    """Normalised gradient descent: `b_i -= u (F_i - Q_i) / RMS(F - Q)`, with F the shares of copies, Q the targets.
+@register(
+    "bias_rms",
+    equation="b_i -= u (F_i - Q_i) / RMS(F - Q)",
+    source="Su, kexue.fm/archives/10757 (the improved version)",
+)
+def bias_rms(options: BiasRms, model: ModelConfig) -> Balancer:
+    """Normalised gradient descent, with F the shares of copies, Q the targets.
 
     As long a step as the sign's at the same rate, so rates carry over, but an expert near its target moves little.
     Errors that are all below a millionth of the load are the rounding of float32, and move nothing.
-
-    Source: Su, kexue.fm/archives/10757 (the improved version).
     """
 
-    def update_bias(loads: Array, _: None, bias: Array, __: None, step: Array) -> tuple[Array, None]:
-        error = relative_error(loads, model)
-        rms = jnp.sqrt((error**2).sum() / (loads.shape[0] - model.num_zero_experts))
-        return moved(options, bias, jnp.where(rms > 1e-6, error / jnp.maximum(rms, 1e-6), 0.0), step), None
+    def update(seen: Seen) -> tuple[Array, None]:
+        error = relative_error(seen.loads, model)
+        rms = jnp.sqrt((error**2).sum() / (seen.loads.shape[0] - model.num_zero_experts))
+        return moved(options, seen, jnp.where(rms > 1e-6, error / jnp.maximum(rms, 1e-6), 0.0)), None
 
-    return Method(update_bias=update_bias)
+    return Balancer(own_update=update, initial_bias=zeros)
 
 
-@register("bias_pi")
-def bias_pi(options: BiasPi, model: ModelConfig) -> Method:
-    """LongCat-Flash's controller: `b_i += mu ((K_e / K) (1 / N) - T_i / (K T_all))`, a target share less the share had.
+@register(
+    "bias_pi",
+    equation="b_i += mu ((K_e / K) (1 / N) - T_i / (K T_all))",
+    source="arXiv 2509.01322 (LongCat-Flash), expert bias under 'computational budget control'; the P is ours",
+)
+def bias_pi(options: BiasPi, model: ModelConfig) -> Balancer:
+    """LongCat-Flash's controller: a target share less the share had.
 
     N real experts are to get K_e of a token's K slots, `1 - model.zero_share` of all. The sum of such errors is the
     I of a PID controller; `gain` adds the P, gain x the last error, shaped over steps as the rate is. Own state:
     that P, float32 [E + Z]. Errors are of order 1 / N: rate / N is the rate of `bias_proportional`.
-
-    Source: arXiv 2509.01322 (LongCat-Flash), expert bias under "computational budget control"; the P is ours.
     """
 
-    def update_bias(loads: Array, _: None, bias: Array, last: Array, step: Array) -> tuple[Array, Array]:
-        error, factor = share_error(loads, model), factor_at(options, step)
+    def update(seen: Seen) -> tuple[Array, Array]:
+        error, last = share_error(seen.loads, model), seen.state
+        factor = factor_at(options, seen.step)
         now = jnp.where(factor > 0, options.gain * factor * error, last)  # what is frozen keeps its P
-        return moved(options, bias + (now - last), error, step), now
+        return moved(options, seen._replace(bias=seen.bias + (now - last)), error), now
 
-    return Method(init=_zeros, update_bias=update_bias)
+    return Balancer(own_state=zeros, own_update=update, initial_bias=zeros)
 
 
-@register("bias_smebu")
-def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Method:
-    """Soft-clamped momentum: `m = beta m + (1 - beta) u (v - mean v)`, `b += m`, `v_i = tanh(kappa e_i)`, e relative.
+@register(
+    "bias_smebu",
+    equation="m = beta m + (1 - beta) u (v - mean v); b += m; v_i = tanh(kappa e_i)",
+    source="arXiv 2602.17004 (Arcee Trinity Large): u = 5e-4, kappa = 2, beta = 0.5",
+)
+def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Balancer:
+    """Soft-clamped momentum, e the relative error.
 
     Near balance the step shrinks, where a sign would chatter. Own state: the momentum of v, float32 [E + Z], in
     [-1, 1]; rate and mean are taken on the way to the bias, which is the same sum, and stands still when frozen.
-
-    Source: arXiv 2602.17004 (Arcee Trinity Large): u = 5e-4, kappa = 2, beta = 0.5.
     """
 
-    def update_bias(loads: Array, _: None, bias: Array, momentum: Array, step: Array) -> tuple[Array, Array]:
-        clamped = jnp.tanh(options.kappa * relative_error(loads, model))
-        momentum = options.beta * momentum + (1.0 - options.beta) * clamped
-        return moved(options, bias, momentum, step), momentum
+    def update(seen: Seen) -> tuple[Array, Array]:
+        clamped = jnp.tanh(options.kappa * relative_error(seen.loads, model))
+        momentum = options.beta * seen.state + (1.0 - options.beta) * clamped
+        return moved(options, seen, momentum), momentum
 
-    return Method(init=_zeros, update_bias=update_bias)
+    return Balancer(own_state=zeros, own_update=update, initial_bias=zeros)
 
 
-@register("quantile")
-def quantile(options: Quantile, _: ModelConfig) -> Method:
-    """Quantile balancing: `b_j <- quantile_{K/E}(r_j) - mean`, `r_tj = alpha_t - s_tj`, no rate to choose.
+@register(
+    "quantile",
+    equation="b_j <- quantile_{K/E}(r_j) - mean; r_tj = alpha_t - s_tj",
+    source="Su, kexue.fm/archives/11619; range and bins as in Kimi K3 (arXiv 2607.24653), appendix D",
+)
+def quantile(options: Quantile, _: ModelConfig) -> Balancer:
+    """Quantile balancing: no rate to choose.
 
     alpha is a token's (K + 1)-th biased score, the best one it did not select, so it selects expert j where
     `s_j + b_j > alpha`, or `r_j < b_j`. Balance is that of all tokens' r_j a share K / E lies below b_j. alpha depends
@@ -144,22 +162,20 @@ def quantile(options: Quantile, _: ModelConfig) -> Method:
     Statistics: a histogram of r, int32 [E, N]. With scores in (0, 1), r lies in [min b - 1, max b + 1], which the
     bins divide: a quantile is exact to (max b - min b + 2) / N, 0.002 for small biases, and linear within a bin.
     A token that selects every expert has no alpha and is not counted; an expert never counted keeps its bias.
-
-    Source: Su, kexue.fm/archives/11619; range and bins as in Kimi K3 (arXiv 2607.24653), appendix D.
     """
 
-    def observe(routing: Routing) -> Int32[Array, "experts bins"]:
+    def histogram(routing: Routing) -> Int32[Array, "experts bins"]:
         return needed_bias_histogram(routing, options.bins)
 
-    def update_bias(loads: Array, counts: Array, bias: Array, _: None, step: Array) -> tuple[Array, None]:
-        target = balanced_bias(loads, counts, bias)
-        known = counts.sum(1) > 0
+    def update(seen: Seen) -> tuple[Array, None]:
+        target = balanced_bias(seen.loads, seen.own, seen.bias)
+        known = seen.own.sum(1) > 0
         if options.zero_mean:
             target = target - jnp.where(known, target, 0.0).sum() / jnp.maximum(known.sum(dtype=jnp.float32), 1.0)
-        share = options.damping * factor_at(options, step)
-        return jnp.where(known, (1.0 - share) * bias + share * target, bias), None
+        share = options.damping * factor_at(options, seen.step)
+        return jnp.where(known, (1.0 - share) * seen.bias + share * target, seen.bias), None
 
-    return Method(observe=observe, update_bias=update_bias)
+    return Balancer(own_statistics=histogram, own_update=update, initial_bias=zeros)
 
 
 def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts bins"]:
@@ -202,10 +218,10 @@ def bin_range(bias: Float32[Array, "experts"], bins: int) -> tuple[Float32[Array
     return bias.min() - 1.0, (bias.max() - bias.min() + 2.0) / bins
 
 
-def moved(options: BiasOptions, bias: Array, direction: Float32[Array, "experts"], step: Array) -> Array:
-    """The bias after an increment of `rate x direction`, the rate shaped over steps, centred if asked."""
-    increment = jnp.float32(options.rate) * factor_at(options, step) * direction
-    return bias + (increment - increment.mean() if options.zero_mean else increment)
+def moved(options: BiasOptions, seen: Seen, direction: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
+    """The bias after an increment of `rate x direction`, the rate shaped over steps, centred under `zero_mean`."""
+    increment = jnp.float32(options.rate) * factor_at(options, seen.step) * direction
+    return seen.bias + (increment - increment.mean() if options.zero_mean else increment)
 
 
 def load_sign(loads: Shaped[Array, "experts"], model: ModelConfig = ModelConfig()) -> Float32[Array, "experts"]:
@@ -252,10 +268,6 @@ def copies_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32
 def share_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
     """The target's share of all copies less the load's; 0 for zero-computation experts."""
     return copies_error(loads, model) / jnp.maximum(_total(loads), 1.0)
-
-
-def _zeros(num_experts: int, _: Any) -> Float32[Array, "experts"]:
-    return jnp.zeros(num_experts, jnp.float32)
 
 
 def _total(loads: Shaped[Array, "experts"]) -> Float32[Array, ""]:

@@ -5,14 +5,15 @@ every loss and its gradient are 0.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Shaped
 
-from moe_jax.balance.base import register
-from moe_jax.balance.method import Method
+from moe_jax.balance.measures import max_violation, mean_over_tokens, relative_counts
+from moe_jax.balance.protocol import Balancer, Seen
+from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
 from moe_jax.config.balance import (
     AuxLoss,
@@ -26,9 +27,16 @@ from moe_jax.config.balance import (
 from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normalized_scores
 
 
-@register("aux_loss")
-def aux_loss(options: AuxLoss, model: ModelConfig) -> Method:
-    """Auxiliary loss: `weight x sum_i f_i P_i` over experts, over devices, or over visits to devices.
+@register(
+    "aux_loss",
+    equation="weight x sum_i f_i P_i",
+    source=(
+        "DeepSeekMoE (arXiv 2401.06066) eq. 12-17; DeepSeek-V2 (2405.04434) eq. 23-31; DeepSeek-V3 (2412.19437) "
+        "eq. 17-20; global scope: arXiv 2501.11873"
+    ),
+)
+def aux_loss(options: AuxLoss, model: ModelConfig) -> Balancer:
+    """Auxiliary loss, over experts, over devices, or over visits to devices.
 
     P_i is the mean over valid tokens of the score of expert i, or of the summed scores of the experts of device i:
     scores divided by each token's sum (`normalize=True`, as in DeepSeek-V3), or raw (as in Loss-Free Balancing
@@ -48,9 +56,6 @@ def aux_loss(options: AuxLoss, model: ModelConfig) -> Method:
     micro-batch included (`global_running`). `counts="unbiased"` counts the top-k of the scores without the bias and
     without a group limit, which is what DeepSeek-V3 eq. 18 writes. Zero-computation experts have no part in f and P,
     and scores are normalised without theirs.
-
-    Source: DeepSeekMoE (arXiv 2401.06066) eq. 12-17; DeepSeek-V2 (2405.04434) eq. 23-31; DeepSeek-V3 (2412.19437)
-    eq. 17-20; global scope: arXiv 2501.11873.
     """
     of_step = options.scope in ("global", "global_running")
     from_loads = options.counts == "biased" and options.level != "communication"
@@ -59,40 +64,45 @@ def aux_loss(options: AuxLoss, model: ModelConfig) -> Method:
         groups = _groups(options, model, routing)
         return count(_counted_ids(options, groups, routing), groups.num_counts)
 
-    def observe(routing: Routing) -> Int32[Array, "counts"] | None:
+    def statistics(routing: Routing) -> Int32[Array, "counts"] | None:
         return counted(routing) if of_step and not from_loads else None
 
-    def loss(routing: Routing, loads: Array, own: Array | None, _: None, __: Array) -> Float32[Array, ""]:
+    def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         groups = _groups(options, model, routing)
         scores = _summed(groups, _real_scores(options, groups, routing))
         if options.scope == "sequence":
             return options.weight * _sequence_value(groups, routing, scores, _counted_ids(options, groups, routing))
         if from_loads:
-            counts = _summed(groups, (loads if of_step else routing.loads)[: groups.num_experts])
+            counts = _summed(groups, (seen.loads if of_step else routing.loads)[: groups.num_experts])
         else:
-            counts = counted(routing) if own is None else own
+            counts = counted(routing) if seen.own is None else seen.own
         return options.weight * (_frequencies(groups, counts) * mean_over_tokens(scores, routing)).sum()
 
-    return Method(observe=observe, loss=loss)
+    return Balancer(own_statistics=statistics, own_loss=loss)
 
 
-@register("z_loss")
-def z_loss(options: ZLoss, model: ModelConfig) -> Method:
-    """Router z-loss: `weight x mean_t (logsumexp_i logits_ti)^2` keeps logits small, and does not balance.
+@register(
+    "z_loss",
+    equation="weight x mean_t (logsumexp_i logits_ti)^2",
+    source="ST-MoE (arXiv 2202.08906) eq. 5",
+)
+def z_loss(options: ZLoss, model: ModelConfig) -> Balancer:
+    """Router z-loss: keeps logits small, and does not balance."""
 
-    Source: ST-MoE (arXiv 2202.08906) eq. 5.
-    """
-
-    def loss(routing: Routing, *_: object) -> Float32[Array, ""]:
+    def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         squared = jax.nn.logsumexp(routing.logits, axis=-1) ** 2
         return options.weight * mean_over_tokens(squared[:, None], routing)[0]
 
-    return Method(loss=loss)
+    return Balancer(own_loss=loss)
 
 
-@register("importance_loss")
-def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Method:
-    """Importance loss: `weight x CV(sum_t g_t)^2` makes the experts' summed gates equal.
+@register(
+    "importance_loss",
+    equation="weight x CV(sum_t g_t)^2",
+    source="Shazeer et al. (arXiv 1701.06538) eq. 6-7",
+)
+def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Balancer:
+    """Importance loss: makes the experts' summed gates equal.
 
     g_ti is the gate of expert i for token t, 0 where it was not chosen; CV is the standard deviation over experts
     divided by their mean, so the factor on the gates cancels. 0 where all experts weigh the same, E - 1 where one
@@ -101,23 +111,25 @@ def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Method:
     Not linear in the gates: under accumulation each micro-batch has its own value, these are averaged by tokens, and
     the result depends on the number of micro-batches (small ones look less balanced than they are together).
     Zero-computation experts have no part in it.
-
-    Source: Shazeer et al. (arXiv 1701.06538) eq. 6-7.
     """
 
-    def loss(routing: Routing, *_: object) -> Float32[Array, ""]:
+    def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         num_experts = routing.loads.shape[0] - model.num_zero_experts
         # a comparison instead of a scatter over the whole batch, which may lie on many devices
         chosen = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=bool)
         at_experts = jnp.where(chosen, routing.gates[:, :, None], 0.0)
         return options.weight * squared_variation(at_experts.sum((0, 1)))
 
-    return Method(loss=loss)
+    return Balancer(own_loss=loss)
 
 
-@register("load_loss")
-def load_loss(options: LoadLoss, model: ModelConfig) -> Method:
-    """Load loss: `weight x CV(sum_t Phi((x_ti - kth_excluding(x_t, k, i)) / noise_std))^2` equalises smooth loads.
+@register(
+    "load_loss",
+    equation="weight x CV(sum_t Phi((x_ti - kth_excluding(x_t, k, i)) / noise_std))^2",
+    source="Shazeer et al. (arXiv 1701.06538) eq. 8-11; V-MoE (2106.05974) appendix A.2",
+)
+def load_loss(options: LoadLoss, model: ModelConfig) -> Balancer:
+    """Load loss: equalises smooth loads.
 
     Phi(...) is the probability that expert i would be among the k best logits x of token t if noise were added to
     its logit alone; kth_excluding is the k-th best of the others, and k the number of slots. With logits that already
@@ -129,63 +141,71 @@ def load_loss(options: LoadLoss, model: ModelConfig) -> Method:
     Not linear in the probabilities: under accumulation each micro-batch has its own value, these are averaged by
     tokens, and the result depends on the number of micro-batches. Zero-computation experts compete for slots, but
     have no part in the sums. V-MoE has the k-th best of all, expert i included, as the threshold.
-
-    Source: Shazeer et al. (arXiv 1701.06538) eq. 8-11; V-MoE (2106.05974) appendix A.2.
     """
 
-    def loss(routing: Routing, *_: object) -> Float32[Array, ""]:
+    def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         choices, slots = routing.logits.shape[1], routing.expert_ids.shape[1]
         if slots >= choices:  # every expert is certain
             return jnp.zeros((), jnp.float32)
         distance = routing.logits - _kth_excluding(routing.logits, slots)
         chance = jax.scipy.special.ndtr(distance / (options.noise_std or 1.0 / choices))
-        sums = (valid(routing)[:, None] * chance).sum(0)
+        sums = (routing.is_token.astype(jnp.float32)[:, None] * chance).sum(0)
         return options.weight * squared_variation(sums[: choices - model.num_zero_experts])
 
-    return Method(loss=loss)
+    return Balancer(own_loss=loss)
 
 
-@register("orthogonal_loss")
-def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Method:
-    """Router orthogonalisation: `weight x sum_ij (w_i . w_j - delta_ij)^2` of the router's normalised rows w.
+@register(
+    "orthogonal_loss",
+    equation="weight x sum_ij (w_i . w_j - delta_ij)^2",
+    source=(
+        "ERNIE 4.5 technical report (2025), router orthogonalisation loss. Its published code takes the mean over "
+        "the E^2 pairs, with a weight of 1e-2; here it is the sum"
+    ),
+)
+def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Balancer:
+    """Router orthogonalisation, of the router's normalised rows w.
 
     Rows that point apart send the same token to fewer experts at once; loads are not seen. The diagonal is 0, or 1
     for a row of zeros. 0 needs as many dimensions as experts: E unit rows in d < E dimensions cost E^2 / d - E or more.
     It reads nothing but the router's weight, so it is the same however a batch is split.
-
-    Source: ERNIE 4.5 technical report (2025), router orthogonalisation loss. Its published code takes the mean over
-    the E^2 pairs, with a weight of 1e-2; here it is the sum.
     """
 
-    def loss(routing: Routing, _: Array, __: None, ___: None, router_weight: Array) -> Float32[Array, ""]:
+    def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         squared = (router_weight**2).sum(0, keepdims=True)
         rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, 1e-20))  # less would have an infinite gradient
         return _unless_no_token(routing, options.weight * (_gram_minus_identity(rows) ** 2).sum())
 
-    return Method(loss=loss)
+    return Balancer(own_loss=loss)
 
 
-@register("similarity_loss")
-def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Method:
-    """SimBal: `weight x ||R^T R - I||_1`, the sum of absolute entries, of the router's weight R.
+@register(
+    "similarity_loss",
+    equation="weight x ||R^T R - I||_1",
+    source="SimBal (arXiv 2506.14038), the loss L_orth and its listing in the appendix; weight 0.1",
+)
+def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Balancer:
+    """SimBal: the sum of absolute entries, of the router's weight R.
 
     An orthonormal router keeps the angles between tokens, so that similar tokens go to similar experts, and no expert
     is favoured by its length; loads are not seen. The paper starts from an orthogonal router, and finds little
     difference between weights of 0.01, 0.1 and 1. It reads nothing but the router's weight, so it is the same however
     a batch is split.
-
-    Source: SimBal (arXiv 2506.14038), the loss L_orth and its listing in the appendix; weight 0.1.
     """
 
-    def loss(routing: Routing, _: Array, __: None, ___: None, router_weight: Array) -> Float32[Array, ""]:
+    def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         return _unless_no_token(routing, options.weight * jnp.abs(_gram_minus_identity(router_weight)).sum())
 
-    return Method(loss=loss)
+    return Balancer(own_loss=loss)
 
 
-@register("target_violation")
-def target_violation(options: TargetViolation, model: ModelConfig) -> Method:
-    """Held balance: `log factor += rate x clip(MaxVio / target - 1, -1, 1)`, where factor multiplies another loss.
+@register(
+    "target_violation",
+    equation="log factor += rate x clip(MaxVio / target - 1, -1, 1)",
+    source="this project, after ReMoE (arXiv 2412.14711) eq. 7; MaxVio: Loss-Free Balancing (2408.15664) eq. 4",
+)
+def target_violation(options: TargetViolation, model: ModelConfig) -> Balancer:
+    """Held balance, where factor multiplies another loss.
 
     Methods can be compared at the same balance only if their strength is what gives it. After every step the weight
     of the loss labelled `controls` rises where the step's MaxVio over the experts that compute was above the target,
@@ -194,29 +214,22 @@ def target_violation(options: TargetViolation, model: ModelConfig) -> Method:
 
     In the spirit of ReMoE's adaptive coefficient, lambda x alpha^sign(target sparsity - sparsity), with the size of
     the error instead of its sign alone, so that the weight comes to rest, and with balance instead of sparsity.
-
-    Source: this project, after ReMoE (arXiv 2412.14711) eq. 7; MaxVio: Loss-Free Balancing (2408.15664) eq. 4.
     """
     limit = math.log(options.limit)
 
-    def update(loads: Shaped[Array, "choices"], _: None, log_factor: Array, step: Array) -> Float32[Array, ""]:
-        real = loads[: loads.shape[0] - model.num_zero_experts].astype(jnp.float32)
-        violation = real.max() / jnp.maximum(real.mean(), jnp.finfo(jnp.float32).tiny) - 1.0
-        error = jnp.clip(violation / options.target - 1.0, -1.0, 1.0)
-        moved = log_factor + options.rate * error
-        return jnp.where(real.sum() > 0, jnp.clip(moved, -limit, limit), log_factor)
+    def zero(num_experts: int, layer: Any) -> Float32[Array, ""]:
+        return jnp.zeros((), jnp.float32)
 
-    return Method(
-        init=lambda num_experts, layer: jnp.zeros((), jnp.float32),
-        update=update,
-        factor=jnp.exp,
-        controls=options.controls,
-    )
+    def update(seen: Seen) -> tuple[Array, Float32[Array, ""]]:
+        real = seen.loads[: seen.loads.shape[0] - model.num_zero_experts]
+        error = jnp.clip(max_violation(real) / options.target - 1.0, -1.0, 1.0)
+        log_factor = jnp.clip(seen.state + options.rate * error, -limit, limit)
+        return seen.bias, jnp.where(real.sum(dtype=jnp.int32) > 0, log_factor, seen.state)
 
+    def factors(log_factor: Array) -> dict[str, Float32[Array, ""]]:
+        return {options.controls: jnp.exp(log_factor)}
 
-def balance_value(counts: Int32[Array, "experts"], mean_scores: Float32[Array, "experts"]) -> Float32[Array, ""]:
-    """sum_i f_i P_i with f_i = E x counts_i / sum counts; 0 without any count."""
-    return (_shares(counts) * mean_scores).sum()
+    return Balancer(own_state=zero, own_update=update, factors=factors)
 
 
 def squared_variation(sums: Float32[Array, "experts"]) -> Float32[Array, ""]:
@@ -225,19 +238,6 @@ def squared_variation(sums: Float32[Array, "experts"]) -> Float32[Array, ""]:
     some = mean > 1e-30  # gates that underflow would have infinite gradients
     relative = sums / jnp.where(some, mean, 1.0)
     return jnp.where(some, ((relative - 1.0) ** 2).mean(), 0.0)
-
-
-def mean_over_tokens(values: Float32[Array, "tokens columns"], routing: Routing) -> Float32[Array, "columns"]:
-    """The mean over valid tokens; 0 if there is none."""
-    weight = valid(routing)
-    return (weight[:, None] * values).sum(0) / jnp.maximum(weight.sum(), 1.0)
-
-
-def valid(routing: Routing) -> Float32[Array, "tokens"]:
-    """1 for a token, 0 for padding."""
-    if routing.tokens.mask is None:
-        return jnp.ones(routing.scores.shape[0], jnp.float32)
-    return routing.tokens.mask.astype(jnp.float32)
 
 
 class Groups(NamedTuple):
@@ -272,9 +272,9 @@ def _counted_ids(options: AuxLoss, groups: Groups, routing: Routing) -> Int32[Ar
     ids = routing.expert_ids
     if options.counts == "unbiased":
         ids = best(routing.scores, ids.shape[1])
-        ids = jnp.where(valid(routing)[:, None] > 0, ids, groups.num_experts)
+        ids = jnp.where(routing.is_token[:, None], ids, groups.num_experts)
     group_ids = jnp.minimum(ids, groups.num_experts) // (groups.num_experts // groups.number)
-    return _visits(groups, group_ids, valid(routing) > 0) if groups.most else group_ids
+    return _visits(groups, group_ids, routing.is_token) if groups.most else group_ids
 
 
 def _visits(groups: Groups, group_ids: Array, is_token: Array) -> Int32[Array, "tokens columns"]:
@@ -300,14 +300,9 @@ def _summed(groups: Groups, values: Shaped[Array, "*rest experts"]) -> Shaped[Ar
 def _frequencies(groups: Groups, counts: Int32[Array, "*rows counts"]) -> Float32[Array, "*rows groups"]:
     """f: of slots relative to an equal share of them, of visits to an equal share of the most there can be."""
     if not groups.most:
-        return _shares(counts)
+        return relative_counts(counts)
     visits, tokens = counts[..., :-1].astype(jnp.float32), counts[..., -1:].astype(jnp.float32)
     return groups.number * visits / (groups.most * jnp.maximum(tokens, 1.0))
-
-
-def _shares(counts: Int32[Array, "*rows groups"]) -> Float32[Array, "*rows groups"]:
-    total = counts.sum(-1, keepdims=True).astype(jnp.float32)
-    return counts.shape[-1] * counts.astype(jnp.float32) / jnp.maximum(total, 1.0)
 
 
 def _sequence_value(
@@ -317,7 +312,7 @@ def _sequence_value(
     ids: Int32[Array, "tokens slots"],
 ) -> Float32[Array, ""]:
     """sum_i f_i P_i within every sequence, averaged over sequences by their number of valid tokens."""
-    is_token = valid(routing)
+    is_token = routing.is_token.astype(jnp.float32)
     counts, score_sums = _by_row(routing.tokens, ids, is_token[:, None] * scores, groups.num_counts)
     return (_frequencies(groups, counts) * score_sums).sum() / jnp.maximum(is_token.sum(), 1.0)
 
@@ -352,4 +347,4 @@ def _gram_minus_identity(columns: Float32[Array, "embed choices"]) -> Float32[Ar
 
 
 def _unless_no_token(routing: Routing, value: Float32[Array, ""]) -> Float32[Array, ""]:
-    return jnp.where(valid(routing).any(), value, 0.0)
+    return jnp.where(routing.is_token.any(), value, 0.0)

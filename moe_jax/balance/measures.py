@@ -12,9 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
-from moe_jax.balance.losses import balance_value, mean_over_tokens
 from moe_jax.routing import Routing, normalized_scores
 
 STARVED = 0.1  # of the mean load: an expert with less has next to nothing to learn from
@@ -370,4 +369,16 @@ def aux_loss_value(routing: Routing, num_experts: int | None = None) -> Float32[
     """
     logits, scores, loads = (a[..., :num_experts] for a in (routing.logits, routing.scores, routing.loads))
     routing = routing._replace(logits=logits, scores=scores, loads=loads)
-    return balance_value(loads, mean_over_tokens(normalized_scores(routing), routing))
+    return (relative_counts(loads) * mean_over_tokens(normalized_scores(routing), routing)).sum()
+
+
+def relative_counts(counts: Int32[Array, "*rows experts"]) -> Float32[Array, "*rows experts"]:
+    """f_i = E x counts_i / sum counts, 1 at balance; 0 without any count."""
+    total = counts.sum(-1, keepdims=True).astype(jnp.float32)
+    return counts.shape[-1] * counts.astype(jnp.float32) / jnp.maximum(total, 1.0)
+
+
+def mean_over_tokens(values: Float32[Array, "tokens columns"], routing: Routing) -> Float32[Array, "columns"]:
+    """The mean over valid tokens; 0 if there is none."""
+    weight = routing.is_token.astype(jnp.float32)
+    return (weight[:, None] * values).sum(0) / jnp.maximum(weight.sum(), 1.0)

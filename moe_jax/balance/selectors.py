@@ -13,22 +13,24 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from moe_jax.balance.base import register
-from moe_jax.balance.method import Method
+from moe_jax.balance.protocol import Balancer, Seen, zeros
+from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
 from moe_jax.config.balance import Bip, DeviceCapacity, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
 from moe_jax.routing import Routing, Tokens, best, count
 
 
-@register("expert_choice")
-def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
-    """Expert Choice: `expert j takes its C = round(capacity_factor k T / E) tokens of highest s_tj`.
+@register(
+    "expert_choice",
+    equation="expert j takes its C = round(capacity_factor k T / E) tokens of highest s_tj",
+    source="arXiv 2202.09368 eq. 1, whose c is capacity_factor k; the leak: arXiv 2408.15664, section 5.2",
+)
+def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
+    """Expert Choice: an expert takes its C best tokens.
 
     T are the valid tokens among which an expert chooses: those of the micro-batch, or of each sequence apart. Loads
     are equal at once; a token has 0 to E experts (so E slots), equal scores go to the earlier token. It is not causal:
     whether a token is chosen depends on later ones (`leak_bits`), so evaluation routes by top-k instead.
-
-    Source: arXiv 2202.09368 eq. 1, whose c is capacity_factor k; the leak: arXiv 2408.15664, section 5.2.
     """
 
     def choose(scores: Array, valid: Array, row: Array, num_rows: int, top_k: int) -> Bool[Array, "tokens experts"]:
@@ -41,7 +43,7 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
         return valid[:, None] & (rank.reshape(scores.shape) < capacity[row][:, None])
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens experts"]:
-        scores, valid = lax.stop_gradient(scores), is_valid(tokens, len(scores))
+        scores, valid = lax.stop_gradient(scores), tokens.valid(len(scores))
         if options.scope == "sequence" and tokens.rows is not None:  # apart from each other, so rows stay in place
             rows = tokens.rows.count
             alone = jnp.zeros(len(scores) // rows, jnp.int32)
@@ -53,26 +55,30 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Method:
             chosen = choose(scores, valid, jnp.zeros(len(scores), jnp.int32), 1, top_k)
         return jnp.where(chosen, _ids(scores.shape[1]), scores.shape[1])
 
-    return Method(select=select, inference="top_k")
+    return Balancer(select=select, inference="top_k")
 
 
-@register("sinkhorn")
-def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
-    """Sinkhorn: `top-k of u_t s_tj v_j`, where u and v give every token the mass 1/T and every expert 1/E.
+@register(
+    "sinkhorn",
+    equation="top-k of u_t s_tj v_j",
+    source=(
+        "Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which "
+        "relaxes the linear assignment of BASE layers (2103.16716)"
+    ),
+)
+def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Balancer:
+    """Sinkhorn, where u and v give every token the mass 1/T and every expert 1/E.
 
     `iterations` rounds of u, then v, from v = 1, by logarithms. The factor u_t ranks nothing, so the choice is the
     top-k of log s_tj + log v_j. The matrix s is exp(logits), found back from the scores (up to u, for softmax). It is
     not causal, for v is of the whole micro-batch, so evaluation routes by top-k instead. No gradient passes u and v;
     gates are the scores.
-
-    Source: Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which
-    relaxes the linear assignment of BASE layers (2103.16716).
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
         num_tokens, num_experts = scores.shape
         log_scores = logits_of(lax.stop_gradient(scores), model.score)
-        valid = is_valid(tokens, num_tokens)
+        valid = tokens.valid(num_tokens)
 
         def balance(_: Any, v: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
             u = jnp.where(valid, -jax.nn.logsumexp(log_scores + v[None], axis=1), -jnp.inf)
@@ -82,7 +88,7 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Method:
         v = lax.fori_loop(0, options.iterations, balance, jnp.zeros(num_experts, jnp.float32))
         return best(log_scores + v[None], top_k)
 
-    return Method(select=select, inference="top_k")
+    return Balancer(select=select, inference="top_k")
 
 
 def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
@@ -98,23 +104,25 @@ def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[A
     return jnp.log(scores)
 
 
-@register("bip")
-def bip(options: Bip, model: ModelConfig) -> Method:
-    """BIP: `top-k of s_tj - q_j`, the prices q of a binary integer program over the micro-batch.
+@register(
+    "bip",
+    equation="top-k of s_tj - q_j",
+    source="arXiv 2502.15451; the update as kexue.fm 11619 restates it",
+)
+def bip(options: Bip, model: ModelConfig) -> Balancer:
+    """BIP: q are the prices of a binary integer program over the micro-batch.
 
     From q = 0, `iterations` times: p_t = max(0, (k+1)-th largest_j of s_tj - q_j), then
     q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), T the valid tokens and kT/E rounded down: coordinate descent
     in the dual of "at most k experts a token, at most kT/E tokens an expert, the highest sum of scores". Prices are
     never negative, so they press crowded experts down but cannot lift starved ones. They are found before routing,
     so it is not causal, and evaluation routes by top-k instead.
-
-    Source: arXiv 2502.15451; the update as kexue.fm 11619 restates it.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
         num_experts = scores.shape[1]
         scores = lax.stop_gradient(scores)
-        valid = is_valid(tokens, len(scores))
+        valid = tokens.valid(len(scores))
         room = top_k * valid.sum(dtype=jnp.int32) // num_experts
 
         def prices(_: Any, q: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
@@ -129,20 +137,22 @@ def bip(options: Bip, model: ModelConfig) -> Method:
         falling = -jnp.sort(-values, axis=0)
         return jnp.maximum(jnp.take(falling, n, axis=0, mode="fill", fill_value=-jnp.inf), 0.0)
 
-    return Method(select=select, inference="top_k")
+    return Balancer(select=select, inference="top_k")
 
 
-@register("expert_threshold")
-def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Method:
-    """Expert Threshold: `token t uses expert j iff s_tj > c_j`, c_j a moving average of expert choice's cutoffs.
+@register(
+    "expert_threshold",
+    equation="token t uses expert j iff s_tj > c_j",
+    source="arXiv 2603.11535; kexue.fm 11626, whose decay is 0.9",
+)
+def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Balancer:
+    """Expert Threshold: c_j is a moving average of expert choice's cutoffs.
 
     The cutoff of a step is the score above which lie k T / E of expert j's scores, read from a histogram over [0, 1].
     It moves the threshold for the next step, so this is causal expert choice: k experts a token on average, 0 to E
     (or `slots`) for each, and evaluation routes the same. The bias is -c. All zero it says that no cutoff was seen:
     then a token uses its k best scores, and the first cutoff becomes the threshold at once. (The paper instead warms
     up by expert choice, which is not causal.)
-
-    Source: arXiv 2603.11535; kexue.fm 11626, whose decay is 0.9.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -153,20 +163,20 @@ def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Method:
         over = jnp.take_along_axis(biased, ids, axis=-1) > 0
         return jnp.where(jnp.where(unseen, _ids(slots) < top_k, over), ids, num_experts)
 
-    def observe(routing: Routing) -> Int32[Array, "experts bins"]:
-        num_tokens, num_experts = routing.scores.shape
+    def histogram(routing: Routing) -> Int32[Array, "experts bins"]:
+        num_experts = routing.scores.shape[1]
         bins = jnp.clip(jnp.floor(routing.scores * options.bins).astype(jnp.int32), 0, options.bins - 1)
-        place = jnp.where(is_valid(routing.tokens, num_tokens)[:, None], bins, options.bins)
-        histogram = jnp.zeros((num_experts, options.bins + 1), jnp.int32)
-        return histogram.at[_ids(num_experts), place].add(1)[:, :-1]
+        place = jnp.where(routing.is_token[:, None], bins, options.bins)
+        empty = jnp.zeros((num_experts, options.bins + 1), jnp.int32)
+        return empty.at[_ids(num_experts), place].add(1)[:, :-1]
 
-    def update_bias(_: Array, histogram: Array, bias: Array, __: None, step: Array) -> tuple[Array, None]:
-        target = -cutoffs(histogram, model.top_k)
-        new = jnp.where((bias == 0).all(), target, options.ema * bias + (1.0 - options.ema) * target)
-        frozen = False if options.freeze_step is None else step >= options.freeze_step
-        return jnp.where(frozen, bias, new), None
+    def update(seen: Seen) -> tuple[Array, None]:
+        target = -cutoffs(seen.own, model.top_k)
+        new = jnp.where((seen.bias == 0).all(), target, options.ema * seen.bias + (1.0 - options.ema) * target)
+        frozen = False if options.freeze_step is None else seen.step >= options.freeze_step
+        return jnp.where(frozen, seen.bias, new), None
 
-    return Method(select=select, observe=observe, update_bias=update_bias)
+    return Balancer(own_statistics=histogram, own_update=update, initial_bias=zeros, select=select)
 
 
 def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Array, "experts"]:
@@ -184,9 +194,13 @@ def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Arra
     return (place.astype(jnp.float32) + (reached - target) / jnp.maximum(in_bin, 1.0)) / bins
 
 
-@register("hash")
-def hash_routing(options: Hash, model: ModelConfig) -> Method:
-    """Hash: `experts of token t = table[id_t]`, a fixed table from token ids to k experts; gates stay learned.
+@register(
+    "hash",
+    equation="experts of token t = table[id_t]",
+    source="Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers",
+)
+def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
+    """Hash: a fixed table from token ids to k experts; gates stay learned.
 
     The table int32 [V, K] is state under "table". `init` gives each layer another one, in which all experts stand
     equally often (to 1), as fits tokens of equal frequency; `balanced_table` makes one for given frequencies. Ids
@@ -195,11 +209,9 @@ def hash_routing(options: Hash, model: ModelConfig) -> Method:
 
     Raises:
         ValueError: the tokens have no ids.
-
-    Source: Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers.
     """
 
-    def init(num_experts: int, layer: Any) -> dict[str, Array]:
+    def table(num_experts: int, layer: Any) -> dict[str, Array]:
         return {"table": _uniform_table(model.vocab_size, num_experts, model.top_k, layer)}
 
     def select(
@@ -209,11 +221,11 @@ def hash_routing(options: Hash, model: ModelConfig) -> Method:
             raise ValueError("hash chooses experts by token id, but tokens.ids is None; give the ids of the tokens.")
         if state is None:
             return _in_turn(tokens.ids, top_k, scores.shape[1])
-        table = state["table"]
-        assert table.shape[1] == top_k
-        return table[tokens.ids % table.shape[0]]
+        experts = state["table"]
+        assert experts.shape[1] == top_k
+        return experts[tokens.ids % experts.shape[0]]
 
-    return Method(init=init, select=select)
+    return Balancer(own_state=table, select=select)
 
 
 def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
@@ -249,14 +261,16 @@ def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0
     return table
 
 
-@register("random")
-def random(options: Random, model: ModelConfig) -> Method:
-    """Random: `k distinct experts, uniformly`, drawn anew for every token: the control without any router.
+@register(
+    "random",
+    equation="k distinct experts, uniformly",
+    source="a control, as Megatron-LM's --moe-router-force-load-balancing",
+)
+def random(options: Random, model: ModelConfig) -> Balancer:
+    """Random, drawn for every token: the control without any router.
 
     Loads are those of a uniform router, the noise floor of max_violation. It is causal, and evaluation draws too, by
     the key it is given.
-
-    Source: a control, as Megatron-LM's --moe-router-force-load-balancing.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, key: Any, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -264,38 +278,42 @@ def random(options: Random, model: ModelConfig) -> Method:
             raise ValueError("random draws experts, but key is None; give a key.")
         return best(jax.random.uniform(key, scores.shape, jnp.float32), top_k)
 
-    return Method(select=select, by_token=False)  # one draw for the whole batch
+    return Balancer(select=select, by_token=False)  # one draw for the whole batch
 
 
-@register("forced")
-def forced(options: Forced, model: ModelConfig) -> Method:
-    """Forced: `expert i of valid token n = (n k + i) mod E`: the control in perfect balance, whatever the scores.
+@register(
+    "forced",
+    equation="expert i of valid token n = (n k + i) mod E",
+    source="a control of our own",
+)
+def forced(options: Forced, model: ModelConfig) -> Balancer:
+    """Forced: the control in perfect balance, whatever the scores.
 
     Loads differ by at most 1. It is causal, and evaluation routes the same.
-
-    Source: a control of our own.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
-        number = jnp.cumsum(is_valid(tokens, len(scores)), dtype=jnp.int32) - 1
+        number = jnp.cumsum(tokens.valid(len(scores)), dtype=jnp.int32) - 1
         return _in_turn(number, top_k, scores.shape[1])
 
-    return Method(select=select, by_token=False)  # it counts the tokens before
+    return Balancer(select=select, by_token=False)  # it counts the tokens before
 
 
-@register("device_capacity")
-def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
-    """Device capacity: `each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj`.
+@register(
+    "device_capacity",
+    equation="each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj",
+    source="DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2",
+)
+def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
+    """Device capacity: what is beyond is dropped.
 
     What is beyond is dropped in training: it travels nowhere and adds nothing, but loads count it. A device is a
     logical group of consecutive experts: `num_devices`, else model.num_groups, else (in no config) one expert. The
     sequences of a share `protected`, drawn anew each time, keep all copies, first of their devices' budgets.
     It is not causal, for copies of later tokens compete; evaluation drops nothing.
-
-    Source: DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2.
     """
 
-    def drop(routing: Routing, key: Array, train: bool, _: None) -> Bool[Array, "tokens slots"]:
+    def drop(routing: Routing, state: None, key: Array, train: bool) -> Bool[Array, "tokens slots"]:
         ids, num_experts = routing.expert_ids, routing.loads.shape[0]
         travels = ids < num_experts
         if not train:
@@ -315,7 +333,7 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Method:
         assert num_experts % devices == 0, "the config checks that experts divide among devices"
         return devices
 
-    return Method(drop=drop)
+    return Balancer(drop=drop)
 
 
 def rank_in_group(
@@ -326,11 +344,6 @@ def rank_in_group(
     place = jnp.zeros_like(group).at[order].set(jnp.arange(len(group), dtype=group.dtype))
     sizes = count(group, num_groups)
     return place - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)[group]
-
-
-def is_valid(tokens: Tokens, num_tokens: int) -> Bool[Array, "tokens"]:
-    """True for a token, False for padding."""
-    return jnp.ones(num_tokens, bool) if tokens.mask is None else tokens.mask
 
 
 def leak_bits(num_experts: int, top_k: int, num_layers: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""Options that many methods share, as functions from a Method to a Method."""
+"""Options that many methods share, as functions from a Balancer to a Balancer."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from moe_jax.balance.method import Method
+from moe_jax.balance.protocol import Balancer, Seen, choose, zeros
 from moe_jax.routing import Routing, best, count
 
 
@@ -25,63 +25,58 @@ def factor_at(options: Any, step: Int32[Array, ""] | int) -> Float32[Array, ""]:
     return factor
 
 
-def smoothed(method: Method, ema: float) -> Method:
+def smoothed(method: Balancer, ema: float) -> Balancer:
     """A method that owns the bias and sees a moving average of the loads, float32, in place of the last ones.
 
     The average is of the steps so far, without the pull to 0 that starting from nothing would have.
     """
 
-    def init(num_experts: int, layer: Any) -> dict[str, Any]:
-        nothing = jnp.zeros(num_experts, jnp.float32), jnp.zeros((), jnp.float32)
-        return {"sum": nothing[0], "weight": nothing[1], "own": method.init(num_experts, layer)}
+    def own_state(num_experts: int, layer: Any) -> dict[str, Any]:
+        own = method.own_state(num_experts, layer)
+        return {"sum": zeros(num_experts), "weight": jnp.zeros((), jnp.float32), "own": own}
 
-    def update_bias(loads: Array, own: Any, bias: Array, state: Any, step: Array) -> tuple[Array, Any]:
-        assert method.update_bias is not None
-        total = ema * state["sum"] + (1.0 - ema) * loads.astype(jnp.float32)
-        weight = ema * state["weight"] + (1.0 - ema)
-        bias, inner = method.update_bias(total / weight, own, bias, state["own"], step)
-        return bias, {"sum": total, "weight": weight, "own": inner}
+    def own_update(seen: Seen) -> tuple[Array, Any]:
+        total = ema * seen.state["sum"] + (1.0 - ema) * seen.loads.astype(jnp.float32)
+        weight = ema * seen.state["weight"] + (1.0 - ema)
+        bias, own = method.own_update(_inside(seen)._replace(loads=total / weight))
+        return bias, {"sum": total, "weight": weight, "own": own}
 
-    return method._replace(init=init, update_bias=update_bias)
+    return method._replace(own_state=own_state, own_update=own_update)
 
 
-def scheduled(method: Method, options: Any) -> Method:
+def scheduled(method: Balancer, options: Any) -> Balancer:
     """A loss whose weight changes over steps: the factor of the next step is state, for a loss knows no step."""
 
-    def init(num_experts: int, layer: Any) -> dict[str, Any]:
-        return {"factor": factor_at(options, 0), "own": method.init(num_experts, layer)}
+    def own_state(num_experts: int, layer: Any) -> dict[str, Any]:
+        return {"factor": factor_at(options, 0), "own": method.own_state(num_experts, layer)}
 
-    def loss(routing: Routing, loads: Array, own: Any, state: Any, router_weight: Array) -> Array:
-        assert method.loss is not None
-        return state["factor"] * method.loss(routing, loads, own, state["own"], router_weight)
+    def own_loss(routing: Routing, seen: Seen, router_weight: Array) -> Any:
+        assert method.own_loss is not None
+        losses = method.own_loss(routing, _inside(seen), router_weight)
+        return jax.tree.map(lambda loss: seen.state["factor"] * loss, losses)
 
-    def update(loads: Array, own: Any, state: Any, step: Array) -> dict[str, Any]:
-        inner = state["own"] if method.update is None else method.update(loads, own, state["own"], step)
-        return {"factor": factor_at(options, step + 1), "own": inner}
+    def own_update(seen: Seen) -> tuple[Array, dict[str, Any]]:
+        bias, own = method.own_update(_inside(seen))
+        return bias, {"factor": factor_at(options, seen.step + 1), "own": own}
 
-    return method._replace(init=init, loss=loss, update=update)
+    return method._replace(own_state=own_state, own_loss=own_loss, own_update=own_update)
 
 
-def within(method: Method, layers: tuple[int, ...]) -> Method:
+def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
     """The method in the MoE layers start <= layer < stop; the others are as if it did not exist.
 
     Layers are scanned, so all run the same program: what is inactive computes, and is not used.
     """
     start, stop = layers
 
-    def init(num_experts: int, layer: Any) -> dict[str, Any]:
+    def own_state(num_experts: int, layer: Any) -> dict[str, Any]:
         active = (jnp.asarray(layer) >= start) & (jnp.asarray(layer) < stop)
-        return {"active": active, "own": method.init(num_experts, layer)}
+        return {"active": active, "own": method.own_state(num_experts, layer)}
 
-    def update(loads: Array, own: Any, state: Any, step: Array) -> dict[str, Any]:
-        assert method.update is not None
-        return state | {"own": choose(state["active"], method.update(loads, own, state["own"], step), state["own"])}
-
-    def update_bias(loads: Array, own: Any, bias: Array, state: Any, step: Array) -> tuple[Array, Any]:
-        assert method.update_bias is not None
-        moved = method.update_bias(loads, own, bias, state["own"], step)
-        new_bias, new_own = choose(state["active"], moved, (bias, state["own"]))
-        return new_bias, state | {"own": new_own}
+    def own_update(seen: Seen) -> tuple[Array, Any]:
+        inside = _inside(seen)
+        bias, own = choose(seen.state["active"], method.own_update(inside), (inside.bias, inside.state))
+        return bias, seen.state | {"own": own}
 
     def select(scores: Array, biased: Array, *, top_k: int, state: Any = None, **how: Any) -> Array:
         assert method.select is not None
@@ -93,33 +88,34 @@ def within(method: Method, layers: tuple[int, ...]) -> Method:
         ids, usual = (_with_slots(a, slots, scores.shape[1]) for a in (ids, usual))
         return jnp.where(state["active"], ids, usual)
 
-    def drop(routing: Routing, key: Array, train: bool, state: Any) -> Array:
+    def drop(routing: Routing, state: Any, key: Array, train: bool) -> Array:
         assert method.drop is not None
-        return method.drop(routing, key, train, state["own"]) | ~state["active"]
+        return method.drop(routing, state["own"], key, train) | ~state["active"]
 
-    def loss(routing: Routing, loads: Array, own: Any, state: Any, router_weight: Array) -> Array:
-        assert method.loss is not None
-        return jnp.where(state["active"], method.loss(routing, loads, own, state["own"], router_weight), 0.0)
+    def own_loss(routing: Routing, seen: Seen, router_weight: Array) -> Any:
+        assert method.own_loss is not None
+        losses = method.own_loss(routing, _inside(seen), router_weight)
+        return jax.tree.map(lambda loss: jnp.where(seen.state["active"], loss, 0.0), losses)
 
-    def factor(state: Any) -> Array:
-        assert method.factor is not None
-        return jnp.where(state["active"], method.factor(state["own"]), 1.0)
+    def factors(state: Any) -> dict[str, Array]:
+        assert method.factors is not None
+        return jax.tree.map(lambda factor: jnp.where(state["active"], factor, 1.0), method.factors(state["own"]))
 
-    limited: dict[str, Any] = {f.__name__: f for f in (update, update_bias, select, drop, loss, factor)}
-    return method._replace(init=init, **{n: f for n, f in limited.items() if getattr(method, n) is not None})
+    limited: dict[str, Any] = {f.__name__: f for f in (select, drop, own_loss, factors)}
+    limited = {name: f for name, f in limited.items() if getattr(method, name) is not None}
+    return method._replace(own_state=own_state, own_update=own_update, **limited)
 
 
-def per_class(method: Method, num_classes: int) -> Method:
+def per_class(method: Balancer, num_classes: int) -> Balancer:
     """A method that owns the bias, with one bias [C, E] and one state for every class of tokens (DeepSeek-V4.1).
 
     A class is balanced by its own tokens alone; one without tokens keeps what it has.
     """
 
-    def init(num_experts: int, layer: Any) -> Any:
-        own = method.init(num_experts, layer)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_classes, *a.shape)), own)
+    def of_every_class(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_classes, *a.shape)), tree)
 
-    def observe(routing: Routing) -> dict[str, Any]:
+    def own_statistics(routing: Routing) -> dict[str, Any]:
         def of_class(c: Array) -> dict[str, Any]:
             tokens = routing.tokens
             kind = jnp.zeros(len(routing.scores), jnp.int32) if tokens.kind is None else tokens.kind
@@ -128,24 +124,32 @@ def per_class(method: Method, num_classes: int) -> Method:
             loads = count(ids, routing.loads.shape[0])
             bias = routing.bias[c]
             own = routing._replace(expert_ids=ids, loads=loads, bias=bias, tokens=tokens._replace(mask=mask))
-            return {"loads": loads, "own": method.observe(own)}
+            return {"loads": loads, "own": method.own_statistics(own)}
 
         return jax.vmap(of_class)(jnp.arange(num_classes, dtype=jnp.int32))
 
-    def update_bias(loads: Array, own: Any, bias: Array, state: Any, step: Array) -> tuple[Array, Any]:
-        def of_class(seen: Any, bias: Array, state: Any) -> tuple[Array, Any]:
-            assert method.update_bias is not None
-            moved = method.update_bias(seen["loads"], seen["own"], bias, state, step)
-            return choose(seen["loads"].sum() > 0, moved, (bias, state))
+    def own_update(seen: Seen) -> tuple[Array, Any]:
+        def of_class(statistics: Any, bias: Array, state: Any) -> tuple[Array, Any]:
+            own = Seen(statistics["loads"], statistics["own"], bias, state, seen.step)
+            return choose(own.loads.sum() > 0, method.own_update(own), (bias, state))
 
-        return jax.vmap(of_class)(own, bias, state)
+        return jax.vmap(of_class)(seen.own, seen.bias, seen.state)
 
-    return method._replace(init=init, observe=observe, update_bias=update_bias, num_classes=num_classes)
+    def initial_bias(num_experts: int) -> Array:
+        assert method.initial_bias is not None
+        return of_every_class(method.initial_bias(num_experts))
+
+    return method._replace(
+        own_state=lambda num_experts, layer: of_every_class(method.own_state(num_experts, layer)),
+        own_statistics=own_statistics,
+        own_update=own_update,
+        initial_bias=initial_bias,
+    )
 
 
-def choose(condition: Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf `new` where the condition holds, else `old`."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+def _inside(seen: Seen) -> Seen:
+    """What the wrapped method sees, whose own state is under "own"."""
+    return seen._replace(state=seen.state["own"])
 
 
 def _with_slots(expert_ids: Array, slots: int, empty: int) -> Array:

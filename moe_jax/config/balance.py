@@ -5,7 +5,7 @@ and what a method's options must fulfil by themselves.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from moe_jax.config.fields import number
 
@@ -14,9 +14,35 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Options:
-    """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () is all."""
+    """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () is all.
+
+    The class says what is so whatever the options: whether the method moves the bias; selects experts itself; gives
+    every token `top_k` of them; treats all experts alike, without groups or zero-computation experts; needs scores
+    between 0 and 1.
+    """
 
     layers: tuple[int, ...] = ()
+
+    moves_bias: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+    fixed_slots: ClassVar[bool] = True
+    all_alike: ClassVar[bool] = False
+    bounded_scores: ClassVar[bool] = False
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The labels of the methods that it needs beside it."""
+        return ()
+
+    @property
+    def by_device(self) -> bool:
+        """Whether it needs logical devices: `num_devices` groups of consecutive experts."""
+        return False
+
+    @property
+    def reads_top_k(self) -> bool:
+        """Whether it reads which experts would be a token's k best."""
+        return False
 
     @property
     def by_micro_batch(self) -> bool:
@@ -35,6 +61,8 @@ class BiasOptions(Options):
     smooths loads over steps. `zero_mean` takes the mean from each increment. `num_classes` > 1 keeps one bias for
     every class of tokens (`model.class_starts`).
     """
+
+    moves_bias = True
 
     rate: float = number(1e-3, 0.0)
     warmup_steps: int = number(0, 0)
@@ -90,6 +118,10 @@ class BiasSmebu(BiasOptions):
 class Quantile(Options):
     """Options of `quantile`: a step goes the share `damping` of the way to the balanced bias."""
 
+    moves_bias = True
+    all_alike = True
+    bounded_scores = True
+
     damping: float = number(1.0, 0.0, 1.0)
     bins: int = number(1000, 10, 1_000_000)
     zero_mean: bool = True
@@ -105,6 +137,8 @@ class Quantile(Options):
 @dataclass(frozen=True)
 class LossOptions(Options):
     """Options of every loss; its weight is shaped over steps as the rate of a bias is."""
+
+    balances: ClassVar[bool] = True
 
     weight: float = number(1e-2, 0.0)
     warmup_steps: int = number(0, 0)
@@ -123,6 +157,16 @@ class AuxLoss(LossOptions):
     num_devices: int = number(0, 0)  # logical groups of consecutive experts; 0: model.num_groups
 
     @property
+    def by_device(self) -> bool:
+        """What is balanced is devices, or visits to them."""
+        return self.level != "expert"
+
+    @property
+    def reads_top_k(self) -> bool:
+        """The counts without the bias."""
+        return self.counts == "unbiased"
+
+    @property
     def by_micro_batch(self) -> bool:
         """A product of counts and scores of the scope; those of a sequence or of the step know no micro-batch."""
         return self.scope in ("microbatch", "global_running")
@@ -131,6 +175,8 @@ class AuxLoss(LossOptions):
 @dataclass(frozen=True)
 class ZLoss(LossOptions):
     """Options of `z_loss`."""
+
+    balances = False
 
     weight: float = number(1e-3, 0.0)
 
@@ -150,6 +196,11 @@ class LoadLoss(LossOptions):
     """Options of `load_loss`; `noise_std` is in units of the logits, 0 means 1 / number of experts."""
 
     noise_std: float = number(0.0, 0.0)
+
+    @property
+    def reads_top_k(self) -> bool:
+        """Probabilities of being among them."""
+        return True
 
     @property
     def by_micro_batch(self) -> bool:
@@ -180,13 +231,28 @@ class TargetViolation(Options):
     rate: float = number(0.05, 0.0, 10.0)  # largest change of log(weight) in a step
     limit: float = number(1e4, 1.0)  # the weight stays within this factor of the loss's own, either way
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The loss that it controls."""
+        return (self.controls,)
+
 
 # --- selectors ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ExpertChoice(Options):
+class SelectorOptions(Options):
+    """Options of every method that selects experts itself."""
+
+    selects = True
+    all_alike = True
+
+
+@dataclass(frozen=True)
+class ExpertChoice(SelectorOptions):
     """Options of `expert_choice`; the scope says among which tokens an expert chooses."""
+
+    fixed_slots = False
 
     scope: Literal["sequence", "microbatch"] = "microbatch"
     capacity_factor: float = number(1.0, 0.01)
@@ -198,7 +264,7 @@ class ExpertChoice(Options):
 
 
 @dataclass(frozen=True)
-class Sinkhorn(Options):
+class Sinkhorn(SelectorOptions):
     """Options of `sinkhorn`."""
 
     iterations: int = number(10, 1, 1000)
@@ -210,7 +276,7 @@ class Sinkhorn(Options):
 
 
 @dataclass(frozen=True)
-class Bip(Options):
+class Bip(SelectorOptions):
     """Options of `bip`."""
 
     iterations: int = number(4, 1, 1000)
@@ -222,8 +288,12 @@ class Bip(Options):
 
 
 @dataclass(frozen=True)
-class ExpertThreshold(Options):
+class ExpertThreshold(SelectorOptions):
     """Options of `expert_threshold`; a token has at most `slots` experts, the best ones (0: as many as want it)."""
+
+    moves_bias = True
+    fixed_slots = False
+    bounded_scores = True
 
     ema: float = number(0.99, 0.0, 0.9999)
     bins: int = number(1000, 10, 1_000_000)
@@ -232,12 +302,12 @@ class ExpertThreshold(Options):
 
 
 @dataclass(frozen=True)
-class Hash(Options):
+class Hash(SelectorOptions):
     """Options of `hash`."""
 
 
 @dataclass(frozen=True)
-class Random(Options):
+class Random(SelectorOptions):
     """Options of `random`."""
 
     @property
@@ -247,7 +317,7 @@ class Random(Options):
 
 
 @dataclass(frozen=True)
-class Forced(Options):
+class Forced(SelectorOptions):
     """Options of `forced`."""
 
     @property
@@ -263,6 +333,11 @@ class DeviceCapacity(Options):
     num_devices: int = number(0, 0)  # logical groups of consecutive experts; 0: model.num_groups
     capacity_factor: float = number(1.0, 0.01)
     protected: float = number(0.1, 0.0, 1.0)
+
+    @property
+    def by_device(self) -> bool:
+        """A device has a budget."""
+        return True
 
     @property
     def by_micro_batch(self) -> bool:
@@ -296,28 +371,19 @@ BALANCE_METHODS: dict[str, type[Options]] = {
 }
 
 
-# who moves the bias; who selects otherwise than by the biased scores
-BIAS_METHODS = frozenset(name for name in BALANCE_METHODS if name.startswith("bias_")) | {
-    "quantile",
-    "expert_threshold",
-}
-
-
-SELECTORS = frozenset({"expert_choice", "sinkhorn", "bip", "expert_threshold", "hash", "random", "forced"})
-
-
-WITHOUT_TOP_K = frozenset({"expert_choice", "expert_threshold"})  # a token has as many experts as want it
-
-
-WITH_QUANTILES = frozenset({"quantile", "expert_threshold"})  # their histograms need scores between 0 and 1
-
-
 class BalanceEntry(NamedTuple):
     """One line of `config.balance`: `label` names its state and statistics, `method` what it does."""
 
     label: str
     method: str
     options: Any
+
+
+def smallest(method: str, num_devices: int) -> dict[str, dict[str, Any]]:
+    """The method with what it cannot do without: the loss that it controls, and logical devices."""
+    options = BALANCE_METHODS[method]()
+    own = {"num_devices": num_devices} if options.by_device else {}
+    return {method: own} | {label: {} for label in options.beside}
 
 
 def check_options(path: str, options: Options) -> None:
@@ -352,29 +418,27 @@ def check_options(path: str, options: Options) -> None:
 
 def check_together(entries: tuple[BalanceEntry, ...]) -> None:
     """Raise a ValueError where methods of one composition contradict each other, whatever the model."""
-    _at_most_one("own the bias", [e for e in entries if e.method in BIAS_METHODS])
-    selectors = [e for e in entries if e.method in SELECTORS]
-    _at_most_one("select experts", selectors)
+    at_most_one("own the bias", [e.label for e in entries if e.options.moves_bias])
+    selectors = [e for e in entries if e.options.selects]
+    at_most_one("select experts", [e.label for e in selectors])
     for e in entries:
-        if e.method == "target_violation":
+        if e.options.beside:
             _check_controlled(e, entries)
-    deaf = [e for e in selectors if e.method != "expert_threshold"]
-    for selector in deaf:
+    for selector in selectors:
         for owner in entries:
-            if owner.method in BIAS_METHODS and overlap(selector.options, owner.options):
+            if owner.options.moves_bias and owner != selector and overlap(selector.options, owner.options):
                 raise ValueError(
                     f"balance.{selector.label} selects without the bias, which balance.{owner.label} would move for "
                     "nothing; remove one, or give them different layers=(start, stop)."
                 )
     for e in entries:
-        unsure = e.method == "load_loss" or getattr(e.options, "counts", "") == "unbiased"
-        free = [s.label for s in selectors if s.method in WITHOUT_TOP_K and overlap(s.options, e.options)]
-        if unsure and free:
+        free = [s.label for s in selectors if not s.options.fixed_slots and overlap(s.options, e.options)]
+        if e.options.reads_top_k and free:
             raise ValueError(
                 f"balance.{e.label} reads who would be among a token's k best, but under balance.{free[0]} a token has "
                 "no fixed number of experts; remove one, or give them different layers=(start, stop)."
             )
-    scopes = {getattr(e.options, "scope", "") for e in entries if e.method == "aux_loss"}
+    scopes = {e.options.scope for e in entries if isinstance(e.options, AuxLoss)}
     if {"global", "global_running"} <= scopes:
         raise ValueError(
             "balance has auxiliary losses of scope 'global' and of 'global_running', but a step's counts are either "
@@ -389,11 +453,10 @@ def overlap(a: Options, b: Options) -> bool:
     return max(a.layers[0], b.layers[0]) < min(a.layers[1], b.layers[1])
 
 
-def _at_most_one(what: str, entries: list[BalanceEntry]) -> None:
-    if len(entries) > 1:
-        raise ValueError(
-            f"balance has {' and '.join(e.label for e in entries)}, but only one method may {what}; remove all but one."
-        )
+def at_most_one(what: str, labels: list[str]) -> None:
+    """Raise a ValueError where several methods would do what only one can."""
+    if len(labels) > 1:
+        raise ValueError(f"balance has {' and '.join(labels)}, but only one method may {what}; remove all but one.")
 
 
 def _check_controlled(entry: BalanceEntry, entries: tuple[BalanceEntry, ...]) -> None:
@@ -405,7 +468,7 @@ def _check_controlled(entry: BalanceEntry, entries: tuple[BalanceEntry, ...]) ->
             "add aux_loss=dict() or name another."
         )
     (controlled,) = (e for e in entries if e.label == entry.options.controls)
-    if controlled.method == "z_loss" or controlled.options.weight == 0:
+    if not controlled.options.balances or controlled.options.weight == 0:
         raise ValueError(
             f"balance.{entry.label}.controls={controlled.label!r} must be a loss that balances, with a weight above 0, "
             "or its weight can reach no target; name another, or raise its weight."
@@ -415,7 +478,7 @@ def _check_controlled(entry: BalanceEntry, entries: tuple[BalanceEntry, ...]) ->
             f"balance.{entry.label}.layers={entry.options.layers} must meet balance.{controlled.label}.layers="
             f"{controlled.options.layers}, whose loss it controls; change one."
         )
-    rivals = [e for e in entries if e.method == "target_violation" and e.options.controls == entry.options.controls]
+    rivals = [e for e in entries if e.options.beside == entry.options.beside]
     if len(rivals) > 1:
         raise ValueError(
             f"balance has {' and '.join(e.label for e in rivals)}, which control the same loss "

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from dataclasses import fields
 
-from moe_jax.config.balance import BIAS_METHODS, SELECTORS, WITH_QUANTILES
 from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
 
@@ -162,27 +161,27 @@ def _check_balance_fits(c: Config) -> None:
                 f"{path}.layers={o.layers} must end within the {layers} MoE layers of the model; lower its stop."
             )
         classes = getattr(o, "num_classes", 1)
-        if e.method in BIAS_METHODS and classes != len(m.class_starts) + 1:
+        if o.moves_bias and classes != len(m.class_starts) + 1:
             raise ValueError(
                 f"{path} has num_classes={classes}, which must be the number of classes that model.class_starts="
                 f"{m.class_starts} makes, {len(m.class_starts) + 1} (expert_threshold knows one only); change one."
             )
-        if e.method in WITH_QUANTILES and m.score == "sqrt_softplus":
+        if o.bounded_scores and m.score == "sqrt_softplus":
             raise ValueError(
                 f"{path} counts scores between 0 and 1, but those of model.score='sqrt_softplus' are unbounded; "
                 "set model.score='sigmoid' or 'softmax'."
             )
-        if e.method in SELECTORS | {"quantile"} and m.num_groups > 1 and m.top_groups < m.num_groups:
+        if o.all_alike and m.num_groups > 1 and m.top_groups < m.num_groups:
             raise ValueError(
                 f"{path} knows no group limit, but model.top_groups={m.top_groups} of model.num_groups="
                 f"{m.num_groups}; set model.top_groups={m.num_groups}, or another method."
             )
-        if e.method in SELECTORS and m.random_second:
+        if o.selects and m.random_second:
             raise ValueError(
                 f"{path} does not rank a token's experts, so that model.random_second=True has no second to drop; "
                 "set model.random_second=False."
             )
-        if getattr(o, "level", "expert") != "expert" or e.method == "device_capacity":
+        if o.by_device:
             _check_logical_devices(path, o.num_devices or m.num_groups, m)
 
 
@@ -206,7 +205,7 @@ def _check_classes(c: Config) -> None:
             f"model.class_starts={m.class_starts} must rise strictly between 0 and model.vocab_size={m.vocab_size}; "
             "write (), or the first token id of each further class."
         )
-    if m.class_starts and not any(e.method in BIAS_METHODS for e in c.balance):
+    if m.class_starts and not any(e.options.moves_bias for e in c.balance):
         raise ValueError(
             f"model.class_starts={m.class_starts} gives each class of tokens a bias of its own, but balance has no "
             "method that moves a bias; set model.class_starts=(), or add bias_sign=dict(num_classes=...)."
@@ -223,7 +222,7 @@ def _check_zero_experts(c: Config) -> None:
             "set one of them to its default."
         )
     for e in c.balance:
-        if e.method in SELECTORS | {"quantile"}:
+        if e.options.all_alike:
             raise ValueError(
                 f"balance.{e.label} treats all experts alike, but model.num_zero_experts={m.num_zero_experts} are to "
                 f"get model.zero_share={m.zero_share} of the copies; set model.num_zero_experts=0, or another method."

@@ -27,15 +27,17 @@ def parts(config: Config) -> list[Part]:
     """
     import jax
 
+    from moe_jax.mesh import is_expert_weight
     from moe_jax.model.abstract import abstract_model
 
     m, model = config.model, abstract_model(config.model)
     sums: dict[str, list[int]] = {}
     dims = jax.tree.leaves(model.dims)
     for (path, leaf), d in zip(jax.tree_util.tree_leaves_with_path(model.params), dims, strict=True):
-        kind = _kind(jax.tree_util.keystr(path, simple=True, separator="/"), d.names)
+        routed = is_expert_weight(d.names)
+        kind = _kind(jax.tree_util.keystr(path, simple=True, separator="/"), d.names, routed)
         active = math.prod(leaf.shape)
-        if _is_routed(d.names):
+        if routed:
             active = active * m.top_k // m.num_experts
         row = sums.setdefault(kind, [0, 0, 0])
         row[0] += math.prod(leaf.shape)
@@ -70,19 +72,15 @@ def train_flops(config: Config) -> int:
     return 3 * sum(part.flops for part in parts(config))
 
 
-def _kind(path: str, dims: tuple[str, ...]) -> str:
+def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
     if path.startswith("mtp/"):
         return AHEAD
     if len(dims) == 1:
         return "norms"
     if "experts" in dims:
-        return "routed experts" if _is_routed(dims) else "router"
+        return "routed experts" if routed else "router"
     if "ffw" in dims:
         return "shared experts" if "/shared/" in path else "dense feed-forward"
     if "vocab" in dims:
         return "embedding" if dims[0] == "vocab" else "head"
     return "attention"
-
-
-def _is_routed(dims: tuple[str, ...]) -> bool:
-    return "experts" in dims and "ffw" in dims

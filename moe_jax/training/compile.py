@@ -13,7 +13,6 @@ from jaxtyping import Array, Float32, Int32
 from moe_jax import balance
 from moe_jax.balance import measures
 from moe_jax.config import DISPATCHERS, Config
-from moe_jax.config.balance import BIAS_METHODS
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
@@ -124,7 +123,7 @@ def _eval_step(
     config: Config, mesh: Mesh | None, balancer: balance.Balancer | None
 ) -> Callable[[TrainState, Batch], Evaluation]:
     balancer = balance.make(config.balance, config.model) if balancer is None else balancer
-    has_bias = any(entry.method in BIAS_METHODS for entry in config.balance)
+    has_bias = any(entry.options.moves_bias for entry in config.balance)
     can_drop = not DISPATCHERS[config.model.dispatch].dropless or balancer.drop is not None
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:

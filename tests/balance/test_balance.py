@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import balance
-from moe_jax.balance import base
+from moe_jax.balance import chain, registry, wrappers
 from moe_jax.balance.bias import load_sign
 from moe_jax.balance.wrappers import factor_at
 from moe_jax.config import balance_entries
@@ -579,9 +579,11 @@ def test_two_methods_that_select_are_refused_and_one_is_used(monkeypatch):
     def select(scores, biased, **_):
         return jnp.full((scores.shape[0], 1), 3, jnp.int32)
 
-    monkeypatch.setitem(base.REGISTRY, "z_loss", lambda options, model: base.Method(select=select))
+    monkeypatch.setitem(
+        registry.REGISTRY, "z_loss", registry.Entry(lambda options, model: balance.Balancer(select=select), "", "")
+    )
     used = balance.make({"z_loss": {}, "bias_sign": {}}).select(
-        jnp.zeros((2, 4)), jnp.zeros(4), top_k=1, tokens=Tokens(), key=None, train=True
+        jnp.zeros((2, 4)), jnp.zeros((2, 4)), top_k=1, tokens=Tokens(), key=None, train=True
     )
     np.testing.assert_array_equal(used, [[3], [3]])
     with pytest.raises(ValueError, match="a and b, but only one method may select experts"):
@@ -590,14 +592,41 @@ def test_two_methods_that_select_are_refused_and_one_is_used(monkeypatch):
 
 def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
     # a method that keeps its own number of updates beside bias_sign's bias
-    counting = base.Method(
-        init=lambda experts, layer: jnp.zeros((), jnp.int32),
-        update=lambda loads, statistics, own, step: own + 1,
+    counting = balance.Balancer(
+        own_state=lambda experts, layer: jnp.zeros((), jnp.int32),
+        own_update=lambda seen: (seen.bias, seen.state + 1),
     )
-    monkeypatch.setitem(base.REGISTRY, "z_loss", lambda options, model: counting)
+    monkeypatch.setitem(registry.REGISTRY, "z_loss", registry.Entry(lambda options, model: counting, "", ""))
     balancer = balance.make({"z_loss": {}, "bias_sign": {"rate": 0.5}})
     state = balancer.init(EXPERTS)
     for step in range(3):
         state = balancer.update({"loads": jnp.asarray([0, 2, 3, 7])}, state, jnp.int32(step))
     assert int(state["z_loss"]) == 3
     np.testing.assert_allclose(state["bias"], [1.5, 1.5, 0.0, -1.5])
+
+
+def passed(balancer, steps: int = 2, layer: int = 0):
+    """The loss, and the state after some steps, of one routing."""
+    routing = route(jnp.asarray(random_logits(0)), top_k=TOP_K)
+    statistics, state = balancer.observe(routing), balancer.init(EXPERTS, layer)
+    loss = balancer.loss(routing, statistics, state, jnp.zeros((1, EXPERTS)))
+    for step in range(steps):
+        state = balancer.update(statistics, state, jnp.int32(step))
+    return float(loss), state
+
+
+def test_a_composition_within_another_does_what_it_does_alone():
+    inner = balance.make({"bias_smebu": {"rate": 0.5}, "aux_loss": {"weight": 1.0}})
+    (loss, state), (its_loss, its_state) = passed(inner), passed(chain({"inner": inner}))
+    assert its_loss == loss > 0
+    assert state["bias"].any()
+    np.testing.assert_array_equal(its_state["bias"], state["bias"])
+    np.testing.assert_array_equal(its_state["inner"]["bias_smebu"], state["bias_smebu"])
+
+
+def test_what_wraps_a_method_wraps_a_composition():
+    inner = balance.make({"bias_sign": {"rate": 0.5}, "aux_loss": {"weight": 1.0}})
+    balancer = chain({"both": wrappers.within(inner, (1, 2))})
+    for layer in (0, 1):
+        loss, state = passed(balancer, layer=layer)
+        assert (loss > 0, bool(state["bias"].any())) == (layer == 1, layer == 1)

@@ -12,10 +12,10 @@ from moe_jax import balance
 from moe_jax.balance.bias import balanced_bias, needed_bias_histogram
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import ModelConfig
-from moe_jax.config.balance import BIAS_METHODS
+from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.routing import RouterConfig, Tokens, route
 
-METHODS = sorted(BIAS_METHODS - {"expert_threshold"})
+METHODS = sorted(name for name, o in BALANCE_METHODS.items() if o.moves_bias and not o.selects)
 BY_LOADS = [name for name in METHODS if name != "quantile"]  # these see loads alone
 SKEWED = np.asarray([0, 2, 3, 7], np.int32)  # mean 3, errors 3 1 0 -4, of which the mean is 3: 1 1/3 0 -4/3
 LEVEL = np.asarray([3, 3, 3, 3], np.int32)

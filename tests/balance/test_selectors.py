@@ -25,7 +25,7 @@ def selected(name: str, top_k: int, **options):
 
     def ids(scores, tokens, state, key):
         bias = jnp.zeros(scores.shape[1]) if state is None else state["bias"]
-        return select(scores, bias, top_k=top_k, tokens=tokens, key=key, train=True, state=state)
+        return select(scores, scores + bias, top_k=top_k, tokens=tokens, key=key, train=True, state=state)
 
     return jax.jit(ids)
 
@@ -510,7 +510,7 @@ def test_selection_gathers_no_scores_over_the_mesh_and_is_that_of_one_device(nam
 
     def select(scores, mask, where):
         tokens = Tokens(mask, where // 8, where, rows=Rows(8))
-        return balancer.select(scores, state["bias"], top_k=2, tokens=tokens, key=KEY, train=True, state=state)
+        return balancer.select(scores, scores + state["bias"], top_k=2, tokens=tokens, key=KEY, train=True, state=state)
 
     everywhere = jax.jit(select, in_shardings=split, out_shardings=split).lower(*inputs).compile()
     assert "all-gather" not in everywhere.as_text()

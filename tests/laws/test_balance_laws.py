@@ -16,15 +16,13 @@ from conftest import assert_same_bits, strict_flags
 from moe_jax import balance
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import balance_entries
-from moe_jax.config.balance import BALANCE_METHODS, BIAS_METHODS, WITHOUT_TOP_K, BiasOptions, LossOptions
+from moe_jax.config.balance import BALANCE_METHODS, BiasOptions, LossOptions, Options, smallest
 from moe_jax.routing import RouterConfig, Routing, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
 
-# what a method needs beside it
-COMPANIONS: dict[str, dict[str, Any]] = {"target_violation": {"aux_loss": {}}}
 # every method with its defaults, then words that change what a method counts, keeps or sees
-CASES: dict[str, dict[str, Any]] = {name: {name: {}} | COMPANIONS.get(name, {}) for name in balance.names()} | {
+CASES: dict[str, dict[str, Any]] = {name: smallest(name, num_devices=0) for name in balance.names()} | {
     "none": {},
     "bias_sign zero_mean": {"bias_sign": {"zero_mean": True}},
     "bias_sign ema": {"bias_sign": {"ema": 0.5}},
@@ -84,13 +82,13 @@ every_case = pytest.mark.parametrize("case", CASES, scope="module")
 every_method = pytest.mark.parametrize("case", balance.names(), scope="module")
 
 
-def kinds(case: str) -> set[type]:
+def kinds(case: str) -> set[type[Options]]:
     """The options classes of a case."""
     return {BALANCE_METHODS[o.get("method", label)] for label, o in CASES[case].items()}
 
 
 def moves_bias(case: str) -> bool:
-    return not BIAS_METHODS.isdisjoint(CASES[case])
+    return any(kind.moves_bias for kind in kinds(case))
 
 
 STEERED = [c for c in CASES if moves_bias(c) or any(issubclass(k, LossOptions) for k in kinds(c))]
@@ -253,6 +251,13 @@ def assert_equal(a, b) -> None:
 def test_every_listed_exception_is_of_a_method_that_exists():
     for cases in BREAKS.values():
         assert {case.split()[0] for case in cases} <= {*BALANCE_METHODS, "none"}
+
+
+@every_method
+def test_the_options_say_whether_a_method_moves_the_bias_and_selects(case):
+    balancer = made(case)
+    assert moves_bias(case) == (balancer.initial_bias is not None)
+    assert any(kind.selects for kind in kinds(case)) == (balancer.select is not None)
 
 
 # --- state --------------------------------------------------------------------------------------------------
@@ -591,7 +596,7 @@ def partner(case: str) -> dict[str, Any]:
     """A loss that may stand beside any method, with statistics of its own where it can."""
     if "aux_loss" in CASES[case]:
         return {"method": "z_loss"}
-    if WITHOUT_TOP_K & CASES[case].keys():  # no token has k best there, whom unbiased counts would count
+    if not all(kind.fixed_slots for kind in kinds(case)):  # no token has k best there, whom unbiased counts would count
         return {"method": "aux_loss", "scope": "global", "level": "communication", "num_devices": 2}
     return {"method": "aux_loss", "scope": "global", "counts": "unbiased"}
 
