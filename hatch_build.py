@@ -16,5 +16,6 @@ class Layout(BuildHookInterface):
         """Add the files of a standard wheel."""
         root = Path(self.root)
         if version == "standard":
-            for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py")]:
+            report = root.glob("experiments/report/*.*")  # a style sheet, too
+            for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py"), *report]:
                 build_data["force_include"][str(file)] = str("moe_jax" / file.relative_to(root))

@@ -230,7 +230,7 @@ def main(_: list[str]) -> None:
 
         sweep = report.read_sweep(workdir)
         report.print_table(sweep)
-        if count == 1 and any(sweep.runs.values()):
+        if count == 1 and sweep.finished:
             print(f"report: {report.write(sweep)}")
         if failed:
             fail("\n  ".join([f"{len(failed)} of {len(runs[index::count])} runs failed:", *failed]), status=1)

@@ -1,3 +1,9 @@
-"""A column of one's own in the report's table, and its value for a finished run."""
+"""A column of your own in the report's table: `python column.py DIR` writes the report of a sweep with it."""
 
-# TODO: to be written, and executed by tests/test_docs.py.
+from experiments.report import COLUMNS, Column, main
+from experiments.report.numbers import tail
+
+loss = Column("train_loss", "loss in the last quarter", 3, tail("loss"))  # finished run -> number
+
+if __name__ == "__main__":
+    main(columns=[*COLUMNS, loss])

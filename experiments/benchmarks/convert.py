@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from experiments.benchmarks import timing
 from moe_jax.config import ModelConfig, default, validate
-from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.command import parse_flags
 from moe_jax.huggingface.shards import Plan, digest, open_folder, write_folder
 
 GIGABYTE = 10**9
@@ -117,20 +118,16 @@ def tell(found: dict[str, Any]) -> None:
         )
 
 
-def main(_: list[str]) -> None:
+@timing.command
+def main(flag: Any) -> None:
     """Measure, print, and write."""
-    flag = flags.FLAGS
     sizes: dict[str, Any] = {name: flag[name].value for name in SIZES}
-    try:
-        with tempfile.TemporaryDirectory(dir=flag.folder) as home:
-            small = measure(Path(home) / "small", 1, dict.fromkeys(SIZES, 128))
-            found = measure(Path(home) / "large", int(flag.gigabytes * GIGABYTE), sizes)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    with tempfile.TemporaryDirectory(dir=flag.folder) as home:
+        small = measure(Path(home) / "small", 1, dict.fromkeys(SIZES, 128))
+        found = measure(Path(home) / "large", int(flag.gigabytes * GIGABYTE), sizes)
     found["idle"] = {way: small[way] for way in ("in", "out")}
     tell(found)
-    if flag.json:
-        Path(flag.json).write_text(json.dumps(found | {"sizes": sizes}, indent=1) + "\n")
+    timing.save(flag.json, found | {"sizes": sizes})
 
 
 if __name__ == "__main__":
@@ -138,5 +135,5 @@ if __name__ == "__main__":
     for key, value in zip(SIZES, (1024, 512, 64, 32000), strict=True):
         flags.DEFINE_integer(key, value, f"model.{key}", lower_bound=64)
     flags.DEFINE_string("folder", None, "Where the files lie for a while.")
-    flags.DEFINE_string("json", None, "Where to write the figures.")
+    flags.DEFINE_string("json", "", "A file to write the figures to.")
     app.run(main, flags_parser=parse_flags)

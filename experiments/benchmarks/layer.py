@@ -25,7 +25,7 @@ from absl import app, flags
 
 from experiments.benchmarks import layer_peers, peers, problem, timing
 from experiments.benchmarks.problem import Contestant, DType, Problem, Shape, Skew
-from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.command import parse_flags
 
 SHAPES = {
     "a": Shape(4096, 512, 64, 256, 6),
@@ -235,30 +235,26 @@ def rivals_of_flags() -> list[str]:
     return asked
 
 
-def main(_: list[str]) -> None:
+@timing.command
+def main(flag: Any) -> None:
     """Check the flags, measure shape by shape, print each as soon as it is known."""
-    flag = flags.FLAGS
     # jax and torch share the card
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        timing.check_json(flag.json)
-        names = rivals_of_flags()
-        chosen(flag.shapes or ["a"])
-        import jax
+    names = rivals_of_flags()
+    chosen(flag.shapes or ["a"])
+    import jax
 
-        platform = jax.devices()[0].platform
-        shapes = chosen(flag.shapes or (["a", "b", "c"] if platform == "cpu" else ["gpu", "v3_slice"]))
-        dtype: DType = flag.dtype or ("float32" if platform == "cpu" else "bfloat16")
-        facts = timing.about(flag.rounds) | {"platform": platform, "dtype": dtype, "skew": flag.skew}
-        print(f"{timing.heading(facts)}\n{dtype}, {flag.skew} loads, forward + backward\n", flush=True)
-        results = {}
-        for name, shape in shapes.items():
-            result = measure(shape, dtype=dtype, skew=flag.skew, rounds=flag.rounds, names=names, platform=platform)
-            results[name] = result | {key: facts[key] for key in ("rounds", "versions")}
-            print(shown(name, result) + "\n", flush=True)
-            timing.write_json(flag.json, facts | {"shapes": results})
-    except ValueError as error:
-        fail(str(error))
+    platform = jax.devices()[0].platform
+    shapes = chosen(flag.shapes or (["a", "b", "c"] if platform == "cpu" else ["gpu", "v3_slice"]))
+    dtype: DType = flag.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    facts = timing.about(flag.rounds) | {"platform": platform, "dtype": dtype, "skew": flag.skew}
+    print(f"{timing.heading(facts)}\n{dtype}, {flag.skew} loads, forward + backward\n", flush=True)
+    results = {}
+    for name, shape in shapes.items():
+        result = measure(shape, dtype=dtype, skew=flag.skew, rounds=flag.rounds, names=names, platform=platform)
+        results[name] = result | {key: facts[key] for key in ("rounds", "versions")}
+        print(shown(name, result) + "\n", flush=True)
+        timing.save(flag.json, facts | {"shapes": results})
 
 
 if __name__ == "__main__":

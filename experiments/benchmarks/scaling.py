@@ -25,7 +25,7 @@ from experiments.benchmarks import layer, problem, timing
 from experiments.benchmarks.problem import Shape
 from experiments.benchmarks.step import DEEPSEEK, config_like, random_batch
 from moe_jax.config import Config, validate
-from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.command import parse_flags
 
 SKEWS: tuple[problem.Skew, ...] = ("uniform", "zipf", "collapsed")
 MODEL = dict(num_layers=4, embed_dim=128, num_heads=4, num_experts=16, top_k=2, expert_ffw_dim=128, vocab_size=1024)
@@ -188,20 +188,16 @@ def sections() -> dict[str, Callable[[], dict[str, Any]]]:
     return {name: known[name] for name in flag.sections}
 
 
-def main(_: list[str]) -> None:
+@timing.command
+def main(flag: Any) -> None:
     """Check the flags, then section by section."""
-    flag = flags.FLAGS
-    try:
-        timing.check_json(flag.json)
-        chosen = sections()
-        facts: dict[str, Any] = timing.about(flag.rounds)
-        print(f"{timing.heading(facts)}\n", flush=True)
-        for name, run in chosen.items():
-            facts[name] = run()
-            print(shown(name, facts[name]), flush=True)
-            timing.write_json(flag.json, facts)
-    except ValueError as error:
-        fail(str(error))
+    chosen = sections()
+    facts: dict[str, Any] = timing.about(flag.rounds)
+    print(f"{timing.heading(facts)}\n", flush=True)
+    for name, run in chosen.items():
+        facts[name] = run()
+        print(shown(name, facts[name]), flush=True)
+        timing.save(flag.json, facts)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import tempfile
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app
 
 from experiments.benchmarks import timing
 from experiments.benchmarks.step import DEEPSEEK, config_like, define_size_flags, sizes_of_flags
-from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.command import parse_flags
 
 PARTS = ("import", "init", "first_step", "second_step", "total")
 
@@ -93,20 +93,16 @@ def shown(result: dict[str, Any]) -> str:
     return timing.table(["seconds", *seconds], rows)
 
 
-def main(_: list[str]) -> None:
+@timing.command
+def main(flag: Any) -> None:
     """Check the flags, start processes, tell."""
-    flag = flags.FLAGS
     sizes, batch = sizes_of_flags()
-    try:
-        timing.check_json(flag.json)
-        config_like(DEEPSEEK, sizes, batch)
-        facts = timing.about(flag.rounds) | {"sizes": sizes | batch}
-        print(f"{timing.heading(facts)}\n", flush=True)
-        result = measure(sizes, batch, flag.rounds)
-        print(shown(result))
-        timing.write_json(flag.json, facts | result)
-    except ValueError as error:
-        fail(str(error))
+    config_like(DEEPSEEK, sizes, batch)
+    facts = timing.about(flag.rounds) | {"sizes": sizes | batch}
+    print(f"{timing.heading(facts)}\n", flush=True)
+    result = measure(sizes, batch, flag.rounds)
+    print(shown(result))
+    timing.save(flag.json, facts | result)
 
 
 if __name__ == "__main__":

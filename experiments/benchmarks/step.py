@@ -29,7 +29,7 @@ from absl import app, flags
 
 from experiments.benchmarks import peers, step_peers, timing
 from moe_jax.config import Config, default, validate
-from moe_jax.config.command import fail, parse_flags
+from moe_jax.config.command import parse_flags
 
 SIZES = dict(
     num_layers=8, embed_dim=256, num_heads=8, num_experts=16, top_k=2, expert_ffw_dim=256, vocab_size=8192
@@ -326,27 +326,23 @@ def sizes_of_flags() -> tuple[dict[str, int], dict[str, int]]:
     return {name: getattr(flag, name) for name in SIZES}, {name: getattr(flag, name) for name in BATCH}
 
 
-def main(_: list[str]) -> None:
+@timing.command
+def main(flag: Any) -> None:
     """Check the flags, compare, time, tell."""
-    flag = flags.FLAGS
     sizes, batch = sizes_of_flags()
-    try:
-        timing.check_json(flag.json)
-        config_like(QWEN, sizes, batch)
-        import jax
+    config_like(QWEN, sizes, batch)
+    import jax
 
-        platform = jax.devices()[0].platform
-        facts = timing.about(flag.rounds) | {"platform": platform, "dtype": "float32", "sizes": sizes | batch}
-        print(f"{timing.heading(facts)}\n", flush=True)
-        if flag.attribute:
-            result = attribute(sizes, batch, rounds=flag.rounds)
-            print(shown_parts(result))
-        else:
-            result = measure(sizes, batch, rounds=flag.rounds, platform=platform)
-            print(shown(result))
-        timing.write_json(flag.json, facts | result)
-    except ValueError as error:
-        fail(str(error))
+    platform = jax.devices()[0].platform
+    facts = timing.about(flag.rounds) | {"platform": platform, "dtype": "float32", "sizes": sizes | batch}
+    print(f"{timing.heading(facts)}\n", flush=True)
+    if flag.attribute:
+        result = attribute(sizes, batch, rounds=flag.rounds)
+        print(shown_parts(result))
+    else:
+        result = measure(sizes, batch, rounds=flag.rounds, platform=platform)
+        print(shown(result))
+    timing.save(flag.json, facts | result)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ contestant once, and a ratio is the median over rounds of the ratio in one round
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -14,6 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from moe_jax.config.command import fail
+from moe_jax.runtime.files import output_of, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "torchtitan", "maxtext")
 PAUSE_SECONDS = 0.01  # the threads of the one before may still spin, waiting for work
@@ -161,20 +163,30 @@ def heading(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_json(path: str) -> None:
-    """Say now, not after minutes, that a result could not be written.
+def command(measure: Callable[[Any], None]) -> Callable[[list[str]], None]:
+    """The `main` of a benchmark: `--json` is checked before minutes are spent, and a mistake ends in one sentence.
 
-    Raises:
-        ValueError: no folder to write into.
+    Args:
+        measure: takes the flags; measures, prints and writes.
     """
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"--json={path} must name a file in a folder that exists; make the folder, or name another.")
+
+    def main(_: list[str]) -> None:
+        from absl import flags
+
+        try:
+            if flags.FLAGS.json:
+                output_of(flags.FLAGS.json, "--json")
+            measure(flags.FLAGS)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+
+    return main
 
 
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Nothing where no path was given."""
+def save(path: str, content: Mapping[str, Any]) -> None:
+    """The figures as JSON; nothing where no path was given."""
     if path:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(path), content)
 
 
 def define_flags(rounds: int = 8, least: int = 1) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from moe_jax.config import usage
 from moe_jax.config.build import SourceGone, article, complete, default, did_you_mean, named
 from moe_jax.config.paths import path_of
 
@@ -33,7 +34,8 @@ def define_config_flag(help_text: str) -> None:
     FILE is a path, or the name of a config that comes with this package, as `tiny`. `FILE:ARGUMENT` gives its
     get_config the argument. Keys that the file leaves out have their defaults, so that each can be overridden.
     """
-    config_flags.DEFINE_config_file("config", None, help_text)
+    example = "Its keys are flags, as --config.optimizer.learning_rate=1e-3."
+    config_flags.DEFINE_config_file("config", None, f"{help_text} {example}")
     flags.FLAGS["config"].parser = _Reader()
     config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
     config_flags.register_flag_parser_for_type(ConfigDict, _Dict())
@@ -193,6 +195,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     For a wrong `--config.key` it has the closest key; the process ends with status 2 and no traceback.
     """
     print_any_name()
+    if usage.is_wanted(argv):
+        print(usage.text(flags.FLAGS, argv[0]))
+        raise SystemExit(0)
     try:
         rest = flags.FLAGS(argv, known_only=False)
     except BrokenPipeError:  # whoever read our --help has seen enough

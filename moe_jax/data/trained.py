@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizer import checked_ids, token_dtype
+from moe_jax.runtime.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 # in them stand the tokens that open and end a text, by name or by id; the first that says so is right
@@ -200,15 +201,7 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is something else.
     """
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again from the model.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must be a JSON object; copy it again from the model.")
-    return value
+    return read_json(file, "copy it again from the model.")
 
 
 def _parse(file: pathlib.Path, raw: dict[str, Any]) -> Any:

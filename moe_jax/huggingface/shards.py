@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from moe_jax.runtime.files import read_json
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -94,7 +96,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     if (folder / SINGLE).is_file():
         return None
     if (folder / INDEX).exists():
-        index = read_json(folder, INDEX).get("weight_map")
+        index = json_object(folder, INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise ValueError(f"{folder}: {INDEX} has no weight_map from tensors to files; fetch it again.")
         return index
@@ -131,7 +133,7 @@ def inside(folder: Path, name: str, below: str = "") -> Path:
     return file
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def json_object(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of the folder.
 
     Raises:
@@ -140,13 +142,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     file = inside(folder, name)
     if file.stat().st_size > MOST_JSON_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any such file; fetch it again.")
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); fetch it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object; fetch it again.")
-    return value
+    return read_json(file, "fetch it again.")
 
 
 def _header(file: Path) -> dict[str, Entry]:

@@ -64,7 +64,7 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
     Raises:
         ValueError: as `load_hf`.
     """
-    hf = shards.read_json(folder, "config.json") if folder.is_dir() else {}
+    hf = shards.json_object(folder, "config.json") if folder.is_dir() else {}
     entries = shards.open_folder(folder)
     try:
         family, ours = from_hf(hf)
@@ -317,7 +317,7 @@ def carry(source: Path | None, target: Path, everything: bool = False) -> dict[s
         return {}
     if everything:
         _copy(source, target, "config.json")
-    config = shards.read_json(source, "config.json")
+    config = shards.json_object(source, "config.json")
     return {key: config[key] for key in CARRIED if key in config}
 
 

@@ -51,6 +51,27 @@ def tree(folder: Path) -> Iterator[Path]:
         yield from (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object that a file holds; empty where there is no file.
+
+    Args:
+        path: of the file.
+        fix: what to do about a damaged one, the end of a sentence.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {fix}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object; {fix}")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """The file with the value, whole or not at all."""
     write_whole(path, json.dumps(value, indent=1) + "\n")

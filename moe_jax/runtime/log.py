@@ -279,13 +279,19 @@ def plain(value: Any) -> Any:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a log file; a last line cut short by a kill is left out."""
-    records = []
+    return [line for line in lines_of(path) if line is not None]
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Every line of a log file as an object, in order; None for one that is none, as a killed writer leaves."""
     for part in parts(path):
         with part.open("rb") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):  # only a killed writer leaves half a line
-                    records.append(json.loads(line))
-    return records
+            for line in filter(bytes.strip, lines):
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    value = None
+                yield value if isinstance(value, dict) else None
 
 
 class _Board:

@@ -4,7 +4,6 @@ The config may change where it changes no number (`config.free_keys`). The corpu
 from are known by their fingerprints: the same data may be moved, other data at the same place are refused.
 """
 
-import json
 import platform
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import moe_jax
 from moe_jax.config import Config, as_dict, changed_numbers, validate
 from moe_jax.runtime import processes
-from moe_jax.runtime.files import is_remote, lock, write_json
+from moe_jax.runtime.files import is_remote, lock, read_json, write_json
 
 TOKENIZER = "tokenizer"  # the folder of a workdir with what came with a converted model besides its weights
 
@@ -118,12 +117,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    file = workdir / "run.json"
-    try:
-        about = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); delete it.") from None
-    return about if isinstance(about, dict) else {}
+    return read_json(workdir / "run.json", "delete it.")
 
 
 def refuse_another_run(
@@ -188,10 +182,4 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    try:
-        config = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); restore it, or use another workdir.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no config; restore it, or use another workdir.")
-    return config
+    return read_json(file, "restore it, or use another workdir.")

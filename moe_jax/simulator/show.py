@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_jax.runtime.pictures import PALETTE, plain_log_ticks, smooth
 from moe_jax.simulator.loop import Result
 from moe_jax.simulator.settings import STREAMS, Settings
 
@@ -59,9 +60,6 @@ def make_table(results: Sequence[Result], s: Settings, title: str) -> "Table":
     return table
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B5AA6", "#222222")  # Okabe and Ito's
-
-
 MANY = 4  # more arms than these are drawn without single steps
 
 
@@ -75,7 +73,7 @@ def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: P
         figure = Figure(figsize=(10, 4.8), layout="constrained", facecolor="white")
         axes = figure.subplots()
         for i, result in enumerate(results):
-            look = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", (0, (4, 1)))[i // len(COLOURS) % 2])
+            look = dict(color=PALETTE[i % len(PALETTE)], linestyle=("-", (0, (4, 1)))[i // len(PALETTE) % 2])
             _curve(axes, result, s, len(results) <= MANY, look)
         axes.axhline(low, color="#555555", linestyle="--", linewidth=1.3, label=f"uniform random router, {low:.2g}")
         if s.stream == "shift":
@@ -90,30 +88,17 @@ def _curve(axes: "Axes", result: Result, s: Settings, single: bool, look: Mappin
         axes.plot(seen[0], color=look["color"], alpha=0.18, linewidth=0.7)
     # what was before the shift has no part in a mean after it
     parts = np.split(seen.mean(0), [s.shift_step]) if s.stream == "shift" else [seen.mean(0)]
-    mean = np.concatenate([centred_mean(part, s.window) for part in parts])
+    mean = np.concatenate([smooth(part, s.window) for part in parts])
     axes.plot(mean, linewidth=1.9, label=result.arm.name, **look)
 
 
-def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over about `window` steps around each, fewer at the ends: step n never sees one before n / 2."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(values.size)
-    before = np.minimum(window // 2, at // 2)
-    after = np.minimum(before, at[::-1])
-    return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
-
-
 def _label(figure: "Figure", axes: "Axes", title: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     axes.set(yscale="log", xlabel="step", ylabel="max violation of a step's loads")
     axes.set_title(title, loc="left", fontsize=10)
     axes.margins(x=0.01)
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    plain_log_ticks(axes.yaxis)
     labels = [str(line.get_label()) for line in axes.lines if not str(line.get_label()).startswith("_")]
     columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
     figure.legend(loc="outside lower center", ncols=columns)

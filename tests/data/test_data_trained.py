@@ -207,7 +207,11 @@ def test_a_token_named_like_a_number_is_found_by_name_and_ids_by_integers(tmp_pa
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("{", "is not JSON"), ("[]", "must be a JSON object"), ('{"model": 3}', "no vocabulary that tokenizers can read")],
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"model": 3}', "no vocabulary that tokenizers can read"),
+    ],
 )
 def test_a_damaged_file_is_told_in_a_sentence(tmp_path, content, problem):
     (tmp_path / "tokenizer.json").write_text(content)

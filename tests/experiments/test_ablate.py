@@ -15,7 +15,7 @@ from drills import rig
 from conftest import tiny_config
 from experiments import ablate, hyper
 from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
-from experiments.statistics import read_sweep
+from experiments.report import read_sweep
 from moe_jax.config import as_dict, default, flatten, validate
 from moe_jax.config.command import load
 from moe_jax.data import check_corpus, open_corpus, training_batches

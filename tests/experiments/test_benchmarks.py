@@ -77,9 +77,11 @@ def test_a_table_has_columns_of_one_width():
     assert timing.table(["", "ms"], [["a", "1.0"], ["long", "20.0"]]) == "        ms\na      1.0\nlong  20.0"
 
 
-def test_a_file_without_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must name a file in a folder that exists"):
-        timing.check_json(str(tmp_path / "none" / "x.json"))
+def test_a_file_without_a_folder_is_refused_before_anything_is_measured(tmp_path):
+    command = ["experiments.benchmarks.start", f"--json={tmp_path / 'none' / 'x.json'}"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot be written; name a file in a folder that is there" in done.stderr
 
 
 def test_a_busy_machine_is_told():

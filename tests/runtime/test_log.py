@@ -13,7 +13,7 @@ import pytest
 from drills import rig
 from etils import epath
 
-from experiments.statistics import read_lines
+from experiments.report.sweep import by_step
 from moe_jax.runtime import log
 from moe_jax.runtime.log import (
     LONG,
@@ -259,7 +259,7 @@ def test_a_bucket_gets_a_log_in_parts_and_of_them_only_what_changed(bucket, monk
     assert names[:2] == ["layers.jsonl", "layers.00000004.jsonl"] and len(names) > 5
     assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(40))
     assert [r["loss"] for r in read_jsonl(bucket / "metrics.jsonl")] == [1.0 * n for n in range(40)]
-    rows, unreadable = read_lines(Path(bucket) / "layers.jsonl")  # as the report reads a copy of it
+    rows, unreadable = by_step(Path(bucket) / "layers.jsonl")  # as the report reads a copy of it
     assert ([row["step"] for row in rows], unreadable) == (list(range(40)), 0)
 
 

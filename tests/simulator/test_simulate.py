@@ -265,12 +265,6 @@ def test_a_cell_tells_mean_spread_and_how_many():
     assert show.cell([0.1, 0.2], steps=False, spread=False) == "0.15"
 
 
-def test_a_drawn_mean_does_not_smear_the_start():
-    # over steps 0, 1, 1 to 3, 2 to 4 and, where there is no later one, 2 to 4
-    drawn = show.centred_mean(np.asarray([1.0, 2, 6, 4, 0]), 4)
-    np.testing.assert_allclose(drawn, [1, 2, 4, 10 / 3, 10 / 3])
-
-
 # --- the published behaviour ------------------------------------------------------------------------------------
 
 

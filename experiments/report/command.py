@@ -1,0 +1,52 @@
+"""The command: reads a sweep, prints its table, writes its page."""
+
+import argparse
+from collections.abc import Iterable
+
+from moe_jax.config.command import fail, print_any_name
+from moe_jax.config.paths import path_of
+
+from .columns import COLUMNS, Column
+from .page import write
+from .sweep import read_sweep
+from .terminal import print_table
+
+
+def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> None:
+    """Bad input ends the command with a sentence on standard error and status 2.
+
+    Args:
+        argv: DIR and flags; None takes them from the command line.
+        columns: of the tables.
+    """
+    options = _parser().parse_args(argv)
+    print_any_name()
+    columns = list(columns)
+    try:
+        sweep = read_sweep(path_of(options.directory, "DIR"), options.baseline)
+        output = path_of(options.output, "--output") if options.output else None
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    try:
+        output = write(sweep, output, options.figures, columns)
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:  # a colleague's sweep, say
+        print_table(sweep, columns)
+        fail(f"{error.filename} cannot be written ({error.strerror}); --output=FILE names another file.")
+    print_table(sweep, columns)
+    print(f"Wrote {output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    package = __name__.rpartition(".")[0]  # of a wheel, or of a clone
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {package}",
+        description="Runs become a claim: one self-contained page with the answer first, then tables, pictures and "
+        "their limits.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="folder with sweep.json and the runs")
+    parser.add_argument("--output", metavar="FILE", help="the page to write (DIR/report.html)")
+    parser.add_argument("--baseline", metavar="ARM", help="arm to compare with (the one in sweep.json)")
+    parser.add_argument("--figures", action="store_true", help="also write the pictures to DIR/figures/*.png")
+    return parser

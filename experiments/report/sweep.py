@@ -1,0 +1,284 @@
+"""A sweep's folder becomes finished runs; every other run is named.
+
+A run is finished when it was evaluated at the last step that its own config plans. The others, and what else stands
+apart, are sentences in `Sweep.problems`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import flatten
+from moe_jax.runtime.files import read_json
+from moe_jax.runtime.log import METRICS, lines_of
+
+STEPS_KEY = "num_steps"
+EVALUATED = "eval/bits_per_byte"  # the line of a step that has it was evaluated
+DOMAIN_PREFIX = "eval/bits_per_byte/"
+DAMAGED = "write it again or delete it."
+
+
+class SweepError(ValueError):
+    """A folder that cannot be reported on; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: one arm with one seed.
+
+    Attributes:
+        config: nested, or with dotted keys for a run without config.json.
+        info: run.json; empty where there is none.
+        metrics: the lines of metrics.jsonl by step.
+    """
+
+    arm: str
+    seed: int
+    directory: Path
+    config: Mapping[str, Any]
+    info: Mapping[str, Any]
+    metrics: list[dict[str, Any]]
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """One logged value over the run.
+
+        Returns:
+            (steps int64[N], values float64[N]) of the lines that have the key; null is nan.
+        """
+        lines = [line for line in self.metrics if key in line]
+        steps = np.asarray([line["step"] for line in lines], dtype=np.int64)
+        return steps, np.asarray([as_number(line[key]) for line in lines], dtype=np.float64)
+
+    def final(self, key: str) -> float:
+        """The value in the last line that has the key; nan when none has it."""
+        _, values = self.curve(key)
+        return float(values[-1]) if values.size else math.nan
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep was to be, and the finished runs it has so far.
+
+    Attributes:
+        runs: arm -> seed -> finished run; every arm has an entry, possibly an empty one.
+        problems: a sentence for each run that is missing, unfinished, diverged or partly unreadable.
+    """
+
+    directory: Path
+    name: str
+    description: str
+    command: str
+    arms: list[str]
+    seeds: list[int]
+    baseline: str
+    config: Mapping[str, Any]
+    arms_config: Mapping[str, Mapping[str, Any]]
+    runs: dict[str, dict[int, Run]]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[Run]:
+        """Every finished run, arm by arm."""
+        return [run for runs in self.runs.values() for run in runs.values()]
+
+
+def as_number(value: Any) -> float:
+    """A logged value as float; null, text and anything that is not a number become nan."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def by_step(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log file by step; a killed run leaves a partial line, a resumed one may repeat steps.
+
+    Args:
+        path: one JSON object a line, each with an integer `step`; may be missing.
+
+    Returns:
+        The lines sorted by step, of equal steps the last written; and how many lines were unreadable.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    unreadable = 0
+    for line in lines_of(path):
+        if line is None or not isinstance(line.get("step"), int):
+            unreadable += 1
+        else:
+            lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)], unreadable
+
+
+# --- the folder -----------------------------------------------------------------------------------------
+
+
+def read_sweep(directory: str | Path, baseline: str | None = None) -> Sweep:
+    """Reads sweep.json and every run it names.
+
+    Args:
+        directory: holds sweep.json and <arm>/seed<k>/metrics.jsonl.
+        baseline: arm to compare with; None takes the one in sweep.json.
+
+    Returns:
+        The sweep with its finished runs, and a sentence for each run that is not.
+
+    Raises:
+        SweepError: no such folder, no sweep.json, or one without arms or seeds or with an unknown baseline.
+    """
+    directory = Path(directory)
+    spec = _read_spec(directory, baseline)
+    runs, problems = _finished(_read_runs(directory, spec), spec)
+    return Sweep(
+        directory=directory,
+        name=str(spec.get("name") or directory.name),
+        description=str(spec.get("description") or ""),
+        command=str(spec.get("command") or ""),
+        arms=spec["arms"],
+        seeds=spec["seeds"],
+        baseline=spec["baseline"],
+        config=spec.get("config") or {},
+        arms_config=spec.get("arms_config") or {},
+        runs=runs,
+        problems=problems + _other_data(runs, spec["baseline"]) + _strangers(directory, spec),
+    )
+
+
+def _read_spec(directory: Path, baseline: str | None) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise SweepError(f"DIR={directory} must be a folder that holds a sweep; it does not exist.")
+    path = directory / "sweep.json"
+    if not path.is_file():
+        raise SweepError(f"DIR={directory} must hold sweep.json; try the folder that ablate wrote.")
+    spec = _read_object(path)
+    for key in ("arms", "seeds"):
+        if not isinstance(spec.get(key), list) or not spec[key]:
+            rule = "must be a list with at least one entry; run the sweep again to write it."
+            raise SweepError(f"{path}: {key}={spec.get(key)!r} {rule}")
+    spec["baseline"] = baseline or spec.get("baseline") or spec["arms"][0]
+    if spec["baseline"] not in spec["arms"]:
+        rule = f"must be one of the sweep's arms; try one of: {', '.join(map(str, spec['arms']))}."
+        raise SweepError(f"baseline={spec['baseline']!r} {rule}")
+    return spec
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, DAMAGED)
+    except ValueError as error:
+        raise SweepError(str(error)) from None
+
+
+def _read_runs(directory: Path, spec: Mapping[str, Any]) -> list[tuple[Run, int]]:
+    """Every run that is named, with the number of its unreadable lines."""
+    runs = []
+    for arm in spec["arms"]:
+        for seed in spec["seeds"]:
+            folder = directory / arm / f"seed{seed}"
+            metrics, unreadable = by_step(folder / METRICS)
+            config = _read_object(folder / "config.json") or _overridden(spec, arm)
+            runs.append((Run(arm, seed, folder, config, _read_object(folder / "run.json"), metrics), unreadable))
+    return runs
+
+
+def _overridden(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """The config that the sweep gives an arm, with dotted keys: what a run without config.json is judged by."""
+    return flatten(spec.get("config") or {}) | flatten((spec.get("arms_config") or {}).get(arm) or {})
+
+
+# --- finished or not ------------------------------------------------------------------------------------
+
+
+def _finished(read: list[tuple[Run, int]], spec: Mapping[str, Any]) -> tuple[dict[str, dict[int, Run]], list[str]]:
+    """Splits what was read into finished runs and sentences about the others."""
+    ends = [steps - 1 for run, _ in read if (steps := planned_steps(run.config)) is not None]
+    evaluations = [evaluated[-1] for run, _ in read if (evaluated := _evaluated(run))]
+    last = max(ends or evaluations, default=-1)
+    runs: dict[str, dict[int, Run]] = {arm: {} for arm in spec["arms"]}
+    problems = []
+    for run, unreadable in read:
+        problem = _problem(run, last)
+        if problem:
+            problems.append(f"{run.arm}, seed {run.seed}: {problem}")
+        else:
+            runs[run.arm][run.seed] = run
+        if unreadable:
+            lines = "line was" if unreadable == 1 else "lines were"
+            problems.append(f"{run.arm}, seed {run.seed}: {unreadable} unreadable {lines} left out.")
+    return runs, problems
+
+
+def _problem(run: Run, last: int) -> str | None:
+    """Why a run is not counted; None if it was evaluated at the last step that its own config plans.
+
+    Args:
+        run: what there is of it.
+        last: of other runs, for one whose config does not say how many steps it has.
+    """
+    if not run.metrics:
+        return "not started (no metrics)."
+    if why := run.info.get("diverged"):
+        return f"diverged ({str(why).partition(';')[0]}); left out of every mean."
+    steps = planned_steps(run.config)
+    end = last if steps is None else steps - 1
+    step = run.metrics[-1]["step"]
+    evaluated = _evaluated(run)
+    if step < end:
+        return f"unfinished (step {step} of {end + 1})."
+    if not evaluated or evaluated[-1] < end:
+        return f"unfinished (step {step}, no evaluation of it yet)."
+    if not math.isfinite(run.final(EVALUATED)):
+        return f"diverged (the evaluation at step {evaluated[-1]} is not finite); left out of every mean."
+    return None
+
+
+def planned_steps(config: Mapping[str, Any]) -> int | None:
+    """The number of steps of a config, or None when it does not say."""
+    steps = as_number(config.get(STEPS_KEY))
+    return int(steps) if math.isfinite(steps) else None
+
+
+def _evaluated(run: Run) -> list[int]:
+    return [line["step"] for line in run.metrics if EVALUATED in line]
+
+
+def _other_data(runs: Mapping[str, Mapping[int, Run]], baseline: str) -> list[str]:
+    """A sentence for every run that read other data than the baseline's run of its seed, with which it is paired."""
+    problems = []
+    for arm, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            other = runs[baseline].get(seed)
+            pair = [corpus_of(one.info) for one in (run, other) if one is not None]
+            if all(pair) and len(set(pair)) > 1:
+                problems.append(
+                    f"{arm}, seed {seed}: read other data than {baseline}; their difference is not of the arms."
+                )
+    return problems
+
+
+def _strangers(directory: Path, spec: Mapping[str, Any]) -> list[str]:
+    """A sentence for every run in the folder that sweep.json does not name."""
+    named = {(arm, f"seed{seed}") for arm in spec["arms"] for seed in spec["seeds"]}
+    found = sorted(path.parent for path in directory.glob(f"*/seed*/{METRICS}"))
+    return [
+        f"{folder.parent.name}/{folder.name} is not named in sweep.json and was not read."
+        for folder in found
+        if (folder.parent.name, folder.name) not in named
+    ]
+
+
+# --- what a sweep says of itself ------------------------------------------------------------------------
+
+
+def corpus_of(info: Mapping[str, Any]) -> str:
+    """The fingerprint of the data that a run read, from its run.json; empty where it is older than fingerprints."""
+    identity = info.get("identity")
+    return str(identity.get("corpus", "")) if isinstance(identity, Mapping) else ""
+
+
+def domain_keys(sweep: Sweep) -> list[str]:
+    """The per-domain keys that any finished run logged, sorted."""
+    lines = (line for run in sweep.finished for line in run.metrics)
+    return sorted({key for line in lines for key in line if key.startswith(DOMAIN_PREFIX)})
