@@ -11,12 +11,13 @@ import numpy as np
 from moe_jax.analysis.survey import store_routing
 from moe_jax.config import Config, as_dict, resolve
 from moe_jax.runtime import processes
+from moe_jax.runtime.display import Display
 from moe_jax.runtime.ledger import Ledger, of_earlier_attempts
-from moe_jax.runtime.log import METRICS, Display, RunLog, has_evaluation, newest, set_aside
+from moe_jax.runtime.log import METRICS, RunLog, has_evaluation, newest, set_aside
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.signals import Abandoned, Stopped, can_be_noted, never, noted
 from moe_jax.runtime.watchdog import Watchdog, Work
-from moe_jax.runtime.workdir import check_workdir, claim, read_run, record, versions, write_run
+from moe_jax.runtime.workdir import check_workdir, claim, read_run, record_run, versions, write_run
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.start import _resume, _start, agree_on_data, is_unaccounted, open_data, why_finished
 
@@ -84,7 +85,7 @@ def _run(
             Display(name, config.num_steps, quiet or processes.index() > 0).say(line)
             return Outcome(config.num_steps, None, {})
         one = _Run(config, workdir, corpus, name, quiet, watchdog, ledger)
-        processes.by_first(lambda: record(workdir, config, one.about))  # a checkpoint of another shape was refused
+        processes.by_first(lambda: record_run(workdir, config, one.about))  # a checkpoint of another shape was refused
         for line in one.remarks:
             one.display.say(line)
         return one.until(min(stop_at or config.num_steps, config.num_steps), profile)

@@ -173,7 +173,7 @@ def changes_of_model(config: Config) -> list[str]:
 
 def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str]:
     """Keep the tokenizer, for text and for export: that of `init_from`, or the corpus's; a line if they differ."""
-    from moe_jax.data import ByteTokenizer, keep_tokenizer
+    from moe_jax.data import ByteTokenizer, publish_tokenizer
 
     target, source = workdir / TOKENIZER, workdir_of(config.init_from, "init_from") if config.init_from else workdir
     if target.exists():
@@ -185,7 +185,7 @@ def carry_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> list[str
             if from_source:
                 copy_tree(source / TOKENIZER, partial)
             else:
-                keep_tokenizer(config.data.path, corpus.tokenizer, partial)
+                publish_tokenizer(config.data.path, corpus.tokenizer, partial)
     name = corpus.tokenizer.name
     return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"] * differs
 
