@@ -7,8 +7,8 @@ last third; here linearly.
 Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
-Result of the plan: fits, 32.2 of 95 GiB a chip; 1.49 x the ideal FLOPs and those of attention, which its kernel does
-not tell; bound on MFU 43.6 %, by the interconnect.
+Result of the plan: fits, 32.2 of 95 GiB a chip; 1.49 x the ideal FLOPs and those of attention, of which its kernel
+gives no estimate; bound on MFU 43.6 %, by the interconnect.
 """
 
 from moe_jax.config import default

@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
         raise SourceGone(
             arg,
             f"configs/from_checkpoint.py:{arg} must name a workdir with config.json; write "
-            "--config=configs/from_checkpoint.py:WORKDIR, as moe_jax.convert makes them.",
+            "--config=configs/from_checkpoint.py:WORKDIR, as moe_jax.convert writes them.",
         )
     there = json.loads(file.read_text())
     return default(

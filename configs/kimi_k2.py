@@ -8,8 +8,8 @@ deviation of the weights.
 Source: Kimi K2 (arXiv 2507.20534), sections 2.3 and 2.5, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/kimi_k2.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/kimi_k2.py --topology=v5p:8x16x16
-Result of the plan: fits, 35.9 of 95 GiB a chip; 1.53 x the ideal FLOPs and those of attention, which its kernel does
-not tell; bound on MFU 36.3 %, by the interconnect.
+Result of the plan: fits, 35.9 of 95 GiB a chip; 1.53 x the ideal FLOPs and those of attention, of which its kernel
+gives no estimate; bound on MFU 36.3 %, by the interconnect.
 """
 
 from moe_jax.config import default

@@ -7,9 +7,9 @@ Source: Qwen3 technical report (arXiv 2505.09388), section 2, and the configurat
 loss: arXiv 2501.11873.
 Command: python -m moe_jax.train --config=configs/qwen3_30b_a3b.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/qwen3_30b_a3b.py --topology=v5p:4x8x8
-Result of the plan: fits, 19.0 of 95 GiB a chip; 1.50 x the ideal FLOPs and those of attention, which its kernel does
-not tell; bound on MFU 34.6 %, by the interconnect. In 4 micro-batches it is 1.85 x and 21.9 %, for the global loss then
-needs a forward pass of its own, to count.
+Result of the plan: fits, 19.0 of 95 GiB a chip; 1.50 x the ideal FLOPs and those of attention, of which its kernel
+gives no estimate; bound on MFU 34.6 %, by the interconnect. In 4 micro-batches it is 1.85 x and 21.9 %, because
+the global loss then needs another forward pass, to count.
 """
 
 from moe_jax.config import default

@@ -326,7 +326,7 @@ def page(folder: Path, seeds: int) -> str:
     others = [f"`{arm_of(n).name}`" for n in sorted(REGISTRY) if arm_of(n).name != n]
     return PAGE.format(
         seeds=seeds,
-        what=show.told(s, "", seeds).rpartition(";")[0],
+        what=show.describe_run(s, "", seeds).rpartition(";")[0],
         window=s.window,
         limit=loop.threshold(s),
         within=s.within,

@@ -1,9 +1,10 @@
-"""`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is made.
+"""`python -m moe_jax.describe --config=configs/tiny.py`: what the config builds; no array is created.
 
-Total and active parameters, FLOPs a token, memory of the state; on several devices how every leaf is split over
-them. Active is what a token uses, with all of the embedding; sums without it, and without multi-token prediction, are
-those that papers publish. `--num_devices=N` describes the mesh of N devices that need not be here. `--compile` also
-compiles the train step for one device and tells the memory that XLA reserves for it; `moe_jax.plan` does so for others.
+Prints total and active parameters, FLOPs a token, and memory of the state; on several devices also how every leaf is
+split over them. Active parameters are those that a token uses, with the whole embedding; the sums without it, and
+without multi-token prediction, are those that papers publish. `--num_devices=N` describes the mesh of N devices, which
+need not be present. `--compile` also compiles the train step for one device and reports the memory that XLA reserves
+for it; `moe_jax.plan` does so for other machines.
 """
 
 import math
@@ -37,7 +38,7 @@ def memory(config: Config, num_devices: int = 1) -> Memory:
 
 
 class Leaf(NamedTuple):
-    """One array of the train state: its whole shape, and what one device holds of it."""
+    """One array of the train state: its whole shape, and the part that one device holds."""
 
     path: str
     dtype: str
@@ -48,10 +49,10 @@ class Leaf(NamedTuple):
 
 
 def leaves(config: Config, num_devices: int = 1) -> list[Leaf]:
-    """Every array of the train state, and how it is split over the mesh; `axes` are those of each dimension.
+    """Every array of the train state, and how it is split over the mesh; `axes` are the mesh axes of each dimension.
 
     Raises:
-        ValueError: the mesh does not fit so many devices.
+        ValueError: the mesh does not fit the number of devices.
     """
     import jax
 
@@ -69,7 +70,7 @@ def leaves(config: Config, num_devices: int = 1) -> list[Leaf]:
 
 
 def sharding_table(config: Config, num_devices: int) -> "Table":
-    """Parameters and biases with the mesh axes that split each dimension; moments lie as their parameters."""
+    """Parameters and biases with the mesh axes that split each dimension; moments are split as their parameters."""
     from rich.table import Table
 
     sizes = ", ".join(f"{axis} {size}" for axis, size in vars(config.mesh).items())
@@ -79,7 +80,8 @@ def sharding_table(config: Config, num_devices: int) -> "Table":
             continue
         dims = (" ".join((str(size), *axes)) for size, axes in zip(row.shape, row.axes, strict=True))
         table.add_row(row.path.partition("/")[2], ", ".join(dims), f"{row.bytes / 2**20:.2f} MiB {row.dtype}")
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    table.columns[0].no_wrap = True
+    table.columns[2].no_wrap = True
     return table
 
 
@@ -95,7 +97,7 @@ def compiled_bytes(config: Config) -> tuple[int, int]:
 
 
 def model_table(config: Config) -> "Table":
-    """The summary as a rich table."""
+    """Parameters and FLOPs by part, as a table."""
     from rich.table import Table
 
     from moe_jax.model.block import layout
@@ -120,14 +122,14 @@ def model_table(config: Config) -> "Table":
 def totals(rows: list[Part]) -> list[Part]:
     """The sums that papers publish: of all parts, without multi-token prediction, and without the embedding either.
 
-    Published figures leave multi-token prediction out. Some count the embedding as active, of which a token reads one
-    row, and others do not: so both sums are here.
+    Published figures leave multi-token prediction out. A token reads one row of the embedding; some papers count all of
+    it as active and others none, so both sums are here.
     """
-    kept: dict[str, tuple[str, ...]] = {"all": ()}
+    left_out: dict[str, tuple[str, ...]] = {"all": ()}
     if any(row.name == AHEAD for row in rows):
-        kept[f"without {AHEAD}"] = (AHEAD,)
-    kept["nor the embedding" if len(kept) > 1 else "without the embedding"] = (AHEAD, "embedding")
-    return [_total(name, [row for row in rows if row.name not in out]) for name, out in kept.items()]
+        left_out[f"without {AHEAD}"] = (AHEAD,)
+    left_out["nor the embedding" if len(left_out) > 1 else "without the embedding"] = (AHEAD, "embedding")
+    return [_total(name, [row for row in rows if row.name not in names]) for name, names in left_out.items()]
 
 
 def _total(name: str, rows: list[Part]) -> Part:
@@ -139,14 +141,14 @@ def main(_: list[str]) -> None:
     flag = flags.FLAGS
     try:
         if flag.num_devices < 0:
-            raise ValueError(f"--num_devices={flag.num_devices} must be at least 0; 0 takes those that are here.")
+            raise ValueError(f"--num_devices={flag.num_devices} must be at least 0; 0 takes those that are present.")
         config = validate(flag.config)
         import jax
 
         num_devices = flag.num_devices or jax.device_count()
         config = resolve(config, num_devices)
     except ValueError as error:
-        advice = "" if flag.num_devices else " --num_devices=N describes it on others than those here."
+        advice = "" if flag.num_devices else " --num_devices=N describes it on other devices than those present."
         fail(f"{error}{advice}")
     from rich.console import Console
 
@@ -154,7 +156,7 @@ def main(_: list[str]) -> None:
     console.print(model_table(config))
     tokens = config.batch_size * config.sequence_length
     console.print(f"training: {train_flops(config):,} FLOPs a token (forward x 3), {tokens:,} tokens a step")
-    num_devices = math.prod(vars(config.mesh).values())  # a mesh may leave some unused
+    num_devices = math.prod(vars(config.mesh).values())  # a mesh may leave some devices unused
     if num_devices > 1:
         console.print(sharding_table(config, num_devices))
     m = memory(config, num_devices)
@@ -170,8 +172,8 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_config_flag("A config file of ours or yours.")
-    flags.DEFINE_bool("compile", False, "Also compile the train step for one device, and tell its memory.")
-    flags.DEFINE_integer("num_devices", 0, "Describe the mesh of so many devices; 0 takes those that are here.")
+    define_config_flag("A config file.")
+    flags.DEFINE_bool("compile", False, "Also compile the train step for one device, and report its memory.")
+    flags.DEFINE_integer("num_devices", 0, "Number of devices of the mesh to describe; 0 takes those that are present.")
     flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=parse_flags)

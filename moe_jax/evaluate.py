@@ -1,14 +1,14 @@
-"""`python -m moe_jax.evaluate --workdir=DIR`: the whole held-out set, per domain; nothing moves.
+"""`python -m moe_jax.evaluate --workdir=DIR`: the whole held-out set, per domain; nothing is changed.
 
-Uses the config the run was started with; `--config=FILE` evaluates its checkpoint under another, for other
-data or another batch size, say. `--data=DIR` takes another prepared corpus, as one made with a converted model's
-tokenizer, `--sequence_length=N` longer windows, `--eval_sequences=N` only the first N sequences of each domain. On a
-cluster the same command runs in every process, as training does; on other devices than the run's, the mesh is
+Uses the config that the run was started with; `--config=FILE` evaluates its checkpoint with another, for example with
+other data or another batch size. `--data=DIR` reads another prepared corpus, such as one with a converted model's
+tokenizer, `--sequence_length=N` sets the window, and `--eval_sequences=N` takes the first N sequences of each domain.
+On a cluster the same command runs in every process, as in training; on other devices than the run's, the mesh is
 data-parallel unless a config says otherwise.
 
 `--specialisation` adds which experts each domain uses and which are used together (specialisation.json, .png);
-`--ablate` what the model loses without its shared or its best routed experts (ablation.json). Where the run stored
-its routing at several evaluations (`measure_every`), how early it settled is told too (saturation.json).
+`--ablate` adds what the model loses without its shared or its best routed experts (ablation.json). If the run stored
+its routing at several evaluations (`measure_every`), how early it settled is reported, too (saturation.json).
 """
 
 import contextlib
@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 
 def print_ablation(result: Mapping[str, Mapping[str, float | int]]) -> None:
-    """The variants as a table, with what each costs."""
+    """Print the variants as a table, with the loss in bits per byte."""
     from rich.console import Console
     from rich.table import Table
 
-    table, whole = Table("model", "loss", "bits per byte", "difference"), result["as it is"]["bits_per_byte"]
+    table = Table("model", "loss", "bits per byte", "difference")
+    whole = result["as it is"]["bits_per_byte"]
     for name, values in result.items():
         bits = values["bits_per_byte"]
         table.add_row(name, f"{values['loss']:.4f}", f"{bits:.4f}", f"{bits - whole:+.4f}")
@@ -47,7 +48,7 @@ def print_ablation(result: Mapping[str, Mapping[str, float | int]]) -> None:
 
 
 def print_saturation(result: Mapping[str, Any]) -> None:
-    """How much of the last routing each stored step had, in per cent: mean over layers, first and last layer."""
+    """Print the share of the last routing that each stored step had: mean over layers, first and last layer."""
     from rich.console import Console
     from rich.table import Table
 
@@ -59,7 +60,7 @@ def print_saturation(result: Mapping[str, Any]) -> None:
 
 
 def print_table(result: Mapping[str, float | int]) -> None:
-    """The evaluation as a table on the terminal."""
+    """Print the evaluation as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,10 +71,11 @@ def print_table(result: Mapping[str, float | int]) -> None:
 
 
 def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation: bool = False) -> None:
-    """Restore the newest checkpoint, evaluate, print, and write evaluation.json and what else was asked for.
+    """Restore the newest checkpoint, evaluate, print, and write evaluation.json and the other results.
 
     Raises:
-        ValueError, OSError: no or a damaged checkpoint, bad data, a mesh that does not fit, or nothing to measure.
+        ValueError, OSError: the checkpoint is missing or damaged, the data are bad, the mesh does not fit, or there is
+            nothing to measure.
     """
     from moe_jax.analysis.knockout import ablate
     from moe_jax.analysis.survey import survey
@@ -82,7 +84,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     from moe_jax.training.evaluation import evaluate
     from moe_jax.training.restore import on_these_devices, restore_model
 
-    check_asked(config, specialisation, ablation)
+    check_flags(config, specialisation, ablation)
     processes.by_first(lambda: check_writable(workdir, specialisation))
     corpus = processes.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     check_tokenizer(config, workdir, corpus)
@@ -92,30 +94,30 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     state = restore_model(config, workdir, mesh)
     if state is None:
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
-    # a signal ends a process alone by itself; of several all must end, and JAX has taken SIGTERM over
+    # a single process dies of a signal; several must end together, and JAX catches their SIGTERM
     with noted() if processes.count() > 1 else contextlib.nullcontext(never) as stopped:
         whole = evaluate(config, state, corpus, mesh, stopped=stopped)
-        tell(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
+        report(workdir, "evaluation", {"step": int(state.step), **whole}, print_table)
         if specialisation:
-            draw_survey(workdir, survey(config, state, corpus, mesh, stopped))
+            write_survey(workdir, survey(config, state, corpus, mesh, stopped))
         if ablation:
-            tell(workdir, "ablation", ablate(config, state, corpus, mesh, whole, stopped), print_ablation)
-    tell_saturation(config, workdir)
+            report(workdir, "ablation", ablate(config, state, corpus, mesh, whole, stopped), print_ablation)
+    report_saturation(config, workdir)
 
 
 def _note_other_data(workdir: Path, corpus: "Corpus") -> None:
-    """Print a line where the text is not held out of what the run trained on, but of other data."""
+    """Print a line if the text is not held out from the run's own data, but other data."""
     identity = identity_of(read_run(workdir))
     if identity is not None and identity.corpus != corpus.fingerprint and processes.index() == 0:
         print(
-            f"the text is of other data (fingerprint {corpus.fingerprint[:16]}) than the run was trained on "
+            f"the text is other data (fingerprint {corpus.fingerprint[:16]}) than the run was trained on "
             f"({identity.corpus[:16]})",
             flush=True,
         )
 
 
 def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
-    """Raise a ValueError where a converted model would read another vocabulary than its own."""
+    """Raise a ValueError if a converted model would read another vocabulary than its own."""
     from moe_jax.training.tokenizer import has_another_tokenizer
 
     if has_another_tokenizer(workdir, corpus):
@@ -126,24 +128,24 @@ def check_tokenizer(config: Config, workdir: Path, corpus: "Corpus") -> None:
         )
 
 
-def check_asked(config: Config, specialisation: bool, ablation: bool) -> None:
-    """Raise a ValueError where a dense model is asked about its experts."""
-    for flag, asked in (("--specialisation", specialisation), ("--ablate", ablation)):
-        if asked and not config.model.num_experts:
-            raise ValueError(f"{flag} is about experts, and model.num_experts=0 has none; leave {flag} out.")
+def check_flags(config: Config, specialisation: bool, ablation: bool) -> None:
+    """Raise a ValueError if a flag needs experts and the model has none."""
+    for flag, is_set in (("--specialisation", specialisation), ("--ablate", ablation)):
+        if is_set and not config.model.num_experts:
+            raise ValueError(f"{flag} needs experts, and model.num_experts=0 has none; leave {flag} out.")
 
 
 def check_writable(workdir: Path, specialisation: bool) -> None:
-    """Say that an evaluation in somebody else's folder is not kept; a ValueError where files are what is wanted."""
+    """If the workdir cannot be written, print that results are not kept; a ValueError if files are required."""
     if is_writable(workdir):
         return
     if specialisation:
         raise ValueError(f"--specialisation writes into --workdir={workdir}, which cannot be written; copy the run.")
-    print(f"{workdir} cannot be written: results are printed, and not kept", flush=True)
+    print(f"{workdir} cannot be written: results are printed, but not kept", flush=True)
 
 
-def tell(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[Any], None]) -> None:
-    """Print a result and write it to workdir/<name>.json, if that can be written; process 0 does."""
+def report(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[Any], None]) -> None:
+    """Print a result and, if possible, write it to workdir/<name>.json; only in process 0."""
     if processes.index() == 0:
         show(result)
         try:
@@ -152,8 +154,8 @@ def tell(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[An
             print(f"{workdir / name}.json was not written: {error.strerror or error}")
 
 
-def draw_survey(workdir: Path, found: "Survey") -> None:
-    """Write specialisation.json and specialisation.png; process 0 does."""
+def write_survey(workdir: Path, found: "Survey") -> None:
+    """Write specialisation.json and specialisation.png; only in process 0."""
     from moe_jax.analysis.specialisation import as_json, draw
 
     if processes.index() == 0:
@@ -164,8 +166,8 @@ def draw_survey(workdir: Path, found: "Survey") -> None:
         print(f"wrote {workdir / 'specialisation.json'} and specialisation.png")
 
 
-def tell_saturation(config: Config, workdir: Path) -> None:
-    """Print router saturation and write saturation.json, or say what is missing, where a run stored its routing."""
+def report_saturation(config: Config, workdir: Path) -> None:
+    """If the run stored its routing, print router saturation and write saturation.json, or print what is missing."""
     from moe_jax.analysis.specialisation import saturation, stored_steps
 
     if processes.index() != 0 or not stored_steps(workdir):
@@ -175,7 +177,7 @@ def tell_saturation(config: Config, workdir: Path) -> None:
     except ValueError as error:
         print(f"no router saturation: {error}")
     else:
-        tell(workdir, "saturation", result, print_saturation)
+        report(workdir, "saturation", result, print_saturation)
 
 
 def main(_: list[str]) -> None:
@@ -189,8 +191,8 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--eval_sequences={flag.eval_sequences} must be at least 0; 0 takes all.")
         if flag.sequence_length < 0:
             raise ValueError(f"--sequence_length={flag.sequence_length} must be at least 1, or 0 for the config's.")
-        path, length = flag.data or config.data.path, flag.sequence_length or config.sequence_length
-        data = replace(config.data, path=path, eval_sequences=flag.eval_sequences)
+        length = flag.sequence_length or config.sequence_length
+        data = replace(config.data, path=flag.data or config.data.path, eval_sequences=flag.eval_sequences)
         config = replace(config, data=data, sequence_length=length)
         with processes.joined(config.heartbeat_seconds, lambda: "evaluation"):
             try:
@@ -206,7 +208,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("eval_sequences", 0, "Held-out sequences per domain; 0 takes all.")
     flags.DEFINE_string("data", "", "A prepared folder to evaluate on; the config's if left out.")
     flags.DEFINE_integer("sequence_length", 0, "Tokens of a window; 0 takes the config's.")
-    flags.DEFINE_bool("specialisation", False, "Also which experts each domain uses, and which are used together.")
-    flags.DEFINE_bool("ablate", False, "Also what is lost without the shared, or the best routed, experts.")
-    define_config_flag("Another config to evaluate under.")
+    flags.DEFINE_bool(
+        "specialisation", False, "Also report which experts each domain uses, and which are used together."
+    )
+    flags.DEFINE_bool("ablate", False, "Also report what is lost without the shared, or the best routed, experts.")
+    define_config_flag("Another config to evaluate with.")
     app.run(main, flags_parser=parse_flags)

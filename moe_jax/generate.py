@@ -1,13 +1,13 @@
 """`python -m moe_jax.generate --workdir=DIR --prompt="..."`: text from the newest checkpoint of a run.
 
-Several --prompt, a --prompts_file with one a line, or --num_samples of each are made together; a single text appears
-as it is made. It ends at the separator of documents, at the model's own ends of text and at --eos=TOKEN, where a --stop
-string begins, which may have names of special tokens in it, or after --max_new_tokens. --temperature=0 takes the
-likeliest token; --top_k and --top_p leave only likely ones. The same --seed gives the same text, whatever else is made
-with it.
+Several texts (more than one --prompt, a --prompts_file with one a line, or --num_samples of each) are generated
+together; a single text is printed while it is generated. A text ends at the separator of documents, at the model's own
+ends of text, at --eos=TOKEN, before a --stop string, which may contain names of special tokens, or after
+--max_new_tokens. --temperature=0 takes the likeliest token; --top_k and --top_p restrict the draw to likely ones. The
+same --seed gives the same text, whatever other texts are generated with it.
 
---show_experts colours every token by its top expert in one MoE layer (--layer, the middle one if left out);
---html=FILE writes the same as a page in which the layer can be chosen.
+--show_experts colours every token by its top expert in one MoE layer (--layer, the middle one by default);
+--html=FILE writes a page with the same colours, in which the layer can be chosen.
 
 No copy of a token is dropped, and the logits are those of the training's forward pass.
 """
@@ -43,14 +43,14 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
         text = path_of(file, "--prompts_file").read_text(encoding="utf-8-sig") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts_file={file} cannot be read ({error}); give a UTF-8 file.") from None
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() knows more ends than lines have
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would also split at other characters
     if not prompts and not lines:
         raise ValueError('there is no prompt; give --prompt="...", or --prompts_file=FILE with one a line.')
     return [*prompts, *lines]
 
 
 def chosen_layer(config: Config, layer: int | None) -> int:
-    """The MoE layer to show: the one asked for, or the middle one.
+    """The MoE layer to show: `layer`, or the middle one.
 
     Raises:
         ValueError: there is no such layer.
@@ -59,9 +59,7 @@ def chosen_layer(config: Config, layer: int | None) -> int:
 
     layers = num_moe_layers(config.model) - config.model.mtp_depth
     if not config.model.num_experts:
-        raise ValueError(
-            "--show_experts and --html are about experts, and model.num_experts=0 has none; leave them out."
-        )
+        raise ValueError("--show_experts and --html need experts, and model.num_experts=0 has none; leave them out.")
     if layer is not None and not 0 <= layer < layers:
         raise ValueError(f"--layer={layer} must be one of the MoE layers 0 to {layers - 1}; give one of them.")
     return layers // 2 if layer is None else layer
@@ -71,11 +69,12 @@ def run(flag: Any) -> None:
     """Restore, generate, print.
 
     Raises:
-        ValueError, OSError: whatever the flags or the workdir lack.
+        ValueError, OSError: a flag is wrong, or something is missing in the workdir.
     """
-    workdir, prompts = workdir_of(flag.workdir), read_prompts(flag.prompt, flag.prompts_file)
+    workdir = workdir_of(flag.workdir)
+    prompts = read_prompts(flag.prompt, flag.prompts_file)
     from moe_jax.text.decoding import check_model, check_prompts, notice_of_drops
-    from moe_jax.text.model import encode, longest, restore, tokenizer_of
+    from moe_jax.text.model import encode, known_length, restore, tokenizer_of
     from moe_jax.text.sampling import Sampling
 
     sampling = Sampling(flag.temperature, flag.top_k, flag.top_p)
@@ -88,58 +87,62 @@ def run(flag: Any) -> None:
         output_of(flag.html, "--html")
     tokenizer, opened = tokenizer_of(workdir, config, flag.tokenizer, flag.eos)
     opened = opened if flag.separator is None else flag.separator
-    given = [encode(tokenizer, prompt, opened) for prompt in prompts for _ in range(flag.num_samples)]
+    prompt_ids = [encode(tokenizer, prompt, opened) for prompt in prompts for _ in range(flag.num_samples)]
     check_model(config, tokenizer)
-    check_prompts(given, flag.max_new_tokens, flag.stop, flag.max_length or longest(workdir, config))
+    check_prompts(prompt_ids, flag.max_new_tokens, flag.stop, flag.max_length or known_length(workdir, config))
     model, step = restore(workdir)
-    _tell(f"{workdir}, step {step}; {notice_of_drops(config)}".rstrip("; "))
-    how = dict(max_new_tokens=flag.max_new_tokens, sampling=sampling, stop=flag.stop)
-    live = len(given) == 1 and not flag.show_experts
+    _note(f"{workdir}, step {step}; {notice_of_drops(config)}".rstrip("; "))
+    options = dict(max_new_tokens=flag.max_new_tokens, sampling=sampling, stop=flag.stop)
+    live = len(prompt_ids) == 1 and not flag.show_experts
     started = time.monotonic()
-    found = list(_in_batches(model, given, tokenizer, flag.seed, flag.batch_size, how, prompts[0] if live else None))
-    total, seconds = sum(len(one.ids) for one in found), time.monotonic() - started
+    found = list(
+        _in_batches(model, prompt_ids, tokenizer, flag.seed, flag.batch_size, options, prompts[0] if live else None)
+    )
+    total = sum(len(one.ids) for one in found)
+    seconds = time.monotonic() - started
     if not live and not flag.show_experts:
         _print_all([prompt for prompt in prompts for _ in range(flag.num_samples)], found)
     if coloured:
-        _show(model, given, found, tokenizer, layer, flag)
-    _tell(f"{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s")
+        _show(model, prompt_ids, found, tokenizer, layer, flag)
+    _note(f"{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s")
 
 
 def _in_batches(
     model: "Model",
-    given: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int]],
     tokenizer: "Tokenizer",
     seed: int,
     size: int,
-    how: dict[str, Any],
+    options: dict[str, Any],
     live: str | None,
 ) -> "Iterator[Completion]":
-    """The completions, so many rows at a time; `live` is the prompt of a single text that is printed while made."""
+    """The completions, `size` rows at a time; `live`: the prompt of a single text, printed while it is generated."""
     import jax
 
     from moe_jax.text.decoding import complete
 
-    how = how | {"key": jax.random.key(seed)}
+    options = options | {"key": jax.random.key(seed)}
     if live is not None:
         print(printable(live), end="", flush=True)
-        yield _print_live(model, given, tokenizer, how)
+        yield _print_live(model, prompt_ids, tokenizer, options)
         return
-    for start in range(0, len(given), size):
-        part = given[start : start + size]
-        yield from complete(model, part, tokenizer, rows=range(start, start + len(part)), **how)
+    for start in range(0, len(prompt_ids), size):
+        part = prompt_ids[start : start + size]
+        yield from complete(model, part, tokenizer, rows=range(start, start + len(part)), **options)
 
 
 def _print_live(
-    model: "Model", given: Sequence[Sequence[int]], tokenizer: "Tokenizer", how: dict[str, Any]
+    model: "Model", prompt_ids: Sequence[Sequence[int]], tokenizer: "Tokenizer", options: dict[str, Any]
 ) -> "Completion":
     from moe_jax.text.decoding import Completion, generate
 
     ids: list[int] = []
     text = why = ""
-    for new in generate(model, given, tokenizer, **how):
+    for new in generate(model, prompt_ids, tokenizer, **options):
         print(printable(new.text), end="", flush=True)
         ids += [] if new.why == "end" else [new.id]
-        text, why = text + new.text, new.why
+        text += new.text
+        why = new.why
     print(flush=True)
     return Completion(ids, text, why)
 
@@ -151,7 +154,7 @@ def _print_all(prompts: Sequence[str], found: "Sequence[Completion]") -> None:
 
 def _show(
     model: "Model",
-    given: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int]],
     found: "Sequence[Completion]",
     tokenizer: "Tokenizer",
     layer: int,
@@ -160,11 +163,11 @@ def _show(
     """The texts in colours, on the terminal, in a file, or both."""
     from moe_jax.text.decoding import Traced, trace
 
-    sequences = [[*prompt, *one.ids] for prompt, one in zip(given, found, strict=True)]
+    sequences = [[*prompt, *one.ids] for prompt, one in zip(prompt_ids, found, strict=True)]
     texts: list[Traced] = []
     for start in range(0, len(sequences), flag.batch_size):
         part = slice(start, start + flag.batch_size)
-        texts += trace(model, sequences[part], [len(prompt) for prompt in given[part]], tokenizer)
+        texts += trace(model, sequences[part], [len(prompt) for prompt in prompt_ids[part]], tokenizer)
     choices = model.config.model.num_experts + model.config.model.num_zero_experts
     if flag.show_experts:
         from rich.console import Console
@@ -173,11 +176,11 @@ def _show(
             Console().print(line, soft_wrap=True)
     if flag.html:
         write_whole(output_of(flag.html, "--html"), as_html(texts, layer, choices, f"Experts of {flag.workdir}"))
-        _tell(f"wrote {flag.html}")
+        _note(f"wrote {flag.html}")
 
 
-def _tell(line: str) -> None:
-    """A line about the text, which is not the text."""
+def _note(line: str) -> None:
+    """Print a line about the texts, apart from the texts."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -207,28 +210,33 @@ def define_flags(values: Any = flags.FLAGS) -> None:
     flags.DEFINE_string("prompts_file", "", "A file of prompts, one a line.", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add to a prompt.", flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0: from all.", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0: from all.", flag_values=values)
     flags.DEFINE_float(
         "top_p", 1.0, "Draw from the likeliest tokens that together have this probability.", flag_values=values
     )
-    # jax would take the last 32 bits of a larger one
+    # jax would use only the last 32 bits of a larger seed
     flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
     flags.DEFINE_multi_string(
         "stop", [], "End a text before this string; may be given several times.", flag_values=values
     )
     flags.DEFINE_integer("num_samples", 1, "Texts of each prompt.", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "Texts made at the same time.", flag_values=values)
-    flags.DEFINE_string("tokenizer", "", "bytes, or a tokenizer.json's folder; the model's own.", flag_values=values)
-    flags.DEFINE_string("eos", "", "A token, or its id, that ends texts, too.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "Texts generated at the same time.", flag_values=values)
+    flags.DEFINE_string(
+        "tokenizer", "", "bytes, or a folder with a tokenizer.json; the model's own if left out.", flag_values=values
+    )
+    flags.DEFINE_string("eos", "", "Another token, or its id, that ends texts.", flag_values=values)
     flags.DEFINE_integer(
         "max_length",
         0,
-        "Most tokens of prompt and text; 0: what the model is made for.",
+        "Most tokens of prompt and text; 0: the model's own limit.",
         lower_bound=0,
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "separator", None, "Begin prompts as documents begin; as the model was trained if left out.", flag_values=values
+        "separator",
+        None,
+        "Begin prompts with the separator, as documents do; as in training if left out.",
+        flag_values=values,
     )
     flags.DEFINE_bool("show_experts", False, "Colour tokens by their top expert.", flag_values=values)
     flags.DEFINE_integer(

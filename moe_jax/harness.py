@@ -1,19 +1,19 @@
 """`python -m moe_jax.harness --workdir=DIR --tasks=held_out`: tasks of the lm-evaluation-harness, on our models.
 
-Needs `pip install 'moe_jax[lm-eval]'`. Any task of the harness that asks for likelihoods or for text can be named, or
-one of your own with --include_path; most of them download their data. Two of ours do not: `held_out`, the bits per
-byte of the held-out documents of the run's corpus (or --data=DIR), each document by itself; and `continuation`, which
-of four passages continues a held-out text. With --output=FILE the results are also written as JSON.
+Needs `pip install 'moe_jax[lm-eval]'`. --tasks names any tasks of the harness that need likelihoods or text, or your
+own with --include_path; most of them download their data. Two of ours do not: `held_out`, the bits per byte of the
+held-out documents of the run's corpus (or --data=DIR), each document by itself; and `continuation`, which of four
+passages continues a held-out text. With --output=FILE the results are also written as JSON.
 
-A continuation is scored from the first token in which the whole text differs from the text before it. Where a token
-spans the seam that is this token, so every byte of the continuation is scored. Requests that cannot be answered are
-refused, with the names of all their tasks, before any other is answered.
+A continuation is scored from the first token in which the whole text differs from its context alone. If a token spans
+the end of the context, it is this token, so every byte of the continuation is scored. Requests that cannot be answered
+are refused, with the names of all their tasks, before any request is answered.
 
 In Python, `adapter()(workdir=...)` is a model for `lm_eval.simple_evaluate`.
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import app, flags
 
@@ -23,22 +23,18 @@ from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import output_of, write_json
 from moe_jax.runtime.workdir import config_of_run
 
-if TYPE_CHECKING:
-    pass
-
-
-# --- the command ----------------------------------------------------------------------------------------------
-
 
 def run(flag: Any) -> dict[str, Any]:
-    """Evaluate, print the harness's table, and give its results.
+    """Evaluate, print the harness's table, and return its results.
 
     Raises:
-        ValueError, OSError: whatever the flags, the workdir or a task lack.
+        ValueError, OSError: a flag or a task is wrong, or something is missing in the workdir.
     """
-    from moe_jax.text.lm_eval import OURS, adapter
+    from moe_jax.text.answers import OURS
+    from moe_jax.text.lm_eval import adapter
 
-    made, workdir = adapter(), workdir_of(flag.workdir)
+    model_class = adapter()
+    workdir = workdir_of(flag.workdir)
     if flag.output:
         output_of(flag.output, "--output")
     for name in ("num_fewshot", "limit", "max_length", "bootstrap"):
@@ -51,10 +47,10 @@ def run(flag: Any) -> dict[str, Any]:
     data = flag.data or config_of_run(workdir).data.path
     ours = {file.stem for file in OURS.glob("*.yaml")}
     names = [name for name in flag.tasks.split(",") if name]
-    model = made(str(workdir), flag.tokenizer, flag.max_length, flag.batch_size, flag.eos)
+    model = model_class(str(workdir), flag.tokenizer, flag.max_length, flag.batch_size, flag.eos)
 
     class Tasks(TaskManager):
-        """The harness's tasks, which the model knows once they are loaded."""
+        """The harness's tasks, which are given to the model once they are loaded."""
 
         def load(self, task_list: Any) -> Any:
             loaded = super().load(task_list)
@@ -67,15 +63,14 @@ def run(flag: Any) -> dict[str, Any]:
             except IndexError as error:  # of the first letter of a choice, or the first document
                 raise ValueError(
                     f"the task {spec} has no document, or one with an empty choice ({error}), so nothing can be "
-                    "scored; leave it out, or mend it."
+                    "scored; leave it out, or correct it."
                 ) from error
 
     paths = [str(OURS), *([str(path_of(flag.include_path, "--include_path"))] if flag.include_path else [])]
     manager = Tasks(include_path=paths, include_defaults=not ours.issuperset(names), metadata={"data_path": data})
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
-            f"--tasks={flag.tasks} names {', '.join(unknown)}, of which there is no task; ours are "
-            f"{', '.join(sorted(ours))}."
+            f"--tasks={flag.tasks} names {', '.join(unknown)}, which are not tasks; ours are {', '.join(sorted(ours))}."
         )
     found = simple_evaluate(
         model=model,
@@ -87,7 +82,7 @@ def run(flag: Any) -> dict[str, Any]:
         log_samples=False,
         bootstrap_iters=flag.bootstrap,
     )
-    if flag.output:  # before anything is printed, which may fail
+    if flag.output:  # before printing, which may fail
         write_json(output_of(flag.output, "--output"), json.loads(json.dumps(found["results"], default=str)))
     print(make_table(found))
     return found["results"]
@@ -95,19 +90,20 @@ def run(flag: Any) -> dict[str, Any]:
 
 def define_flags(values: Any = flags.FLAGS) -> None:
     """The flags of the command."""
-    text, whole = flags.DEFINE_string, flags.DEFINE_integer
-    text("workdir", None, "Of a training run, or of a converted model.", flag_values=values, required=True)
-    text("tasks", "held_out", "Names of tasks, with commas.", flag_values=values)
+    text = flags.DEFINE_string
+    whole = flags.DEFINE_integer
+    text("workdir", None, "The workdir of a training run, or of a converted model.", flag_values=values, required=True)
+    text("tasks", "held_out", "Names of tasks, separated by commas.", flag_values=values)
     text("include_path", "", "A folder with tasks of your own.", flag_values=values)
-    text("data", "", "A prepared folder for our tasks; the run's own if left out.", flag_values=values)
-    text("tokenizer", "", "bytes, or a tokenizer.json's folder; the model's own.", flag_values=values)
-    text("eos", "", "A token, or its id, that ends texts, too.", flag_values=values)
-    text("gen_kwargs", "", "As temperature=0.5,max_gen_toks=32.", flag_values=values)
+    text("data", "", "A prepared folder for our tasks; the run's if left out.", flag_values=values)
+    text("tokenizer", "", "bytes, or a folder with a tokenizer.json; the model's own if left out.", flag_values=values)
+    text("eos", "", "Another token, or its id, that ends texts.", flag_values=values)
+    text("gen_kwargs", "", "Options of generated text, as temperature=0.5,max_gen_toks=32.", flag_values=values)
     text("output", "", "Write the results to this file.", flag_values=values)
-    whole("num_fewshot", None, "Examples before each question; the task's own number.", flag_values=values)
-    whole("limit", 0, "Only so many documents of each task; 0: all.", flag_values=values)
+    whole("num_fewshot", None, "Examples before each question; the task's own number if left out.", flag_values=values)
+    whole("limit", 0, "Documents of each task; 0: all.", flag_values=values)
     whole("batch_size", 8, "Texts at the same time.", flag_values=values)
-    whole("max_length", 0, "Most tokens seen at a time; 0: what the model is made for.", flag_values=values)
+    whole("max_length", 0, "Most tokens seen at a time; 0: the model's own limit.", flag_values=values)
     whole("bootstrap", 1000, "Samples for the standard errors; 0: none.", flag_values=values)
 
 

@@ -1,6 +1,6 @@
 """`python -m moe_jax.plan --config=FILE --topology=v5p:8x16x16`: the train step compiled for a machine you do not have.
 
-Compiles the real train step for that topology with the TPU compiler (the libtpu wheel; no TPU needed) and tells
+Compiles the real train step for that topology with the TPU compiler (the libtpu wheel; no TPU needed) and reports
 whether it fits, its bytes, FLOPs, collectives and kernels, and the bound on MFU that follows. `--topology=cpu:8` does
 the same for eight fake local devices, without a chip's figures. `--search` tries meshes and remat policies.
 """
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# --- what is printed ------------------------------------------------------------------------------------------
-
-
 def size(n: float | None) -> str:
-    """Bytes for people."""
+    """Bytes in a readable unit."""
     if n is None:
         return "?"
     for unit, one in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
@@ -37,15 +34,16 @@ def size(n: float | None) -> str:
 
 
 def show(report: dict[str, Any], console: "Console") -> None:
-    """The report as tables."""
+    """Print the report as tables."""
     from rich.table import Table
 
-    r, memory = report, report["bytes_per_chip"]
+    r = report
+    memory = report["bytes_per_chip"]
     mesh = " x ".join(f"{name} {n}" for name, n in r["mesh"].items() if n > 1) or "one device"
     console.print(
         f"{r['topology']}: {r['chips']} chips as {mesh}; remat {r['remat']}, {r['micro_batches']} micro-batch"
     )
-    verdict = {True: "FITS", False: "DOES NOT FIT", None: "memory of the machine is not known"}[r["fits"]]
+    verdict = {True: "FITS", False: "DOES NOT FIT", None: "the memory of the machine is not known"}[r["fits"]]
     console.print(f"{verdict}: {size(memory['total'])} a chip of {size(memory['hbm'])}")
     names = ", ".join(f"{k.replace('_', ' ')} {size(v)}" for k, v in memory.items() if k not in ("total", "hbm"))
     console.print(f"  {names}")
@@ -71,7 +69,7 @@ def show(report: dict[str, Any], console: "Console") -> None:
     console.print(table)
     for kind, n in r["flops_per_chip_during_exchange"].items():
         console.print(f"  scheduled between start and end of {kind}: {n:.3e} FLOPs of matrix products a chip")
-    console.print("kernels: " + (", ".join(f"{k} x {n:,}" for k, n in r["kernels"].items()) or "none but XLA's own"))
+    console.print("kernels: " + (", ".join(f"{k} x {n:,}" for k, n in r["kernels"].items()) or "only XLA's own"))
     if r["seconds"]:
         times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in r["seconds"].items())
         console.print(f"roofs: {times}; bound on MFU {100 * r['mfu_bound']:.1f} %, by {r['bound_by']}")
@@ -92,7 +90,7 @@ def show(report: dict[str, Any], console: "Console") -> None:
 
 
 def show_search(trials: Sequence[Trial], console: "Console") -> None:
-    """The trials that were compiled, best bound first, then the others."""
+    """Print the trials that were compiled, best bound first, then the others."""
     from rich.table import Table
 
     table = Table("mesh", "remat", "bound on MFU", "by", "memory a chip", "", title="tried, best first")
@@ -100,13 +98,13 @@ def show_search(trials: Sequence[Trial], console: "Console") -> None:
         bound = t.report.get("mfu_bound")
         mesh = " x ".join(f"{name} {n}" for name, n in t.mesh.items() if n > 1)
         memory = size(t.report["bytes_per_chip"]["total"]) if "bytes_per_chip" in t.report else ""
-        told = "" if bound is None else f"{100 * bound:.1f} %"
-        table.add_row(mesh, t.remat, told, t.report.get("bound_by") or "", memory, t.verdict)
+        percent = "" if bound is None else f"{100 * bound:.1f} %"
+        table.add_row(mesh, t.remat, percent, t.report.get("bound_by") or "", memory, t.verdict)
     console.print(table)
 
 
 def main(_: list[str]) -> None:
-    """Plan, or search; print, and write JSON where asked."""
+    """Plan or search, print, and write JSON if a flag says so."""
     flag = flags.FLAGS
     try:
         topology = parse_topology(flag.topology)
@@ -117,7 +115,9 @@ def main(_: list[str]) -> None:
         fail(str(error))
     from rich.console import Console
 
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 100)  # in a file the tables need not wrap
+    console = Console(
+        soft_wrap=True, width=None if sys.stdout.isatty() else 100
+    )  # wide enough for the tables, if written to a file
     try:
         if flag.search:
             trials = []
@@ -137,11 +137,13 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_config_flag("A config file of ours or yours.")
+    define_config_flag("A config file.")
     flags.DEFINE_string("topology", None, "FAMILY:SHAPE, as v5p:8x16x16, v5e:16x16, 2xv5e:16x16 or cpu:8.")
     flags.DEFINE_string("json", "", "Also write the report to this file.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program, scheduled HLO, to this file.")
-    flags.DEFINE_bool("search", False, "Try every mesh that divides, and the remat policies; best bound first.")
-    flags.DEFINE_float("minutes", 60.0, "Begin no trial of a search after so many minutes.")
+    flags.DEFINE_bool(
+        "search", False, "Try every mesh that divides, and the remat policies; list the best bound first."
+    )
+    flags.DEFINE_float("minutes", 60.0, "Minutes after which a search begins no further trial.")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

@@ -1,24 +1,24 @@
 """`python -m moe_jax.simulate --balance=bias_sign --experts=256 --top_k=8 --drift=0.01`: balancing without a model.
 
-Runs any way of balancing against a stream of router logits, thousands of steps a minute on a CPU, draws max
-violation over time and tells how fast each comes to balance, how near, and how calmly. Which rule, at which rate,
-for so many experts and tokens? `--balance` may be given several times, `--rates=1e-4,1e-3,1e-2` repeats each by rate:
+Runs any balancing method against a stream of router logits, thousands of steps a minute on a CPU, draws max violation
+over time, and reports how fast, how closely and how calmly each one balances. So it answers which method, at which
+rate, suits a number of experts and tokens. `--balance` may be repeated; `--rates=1e-4,1e-3,1e-2` repeats each by rate:
 
     --balance=bias_sign:rate=1e-3,zero_mean=True    a method with options, as in `config.balance`
     --balance=bias_sign+aux_loss:weight=1e-3        several together
-    --balance=second:method=aux_loss,layers=(0,1)   a label of one's own
+    --balance=second:method=aux_loss,layers=(0,1)   a label of your choice
     --balance=none                                  no balancing
 
 Streams (`--stream`; numbers are in units of the spread of logits over tokens, of which `--skew` is the spread of
 the experts' popularity): `skewed` experts differ in popularity; `drifting` it does a random walk; `bursty` some
-experts are popular for a while; `domains` batches switch between domains; `shift` it is drawn anew in the middle;
+experts are popular for a while; `domains` batches switch between domains; `shift` it changes in the middle;
 `adversarial` the most loaded expert becomes more popular. `--scores=FOLDER` replays what a run with
 `record_scores_every` wrote into WORKDIR/scores.
 
-A loss acts on its router: here on an offset for each expert, which all tokens share, by
-offset -= router_rate x E x gradient. No language model pulls against it, so any loss that is lower for smaller
-differences in popularity finds balance here, the sooner the larger its weight; what it costs is not seen. Losses on
-the router's weights alone do nothing here.
+A loss acts on the router: here on an offset for each expert, shared by all tokens, by
+offset -= router_rate x E x gradient. No language model counteracts it, so any loss that is lower for smaller
+differences in popularity reaches balance here, the sooner the larger its weight; what it costs the model is not
+visible. Losses on the router's weights alone have no effect here.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -38,16 +38,13 @@ from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import output_of, write_json
 from moe_jax.runtime.workdir import read_config
 from moe_jax.simulator.arms import Arm, arms_of
-from moe_jax.simulator.loop import FINAL, best, floor, simulate, threshold
+from moe_jax.simulator.loop import FINAL, best_arm, floor, simulate, threshold
 from moe_jax.simulator.settings import STREAMS, Recording, Settings, check, config_of, read_scores
-from moe_jax.simulator.show import as_json, draw, make_table, told
-
-if TYPE_CHECKING:
-    pass
+from moe_jax.simulator.show import as_json, describe_run, draw, make_table
 
 
 def check_unused(given: set[str], s: Settings, scores: str) -> None:
-    """Raise a ValueError for a flag that was given and would be ignored."""
+    """Raise a ValueError for a flag that was set and would be ignored."""
     only_some = {name for names in STREAMS.values() for name in names if name != "shift_step"}
     synthetic = only_some | {"experts", "tokens", "stream", "noise"}
     if scores and (extra := sorted(given & synthetic)):
@@ -59,22 +56,19 @@ def check_unused(given: set[str], s: Settings, scores: str) -> None:
         raise ValueError(f"--{name} is not read by --stream={s.stream}; choose {' or '.join(readers)}.")
 
 
-# --- the command ------------------------------------------------------------------------------------------------
-
-
-class Asked(NamedTuple):
-    """What the command line asks for."""
+class Task(NamedTuple):
+    """What the flags describe."""
 
     settings: Settings
     arms: list[Arm]
     recording: Recording | None
 
 
-def asked() -> Asked:
-    """The flags, checked before jax is loaded.
+def read_flags() -> Task:
+    """Read and check the flags, before jax is loaded.
 
     Raises:
-        ValueError: they are wrong.
+        ValueError: one is wrong.
     """
     flag = flags.FLAGS
     values = {f.name: getattr(flag, f.name) for f in fields(Settings)}
@@ -95,7 +89,7 @@ def asked() -> Asked:
         raise ValueError(f"--out={flag.out} must end in {', '.join(PICTURES)}; name it simulation.png.")
     arms = arms_of(flag.balance, _numbers("rates", float), _numbers("sign", int))
     if {arm.sign for arm in arms} - {1, -1}:
-        raise ValueError(f"--sign={','.join(flag.sign)} must be 1, or -1 to turn the balancing round; or both.")
+        raise ValueError(f"--sign={','.join(flag.sign)} must be 1, or -1 to reverse the balancing; or both.")
     for name in ("json", "out"):
         if text := str(flag[name].value):
             output_of(text, f"--{name}")
@@ -108,21 +102,21 @@ def asked() -> Asked:
         recording = None
     for arm in arms:
         config_of(s, arm.entries)
-    return Asked(s, arms, recording)
+    return Task(s, arms, recording)
 
 
 PICTURES = (".png", ".pdf", ".svg")
 
 
 def _of_the_run(scores: Path, given: set[str]) -> dict[str, Any]:
-    """`score` and `top_k` of the run that recorded the scores, where its config is there and no flag says otherwise."""
+    """`score` and `top_k` of the run that recorded the logits, if its config is there and the flags were not set."""
     file = scores.parent / "config.json"
     if scores == Path() or not file.is_file():
         return {}
     model = read_config(file)["model"]
     if zero := model.get("num_zero_experts", 0):
         raise ValueError(
-            f"--scores={scores} has {zero} zero-computation experts, of which the simulator knows nothing."
+            f"--scores={scores} has {zero} zero-computation experts, which the simulator does not support."
         )
     return {name: model[name] for name in ("score", "top_k") if name not in given}
 
@@ -140,7 +134,7 @@ def main(_: list[str]) -> None:
     flag = flags.FLAGS
     keep_compiled()
     try:
-        s, arms, recording = asked()
+        s, arms, recording = read_flags()
     except ValueError as error:
         fail(str(error))
     from rich.console import Console
@@ -151,7 +145,9 @@ def main(_: list[str]) -> None:
     for arm in arms:
         results.append(simulate(arm, s, flag.seeds, recording, flag.layer))
         console.print(f"{arm.name}: done after {time.perf_counter() - started:.0f} s", style="dim", markup=False)
-    title, low, limit = told(s, flag.scores, flag.seeds), floor(s, recording), threshold(s, recording)
+    title = describe_run(s, flag.scores, flag.seeds)
+    low = floor(s, recording)
+    limit = threshold(s, recording)
     console.print(make_table(results, s, title))
     console.print(
         f"settled: the mean of max violation over {s.window} steps stays below {limit:.3g}, the floor {low:.3g} of a "
@@ -159,10 +155,10 @@ def main(_: list[str]) -> None:
         f"step), bias change (likewise), flips (share of experts whose bias turned) and dead (experts without a "
         f"token) are of the last {FINAL:.0%} of {s.steps} steps"
     )
-    console.print(best(results, s))
+    console.print(best_arm(results, s))
     if flag.out:
         draw(results, s, low, title, output_of(flag.out, "--out"))
-        console.print(f"drawn: {flag.out}")
+        console.print(f"wrote {flag.out}")
     if flag.json:
         found = as_json(results, s, flag.scores) | {"floor": low, "threshold": limit}
         write_json(output_of(flag.json, "--json"), found)
@@ -175,11 +171,11 @@ def define_flags() -> None:
         define[type(f.default)](f.name, f.default, f.metadata["help"])
     flags.DEFINE_multi_string("balance", None, "METHOD[:OPTION=VALUE,...][+METHOD...], or none; may be repeated.")
     flags.DEFINE_list("rates", [], "Repeat every method with each of these rates.")
-    flags.DEFINE_list("sign", ["1"], "-1 turns balancing the wrong way round; 1,-1 shows both.")
-    flags.DEFINE_integer("seeds", 1, "How many runs of each, with different streams.")
+    flags.DEFINE_list("sign", ["1"], "-1 reverses the balancing; 1,-1 runs both.")
+    flags.DEFINE_integer("seeds", 1, "Number of runs of each, with different streams.")
     flags.DEFINE_string("scores", "", "Replay the recorded router logits in this folder instead.")
-    flags.DEFINE_integer("layer", 0, "Which MoE layer of the recorded logits.")
-    flags.DEFINE_string("out", "simulate.png", "Draw into this PNG; empty for none.")
+    flags.DEFINE_integer("layer", 0, "The MoE layer of the recorded logits.")
+    flags.DEFINE_string("out", "simulate.png", "Draw to this file; empty for none.")
     flags.DEFINE_string("json", "", "Also write the numbers to this file.")
     flags.mark_flags_as_required(["balance"])
 

@@ -1,8 +1,9 @@
-"""`python -m moe_jax.train --config=configs/tiny.py --workdir=DIR`: train, or go on where DIR stopped.
+"""`python -m moe_jax.train --config=configs/tiny.py --workdir=DIR`: train, or resume the run in DIR.
 
-Resuming is the newest verified checkpoint and `batch_at(step)`; the curve does not notice. SIGTERM, SIGINT, SIGHUP
-and SIGUSR1 save at the last finished step and end with status 128 + signal (143, 130, 129, 138), out of an evaluation
-too; a run that was not finished resumes when the same command is repeated, and makes up for that evaluation.
+A run resumes from its newest verified checkpoint and `batch_at(step)`, with the same numbers as without interruption.
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 save at the last finished step and end with status 128 + signal (143, 130, 129,
+138), during an evaluation, too. Repeat the same command to resume an unfinished run; it also repeats an interrupted
+evaluation.
 
 On a cluster the same command runs in every process. Each loads only the rows that its devices hold, all save
 together, process 0 writes the logs, and a signal to one of them stops all at the same step, with status 143.
@@ -27,14 +28,13 @@ def main(_: list[str]) -> None:
     keep_compiled()
     try:
         if not flag.workdir:
-            raise ValueError(
-                "--workdir= is empty and would be the current folder; name one, or write --workdir=. for it."
-            )
+            raise ValueError("--workdir= is empty; name a folder, or write --workdir=. for the current one.")
         if flag.profile < 0:
-            raise ValueError(f"--profile={flag.profile} must be at least 0; it is how many steps to trace.")
+            raise ValueError(f"--profile={flag.profile} must be at least 0, the number of steps to trace.")
         if flag.stop_at < 0:
             raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
-        config, workdir = validate(flag.config), workdir_of(flag.workdir)
+        config = validate(flag.config)
+        workdir = workdir_of(flag.workdir)
         from moe_jax.data import check_corpus
 
         check_corpus(config.data.path)
@@ -58,9 +58,9 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_config_flag("A config file of ours or yours.")
-    flags.DEFINE_string("workdir", None, "Where the run lives; made if absent.")
-    flags.DEFINE_integer("stop_at", 0, "Stop and save after so many steps; the same command without it goes on.")
-    flags.DEFINE_integer("profile", 0, "Trace so many steps, once they are compiled, into WORKDIR/profile.")
+    define_config_flag("A config file.")
+    flags.DEFINE_string("workdir", None, "The folder of the run; created if absent.")
+    flags.DEFINE_integer("stop_at", 0, "Stop and save after this step; the same command without it resumes.")
+    flags.DEFINE_integer("profile", 0, "Number of steps to trace, once they are compiled, into WORKDIR/profile.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -37,7 +37,8 @@ ALLOWED = {
 # in which no file imports jax, so that a mistake is reported before it is loaded
 WITHOUT_JAX = {"config", "data", "runtime/files", "runtime/cache", "runtime/ledger", "runtime/prefetch", "runtime/log"}
 WITHOUT_JAX |= {"runtime/chips", "runtime/workdir", "huggingface/shards", "planning/hlo", "planning/cost"}
-WITHOUT_JAX |= {"planning/topology", "text/colours"}
+WITHOUT_JAX |= {"planning/loops", "planning/products", "planning/traffic", "planning/collectives"}
+WITHOUT_JAX |= {"planning/topology", "text/colours", "runtime/display"}
 
 
 def name(file: Path) -> str:

@@ -48,7 +48,7 @@ def write_model(folder: Path, config: ModelConfig) -> dict[str, int]:
     """config.json and the tensors, one after the other; how many bytes in all, and in the largest."""
     import ml_dtypes
 
-    from moe_jax.huggingface.families import choose, to_hf
+    from moe_jax.huggingface.config_out import choose, to_hf
     from moe_jax.huggingface.tensors import tensors
 
     family = choose(config)

@@ -2,17 +2,17 @@
 
 from moe_jax.data.batches import Batch, BatchAt, EvaluationBatches, count_windows, evaluation_batches, training_batches
 from moe_jax.data.corpus import (
-    SPLITS,
     Corpus,
     Stream,
     Summary,
     check_corpus,
     documents,
-    keep_tokenizer,
     make_corpus,
     open_corpus,
+    publish_tokenizer,
     token_frequencies,
 )
+from moe_jax.data.manifest import SPLITS
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_jax.data.vocabularies import get_tokenizer
 
@@ -31,9 +31,9 @@ __all__ = [
     "documents",
     "evaluation_batches",
     "get_tokenizer",
-    "keep_tokenizer",
     "make_corpus",
     "open_corpus",
+    "publish_tokenizer",
     "token_frequencies",
     "training_batches",
 ]

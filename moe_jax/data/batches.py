@@ -1,14 +1,13 @@
-"""A step number becomes a batch, and nothing is remembered in between.
+"""A step number becomes a batch, without any state in between.
 
 A sequence is window i of a domain's stream: inputs are tokens [i*S, i*S + S), targets the same shifted by
 one, so every token but the very first is a target exactly once. Which windows make up batch n is computed
-from (seed, n) alone, by grain: each domain's windows are permuted anew every epoch, and the domains are
-interleaved by weight. Resuming at step n is asking for batch n, and a process of many asks for its rows of it.
+from (seed, n) alone, by grain: each domain's windows get a new permutation every epoch, and the domains are
+interleaved by weight. So a run resumes at step n by computing batch n, and one of many processes computes only its rows
+of it.
 
 Legend: B batch, S sequence, V vocabulary.
 """
-
-from __future__ import annotations
 
 import bisect
 import itertools
@@ -22,12 +21,12 @@ import numpy as np
 
 from moe_jax.data.corpus import Corpus, Stream
 
-# grain does arithmetic on the length, so "endless" stays well inside 64 bits.
+# grain does arithmetic on the length, so "endless" must stay well inside 64 bits
 _ENDLESS = 2**60
 
 
 class Batch(NamedTuple):
-    """Rows of token windows: numpy where they are made, jax inside a step; a single window is the same without B.
+    """Rows of token windows: numpy in the loader, jax inside a step; a single window is the same without B.
 
     Args:
         tokens: int32[B, S], the inputs; 0 at padding.
@@ -35,8 +34,8 @@ class Batch(NamedTuple):
         segment_ids: int32[B, S], documents counted 1, 2, ... within the row; 0 at padding. A document's last
             token predicts the separator that opens the next one.
         positions: int32[B, S], offset from the document's start or, for a document that began in an earlier
-            window, from the window's start: always below S. Attention sees differences of positions inside a
-            document only, which are the same either way. 0 at padding.
+            window, from the window's start: always below S. Attention depends only on differences of positions
+            within a document, which are the same either way. 0 at padding.
         mask: bool[B, S], True where the target counts: exactly where segment_ids > 0.
         domain: int32[B], index into `Corpus.domains`; -1 for a row that is all padding.
         num_bytes: int32[B], UTF-8 bytes of the row's valid targets (separators are 0 bytes).
@@ -97,7 +96,7 @@ def training_batches(
     """Makes `batch_at(step, rows=None)`, a pure function of (seed, step).
 
     Calls may come in any order and from any thread. With `rows=(start, stop)` only those rows of the batch are
-    made and read: however a batch is split over processes, it is the same batch.
+    computed and read; a batch is the same however it is split over processes.
 
     Args:
         corpus: the corpus; its "train" streams are used.
@@ -121,9 +120,9 @@ def training_batches(
         raise ValueError(f"seed={seed} must be at least 0.")
     _check_sizes(batch_size, sequence_length)
     shares = _shares(corpus, sequence_length, weights)
-    kept = [i for i, share in enumerate(shares) if share]
-    datasets = [_shuffled(grain.MapDataset, corpus, i, sequence_length, seed) for i in kept]
-    mixture = grain.MapDataset.select_from_datasets(datasets, _Interleave([shares[i] for i in kept]))
+    used = [i for i, share in enumerate(shares) if share]
+    datasets = [_shuffled(grain.MapDataset, corpus, i, sequence_length, seed) for i in used]
+    mixture = grain.MapDataset.select_from_datasets(datasets, _Interleave([shares[i] for i in used]))
 
     def batch_at(step: int, rows: tuple[int, int] | None = None) -> Batch:
         step = operator.index(step)
@@ -140,14 +139,14 @@ def evaluation_batches(
     batch_size: int,
     sequence_length: int,
     max_sequences_per_domain: int = 0,
-) -> EvaluationBatches:
+) -> "EvaluationBatches":
     """The held-out text, every token once, in order, domain after domain.
 
     Args:
         corpus: the corpus; its "validation" streams are used.
         batch_size: B, rows of a whole batch.
         sequence_length: S.
-        max_sequences_per_domain: only the first that many windows of each domain; 0 is all of them.
+        max_sequences_per_domain: how many windows of each domain, from its first; 0 is all of them.
 
     Returns:
         A sequence of batches; the last one is padded with rows of domain -1.
@@ -164,9 +163,9 @@ def evaluation_batches(
 
 
 class EvaluationBatches:
-    """Batches that are computed when indexed, as often as one likes; see `evaluation_batches`."""
+    """Batches that are computed each time they are indexed; see `evaluation_batches`."""
 
-    def __init__(self, sources: Sequence[_Windows], counts: Sequence[int], batch_size: int) -> None:
+    def __init__(self, sources: "Sequence[_Windows]", counts: Sequence[int], batch_size: int) -> None:
         self._sources = sources
         self._ends = list(itertools.accumulate(counts))
         self._batch_size = batch_size
@@ -201,8 +200,10 @@ class _Windows:
 
     def __init__(self, corpus: Corpus, split: str, domain: int, sequence_length: int) -> None:
         self._stream = corpus.stream(split, corpus.domains[domain])
-        self._domain, self._sequence_length = domain, sequence_length
-        self._tokenizer, self._bytes_per_token = corpus.tokenizer, corpus.tokenizer.bytes_per_token
+        self._domain = domain
+        self._sequence_length = sequence_length
+        self._tokenizer = corpus.tokenizer
+        self._bytes_per_token = corpus.tokenizer.bytes_per_token
 
     def __len__(self) -> int:
         return _count(self._stream, self._sequence_length)
@@ -211,7 +212,7 @@ class _Windows:
         return f"_Windows(domain={self._domain}, sequence_length={self._sequence_length}, length={len(self)})"
 
     def padding(self) -> Batch:
-        """A row without any token."""
+        """A row that is all padding."""
         zeros = np.zeros(self._sequence_length, np.int32)
         return Batch(zeros, zeros, zeros, zeros, zeros > 0, np.array(-1, np.int32), np.array(0, np.int32))
 
@@ -232,7 +233,7 @@ class _Windows:
         )
 
     def _leads(self, start: int, length: int) -> int:
-        """The bytes that are put before the texts whose first token is a target of inputs [start, start + length)."""
+        """Bytes put before the texts whose first token is a target of [start, start + length) by the tokenizer."""
         if not self._tokenizer.lead_bytes:
             return 0
         offsets = self._stream.offsets
@@ -247,11 +248,11 @@ class _Windows:
 
 
 class _Interleave:
-    """Which domain gives element k, and which of its own: grain's selection map, with exact shares.
+    """k -> (domain, index in the domain) of element k: grain's selection map, with exact shares.
 
-    After k elements the first domain has given ceil(k * share / total) and the others share what is left in
-    the same way, so after `total` elements each has given exactly its share. (`MapDataset.mix` does the same
-    after rounding weights to about 1 %, which would repeat some windows before others were seen.)
+    Of the first k elements, ceil(k * share / total) come from the first domain; the others divide the rest in the same
+    way. So of every `total` elements each domain supplies exactly its share. (`MapDataset.mix` does the same after
+    rounding weights to about 1 %, which would repeat some windows before others were seen.)
     """
 
     def __init__(self, shares: Sequence[int]) -> None:
@@ -263,11 +264,12 @@ class _Interleave:
     def __getitem__(self, k: int) -> tuple[int, int]:
         rest = sum(self._shares)
         for domain, share in enumerate(self._shares):
-            given, given_next = _ceil_divide(k * share, rest), _ceil_divide((k + 1) * share, rest)
-            if given_next > given:
-                return domain, given
-            k, rest = k - given, rest - share
-        raise AssertionError("the last domain takes whatever the others leave")
+            before = _ceil_divide(k * share, rest)  # elements of this domain among the first k
+            if _ceil_divide((k + 1) * share, rest) > before:
+                return domain, before
+            k -= before
+            rest -= share
+        raise AssertionError("the last domain supplies whatever is left")
 
 
 def _count(stream: Stream, sequence_length: int) -> int:
@@ -288,8 +290,8 @@ def _documents(offsets: np.ndarray, start: int, length: int) -> tuple[np.ndarray
 
 
 def _shuffled(map_dataset: Any, corpus: Corpus, domain: int, sequence_length: int, seed: int) -> Any:
-    # Hashed from (seed, domain), not seed + domain: neighbouring seeds must not share permutations, and
-    # leaving one domain out must not change the order of the others.
+    # a hash of (seed, domain), not seed + domain: neighbouring seeds must not share permutations, and
+    # leaving one domain out must not change the order of the others
     seed = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
     windows = _Windows(corpus, "train", domain, sequence_length)
     return map_dataset.source(windows).seed(seed).shuffle().repeat()
@@ -300,7 +302,7 @@ def _stack(rows: Sequence[Batch]) -> Batch:
 
 
 def _shares(corpus: Corpus, sequence_length: int, weights: Mapping[str, float] | None) -> list[int]:
-    """Whole-number shares of the domains, exactly proportional to the weights as they are written."""
+    """Integer shares of the domains, exactly proportional to the weights as written in decimal."""
     if not weights:
         return list(count_windows(corpus, "train", sequence_length))
     check_weights(corpus.domains, weights)
@@ -320,7 +322,7 @@ def check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None:
     missing = [domain for domain in domains if domain not in weights]
     if missing:
         raise ValueError(
-            f"data.weights names no {missing[0]} and must name every domain ({names}); give 0 to leave one out."
+            f"data.weights does not name {missing[0]} and must name every domain ({names}); give 0 to leave one out."
         )
     if not any(weights.values()):
         raise ValueError(f"data.weights are all 0 and at least one must be positive; {names}.")

@@ -1,27 +1,25 @@
-"""Text in, token ids out: one byte is one token, and one id more opens a document.
+"""Text in, token ids out: the interface of a tokenizer, and the one for which a byte is a token.
 
-This is the seam for trained vocabularies, of which `trained` has those of a `tokenizer.json`. A tokenizer is
-anything with what `Tokenizer` lists; nothing else in the package knows what a token is.
+A tokenizer is anything with what `Tokenizer` lists; nothing else in the package knows what a token is. The vocabulary
+of a `tokenizer.json` is read in `trained`.
 
 Legend: N tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer.
+    """What the package needs of a tokenizer.
 
-    name: tells tokenizers apart. vocab_size: V; every id is below it. separator: opens every document.
+    name: distinguishes tokenizers. vocab_size: V; every id is below it. separator: opens every document.
     ends: ids at which generated text ends. opens_text: whether a prompt begins with the separator.
-    names: of tokens that are no text, by id. lead_bytes: most bytes that `lead` finds: 1 where a space is put before
-    a text.
+    names: id -> name of the tokens that are no text. lead_bytes: the largest result of `lead`: 1 where the tokenizer
+    puts a space before a text.
     """
 
     @property
@@ -47,7 +45,7 @@ class Tokenizer(Protocol):
 
     @property
     def bytes_per_token(self) -> np.ndarray:
-        """int32[V]: UTF-8 bytes of text in each token; 0 for the separator and all that is no text."""
+        """int32[V]: UTF-8 bytes of text in each token; 0 for the separator and other tokens that are no text."""
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """uint16[N] or uint32[N]; with `special`, names of special tokens in the text stand for them."""
@@ -56,10 +54,10 @@ class Tokenizer(Protocol):
         """Each text's ids, as `encode` gives them."""
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids stand for, end to end: any of them may be half a character."""
+        """The bytes that the ids stand for, concatenated; one token may be half a character."""
 
     def lead(self, ids: Iterable[int]) -> int:
-        """How many of the first bytes of a text's ids are none of the text's; the first 2 `lead_bytes` decide it."""
+        """How many of the first bytes of a text's ids do not belong to it; 2 * `lead_bytes` ids decide it."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, without what `lead` counts; bytes that are not UTF-8 become U+FFFD."""
@@ -69,12 +67,12 @@ class Tokenizer(Protocol):
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type in which ids are stored, little-endian: two bytes where they suffice, else four."""
+    """The dtype in which ids are stored, little-endian: two bytes where they suffice, else four."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def checked_ids(ids: Iterable[int], tokenizer: Tokenizer) -> np.ndarray:
-    """int64[N].
+    """The ids as int64[N].
 
     Raises:
         ValueError: an id is outside the vocabulary.
@@ -89,12 +87,11 @@ def checked_ids(ids: Iterable[int], tokenizer: Tokenizer) -> np.ndarray:
     return array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ByteTokenizer:
     """UTF-8 bytes as tokens 0..255, and 256 as the separator that opens every document.
 
-    There is nothing to train and no text it cannot write, so numbers measured with it need no further files
-    to be reproduced.
+    It needs no training and can write every text, so numbers measured with it are reproducible without further files.
     """
 
     name: str = "bytes"
@@ -109,7 +106,7 @@ class ByteTokenizer:
 
         Args:
             text: any text that UTF-8 can write (a lone surrogate cannot be, and raises UnicodeEncodeError).
-            special: makes no difference, for no special token has a name here.
+            special: makes no difference, because no special token has a name here.
 
         Returns:
             uint16[N], values 0..255, N = number of UTF-8 bytes.
@@ -119,7 +116,7 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Turns token ids into text; separators have no text, and bytes that are not UTF-8 become U+FFFD.
 
-        A window of a stream may begin or end in the middle of a character, so that is no error.
+        Such bytes are no error, because a window of a stream may begin or end in the middle of a character.
 
         Args:
             ids: integers 0..256, any length.
@@ -137,7 +134,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids are; a ValueError as in `decode`."""
+        """The bytes that the ids stand for; a ValueError as in `decode`."""
         array = checked_ids(ids, self)
         return array[array != self.separator].astype(np.uint8).tobytes()
 
@@ -151,7 +148,7 @@ class ByteTokenizer:
         return 0
 
     def why_changed(self, text: str, ids: Iterable[int]) -> str:
-        """No reason: bytes are those of the text."""
+        """No reason: the bytes are always those of the text."""
         return ""
 
     @property

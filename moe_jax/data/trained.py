@@ -7,15 +7,14 @@ both the bytes of a token are known without its neighbours, so a text's bits per
 Legend: N tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,26 +23,26 @@ from moe_jax.data.tokenizer import checked_ids, token_dtype
 from moe_jax.runtime.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
-# in them stand the tokens that open and end a text, by name or by id; the first that says so is right
+# these name the tokens that open and end a text, by name or by id; the first one that does so counts
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 BLOCK = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TrainedTokenizer:
     """A vocabulary read by the `tokenizers` library; see `read_tokenizer`.
 
     Args:
-        name: made of the file's sha256 and the separator.
+        name: derived from the file's sha256 and the separator.
         separator: the id that opens every document.
         ends: ids at which generated text ends, the separator among them.
-        opens_text: whether the model that this came with was given the separator before every text.
-        pieces: the bytes that each id stands for, none for tokens that are no text and for ids that no token has.
-        names: of each token that is no text its name: the separator, the ends, and all special tokens.
-        spelled: of each of these the ids of its name's bytes, one by one, where the vocabulary has them all.
-        before: what is put before a text.
-        always: whether it is, even before a text that begins with a space.
+        opens_text: whether the original model expects the separator before every text.
+        pieces: the bytes that each id stands for; empty for tokens that are no text and for ids without a token.
+        names: id -> name of each token that is no text: the separator, the ends, and all special tokens.
+        spelled: id -> ids of the bytes of its name, for those whose bytes the vocabulary all has.
+        before: bytes that the tokenizer puts before a text.
+        always: whether it does so even before a text that begins with a space.
         inner: the `tokenizers.Tokenizer`.
     """
 
@@ -60,12 +59,12 @@ class TrainedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """V: the largest id and one."""
+        """V: the largest id plus one."""
         return len(self.pieces)
 
     @property
     def lead_bytes(self) -> int:
-        """Most bytes that `lead` finds."""
+        """The largest result of `lead`."""
         return len(self.before)
 
     @functools.cached_property
@@ -80,20 +79,20 @@ class TrainedTokenizer:
         return self._array(encoding.ids) if special else self._as_text(encoding.ids)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encode` of each, on all cores."""
+        """Encodes each text, as `encode`, on all cores."""
         self.inner.encode_special_tokens = True
         found = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._as_text(encoding.ids) for encoding in found]
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids stand for, end to end; a ValueError where one is outside the vocabulary."""
+        """The bytes that the ids stand for, concatenated; a ValueError for an id outside the vocabulary."""
         return b"".join(self.pieces[i] for i in checked_ids(ids, self))
 
     def lead(self, ids: Iterable[int]) -> int:
-        """How many of the first bytes of a text's ids are none of the text's.
+        """How many of the first bytes of a text's ids do not belong to the text.
 
-        Where a space is put only before texts that have none, two of them are the text's own; a text with one has the
-        ids of a text with none.
+        Where a space is put only before texts that begin with none, two leading spaces are the text's own. A text with
+        one leading space has the same ids as a text with none.
         """
         data = self.to_bytes(ids)
         own = not self.always and data.startswith(self.before * 2)
@@ -107,7 +106,8 @@ class TrainedTokenizer:
     def why_changed(self, text: str, ids: Iterable[int]) -> str:
         """Why the ids of a text stand for other bytes than the text has."""
         found = self.to_bytes(ids)[self.lead(ids) :]
-        normalizer, plain = self.inner.normalizer, text.replace(BLOCK, " ")
+        normalizer = self.inner.normalizer
+        plain = text.replace(BLOCK, " ")
         normal = plain if normalizer is None else normalizer.normalize_str(text).replace(BLOCK, " ")
         if normal not in (plain, f" {plain}"):
             kinds = [kind for kind in _kinds(json.loads(normalizer.__getstate__())) if kind != "Sequence"]
@@ -125,7 +125,7 @@ class TrainedTokenizer:
         return np.array(ids, token_dtype(self.vocab_size))
 
     def _as_text(self, ids: Sequence[int]) -> np.ndarray:
-        """Ids of plain text: a vocabulary may make even its separator of a text that has its name."""
+        """Ids of plain text: those of special tokens, which a text may contain by name, become those of their bytes."""
         array = self._array(ids)
         if not self._is_no_text[array].any():
             return array
@@ -138,34 +138,36 @@ class TrainedTokenizer:
         return found
 
 
-def read_tokenizer(
-    path: pathlib.Path, separator: str | int = "", eos: str = "", flag: str = "separator"
-) -> TrainedTokenizer:
-    """Reads a vocabulary and what is said beside it about the tokens that open and end a text.
+def read_tokenizer(path: Path, separator: str | int = "", eos: str = "", flag: str = "separator") -> TrainedTokenizer:
+    """Reads a vocabulary and, from the files beside it, which tokens open and end a text.
 
-    The separator, the ends and all special tokens are no text: they have no bytes, and in a text their names are
-    plain characters. An end that is a single character, which nothing else could write, ends generated text only.
+    The separator, the ends and all special tokens are no text: they have no bytes, and their names in a text are plain
+    characters. An end whose name is a single character stays text, because no other token could write that character;
+    it ends generated text only.
 
     Args:
         path: a `tokenizer.json`, or the folder that holds it.
-        separator: the token, by name or id, that opens every document; "" takes the first of bos and eos that one of
-            `SETTINGS` names: bos in any of them, then eos.
-        eos: a token, by name or id, that ends texts, besides those that are named.
-        flag: by which the caller takes a token, for errors.
+        separator: the token, by name or id, that opens every document; "" takes the first bos that one of `SETTINGS`
+            names, or else the first eos.
+        eos: a token, by name or id, that ends texts, in addition to those that `SETTINGS` name.
+        flag: the caller's flag for such a token, for errors.
 
     Raises:
-        ValueError: the file is missing or damaged, of a kind whose tokens have no bytes of their own, no separator is
-            named, or it is a character of ordinary text.
+        ValueError: the file is missing, damaged, or of a kind whose tokens have no bytes of their own; or no separator
+            is named, or it is a character of ordinary text.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
     raw = read_settings(file)
     if not raw:
         raise ValueError(f"--tokenizer={path} has no {TOKENIZER_FILE}; give one, or the folder that holds it.")
-    inner, settings = _parse(file, raw), [read_settings(file.parent / name) for name in SETTINGS]
+    inner = _parse(file, raw)
+    settings = [read_settings(file.parent / name) for name in SETTINGS]
     pieces = _pieces(file, raw, inner)
-    given = [_given(file, inner, eos, flag)] if eos else []
+    given = [_token_of_flag(file, inner, eos, flag)] if eos else []
     named = {what: [i for one in settings for i in _named(inner, one, what)] for what in ("bos", "eos")}
-    openers = [_given(file, inner, separator, flag)] if separator != "" else [*named["bos"], *named["eos"], *given]
+    openers = (
+        [_token_of_flag(file, inner, separator, flag)] if separator != "" else [*named["bos"], *named["eos"], *given]
+    )
     if not openers:
         raise ValueError(
             f"--tokenizer={file} names no bos or eos in {', '.join(SETTINGS)}, so nothing can open a document; "
@@ -176,8 +178,8 @@ def read_tokenizer(
     names, spelled = _no_text(inner, pieces, ends, raw["model"])
     if opener not in names:
         raise ValueError(
-            f"--tokenizer={file} would open documents with {inner.id_to_token(opener)!r}, a character that texts have, "
-            f"too; give --{flag}=TOKEN (or its id) of one that they do not have."
+            f"--tokenizer={file} would open documents with {inner.id_to_token(opener)!r}, a character that texts "
+            f"have, too; give --{flag}=TOKEN (or its id) that they do not have."
         )
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     opens = bool(settings[0].get("add_bos_token")) or opener in inner.encode("a").ids
@@ -189,33 +191,33 @@ def read_tokenizer(
     return dataclasses.replace(tokenizer, before=before, always=always)
 
 
-def tokenizer_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that `read_tokenizer` reads, those that are there."""
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that `read_tokenizer` reads, as far as they exist."""
     file = path / TOKENIZER_FILE if path.is_dir() else path
     return [file, *(file.parent / name for name in SETTINGS if (file.parent / name).is_file())]
 
 
-def read_settings(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file.
+def read_settings(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is not a JSON object.
     """
     return read_json(file, "copy it again from the model.")
 
 
-def _parse(file: pathlib.Path, raw: dict[str, Any]) -> Any:
+def _parse(file: Path, raw: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        # a stored limit would cut documents, and stored padding lengthen them
+        # a stored limit would truncate documents, and stored padding would lengthen them
         return Tokenizer.from_str(json.dumps(raw | {"truncation": None, "padding": None}))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{file} is no vocabulary that tokenizers can read ({error}); copy it again.") from None
 
 
-def _pieces(file: pathlib.Path, raw: dict[str, Any], inner: Any) -> list[bytes]:
-    """The bytes of every id, those of the name where it is an added token."""
+def _pieces(file: Path, raw: dict[str, Any], inner: Any) -> list[bytes]:
+    """The bytes of every id; those of an added token are its name's."""
     to_bytes = _reader_of(file, raw)
     vocabulary = {i: to_bytes(token) for token, i in inner.get_vocab(with_added_tokens=False).items()}
     vocabulary |= {i: added.content.encode() for i, added in inner.get_added_tokens_decoder().items()}
@@ -225,7 +227,7 @@ def _pieces(file: pathlib.Path, raw: dict[str, Any], inner: Any) -> list[bytes]:
 def _no_text(
     inner: Any, pieces: Sequence[bytes], ends: Iterable[int], model: dict[str, Any]
 ) -> tuple[dict[int, str], dict[int, tuple[int, ...]]]:
-    """Name and spelling of each token that is no text, of which the library then knows, too."""
+    """`names` and `spelled` of `TrainedTokenizer`; also registers these tokens as special with the library."""
     from tokenizers import AddedToken
 
     added = inner.get_added_tokens_decoder()
@@ -241,9 +243,10 @@ def _no_text(
     return names, spelled
 
 
-def _reader_of(file: pathlib.Path, raw: dict[str, Any]) -> Any:
+def _reader_of(file: Path, raw: dict[str, Any]) -> Any:
     """The function token -> bytes of this kind of vocabulary."""
-    kinds, model = set(_kinds(raw.get("decoder"))), raw.get("model")
+    kinds = set(_kinds(raw.get("decoder")))
+    model = raw.get("model")
     if "ByteLevel" in kinds:
         alphabet = byte_alphabet()
         return lambda token: _byte_level(token, alphabet)
@@ -251,7 +254,7 @@ def _reader_of(file: pathlib.Path, raw: dict[str, Any]) -> Any:
         return _with_fallback
     raise ValueError(
         f"{file} is neither byte-level nor falls back to bytes (its decoder: {', '.join(sorted(kinds)) or 'none'}), "
-        "so the bytes of its tokens cannot be told; use another tokenizer."
+        "so the bytes of its tokens are not known; use another tokenizer."
     )
 
 
@@ -264,7 +267,7 @@ def _kinds(part: Any) -> Iterator[str]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """character -> byte: a printable one of Latin-1 is itself, the others are numbered from 256 on. Source: GPT-2."""
+    """character -> byte: a printable byte of Latin-1 is itself, the others are numbered from 256 on. Source: GPT-2."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -282,7 +285,7 @@ def _with_fallback(token: str) -> bytes:
     return token.replace(BLOCK, " ").encode()
 
 
-def _given(file: pathlib.Path, inner: Any, token: str | int, flag: str) -> int:
+def _token_of_flag(file: Path, inner: Any, token: str | int, flag: str) -> int:
     """The id of the token that a flag names, by name or by id."""
     by_id = int(token) if str(token).isdecimal() else None
     found = [i for i in (_id(inner, token), _id(inner, by_id)) if i is not None]
@@ -293,7 +296,8 @@ def _given(file: pathlib.Path, inner: Any, token: str | int, flag: str) -> int:
 
 def _named(inner: Any, settings: dict[str, Any], what: str) -> list[int]:
     """The ids under `<what>_token` (a name, or an object with one) and `<what>_token_id` (one or several)."""
-    token, ids = settings.get(f"{what}_token"), settings.get(f"{what}_token_id")
+    token = settings.get(f"{what}_token")
+    ids = settings.get(f"{what}_token_id")
     token = token.get("content") if isinstance(token, dict) else token
     candidates = [token, *(ids if isinstance(ids, list) else [ids])]
     return [i for i in (_id(inner, one) for one in candidates) if i is not None]

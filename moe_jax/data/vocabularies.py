@@ -1,7 +1,5 @@
 """From the name of a tokenizer to the tokenizer."""
 
-from __future__ import annotations
-
 from moe_jax.config.paths import path_of
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
@@ -13,9 +11,9 @@ def get_tokenizer(name: str, separator: str | int = "", eos: str = "", flag: str
 
     Args:
         name: a key of `TOKENIZERS`, or the path of a `tokenizer.json` or of the folder that holds it.
-        separator: for a trained one the token, or its id, that opens every document; "" finds it.
-        eos: for a trained one a token, or its id, that ends texts, besides those that its files name.
-        flag: by which the caller takes a token, for errors.
+        separator: of a trained vocabulary, the token (or its id) that opens every document; "" finds it.
+        eos: of a trained vocabulary, a token (or its id) that ends texts, in addition to those that its files name.
+        flag: the caller's flag for such a token, for errors.
 
     Returns:
         The tokenizer.
@@ -25,7 +23,9 @@ def get_tokenizer(name: str, separator: str | int = "", eos: str = "", flag: str
     """
     if name in TOKENIZERS:
         if eos:
-            raise ValueError(f"--{flag}={eos} is a token of a trained vocabulary, and {name!r} is none; leave it out.")
+            raise ValueError(
+                f"--{flag}={eos} is a token of a trained vocabulary, and {name!r} is not one; leave it out."
+            )
         return TOKENIZERS[name]()
     path = path_of(name, "tokenizer")
     if not path.exists():

@@ -14,18 +14,16 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
 from moe_jax.config import ModelConfig
-from moe_jax.huggingface.weights import _name, abstract_weights, export, fill, open_hf
+from moe_jax.huggingface.weights import abstract_weights, export, fill, open_hf
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.runtime.files import new_folder
-from moe_jax.training.state import read_bias
-
-# --- a model to call ------------------------------------------------------------------------------------------
+from moe_jax.runtime.leaves import path_name
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model with its weights: call it on tokens. `folder` has its tokenizer files, where there are any."""
+    """A model with its weights, to be called on tokens. `folder` has its tokenizer files, if there are any."""
 
     config: ModelConfig
     params: Tree
@@ -42,9 +40,9 @@ class LanguageModel:
 
         Args:
             tokens: int32 [B, S].
-            segment_ids: int32 [B, S], which document a token is of, those of one side by side; 0 is padding. None:
+            segment_ids: int32 [B, S], the document of each token, whose tokens are contiguous; 0 is padding. None:
                 every row is one document.
-            positions: int32 [B, S], place in the document; None counts from each document's first token.
+            positions: int32 [B, S], place in the document; None: counted from each document's first token.
         """
         return self._run(tokens, segment_ids, positions)[0]
 
@@ -52,11 +50,11 @@ class LanguageModel:
         """Logits float32 [K, B, S, V] of multi-token prediction: depth k at place i predicts token i + k + 1."""
         found = self._run(tokens, segment_ids, positions)[1]
         if found is None:
-            raise ValueError("model.mtp_depth=0: this model predicts no further token; load one that does.")
+            raise ValueError("model.mtp_depth=0: this model has no multi-token prediction; load one that has.")
         return found
 
     def expert_ids(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
-        """Which experts every token has, int32 [L, B, S, K]; the number of experts where there is none."""
+        """The experts of every token, int32 [L, B, S, K]; E where there is none."""
         ids = self._run(tokens, segment_ids, positions)[2]
         return ids.reshape(ids.shape[0], *jnp.shape(tokens), -1)
 
@@ -88,27 +86,27 @@ def _forward(config: ModelConfig) -> Callable[..., tuple[Array, Any, Any]]:
 
 
 def load_hf(folder: str | Path, dtype: str | None = None) -> LanguageModel:
-    """A model from a folder with config.json and *.safetensors.
+    """Load a model from a folder with config.json and *.safetensors.
 
     Args:
         folder: as transformers writes and reads it; no code in it is run.
-        dtype: "float32" or "bfloat16" for parameters and computation; None: as stored (float16 as float32, for only
-            that loses nothing; DeepSeek's float8 as bfloat16). Router and bias are float32 always.
+        dtype: "float32" or "bfloat16" for parameters and computation; None: as stored (float16 as float32, because only
+            that loses nothing; DeepSeek's float8 as bfloat16). Router and bias are always float32.
 
     Raises:
-        ValueError: a config, a file or a tensor that is not as it should be; the first one, by name.
+        ValueError: a config, a file or a tensor is not as it must be; the first one is named.
     """
     source = open_hf(Path(folder), dtype)
     abstract = abstract_weights(source.config)
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    values = {_name(path): np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
+    values = {path_name(path): np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
     def write(leaf: str, index: tuple[int, ...], value: np.ndarray) -> None:
         values[leaf][index] = value
 
     for _ in fill(source, write):
         pass
-    tree = jax.tree.unflatten(structure, [jnp.asarray(values.pop(_name(path))) for path, _ in leaves])
+    tree = jax.tree.unflatten(structure, [jnp.asarray(values.pop(path_name(path))) for path, _ in leaves])
     return LanguageModel(source.config, tree["params"], tree["bias"], Path(folder))
 
 
@@ -122,21 +120,21 @@ def save_hf(
 ) -> None:
     """Write a model as a folder for transformers and vLLM; the inverse of `load_hf`.
 
-    What acts in training only (router jitter, quantised training, remat) is no part of it.
+    What affects training only (router jitter, quantised training, remat) is not written.
 
     Args:
-        model: of `load_hf`, or made of a config, parameters and bias.
-        folder: not there yet, or empty; appears whole or not at all.
+        model: from `load_hf`, or built from a config, parameters and bias.
+        folder: new or empty; appears whole or not at all.
         architecture: "DeepseekV3ForCausalLM", for example; "": the family that holds such a model.
         dtype: "float32" or "bfloat16" for all tensors but the bias; None: that of the parameters, and for routers the
             narrowest that loses nothing.
-        max_length: written as max_position_embeddings where the model came without one.
+        max_length: written as max_position_embeddings if the original model had none.
 
     Raises:
-        ValueError: no family, or not that one, holds such a model, by what it has; or the folder is not empty.
+        ValueError: no family, or not the named one, holds such a model; or the folder is not empty.
     """
     leaves = jax.tree_util.tree_leaves_with_path({"params": model.params, "bias": model.bias})
-    values = {_name(path): leaf for path, leaf in leaves}
+    values = {path_name(path): leaf for path, leaf in leaves}
     with new_folder(Path(folder)) as partial:
         for _ in export(
             model.config,
@@ -148,8 +146,3 @@ def save_hf(
             max_length=max_length,
         ):
             pass
-
-
-def bias_of(model: LanguageModel) -> Float32[Array, "layers experts"]:
-    """The biases of all MoE layers, those of multi-token prediction last."""
-    return read_bias(model.bias)

@@ -1,8 +1,8 @@
 """The safetensors files of a folder, read and written one tensor at a time.
 
-A folder may come from anywhere, so nothing in it is believed: its index names plain files of the folder, every
-header is checked by the safetensors library, and nothing is ever unpickled. Bytes are read plainly, for the library's
-memory maps would count as memory used, and its numpy side does not know float8.
+A folder may come from anywhere, so nothing in it is trusted: its index may name only plain files of the folder, every
+header is checked by the safetensors library, and nothing is ever unpickled. Tensors are read without the library,
+whose memory maps would count as memory used, and whose numpy interface lacks float8.
 """
 
 import hashlib
@@ -19,23 +19,17 @@ import numpy as np
 
 from moe_jax.runtime.files import read_json
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-MOST_JSON_BYTES = 256 * 2**20  # an index of 100,000 tensors has 10 MB
-
-
+MOST_JSON_BYTES = 256 * 2**20  # the index of 100,000 tensors has 10 MB
+BLOCK_BYTES = 2**20  # read at once for a hash
 DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-
-
 NAMES = {str(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -50,7 +44,7 @@ class Entry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A tensor that is to be written: name, numpy dtype by name, shape."""
+    """A tensor to write: name, name of the numpy dtype, shape."""
 
     name: str
     dtype: str
@@ -58,18 +52,17 @@ class Plan(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """What its data take."""
+        """The size of its data."""
         return math.prod(self.shape) * DTYPES[NAMES[self.dtype]].itemsize
 
 
 def open_folder(folder: Path) -> dict[str, Entry]:
     """name -> where it is, of every tensor in the folder's safetensors files; reads headers only.
 
-    Where there is one file of all tensors, an index beside it is one that an older save left behind: as transformers
-    does, only the file is read.
+    If one file holds all tensors, an index beside it is left from an older save; as in transformers, it is ignored.
 
     Raises:
-        ValueError: no such files, or an index, a link or a header that is not what it should be.
+        ValueError: there are no such files, or an index, a link or a header is not as it must be.
     """
     index = _index(folder)
     names = sorted(set(index.values())) if index is not None else [SINGLE]
@@ -90,7 +83,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
 
 
 def _index(folder: Path) -> dict[str, str] | None:
-    """tensor -> file as the index says; None where one file needs none."""
+    """tensor -> file, from the index; None for a single file, which needs none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one with config.json and *.safetensors.")
     if (folder / SINGLE).is_file():
@@ -100,12 +93,12 @@ def _index(folder: Path) -> dict[str, str] | None:
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise ValueError(f"{folder}: {INDEX} has no weight_map from tensors to files; fetch it again.")
         return index
-    if os.path.lexists(folder / SINGLE):  # a link that leads nowhere, say: who reads it refuses it
+    if os.path.lexists(folder / SINGLE):  # a broken link, which `inside` refuses
         return None
     if files := sorted(f.name for f in folder.iterdir() if f.suffix == ".safetensors"):
         raise ValueError(
             f"{folder} has {files[0]}{f' and {len(files) - 1} more such files' if files[1:] else ''}, but no {INDEX}, "
-            f"which says what is in which; fetch it, or name a single file {SINGLE}."
+            f"which lists the tensors of each; fetch it, or rename a single file to {SINGLE}."
         )
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES):
         raise ValueError(
@@ -116,32 +109,33 @@ def _index(folder: Path) -> dict[str, str] | None:
 
 
 def inside(folder: Path, name: str, below: str = "") -> Path:
-    """The file of a folder, or of its own folder `below`, whose name may lead nowhere else.
+    """The path of a file in a folder, or in its subfolder `below`, after checking that it does not lead elsewhere.
 
-    Links may lead to the blobs of a Hugging Face cache, which is how that cache shows its folders.
+    Links may lead to the blobs of a Hugging Face cache, because that cache builds its folders of such links.
     """
     if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
         raise ValueError(f"{folder}: the file name {name!r} leads out of the folder; only plain names are followed.")
-    file, real = folder / below / name, (folder / below / name).resolve()
+    file = folder / below / name
+    real = file.resolve()
     homes = [folder.resolve() / below]
     if folder.absolute().parent.name == "snapshots":
         homes.append(folder.absolute().parent.parent.resolve() / "blobs")
     if real.parent not in homes:
         raise ValueError(f"{folder}: {name} is a link to {real}, out of the folder; copy the file into it.")
     if not real.is_file():
-        raise ValueError(f"{folder}: {name} is missing or no file; fetch it again.")
+        raise ValueError(f"{folder}: {name} is missing or not a file; fetch it again.")
     return file
 
 
 def json_object(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the folder.
+    """The JSON object in a file of the folder.
 
     Raises:
-        ValueError: it is absent, too large, leads elsewhere, or is no JSON object.
+        ValueError: it is absent, too large, leads elsewhere, or is not a JSON object.
     """
     file = inside(folder, name)
     if file.stat().st_size > MOST_JSON_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any such file; fetch it again.")
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any such file has; fetch it again.")
     return read_json(file, "fetch it again.")
 
 
@@ -153,7 +147,7 @@ def _header(file: Path) -> dict[str, Entry]:
         with safe_open(file, "numpy") as checked:
             names = set(checked.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is no sound safetensors file ({error}); fetch it again.") from None
+        raise ValueError(f"{file} is not a sound safetensors file ({error}); fetch it again.") from None
     with open(file, "rb") as raw:
         (length,) = struct.unpack("<Q", raw.read(8))
         header = json.loads(raw.read(length))
@@ -162,9 +156,10 @@ def _header(file: Path) -> dict[str, Entry]:
 
 
 def _entry(file: Path, name: str, described: Mapping[str, Any], start: int) -> Entry:
-    dtype, shape = described["dtype"], tuple(described["shape"])
-    if not name.isprintable():  # it would command the terminal on which it is told
-        raise ValueError(f"{file}: the tensor's name {name!r} has characters that none has; fetch it again.")
+    dtype = described["dtype"]
+    shape = tuple(described["shape"])
+    if not name.isprintable():  # a message with it would control the terminal
+        raise ValueError(f"{file}: the tensor's name {name!r} has unprintable characters; fetch it again.")
     if dtype not in DTYPES:
         raise ValueError(f"{file}: tensor {name} is {dtype}; known are {', '.join(DTYPES)}.")
     begin, end = described["data_offsets"]
@@ -172,18 +167,19 @@ def _entry(file: Path, name: str, described: Mapping[str, Any], start: int) -> E
 
 
 def read(entry: Entry) -> np.ndarray:
-    """The tensor, as it is stored."""
+    """The tensor as stored."""
     count = math.prod(entry.shape)
     return np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.begin).reshape(entry.shape)
 
 
 def digest(entry: Entry) -> str:
     """sha256 of dtype, shape and bytes: equal for equal tensors."""
-    found, left = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode()), entry.end - entry.begin
+    found = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
+    left = entry.end - entry.begin
     with open(entry.file, "rb") as raw:
         raw.seek(entry.begin)
         while left:
-            block = raw.read(min(left, 2**20))
+            block = raw.read(min(left, BLOCK_BYTES))
             left -= len(block)
             found.update(block)
     return found.hexdigest()
@@ -192,19 +188,19 @@ def digest(entry: Entry) -> str:
 def write_folder(
     folder: Path, plans: Sequence[Plan], value: Callable[[str], np.ndarray], shard_bytes: int = 5 * 10**9
 ) -> Iterator[Plan]:
-    """Write the tensors in order, giving each after it was written; only one is held at a time.
+    """Write the tensors in order, and yield each after it was written; only one is in memory at a time.
 
-    The library's own `save_file` would hold all tensors of a file. Files are of at most `shard_bytes`, but for a
-    tensor that is larger; more than one get an index.
+    The library's own `save_file` would hold all tensors of a file. A file has at most `shard_bytes`, unless a single
+    tensor is larger; several files get an index.
 
     Args:
-        folder: where to.
-        plans: what there will be.
-        value: name -> the tensor, asked for once each.
-        shard_bytes: 5 GB, as transformers writes them.
+        folder: where to write.
+        plans: the tensors.
+        value: name -> the tensor, called once for each.
+        shard_bytes: 5 GB by default, as in transformers.
 
     Raises:
-        OSError: the disk refuses, or does not give back what was written.
+        OSError: the disk refuses, or does not return what was written.
     """
     shards = _split(plans, shard_bytes)
     names = (
@@ -223,12 +219,12 @@ def write_folder(
 
 
 def _read_back(folder: Path, plans: Sequence[Plan]) -> None:
-    """Raise an OSError unless the folder's headers have every tensor, in files of the right size."""
+    """Raise an OSError unless the folder's headers list every tensor, in files of the right size."""
     try:
-        there = {name: (entry.dtype, entry.shape) for name, entry in open_folder(folder).items()}
+        found = {name: (entry.dtype, entry.shape) for name, entry in open_folder(folder).items()}
     except ValueError as error:
         raise OSError(f"what was written cannot be read ({error}); check the disk and write it again.") from None
-    if there != {plan.name: (NAMES[plan.dtype], plan.shape) for plan in plans}:
+    if found != {plan.name: (NAMES[plan.dtype], plan.shape) for plan in plans}:
         raise OSError(f"{folder} does not hold the tensors that were written; check the disk and write it again.")
 
 
@@ -245,13 +241,17 @@ def _split(plans: Sequence[Plan], shard_bytes: int) -> list[list[Plan]]:
 
 
 def _write_file(file: Path, plans: Sequence[Plan], value: Callable[[str], np.ndarray]) -> Iterator[Plan]:
-    """One safetensors file: the header's length, the header, the data; wide dtypes first, so that all are aligned."""
+    """Write one safetensors file: the header's length, the header, the data; wide dtypes first, so all are aligned."""
     ordered = sorted(plans, key=lambda plan: -DTYPES[NAMES[plan.dtype]].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    offset = 0
     for plan in ordered:
-        header[plan.name] = {"dtype": NAMES[plan.dtype], "shape": plan.shape, "data_offsets": [at, at + plan.num_bytes]}
-        at += plan.num_bytes
+        header[plan.name] = {
+            "dtype": NAMES[plan.dtype],
+            "shape": plan.shape,
+            "data_offsets": [offset, offset + plan.num_bytes],
+        }
+        offset += plan.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as raw:
@@ -259,7 +259,9 @@ def _write_file(file: Path, plans: Sequence[Plan], value: Callable[[str], np.nda
         for plan in ordered:
             array = value(plan.name)
             assert (str(array.dtype), array.shape) == (plan.dtype, plan.shape), plan
-            raw.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # tofile() hides why a disk refuses
+            raw.write(
+                np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            )  # tofile() hides the error of a full disk
             yield plan
         raw.flush()
         os.fsync(raw.fileno())

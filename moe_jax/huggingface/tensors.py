@@ -1,14 +1,13 @@
 """The tensors of Hugging Face's families, and where each is in our parameters.
 
-All is data: a row gives the name of a tensor, its layout there and the layout of our parameters that it holds, in
-letters:
+A row of the tables gives the name of a tensor, its layout, and the layout of our parameters that it holds, in letters:
 
     v vocabulary, d embed, h heads, g kv heads, k head_dim, f dense hidden width, x experts, m an expert's hidden width,
     s the shared experts', y and u all queries and all keys, z and r the latents of queries and of keys and values,
     n a head's part without RoPE, p with it, q both, w a value's width; b and c are d twice.
 
-`h.k d` has heads and their width merged in one axis, `n+w` has two of our parameters one after the other. Only `p`
-and the end of `q` are permuted besides: there RoPE rotates the pairs (2i, 2i + 1), here (i, i + half).
+`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other. In `p` and at
+the end of `q` the columns are permuted, too: their RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
 """
 
 import math
@@ -25,7 +24,7 @@ from moe_jax.model.block import layout
 
 
 class Row(NamedTuple):
-    """A tensor of theirs: its name, its layout, and our parameters in it with theirs."""
+    """A tensor of theirs: its name, its layout, and the parameters of ours in it with their layouts."""
 
     name: str
     layout: str
@@ -124,10 +123,10 @@ COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.
 
 
 class Part(NamedTuple):
-    """A slice of one of our parameters, and how it lies in a tensor of theirs.
+    """A slice of one of our parameters, and its place in a tensor of theirs.
 
-    leaf: the parameter's path. at: the index of its layer, and of the expert. span: from where to where along the
-    tensor's divided axis. order: their axes in our order. rope: so many last columns are interleaved pairs.
+    leaf: the parameter's path. at: the index of the layer, and of the expert. span: along the tensor's divided axis.
+    order: their axes in our order. rope: how many of the last columns are interleaved pairs.
     """
 
     leaf: str
@@ -138,7 +137,7 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of theirs: name, shape, the shape with merged axes apart, the axis that parts divide, the parts."""
+    """A tensor of theirs: name, shape, shape with merged axes separated, the axis that parts divide, the parts."""
 
     name: str
     shape: tuple[int, ...]
@@ -171,7 +170,7 @@ def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
 
 
 def copies(c: ModelConfig) -> dict[str, str]:
-    """name -> of which tensor it is a copy; checkpoints may lack them, and what a checkpoint has must be equal."""
+    """copy -> original; a checkpoint may lack the copies, and those it has must be equal to their originals."""
     head = "model.embed_tokens.weight" if c.tied_embeddings else "lm_head.weight"
     found = {"lm_head.weight": head} if c.tied_embeddings else {}
     for depth in range(c.mtp_depth):
@@ -202,7 +201,7 @@ def _layer(
 
 
 def _sizes(c: ModelConfig) -> dict[str, int]:
-    """The letters' sizes."""
+    """letter -> size."""
     letters = dict(v=c.vocab_size, d=c.embed_dim, b=c.embed_dim, c=c.embed_dim, h=c.num_heads, g=c.num_kv_heads)
     letters |= dict(k=c.head_dim, f=c.ffw_dim, x=c.num_experts, m=c.expert_ffw_dim)
     letters |= dict(y=c.num_heads * c.head_dim, u=c.num_kv_heads * c.head_dim)
@@ -236,7 +235,7 @@ def split(tensor: Tensor, value: np.ndarray) -> Iterator[tuple[Part, np.ndarray]
 
 
 def join(tensor: Tensor, slices: list[np.ndarray]) -> np.ndarray:
-    """The tensor of theirs made of our slices: the inverse of `split`."""
+    """The tensor of theirs from slices of our parameters: the inverse of `split`."""
     found = [
         _as_pairs(value, part.rope).transpose(np.argsort(part.order))
         for part, value in zip(tensor.parts, slices, strict=True)
@@ -246,11 +245,11 @@ def join(tensor: Tensor, slices: list[np.ndarray]) -> np.ndarray:
 
 
 def _as_halves(value: np.ndarray, rope: int) -> np.ndarray:
-    """The last `rope` columns with the first of every pair first."""
+    """The last `rope` columns reordered: the first of every pair, then the second of every pair."""
     if not rope:
         return value
-    kept, pairs = value[..., :-rope], value[..., -rope:]
-    return np.concatenate([kept, pairs[..., 0::2], pairs[..., 1::2]], -1)
+    pairs = value[..., -rope:]
+    return np.concatenate([value[..., :-rope], pairs[..., 0::2], pairs[..., 1::2]], -1)
 
 
 def _as_pairs(value: np.ndarray, rope: int) -> np.ndarray:
@@ -258,5 +257,6 @@ def _as_pairs(value: np.ndarray, rope: int) -> np.ndarray:
     if not rope:
         return value
     result = value.copy()
-    result[..., -rope::2], result[..., 1 - rope :: 2] = value[..., -rope : -rope // 2], value[..., -rope // 2 :]
+    result[..., -rope::2] = value[..., -rope : -rope // 2]
+    result[..., 1 - rope :: 2] = value[..., -rope // 2 :]
     return result

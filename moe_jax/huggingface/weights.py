@@ -1,7 +1,7 @@
-"""Weights in and out: models of Hugging Face's families as models of ours, and back.
+"""Weights of Hugging Face's families become our parameters, and back, tensor by tensor.
 
-`load_hf(folder)` gives a model to call, `save_hf(model, folder)` writes one. Both go tensor by tensor through the
-tables of `families`, as the command `python -m moe_jax.convert` does, which never holds a model whole.
+`load_hf`, `save_hf` and the command `python -m moe_jax.convert` all go through here. The command never holds a whole
+model in memory.
 """
 
 import json
@@ -18,23 +18,21 @@ import numpy as np
 from moe_jax import balance
 from moe_jax.config import Config, ModelConfig, default, validate
 from moe_jax.huggingface import shards
-from moe_jax.huggingface.families import CARRIED, Family, choose, from_hf, to_hf, words
+from moe_jax.huggingface.config_in import from_hf
+from moe_jax.huggingface.config_out import choose, to_hf
+from moe_jax.huggingface.families import CARRIED, Family, words
 from moe_jax.huggingface.shards import Entry, Plan
 from moe_jax.huggingface.tensors import Tensor, copies, join, split, tensors
 from moe_jax.model.abstract import Tree, abstract_model
-from moe_jax.runtime import leaves
+from moe_jax.runtime.leaves import path_name
 
 CARRIED_FILES = words(
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "tokenizer.model tiktoken.model generation_config.json chat_template.json chat_template.jinja"
 )
-
-
 MOST_FILE_BYTES = 256 * 2**20  # of a tokenizer's file
-
-
+MOST_MISSING = 4  # missing tensors that are named; a false config.json may name more than fits anywhere
 SCALE = "_scale_inv"  # DeepSeek's float8: tensor X comes with X_scale_inv, one float32 for each block
-
 
 Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that slice of our parameters
 
@@ -43,7 +41,7 @@ Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that sli
 
 
 class Source(NamedTuple):
-    """A checked folder of theirs. block: rows and columns of a float8 scale's block."""
+    """A folder of theirs, checked. block: rows and columns that share a float8 scale."""
 
     folder: Path
     family: Family
@@ -54,7 +52,7 @@ class Source(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """What is read of it."""
+        """The bytes of its tensors."""
         return sum(self.entries[t.name].end - self.entries[t.name].begin for t in self.tensors)
 
 
@@ -70,9 +68,9 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
         family, ours = from_hf(hf)
         block = _block(hf, entries)
         ours["mtp_depth"] = _depths_there(ours, entries)
-        ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(entries)
+        ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(family, entries)
         config = validate(default(model=ours)).model
-        choose(config, family.architecture)  # what comes in can go out again
+        choose(config, family.architecture)  # what is read can be written again
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     found = _check_tensors(folder, tensors(family, config), entries, copies(config))
@@ -98,14 +96,14 @@ def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, in
 
 
 def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Entry]) -> int:
-    """How many modules of multi-token prediction are in the files: transformers itself leaves them out."""
+    """The number of multi-token-prediction modules in the files; transformers leaves them out when it saves."""
     first = f"model.layers.{ours['num_layers']}."
     return ours.get("mtp_depth", 0) if any(name.startswith(first) for name in entries) else 0
 
 
-def _stored_dtype(entries: Mapping[str, Entry]) -> str:
-    """The dtype that loses nothing of any tensor, but for routers, biases and scales, which are float32 anyway."""
-    apart = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "e_score_correction_bias", SCALE)
+def _stored_dtype(family: Family, entries: Mapping[str, Entry]) -> str:
+    """The narrowest dtype that loses nothing; routers, biases and scales do not count, because they are float32."""
+    apart = (family.router, "e_score_correction_bias", SCALE)
     dtypes = {entry.dtype for name, entry in entries.items() if not name.endswith(apart)}
     return "bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32"
 
@@ -113,13 +111,13 @@ def _stored_dtype(entries: Mapping[str, Entry]) -> str:
 def _check_tensors(
     folder: Path, wanted: Iterator[Tensor], entries: Mapping[str, Entry], allowed_copies: Mapping[str, str]
 ) -> list[Tensor]:
-    """The tensors to read; a missing, unexpected or differently shaped one is told."""
+    """The tensors to read; a ValueError names one that is missing, unexpected or of another shape."""
     found, missing = [], []
     for tensor in wanted:
         entry = entries.get(tensor.name)
         if entry is None:
             missing.append(tensor)
-            if len(missing) == 4:  # a config that lies may ask for more than fits anywhere
+            if len(missing) == MOST_MISSING:
                 break
         elif entry.shape != tensor.shape:
             raise ValueError(
@@ -130,7 +128,9 @@ def _check_tensors(
             found.append(tensor)
     if missing:
         names = ", ".join(f"{t.name} {list(t.shape)}" for t in missing)
-        raise ValueError(f"{folder} lacks tensors that config.json asks for: {names}{', ...' * (len(missing) == 4)}.")
+        raise ValueError(
+            f"{folder} lacks tensors that config.json requires: {names}{', ...' * (len(missing) == MOST_MISSING)}."
+        )
     _check_others(folder, {t.name for t in found}, entries, allowed_copies)
     return found
 
@@ -138,7 +138,7 @@ def _check_tensors(
 def _check_others(
     folder: Path, known: set[str], entries: Mapping[str, Entry], allowed_copies: Mapping[str, str]
 ) -> None:
-    """What is no tensor of the model: copies, scales, tables that RoPE computes; all else is refused."""
+    """Check the tensors that are not parameters: copies, scales, tables that RoPE computes; others are refused."""
     for name, entry in entries.items():
         if name in known or name.endswith(".rotary_emb.inv_freq"):
             continue
@@ -146,27 +146,27 @@ def _check_others(
             original = allowed_copies[name]
             if shards.digest(entry) != shards.digest(entries[original]):
                 raise ValueError(
-                    f"{folder}: tensor {name} {list(entry.shape)} must be a copy of {original}, which we share, but "
-                    "differs; convert another model."
+                    f"{folder}: tensor {name} {list(entry.shape)} must be a copy of {original}, because our model "
+                    "shares it, but differs; convert another model."
                 )
         elif not (name.endswith(SCALE) and name.removesuffix(SCALE) in known):
             raise ValueError(
-                f"{folder}: tensor {name} {list(entry.shape)} in {entry.file.name} is none that config.json asks for; "
-                "give the config that belongs to it."
+                f"{folder}: tensor {name} {list(entry.shape)} in {entry.file.name} is not in the model of config.json; "
+                "give the config.json that belongs to it."
             )
     for name in known:
         scale = entries.get(name + SCALE)
         narrow = entries[name].dtype.startswith("F8")
         if narrow and len(entries[name].shape) != 2:
-            raise ValueError(f"{folder}: tensor {name} is float8, as matrices only are; fetch the file again.")
+            raise ValueError(f"{folder}: tensor {name} is float8, but only matrices can be; fetch the file again.")
         if narrow != (scale is not None):
             missing = "has no" if narrow else f"is {entries[name].dtype}, and needs no"
             raise ValueError(f"{folder}: tensor {name} {missing} {name}{SCALE}; fetch the file again.")
 
 
 def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], None]) -> Iterator[int]:
-    """Read every tensor, as the files have them, and write its slices; yields the bytes read."""
-    dtypes = {_name(p): leaf.dtype for p, leaf in _leaves(source.config)}
+    """Read every tensor, in the order of the files, and write its slices; yields the bytes read."""
+    dtypes = {path_name(p): leaf.dtype for p, leaf in _leaves(source.config)}
     for tensor in sorted(source.tensors, key=lambda t: (source.entries[t.name].file, source.entries[t.name].begin)):
         for part, value in split(tensor, _value(source, tensor.name)):
             write(part.leaf, part.at, value.astype(dtypes[part.leaf]))
@@ -175,7 +175,7 @@ def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], Non
 
 
 def _value(source: Source, name: str) -> np.ndarray:
-    """A tensor as it is stored; of float8, its product with the scales in float32."""
+    """A tensor as stored; float8 becomes its product with the scales, in float32."""
     entry = source.entries[name]
     value = shards.read(entry)
     if entry.dtype.startswith("F8"):
@@ -186,7 +186,7 @@ def _value(source: Source, name: str) -> np.ndarray:
 
 
 def _scale(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The scales of a tensor's blocks, positive as a quotient of largest values is."""
+    """The scales of a tensor's blocks, which must be finite and not negative."""
     scale = shards.read(source.entries[name + SCALE]).astype(np.float32)
     blocks = [math.ceil(n / b) for n, b in zip(shape, source.block, strict=True)]
     if list(scale.shape) != blocks:
@@ -210,7 +210,7 @@ def dequantised(value: np.ndarray, scale: np.ndarray, block: tuple[int, int]) ->
     """float8 [O, I] times the float32 scale of each block, in float32. Source: DeepSeek-V3's published weights."""
     rows, columns = value.shape
     wide = value.astype(np.float32)
-    for i in range(scale.shape[0]):  # a row of blocks at a time, so that no second array is as large
+    for i in range(scale.shape[0]):  # a row of blocks at a time, to avoid a second array of this size
         factors = np.repeat(scale[i], block[1])[:columns]
         wide[i * block[0] : min(rows, (i + 1) * block[0])] *= factors
     return wide
@@ -233,11 +233,11 @@ def export(
 
     Args:
         config: of the model.
-        read: gives the slices of its parameters.
-        folder: where to; it is there, and empty.
+        read: returns slices of its parameters.
+        folder: existing and empty.
         architecture: as in `save_hf`.
         dtype: as in `save_hf`.
-        carried: where the tokenizer's files and an old config.json are, if anywhere.
+        carried: folder with the tokenizer's files and the original config.json, if there is one.
         max_length: as in `save_hf`.
     """
     family = choose(config, architecture)
@@ -269,7 +269,7 @@ def _length(config: ModelConfig, max_length: int) -> int:
 
 
 def _written_dtype(tensor: Tensor, config: ModelConfig, read: Read, dtype: str | None) -> str:
-    """The bias float32, a router as narrow as loses nothing, all else as asked for."""
+    """float32 for the bias, for a router the narrowest dtype that loses nothing, otherwise `dtype`."""
     (leaf, index, *_), *_ = tensor.parts
     if leaf.startswith("bias/"):
         return "float32"
@@ -280,38 +280,41 @@ def _written_dtype(tensor: Tensor, config: ModelConfig, read: Read, dtype: str |
 
 
 def _refuse_bias(family: Family, config: ModelConfig, read: Read) -> None:
-    """Raise a ValueError if a bias would be lost that picks other experts than the scores alone."""
+    """Raise a ValueError if a bias would be lost that selects other experts than the scores alone."""
     for path, leaf in _leaves(config):
-        if _name(path).startswith("bias/"):
-            value = read(_name(path), ())
+        if path_name(path).startswith("bias/"):
+            value = read(path_name(path), ())
             if np.ptp(value.reshape(leaf.shape[0], -1), axis=-1).any():
                 raise ValueError(
-                    f"{family.architecture} has no place for a selection bias, but {_name(path)} is from "
-                    f"{value.min():.3g} to {value.max():.3g}; the experts it picks would be lost. Train with another "
-                    "way of balancing, or a model that DeepseekV3ForCausalLM holds."
+                    f"{family.architecture} has no place for a selection bias, but {path_name(path)} is from "
+                    f"{value.min():.3g} to {value.max():.3g}; its choice of experts would be lost. Train with another "
+                    "balancing method, or a model that DeepseekV3ForCausalLM holds."
                 )
 
 
 def refuse_balance(config: Config) -> None:
-    """Raise a ValueError where a run picks experts by other means than scores plus bias, which no family knows."""
+    """Raise a ValueError if a run selects experts by anything but scores plus bias, which no family has."""
     balancer = balance.make(config.balance, config.model)
     names = ", ".join(entry.label for entry in config.balance)
     if balancer.combine is not None and config.model.num_experts:
-        raise ValueError(f"balance ({names}) does not add the bias to the scores, which no family knows; no export.")
+        raise ValueError(
+            f"balance ({names}) does not add the bias to the scores, as every family does; it cannot be exported."
+        )
     if balancer.select is not None and balancer.inference == "same":
         raise ValueError(
-            f"balance ({names}) selects experts itself, in inference too, which no family knows; no export."
+            f"balance ({names}) selects experts itself, in inference too, as no family does; it cannot be exported."
         )
 
 
 def carry(source: Path | None, target: Path, everything: bool = False) -> dict[str, Any]:
-    """Copy the tokenizer's files, and with `everything` config.json too; the `CARRIED` keys of config.json, if any."""
+    """Copy the tokenizer's files, and with `everything` config.json; returns `CARRIED` keys of config.json, if any."""
     if source is None or not source.is_dir():
         return {}
-    there = [name for name in sorted(CARRIED_FILES) if (source / name).exists()]
-    if templates := source / "additional_chat_templates":
-        there += [f"{templates.name}/{f.name}" for f in templates.glob("*.jinja")] if templates.is_dir() else []
-    for name in there:
+    names = [name for name in sorted(CARRIED_FILES) if (source / name).exists()]
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        names += [f"{templates.name}/{file.name}" for file in templates.glob("*.jinja")]
+    for name in names:
         _copy(source, target, name)
     if not (source / "config.json").exists():
         return {}
@@ -322,7 +325,7 @@ def carry(source: Path | None, target: Path, everything: bool = False) -> dict[s
 
 
 def _copy(source: Path, target: Path, name: str) -> None:
-    """One file, which may not lead elsewhere, to the same place below the target."""
+    """Copy one file, which must not lead out of the source, to the same place below the target."""
     place, _, plain = name.rpartition("/")
     file = shards.inside(source, plain, place)
     if file.stat().st_size > MOST_FILE_BYTES:
@@ -341,8 +344,10 @@ def abstract_weights(config: ModelConfig) -> dict[str, Tree]:
 
 
 def index_axes(config: ModelConfig) -> Callable[[str], int]:
-    """leaf -> how many of its first axes a slice has an index for: layer, and expert."""
-    dims = {_name(p): d.names for p, d in jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})}
+    """leaf -> number of leading axes that a slice indexes: layer, and expert."""
+    dims = {
+        path_name(p): d.names for p, d in jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
+    }
 
     def axes(leaf: str) -> int:
         if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
@@ -354,7 +359,3 @@ def index_axes(config: ModelConfig) -> Callable[[str], int]:
 
 def _leaves(config: ModelConfig) -> list[tuple[Any, jax.ShapeDtypeStruct]]:
     return jax.tree_util.tree_leaves_with_path(abstract_weights(config))
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return leaves.path_name(path)

@@ -1,4 +1,4 @@
-"""One function: what every token takes from the tokens it may see, with the best kernel of each platform.
+"""One function, `attend`, with the best kernel of each platform.
 
 B batch, S sequence, H query heads, G heads of keys and values, K width of queries and keys, V width of values.
 """
@@ -15,7 +15,12 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.mesh import per_shard, platform, spec
 
-BLOCK = 512  # queries and keys the TPU kernel compares at once; of a shorter sequence, all
+BLOCK = 512  # queries and keys that the TPU kernel compares at once; of a shorter sequence, all
+LANES = 128  # of a TPU's vectors: blocks are multiples of it
+CUDNN_WIDTH = 128  # the largest head width of cuDNN's kernel ...
+CUDNN_STEP = 8  # ... and what widths must be a multiple of
+MOST_CPU_BLOCKS = 8  # whose programs are written out one after the other
+LEAST_CPU_BLOCK = 64  # queries
 
 
 def attend(
@@ -35,19 +40,19 @@ def attend(
         value: [B, S, G, V]; V may differ from K.
         segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
         scale: 1 / sqrt(K) if None.
-        mesh: where the arrays lie, rows over the batch axes and heads over `tensor`. None is one device:
-            by blocks if that is a CPU, else XLA's own code.
+        mesh: of the arrays, whose rows are split over the batch axes and heads over `tensor`. None is one device:
+            by blocks if that is a CPU, otherwise XLA's own code.
 
     Returns:
         [B, S, H, V] in the query's dtype, softmax in float32.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    best = kernel_for(query, key, value, mesh)
-    if best == "splash":
+    kernel = kernel_for(query, key, value, mesh)
+    if kernel == "splash":
         return splash(query, key, value, segment_ids, scale, mesh)
-    if best == "blocks":
+    if kernel == "blocks":
         return in_blocks(query, key, value, segment_ids, scale)
-    return in_jax(query, key, value, segment_ids, scale, "cudnn" if best == "cudnn" else "xla")
+    return in_jax(query, key, value, segment_ids, scale, "cudnn" if kernel == "cudnn" else "xla")
 
 
 def attend_cached(
@@ -64,7 +69,7 @@ def attend_cached(
         query: [B, N, H, K], N new tokens a row.
         key: [B, S, G, K], the cache; slot s holds position s.
         value: [B, S, G, V].
-        positions: int32 [B, N]; that of padding, -1, gives something finite.
+        positions: int32 [B, N]; -1 at padding, whose result is finite and has no meaning.
         scale: factor on query . key.
 
     Returns:
@@ -81,11 +86,11 @@ Kernel = Literal["splash", "cudnn", "blocks", "xla"]
 
 
 def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Kernel:
-    """Which kernel serves these shapes on the mesh's devices: the one place where it is picked.
+    """The kernel for these shapes on the mesh's devices; chosen only here.
 
-    "splash" on TPU, Pallas' flash attention that skips what is not causal. "cudnn" on NVIDIA, flash attention too,
-    of narrow floats and equal widths only. "blocks" on CPU: caches hold a block's scores, and none are kept.
-    "xla", which writes all scores to memory, everywhere else.
+    "splash" on TPU: Pallas' flash attention, which skips what is not causal. "cudnn" on NVIDIA: flash attention, too,
+    for 16-bit floats and equal widths only. "blocks" on CPU: caches hold the scores of a block, and none are stored.
+    "xla" everywhere else: it writes all scores to memory.
     """
     if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":
         return "blocks"
@@ -96,14 +101,14 @@ def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Ker
         return "splash"
     nvidia = "NVIDIA" in mesh.devices.flat[0].device_kind
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
-    same_width = query.shape[3] == value.shape[3] and query.shape[3] % 8 == 0 and query.shape[3] <= 128
+    same_width = query.shape[3] == value.shape[3] and query.shape[3] % CUDNN_STEP == 0 and query.shape[3] <= CUDNN_WIDTH
     return "cudnn" if nvidia and fits and same_width else "xla"
 
 
 def in_jax(
     query: Array, key: Array, value: Array, segment_ids: Array, scale: float, kernel: Literal["cudnn", "xla"]
 ) -> Array:
-    """`attend` by `jax.nn.dot_product_attention`, which wants equal widths and a mask."""
+    """`attend` by `jax.nn.dot_product_attention`, which needs equal widths and a mask."""
     width = max(query.shape[-1], value.shape[-1])
     query, key, wide = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (query, key, value))
     mixed = jax.nn.dot_product_attention(
@@ -111,7 +116,7 @@ def in_jax(
         key,
         wide,
         mask=visibility(segment_ids),
-        is_causal=kernel == "cudnn",  # so that it skips what the mask hides anyway
+        is_causal=kernel == "cudnn",  # so that it skips what the mask hides
         scale=scale,
         implementation=kernel,
     )
@@ -119,7 +124,7 @@ def in_jax(
 
 
 def visibility(segment_ids: Int32[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
-    """Who may attend to whom: earlier or same position, same segment. Padding (0) sees padding only."""
+    """[b, 0, q, k]: whether q may attend to k, of the same segment and not later. Padding (0) sees padding only."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     causal = jnp.tril(jnp.ones(2 * segment_ids.shape[1:], bool))
     return (same & causal[None])[:, None]
@@ -137,12 +142,12 @@ def splash(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Array:
-    """`attend` by Pallas' splash attention, every device its own rows and heads; `interpret` runs it anywhere."""
+    """`attend` by Pallas' splash attention; every device has its own rows and heads. `interpret` runs it anywhere."""
 
     def on_shard(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
         length = segment_ids.shape[1]
         block = _block(length)
-        rest = -length % block  # tokens of a segment of their own
+        rest = -length % block  # padded with tokens of another segment
         segments = jnp.pad(segment_ids, ((0, 0), (0, rest)), constant_values=-1)
         query, key, value = (
             jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0))).swapaxes(1, 2) for a in (query * scale, key, value)
@@ -158,9 +163,9 @@ def splash(
 
 
 def _block(length: int) -> int:
-    """A multiple of 128, at most BLOCK, that covers the length in as few and even parts as possible."""
+    """A multiple of LANES, at most BLOCK, that covers the length in as few and even parts as possible."""
     parts = -(-length // BLOCK)
-    return -(-length // (parts * 128)) * 128
+    return -(-length // (parts * LANES)) * LANES
 
 
 def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Callable[..., Array]:
@@ -188,7 +193,8 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Call
 def in_blocks(query: Array, key: Array, value: Array, segment_ids: Array, scale: float) -> Array:
     """`attend` block by block of queries, each with the keys up to its end only; in float32.
 
-    The backward pass does the scores again from the logarithm of their sum. Source: arXiv 2205.14135.
+    The backward pass recomputes the scores, and their softmax from the stored logarithm of its sum.
+    Source: arXiv 2205.14135.
     """
     return _blocks_forward(query, key, value, segment_ids, scale)[0]
 
@@ -197,7 +203,8 @@ def _blocks_forward(
     query: Array, key: Array, value: Array, segment_ids: Array, scale: float
 ) -> tuple[Array, tuple[Array, ...]]:
     queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
-    outputs, totals = [], []
+    outputs = []
+    totals = []
     for first, last in _block_bounds(query.shape[1]):
         scores = jnp.einsum("bgrqk,bgsk->bgrqs", queries[..., first:last, :], keys[:, :, :last])
         scores = jnp.where(_visible(segment_ids, first, last), scores, -jnp.inf)  # at least a token itself is visible
@@ -210,14 +217,15 @@ def _blocks_forward(
     return y, (query, key, value, segment_ids, y, jnp.concatenate(totals, 3))
 
 
-def _blocks_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
-    query, key, value, segment_ids, y, totals = kept
+def _blocks_backward(scale: float, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
+    query, key, value, segment_ids, y, totals = residuals
     queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
     grads = _by_head(dy, key.shape[2])
     mean = (grads * _by_head(y, key.shape[2])).sum(-1, keepdims=True)
     d_queries, d_keys, d_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
     for first, last in _block_bounds(query.shape[1]):
-        rows, d = queries[..., first:last, :], grads[..., first:last, :]
+        rows = queries[..., first:last, :]
+        d = grads[..., first:last, :]
         scores = jnp.einsum("bgrqk,bgsk->bgrqs", rows, keys[:, :, :last])
         weights = jnp.exp(scores - totals[..., first:last, :])
         weights = jnp.where(_visible(segment_ids, first, last), weights, 0.0)
@@ -234,8 +242,8 @@ in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _block_bounds(length: int) -> list[tuple[int, int]]:
-    """At most eight blocks, for their programs are written out one after the other; of at least 64 queries."""
-    block = max(64, -(-length // 8))
+    """(first, last) of every block of queries."""
+    block = max(LEAST_CPU_BLOCK, -(-length // MOST_CPU_BLOCKS))
     return [(first, min(first + block, length)) for first in range(0, length, block)]
 
 
@@ -257,7 +265,7 @@ def _as_heads(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _visible(segment_ids: Array, first: int, last: int) -> Array:
-    """[B, 1, 1, Q, S]: which earlier tokens of its segment each query of a block sees."""
+    """bool [B, 1, 1, Q, S]: whether a query of a block sees a key: of its segment and not later."""
     causal = _numbers(last)[first:, None] >= _numbers(last)[None]
     same = segment_ids[:, first:last, None] == segment_ids[:, None, :last]
     return (causal[None] & same)[:, None, None]

@@ -1,4 +1,4 @@
-"""The language model's loss: head and cross-entropy together, without all logits at once.
+"""The language model's loss: head and cross-entropy together, without all logits in memory.
 
 B batch, S sequence, T = B S tokens, D embed, V vocabulary.
 """
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-BLOCK_BYTES = 16 * 2**20  # of the logits that exist at a time: what caches hold, and enough rows for a fast product
+BLOCK_BYTES = 16 * 2**20  # of the logits in memory at a time: they fit into caches, with enough rows for a fast product
+LEAST_ROWS = 128  # tokens of a block
 
 
 def row_nats(
     logits: Float32[Array, "batch seq vocab"], targets: Int32[Array, "batch seq"], mask: Bool[Array, "batch seq"]
 ) -> Float32[Array, "batch"]:
-    """The cross-entropy of every row in nats, summed over its valid targets, from logits that exist."""
+    """The cross-entropy of every row in nats, summed over its valid targets, from all logits."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(mask, nats, 0.0).sum(-1)
 
@@ -28,8 +29,9 @@ def summed_nats(
 ) -> Float32[Array, ""]:
     """The cross-entropy of `x head` in nats, summed over all valid targets, block by block of tokens.
 
-    A sum is linear in its gradient, so the forward pass computes that too, while a block's logits are at hand: three
-    products in all, and never [T, V] in memory. For one device: on several, every block would be an exchange.
+    The backward pass only scales the gradient by a number, so the forward pass computes the gradient, too, while a
+    block's logits are in memory: three products in all, and never [T, V]. For one device: on several, every block would
+    need an exchange.
 
     Args:
         x: [B, S, D], the output of the final norm, in the compute dtype; logits are float32.
@@ -41,16 +43,16 @@ def summed_nats(
         float32 []. Source of the idea: Liger Kernel (arXiv 2410.10989), section 3.2.
     """
     blocks = _blocks(x, targets, mask, head.shape[1])
-    return jax.lax.scan(lambda sofar, block: (sofar + _nats(head, *block)[0], None), jnp.float32(0.0), blocks)[0]
+    return jax.lax.scan(lambda total, block: (total + _nats(head, *block)[0], None), jnp.float32(0.0), blocks)[0]
 
 
 def _forward(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
-    def one(sofar: tuple[Array, Array], block: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    def one(sums: tuple[Array, Array], block: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         nats, d_logits = _nats(head, *block)
         d_logits = d_logits.astype(x.dtype)
         d_head = jnp.matmul(block[0].T, d_logits, preferred_element_type=jnp.float32)
         d_block = jnp.matmul(d_logits, head.T, preferred_element_type=jnp.float32)
-        return (sofar[0] + nats, sofar[1] + d_head), d_block.astype(x.dtype)
+        return (sums[0] + nats, sums[1] + d_head), d_block.astype(x.dtype)
 
     zeros = jnp.float32(0.0), jnp.zeros(head.shape, jnp.float32)
     (nats, d_head), dx = jax.lax.scan(one, zeros, _blocks(x, targets, mask, head.shape[1]))
@@ -71,10 +73,10 @@ def _times(d: Array, gradient: Array) -> Array:
 
 
 def _blocks(x: Array, targets: Array, mask: Array, vocab: int) -> tuple[Array, Array, Array]:
-    """x [N, block, D], targets and mask [N, block]: tokens in blocks of equal length, masked where there is none."""
+    """x [N, block, D], targets and mask [N, block]: tokens in blocks of equal length, masked where they are padded."""
     num_tokens = targets.size
     blocks = -(-4 * vocab * num_tokens // BLOCK_BYTES)
-    block = -(-num_tokens // max(1, min(blocks, num_tokens // 128)))
+    block = -(-num_tokens // max(1, min(blocks, num_tokens // LEAST_ROWS)))
 
     def cut(flat: Array) -> Array:
         padded = jnp.pad(flat, ((0, -num_tokens % block), *[(0, 0)] * (flat.ndim - 1)))

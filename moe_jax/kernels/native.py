@@ -1,7 +1,7 @@
-"""SwiGLU experts on a CPU in C++: `native.cc`, compiled once a machine with the system's compiler.
+"""SwiGLU experts on a CPU in C++: `native.cc`, compiled once on each machine with the system's compiler.
 
-XLA:CPU multiplies a dynamic number of rows only by loops over small products, and moves every copy through memory
-between them. One call of XLA's foreign function interface sorts, multiplies, activates and combines instead.
+XLA:CPU multiplies a dynamic number of rows only by loops over small products, and moves every copy through memory in
+between. Here a single call of XLA's foreign function interface sorts, multiplies, activates and combines.
 T tokens, K slots, N = T K copies, E experts, D embed, F ffw.
 """
 
@@ -25,15 +25,9 @@ from moe_jax.mesh import around_kernel
 from moe_jax.runtime.cache import user_folder
 
 SOURCE = Path(__file__).with_suffix(".cc")
-
-
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
-
-
 DTYPES = (jnp.float32, jnp.bfloat16)
-
-
-Targets = dict[tuple[str, str], str]  # (forward or backward, dtype) -> its name to XLA; another source has others
+Targets = dict[tuple[str, str], str]  # (forward or backward, dtype) -> XLA's name, which includes a hash of the source
 
 
 def experts(
@@ -44,9 +38,9 @@ def experts(
 ) -> Float32[Array, "tokens embed"]:
     """sum over a token's slots of gate x (silu(x gate_e) * (x up_e)) down_e, accumulated in float32.
 
-    Cost follows the copies: neither E nor the skew of the routing counts. Call it where `missing()` is None.
+    The cost is proportional to the copies, whatever E and the skew of the routing. Call it only if `missing()` is None.
 
-    The C++ reads memory as it is, so here is where dtypes become what it reads, and sizes are compared.
+    The C++ code reads raw memory, so dtypes are converted and sizes compared here.
 
     Args:
         x: [T, D], float32 or bfloat16.
@@ -76,11 +70,12 @@ def experts(
 
 
 def _fit(x: tuple, ids: tuple, gates: tuple, gate: tuple, up: tuple, down: tuple) -> bool:
-    """Whether these shapes have the sizes of one problem."""
+    """Whether these shapes fit together."""
     if [len(shape) for shape in (x, ids, gate)] != [2, 2, 3]:
         return False
     (tokens, embed), (experts, _, ffw) = x, gate
-    wide, narrow = (experts, embed, ffw), (experts, ffw, embed)
+    wide = (experts, embed, ffw)
+    narrow = (experts, ffw, embed)
     return ids[0] == tokens and gates == ids and (gate, up, down) == (wide, wide, narrow)
 
 
@@ -90,25 +85,26 @@ def _experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]
 
 
 def missing() -> str | None:
-    """Why experts cannot run in C++ on this machine, in words; None if they can. The first call compiles."""
+    """Why experts cannot run in C++ on this machine; None if they can. The first call compiles."""
     built = _build()
     return built if isinstance(built, str) else None
 
 
 def _forward(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> tuple[Array, tuple[Any, ...]]:
     (tokens, embed), copies, (num_experts, _, ffw) = x.shape, expert_ids.size, weights[0].shape
-    hidden, ints = jax.ShapeDtypeStruct((copies, ffw), x.dtype), jax.ShapeDtypeStruct((copies,), jnp.int32)
+    hidden = jax.ShapeDtypeStruct((copies, ffw), x.dtype)
+    ints = jax.ShapeDtypeStruct((copies,), jnp.int32)
     results = [
         jax.ShapeDtypeStruct((tokens, embed), jnp.float32),
         *(hidden, hidden, ints, ints, jax.ShapeDtypeStruct((num_experts,), jnp.int32)),
         jax.ShapeDtypeStruct((copies, embed), jnp.float32),
     ]
-    y, *kept, _ = _call("forward", x.dtype, results, x, expert_ids, gates, *weights)
-    return y, (x, gates, weights, *kept)
+    y, *residuals, _ = _call("forward", x.dtype, results, x, expert_ids, gates, *weights)
+    return y, (x, gates, weights, *residuals)
 
 
-def _backward(kept: tuple[Any, ...], dy: Array) -> tuple[Array, None, Array, Any]:
-    x, gates, weights, *rest = kept
+def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, None, Array, Any]:
+    x, gates, weights, *rest = residuals
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *weights)]
     room = jax.ShapeDtypeStruct((gates.size, x.shape[1]), jnp.float32)
     dx, d_gates, *d_weights, _ = _call("backward", x.dtype, [*like, room], dy, x, gates, *weights, *rest)
@@ -120,7 +116,7 @@ _experts.defvjp(_forward, _backward)
 
 def _call(which: str, dtype: jnp.dtype, results: list[jax.ShapeDtypeStruct], *arrays: Array) -> list[Array]:
     targets = _build()
-    assert not isinstance(targets, str)  # the caller has asked `missing`
+    assert not isinstance(targets, str)  # the caller has checked `missing`
     call = jax.ffi.ffi_call(targets[which, dtype.name], results, vmap_method="sequential")
     with jax.named_scope("experts"):  # dispatch and combine are in the same call
         return around_kernel(call, *arrays)
@@ -128,14 +124,14 @@ def _call(which: str, dtype: jnp.dtype, results: list[jax.ShapeDtypeStruct], *ar
 
 @functools.cache
 def _build() -> Targets | str:
-    """Compile, unless it is compiled, and make known to XLA; or why that cannot be."""
+    """Compile, unless that was done before, and register with XLA; or a string, why that is impossible."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        return "there is no C++ compiler; install one, or name it by CXX=..."
+        return "there is no C++ compiler; install one, or name it with CXX=..."
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        told = SOURCE.read_text() + version + " ".join(FLAGS) + jax.lib.__version__
-        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        inputs = SOURCE.read_text() + version + " ".join(FLAGS) + jax.lib.__version__
+        digest = hashlib.sha256(inputs.encode()).hexdigest()[:12]
         library = user_folder("native") / f"experts-{digest}.so"
         if not library.exists():
             _compile(compiler, library)
@@ -148,12 +144,12 @@ def _build() -> Targets | str:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """Whole or not there, whoever else is compiling the same."""
+    """Compile so that the library appears whole or not at all; several processes may do so at the same time."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)]
+        temporary = Path(folder) / library.name
+        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(temporary)]
         subprocess.run(command, capture_output=True, text=True, check=True)
-        made.replace(library)
+        temporary.replace(library)
 
 
 def _register(library: ctypes.CDLL, digest: str) -> Targets:

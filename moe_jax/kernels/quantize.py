@@ -1,15 +1,15 @@
-"""Expert products in eight bits, forward and backward: values and scales are qwix's, as in its quantised training.
+"""Expert products in eight bits, forward and backward, with the values and scales of qwix's quantised training.
 
-What is narrowed, for y = x w with x [M, D] and w [E, D, F], each time from the values in the compute dtype:
+For y = x w with x [M, D] and w [E, D, F], these are quantised, always from values in the compute dtype:
 - y = x w: x by row, w by expert and column;
 - dx = dy w^T: dy by row, w by expert and row;
-- dw[e] = x^T dy over the rows of e: x and dy by column, one scale for all rows, for rows are what is summed over.
-A scale is the largest magnitude of what it is for, over the format's: 127 (int8) or 448 (float8_e4m3fn, DeepSeek-V3's
-choice for all three products). Sums are exact integers (int8) or float32. DeepSeek-V3's tiles of 128 would sum every
-128 products apart, in as many results: qwix can, but no matrix unit is faster for it, so scales span a whole row.
+- dw[e] = x^T dy over the rows of e: x and dy by column, one scale for all rows, because the sum is over rows.
+A scale is the largest magnitude of its values, divided by the format's: 127 (int8) or 448 (float8_e4m3fn, DeepSeek-V3's
+choice for all three products). Sums are exact integers (int8) or float32. DeepSeek-V3's tiles of 128 would need a
+separate sum for every 128 products: qwix can do that, but no matrix unit is faster for it, so scales span a whole row.
 
-On TPUs dw is multiplied in bfloat16, which holds every value of both formats: XLA's ragged product would multiply
-every row with every group there, as it does on GPUs in all three.
+On TPUs dw is multiplied in bfloat16, which holds every value of both formats, because XLA's ragged product would
+multiply every row with every group, as it does on GPUs in all three.
 """
 
 import functools
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 
 FORMATS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-
-
-# qwix maps the largest magnitude to 127.5, where every row's largest value would be rounded up or down by chance
+# qwix maps the largest magnitude to 127.5, so every row's largest value would be rounded up or down by chance
 CALIBRATION = {"int8": f"absmax,{127.5 / 127}", "fp8": "absmax"}
 
 
@@ -42,12 +40,12 @@ def quantized_matmul(
     group_sizes: Int32[Array, "experts"],
     quantization: str,
 ) -> Float[Array, "rows out_dim"]:
-    """`grouped_matmul` of narrowed operands, and so are both products of its gradient (straight through).
+    """`grouped_matmul` of quantised operands; so are both products of its gradient (straight-through).
 
     Args:
-        x: [M, D], rows sorted by group; a row of zeros gives 0.
+        x: [M, D], rows sorted by group; the result of a row of zeros is 0.
         w: [E, D, F].
-        group_sizes: int32 [E], rows in each group; the rows after their sum give 0.
+        group_sizes: int32 [E], rows in each group; the result of the rows after their sum is 0.
         quantization: "int8" or "fp8".
 
     Returns:
@@ -62,8 +60,8 @@ def _forward(x: Array, w: Array, group_sizes: Array, quantization: str) -> tuple
     return _product(x, w, group_sizes, quantization), (x, w, group_sizes)
 
 
-def _backward(quantization: str, kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
-    x, w, group_sizes = kept
+def _backward(quantization: str, residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
+    x, w, group_sizes = residuals
     dx = _product(dy, w.swapaxes(1, 2), group_sizes, quantization)
     return dx.astype(x.dtype), _outer(x, dy, group_sizes, quantization).astype(w.dtype), None
 
@@ -72,7 +70,7 @@ quantized_matmul.defvjp(_forward, _backward)
 
 
 def check(quantization: str) -> None:
-    """Refuse, in a sentence, what needs qwix where it is not installed."""
+    """Raise a ValueError if qwix is needed and not installed."""
     if quantization != "none" and importlib.util.find_spec("qwix") is None:
         raise ValueError(
             f"model.quantization={quantization!r} needs qwix, which is not installed: pip install "
@@ -80,17 +78,20 @@ def check(quantization: str) -> None:
         )
 
 
-def narrowed(a: Float[Array, "..."], quantization: str, scaled_axes: tuple[int, ...]) -> "QArray":
-    """`a` in eight bits, with a float32 scale for each index of `scaled_axes`; where all is 0, the scale is 1."""
+def quantized(a: Float[Array, "..."], quantization: str, scaled_axes: tuple[int, ...]) -> "QArray":
+    """`a` in eight bits, with a float32 scale for each index of `scaled_axes`; the scale of zeros is 1."""
     import qwix
 
-    form, how = FORMATS[quantization], CALIBRATION[quantization]
+    values = a.astype(jnp.float32)
+    form = FORMATS[quantization]
+    calibration = CALIBRATION[quantization]
     with jax_defaults():
-        return qwix.quantize(a.astype(jnp.float32), form, channelwise_axes=scaled_axes, calibration_method=how)
+        return qwix.quantize(values, form, channelwise_axes=scaled_axes, calibration_method=calibration)
 
 
 def _product(x: Array, w: Array, group_sizes: Array, quantization: str) -> Array:
-    rows, matrices = narrowed(x, quantization, (0,)), narrowed(w, quantization, (0, 2))
+    rows = quantized(x, quantization, (0,))
+    matrices = quantized(w, quantization, (0, 2))
     y = lax.platform_dependent(rows, matrices, group_sizes, cpu=_tiled_product, default=_ragged_product)
     return grouped.zero_tail(y, group_sizes).astype(x.dtype)
 
@@ -98,15 +99,15 @@ def _product(x: Array, w: Array, group_sizes: Array, quantization: str) -> Array
 def _outer(x: Array, dy: Array, group_sizes: Array, quantization: str) -> Array:
     if x.shape[0] == 0:
         return jnp.zeros_like(x, shape=(group_sizes.shape[0], x.shape[1], dy.shape[1]))
-    # what rows after the last group hold must not set a scale
-    columns = (narrowed(grouped.zero_tail(a, group_sizes), quantization, (1,)) for a in (x, dy))
+    # rows after the last group must not affect a scale
+    columns = (quantized(grouped.zero_tail(a, group_sizes), quantization, (1,)) for a in (x, dy))
     kernels = {"cpu": _tiled_outer, "default": _ragged_outer}
     if grouped.has_tpu_compiler():
         kernels["tpu"] = _widened_outer
     return lax.platform_dependent(*columns, group_sizes, **kernels)
 
 
-# --- products of narrow operands: XLA's, as qwix calls them ----------------------------------------------------
+# --- products of XLA, through qwix -----------------------------------------------------------------------------
 
 
 def _ragged_product(x: "QArray", w: "QArray", group_sizes: Array) -> Array:
@@ -126,7 +127,7 @@ def _qwix_product(
         return qwix.ragged_dot_general(a, b, group_sizes, which, preferred_element_type=jnp.float32)
 
 
-# --- and ours, where a row should meet its own group only ------------------------------------------------------
+# --- our products, in which a row is multiplied with its own group only ----------------------------------------
 
 
 def _tiled_product(x: "QArray", w: "QArray", group_sizes: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Compile the train step for a topology whose devices are not here."""
+"""Compile the train step for devices that are not present."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def prepare_environment(topology: Topology) -> None:
-    """What must be set before jax is imported: the local platform is CPU, with enough fake devices.
+    """Set the environment for jax, which is imported afterwards: the CPU, with enough fake devices.
 
     Raises:
         ValueError: the TPU compiler is not installed.
@@ -30,52 +30,52 @@ def prepare_environment(topology: Topology) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"--topology={topology} needs the TPU compiler, which is not installed; run pip install 'jax[tpu]', "
-            "which has the libtpu that belongs to a jax."
+            "which has the libtpu that fits the installed jax."
         )
     quiet = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5p-8")
-    # no TPU is opened, so two plans at a time disturb nobody
+    # no TPU is opened, so several plans may run at the same time
     for key, value in (quiet | dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_MIN_LOG_LEVEL="3")).items():
         os.environ.setdefault(key, value)
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
-    """The devices to compile for; none of them needs to exist, but for cpu.
+    """The devices to compile for; unless they are CPUs, they need not exist.
 
     Raises:
-        ValueError: the shape is refused by the compiler, or there are fewer local devices.
+        ValueError: the compiler refuses the shape, or there are too few local devices.
     """
     import jax
 
     if topology.chip is None:
-        here = jax.devices("cpu")
-        if len(here) < topology.dims[0]:
+        local = jax.devices("cpu")
+        if len(local) < topology.dims[0]:
             raise ValueError(
-                f"--topology={topology} needs {topology.dims[0]} local devices and {len(here)} are here; set "
+                f"--topology={topology} needs {topology.dims[0]} local devices, but there are {len(local)}; set "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.dims[0]} before jax is imported."
             )
-        return here[: topology.dims[0]]
+        return local[: topology.dims[0]]
     from jax.experimental import topologies
 
-    name, options = str(topology._replace(slices=1)), dict(topology.chip.options)
+    name = str(topology._replace(slices=1))
+    options = dict(topology.chip.options)
     if topology.slices > 1:
         options["num_slices"] = topology.slices  # type: ignore[assignment]
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        if "lockfile" in told:
+        problem = " ".join(str(error).split())
+        if "lockfile" in problem:
             raise ValueError(
                 f"--topology={topology}: another process holds the TPU compiler's lock; wait for it, or set "
                 "ALLOW_MULTIPLE_LIBTPU_LOAD=1."
             ) from None
-        raise ValueError(f"--topology={topology} was refused by the TPU compiler: {told}; try another shape.") from None
-
-
-# --- compiling ------------------------------------------------------------------------------------------------
+        raise ValueError(
+            f"--topology={topology} was refused by the TPU compiler: {problem}; try another shape."
+        ) from None
 
 
 class Compiled(NamedTuple):
-    """The compiled train step: its text, XLA's own account of memory, the seconds and processor seconds it took."""
+    """The compiled train step: its text, XLA's memory analysis in bytes, and its seconds and processor seconds."""
 
     text: str
     arguments: int
@@ -89,15 +89,16 @@ class Compiled(NamedTuple):
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to fit the step into memory: bytes needed and available, 0 where it does not say."""
+    """The compiler could not fit the step into memory: bytes needed and available, 0 if unknown."""
 
     def __init__(self, needed: int, available: int) -> None:
         super().__init__(needed, available)
-        self.needed, self.available = needed, available
+        self.needed = needed
+        self.available = available
 
 
 def compile_step(config: Config, mesh: "Mesh") -> Compiled:
-    """Lower and compile the real train step for the devices of `mesh`; no array is made.
+    """Lower and compile the real train step for the devices of `mesh`; no array is created.
 
     Raises:
         DoesNotFit: the compiler ran out of the chip's memory.
@@ -108,10 +109,11 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     from moe_jax.training.compile import abstract_batch, make_train_step
     from moe_jax.training.state import abstract_state
 
-    started, busy = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    busy = time.process_time()
     dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
     key = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
-    counted = dataclasses.replace(config.model, cpu_kernel="xla")  # XLA counts its own products only
+    counted = dataclasses.replace(config.model, cpu_kernel="xla")  # a product in C++ would not be in the text
     config = dataclasses.replace(config, model=counted)
     lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
     try:
@@ -125,7 +127,7 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"libtpu {metadata.version('libtpu')} writes programs that jax {jax.__version__} cannot read "
-            f"({str(error).splitlines()[0]}); run pip install 'jax[tpu]', which has the libtpu that belongs to a jax."
+            f"({str(error).splitlines()[0]}); run pip install 'jax[tpu]', which has the libtpu that fits a jax."
         ) from None
     m = compiled.memory_analysis()
     return Compiled(
@@ -142,7 +144,7 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
 
 
 def out_of_memory(message: str) -> tuple[int, int]:
-    """(bytes needed, bytes available) of the compiler's message, 0 where it does not say."""
+    """(bytes needed, bytes available) from the compiler's message, 0 if it does not say."""
 
     def read(pattern: str) -> int:
         found = re.search(pattern, message)
@@ -154,7 +156,7 @@ def out_of_memory(message: str) -> tuple[int, int]:
 
 
 def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
-    """Bytes a chip of (parameters, optimizer, the rest of the state), by the shardings of the abstract state."""
+    """Bytes on each chip of (parameters, optimizer, the rest of the state), from the abstract state's shardings."""
     import jax
 
     from moe_jax.mesh import bytes_on_device

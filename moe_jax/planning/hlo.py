@@ -1,6 +1,6 @@
-"""What a compiled XLA program does on one device, read from its text: FLOPs, memory traffic, collectives, kernels.
+"""The text of a compiled XLA program, parsed. Does not import jax.
 
-`cost_analysis` counts the body of a loop once; here every loop counts as often as it runs. Pure text, no jax.
+The costs are computed from it in `cost` because XLA's own `cost_analysis` counts the body of a loop only once.
 """
 
 import functools
@@ -23,12 +23,12 @@ class Leaf(NamedTuple):
 
     @property
     def hbm(self) -> int:
-        """Its size if it lies in main memory, else 0."""
+        """Its size if it is in main memory, else 0."""
         return 0 if self.space else self.bytes
 
 
 class Instruction(NamedTuple):
-    """One line of a computation. `literal` is what stands between the brackets, `attributes` what follows."""
+    """One line of a computation. `literal` is the text between the brackets, `attributes` the text after them."""
 
     name: str
     opcode: str
@@ -40,30 +40,30 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from."""
+        """Its origin in the Python program."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
 
 class Computation(NamedTuple):
-    """Instructions in the order they run (the text of a compiled module is scheduled)."""
+    """Instructions in the order in which they run (the text of a compiled module is scheduled)."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @property
     def root(self) -> Instruction:
-        """The one whose value is the computation's."""
+        """The instruction whose value is the computation's."""
         return next((i for i in self.instructions.values() if i.root), list(self.instructions.values())[-1])
 
     def parameter(self, index: int) -> Instruction | None:
-        """The instruction that stands for argument `index`."""
+        """The instruction for argument `index`."""
         wanted = (i for i in self.instructions.values() if i.opcode == "parameter" and i.literal == str(index))
         return next(wanted, None)
 
 
 class Module(NamedTuple):
-    """A compiled program, and on how many devices it runs."""
+    """A compiled program, and the number of devices that run it."""
 
     computations: dict[str, Computation]
     entry: str
@@ -73,21 +73,18 @@ class Module(NamedTuple):
 # --- text -> Module -------------------------------------------------------------------------------------------
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-
-
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-
-
-_LINE_BREAK_INSIDE = re.compile(r"\n(?=\"|\}\})")  # an instruction: a Pallas kernel's metadata has several lines
-
-
+_LINE_BREAK_INSIDE = re.compile(
+    r"\n(?=\"|\}\})"
+)  # within an instruction: the metadata of a Pallas kernel has several lines
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
 def parse(text: str) -> Module:
     """The computations of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry = ""
+    current = None
     for line in _LINE_BREAK_INSIDE.sub(" ", text).splitlines():
         if current is None:
             header = _HEADER.match(line)
@@ -107,7 +104,8 @@ def parse(text: str) -> Module:
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
+    kind = rest[:end]
+    rest = rest[end:].lstrip()
     start = rest.index("(")
     stop = _closing(rest, start)
     literal = rest[start + 1 : stop]
@@ -116,7 +114,7 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """The place of the bracket that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -147,7 +145,7 @@ def bits(dtype: str) -> int:
 
 
 def called(i: Instruction) -> dict[str, list[str]]:
-    """The computations an instruction names, by role."""
+    """The computations that an instruction calls, by role."""
 
     def names(key: str) -> list[str]:
         found = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", i.attributes)
@@ -158,7 +156,7 @@ def called(i: Instruction) -> dict[str, list[str]]:
     return {"body": names("body"), "condition": names("condition"), "branch": branches, "call": calls}
 
 
-def _index(i: Instruction) -> int | None:
-    """Which element a get-tuple-element takes."""
+def tuple_index(i: Instruction) -> int | None:
+    """The element that a get-tuple-element returns; None for other instructions."""
     found = re.search(r"\bindex=(\d+)", i.attributes)
     return int(found[1]) if i.opcode == "get-tuple-element" and found else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.planning import cost as cost_
-from moe_jax.planning import hlo
+from moe_jax.planning import hlo, loops
 from moe_jax.planning.compile import Compiled, state_bytes
 from moe_jax.planning.topology import Place, Topology, exchange_seconds, place_of
 
@@ -17,43 +17,43 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
-def axes_of(group: Sequence[int], mesh: "Mesh") -> tuple[str, ...]:
+def group_axes(group: Sequence[int], mesh: "Mesh") -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ."""
     places = np.unravel_index(list(group), mesh.devices.shape)
     return tuple(name for name, at in zip(mesh.axis_names, places, strict=True) if np.ptp(at) > 0)
 
 
-# --- the report -----------------------------------------------------------------------------------------------
-
+MOST_EXCHANGES = 12  # in the list of the largest
 ASSUMPTIONS = (
-    "FLOPs are those of matrix products and of kernels that tell theirs, each loop counted as often as it runs",
-    "the ideal is 6 x active parameters x tokens: embedding look-up and attention scores are not in it",
+    "FLOPs are those of matrix products and of kernels with an estimate; each loop counts as often as it runs",
+    "the ideal is 6 x active parameters x tokens, without embedding look-up and attention scores",
     "routing is balanced: a conditional takes its cheapest branch, one round of dispatch",
-    "HBM traffic is the operands and results of every scheduled instruction, without what XLA keeps on the chip: an "
-    "estimate, high where a kernel keeps data on the chip, low where it reads an operand twice",
+    "HBM traffic is the operands and results of every scheduled instruction, without those that XLA keeps on the chip: "
+    "an estimate, too high if a kernel keeps data on the chip, too low if it reads an operand twice",
     "collectives run one after another at link speed over all links they can use, without latency",
-    "the bound on MFU is the ideal FLOPs at peak over the longest of the three times, as if the other two were hidden",
+    "the bound on MFU is the time of the ideal FLOPs at peak over the longest of the three times",
 )
 
 
 CPU_LOOP = (
-    'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is counted as if it met every row once'
+    'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is assumed to process every row once'
 )
 
 
 def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, Any]:
-    """Everything that the command tells, as JSON values; bytes are per chip, FLOPs per step."""
+    """Everything that the command reports, as JSON values; bytes are per chip, FLOPs per step."""
     trips = tile_trips if topology.chip is None else lambda loop, body: None
     cost = cost_.analyze(compiled.text, trips)
     places = [place_of(d) for d in mesh.devices.flat]
-    report = _heading(config, topology, mesh)
+    report = heading(config, topology, mesh)
     report["bytes_per_chip"] = _memory(config, topology, mesh, compiled)
-    total, limit = report["bytes_per_chip"]["total"], report["bytes_per_chip"]["hbm"]
+    total = report["bytes_per_chip"]["total"]
+    limit = report["bytes_per_chip"]["hbm"]
     report["fits"] = None if limit is None else total <= limit
     report["flops_per_step"] = _flops(config, len(places), cost)
     report["collectives"] = _collectives(cost, mesh, places, topology)
     report["largest_exchanges"] = _largest(cost, mesh, places, topology)
-    report["flops_per_chip_during_exchange"] = {kind: n for kind, n in cost.beside.items() if n}
+    report["flops_per_chip_during_exchange"] = {kind: n for kind, n in cost.overlapped.items() if n}
     report["kernels"] = dict(sorted(cost.kernels.items()))
     report["seconds"], report["bound_by"], report["mfu_bound"] = _roofs(report, cost, topology, len(places))
     report["hbm_traffic_per_chip"] = round(cost.hbm)
@@ -68,7 +68,8 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
     return report
 
 
-def _heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
+def heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
+    """What was compiled, and for which machine."""
     import jax
 
     chip = topology.chip
@@ -90,17 +91,17 @@ def _heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]
 
 def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, int | None]:
     parameters, optimizer, rest = state_bytes(config, mesh)
-    kept = min(cost_.saved_bytes(compiled.text), compiled.temporaries)
-    together = compiled.arguments + compiled.results - compiled.aliased + compiled.temporaries + compiled.code
+    saved = min(loops.saved_bytes(compiled.text), compiled.temporaries)
+    sum_of_parts = compiled.arguments + compiled.results - compiled.aliased + compiled.temporaries + compiled.code
     return {
         "parameters": parameters,
         "optimizer": optimizer,
         "bias_and_balance": rest,
         "batch_and_results": compiled.arguments - parameters - optimizer - rest + compiled.results - compiled.aliased,
-        "activations": kept,
-        "temporaries": compiled.temporaries - kept,
+        "activations": saved,
+        "temporaries": compiled.temporaries - saved,
         "code": compiled.code,
-        "total": max(together, compiled.peak),
+        "total": max(sum_of_parts, compiled.peak),
         "hbm": topology.chip.hbm if topology.chip else None,
     }
 
@@ -128,11 +129,10 @@ def _flops(config: Config, chips: int, cost: cost_.Cost) -> dict[str, Any]:
 
 
 def _phase(op_name: str) -> str:
-    """The part of a step that an instruction belongs to; XLA drops some names when it rewrites."""
+    """The part of a step that an instruction belongs to; XLA drops some names in its rewrites."""
     if "/" not in op_name:
         return "unnamed"
-    again = "rematted_computation" in op_name
-    return "recomputed" if again else "backward" if "transpose(" in op_name else "forward"
+    return "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"
 
 
 def _origins(cost: cost_.Cost, chips: int) -> Counter[str]:
@@ -144,10 +144,10 @@ def _origins(cost: cost_.Cost, chips: int) -> Counter[str]:
 
 
 def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
-    """By kind and mesh axes: how many a step, bytes a chip puts in, bytes that leave it, seconds alone."""
+    """By kind and mesh axes: number a step, input bytes of a chip, bytes that leave it, seconds if alone."""
     rows: dict[tuple, dict[str, Any]] = {}
     for c, n in cost.collectives.items():
-        axes = axes_of(c.group, mesh)
+        axes = group_axes(c.group, mesh)
         row = rows.setdefault(
             (c.kind, axes),
             dict(
@@ -164,12 +164,12 @@ def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topolo
 
 
 def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
-    """The exchanges that send most, with their shape and where they come from: what to look at first."""
-    rows = sorted(cost.collectives.items(), key=lambda item: -item[0].sent * item[1])[:12]
+    """The exchanges that send most, with shape and origin: what to look at first."""
+    rows = sorted(cost.collectives.items(), key=lambda item: -item[0].sent * item[1])[:MOST_EXCHANGES]
     return [
         dict(
             kind=c.kind,
-            axes=list(axes_of(c.group, mesh)),
+            axes=list(group_axes(c.group, mesh)),
             count=n,
             sent=round(c.sent * n),
             shape=c.shape,
@@ -182,7 +182,7 @@ def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: 
 def _roofs(
     report: dict[str, Any], cost: cost_.Cost, topology: Topology, chips: int
 ) -> tuple[dict[str, float] | None, str | None, float | None]:
-    """Seconds a step that each roof needs, the longest of them, and the bound on MFU; None without a chip."""
+    """Seconds a step by compute, memory and links, the longest of them, and the bound on MFU; None without a chip."""
     chip = topology.chip
     if chip is None:
         return None, None, None
@@ -197,7 +197,7 @@ def _roofs(
 
 
 def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:
-    """Turns of the CPU's loop over tiles of rows, whose number depends on the routing: all rows once."""
+    """The number of tiles in the CPU's loop over tiles of rows, which depends on the routing: that of all rows once."""
     tiles = [
         i.leaves[0].dims[0]
         for i in body.instructions.values()

@@ -1,4 +1,4 @@
-"""Plan one config, or search the meshes and rematerialisations for the best."""
+"""Plan one config, or search for the best mesh and rematerialisation policy."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moe_jax.config import Config, MeshConfig
 from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
-from moe_jax.planning.report import _heading, make_report
+from moe_jax.planning.report import heading, make_report
 from moe_jax.planning.topology import Topology
 from moe_jax.runtime.chips import GIB
 from moe_jax.runtime.files import write_whole
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
-# --- one plan, or many ----------------------------------------------------------------------------------------
-
-
 def plan(config: Config, topology: Topology, text_file: Path | None = None) -> dict[str, Any]:
-    """The report of one config on one topology; `text_file` gets the compiled program.
+    """The report of one config on one topology; the compiled program is written to `text_file`.
 
     Raises:
         ValueError: the topology is refused, or the mesh does not divide.
@@ -38,21 +35,21 @@ def plan(config: Config, topology: Topology, text_file: Path | None = None) -> d
 
 
 def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: Path | None = None) -> dict[str, Any]:
-    """`plan` for a mesh that is made already; the config's is resolved."""
+    """As `plan`, for an existing mesh and a resolved config."""
     try:
         compiled = compile_step(config, mesh)
     except DoesNotFit as error:
         parameters, optimizer, rest = state_bytes(config, mesh)
         memory = dict(parameters=parameters, optimizer=optimizer, bias_and_balance=rest, total=error.needed or None)
         available = error.available or (topology.chip.hbm if topology.chip else None)
-        return _heading(config, topology, mesh) | {"fits": False, "bytes_per_chip": memory | {"hbm": available}}
+        return heading(config, topology, mesh) | {"fits": False, "bytes_per_chip": memory | {"hbm": available}}
     if text_file:
         write_whole(text_file, compiled.text)
     return make_report(config, topology, mesh, compiled)
 
 
 class Trial(NamedTuple):
-    """One line of a search: sizes of the mesh, the remat policy, and what came of it."""
+    """One line of a search: sizes of the mesh, the remat policy, and the result."""
 
     mesh: dict[str, int]
     remat: str
@@ -60,15 +57,15 @@ class Trial(NamedTuple):
     report: dict[str, Any]
 
 
-# from what recomputes least to what keeps least
+# from the least recomputation to the least memory
 REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial]:
-    """Compile the real step on every mesh that divides, until the time is up; each trial as it is done.
+    """Compile the real step on every mesh that divides, until the time is up; yields each trial when it is done.
 
-    On each mesh the remat policies are tried from the one that recomputes least; the first that fits ends them,
-    for the next would only recompute more. A mesh on which the state alone does not fit is not compiled.
+    On each mesh the remat policies are tried from the one that recomputes least up to the first that fits, because the
+    next would only recompute more. A mesh on which the state alone does not fit is not compiled.
     """
     import jax
 
@@ -96,9 +93,10 @@ def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial
 
 
 def meshes(config: Config, devices: int) -> list[Config]:
-    """The config on every mesh of data x expert x tensor that its rules accept, `replica` as it is.
+    """The config on every mesh of data x expert x tensor that its rules accept; `replica` does not change.
 
-    Those without `tensor` first, nearest in `expert` to its own first, so that little time tries what is likely.
+    Meshes with the smallest `tensor` come first, and among them those with `expert` nearest to the config's, so that
+    the likely ones are tried before the time is up.
 
     Raises:
         ValueError: none is accepted.
@@ -106,7 +104,8 @@ def meshes(config: Config, devices: int) -> list[Config]:
     from moe_jax.config import resolve
 
     found: list[Config] = []
-    replica, own = max(1, config.mesh.replica), max(1, config.mesh.expert)
+    replica = max(1, config.mesh.replica)
+    own = max(1, config.mesh.expert)
     rest = devices // replica
     sizes = [n for n in range(1, rest + 1) if rest % n == 0]
     for expert, tensor in itertools.product(reversed(sizes), sizes):
@@ -116,6 +115,6 @@ def meshes(config: Config, devices: int) -> list[Config]:
         with contextlib.suppress(ValueError):
             found.append(resolve(dataclasses.replace(config, mesh=mesh), devices))
     if not found:
-        resolve(config, devices)  # says why
+        resolve(config, devices)  # raises the reason, if there is one
         raise ValueError(f"no mesh of {devices} devices with mesh.replica={replica} fits the model and the batch.")
     return sorted(found, key=lambda c: (c.mesh.tensor, abs(math.log2(c.mesh.expert / own))))

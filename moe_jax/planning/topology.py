@@ -1,11 +1,11 @@
-"""The shape of a slice of chips, and how long an exchange over its links takes."""
+"""The shape of a slice of chips, and the time that an exchange over its links takes."""
 
 import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.planning.cost import Collective
+from moe_jax.planning.collectives import Collective
 from moe_jax.runtime.chips import ALIASES, CHIPS, Chip
 
 
@@ -30,7 +30,7 @@ def parse_topology(text: str) -> Topology:
     """`v5p:8x16x16`, `cpu:8`, or `2xv5e:16x16` for two slices.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: the text has another form, or names no known family of chips.
     """
     example = "write FAMILY:SHAPE, as v5e:16x16, v5p:8x16x16, 2xv5e:16x16 (two slices) or cpu:8"
     found = re.fullmatch(r"(?:(\d+)x)?([A-Za-z]\w*):([\dx]+)", text.strip().lower())
@@ -38,7 +38,7 @@ def parse_topology(text: str) -> Topology:
         raise ValueError(f"--topology={text} is not a topology; {example}.")
     family = ALIASES.get(found[2], found[2])
     if family not in CHIPS and family != "cpu":
-        raise ValueError(f"--topology={text} names no chip family that is known; choose {', '.join(CHIPS)} or cpu.")
+        raise ValueError(f"--topology={text} names no known family of chips; choose {', '.join(CHIPS)} or cpu.")
     sizes = found[3].split("x")
     wanted = CHIPS[family].dimensions if family in CHIPS else 1
     if not all(s.isdigit() and int(s) for s in sizes) or len(sizes) != wanted or (family == "cpu" and found[1]):
@@ -48,7 +48,7 @@ def parse_topology(text: str) -> Topology:
 
 
 class Place(NamedTuple):
-    """Where a device is: its slice and its coordinates in the torus."""
+    """The place of a device: its slice and its coordinates in the torus."""
 
     slice: int
     coords: tuple[int, ...]
@@ -78,7 +78,8 @@ def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology)
     if len(inside) < 2:
         return across
     sent = c._replace(group=c.group[: len(inside)]).sent
-    times, links = [], 0.0
+    times = []
+    links = 0.0
     for n, size in enumerate(topology.dims):
         used = sorted({m.coords[n] for m in inside})
         if len(used) < 2:
@@ -95,5 +96,5 @@ def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology)
 
 
 def place_of(device: Any) -> Place:
-    """A device's place in its torus; fake local devices stand in a row."""
+    """A device's place in its torus; local CPU devices form a line."""
     return Place(getattr(device, "slice_index", None) or 0, tuple(getattr(device, "coords", None) or (device.id,)))

@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-pass
+GIB = 2**30
 
-
-# dense bf16 FLOP/s of NVIDIA's data sheets, whose larger figures are for sparse matrices; longer names first
+# dense bf16 FLOP/s from NVIDIA's data sheets, whose larger figures are for sparse matrices; longer names first
 GPUS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -32,15 +31,12 @@ def peak_flops(device_kind: str) -> float | None:
     return GPUS[found] if found else None
 
 
-GIB = 2**30
-
-
 class Chip(NamedTuple):
-    """One device as jax sees it, which of a tpu7x is half a chip.
+    """One device as jax sees it; of a tpu7x that is half a chip.
 
-    Peak bf16 FLOP/s; HBM bytes and bytes/s; one-way bytes/s of one ICI link; bytes/s into the data-centre network;
-    dimensions of the torus, one of which closes to a ring when its size is a multiple of `ring_multiple`; where the
-    figures are from; options of the compiler.
+    flops: peak bf16 FLOP/s. hbm, hbm_bandwidth: bytes, bytes/s. link: one-way bytes/s of one ICI link. dcn: bytes/s
+    into the data-centre network. dimensions: of the torus, in which a dimension closes to a ring if its size is a
+    multiple of `ring_multiple`. source: of the figures. options: for the compiler.
     """
 
     flops: float
@@ -55,11 +51,7 @@ class Chip(NamedTuple):
 
 
 _DOCS = "docs.cloud.google.com/tpu/docs/"
-
-
 _BOOK = "links and data-centre network: jax-ml.github.io/scaling-book/tpus, 'TPU specs'"
-
-
 _MEGACORE = (("chip_config_name", "megacore"),)  # both cores of a v4 are one device
 
 

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, on this machine or in a `gs://` bucket, and how their bytes are told apart.
+"""Files that are written whole or not at all, on this machine or in a `gs://` bucket, and their hashes and locks.
 
-A bucket has no folders, links, locks or appending, and an object is there whole or not at all. Its paths are
-etils' `epath`, which look like `pathlib`'s; where the two differ, a function here knows it.
+A bucket has no folders, links, locks or appending, and its objects appear whole or not at all. Paths in a bucket are
+etils' `epath`, which look like `pathlib`'s; the functions here cover the differences.
 """
 
 import errno
@@ -19,7 +19,8 @@ from typing import Any
 
 from moe_jax.config.paths import path_of
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system without them
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # the errors of a file system without locks
+RETRY_SECONDS = 0.01  # between two tries to remove a folder in use
 
 
 def is_remote(path: Path) -> bool:
@@ -42,21 +43,22 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tree(folder: Path) -> Iterator[Path]:
-    """Everything below a folder that is no folder itself; links are not followed."""
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, and links, which are not followed."""
     if is_remote(folder):
         for path in folder.iterdir():
-            yield from tree(path) if path.is_dir() else [path]
+            yield from files_below(path) if path.is_dir() else [path]
     else:
         yield from (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
-def read_json(path: Path, fix: str) -> dict[str, Any]:
+def read_json(path: Path, fix: str, name: str = "") -> dict[str, Any]:
     """The JSON object that a file holds; empty where there is no file.
 
     Args:
         path: of the file.
         fix: what to do about a damaged one, the end of a sentence.
+        name: the subject of that sentence; "" for the path.
 
     Raises:
         ValueError: the file holds something else.
@@ -66,24 +68,24 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {fix}") from None
+        raise ValueError(f"{name or path} is not valid JSON ({error}); {fix}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; {fix}")
+        raise ValueError(f"{name or path} must hold a JSON object; {fix}")
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """The file with the value, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Write the value as JSON; see `write_whole`."""
+    write_whole(path, json.dumps(value, indent=1) + "\n", durable)
 
 
 def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None:
-    """The file with the content, whole or not at all; `durable` survives a power cut."""
+    """Write a file so that it appears whole or not at all; if `durable`, it survives a power cut."""
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
         path.write_bytes(data)
         return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # shards of a sweep write sweep.json at the same time
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write the same file
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -98,32 +100,32 @@ def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder; of a bucket that is known when one is."""
+    """Whether files can be created in a folder; for a bucket, only the attempt shows it, and the answer is True."""
     return is_remote(folder) or os.access(folder, os.W_OK)
 
 
 def output_of(text: str, flag: str) -> Path:
-    """The file that a flag names to be written, as `path_of`; checked before what is to be written costs time.
+    """The path of a flag that names an output file, checked before the work whose result it will hold.
 
     Raises:
-        ValueError: no file can be written there.
+        ValueError: no file can be written there, or as `path_of`.
     """
     path = path_of(text, flag)
     if path.is_dir() or not is_writable(path.absolute().parent):
-        raise ValueError(f"{flag}={text} cannot be written; name a file in a folder that is there, and yours.")
+        raise ValueError(f"{flag}={text} cannot be written; name a file in an existing folder that you may write to.")
     return path
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """The files below a folder also below another, folders that are missing made."""
-    for file in tree(source):
+    """Copy the files below a folder to another, which is created if need be."""
+    for file in files_below(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder with all that is in it."""
+    """Delete a folder with everything in it."""
     remote: Any = folder
     if is_remote(folder):
         remote.rmtree()
@@ -133,23 +135,23 @@ def remove_tree(folder: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which is `target` once the block ends, and gone if the block fails.
+    """A temporary folder to fill, which becomes `target` when the block ends and is removed if the block fails.
 
-    What a killed process left of one is removed by the next that wants the same target.
+    What a killed process left behind is removed by the next one with the same target.
 
     Raises:
-        ValueError: the target holds something, or another process is making it.
+        ValueError: the target is not empty, or another process is writing it.
     """
     if is_remote(target):
         raise ValueError(f"{target} is in a bucket; write to a folder of this machine and copy it.")
     target = target.absolute()
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise ValueError(f"{target} is there already and is no empty folder; name another.")
+        raise ValueError(f"{target} exists already and is not an empty folder; name another.")
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    held = os.open(partial, os.O_RDONLY)
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        lock(held, partial, f"{target} is being written by another process; wait for it, or name another.")
+        lock(descriptor, partial, f"{target} is being written by another process; wait for it, or name another.")
         for old in list(partial.iterdir()):
             remove_tree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         try:
@@ -159,28 +161,28 @@ def new_folder(target: Path) -> Iterator[Path]:
             _remove_in_use(partial)
             raise
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def _remove_in_use(folder: Path, tries: int = 1000) -> None:
-    """Delete a folder in which threads of this process may still be writing: what they began comes to an end.
+    """Delete a folder in which threads of this process may still be finishing what they write.
 
-    Tries are counted, not seconds: those threads do nothing while the process is stopped.
+    Tries are counted, not seconds, because those threads do nothing while the process is stopped.
     """
     for last in range(tries - 1, -1, -1):
         if not folder.exists():
             return
         shutil.rmtree(folder, ignore_errors=last > 0)
-        time.sleep(0.01)
+        time.sleep(RETRY_SECONDS)
 
 
 def lock(file: Any, path: Path, refusal: str) -> None:
-    """Keep other processes off an open file or folder until it is closed; where there are no locks, say so and go on.
+    """Lock an open file or folder against other processes until it is closed; without locks, print a warning instead.
 
     Args:
-        file: the open file, or its number.
-        path: where it is.
-        refusal: the sentence for whoever comes second.
+        file: the open file, or its descriptor.
+        path: its path.
+        refusal: the error for a process that comes second.
 
     Raises:
         ValueError: `refusal`, where another process holds the lock.
@@ -193,7 +195,7 @@ def lock(file: Any, path: Path, refusal: str) -> None:
         if error.errno not in NO_LOCKS:
             raise
         print(
-            f"warning: the file system of {path} has no locks ({error.strerror}); let no other command write there "
-            "meanwhile.",
+            f"warning: the file system of {path} has no locks ({error.strerror}); run no other command that "
+            "writes there.",
             file=sys.stderr,
         )

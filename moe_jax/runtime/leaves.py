@@ -1,22 +1,20 @@
 """The leaves of a state: their names, shapes and dtypes, and whether their numbers are finite."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 
 def describe_leaves(state: Any) -> dict[str, list[Any]]:
-    """path -> [shape, dtype] of every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(_as_dict(state))
+    """path -> [shape, dtype] of every leaf of a state."""
+    leaves = jax.tree_util.tree_leaves_with_path(fields_of(state))
     return {path_name(path): [list(a.shape), str(a.dtype)] for path, a in leaves}
 
 
 def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], most: int = 8) -> None:
-    """Refuse a checkpoint of another shape or kind, with the list of differences.
+    """Raise a ValueError with the differences if a checkpoint has other leaves than are wanted.
 
     Orbax would cast dtypes silently, and load 16 layers into 12.
     """
@@ -24,17 +22,17 @@ def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
     names.sort(key=lambda n: (not n.startswith("params/"), n))  # moments differ wherever parameters do
     if not names:
         return
-    lines = [f"  {n}: saved {_leaf(saved.get(n))}, wanted {_leaf(wanted.get(n))}" for n in names[:most]]
+    lines = [f"  {n}: saved {leaf_text(saved.get(n))}, wanted {leaf_text(wanted.get(n))}" for n in names[:most]]
     more = f"\n  and {len(names) - most} more" if len(names) > most else ""
     raise ValueError(
-        f"{path} holds another state than this config makes ({len(names)} leaves differ); "
+        f"{path} holds another state than this config creates ({len(names)} leaves differ); "
         "use the config it was trained with, or another workdir:\n" + "\n".join(lines) + more
     )
 
 
 def first_non_finite(state: Any) -> str | None:
-    """The path of the first leaf with a NaN or an infinity, None if there is none: the same in all processes."""
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(_as_dict(state))}
+    """The path of the first leaf with a NaN or an infinity, None if there is none; the same in all processes."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fields_of(state))}
     leaves = {name: leaf for name, leaf in leaves.items() if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)}
     if not leaves:
         return None
@@ -49,25 +47,17 @@ def _are_finite(leaves: list[jax.Array]) -> jax.Array:
     return jax.numpy.stack([jax.numpy.isfinite(leaf).all() for leaf in leaves])
 
 
-def state_hash(state: Any) -> str:
-    """sha256 over path, dtype, shape and bytes of every leaf: equal for equal states, bit by bit."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(_as_dict(state)):
-        array = np.asarray(leaf)
-        digest.update(f"{path_name(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _as_dict(state: Any) -> dict[str, Any]:
+def fields_of(state: Any) -> dict[str, Any]:
+    """A state's fields by name, whether it is a NamedTuple or a mapping."""
     return state._asdict() if hasattr(state, "_asdict") else dict(state)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """What a leaf is called: the keys that lead to it, with slashes."""
+    """The name of a leaf: the keys that lead to it, joined by slashes."""
     parts = (getattr(p, "key", getattr(p, "name", getattr(p, "idx", p))) for p in path)
     return "/".join(str(p) for p in parts)
 
 
-def _leaf(described: Any) -> str:
+def leaf_text(described: Any) -> str:
+    """A leaf in a message, as "float32[2, 4]"; "nothing" where there is none."""
     return "nothing" if described is None else f"{described[1]}{described[0]}"

@@ -1,4 +1,4 @@
-"""Where a run's wall-clock time goes: every second is charged to one kind of work, over all its attempts."""
+"""Where a run's wall-clock time goes: every second of all its attempts is charged to one kind of work."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,11 +27,11 @@ class Ledger:
     def __init__(
         self, now: Callable[[], float] = time.perf_counter, stopped_seconds: Callable[[], float] = lambda: 0.0
     ) -> None:
-        """Time counts from here on.
+        """Start the clock.
 
         Args:
-            now: seconds.
-            stopped_seconds: of them those in which the process was stopped, so far.
+            now: the time in seconds.
+            stopped_seconds: for how long the process has been stopped so far.
         """
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._now = now
@@ -73,12 +73,12 @@ class Ledger:
         self._stopped += lost
 
     def carry(self, seconds: Mapping[str, float]) -> None:
-        """Add what earlier attempts spent."""
+        """Add the seconds of earlier attempts."""
         for kind, spent in seconds.items():
             self._seconds[kind] += spent
 
     def count(self, tokens: int) -> int:
-        """Add tokens to those trained on since `restart`; gives them back."""
+        """Add to the tokens trained on since `restart`; returns its argument."""
         self._tokens += tokens
         return tokens
 
@@ -90,7 +90,7 @@ class Ledger:
     def speed(self) -> tuple[float | None, float | None]:
         """(tokens a second, share of the time in which devices waited for data) of the steps since `restart`.
 
-        Without evaluation, saves and compilation; None where nothing has been timed.
+        Evaluation, saves and compilation do not count. Both are None where nothing has been timed.
         """
         seconds = self.seconds
         data, step = (seconds[kind] - self._before[kind] for kind in ("data", "step"))
@@ -123,19 +123,19 @@ def _goodput(seconds: Mapping[str, float]) -> float | None:
 def of_earlier_attempts(
     step: int, saved: Mapping[str, float], ended: Mapping[str, Any], logged: Mapping[str, Any]
 ) -> dict[str, float]:
-    """What the attempts before this one spent, as far as their files tell; what is to be done again is lost.
+    """The seconds of the attempts before this one, as far as their files record them; work to be repeated is lost.
 
     Args:
-        step: the steps done by the checkpoint this attempt goes on from.
+        step: the steps done by the checkpoint that this attempt resumes.
         saved: seconds by kind in that checkpoint.
-        ended: run.json, of the last attempt that ended well; it knows of the seconds after its last save.
-        logged: the newest line of metrics.jsonl, of the last attempt that got so far.
+        ended: run.json of the last attempt that ended normally; it includes the seconds after its last save.
+        logged: the newest line of metrics.jsonl.
     """
     at_end = _known(ended.get("time") or {})
-    kept = at_end if ended.get("step") == step else _known(saved)
+    counted = at_end if ended.get("step") == step else _known(saved)
     at_log = _known({kind: logged.get(f"time/{kind}") for kind in KINDS})
     spent = max(sum(at_end.values()), sum(at_log.values()))
-    return kept | {"lost": kept["lost"] + max(0.0, spent - sum(kept.values()))}
+    return counted | {"lost": counted["lost"] + max(0.0, spent - sum(counted.values()))}
 
 
 def _known(seconds: Mapping[str, Any]) -> dict[str, float]:

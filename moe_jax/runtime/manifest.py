@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what its leaves are, and the sha256 of every file."""
+"""The manifest of a checkpoint: shape and dtype of its leaves, and the sha256 of every file."""
 
 import hashlib
 import json
@@ -8,28 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.runtime.files import is_remote, sha256_of, size_of, tree, write_json, write_whole
+from moe_jax.runtime.files import files_below, is_remote, read_json, sha256_of, size_of, write_json, write_whole
 from moe_jax.runtime.stored import refuse_unreadable
 
 MANIFEST = "manifest.json"
-
-
 FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares sizes above
-
-
-HASHES = "hashes.{}.json"  # of one process's files, until process 0 has put them into the manifest
-
-
+HASHES = "hashes.{}.json"  # of one process's files, until process 0 has merged them into the manifest
+POLL_SECONDS = 0.02  # between two looks for a file of another process
 NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds Orbax's timestamps only
-
-
-FOREIGN = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs\w+")  # systems put these where they please
+FOREIGN = re.compile(
+    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs\w+"
+)  # operating systems put these into any folder
 
 
 def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -> None:
-    """Hash every file of the checkpoint and commit it, if it can be read: the manifest appears whole or not at all.
+    """Hash every file of the checkpoint and commit it if it can be read: the manifest appears whole or not at all.
 
-    Waits for the hashes of the other processes. One that dies before it hands them in ends this process, too.
+    Waits for the hashes of the other processes; the death of one of them ends this process, too.
 
     Raises:
         ValueError: a leaf of the record cannot be opened.
@@ -38,7 +33,7 @@ def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -
     for number in range(1, num_processes):
         part = path / HASHES.format(number)
         _wait_for(part)
-        files |= json.loads(part.read_text())
+        files |= read_json(part, "the checkpoint is not finished.")
         part.unlink()
     refuse_unreadable(path, record["leaves"])
     body = {**record, "files": files}
@@ -46,7 +41,7 @@ def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -
 
 
 def hand_in_hashes(path: Path, process: int) -> None:
-    """What the processes other than 0 do for a manifest; ends when it is written."""
+    """Contribute the hashes of a process other than 0 to the manifest; returns when it is written."""
     write_json(path / HASHES.format(process), hash_files(path, process))
     _wait_for(path / MANIFEST)
 
@@ -65,14 +60,14 @@ def writer(name: str) -> int:
 
 def _wait_for(file: Path) -> None:
     while not file.is_file():
-        time.sleep(0.02)
+        time.sleep(POLL_SECONDS)
 
 
 def check(path: Path, verify: str = "auto") -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as they were written.
+    """The manifest of a checkpoint, after checking that its files are as they were written.
 
     Raises:
-        ValueError: names the first file that is missing, linked, or differs.
+        ValueError: a file is missing, a link, or differs; the first is named.
     """
     manifest = _read_manifest(path)
     files = {name: file for name, file in manifest["files"].items() if not FOREIGN.fullmatch(Path(name).name)}
@@ -89,35 +84,35 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
     return manifest
 
 
-def strangers(path: Path, manifest: Mapping[str, Any], most: int = 5) -> list[str]:
-    """What lies in a checkpoint and is not of it, by name; of many some."""
+def other_files(path: Path, manifest: Mapping[str, Any], most: int = 5) -> list[str]:
+    """Names of the files in a checkpoint's folder that do not belong to it: the first `most`, and how many more."""
     ours = manifest["files"].keys() | NOT_HASHED
-    names = sorted({str(f.relative_to(path)) for f in tree(path)} - ours)
+    names = sorted({str(f.relative_to(path)) for f in files_below(path)} - ours)
     return names[:most] + ([f"and {len(names) - most} more"] if names[most:] else [])
 
 
 def _linked(path: Path, name: str) -> str:
-    """A word on the file, or the folder that leads to it, that is a link: it could point anywhere, we write none."""
+    """What is wrong if the file, or a folder that leads to it, is a link; "" if none is. We write no links."""
     parts = Path(name).parts
-    links = ("/".join(parts[: n + 1]) for n in range(len(parts)) if _is_link(path.joinpath(*parts[: n + 1])))
+    links = ("/".join(parts[: n + 1]) for n in range(len(parts)) if is_link(path.joinpath(*parts[: n + 1])))
     return next((f"{link} is a symbolic link, which no checkpoint contains" for link in links), "")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    damaged = f"{path}: {MANIFEST} is damaged."
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        body = {k: v for k, v in manifest.items() if k != "sha256"}
-        sound = manifest["sha256"] == _digest(body) and isinstance(body["step"], int)
-        sound = sound and all(isinstance(body[k], dict) for k in ("leaves", "extra", "files"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound, manifest = False, {}
-    if not sound:
-        raise ValueError(f"{path}: {MANIFEST} is damaged.")
+        manifest = read_json(path / MANIFEST, "")
+    except (OSError, ValueError):
+        raise ValueError(damaged) from None
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    kinds = {"step": int, "leaves": dict, "extra": dict, "files": dict}
+    if manifest.get("sha256") != _digest(body) or not all(isinstance(body.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(damaged)
     return manifest
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 in hex of what a checkpoint holds, its leaves and the hashes of its files: equal for every copy of it.
+    """sha256 in hex of a checkpoint's leaves and the hashes of its files: equal for every copy of it.
 
     Raises:
         ValueError: its manifest is damaged or missing.
@@ -127,12 +122,13 @@ def fingerprint(path: Path) -> str:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The files that a checkpoint may consist of."""
-    found = (f for f in sorted(tree(path)) if not _is_link(f))
+    """The files in the folder that may belong to the checkpoint."""
+    found = (f for f in sorted(files_below(path)) if not is_link(f))
     return [f for f in found if f.name not in NOT_HASHED and f.suffix != ".tmp" and not FOREIGN.fullmatch(f.name)]
 
 
-def _is_link(path: Path) -> bool:
+def is_link(path: Path) -> bool:
+    """Whether a path is a symbolic link; a bucket has none."""
     return not is_remote(path) and path.is_symlink()
 
 

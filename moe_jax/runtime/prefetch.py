@@ -1,4 +1,4 @@
-"""The next things are made while the present one is used."""
+"""The next results are computed while the present one is used."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -6,20 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
-DEPTH = 2  # one that is being made does not wait for one that is slow to be fetched
+DEPTH = 2  # with one result ready, the next one is computed without waiting for the caller
 
 
 def prefetched(make: Callable[[int], T], first: int, last: int, depth: int = DEPTH) -> Iterator[tuple[int, T]]:
-    """(n, make(n)) for every n from `first` to before `last`, `depth` of them made ahead in a thread of their own.
+    """(n, make(n)) for every n from `first` to before `last`, `depth` of them computed ahead in a separate thread.
 
     Args:
-        make: called once for every n, in order, never for another.
-        depth: at least 1; so many results are held beside the one in use.
+        make: called exactly once for every n, in order.
+        first: the first n.
+        last: one more than the last n.
+        depth: at least 1; the number of results held beside the one in use.
 
     Raises:
-        whatever `make(n)` raises, when n is due.
+        whatever `make(n)` raises, at that n.
     """
     with ThreadPoolExecutor(1, "data") as pool:
         ahead = collections.deque(pool.submit(make, n) for n in range(first, min(first + depth, last)))

@@ -1,10 +1,10 @@
-"""Many processes, one run: they start together, read apart, agree, and end together.
+"""Many processes, one run: they start together, read separate rows, agree, and end together.
 
-The cluster's environment says whether there are many processes at all; on a plain host nothing here does
-anything. What must be decided once is decided by process 0 and told to all (`by_first`); what can go wrong in
-one process is raised in every one (`by_all`), for a process that ends alone leaves the others waiting.
+The environment shows whether there are several processes; on a plain host nothing here has any effect. What must be
+decided once is decided by process 0 and sent to all (`by_first`). What fails in one process is raised in every one
+(`by_all`), because a process that ends alone leaves the others waiting.
 
-The first lines are pure functions of the environment. Imports jax late: a mistake is told before jax is loaded.
+The first part is pure functions of the environment. jax is imported late, so that a mistake is reported before it.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-TEMPORARY = 75  # exit status (EX_TEMPFAIL): not the run's fault, and the same command goes on
-
-
+TEMPORARY = 75  # exit status (EX_TEMPFAIL): not the run's fault, and the same command resumes it
+MOST_CHARACTERS = 400  # of a library's error, quoted in ours
+BLOCK_BYTES = 4096  # messages between processes are padded to blocks: few shapes, few compilations
+ENDING_SECONDS = 60.0  # for the thread that ends the process, before another one does
+COORDINATOR_LINGERS_SECONDS = 2.0  # process 0 exits this much later, because the others need it as coordinator
 NETWORK = re.compile("gloo|nccl|unavailable|connection|socket|deadline|heartbeat|barrier", re.IGNORECASE)
-
-
-FIRST_PORT, NUM_PORTS = 61440, 4096  # of Slurm and Open MPI jobs; the job's number picks one
-
+FIRST_PORT = 61440  # of Slurm and Open MPI jobs ...
+NUM_PORTS = 4096  # ... whose number selects one of these
 
 T = TypeVar("T")
 
@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 
 class Cluster(NamedTuple):
-    """Who is in the run: what `jax.distributed.initialize` needs to know.
+    """The processes of a run: the arguments of `jax.distributed.initialize`.
 
-    launcher: a word for messages. coordinator: "host:port" of process 0, None where JAX asks the TPU's own
-    environment, which also knows the two numbers. local_devices: the accelerators of this process where its
-    host runs several, None for all.
+    launcher: its name in messages. coordinator: "host:port" of process 0; None where JAX takes it and the two numbers
+    from the TPU's own environment. local_devices: the accelerators of this process where its host runs several
+    processes, None for all.
     """
 
     launcher: str
@@ -55,11 +55,11 @@ class Cluster(NamedTuple):
 def find_cluster(environ: Mapping[str, str], on_tpu_vm: bool = False) -> Cluster | None:
     """The cluster that an environment describes, None on a plain host.
 
-    In this order: JAX_NUM_PROCESSES with its two companions, Open MPI, Slurm, Cloud TPU. A job of one task is a
-    plain host, and so is a batch script that starts python without `srun`.
+    Looks for, in this order: JAX_NUM_PROCESSES with its two companions, Open MPI, Slurm, Cloud TPU. A job of one task
+    is a plain host, and so is a batch script that starts python without `srun`.
 
     Raises:
-        ValueError: variables that contradict each other, or of which some are missing.
+        ValueError: the variables contradict each other, or some are missing.
     """
     launched = _open_mpi(environ) or _slurm(environ)
     if "JAX_NUM_PROCESSES" in environ or "JAX_PROCESS_ID" in environ:
@@ -85,7 +85,8 @@ def _explicit(environ: Mapping[str, str], launched: Cluster | None) -> Cluster |
             f"{' and '.join(there)} needs {' and '.join(missing)} as well; set all three in every process, "
             "or JAX_NUM_PROCESSES=1 for a run of one process."
         )
-    count, number = _integer(environ, "JAX_NUM_PROCESSES"), _integer(environ, "JAX_PROCESS_ID")
+    count = _integer(environ, "JAX_NUM_PROCESSES")
+    number = _integer(environ, "JAX_PROCESS_ID")
     if launched is not None and launched[2:4] != (count, number):
         raise ValueError(
             f"JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count} contradicts {launched.launcher}, which started "
@@ -145,7 +146,7 @@ def _checked(cluster: Cluster) -> Cluster:
     count, number, address = cluster.num_processes, cluster.process_id, cluster.coordinator
     if count is None or number is None or not 0 <= number < count:
         raise ValueError(
-            f"{cluster.launcher} says that this is process {number} of {count}; processes are counted from 0."
+            f"{cluster.launcher} sets this process to number {number} of {count}; processes are counted from 0."
         )
     if address is not None and not re.fullmatch(r".+:\d+", address):
         raise ValueError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT; add a free port of process 0's host.")
@@ -155,12 +156,12 @@ def _checked(cluster: Cluster) -> Cluster:
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name) or ("" if default is None else str(default))
     if not text.isdigit():
-        raise ValueError(f"{name}={text!r} must be a whole number; the launcher sets it, start the command with it.")
+        raise ValueError(f"{name}={text!r} must be a whole number; start the command with the launcher, which sets it.")
     return int(text)
 
 
 def on_tpu_vm(environ: Mapping[str, str]) -> bool:
-    """Whether this is a Cloud TPU machine, whose metadata say if it is one of many."""
+    """Whether this is a Cloud TPU machine, whose metadata show whether it is one of many."""
     wanted = "tpu" in environ.get("JAX_PLATFORMS", "tpu") and "TPU_SKIP_MDS_QUERY" not in environ
     chips = any(Path("/dev").glob("accel[0-9]*")) or Path("/dev/vfio/0").exists()
     return wanted and chips and importlib.util.find_spec("libtpu") is not None
@@ -171,14 +172,14 @@ def on_tpu_vm(environ: Mapping[str, str]) -> bool:
 
 @contextmanager
 def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[None]:
-    """Be one process of the cluster's run, if there is a cluster, while the block runs.
+    """Join the cluster's run, if there is a cluster, while the block runs.
 
-    An error ends this process at once, and so the others within the heartbeat: JAX would wait minutes for them
-    at its shutdown barrier, while they wait for this one in a collective.
+    An error ends this process at once, and so the others within the heartbeat. Otherwise JAX would wait minutes for
+    them at its shutdown barrier, while they wait for this process in a collective.
 
     Args:
-        heartbeat_seconds: a process that has not been heard of for so long is dead, and the run ends.
-        doing: what the run is at, for the message that a lost process causes.
+        heartbeat_seconds: a process that has sent no heartbeat for this long counts as dead, and the run ends.
+        doing: what the run is doing, for the message about a lost process.
 
     Raises:
         ValueError: the environment contradicts itself, or the processes did not find each other.
@@ -197,7 +198,9 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
     try:
         yield
     except SystemExit as stop:
-        if isinstance(stop.code, int) and 0 < stop.code < 128:  # 143: all of them stop, which is no error
+        if (
+            isinstance(stop.code, int) and 0 < stop.code < 128
+        ):  # below 128: every process stops for the same reason, so nobody waits
             _leave(stop.code)
         raise
     except (ValueError, OSError, FloatingPointError) as error:
@@ -209,7 +212,7 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
     except BaseException as error:
         text = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError) and NETWORK.search(text):
-            end(f"{_lost(doing())}\nwhat this process saw of it: {text[:400]}")
+            end(f"{_lost(doing())}\nwhat this process saw: {text[:MOST_CHARACTERS]}")
         traceback.print_exc()
         _leave(1)
 
@@ -217,9 +220,9 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
 def _initialize(cluster: Cluster, heartbeat_seconds: int) -> None:
     import jax
 
-    jax.config.update("jax_enable_preemption_service", True)  # how SIGTERM in one process stops all of them
+    jax.config.update("jax_enable_preemption_service", True)  # so that SIGTERM in one process stops all of them
     arguments: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat_seconds}
-    if cluster.coordinator is not None:  # JAX would else give every process of Slurm one device only
+    if cluster.coordinator is not None:  # otherwise JAX gives every process of Slurm a single device
         arguments |= cluster._asdict() | {"cluster_detection_method": "deactivate"}
         arguments["coordinator_address"] = arguments.pop("coordinator")
         arguments["local_device_ids"] = arguments.pop("local_devices")
@@ -227,8 +230,9 @@ def _initialize(cluster: Cluster, heartbeat_seconds: int) -> None:
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError, OSError) as error:
+        text = " ".join(str(error).split())
         raise ValueError(
-            f"the processes of {cluster.launcher} did not find each other ({' '.join(str(error).split())[:300]}); "
+            f"the processes of {cluster.launcher} did not find each other ({text[:MOST_CHARACTERS]}); "
             "start the command on every host at the same time, or set JAX_NUM_PROCESSES=1 for a run of one process."
         ) from None
 
@@ -236,7 +240,7 @@ def _initialize(cluster: Cluster, heartbeat_seconds: int) -> None:
 def _lost(doing: str) -> str:
     return (
         f"process {index()} of {count()}, at {doing}: another process of the run has died or cannot be reached; "
-        "its own log or the lines around this one say which and why. The same command on all hosts goes on from the "
+        "its own log or the lines around this one say which and why. The same command on all hosts resumes from the "
         "newest checkpoint."
     )
 
@@ -247,34 +251,35 @@ _ending = threading.Lock()
 def end(message: str) -> NoReturn:
     """End this process at once with one message and status 75, from whichever thread comes first."""
     if not _ending.acquire(blocking=False):
-        time.sleep(60)  # another thread is at it
+        time.sleep(ENDING_SECONDS)  # another thread is ending the process
     os.write(2, f"error: {message}\n".encode())
     os._exit(TEMPORARY)
 
 
 def _leave(status: int) -> NoReturn:
-    """Exit without JAX's shutdown barrier; process 0 last, for with it the others lose their coordinator."""
+    """Exit without JAX's shutdown barrier; process 0 last, because it is the coordinator of the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if index() == 0:
-        time.sleep(2)
+        time.sleep(COORDINATOR_LINGERS_SECONDS)
     os._exit(status)
 
 
-def _on_abort(say: Callable[[], NoReturn]) -> None:
-    """Have the last word where JAX aborts the process because a peer was lost.
+def _on_abort(handle: Callable[[], NoReturn]) -> None:
+    """Call a function where JAX would abort the process because a peer was lost.
 
-    Its coordination service aborts from a thread of its own, which Python's `signal` module cannot see: the
-    handler must be a C function. ctypes makes one that takes the GIL, free while the main thread waits.
+    JAX's coordination service aborts from its own thread, where Python's `signal` module runs no handler, so the
+    handler must be a C function. The one from ctypes takes the GIL, which is free while the main thread waits.
     """
     global _handler
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: say())
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handle())
     libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-_handler: Any = None  # kept alive: C has its address
+_handler: Any = None  # a reference, because C has only the address
 
 
 # --- agreeing -------------------------------------------------------------------------------------------------
@@ -286,16 +291,16 @@ def index() -> int:
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return sys.modules["jax"].process_count() if _initialized() else 1
 
 
 def _initialized() -> bool:
-    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()  # a plain host need not load it
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()  # a plain host need not load jax
 
 
-def gather(value: Any) -> list[Any]:
-    """The JSON value of every process, in all of them. A collective: on the main thread, in the same order."""
+def gather_json(value: Any) -> list[Any]:
+    """All-gather a JSON value over processes: call it on the main thread, in the same order in every process."""
     if count() == 1:
         return [value]
     import numpy as np
@@ -303,26 +308,26 @@ def gather(value: Any) -> list[Any]:
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([text.size], np.int32)).reshape(-1)
-    padded = np.zeros(-(-int(sizes.max()) // 4096) * 4096, np.uint8)  # few shapes, few compilations
+    padded = np.zeros(-(-int(sizes.max()) // BLOCK_BYTES) * BLOCK_BYTES, np.uint8)
     padded[: text.size] = text
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def by_first(function: Callable[[], T]) -> T:
-    """`function()` of process 0, a JSON value, in every process; what it raises is raised in all.
+    """Call a function in process 0 only, and return its result, a JSON value, in every process.
 
     Raises:
-        ValueError, OSError: in process 0 what `function` raised, in the others a ValueError that says the same.
+        ValueError, OSError: what `function` raised in process 0; in the others a ValueError with the same text.
     """
     if count() == 1:
         return function()
     result, error = _caught(function) if index() == 0 else (None, None)
-    return gather(_agreed(result, error))[0]
+    return gather_json(_agreed(result, error))[0]
 
 
 def by_all(function: Callable[[], T]) -> T:
-    """`function()` in every process; what it raises in one is raised in all."""
+    """Call a function in every process; an error in one of them is raised in all."""
     if count() == 1:
         return function()
     return _agreed(*_caught(function))
@@ -336,8 +341,8 @@ def _caught(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _agreed(result: Any, error: Exception | None) -> Any:
-    """The result, if no process has an error."""
-    problems = gather(None if error is None else str(error))
+    """The result, if no process has an error; else an error in every process."""
+    problems = gather_json(None if error is None else str(error))
     if error is not None:
         raise error
     for number, problem in enumerate(problems):
@@ -347,12 +352,12 @@ def _agreed(result: Any, error: Exception | None) -> Any:
 
 
 def from_rows(load: Callable[[tuple[int, int]], T], num_rows: int, sharding: Any) -> T:
-    """A batch on the mesh, of which this process loads only the rows that its own devices hold.
+    """Build a batch on the mesh, of which this process loads only the rows that its own devices hold.
 
     Each block of rows is loaded once, whatever the order of the devices and however many share it.
 
     Args:
-        load: (start, stop) -> a NamedTuple of arrays, those rows of the whole batch.
+        load: (start, stop) -> a NamedTuple of arrays: these rows of the whole batch.
         num_rows: of the whole batch.
         sharding: splits the rows, and nothing else, over the mesh's devices.
 
@@ -366,10 +371,10 @@ def from_rows(load: Callable[[tuple[int, int]], T], num_rows: int, sharding: Any
 
     mine = sorted({block(slices) for slices in sharding.addressable_devices_indices_map((num_rows,)).values()})
     loaded: dict[tuple[int, int], Any] = {rows: load(rows) for rows in mine}
-    some = loaded[mine[0]]
+    first = loaded[mine[0]]
 
     def place(field: int) -> jax.Array:
-        shape = (num_rows, *some[field].shape[1:])
+        shape = (num_rows, *first[field].shape[1:])
         return jax.make_array_from_callback(shape, sharding, lambda slices: loaded[block(slices)][field])
 
-    return type(some)(*(place(field) for field in range(len(some))))
+    return type(first)(*(place(field) for field in range(len(first))))

@@ -8,27 +8,27 @@ import jax
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import copy_tree, is_remote, remove_tree
 
-STEP = "train"  # what the viewers call a step
-
-
-LEAD = 2  # steps of a start before the trace: the first compiles, the next one settles
+STEP = "train"  # the viewers' name of a step
+LEAD = 2  # steps of an attempt before the trace: the first compiles, the second settles
 
 
 class Profiler:
-    """Traces steps `first` to before `last` of process 0; none if they are the same."""
+    """Traces steps `first` to before `last` in process 0; none if they are equal."""
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
-        """Args: folder: made if absent; gets plugins/profile/<time>/, with perfetto_trace.json.gz in it."""
-        self._folder, self._first, self._last = folder, first, last
+        """Args: folder: created if absent; gets plugins/profile/<time>/, with perfetto_trace.json.gz in it."""
+        self._folder = folder
+        self._first = first
+        self._last = last
         self._local: Path | None = None  # where the trace under way will be written
 
     def before(self, step: int) -> None:
-        """When the step is due: start the trace if it is the first of those to trace."""
+        """Call before a step: starts the trace if this is the first step to trace."""
         if step == self._first < self._last and processes.index() == 0:
             self._start()
 
     def is_last(self, step: int) -> bool:
-        """Whether the trace has all its steps once this one is finished: the time to close."""
+        """Whether the trace is complete once this step is finished: then call `close`."""
         return self.is_tracing and step + 1 == self._last
 
     @property
@@ -40,7 +40,8 @@ class Profiler:
         """Write the trace that is under way."""
         if self._local is None:
             return
-        local, self._local = self._local, None
+        local = self._local
+        self._local = None
         jax.profiler.stop_trace()
         if local != self._folder:
             copy_tree(local, self._folder)
@@ -49,7 +50,7 @@ class Profiler:
     def _start(self) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="moe_jax_profile_")) if is_remote(self._folder) else self._folder
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # thousands of Python calls a step hide its operations
+        options.python_tracer_level = 0  # thousands of Python calls a step would hide its operations
         jax.profiler.start_trace(self._local, create_perfetto_trace=True, profiler_options=options)
 
 
@@ -59,7 +60,7 @@ def named(step: int) -> jax.profiler.StepTraceAnnotation:
 
 
 def steps_to_trace(count: int, first: int, last: int) -> tuple[int, int]:
-    """(first, last) of the `count` steps to trace in a start that does steps `first` to before `last`.
+    """(first, last) of the `count` steps to trace in an attempt that does steps `first` to before `last`.
 
     Raises:
         ValueError: it does too few.
@@ -67,6 +68,6 @@ def steps_to_trace(count: int, first: int, last: int) -> tuple[int, int]:
     if count and first + LEAD + count > last:
         raise ValueError(
             f"--profile={count} must leave {LEAD} steps before it, and this start has {max(0, last - first)} to do; "
-            "trace fewer, or do more."
+            "trace fewer steps, or do more."
         )
     return first + LEAD, first + LEAD + count

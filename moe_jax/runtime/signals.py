@@ -1,4 +1,4 @@
-"""Signals that end a run: noted when they come, answered where nothing is half done."""
+"""Signals that end a run: noted when they arrive, acted on between two steps."""
 
 import itertools
 import os
@@ -10,39 +10,38 @@ from typing import Any
 
 from moe_jax.runtime import processes
 
-# what clusters send, Ctrl-C, a terminal that was closed, and what Slurm's --signal=USR1@60 sends
+# from clusters, from Ctrl-C, from a terminal that was closed, and from Slurm with --signal=USR1@60
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-
-Stopped = Callable[[], int | None]  # the signal that the run is to end for, None while there is none
+Stopped = Callable[[], int | None]  # () -> the signal that ends the run, None while there is none
 
 
 class Abandoned(Exception):
-    """Work made of pieces was left between two of them, for the run is to end; `number` is the signal."""
+    """Work was left unfinished because a signal ends the run; `number` is the signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"left undone for {signal.Signals(number).name}")
+        super().__init__(f"left unfinished because of {signal.Signals(number).name}")
         self.number = number
 
 
 def never() -> None:
-    """Nothing stops."""
+    """A `Stopped` for which no signal ever arrives."""
 
 
 def can_be_noted() -> bool:
-    """Whether this is the main thread; Python allows handlers of signals in no other."""
+    """Whether this is the main thread, the only one in which Python allows signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
 def noted() -> Iterator[Stopped]:
-    """Note signals instead of dying of them while the block runs; yields `stopped()`, which says for which to end.
+    """Note signals instead of dying of them while the block runs; yields `stopped()`, the first signal that arrived.
 
-    Several processes must end at the same place. JAX's preemption service agrees on one: it catches SIGTERM (that
-    handler stays), and the other signals are passed on to it. It counts the calls of `stopped` and names one of them
-    for all, so every process must call it equally often and in the same places.
+    Several processes must end after the same step. JAX's preemption service chooses it: the service catches SIGTERM
+    (its handler stays), and the other signals are passed on to it as SIGTERM. It counts the calls of `stopped` and
+    chooses one of them for all processes, so all must call it equally often and in the same places.
 
-    Outside the main thread signals stay with the program around. A SIGHUP that is ignored (`nohup`) stays ignored.
+    Outside the main thread the surrounding program keeps its handlers. A SIGHUP that is ignored (`nohup`) stays
+    ignored.
     """
     caught: list[int] = []
     calls = itertools.count()

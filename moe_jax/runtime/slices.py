@@ -1,4 +1,4 @@
-"""Checkpoints of weights only, written and read slice by slice, for want of room for all of them."""
+"""Checkpoints of weights only, written and read slice by slice, because memory may not hold all of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from moe_jax.runtime.checkpoint import _is_gone, _read_newest, _shared
+from moe_jax.runtime.checkpoint import is_gone, read_newest, shared_leaves
 from moe_jax.runtime.leaves import compare_leaves, describe_leaves, path_name
 from moe_jax.runtime.manifest import write_manifest
-from moe_jax.runtime.stored import CHUNK_BYTES, _absolute, _handler, _one_sentence, _spec
-
-# --- slice by slice -------------------------------------------------------------------------------------------
+from moe_jax.runtime.stored import CHUNK_BYTES, array_spec, in_one_sentence, orbax_path, tree_handler
 
 
 class OnDisk(NamedTuple):
@@ -31,12 +29,12 @@ class OnDisk(NamedTuple):
     def read(self, index: tuple[int, ...]) -> np.ndarray:
         """The slice at an index of the first axes; () is all of it."""
         try:
-            value = _one_sentence(self.path, lambda: self._at(index).read().result())
+            value = in_one_sentence(self.path, lambda: self._at(index).read().result())
         except ValueError:
-            if not _is_gone(self.path):
+            if not is_gone(self.path):
                 raise
             raise ValueError(
-                f"{self.path} was removed by its run while it was read; give the command again, or raise the run's "
+                f"{self.path} was removed by its run while it was read; repeat the command, or raise the run's "
                 "checkpoint.keep."
             ) from None
         return self._finite(value)
@@ -55,29 +53,32 @@ class OnDisk(NamedTuple):
 
 
 def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) -> dict[str, OnDisk]:
-    """A new checkpoint folder, whole when its arrays are written and `commit` is called; path -> array.
+    """Create a checkpoint, complete once its arrays are written and `commit` is called.
 
-    Orbax writes the tree, with a number in the place of every array; the arrays proper are then made by what
-    Orbax itself makes them with. They are not in its database of small files, which would grow with every slice.
+    Orbax writes the tree, with a number in place of every array. The arrays proper are then created with tensorstore,
+    as Orbax itself does. They are not in its database of small files, which would grow with every slice.
 
     Args:
-        path: the checkpoint, which is not there yet.
+        path: the checkpoint, which must not exist yet.
         abstract: tree of `jax.ShapeDtypeStruct`.
-        axes: leaf's path -> how many of its first axes its slices have an index for.
+        axes: leaf's path -> number of leading axes that its slices index.
+
+    Returns:
+        leaf's path -> the array.
     """
     numbers = jax.tree.map(lambda leaf: jax.numpy.zeros((), leaf.dtype), dict(abstract))
-    with _without_warnings(), ocp.Checkpointer(_handler(use_ocdbt=False)) as writer:
-        writer.save(_absolute(path), args=ocp.args.PyTreeSave(numbers))
+    with _without_warnings(), ocp.Checkpointer(tree_handler(use_ocdbt=False)) as writer:
+        writer.save(orbax_path(path), args=ocp.args.PyTreeSave(numbers))
     leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract))}
     arrays = {name: OnDisk(path, name, _make_array(path, name, leaf, axes(name))) for name, leaf in leaves.items()}
     for name in (name for name in leaves if name.startswith("bias/")):
-        arrays[name].write((), np.zeros(leaves[name].shape, leaves[name].dtype))  # some families write none
+        arrays[name].write((), np.zeros(leaves[name].shape, leaves[name].dtype))  # some families have none
     return arrays
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns that there is no database to merge where none was asked for."""
+    """Silence Orbax's warning that there is no database to merge, which `create` does not want."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -94,9 +95,9 @@ def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) ->
     row_bytes = int(np.prod(rows[1:])) * leaf.dtype.itemsize
     chunk = [1] * axes + [max(1, min(n, CHUNK_BYTES // row_bytes)) for n in rows[:1]] + list(rows[1:])
     metadata = {"shape": list(leaf.shape), "chunks": chunk, "compressor": None}
-    # Orbax misses a chunk that is not stored, as one of zeros would not be
+    # tensorstore skips chunks of zeros by default, and Orbax refuses an array with missing chunks
     whole = {"store_data_equal_to_fill_value": True}
-    spec = _spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)} | whole
+    spec = array_spec(path, name) | {"metadata": metadata, "dtype": str(leaf.dtype)} | whole
     return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
@@ -109,11 +110,11 @@ def commit(path: Path, abstract: Mapping[str, Any], extra: Mapping[str, Any]) ->
 def open_newest(
     directory: Path, abstract: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False
 ) -> tuple[int, dict[str, OnDisk]] | None:
-    """Step of the newest checkpoint, of whatever kind, and its arrays of weights for reading; None if there is none.
+    """Open the newest checkpoint of either kind: its step and its arrays of weights; None if there is none.
 
     Args:
         directory: the checkpoint folder.
-        abstract: "params" and "bias" as they must be.
+        abstract: "params" and "bias", as `jax.ShapeDtypeStruct`.
         verify: as in `restore`.
         fallback: as in `restore`.
 
@@ -123,17 +124,17 @@ def open_newest(
     wanted = describe_leaves(abstract)
 
     def compare(path: Path, manifest: Mapping[str, Any]) -> None:
-        compare_leaves(path, *_shared(manifest, wanted, abstract))
+        compare_leaves(path, *shared_leaves(manifest, wanted, abstract))
 
-    found = _read_newest(directory, compare, lambda path, _: _open_arrays(path, wanted), verify, fallback)
+    found = read_newest(directory, compare, lambda path, _: _open_arrays(path, wanted), verify, fallback)
     return None if found is None else (found.step, found.value)
 
 
 def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
-    """The arrays, with one memory of chunks: a small slice comes with its neighbours, which are read next."""
+    """The arrays, with one cache of chunks: a small slice is stored with its neighbours, which are read next."""
     import tensorstore
 
     memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
-    strict = {"fill_missing_data_reads": False}  # a chunk that is gone is an error, and no zeros
-    stores = {name: tensorstore.open(_spec(path, name) | strict, open=True, context=memory) for name in names}
+    strict = {"fill_missing_data_reads": False}  # a missing chunk is an error, not zeros
+    stores = {name: tensorstore.open(array_spec(path, name) | strict, open=True, context=memory) for name in names}
     return {name: OnDisk(path, name, store.result()) for name, store in stores.items()}

@@ -14,25 +14,26 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from moe_jax.runtime.files import is_remote
-from moe_jax.runtime.leaves import _leaf, path_name
+from moe_jax.runtime.leaves import leaf_text, path_name
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 64 * 2**20  # a leaf lies on disk in pieces of at most this: what reading a slice of it reads
+CHUNK_BYTES = 64 * 2**20  # the largest piece of a leaf on disk, which reading a slice reads whole
+MOST_CHARACTERS = 200  # of a library's error, quoted in ours
 
 
-def _spec(path: Path, name: str) -> dict[str, Any]:
-    """Where tensorstore finds an array."""
+def array_spec(path: Path, name: str) -> dict[str, Any]:
+    """The tensorstore spec of an array."""
     return {"driver": "zarr", "kvstore": _kvstore(path, f"{_stored_name(name)}/")}
 
 
 def _stored_name(leaf: str) -> str:
-    """What Orbax calls a leaf."""
+    """Orbax's name of a leaf."""
     return leaf.replace("/", ".")
 
 
 def _kvstore(path: Path, inside: str = "") -> dict[str, Any]:
-    """Where tensorstore finds the keys of arrays: in Orbax's database where the checkpoint has one, else in folders."""
+    """The tensorstore key-value store of the arrays: Orbax's database where the checkpoint has one, else folders."""
     if is_remote(path):
         bucket, _, folder = str(path).removeprefix("gs://").partition("/")
         place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
@@ -44,20 +45,22 @@ def _kvstore(path: Path, inside: str = "") -> dict[str, Any]:
 
 
 def refuse_unreadable(path: Path, leaves: Mapping[str, list[Any]]) -> None:
-    """Raise a ValueError unless every leaf can be opened, as what it should be, and all its chunks are stored.
+    """Raise a ValueError unless every leaf can be opened with its shape and dtype, and all its chunks are stored.
 
-    Nothing of the chunks is read: what is in them is what `save` and `OnDisk.write` were given.
+    The chunks are not read: `save` and `OnDisk.write` checked their numbers.
 
     Args:
-        path: the checkpoint, whose manifest need not be there yet.
-        leaves: path -> [shape, dtype], as `describe_leaves` gives.
+        path: the checkpoint, whose manifest may still be missing.
+        leaves: path -> [shape, dtype], as from `describe_leaves`.
     """
-    there = _one_sentence(path, _stored_leaves, path)
+    there = in_one_sentence(path, _stored_leaves, path)
     for name, (shape, dtype) in leaves.items():
         stored = there.get(name)
         if stored is None or [list(stored.shape), str(stored.dtype)] != [shape, dtype]:
             found = None if stored is None else [list(stored.shape), str(stored.dtype)]
-            raise ValueError(f"{path} cannot be read: {name} is {_leaf(found)} and should be {_leaf([shape, dtype])}.")
+            raise ValueError(
+                f"{path} cannot be read: {name} is {leaf_text(found)} and should be {leaf_text([shape, dtype])}."
+            )
         if stored.num_chunks != stored.expected_chunks:
             raise ValueError(
                 f"{path} cannot be read: of {name} {stored.num_chunks} of {stored.expected_chunks} chunks are stored."
@@ -65,7 +68,7 @@ def refuse_unreadable(path: Path, leaves: Mapping[str, list[Any]]) -> None:
 
 
 class _Stored(NamedTuple):
-    """A leaf as it lies on disk."""
+    """A leaf on disk."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -74,50 +77,52 @@ class _Stored(NamedTuple):
 
 
 def _stored_leaves(path: Path) -> dict[str, _Stored]:
-    """Every leaf that Orbax finds in a checkpoint, by the path that `describe_leaves` gives it."""
+    """Every leaf that Orbax finds in a checkpoint, by its path in `describe_leaves`."""
     import tensorstore
 
     keys = tensorstore.KvStore.open(_kvstore(path)).result().list().result()
     chunk = re.compile(rb"(.+)/\d+(\.\d+)*")
     chunks = collections.Counter(found[1].decode() for key in keys if (found := chunk.fullmatch(key)))
-    tree = _handler().metadata(epath.Path(_absolute(path))).tree
+    metadata = tree_handler().metadata(epath.Path(orbax_path(path))).tree
     stored = {}
-    for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name, shape = path_name(key), leaf.shape
-        expected = math.prod(-(-n // c) for n, c in zip(shape, leaf.storage.chunk_shape, strict=True))
-        stored[name] = _Stored(shape, leaf.dtype, chunks[_stored_name(name)], expected)
+    for key, leaf in jax.tree_util.tree_leaves_with_path(metadata):
+        name = path_name(key)
+        expected = math.prod(-(-n // c) for n, c in zip(leaf.shape, leaf.storage.chunk_shape, strict=True))
+        stored[name] = _Stored(leaf.shape, leaf.dtype, chunks[_stored_name(name)], expected)
     return stored
 
 
 class _Literal(type(epath.Path("/"))):  # type: ignore[misc]
-    """A path on this machine as Orbax wants them, in which nothing is a pattern.
+    """A path on this machine for Orbax, whose characters are never taken for a pattern.
 
-    Orbax looks for the files to put together with `glob`, which takes brackets in the folder's name for a choice of
-    letters, finds nothing, and leaves a checkpoint that cannot be read.
+    Orbax finds the files to merge with `glob`, which reads brackets in the folder's name as a choice of letters, finds
+    nothing, and leaves a checkpoint that cannot be read.
     """
 
     def glob(self, pattern: str) -> Iterator[Any]:
-        """What matches the pattern in this folder."""
+        """The paths in this folder that match the pattern."""
         return super().glob(posixpath.join(glob.escape(str(self)), pattern))
 
 
-def _absolute(path: Path) -> Any:
+def orbax_path(path: Path) -> Any:
+    """The path in the form that Orbax needs: absolute, and never a pattern."""
     return path if is_remote(path) else _Literal(path.absolute())
 
 
-def _handler(use_ocdbt: bool = True) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's tree handler, without replica-parallel saving: it blocks the first save for seconds."""
+def tree_handler(use_ocdbt: bool = True) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's tree handler, without replica-parallel saving, which blocks the first save for seconds."""
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, type_handler_registry=registry)
 
 
-def _one_sentence(path: Path, function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, which reads of a checkpoint; what Orbax and TensorStore raise becomes a ValueError."""
+def in_one_sentence(path: Path, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, which reads from a checkpoint; what Orbax and TensorStore raise becomes a ValueError."""
     try:
         return function(*args)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # of this machine, and no fault of the checkpoint
+    except (jax.errors.JaxRuntimeError, MemoryError):  # a fault of this machine, not of the checkpoint
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({text[:200]}{'...' if text[200:] else ''}).") from error
+        more = "..." if text[MOST_CHARACTERS:] else ""
+        raise ValueError(f"{path} cannot be read ({text[:MOST_CHARACTERS]}{more}).") from error

@@ -1,4 +1,4 @@
-"""Ends a run that is stuck: a peer that is alive and does nothing holds all the others, and no heartbeat sees it."""
+"""Ends a run that is stuck: a peer that is alive but does nothing blocks all others, and no heartbeat detects it."""
 
 import collections
 import faulthandler
@@ -12,29 +12,33 @@ from moe_jax.runtime import processes
 
 
 class Awake:
-    """Splits time into what this process ran and what it was stopped for: SIGSTOP, a suspended job, a paused container.
+    """Splits time into running and stopped: by SIGSTOP, in a suspended job, in a paused container.
 
-    A process does not see that it is stopped. But a thread that looks at the clock every `interval` seconds does not
-    look then: of the time between two looks, twice the interval counts as running at most.
+    A process is not notified that it is stopped. But a thread that looks at the clock every `interval` seconds does not
+    look while stopped: of the time between two looks, at most twice the interval counts as running.
     """
 
     def __init__(self, interval: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._now = 2 * interval, now
-        self._seen, self._ran, self._stopped = now(), 0.0, 0.0
+        self._most = 2 * interval
+        self._now = now
+        self._seen = now()
+        self._ran = 0.0
+        self._stopped = 0.0
         self._lock = threading.Lock()
 
     def look(self) -> tuple[float, float]:
         """(seconds run, seconds stopped) so far."""
         with self._lock:
             now = self._now()
-            passed, self._seen = now - self._seen, now
+            passed = now - self._seen
+            self._seen = now
             self._ran += min(passed, self._most)
             self._stopped += max(0.0, passed - self._most)
             return self._ran, self._stopped
 
 
 class Work:
-    """Something that the devices are to do; `began` is a time of `Awake`, `result` an array of it once there is one."""
+    """Work for the devices; `began` is a time of `Awake`, `result` an array that it computes, once there is one."""
 
     def __init__(self, name: str, began: float) -> None:
         self.name = name
@@ -42,15 +46,15 @@ class Work:
         self.result: Any = None
 
     def finished(self) -> bool:
-        """Never waits."""
+        """Whether it is done; never waits."""
         return self.result is not None and self.result.is_ready()
 
 
 class Watchdog:
-    """Looks, from a thread of its own, whether the work under way gets finished.
+    """Checks, in a separate thread, that the work under way is finished in time.
 
-    The devices run behind the program that feeds them, so what counts is when results become ready, and the
-    oldest work without one is what is stuck. Time in which this process was stopped does not count.
+    The devices lag behind the program that feeds them, so what counts is when results become ready: the oldest work
+    without a result is what is stuck. Time in which this process was stopped does not count.
     """
 
     def __init__(self, timeout_seconds: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -67,9 +71,9 @@ class Watchdog:
             threading.Thread(target=self._look, name="watchdog", daemon=True).start()
 
     def watch(self, kind: str, number: int) -> Work:
-        """Call before the work is begun, and set `result` of what is returned when it is.
+        """Call before work is dispatched, and set `result` of what this returns afterwards.
 
-        The first work of a kind is not timed: it compiles, and takes as long as it takes.
+        The first work of a kind is not timed, because it compiles.
         """
         work = Work(f"{kind} {number}", self._awake.look()[0])
         self.doing = work.name
@@ -79,7 +83,7 @@ class Watchdog:
         return work
 
     def stopped_seconds(self) -> float:
-        """For how long this process was stopped so far; 0 where nothing is watched."""
+        """For how long this process has been stopped so far; 0 if nothing is watched."""
         return self._awake.look()[1] if self._timeout else 0.0
 
     def overdue(self) -> str | None:
@@ -93,7 +97,7 @@ class Watchdog:
         return oldest.name if oldest is not None and late else None
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stop.set()
 
     def _look(self) -> None:
@@ -102,10 +106,10 @@ class Watchdog:
                 return self._end(name)
 
     def _end(self, name: str) -> None:
-        print("where this process is:", file=sys.stderr, flush=True)
+        print("stack of every thread of this process:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         processes.end(
             f"{name} has not finished within step_timeout_seconds={self._timeout} (process {processes.index()} of "
             f"{processes.count()}): a process, a device or the network is stuck. The same command on all hosts "
-            "goes on from the newest checkpoint; raise the limit if the step is only slow."
+            "resumes from the newest checkpoint; raise the limit if the step is only slow."
         )

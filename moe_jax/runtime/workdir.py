@@ -1,7 +1,7 @@
-"""The folder of a run: one process has it at a time, and its numbers come from one config, one corpus and one start.
+"""The folder of a run: one command uses it at a time, and its numbers come from one config, one corpus and one start.
 
-The config may change where it changes no number (`config.free_keys`). The corpus and the weights that a run starts
-from are known by their fingerprints: the same data may be moved, other data at the same place are refused.
+The config may change where that changes no number (`config.free_keys`). The corpus and the initial weights are
+identified by fingerprints: the same data may be moved, and other data at the same path are refused.
 """
 
 import platform
@@ -20,14 +20,15 @@ from moe_jax.config import Config, as_dict, changed_numbers, validate
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import is_remote, lock, read_json, write_json
 
-TOKENIZER = "tokenizer"  # the folder of a workdir with what came with a converted model besides its weights
+TOKENIZER = "tokenizer"  # subfolder with the tokenizer files and configs of the model's original folder
+LOOK_SECONDS = 0.1  # between two looks for a file of process 0
 
 
 class Identity(NamedTuple):
-    """What a run reads and what it started from, by content. Stored in run.json and in every checkpoint.
+    """Fingerprints of what a run reads and what it started from. Stored in run.json and in every checkpoint.
 
     corpus: `data.Corpus.fingerprint`. weights: "step" and "fingerprint" of the checkpoint of `init_from` that the run
-    started from; None where its parameters were drawn.
+    started from; None if its parameters were drawn at random.
     """
 
     corpus: str
@@ -35,7 +36,7 @@ class Identity(NamedTuple):
 
 
 def identity_of(about: Mapping[str, Any]) -> Identity | None:
-    """The identity in a run.json or beside a checkpoint; None where it is older than identities."""
+    """The identity in a run.json or beside a checkpoint; None if its version recorded none."""
     return Identity(**about["identity"]) if "identity" in about else None
 
 
@@ -43,9 +44,9 @@ def check_workdir(workdir: Path, config: Config, corpus: str) -> None:
     """Raise a ValueError if the workdir is a file, or the run in it has another config or reads another corpus.
 
     Args:
-        workdir: a folder, or nothing yet.
-        config: what is about to run.
-        corpus: the fingerprint of the data that it would read.
+        workdir: a folder; it need not exist.
+        config: of the run that is about to start.
+        corpus: fingerprint of the data that it would read.
     """
     file = workdir / "config.json"
     if file.is_file():
@@ -56,13 +57,13 @@ def check_workdir(workdir: Path, config: Config, corpus: str) -> None:
 
 @contextmanager
 def claim(workdir: Path) -> Iterator[None]:
-    """Hold the workdir, made if absent, for this run; process 0 does, for all.
+    """Create the workdir if absent and lock it for this run; process 0 does so for all processes.
 
     Raises:
-        ValueError: another command holds it, or some processes of this run see another folder under its name.
+        ValueError: another command has locked it, or a process of this run sees another folder under its name.
     """
-    with ExitStack() as held:
-        processes.by_first(lambda: held.enter_context(_locked(workdir)))
+    with ExitStack() as stack:
+        processes.by_first(lambda: stack.enter_context(_locked(workdir)))
         if processes.count() > 1:
             token = processes.by_first(lambda: _leave_token(workdir))
             processes.by_all(lambda: _find_token(workdir, token))
@@ -72,7 +73,7 @@ def claim(workdir: Path) -> Iterator[None]:
 @contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
-    if is_remote(workdir):  # a bucket has no locks: one command at a time is the user's to see to
+    if is_remote(workdir):  # a bucket has no locks; the user must run one command at a time
         yield
         return
     with open(workdir / ".lock", "w") as file:
@@ -87,32 +88,32 @@ def _leave_token(workdir: Path) -> str:
 
 
 def _find_token(workdir: Path, token: str, tries: int = 100) -> None:
-    """Raise a ValueError unless process 0's token is seen in the workdir; network file systems take a while.
+    """Raise a ValueError unless process 0's token appears in the workdir; network file systems take a while.
 
-    Tries are counted, not seconds: a process that is stopped meanwhile has not looked.
+    Tries are counted, not seconds, because a process that is stopped meanwhile does not look.
     """
     for _ in range(tries):
         if (workdir / ".token").is_file() and (workdir / ".token").read_text() == token:
             return
-        time.sleep(0.1)
+        time.sleep(LOOK_SECONDS)
     raise ValueError(
         f"--workdir={workdir} is not the folder that process 0 sees; name one on a file system that all hosts share."
     )
 
 
-def record(workdir: Path, config: Config, about: dict[str, Any]) -> None:
-    """Write config.json, which claims the workdir for this config, and run.json."""
+def record_run(workdir: Path, config: Config, about: dict[str, Any]) -> None:
+    """Write config.json, which reserves the workdir for this config, and run.json."""
     write_json(workdir / "config.json", as_dict(config))
     write_run(workdir, about)
 
 
 def write_run(workdir: Path, about: dict[str, Any]) -> None:
-    """Write run.json: what made the run, and where its time went."""
+    """Write run.json: versions, identity, and where the time went."""
     write_json(workdir / "run.json", about)
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """run.json; empty where there is none yet.
+    """The content of run.json; empty where there is none yet.
 
     Raises:
         ValueError: it is damaged.
@@ -123,17 +124,17 @@ def read_run(workdir: Path) -> dict[str, Any]:
 def refuse_another_run(
     workdir: Path, what: str, there: dict[str, Any], identity: Identity | None, config: Config, corpus: str
 ) -> None:
-    """Raise a ValueError, with the differences, unless the workdir's run trains the same numbers on the same data.
+    """Raise a ValueError, with the differences, unless the run in the workdir has the same numbers and the same data.
 
     Args:
         workdir: the folder of the run.
-        what: the run itself, or its checkpoint.
+        what: "run" or "checkpoint".
         there: its config, as read from JSON.
-        identity: its identity; None if it is older than identities, and its data are then where its config says.
-        config: what is about to run.
-        corpus: the fingerprint of the data that it would read.
+        identity: its identity; None if its version recorded none: then data.path is compared instead.
+        config: of the run that is about to start.
+        corpus: fingerprint of the data that it would read.
     """
-    before = validate(there)  # a key that is younger than the run has its default
+    before = validate(there)  # a key that is newer than the run has its default
     if changed := changed_numbers(before, config):
         raise ValueError(
             f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
@@ -150,12 +151,14 @@ def refuse_another_run(
 
 
 def versions() -> dict[str, Any]:
-    """What made a run: library versions, and the git revision of this package if it lies in a clone."""
+    """Library versions, machine, and the git revision of this package if it is in a clone."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = Path(moe_jax.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     revision = None
-    if shutil.which("git") and (here.parent / ".git").exists():  # an installed one lies in somebody else's, if in any
+    if (
+        shutil.which("git") and (here.parent / ".git").exists()
+    ):  # an installed package is in another repository, if in any
         revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},

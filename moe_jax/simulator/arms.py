@@ -3,42 +3,36 @@
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moe_jax.config import BalanceEntry, balance_entries
 
-if TYPE_CHECKING:
-    pass
-
 
 class Arm(NamedTuple):
-    """One way of balancing under test: its text in the grammar of `--balance`; a sign of -1 turns it round."""
+    """A balancing method to simulate: its text in the grammar of `--balance`; a sign of -1 reverses it."""
 
     name: str
     entries: tuple[BalanceEntry, ...]
     sign: int = 1
 
 
-# --- the grammar ------------------------------------------------------------------------------------------------
-
-
 def parse_balance(text: str) -> dict[str, dict[str, Any]]:
-    """`config.balance` of `method:option=value,option=value+method`; "none" is empty.
+    """`config.balance` from `method:option=value,option=value+method`; "none" is empty.
 
     Raises:
-        ValueError: the text is not of that form; methods and options are checked by the config's own rules.
+        ValueError: the text has another form. The config's own rules check methods and options.
     """
     if text == "none":
         return {}
     mapping: dict[str, dict[str, Any]] = {}
-    for part in re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text):  # not that of 1e+3
+    for part in re.split(r"\+(?=[A-Za-z_]\w*(?:[:+]|$))", text):  # but not at that of 1e+3
         label, _, options = part.partition(":")
         if not label or label in mapping:
             raise ValueError(
                 f"--balance={text} must name each part once, as method or label:method=...; "
                 f"{f'{label!r} is there twice' if label else 'a name is missing'}."
             )
-        pairs = re.split(r",(?![^()]*\))", options) if options else []  # the commas of (0, 3) stay
+        pairs = re.split(r",(?![^()]*\))", options) if options else []  # but not at the comma of (0, 3)
         mapping[label] = dict(_option(pair, text) for pair in pairs)
     return mapping
 
@@ -63,24 +57,24 @@ def _option(pair: str, text: str) -> tuple[str, Any]:
 
 
 def arms_of(texts: Sequence[str], rates: Sequence[float] = (), signs: Sequence[int] = (1,)) -> list[Arm]:
-    """Every text at every rate with every sign; "none" has one only.
+    """Every text at every rate with every sign; "none" once.
 
     Raises:
-        ValueError: a text is wrong, or has not one rate to be set.
+        ValueError: a text is wrong, or has no rate to set, or several.
     """
     arms = []
     for text in dict.fromkeys(texts):
         mapping = parse_balance(text)
         try:
             versions = [_with_rate(mapping, rate) for rate in rates] or [mapping]
-            made = [(write_balance(v), balance_entries(v)) for v in versions]
+            named = [(write_balance(v), balance_entries(v)) for v in versions]
         except ValueError as error:
             raise ValueError(f"--balance={text}: {error}") from None
         arms += [
-            Arm(name + ", turned round" * (sign < 0), entries, sign)
-            for name, entries in made
+            Arm(name + ", reversed" * (sign < 0), entries, sign)
+            for name, entries in named
             for sign in signs
-            if entries or sign > 0  # of nothing there is nothing to turn
+            if entries or sign > 0  # "none" has nothing to reverse
         ]
     return arms
 

@@ -1,4 +1,4 @@
-"""The closed loop of a balancer and a stream of router logits, and what is measured of it."""
+"""The closed loop of a balancer and a stream of router logits, and its measures."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from moe_jax.simulator.streams import Stream
 
 
-FINAL = 0.2  # the part of a run, at its end, that is called its steady state
+FINAL = 0.2  # the share of a run, at its end, that counts as its steady state
+ROUTER_DIM = 32  # width of the fixed router of losses on the router's weights
 
 
 class Trace(NamedTuple):
-    """What is seen of every step, float32 [steps].
+    """Measures of every step, float32 [steps].
 
-    violation, dead: max violation of the loads, and how many experts had no token. bias_range, bias_change, flips:
-    of the bias after the step, largest minus smallest; the root mean square of its change; and the share of experts
-    for which that went the other way than in the step before.
+    violation, dead: max violation of the loads, and the number of experts without a token. bias_range: largest minus
+    smallest bias after the step. bias_change: root mean square of its change. flips: the share of experts whose bias
+    changed in the other direction than in the step before.
     """
 
     violation: np.ndarray
@@ -34,11 +35,11 @@ class Trace(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A run in numbers; steps are counted from 0, of recovery from the shift. None: not within the run.
+    """A run in numbers. Steps are counted from 0, those of recovery from the shift; None: not within the run.
 
     settled: the first step of the first window from which on the mean of max violation over a window stays below
         the threshold; before the shift, if there is one.
-    recovered, peak: the same, and the highest max violation, after the shift.
+    recovered, peak: the same after the shift, and the highest max violation after it.
     final, chatter, bias_change, flips, dead: means over the last fifth. Chatter is the root mean square of the
         change of max violation from step to step, bias_change that of the biases.
     bias_range: largest minus smallest bias at the end.
@@ -63,11 +64,8 @@ class Result(NamedTuple):
     summaries: list[Summary]
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------
-
-
 def make_stream(s: Settings, recording: Recording | None = None) -> "Stream":
-    """The stream that the settings name, or a replay."""
+    """The stream that the settings name, or the replay of a recording."""
     import jax.numpy as jnp
 
     from moe_jax.simulator import streams
@@ -80,7 +78,7 @@ def make_stream(s: Settings, recording: Recording | None = None) -> "Stream":
 
 
 def routed(balancer: "Balancer", s: Settings, logits: Any, tokens: Any, state: Any, key: Any) -> "Routing":
-    """One layer's routing in training."""
+    """The routing of one layer, as in training."""
     from moe_jax.routing import RouterConfig, route
 
     select = None if balancer.select is None else functools.partial(balancer.select, state=state)
@@ -99,16 +97,16 @@ def routed(balancer: "Balancer", s: Settings, logits: Any, tokens: Any, state: A
 def closed_loop(
     balancer: "Balancer", stream: "Stream", s: Settings, sign: int = 1, layer: int = 0
 ) -> Callable[[int], Trace]:
-    """(seed) -> Trace, compiled once: the stream is routed, its loads move the balancer, as a training step does.
+    """(seed) -> Trace, compiled once: the stream is routed, and its loads update the balancer, as in a training step.
 
-    `sign=-1` turns what the balancer does to bias and router the wrong way round.
+    `sign=-1` reverses the balancer's changes of bias and router.
     """
     import jax
     import jax.numpy as jnp
 
     from moe_jax.balance.measures import bias_range, dead_experts, flip_rate, max_violation
 
-    router = jax.random.normal(jax.random.key(0), (32, s.experts), jnp.float32)  # for losses on it; it stays
+    router = jax.random.normal(jax.random.key(0), (ROUTER_DIM, s.experts), jnp.float32)  # fixed, for losses on it
 
     def forward(offset: Any, logits: Any, tokens: Any, state: Any, key: Any) -> tuple[Any, Any]:
         routing = routed(balancer, s, logits + offset[None], tokens, state, key)
@@ -134,8 +132,9 @@ def closed_loop(
     @jax.jit
     def run(seed: Any) -> Trace:
         world_key, steps_key = jax.random.split(jax.random.key(seed))
-        nothing, none = jnp.zeros(s.experts, jnp.float32), jnp.zeros(s.experts, jnp.int32)
-        start = stream.init(world_key), nothing, balancer.init(s.experts, layer), none, nothing
+        zeros = jnp.zeros(s.experts, jnp.float32)
+        no_loads = jnp.zeros(s.experts, jnp.int32)
+        start = stream.init(world_key), zeros, balancer.init(s.experts, layer), no_loads, zeros
         steps = jnp.arange(s.steps, dtype=jnp.int32), jax.random.split(steps_key, s.steps)
         return jax.lax.scan(step, start, steps)[1]
 
@@ -143,10 +142,10 @@ def closed_loop(
 
 
 def simulate(arm: Arm, s: Settings, seeds: int = 1, recording: Recording | None = None, layer: int = 0) -> Result:
-    """The arm in the closed loop, once for each seed; seeds of different arms see the same streams.
+    """Run an arm in the closed loop, once for each seed; all arms see the same streams.
 
     Raises:
-        ValueError: the arm does not go with the settings.
+        ValueError: the arm does not fit the settings.
     """
     from moe_jax import balance
 
@@ -161,7 +160,7 @@ def simulate(arm: Arm, s: Settings, seeds: int = 1, recording: Recording | None 
 
 
 def floor(s: Settings, recording: Recording | None = None) -> float:
-    """The max violation that a uniform random router has by chance, for the tokens of a step."""
+    """The max violation that a uniform random router has by chance, with the tokens of a step."""
     from moe_jax.balance.measures import violation_floor
 
     tokens = s.tokens if recording is None else round(float(recording.mask.sum(1).mean()))
@@ -169,7 +168,7 @@ def floor(s: Settings, recording: Recording | None = None) -> float:
 
 
 def threshold(s: Settings, recording: Recording | None = None) -> float:
-    """What a moving mean of max violation must stay below to be called settled."""
+    """The level below which a moving mean of max violation counts as settled."""
     return floor(s, recording) + s.within
 
 
@@ -205,12 +204,12 @@ def summarize(trace: Trace, s: Settings, limit: float) -> Summary:
     )
 
 
-def best(results: Sequence[Result], s: Settings) -> str:
-    """The sentence that names the lowest final level among the arms that settled, and recovered, on every seed."""
+def best_arm(results: Sequence[Result], s: Settings) -> str:
+    """A sentence with the arm of the lowest final level, among those that settled (and recovered) with every seed."""
 
     def steady(result: Result) -> bool:
-        asked = ("settled", "recovered") if s.stream == "shift" else ("settled",)
-        return all(getattr(summary, key) is not None for summary in result.summaries for key in asked)
+        needed = ("settled", "recovered") if s.stream == "shift" else ("settled",)
+        return all(getattr(summary, key) is not None for summary in result.summaries for key in needed)
 
     def level(result: Result) -> float:
         return float(np.mean([summary.final for summary in result.summaries]))

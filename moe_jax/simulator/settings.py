@@ -1,20 +1,16 @@
-"""What a simulation simulates: its settings, and router logits that a run recorded."""
+"""The settings of a simulation, and router logits that a run recorded."""
 
 import dataclasses
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.config import BalanceEntry, Config, validate
 
-if TYPE_CHECKING:
-    pass
-
-
-# every synthetic stream with the settings that it alone reads, in the order of its function's arguments
+# the synthetic streams, each with the settings that only some streams read, in the order of its function's arguments
 STREAMS = {
     "skewed": ("skew",),
     "drifting": ("skew", "drift"),
@@ -29,7 +25,7 @@ VOCAB_SIZE = 4096  # of synthetic token ids
 
 
 def setting(default: Any, help_text: str, low: float = 1) -> Any:
-    """A field of `Settings` and a flag: `low` is the least value."""
+    """A field of `Settings`, which is also a flag; `low` is the least value."""
     return field(default=default, metadata={"help": help_text, "low": low})
 
 
@@ -40,14 +36,16 @@ class Settings:
     experts: int = setting(256, "E, experts of the layer.", 2)
     top_k: int = setting(8, "Experts a token.")
     tokens: int = setting(4096, "T, tokens a step.")
-    sequences: int = setting(8, "Into how many sequences a step's tokens are split.")
+    sequences: int = setting(8, "Number of sequences into which the tokens of a step are split.")
     steps: int = setting(2000, "Steps to simulate.", 10)
-    seed: int = setting(0, "Of the first run; --seeds=N runs this one and the N - 1 after it.", 0)
+    seed: int = setting(0, "Seed of the first run; --seeds=N runs this one and the next N - 1.", 0)
     score: str = setting("sigmoid", "Affinity: sigmoid, softmax or sqrt_softplus.", 0)
     stream: str = setting("skewed", "How experts' popularity changes: " + ", ".join(STREAMS) + ".", 0)
     noise: float = setting(1.0, "Standard deviation of a logit over tokens; scales the logits.", 1e-9)
     skew: float = setting(0.5, "Standard deviation of popularity over experts, in units of --noise.", 0)
-    drift: float = setting(0.01, "Of a step in popularity, in units of --noise; alone it sets --stream=drifting.", 0)
+    drift: float = setting(
+        0.01, "Standard deviation of a step of popularity, in units of --noise; alone it sets --stream=drifting.", 0
+    )
     burst: float = setting(2.0, "How much more popular an expert is in a burst, in units of --noise.", 0)
     period: int = setting(100, "How many steps a burst or a domain lasts.")
     domains: int = setting(4, "How many domains there are.", 2)
@@ -63,7 +61,7 @@ class Settings:
 
 
 class Recording(NamedTuple):
-    """Router logits of one MoE layer: float [N, T, E], bool [N, T], int32 [N, T]; L is how many layers there were."""
+    """Router logits of one MoE layer: float [N, T, E], bool [N, T], int32 [N, T]; num_layers: of the whole model."""
 
     logits: np.ndarray
     mask: np.ndarray
@@ -71,13 +69,11 @@ class Recording(NamedTuple):
     num_layers: int
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------
-
-
 def check(s: Settings) -> None:
-    """Raise a ValueError for a setting that is out of range or does not go with another."""
+    """Raise a ValueError for a setting that is out of range or does not fit another."""
     for f in fields(Settings):
-        value, low = getattr(s, f.name), f.metadata["low"]
+        value = getattr(s, f.name)
+        low = f.metadata["low"]
         if not isinstance(value, str) and not value >= low:
             raise ValueError(f"--{f.name}={value} must be at least {low:g}; raise it.")
     if s.top_k > s.experts:
@@ -91,10 +87,10 @@ def check(s: Settings) -> None:
 
 
 def config_of(s: Settings, entries: tuple[BalanceEntry, ...], num_layers: int = 1, vocab_size: int = 0) -> Config:
-    """The settings as a config, which checks what a method asks of its model.
+    """The settings as a config, whose rules check what a method needs of its model.
 
     Raises:
-        ValueError: it asks for something else.
+        ValueError: the method needs something else.
     """
     model = dict(
         num_experts=s.experts,
@@ -151,6 +147,6 @@ def _read_step(file: Path) -> dict[str, np.ndarray]:
     if kinds != ("f", "b", "i") or logits.ndim != 3 or not mask.shape == ids.shape == logits.shape[1:2]:
         raise ValueError(
             f"{file} has logits {logits.dtype}{list(logits.shape)}, mask {mask.dtype}{list(mask.shape)} and ids "
-            f"{ids.dtype}{list(ids.shape)}, but they must be float [L, T, E], bool [T] and int [T]; record it anew."
+            f"{ids.dtype}{list(ids.shape)}, but they must be float [L, T, E], bool [T] and int [T]; record it again."
         )
     return step

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------
-
 COLUMNS = {
     "settled": "settled after",
     "recovered": "recovered after",
@@ -32,11 +30,11 @@ COLUMNS = {
 }
 
 
-STEPS = ("settled", "recovered")  # numbers of steps, or never
+STEPS = ("settled", "recovered")  # the columns with numbers of steps
 
 
 def cell(values: Sequence[float | None], steps: bool, spread: bool = True) -> str:
-    """The mean, its standard deviation over several seeds, and how many have a value if not all do."""
+    """The mean, its standard deviation over seeds, and the number of seeds with a value, if not all have one."""
     known = np.asarray([v for v in values if v is not None], float)
     if not known.size:
         return "never" if steps else "-"
@@ -49,22 +47,25 @@ def make_table(results: Sequence[Result], s: Settings, title: str) -> "Table":
     """A row for every arm."""
     from rich.table import Table
 
-    shown = [key for key in COLUMNS if s.stream == "shift" or key not in ("recovered", "peak")]
-    table = Table("balance", *(COLUMNS[key] for key in shown), title=title, title_justify="left")
+    keys = [key for key in COLUMNS if s.stream == "shift" or key not in ("recovered", "peak")]
+    table = Table("balance", *(COLUMNS[key] for key in keys), title=title, title_justify="left")
     for result in results:
-        values = {key: [getattr(summary, key) for summary in result.summaries] for key in shown}
+        values = {key: [getattr(summary, key) for summary in result.summaries] for key in keys}
         cells = (cell(v, key in STEPS, key in (*STEPS, "peak", "final")) for key, v in values.items())
         table.add_row(result.arm.name, *cells)
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+        column.justify = "right"
+        column.no_wrap = True
     return table
 
 
-MANY = 4  # more arms than these are drawn without single steps
+MANY = 4  # with more arms, single steps are not drawn
+LEGEND_CHARACTERS = 120  # in a row of the legend
+DOTS_PER_INCH = 130
 
 
 def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: Path) -> None:
-    """Max violation over steps as a PNG: thick a mean over steps and seeds, thin each step of the first seed."""
+    """Draw max violation over steps: thick the mean over steps and seeds, thin the steps of the first seed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -79,14 +80,14 @@ def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: P
         if s.stream == "shift":
             axes.axvline(s.shift_step, color="#999999", linestyle=":", linewidth=1.3, label="shift")
         _label(figure, axes, title)
-        figure.savefig(file, dpi=130)
+        figure.savefig(file, dpi=DOTS_PER_INCH)
 
 
 def _curve(axes: "Axes", result: Result, s: Settings, single: bool, look: Mapping[str, Any]) -> None:
     seen = np.stack([trace.violation for trace in result.traces])
     if single:
         axes.plot(seen[0], color=look["color"], alpha=0.18, linewidth=0.7)
-    # what was before the shift has no part in a mean after it
+    # a mean after the shift must not include steps before it
     parts = np.split(seen.mean(0), [s.shift_step]) if s.stream == "shift" else [seen.mean(0)]
     mean = np.concatenate([smooth(part, s.window) for part in parts])
     axes.plot(mean, linewidth=1.9, label=result.arm.name, **look)
@@ -100,12 +101,12 @@ def _label(figure: "Figure", axes: "Axes", title: str) -> None:
     axes.set_axisbelow(True)
     plain_log_ticks(axes.yaxis)
     labels = [str(line.get_label()) for line in axes.lines if not str(line.get_label()).startswith("_")]
-    columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
+    columns = max(1, min(len(labels), LEGEND_CHARACTERS // (max(map(len, labels)) + 8)))
     figure.legend(loc="outside lower center", ncols=columns)
 
 
-def told(s: Settings, scores: str, seeds: int) -> str:
-    """What was simulated, in a line."""
+def describe_run(s: Settings, scores: str, seeds: int) -> str:
+    """What is simulated, on one line."""
     what = f"E={s.experts}, top_k={s.top_k}, T={s.tokens}, {s.score}"
     numbers = ", ".join(f"{name}={getattr(s, name):g}" for name in STREAMS[s.stream])
     source = f"scores of {scores}" if scores else f"stream {s.stream} ({numbers}, noise={s.noise:g})"

@@ -1,8 +1,8 @@
-"""Streams of router logits to balance: synthetic ones that drift, burst, switch or fight back, and recorded ones.
+"""Streams of router logits to balance: synthetic ones that drift, burst, switch or counteract, and recorded ones.
 
-A stream gives every step the logits of one MoE layer and what is known of its tokens. Synthetic logits are
-`noise x (z + offset)`: z is a token's own, of standard deviation 1, and the offset is how popular an expert is with
-all tokens, in the same units.
+A stream supplies, for every step, the logits of one MoE layer and the facts about its tokens. Synthetic logits are
+`noise x (z + offset)`: z differs from token to token with standard deviation 1, and the offset is how popular an expert
+is with all tokens, in the same units.
 
 T tokens, E experts, N recorded steps, R sequences of a batch.
 """
@@ -32,6 +32,10 @@ class Offsets(NamedTuple):
     move: Callable[[Any, Array, Array, Array], tuple[Any, Array]]
 
 
+BURSTING = 0.02  # share of experts that are in a burst
+POOL_STEPS = 4  # size of the pool of normal numbers, in steps ...
+SMALLEST_POOL = 2**20  # ... and at least; in a smaller one, the loads' spread would depend on the seed
+
 # --- how popular experts are ------------------------------------------------------------------------------------
 
 
@@ -51,14 +55,14 @@ def drifting(num_experts: int, skew: float, drift: float) -> Offsets:
 
 
 def bursty(num_experts: int, skew: float, burst: float, period: int) -> Offsets:
-    """Offsets as `skewed`; now and then an expert gets `burst` more for `period` steps, 2 % of them at a time."""
+    """Offsets as `skewed`; now and then an expert gets `burst` more for `period` steps, about 2 % of them at a time."""
 
     def init(key: Array) -> tuple[Array, Array]:
         return _drawn(key, (num_experts,), skew), jnp.zeros(num_experts, jnp.int32)
 
     def move(state: tuple[Array, Array], key: Array, step: Array, loads: Array) -> tuple[Any, Array]:
         offset, left = state
-        begins = jax.random.bernoulli(key, jnp.float32(0.02 / period), (num_experts,))
+        begins = jax.random.bernoulli(key, jnp.float32(BURSTING / period), (num_experts,))
         left = jnp.where(begins, period, jnp.maximum(left - 1, 0))
         return (offset, left), offset + burst * (left > 0).astype(jnp.float32)
 
@@ -66,7 +70,7 @@ def bursty(num_experts: int, skew: float, burst: float, period: int) -> Offsets:
 
 
 def domains(num_experts: int, skew: float, domains: int, period: int) -> Offsets:
-    """So many domains with offsets of their own as `skewed`; every `period` steps one is drawn for the batches."""
+    """Domains with separate offsets as `skewed`; every `period` steps one domain is drawn for the batches."""
 
     def init(key: Array) -> tuple[Array, Array]:
         return _drawn(key, (domains, num_experts), skew), key
@@ -80,7 +84,7 @@ def domains(num_experts: int, skew: float, domains: int, period: int) -> Offsets
 
 
 def shift(num_experts: int, skew: float, at: int) -> Offsets:
-    """Offsets as `skewed`, drawn anew from step `at` on."""
+    """Offsets as `skewed`, and from step `at` on other ones."""
 
     def init(key: Array) -> Array:
         return jnp.stack([_drawn(k, (num_experts,), skew) for k in jax.random.split(key)])
@@ -91,7 +95,7 @@ def shift(num_experts: int, skew: float, at: int) -> Offsets:
 def adversarial(num_experts: int, skew: float, drift: float, bound: float) -> Offsets:
     """Offsets that begin as `skewed`; every step raises that of the most loaded expert by `drift`.
 
-    The others fall by as much together, and all stay within `bound` of 0.
+    The sum of the offsets is kept by lowering all equally, and each is clipped to `bound`.
     """
 
     def move(offset: Array, key: Array, step: Array, loads: Array) -> tuple[Array, Array]:
@@ -114,11 +118,11 @@ def synthetic(
 ) -> Stream:
     """Logits `noise x (z + offset)` of T tokens in R sequences, with uniform token ids.
 
-    z is the sum of two windows, drawn at random, of a pool of normal numbers: a new T x E normals every step would
-    take longer than all the rest. The windows begin anywhere, so that a token meets other numbers every step.
+    z is the scaled sum of two random windows of a pool of normal numbers, because drawing T x E normal numbers every
+    step would take longer than everything else. The windows begin anywhere, so a token has other numbers every step.
     """
     size = num_tokens * num_experts
-    room = max(4 * size, 2**20)  # of a small pool, the seed would be seen in the loads' spread
+    room = max(POOL_STEPS * size, SMALLEST_POOL)
 
     def init(key: Array) -> dict[str, Any]:
         pool_key, own_key = jax.random.split(key)
@@ -139,7 +143,7 @@ def synthetic(
 
 
 def recorded(logits: Array, mask: Array, ids: Array, num_rows: int) -> Stream:
-    """Replays [N, T, E], [N, T] and [N, T], step after step and then again from the first."""
+    """Replays [N, T, E], [N, T] and [N, T] step after step, and then again from the first."""
 
     def next(state: tuple[Array, ...], key: Array, step: Array, loads: Array) -> tuple[Any, Array, Tokens]:
         own_logits, own_mask, own_ids = (a[step % len(a)] for a in state)

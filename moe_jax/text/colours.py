@@ -1,4 +1,4 @@
-"""Tokens coloured by their top expert, the one of the largest gate: on a terminal, and as one HTML file.
+"""Tokens coloured by their top expert, the one with the largest gate: on a terminal, and as one HTML file.
 
 Legend: L MoE layers, N tokens, S slots, E experts, zero-computation ones after those that compute.
 """
@@ -16,22 +16,17 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-INK, NOBODY = "#111111", "#bbbbbb"  # of the letters on every colour; of a token that no expert took
-
-
+INK = "#111111"  # of the letters on every colour
+NOBODY = "#bbbbbb"  # of a token that no expert took
 RETURN = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
-
-
 MOST_IN_LEGEND = 32  # experts that the terminal's legend names
-
-
 HIDDEN = dict.fromkeys([*range(32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}") | {10: "\n", 9: "\t"}
 
 
 class Traced(NamedTuple):
-    """One text and where its tokens went.
+    """One text and the routing of its tokens.
 
-    ids: token ids [N]. pieces: the bytes of each token. prompt: how many of them were given.
+    ids: token ids [N]. pieces: the bytes of each token. prompt: how many tokens are the prompt's.
     expert_ids: int [L, N, S]; E is an empty slot. gates: float [L, N, S], 0 in empty slots.
     """
 
@@ -43,10 +38,10 @@ class Traced(NamedTuple):
 
 
 def top_experts(traced: Traced, num_experts: int) -> np.ndarray:
-    """int [L, N]: the expert of the largest gate, of equal ones the first; -1 where no expert took the token."""
+    """int [L, N]: the expert with the largest gate, the first of equals; -1 if no expert took the token."""
     gates = np.where(traced.expert_ids < num_experts, traced.gates, -np.inf)
-    best = gates.argmax(-1)[..., None]
-    top = np.take_along_axis(traced.expert_ids, best, -1)[..., 0]
+    slot = gates.argmax(-1)[..., None]
+    top = np.take_along_axis(traced.expert_ids, slot, -1)[..., 0]
     return np.where((traced.expert_ids < num_experts).any(-1), top, -1)
 
 
@@ -61,30 +56,34 @@ def shares(texts: Sequence[Traced], num_experts: int) -> np.ndarray:
 
 
 def letters(pieces: Iterable[bytes]) -> list[str]:
-    """What to show for each token: its characters, a character of several tokens with its last, a bar for the others.
+    """The characters to show for each token; a character of several tokens is shown with the last, and a bar before it.
 
-    Control characters other than newline and tab become U+FFFD: no text moves the cursor or colours the terminal.
+    Control characters other than newline and tab become U+FFFD, so that no text moves the cursor or sets colours.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    shown = [printable(decoder.decode(piece)) for piece in pieces]
-    return [text or "\N{LEFT ONE EIGHTH BLOCK}" for text in shown]
+    texts = [printable(decoder.decode(piece)) for piece in pieces]
+    return [text or "\N{LEFT ONE EIGHTH BLOCK}" for text in texts]
 
 
 def printable(text: str) -> str:
-    """The text without what would command a terminal."""
+    """The text without control characters, which would command a terminal."""
     return text.translate(HIDDEN)
 
 
 # --- colours --------------------------------------------------------------------------------------------------
 
 
-def palette(num_colors: int) -> list[str]:
-    """Colours "#rrggbb" that differ and carry dark letters: hues evenly around OKLCH's circle, in turn light and deep.
+ONE_LIGHTNESS = 12  # up to this many colours
+TWO_LIGHTNESSES = 36
 
-    Up to 12 have one lightness; up to 36 two, beyond three, so that neighbours in hue differ in lightness.
+
+def palette(num_colors: int) -> list[str]:
+    """Colours "#rrggbb" that differ and suit dark letters: hues evenly around OKLCH's circle, in alternating lightness.
+
+    A few have one lightness, more have two, and many three, so that neighbours in hue differ in lightness.
     """
-    levels = [(0.82, 0.11)] if num_colors <= 12 else [(0.88, 0.09), (0.72, 0.15)]
-    levels += [(0.66, 0.09)] if num_colors > 36 else []
+    levels = [(0.82, 0.11)] if num_colors <= ONE_LIGHTNESS else [(0.88, 0.09), (0.72, 0.15)]
+    levels += [(0.66, 0.09)] if num_colors > TWO_LIGHTNESSES else []
     hues = (360.0 * n / max(1, num_colors) + 20.0 for n in range(num_colors))
     return [oklch(*levels[n % len(levels)], hue) for n, hue in enumerate(hues)]
 
@@ -94,7 +93,8 @@ def oklch(lightness: float, chroma: float, hue: float) -> str:
 
     Source: https://bottosson.github.io/posts/oklab/ (the matrices from OKLab to linear sRGB).
     """
-    a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
+    a = chroma * math.cos(math.radians(hue))
+    b = chroma * math.sin(math.radians(hue))
     rows = ((0.39633778, 0.21580376), (-0.10556135, -0.06385417), (-0.08948418, -1.29148555))
     l_, m_, s_ = (lightness + x * a + y * b for x, y in rows)
     l, m, s = l_**3, m_**3, s_**3  # noqa: E741
@@ -114,26 +114,28 @@ def _gamma(x: float) -> float:
 
 
 def on_terminal(texts: Sequence[Traced], layer: int, num_experts: int) -> "list[Text]":
-    """Each text in colours, and the legend: what `rich.print` shows. A token ends where its colour does."""
+    """Each text in colours, and the legend, for `rich`. Letters of one token share a background."""
     return [*(_coloured(text, layer, num_experts) for text in texts), _legend(texts, layer, num_experts)]
 
 
 def _coloured(traced: Traced, layer: int, num_experts: int) -> "Text":
     from rich.text import Text
 
-    colors, line = [*palette(num_experts), NOBODY], Text()
+    colors = [*palette(num_experts), NOBODY]
+    line = Text()
     tops = top_experts(traced, num_experts)[layer]
     for number, (text, top) in enumerate(zip(letters(traced.pieces), tops, strict=True)):
         if traced.pieces[number]:
-            given = "italic " if number < traced.prompt else ""
-            line.append(text.replace("\n", f"{RETURN}\n"), f"{given}{INK} on {colors[top]}")
+            slant = "italic " if number < traced.prompt else ""
+            line.append(text.replace("\n", f"{RETURN}\n"), f"{slant}{INK} on {colors[top]}")
     return line
 
 
 def _legend(texts: Sequence[Traced], layer: int, num_experts: int) -> "Text":
     from rich.text import Text
 
-    of_layer, colors = shares(texts, num_experts)[layer], palette(num_experts)
+    of_layer = shares(texts, num_experts)[layer]
+    colors = palette(num_experts)
     used = [e for e in np.argsort(-of_layer, kind="stable") if of_layer[e]]
     line = Text(f"MoE layer {layer}, italic: the prompt; expert and its share of the copies: ")
     for expert in used[:MOST_IN_LEGEND]:
@@ -158,7 +160,7 @@ body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 """
 
 
-# no network, and of the page only what is written here may run
+# no network, and only the script below may run
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -183,7 +185,7 @@ show(choice.value);
 
 
 def as_html(texts: Sequence[Traced], layer: int, num_experts: int, title: str) -> str:
-    """One self-contained page: coloured tokens, whose titles tell id, experts and gates, and a choice of the layer.
+    """One self-contained page: coloured tokens, whose titles have id, experts and gates, and a choice of the layer.
 
     Args:
         texts: at least one, of one model.
@@ -199,7 +201,7 @@ def as_html(texts: Sequence[Traced], layer: int, num_experts: int, title: str) -
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>Each token has the colour of its top expert, the one of the largest gate, "
+        f"<h1>{html.escape(title)}</h1>\n<p>Each token has the colour of its top expert, with the largest gate, "
         f"in MoE layer <select>{chosen}</select>; the prompt is in italics. Point at a token to see the others.</p>\n"
         f"{body}\n<p>Experts and their share of the copies of these tokens:</p>\n<div class=legend></div>\n"
         f'<script type="application/json" id="data">{_data(texts, num_experts)}</script>\n'
@@ -208,7 +210,7 @@ def as_html(texts: Sequence[Traced], layer: int, num_experts: int, title: str) -
 
 
 def _data(texts: Sequence[Traced], num_experts: int) -> str:
-    """What the script reads: numbers and colours only."""
+    """The data of the script: only numbers and colours."""
     value = {
         "top": np.concatenate([_visible(t, top_experts(t, num_experts)) for t in texts], 1).tolist(),
         "shares": shares(texts, num_experts).round(4).tolist(),
@@ -224,9 +226,10 @@ def _visible(traced: Traced, values: np.ndarray) -> np.ndarray:
 
 
 def _as_spans(traced: Traced, layer: int, num_experts: int) -> str:
-    colors, tops = [*palette(num_experts), NOBODY], top_experts(traced, num_experts)[layer]
-    shown, spans = letters(traced.pieces), []
-    for n, text in enumerate(shown):
+    colors = [*palette(num_experts), NOBODY]
+    tops = top_experts(traced, num_experts)[layer]
+    spans = []
+    for n, text in enumerate(letters(traced.pieces)):
         if traced.pieces[n]:
             kinds = " ".join(["given"] * (n < traced.prompt) + ["line"] * ("\n" in text))
             spans.append(
@@ -237,7 +240,7 @@ def _as_spans(traced: Traced, layer: int, num_experts: int) -> str:
 
 
 def _title(traced: Traced, n: int, num_experts: int) -> str:
-    """Token id and bytes, then a line for each layer with experts and gates by falling gate."""
+    """Token id and bytes, then a line for each layer with experts and gates, the largest gate first."""
     lines = [f"token {traced.ids[n]} {traced.pieces[n]!r}"]
     for layer, (experts, gates) in enumerate(zip(traced.expert_ids[:, n], traced.gates[:, n], strict=True)):
         order = [s for s in np.argsort(-gates, kind="stable") if experts[s] < num_experts]

@@ -1,7 +1,7 @@
-"""Texts from a model, token by token with a cache: what `generate` and `harness` run.
+"""Texts from a model, token by token with a cache, for `generate` and `harness`.
 
-A prompt enters the cache in pieces, then every step adds one token to each row. What is compiled depends on rounded
-lengths only. No copy of a token is dropped, and the logits are those of the training's forward pass.
+A prompt enters the cache in chunks, then every step adds one token to each row. What is compiled depends only on
+rounded lengths. No copy of a token is dropped, and the logits are those of the forward pass in training.
 
 Legend: B rows, N tokens at a time, V vocabulary, L MoE layers, S slots.
 """
@@ -28,17 +28,20 @@ from moe_jax.text.colours import Traced
 from moe_jax.text.model import Model
 from moe_jax.text.sampling import Sampling, next_tokens
 
-CHUNK = 256  # tokens of a prompt that enter the cache at a time: their logits are in memory together
-
+CHUNK = 256  # tokens of a prompt that enter the cache at a time, whose logits are in memory together
+# lengths are rounded to powers of two from the first to the second of these, and to multiples of the third beyond
+SHORTEST = 16
+LONGEST_POWER = 1024
+LENGTH_STEP = 512
 
 Entries = tuple[BalanceEntry, ...]
 
 
-class New(NamedTuple):
+class NewToken(NamedTuple):
     """One more token of one text.
 
-    row: which text. id: the token. text: the characters that are certain now, which may be none, or several tokens'.
-    why: "" while the text goes on; "end", "stop" or "length" with its last token.
+    row: the text's number. id: the token. text: the characters that have become certain, perhaps none, perhaps those of
+    several tokens. why: "" while the text continues; "end", "stop" or "length" with its last token.
     """
 
     row: int
@@ -48,7 +51,7 @@ class New(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What followed a prompt: its token ids without an end of text, the text up to a stop string, and why it ended."""
+    """The continuation of a prompt: token ids without an end of text, text up to a stop string, and why it ended."""
 
     ids: list[int]
     text: str
@@ -66,24 +69,24 @@ def generate(
     key: Any = None,
     rows: Sequence[int] | None = None,
     max_length: int = 0,
-) -> Iterator[New]:
+) -> Iterator[NewToken]:
     """Continue prompts together, token by token, with a cache.
 
-    One program is compiled for the prompts' padded length and one for a single token; lengths are rounded up.
+    Two programs are compiled, for a chunk of the prompts and for a single token; lengths are rounded up.
 
     Args:
         model: config, parameters and bias.
         prompts: token ids, at least one in each; lengths may differ.
-        tokenizer: gives the texts; ids that it does not know are never drawn.
+        tokenizer: decodes the texts; ids outside its vocabulary are never drawn.
         max_new_tokens: of each text, at least 1.
         sampling: `Sampling()` if None.
-        stop: a text ends before the first of these strings, which may also have names of special tokens in them.
-        key: of the randomness; `jax.random.key(0)` if None.
-        rows: what tells the draws of the texts apart, their number if None: a text depends on its row, not on others.
+        stop: a text ends before the first of these strings, which may contain names of special tokens.
+        key: the random key; `jax.random.key(0)` if None.
+        rows: numbers that distinguish the draws of the texts, 0, 1, ... if None: a text depends on its row only.
         max_length: prompt and new tokens together must not exceed it; 0 is no limit.
 
     Yields:
-        A `New` for every text that goes on, then for the next token of each.
+        A `NewToken` for every text that continues, then for the next token of each.
 
     Raises:
         ValueError: an argument is out of range, or the model cannot route one token at a time.
@@ -95,30 +98,31 @@ def generate(
     names = np.arange(count) if rows is None else np.resize(np.asarray(rows, np.int64), count)
     step = _step(*_compiled_by(model), sampling or Sampling(), tokenizer.vocab_size)
     arrays = (model.params, model.bias, model.balance)
-    how = jax.random.key(0) if key is None else key, names.astype(np.int32)
+    draws = jax.random.key(0) if key is None else key, names.astype(np.int32)
     cache = _cache_maker(model.config.model, model.mesh, count, rounded(int(lengths.max()) + max_new_tokens))()
     new = np.zeros(count, np.int32)
     for tokens, positions in _chunks(prompts, count, max(map(len, prompts))):
-        new, cache = step(arrays, tokens, positions, new, cache, *how)
+        new, cache = step(arrays, tokens, positions, new, cache, *draws)
     texts = [Growing(tokenizer, stop, opening=not tokenizer.to_bytes(prompt)) for prompt in prompts]
     for number in range(max_new_tokens):
         ids = np.asarray(new)
         for row, text in enumerate(texts):
             if not text.why:
                 grown = text.take(int(ids[row]), last=number + 1 == max_new_tokens)
-                yield New(row, int(ids[row]), grown, text.why)
+                yield NewToken(row, int(ids[row]), grown, text.why)
         if all(text.why for text in texts):
             return
-        going = np.array([not text.why for text in texts] + [False] * (count - len(texts)))
-        positions = np.where(going, lengths + number, -1).astype(np.int32)
-        new, cache = step(arrays, ids[:, None], positions[:, None], new, cache, *how)
+        continues = np.array([not text.why for text in texts] + [False] * (count - len(texts)))
+        positions = np.where(continues, lengths + number, -1).astype(np.int32)
+        new, cache = step(arrays, ids[:, None], positions[:, None], new, cache, *draws)
 
 
-def complete(model: Model, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, **how: Any) -> list[Completion]:
-    """As `generate`, but all of every text at once, in the order of the prompts."""
+def complete(model: Model, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, **options: Any) -> list[Completion]:
+    """As `generate`, but returns whole texts, in the order of the prompts."""
     ids: list[list[int]] = [[] for _ in prompts]
-    texts, why = [""] * len(prompts), [""] * len(prompts)
-    for new in generate(model, prompts, tokenizer, **how):
+    texts = [""] * len(prompts)
+    why = [""] * len(prompts)
+    for new in generate(model, prompts, tokenizer, **options):
         ids[new.row] += [] if new.why == "end" else [new.id]
         texts[new.row] += new.text
         why[new.row] = new.why
@@ -126,47 +130,51 @@ def complete(model: Model, prompts: Sequence[Sequence[int]], tokenizer: Tokenize
 
 
 class Growing:
-    """One text while it is made: only whole characters leave it, and nothing that may become a stop string.
+    """A text while it is generated: it releases only whole characters, and nothing that may become a stop string.
 
-    Names of special tokens never leave it, but stop strings are looked for in the text that has them.
+    Names of special tokens are never released, but a stop string may contain them.
 
     Args:
-        tokenizer: gives the characters.
+        tokenizer: decodes the tokens.
         stop: the strings before which the text ends.
-        opening: whether no text stands before it, so that what a tokenizer puts before texts is none of it.
+        opening: whether no text precedes it, so that what the tokenizer puts before texts must be removed.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], opening: bool = False) -> None:
         self.why = ""
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer = tokenizer
+        self._stop = stop
         self._first: list[int] | None = [] if opening else None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self._is_text: list[bool] = []  # of each character that is held
+        self._is_text: list[bool] = []  # for each character that is held
 
     def take(self, token: int, last: bool = False) -> str:
-        """The characters that one more token makes certain; `last` says that no other follows."""
+        """Add a token; returns the characters that have become certain. `last`: no other token follows."""
         ended = token in self._tokenizer.ends
         data = self._bytes_of([] if ended else [token], final=ended or last)
-        text, name = self._decoder.decode(data, final=ended or last), self._tokenizer.names.get(token, "")
+        text = self._decoder.decode(data, final=ended or last)
+        name = self._tokenizer.names.get(token, "")
         self._held += text + name
         self._is_text += [True] * len(text) + [False] * len(name)
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
         self.why = "end" if ended else "stop" if found else "length" if last else ""
         certain = min(found) if found else len(self._held) if self.why else len(self._held) - self._doubtful()
-        shown = "".join(itertools.compress(self._held[:certain], self._is_text))
-        self._held, self._is_text = self._held[certain:], self._is_text[certain:]
-        return shown
+        released = "".join(itertools.compress(self._held[:certain], self._is_text))
+        self._held = self._held[certain:]
+        self._is_text = self._is_text[certain:]
+        return released
 
     def _bytes_of(self, ids: list[int], final: bool) -> bytes:
-        """The bytes of more ids, but at the beginning of a text none until it is clear which are its own."""
+        """The bytes of more ids; none at the beginning of a text until it is clear which bytes belong to it."""
         if self._first is None:
             return self._tokenizer.to_bytes(ids)
         self._first += ids
         data = self._tokenizer.to_bytes(self._first)
         if len(data) < 2 * self._tokenizer.lead_bytes and not final:
             return b""
-        lead, self._first = self._tokenizer.lead(self._first), None
+        lead = self._tokenizer.lead(self._first)
+        self._first = None
         return data[lead:]
 
     def _doubtful(self) -> int:
@@ -178,13 +186,13 @@ class Growing:
 def trace(
     model: Model, sequences: Sequence[Sequence[int]], prompts: Sequence[int], tokenizer: Tokenizer
 ) -> list[Traced]:
-    """Where the tokens of finished texts go: the routing of all MoE layers, by one forward pass.
+    """The routing of finished texts in all MoE layers, from one forward pass.
 
     Args:
         model: with experts.
-        sequences: token ids of whole texts, prompt and what followed.
-        prompts: how many of each are the prompt's.
-        tokenizer: gives their bytes.
+        sequences: token ids of whole texts, each with its prompt.
+        prompts: the number of tokens of each prompt.
+        tokenizer: decodes them.
     """
     count = _whole_shards(len(sequences), model.mesh)
     longest = rounded(max(map(len, sequences)))
@@ -200,20 +208,23 @@ def trace(
 
 
 def score(model: Model, sequences: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """How likely given texts are, with the same programs whatever their lengths, which are rounded.
+    """How likely given texts are; lengths are rounded, so that few programs are compiled.
 
     Args:
         model: config, parameters and bias.
         sequences: token ids, at least two in each.
 
     Returns:
-        For each the logarithms of the probabilities of its tokens after the first, float32 [N - 1], over the model's
-        whole vocabulary, and whether each was the likeliest token, bool [N - 1].
+        For each text, the logarithms of the probabilities of its tokens after the first, float32 [N - 1], over the
+        model's whole vocabulary, and whether each was the likeliest token, bool [N - 1].
     """
-    count, found = _whole_shards(len(sequences), model.mesh), []
-    inputs, targets = [s[:-1] for s in sequences], [s[1:] for s in sequences]
+    count = _whole_shards(len(sequences), model.mesh)
+    found = []
+    inputs = [s[:-1] for s in sequences]
+    targets = [s[1:] for s in sequences]
     longest = max(map(len, inputs))
-    step, arrays = _score(*_compiled_by(model)), (model.params, model.bias, model.balance)
+    step = _score(*_compiled_by(model))
+    arrays = (model.params, model.bias, model.balance)
     cache = _cache_maker(model.config.model, model.mesh, count, rounded(longest))()
     pieces = zip(_chunks(inputs, count, longest), _chunks(targets, count, longest), strict=True)
     for (tokens, positions), (following, _) in pieces:
@@ -223,16 +234,16 @@ def score(model: Model, sequences: Sequence[Sequence[int]]) -> list[tuple[np.nda
     return [(logs[n, : len(t)], likeliest[n, : len(t)]) for n, t in enumerate(targets)]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------
 
 
 def check_model(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise a ValueError where a model cannot make text token by token, or not that of the tokenizer."""
+    """Raise a ValueError if a model cannot generate token by token, or lacks ids of the tokenizer."""
     for entry in config.balance:
         if not balance.make((entry,), config.model).by_token:
             raise ValueError(
                 f"balance.{entry.label} chooses a token's experts by the whole batch, in evaluation too, so no text "
-                "can be made token by token; train with another method."
+                "can be generated token by token; train with another method."
             )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -244,49 +255,50 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
 def check_prompts(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = (), max_length: int = 0
 ) -> None:
-    """Raise a ValueError where there is nothing to continue, or too much."""
+    """Raise a ValueError if there is nothing to continue, or too much."""
     if max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens={max_new_tokens} must be at least 1; raise it.")
     if not prompts:
         raise ValueError("there is no prompt; give at least one.")
     if "" in stop:
-        raise ValueError("--stop is empty, and every text has that at once; give a string, or leave it out.")
+        raise ValueError("--stop is empty, and every text contains that; give a string, or leave it out.")
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise ValueError(f"prompt {number} has no token to continue; give some text, or --separator.")
         if max_length and len(prompt) + max_new_tokens > max_length:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens, which with --max_new_tokens={max_new_tokens} are more than "
-                f"the {max_length} that the model is made for; lower --max_new_tokens, or set --max_length."
+                f"the {max_length} that the model was trained for; lower --max_new_tokens, or set --max_length."
             )
 
 
 def notice_of_drops(config: Config) -> str:
-    """What to tell of a run whose training dropped copies, which generation does not; "" of others."""
+    """A sentence for a run whose training dropped copies, which generation does not; "" for others."""
     droppers = [f"balance.{e.label}" for e in config.balance if balance.make((e,), config.model).drop is not None]
     if config.model.num_experts and not DISPATCHERS[config.model.dispatch].dropless:
         droppers.append(f"model.dispatch={config.model.dispatch!r}")
     return f"{' and '.join(droppers)} dropped copies of tokens in training; here none is dropped." if droppers else ""
 
 
-# --- what is compiled -----------------------------------------------------------------------------------------
+# --- compiled programs ----------------------------------------------------------------------------------------
 
 
 def _compiled_by(model: Model) -> tuple[ModelConfig, Entries, Mesh | None]:
+    """What of a model decides which program is compiled."""
     return model.config.model, model.config.balance, model.mesh
 
 
 @functools.lru_cache(maxsize=16)
 def _extend(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
-    """(arrays, tokens, positions, cache) -> logits, report, cache; not compiled by itself."""
+    """(arrays, tokens, positions, cache) -> logits, report, cache; compiled by its callers."""
 
-    def extend(arrays: Any, tokens: Any, positions: Any, cache: Any, **how: Any) -> Any:
+    def extend(arrays: Any, tokens: Any, positions: Any, cache: Any, **options: Any) -> Any:
         params, bias, state = arrays
         transformer: Any = nnx.merge(abstract_model(model).graphdef, params, bias)
         cache = transformer.init_cache(*tokens.shape) if cache is None else cache
         inputs, balancer = next_inputs(tokens, positions), balance.make(entries, model)
         fwd = Pass(inputs, balancer, PerLayer(state), jax.random.key(0), mesh=mesh)
-        return transformer.extend(fwd, cache, **how)
+        return transformer.extend(fwd, cache, **options)
 
     return extend
 
@@ -295,7 +307,7 @@ def _extend(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
 def _step(model: ModelConfig, entries: Entries, mesh: Mesh | None, sampling: Sampling, num_tokens: int) -> Any:
     """(arrays, tokens, positions, before, cache, key, rows) -> next tokens [B], cache; compiled for each shape.
 
-    A row without tokens keeps the one from before.
+    A row without tokens keeps its token from before.
     """
     extend = _extend(model, entries, mesh)
 
@@ -306,8 +318,8 @@ def _step(model: ModelConfig, entries: Entries, mesh: Mesh | None, sampling: Sam
         new = next_tokens(known, sampling, key, rows, positions.max(-1) + 1)
         return jnp.where((positions >= 0).any(-1), new, before), cache
 
-    places = None if mesh is None else (replicated(mesh), _cache_place(mesh))
-    return jax.jit(step, donate_argnums=4, out_shardings=places)
+    shardings = None if mesh is None else (replicated(mesh), _cache_sharding(mesh))
+    return jax.jit(step, donate_argnums=4, out_shardings=shardings)
 
 
 @functools.lru_cache(maxsize=16)
@@ -322,8 +334,8 @@ def _score(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
         return logs, jnp.argmax(logits, -1).astype(jnp.int32) == targets, cache
 
     whole = None if mesh is None else replicated(mesh)
-    places = None if mesh is None else (whole, whole, _cache_place(mesh))
-    return jax.jit(step, donate_argnums=4, out_shardings=places)
+    shardings = None if mesh is None else (whole, whole, _cache_sharding(mesh))
+    return jax.jit(step, donate_argnums=4, out_shardings=shardings)
 
 
 @functools.lru_cache(maxsize=16)
@@ -340,31 +352,33 @@ def _routes(model: ModelConfig, entries: Entries, mesh: Mesh | None) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _cache_maker(model: ModelConfig, mesh: Mesh | None, count: int, length: int) -> Any:
-    """() -> an empty cache for so many rows of so many tokens."""
+    """() -> an empty cache for `count` rows of `length` tokens."""
     abstract = abstract_model(model)
     transformer: Any = nnx.merge(abstract.graphdef, abstract.params, abstract.bias)
     make = functools.partial(transformer.init_cache, count, length)
-    return jax.jit(make, out_shardings=None if mesh is None else _cache_place(mesh))
+    return jax.jit(make, out_shardings=None if mesh is None else _cache_sharding(mesh))
 
 
-def _cache_place(mesh: Mesh) -> NamedSharding:
+def _cache_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the batch axes, behind the axis of stacked layers."""
     return NamedSharding(mesh, spec("layers", "batch"))
 
 
 def rounded(length: int) -> int:
-    """A length that few others are rounded to as well: a power of two from 16 to 1024, beyond a multiple of 512."""
-    return max(16, 1 << (length - 1).bit_length()) if length <= 1024 else -(-length // 512) * 512
+    """The next of few lengths: a power of two from SHORTEST to LONGEST_POWER, beyond that a multiple of LENGTH_STEP."""
+    if length <= LONGEST_POWER:
+        return max(SHORTEST, 1 << (length - 1).bit_length())
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def _whole_shards(rows: int, mesh: Mesh | None) -> int:
-    """So many rows that each shard of the batch has as many."""
+    """The number of rows, rounded up so that all shards of the batch have equally many."""
     shards = ways(mesh, "batch")
     return -(-rows // shards) * shards
 
 
 def _chunks(sequences: Sequence[Sequence[int]], count: int, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Sequences of at most `longest` tokens as tokens and positions [B, N] after each other, N at most CHUNK."""
+    """Tokens and positions [B, N] of sequences of at most `longest` tokens, chunk after chunk, N at most CHUNK."""
     width = min(CHUNK, rounded(longest))
     tokens, positions = _padded(sequences, count, -(-longest // width) * width)
     for start in range(0, tokens.shape[1], width):
@@ -373,7 +387,9 @@ def _chunks(sequences: Sequence[Sequence[int]], count: int, longest: int) -> Ite
 
 def _padded(sequences: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens, 0 where there is none, and positions, -1 there: int32 [count, width] each."""
-    tokens, positions = np.zeros((count, width), np.int32), np.full((count, width), -1, np.int32)
+    tokens = np.zeros((count, width), np.int32)
+    positions = np.full((count, width), -1, np.int32)
     for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)], positions[row, : len(sequence)] = sequence, np.arange(len(sequence))
+        tokens[row, : len(sequence)] = sequence
+        positions[row, : len(sequence)] = np.arange(len(sequence))
     return tokens, positions

@@ -1,7 +1,7 @@
-"""A trained model ready for text: restored, with its tokenizer."""
+"""A trained model, restored for text, and its tokenizer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -9,20 +9,15 @@ from moe_jax.config import Config
 from moe_jax.data import Tokenizer
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run
 
-if TYPE_CHECKING:
-    from moe_jax.data import Tokenizer
-
 
 def restore(workdir: Path) -> "tuple[Model, int]":
-    """The model of a workdir's newest checkpoint, on the devices at hand, and its step.
+    """The model of a workdir's newest checkpoint, on the present devices, and its step.
 
     Raises:
-        ValueError: there is no run, no checkpoint, or a damaged one.
+        ValueError: there is no run or no checkpoint, or it is damaged.
     """
     from moe_jax.mesh import is_sharded, make_mesh
     from moe_jax.training.restore import on_these_devices, restore_model
-
-    pass
 
     config = on_these_devices(config_of_run(workdir))
     check_trained(workdir)
@@ -34,60 +29,63 @@ def restore(workdir: Path) -> "tuple[Model, int]":
 
 
 def check_trained(workdir: Path) -> None:
-    """Raise a ValueError where there is no finished checkpoint."""
+    """Raise a ValueError if there is no finished checkpoint."""
     from moe_jax.runtime.checkpoint import committed
 
     if not committed(workdir / "checkpoints"):
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
 
 
-def tokenizer_of(workdir: Path, config: Config, asked: str = "", eos: str = "") -> "tuple[Tokenizer, bool]":
-    """The model's tokenizer, and whether a prompt begins with its separator: as the model has seen its texts.
+def tokenizer_of(workdir: Path, config: Config, name: str = "", eos: str = "") -> tuple[Tokenizer, bool]:
+    """The model's tokenizer, and whether a prompt begins with its separator, as the texts in training did.
 
-    The one asked for, else the files of a converted model, else that of the run's corpus; `eos` is one more token of
-    it, by name or id, that ends texts.
+    Args:
+        workdir: of a run or of a converted model.
+        config: its config.
+        name: of another tokenizer, as for `get_tokenizer`; "" takes the files of a converted model, or else the
+            tokenizer of the run's corpus.
+        eos: one more token, by name or id, that ends texts.
 
     Raises:
-        ValueError: a converted model came without a tokenizer that can be read; or as `get_tokenizer`.
+        ValueError: a converted model has no tokenizer that can be read; or as `get_tokenizer`.
     """
     from moe_jax.data import check_corpus, get_tokenizer
-    from moe_jax.data.corpus import TOKENIZER_FOLDER
+    from moe_jax.data.manifest import TOKENIZER_FOLDER
     from moe_jax.data.trained import TOKENIZER_FILE, read_tokenizer
     from moe_jax.data.vocabularies import TOKENIZERS
 
     own = workdir / TOKENIZER
-    if asked:
-        tokenizer = get_tokenizer(asked, eos=eos, flag="eos")
+    if name:
+        tokenizer = get_tokenizer(name, eos=eos, flag="eos")
         return tokenizer, tokenizer.opens_text
     if (own / TOKENIZER_FILE).is_file():
         tokenizer = read_tokenizer(own, eos=eos, flag="eos")
         return tokenizer, tokenizer.opens_text
     if own.is_dir():
-        raise ValueError(f"{own} came without a {TOKENIZER_FILE}; put one there, or give --tokenizer=DIR_OR_JSON.")
+        raise ValueError(f"{own} has no {TOKENIZER_FILE}; put one there, or give --tokenizer=DIR_OR_JSON.")
     tokenizer = check_corpus(config.data.path).tokenizer
     if eos:
-        known = tokenizer.name in TOKENIZERS
-        name = tokenizer.name if known else str(Path(config.data.path) / TOKENIZER_FOLDER)
+        name = tokenizer.name if tokenizer.name in TOKENIZERS else str(Path(config.data.path) / TOKENIZER_FOLDER)
         tokenizer = get_tokenizer(name, tokenizer.separator, eos, flag="eos")
     return tokenizer, True
 
 
-def longest(workdir: Path, config: Config) -> int:
-    """How many tokens the model knows to handle: a converted one as its maker says, others as in training."""
+def known_length(workdir: Path, config: Config) -> int:
+    """The most tokens that the model can handle: from a converted model's config.json, for others as in training."""
     from moe_jax.data.trained import read_settings
 
     own = read_settings(workdir / TOKENIZER / "config.json").get("max_position_embeddings")
     return own if isinstance(own, int) else config.sequence_length
 
 
-def encode(tokenizer: "Tokenizer", prompt: str, opened: bool) -> list[int]:
-    """A prompt's ids, names of special tokens read as these, behind the separator if it is to be opened."""
+def encode(tokenizer: Tokenizer, prompt: str, opened: bool) -> list[int]:
+    """A prompt's ids, after the separator if `opened`; names of special tokens become these tokens."""
     ids = tokenizer.encode(prompt, special=True).tolist()
     return [tokenizer.separator, *ids] if opened and ids[:1] != [tokenizer.separator] else ids
 
 
 class Model(NamedTuple):
-    """What text is made with: a config and the arrays of a state, on one device or on a mesh."""
+    """A config and the arrays of a state, on one device or on a mesh."""
 
     config: Config
     params: Any

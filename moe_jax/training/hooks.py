@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.config import Config
+from moe_jax.runtime.display import Display
 from moe_jax.runtime.ledger import Ledger
-from moe_jax.runtime.log import Display, RunLog
+from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.signals import Stopped
 from moe_jax.runtime.watchdog import Watchdog
 

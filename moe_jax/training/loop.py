@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.config import Config, resolve
 from moe_jax.runtime import processes
+from moe_jax.runtime.display import Display
 from moe_jax.runtime.ledger import Ledger
-from moe_jax.runtime.log import Display, RunLog
+from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.signals import Abandoned, noted
 from moe_jax.runtime.watchdog import Watchdog
-from moe_jax.runtime.workdir import check_workdir, claim, record, versions, write_run
+from moe_jax.runtime.workdir import check_workdir, claim, record_run, versions, write_run
 from moe_jax.training.hooks import Context, Hook, Now, Tokens
 from moe_jax.training.opening import open_data
 
@@ -116,7 +117,7 @@ def _train(
         log = open_until_the_end.enter_context(closing(RunLog(workdir, first))) if processes.index() == 0 else None
         checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, first)
         open_until_the_end.enter_context(closing(checkpoints))
-        processes.by_first(lambda: record(workdir, config, about))  # a checkpoint of another shape was refused
+        processes.by_first(lambda: record_run(workdir, config, about))  # a checkpoint of another shape was refused
         for line in [*more, *remarks]:
             display.say(line)
         stopped = open_until_the_end.enter_context(noted())  # a second signal must not end the save that one caused

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.paths import workdir_of
-from moe_jax.data import ByteTokenizer, Corpus, keep_tokenizer
+from moe_jax.data import ByteTokenizer, Corpus, publish_tokenizer
 from moe_jax.runtime.files import copy_tree, is_remote, new_folder, sha256_of
 from moe_jax.runtime.workdir import TOKENIZER
 
@@ -28,6 +28,6 @@ def carry_tokenizer(config: Config, workdir: Path, corpus: Corpus) -> list[str]:
             if from_source:
                 copy_tree(source / TOKENIZER, partial)
             else:
-                keep_tokenizer(config.data.path, corpus.tokenizer, partial)
+                publish_tokenizer(config.data.path, corpus.tokenizer, partial)
     name = corpus.tokenizer.name
     return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"] * differs

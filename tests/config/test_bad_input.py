@@ -340,7 +340,7 @@ def test_a_checkpoint_of_another_state_ends_the_command_with_a_sentence(good, tm
     refusal = Refusal("moe_jax.train", *flags)
     assert refusal.status == 2
     assert "Traceback" not in refusal.err
-    assert "holds another state than this config makes" in refusal.err
+    assert "holds another state than this config creates" in refusal.err
     assert "router: saved float32" in refusal.err
     assert "wanted float32" in refusal.err
 

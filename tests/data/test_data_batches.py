@@ -229,7 +229,7 @@ def test_weight_zero_leaves_a_domain_out_and_the_others_in_their_order():
             {"red": 1, "green": 1, "blue": 1, "pink": 1},
             "pink=1, but the corpus has no such domain.*red, green",
         ),
-        ({"red": 1}, "names no green and must name every domain"),
+        ({"red": 1}, "does not name green and must name every domain"),
         ({"red": -1, "green": 1, "blue": 1}, r"data.weights.red=-1 must be a finite number of at least 0"),
         ({"red": float("nan"), "green": 1, "blue": 1}, r"data.weights.red=nan must be"),
         ({"red": float("inf"), "green": 1, "blue": 1}, r"data.weights.red=inf must be"),

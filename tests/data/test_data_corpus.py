@@ -185,9 +185,9 @@ def test_checking_a_corpus_tells_its_domains_and_tokenizer(prepared):
 
 def test_a_missing_folder_manifest_or_file_is_named_with_the_command_that_makes_it(tmp_path, folder):
     for call in (open_corpus, check_corpus):
-        with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; make one with python -m "):
+        with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; create one with python -m "):
             call(str(tmp_path / "nowhere"))
-        with pytest.raises(FileNotFoundError, match=r"has no manifest.json; make one with .* --output="):
+        with pytest.raises(FileNotFoundError, match=r"has no manifest.json; create one with .* --output="):
             call(str(tmp_path))
     (folder / "one.train.bin").unlink()
     for call in (open_corpus, check_corpus):
@@ -250,7 +250,7 @@ def test_a_manifest_of_another_shape_is_refused_in_a_sentence(folder, change, me
             call(str(folder))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "must be a JSON object")])
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "must be a JSON object")])
 def test_a_broken_manifest_is_refused(folder, text, message):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import vocabularies
 
-from moe_jax.data import open_corpus
-from moe_jax.data import prepare as module
+from moe_jax.data import open_corpus, sources
+from moe_jax.data import output as folder
 from moe_jax.data.prepare import Options, main, prepare
 
 # Kills a run before its n-th change of the disk, for every n, finishes it with a second run, and compares.
 KILL_EVERYWHERE = """
 import os, pathlib, shutil, signal, sys
-from moe_jax.data import prepare as module
+from moe_jax.data.prepare import Options, prepare
+from moe_jax.data.writer import SplitWriter
 source, expected, work = map(pathlib.Path, sys.argv[1:])
 
 def read(folder):
@@ -39,13 +40,13 @@ for kill_at in range(1000):
     output = work / str(kill_at)
     if not (child := os.fork()):
         left = [kill_at]
-        module._SplitWriter.add = deadly(module._SplitWriter.add, left)
-        module.os.replace = deadly(os.replace, left)
-        module.shutil.rmtree = deadly(shutil.rmtree, left)
-        module.prepare(module.Options(source, output))
+        SplitWriter.add = deadly(SplitWriter.add, left)
+        os.replace = deadly(os.replace, left)
+        shutil.rmtree = deadly(shutil.rmtree, left)
+        prepare(Options(source, output))
         os._exit(0)
     killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    module.prepare(module.Options(source, output))
+    prepare(Options(source, output))
     assert read(output) == read(expected), f"killed before change {kill_at}"
     if not killed:
         break
@@ -187,7 +188,7 @@ def test_an_output_folder_whose_name_cannot_be_printed_is_written_and_named(sour
     command = [sys.executable, "-m", "moe_jax.data.prepare", f"--input={source}", f"--output={output}"]
     strict = os.environ | {"PYTHONIOENCODING": "utf-8"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=strict)
-    assert (run.returncode, run.stdout.splitlines()[-1]) == (0, rf"{tmp_path}/caf\udce9/manifest.json is written.")
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (0, rf"Wrote {tmp_path}/caf\udce9/manifest.json.")
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".ndjson", ".json"])
@@ -202,7 +203,7 @@ def test_a_file_that_is_read_by_lines_now_and_was_one_text_is_another_input(tmp_
     (tmp_path / "a").mkdir()
     for name in ("x", "y"):
         (tmp_path / "a" / f"{name}.json").write_text('{"text": "first"}\n{"text": "second"}\n')
-    monkeypatch.setattr(module, "LINES", (".jsonl",))  # as versions before had it
+    monkeypatch.setattr(sources, "LINES", (".jsonl",))  # as versions before had it
     prepare(Options(tmp_path / "a", output, include="*.json"))
     monkeypatch.undo()
     assert "made from other inputs or options" in refusal(Options(tmp_path / "a", output, include="*.json"))
@@ -227,8 +228,8 @@ def test_what_is_no_file_is_refused_by_name_and_not_waited_for(source, output):
     message = refusal(Options(source, output))
     assert "\nprose/pipe.txt: is a pipe, a socket or a device, and no file" in message
     assert "\nprose/zero.txt: is a pipe, a socket or a device, and no file" in message
-    assert "\nprose/lost.txt: is a link to a file that is not there" in message
-    assert "\nprose/loop.txt: is a link to a file that is not there" in message
+    assert "\nprose/lost.txt: is a link to a file that does not exist" in message
+    assert "\nprose/loop.txt: is a link to a file that does not exist" in message
     assert not output.exists()
 
 
@@ -335,8 +336,8 @@ def test_bad_options_are_refused_in_a_sentence(source, output, tmp_path):
     assert "--validation_fraction=1.0 must be above 0 and below 1" in refusal(
         Options(source, output, validation_fraction=1.0)
     )
-    assert "must not lie one in the other" in refusal(Options(source, source / "prose"))
-    assert "must not lie one in the other" in refusal(Options(source, tmp_path))
+    assert "must not be inside each other" in refusal(Options(source, source / "prose"))
+    assert "must not be inside each other" in refusal(Options(source, tmp_path))
     assert "has no file that matches --include=*.rst" in refusal(Options(source, output, include="*.rst"))
     assert "--domain=name names the files directly in" in refusal(Options(source, output, domain="name"))
 
@@ -374,25 +375,22 @@ def test_a_run_killed_anywhere_and_run_again_gives_the_same_bytes(source, output
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    # 6 documents; 4 files and a note for each of 2 domains; plan, manifest; the removal of two folders.
-    assert run.stdout.endswith("changes: 20\n")
+    # 6 documents; 4 files and a note for each of 2 domains; plan, manifest and its move; the removal of two folders.
+    assert run.stdout.endswith("changes: 21\n")
 
 
-def test_going_on_keeps_finished_domains_and_writes_damaged_ones_again(source, output, monkeypatch, capsys):
+def test_resuming_keeps_finished_domains_and_writes_damaged_ones_again(source, output, monkeypatch, capsys):
     prepare(Options(source, output))
     expected = read(output)
 
-    def interrupt(path, value):
-        if path.name == "manifest.json":
-            raise KeyboardInterrupt
-        real(path, value)
+    def interrupt(path, manifest):
+        raise KeyboardInterrupt
 
-    real = module._write_json
-    monkeypatch.setattr(module, "_write_json", interrupt)
+    monkeypatch.setattr(folder, "complete", interrupt)
     other = output.with_name("third")
     with pytest.raises(KeyboardInterrupt):
         prepare(Options(source, other))
-    monkeypatch.setattr(module, "_write_json", real)
+    monkeypatch.undo()
     (other / "prose.train.bin").write_bytes(b"")
     capsys.readouterr()
     prepare(Options(source, other))
@@ -520,13 +518,13 @@ def test_a_folder_of_other_things_is_never_touched(source, output):
 
 
 def test_input_that_changes_between_the_two_readings_is_refused(source, output, monkeypatch):
-    real = module._obstacle
+    real = folder.obstacle
 
     def change(*args):
         (source / "prose" / "one.txt").write_text("changed")
         return real(*args)
 
-    monkeypatch.setattr(module, "_obstacle", change)
+    monkeypatch.setattr(folder, "obstacle", change)
     assert "prose/one.txt changed while it was read" in refusal(Options(source, output))
     assert not (output / "manifest.json").exists()
 

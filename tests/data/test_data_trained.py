@@ -193,7 +193,7 @@ def test_an_end_that_is_given_ends_texts_besides_those_that_are_named(tmp_path):
     folder = vocabularies.write(tmp_path, vocabularies.byte_level(), config=dict(bos_token_id=0))
     tokenizer = get_tokenizer(str(folder), eos="<think>")
     assert (tokenizer.separator, tokenizer.ends) == (0, (0, tokenizer.inner.token_to_id("<think>")))
-    with pytest.raises(ValueError, match=r"--eos=x is a token of a trained vocabulary, and 'bytes' is none"):
+    with pytest.raises(ValueError, match=r"--eos=x is a token of a trained vocabulary, and 'bytes' is not one"):
         get_tokenizer("bytes", eos="x", flag="eos")
 
 
@@ -213,13 +213,13 @@ def test_a_token_named_like_a_number_is_found_by_name_and_ids_by_integers(tmp_pa
         ('{"model": 3}', "no vocabulary that tokenizers can read"),
     ],
 )
-def test_a_damaged_file_is_told_in_a_sentence(tmp_path, content, problem):
+def test_a_damaged_file_is_refused_in_a_sentence(tmp_path, content, problem):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=problem):
         get_tokenizer(str(tmp_path))
 
 
-def test_a_folder_without_a_tokenizer_is_told(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         get_tokenizer(str(tmp_path))
 
@@ -323,21 +323,29 @@ def lossy():
 @pytest.mark.parametrize(
     ("make", "text", "why"),
     [
-        (lower, "The Cat SAT", "(+0 in all), for the tokenizer's normalizer (NFC, Lowercase) changes text;"),
-        (lower, "a\u0301", "(-1 in all), for the tokenizer's normalizer (NFC, Lowercase) changes text;"),
-        (vocabularies.without_spaces, "a cat", "(+2 in all), for the tokenizer writes a space as ▁, and that as three"),
-        (vocabularies.with_metaspace, "a▁b", "(-2 in all), for the tokenizer writes a space as ▁, and that character"),
+        (lower, "The Cat SAT", "(+0 in all), because the tokenizer's normalizer (NFC, Lowercase) changes text;"),
+        (lower, "a\u0301", "(-1 in all), because the tokenizer's normalizer (NFC, Lowercase) changes text;"),
+        (
+            vocabularies.without_spaces,
+            "a cat",
+            "(+2 in all), because the tokenizer writes a space as ▁, and that as three",
+        ),
+        (
+            vocabularies.with_metaspace,
+            "a▁b",
+            "(-2 in all), because the tokenizer writes a space as ▁, and that character",
+        ),
         (
             vocabularies.with_metaspace,
             " one",
-            "(-1 in all), for the tokenizer does not distinguish a text that begins with",
+            "(-1 in all), because the tokenizer does not distinguish a text that begins with",
         ),
         (
             vocabularies.with_prefix,
             " one",
-            "(-1 in all), for the tokenizer does not distinguish a text that begins with",
+            "(-1 in all), because the tokenizer does not distinguish a text that begins with",
         ),
-        (lossy, "naïve", "(-1 in all), for the vocabulary lacks some bytes;"),
+        (lossy, "naïve", "(-1 in all), because the vocabulary lacks some bytes;"),
     ],
 )
 def test_a_text_that_a_vocabulary_changes_is_reported_with_the_reason(tmp_path, capsys, make, text, why):
@@ -360,10 +368,10 @@ def test_a_text_that_a_vocabulary_keeps_is_not_reported(source, folders, tmp_pat
     ("flags", "problem"),
     [
         (["--tokenizer=nowhere"], "tokenizer='nowhere' is not known"),
-        (["--separator=x"], "--separator=x is a token of a --tokenizer, which is not given"),
+        (["--separator=x"], "--separator=x is a token of a --tokenizer, which is missing"),
     ],
 )
-def test_the_command_tells_what_is_wrong(source, tmp_path, capsys, flags, problem):
+def test_the_command_reports_what_is_wrong(source, tmp_path, capsys, flags, problem):
     with pytest.raises(SystemExit):
         main([f"--input={source}", f"--output={tmp_path / 'out'}", *flags])
     assert problem in capsys.readouterr().err

@@ -66,7 +66,7 @@ def watch_steps(poison_from: int) -> list:
 
 
 def pace(seconds: float) -> None:
-    from moe_jax.runtime.log import Display
+    from moe_jax.runtime.display import Display
 
     Display.step = lambda self, done: time.sleep(seconds)
 

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.config import default, validate
-from moe_jax.huggingface.families import from_hf
+from moe_jax.huggingface.config_in import from_hf
 from moe_jax.huggingface.shards import Plan, write_folder
 from moe_jax.huggingface.tensors import copies, tensors
 

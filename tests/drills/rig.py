@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from state_hash import state_hash
+
 from conftest import HANG_SECONDS, tiny_config
 from moe_jax.config import Config, as_dict
-from moe_jax.runtime import checkpoint, leaves
+from moe_jax.runtime import checkpoint
 from moe_jax.runtime import manifest as manifest_
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.training.state import TrainState, abstract_state
@@ -198,7 +200,7 @@ def restored(config: Config, workdir: Path) -> TrainState:
 
 def final_hash(config: Config, workdir: Path) -> str:
     """The state hash of the newest checkpoint."""
-    return leaves.state_hash(restored(config, workdir))
+    return state_hash(restored(config, workdir))
 
 
 def curve(workdir: Path) -> list[dict[str, Any]]:

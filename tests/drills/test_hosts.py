@@ -46,7 +46,7 @@ def test_two_processes_train_as_one_and_killing_one_ends_the_other_and_a_restart
         processes[1].kill()
         assert processes[0].wait() == 75, processes.text
     assert re.match(r"error: process 0 of 2, at step \d: another process of the run has died", error_of(processes[0]))
-    assert "The same command on all hosts goes on from the newest checkpoint." in error_of(processes[0])
+    assert "The same command on all hosts resumes from the newest checkpoint." in error_of(processes[0])
     assert committed(workdir / "checkpoints") == [4]
     check(workdir / "checkpoints" / "00000004", "full")
     rig.train_together(file, workdir, devices=(2, 2))

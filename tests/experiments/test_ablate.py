@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from drills import rig
+from state_hash import state_hash
 
 from conftest import tiny_config
 from experiments import ablate, hyper
@@ -19,7 +20,7 @@ from experiments.report import read_sweep
 from moe_jax.config import as_dict, default, flatten, validate
 from moe_jax.config.command import load
 from moe_jax.data import check_corpus, open_corpus, training_batches
-from moe_jax.runtime import checkpoint, leaves, manifest
+from moe_jax.runtime import checkpoint, manifest
 from moe_jax.runtime.workdir import Identity, record
 from moe_jax.training import loop
 from moe_jax.training.state import init_state
@@ -112,13 +113,13 @@ def test_an_arm_named_as_a_file_of_the_sweep_is_refused_before_any_run_starts(na
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_arm_of_a_seed_starts_from_the_same_weights(seed):
-    hashes = {leaves.state_hash(init_state(r.config).params) for r in plan(BASE, SETTINGS) if r.seed == seed}
+    hashes = {state_hash(init_state(r.config).params) for r in plan(BASE, SETTINGS) if r.seed == seed}
     assert len(hashes) == 1
 
 
 def test_two_seeds_start_from_different_weights():
     first, second = (init_state(r.config).params for r in plan(BASE, SETTINGS)[:2])
-    assert leaves.state_hash(first) != leaves.state_hash(second)
+    assert state_hash(first) != state_hash(second)
 
 
 def test_every_arm_of_a_seed_reads_the_same_batches():

@@ -7,7 +7,9 @@ import pytest
 from drills.folders import CASES, LATENT, SHARPENED, config_of, model_of
 
 from moe_jax.config import ModelConfig, YarnConfig, default, validate
-from moe_jax.huggingface.families import FAMILIES, choose, from_hf, to_hf
+from moe_jax.huggingface.config_in import from_hf
+from moe_jax.huggingface.config_out import choose, to_hf
+from moe_jax.huggingface.families import FAMILIES
 from moe_jax.huggingface.tensors import tensors
 from moe_jax.huggingface.weights import abstract_weights
 from moe_jax.model.block import layout
@@ -189,7 +191,7 @@ def test_what_no_family_holds_is_refused_by_name(config, words):
 def test_a_named_family_that_does_not_hold_the_model_says_why():
     with pytest.raises(ValueError, match=r"MixtralForCausalLM cannot hold a model with .*attention='mla'"):
         choose(v3(), "mixtral")
-    with pytest.raises(ValueError, match="'LlamaForCausalLM' is no known family"):
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' is not a known family"):
         choose(v3(), "LlamaForCausalLM")
 
 

@@ -72,7 +72,7 @@ def test_a_single_file_that_is_a_link_to_nowhere_is_refused_by_name(tmp_path):
     folder = write(tmp_path / "hf")
     (folder / SINGLE).rename(folder / "other")
     (folder / SINGLE).symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing or no file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or not a file"):
         open_folder(folder)
 
 
@@ -182,14 +182,14 @@ LIES = {
 def test_a_header_that_lies_is_refused(tmp_path, name):
     folder = write(tmp_path / "hf")
     lie(folder / SINGLE, LIES[name])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no sound safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a sound safetensors file"):
         open_folder(folder)
 
 
 def test_a_name_that_would_command_the_terminal_is_refused(tmp_path):
     folder = write(tmp_path / "hf")
     lie(folder / SINGLE, lambda h: h.update({"\x1b[2J": h.pop("a.weight")}))
-    with pytest.raises(ValueError, match=r"'\\x1b\[2J' has characters that none has"):
+    with pytest.raises(ValueError, match=r"'\\x1b\[2J' has unprintable characters"):
         open_folder(folder)
 
 
@@ -204,14 +204,14 @@ def test_integers_are_refused_by_name(tmp_path):
 def test_a_truncated_file_is_refused(tmp_path, size):
     file = write(tmp_path / "hf") / SINGLE
     os.truncate(file, size if size >= 0 else file.stat().st_size - 1)
-    with pytest.raises(ValueError, match="is no sound safetensors file"):
+    with pytest.raises(ValueError, match="is not a sound safetensors file"):
         open_folder(tmp_path / "hf")
 
 
 def test_a_header_larger_than_any_is_refused(tmp_path):
     file = write(tmp_path / "hf") / SINGLE
     file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes()[8:])
-    with pytest.raises(ValueError, match="is no sound safetensors file"):
+    with pytest.raises(ValueError, match="is not a sound safetensors file"):
         open_folder(tmp_path / "hf")
 
 
@@ -233,7 +233,7 @@ def test_a_pickle_is_never_opened(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is a pickle, which could run any program"):
         open_folder(tmp_path / "hf")
     (tmp_path / "hf" / SINGLE).write_bytes(pickle.dumps(Bomb(hit)))
-    with pytest.raises(ValueError, match="is no sound safetensors file"):
+    with pytest.raises(ValueError, match="is not a sound safetensors file"):
         open_folder(tmp_path / "hf")
     assert not hit.exists()
 
@@ -248,7 +248,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])
 def test_json_that_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json is not (valid JSON|a JSON object)"):
+    with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|must be a JSON object)"):
         read_json(tmp_path, "config.json")
 
 

@@ -45,7 +45,7 @@ def with_gradients(x, w, sizes, dy, form):
 @functools.partial(jax.jit, static_argnums=4)
 def as_on_accelerators(x, w, sizes, dy, form):
     """The branches that are not CPU's, run where the tests run."""
-    narrow = functools.partial(quantize.narrowed, quantization=form)
+    narrow = functools.partial(quantize.quantized, quantization=form)
     y = quantize._ragged_product(narrow(x, scaled_axes=(0,)), narrow(w, scaled_axes=(0, 2)), sizes)
     w = w.swapaxes(1, 2)
     dx = quantize._ragged_product(narrow(dy, scaled_axes=(0,)), narrow(w, scaled_axes=(0, 2)), sizes)

@@ -17,6 +17,7 @@ from moe_jax.kernels import grouped
 from moe_jax.kernels.grouped import rows_multiplied
 from moe_jax.mesh import AXES, make_mesh
 from moe_jax.planning import cost
+from moe_jax.planning.collectives import Collective
 from moe_jax.routing import RouterConfig, Routing, route
 from moe_jax.training.compile import abstract_batch, make_train_step
 from moe_jax.training.state import abstract_state, step_key
@@ -35,7 +36,7 @@ BALANCE = dict(
 
 
 @functools.cache
-def collectives(sizes, remat: str) -> dict[cost.Collective, int]:
+def collectives(sizes, remat: str) -> dict[Collective, int]:
     """What a device exchanges in one train step with balanced routing, and how often."""
     config = tiny_config(
         batch_size=ROWS,
@@ -62,7 +63,7 @@ def test_tokens_travel_no_further_than_the_algorithm_needs(remat, hops):
     np.testing.assert_allclose(exchanged / ideal, 1.25 * hops / 4, rtol=0.01)
 
 
-def shapes(collective: cost.Collective) -> list[list[int]]:
+def shapes(collective: Collective) -> list[list[int]]:
     """The dimensions of every array that an exchange moves."""
     return [[int(d) for d in dims.split(",") if d] for dims in re.findall(r"\[([\d,]*)\]", collective.shape)]
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.planning import collectives, hlo, loops, products
 from moe_jax.planning import cost as cost_
-from moe_jax.planning import hlo
 
 # Eight local devices as data 2 x expert 4; every program's text by name, from one process of its own.
 PROGRAMS = """
@@ -62,7 +62,7 @@ def compiled(f, *shapes):
 
 
 def by_kind(cost):
-    return {kind: sum(n for c, n in cost.collectives.items() if c.kind == kind) for kind in cost_.COLLECTIVES}
+    return {kind: sum(n for c, n in cost.collectives.items() if c.kind == kind) for kind in collectives.COLLECTIVES}
 
 
 # --- FLOPs and loops --------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_batched_product_written_as_a_dilated_convolution_counts_what_it_multi
 
 def test_a_convolution_does_not_multiply_padding():
     # 5 inputs, window 3, padded by 1 at each end: the two outer outputs meet 2 inputs, the inner three meet 3
-    assert cost_.meetings(5, 3, 5, low=1) == 2 + 3 + 3 + 3 + 2
+    assert products.meetings(5, 3, 5, low=1) == 2 + 3 + 3 + 3 + 2
 
 
 # --- collectives ------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_rematerialised_scan_over_seven_layers_counts_its_exchanges(sharded):
 
 def test_what_a_scan_keeps_for_its_backward_pass_is_found(sharded):
     # the input of every layer, 8 x 16 floats on a device
-    assert cost_.saved_bytes(sharded["train"]) == 7 * 4 * 8 * 16
+    assert loops.saved_bytes(sharded["train"]) == 7 * 4 * 8 * 16
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_what_a_scan_keeps_for_its_backward_pass_is_found(sharded):
     ],
 )
 def test_every_way_of_writing_groups_is_read(text, group):
-    assert cost_.replica_group(text) == group
+    assert collectives.replica_group(text) == group
 
 
 def test_groups_in_another_notation_are_not_taken_for_all_devices():
     with pytest.raises(ValueError, match="not known here"):
-        cost_.replica_group("replica_groups=@mesh<x=2>")
+        collectives.replica_group("replica_groups=@mesh<x=2>")
 
 
 def test_an_exchange_that_names_no_group_is_of_all_devices():
@@ -222,7 +222,7 @@ def test_an_asynchronous_exchange_in_three_fusions_counts_once():
     assert cost.hbm == 4 * 8 + 4 * 16 + 2 * 4 * 8
 
 
-BESIDE = """HloModule beside, num_partitions=4
+BESIDE = """HloModule overlapped, num_partitions=4
 
 ENTRY %main (p: f32[8,16], w: f32[16,32]) -> f32[8,16] {
   %p = f32[8,16] parameter(0)
@@ -239,7 +239,7 @@ ENTRY %main (p: f32[8,16], w: f32[16,32]) -> f32[8,16] {
 def test_what_is_scheduled_between_start_and_end_of_an_exchange_runs_beside_it():
     cost = cost_.analyze(BESIDE)
     assert cost.flops.total() == 2 * 2 * 8 * 16 * 32
-    assert cost.beside == {"all-to-all": 2 * 8 * 16 * 32}  # one of the two products
+    assert cost.overlapped == {"all-to-all": 2 * 8 * 16 * 32}  # one of the two products
 
 
 def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.planning import compile
 from moe_jax.planning import report as report_
-from moe_jax.planning.cost import Collective
+from moe_jax.planning.collectives import Collective
 from moe_jax.planning.topology import Place, Topology, exchange_seconds, parse_topology
 from moe_jax.runtime.chips import CHIPS
 
@@ -157,9 +157,9 @@ def test_there_is_no_time_without_a_chip_and_none_needed_alone():
 
 def test_axes_are_those_along_which_a_group_differs():
     mesh = SimpleNamespace(devices=np.zeros((1, 2, 4, 2)), axis_names=("replica", "data", "expert", "tensor"))
-    assert report_.axes_of((0, 2, 4, 6), mesh) == ("expert",)
-    assert report_.axes_of((0, 8), mesh) == ("data",)
-    assert report_.axes_of((0, 1, 8, 9), mesh) == ("data", "tensor")
+    assert report_.group_axes((0, 2, 4, 6), mesh) == ("expert",)
+    assert report_.group_axes((0, 8), mesh) == ("data",)
+    assert report_.group_axes((0, 1, 8, 9), mesh) == ("data", "tensor")
 
 
 def test_the_longest_roof_bounds_mfu():
@@ -193,7 +193,7 @@ def test_topologies_are_read(text, family, dims, slices):
     [
         ("v5p", "is not a topology; write FAMILY:SHAPE"),
         ("v5e:axb", "is not a topology"),
-        ("v9:4x4", "names no chip family that is known; choose v4, v5e, v5p, v6e, tpu7x or cpu"),
+        ("v9:4x4", "names no known family of chips; choose v4, v5e, v5p, v6e, tpu7x or cpu"),
         ("v5p:8x16", "must give 3 positive sizes; write v5p:AxBxC"),
         ("v5e:0x4", "must give 2 positive sizes; write v5e:AxB"),
         ("v5e:4x", "must give 2 positive sizes"),
@@ -212,7 +212,7 @@ def test_a_wrong_topology_ends_the_command_with_status_2(repo):
     result = run(repo, "--topology=v9:4x4")
     assert result.returncode == 2
     assert result.stderr == (
-        "error: --topology=v9:4x4 names no chip family that is known; choose v4, v5e, v5p, v6e, tpu7x or cpu.\n"
+        "error: --topology=v9:4x4 names no known family of chips; choose v4, v5e, v5p, v6e, tpu7x or cpu.\n"
     )
 
 
@@ -231,7 +231,7 @@ def test_a_missing_tpu_compiler_is_one_sentence(monkeypatch):
 
 
 def test_too_few_local_devices_are_one_sentence():
-    with pytest.raises(ValueError, match=r"needs 4096 local devices and \d+ are here; set XLA_FLAGS"):
+    with pytest.raises(ValueError, match=r"needs 4096 local devices, but there are \d+; set XLA_FLAGS"):
         compile.topology_devices(Topology("cpu", (4096,)))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drills import rig
+from state_hash import state_hash
 
 from moe_jax.config import as_dict, validate
 from moe_jax.data import open_corpus, training_batches
@@ -18,7 +19,6 @@ from moe_jax.runtime import checkpoint, slices
 from moe_jax.runtime import leaves as leaves_
 from moe_jax.runtime import manifest as manifest_
 from moe_jax.runtime.checkpoint import Checkpointer, committed, restore
-from moe_jax.runtime.leaves import state_hash
 from moe_jax.runtime.manifest import MANIFEST, check
 from moe_jax.training import compile
 from moe_jax.training.compile import make_train_step
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path, monkeypat
         checkpoints = Checkpointer(tmp_path, 10)
         checkpoints.save(2, small_state(2) | {"weights": jnp.full((2, 3), jnp.nan)}, {})
         checkpoints.close()
-    with pytest.raises(ValueError, match=r"weights is not finite.*Set checkpoint\.fallback=True to go on from step 1"):
+    with pytest.raises(ValueError, match=r"weights is not finite.*Set checkpoint\.fallback=True to resume from step 1"):
         restore(tmp_path, small_state())
     assert int(restore(tmp_path, small_state(), fallback=True)[0]["step"]) == 1
     assert "weights is not finite" in capsys.readouterr().out
@@ -462,7 +462,7 @@ def test_damage_to_any_file_is_detected_and_named(workdir, damage):
 
 def test_an_extra_file_is_detected_and_named(workdir):
     (newest(workdir) / "d" / "guest").write_text("hello")
-    assert manifest_.strangers(newest(workdir), check(newest(workdir))) == ["d/guest"]
+    assert manifest_.other_files(newest(workdir), check(newest(workdir))) == ["d/guest"]
 
 
 STRAYS = [
@@ -479,7 +479,7 @@ STRAYS = [
 def test_a_file_that_is_not_of_the_checkpoint_does_no_harm_and_is_named(workdir, name, capsys):
     (newest(workdir) / name).write_text("hello")
     assert run(CONFIG, workdir, stop_at=12, quiet=True).step == 12
-    assert f"ignoring what is not in the manifest of {newest(workdir)}: {name}\n" in capsys.readouterr().out
+    assert f"ignoring files that are not in the manifest of {newest(workdir)}: {name}\n" in capsys.readouterr().out
     assert (newest(workdir) / name).read_text() == "hello"
 
 
@@ -524,7 +524,7 @@ def test_sizes_alone_see_truncation_and_not_a_flipped_bit(workdir):
 def test_damage_is_told_before_the_first_step_and_with_the_way_out(workdir, monkeypatch):
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
     monkeypatch.setattr(compile, "make_train_step", lambda *_: pytest.fail("a step was made"))
-    with pytest.raises(ValueError, match=r"Set checkpoint\.fallback=True to go on from step 5"):
+    with pytest.raises(ValueError, match=r"Set checkpoint\.fallback=True to resume from step 5"):
         run(CONFIG, workdir, quiet=True)
 
 
@@ -556,7 +556,7 @@ def test_the_advice_to_set_fallback_can_be_followed(workdir, capsys):
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
     config = rig.drill_config(checkpoint=dict(keep=10, fallback=True))
     run(config, workdir, quiet=True)
-    assert "going on from step 5" in capsys.readouterr().out
+    assert "resuming from step 5" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_set_aside_as_it_is_where_a_run_falls_back(workdir, capsys):
@@ -566,7 +566,7 @@ def test_a_damaged_checkpoint_is_set_aside_as_it_is_where_a_run_falls_back(workd
     rig.flip_bit(file, 99)
     damaged = {f.relative_to(newest(workdir)): f.read_bytes() for f in rig.data_files(newest(workdir))}
     run(config, workdir, stop_at=12, quiet=True)
-    assert "setting" in capsys.readouterr().out
+    assert "because it is damaged" in capsys.readouterr().out
     assert rig.folders(workdir) == ["00000005", "00000010", "00000010.damaged", "00000012"]
     aside = workdir / "checkpoints" / "00000010.damaged"
     assert {f.relative_to(aside): f.read_bytes() for f in rig.data_files(aside)} == damaged

@@ -9,7 +9,7 @@ from drills import rig
 
 from moe_jax.config import MeshConfig
 from moe_jax.mesh import batch_sharding, make_mesh
-from moe_jax.runtime.processes import by_all, by_first, find_cluster, from_rows, gather
+from moe_jax.runtime.processes import by_all, by_first, find_cluster, from_rows, gather_json
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 SLURM = {
@@ -112,7 +112,7 @@ def test_a_missing_variable_is_named(missing):
         (EXPLICIT | {"JAX_PROCESS_ID": "2"}, "process 2 of 2; processes are counted from 0"),
         (EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID='one' must be a whole number"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "host0"}, "JAX_COORDINATOR_ADDRESS=host0 must be HOST:PORT"),
-        (SLURM | {"SLURM_PROCID": "4"}, "Slurm says that this is process 4 of 4"),
+        (SLURM | {"SLURM_PROCID": "4"}, "Slurm sets this process to number 4 of 4"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": ""}, "OMPI_COMM_WORLD_RANK='' must be a whole number"),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_wrong_environment_is_told_by_the_command(tmp_path):
 
 
 def test_one_process_agrees_with_itself():
-    assert gather({"a": 1}) == [{"a": 1}]
+    assert gather_json({"a": 1}) == [{"a": 1}]
     assert by_first(lambda: object) is by_all(lambda: object) is object
     for agree in (by_first, by_all):
         with pytest.raises(OSError, match="no space"):

@@ -264,9 +264,9 @@ def test_a_sweep_of_an_earlier_version_goes_on(repo, legacy):
 def test_an_evaluation_on_other_data_than_the_run_was_trained_on_says_so(corpora, tmp_path, capsys):
     run(config(corpora[0]), tmp_path, stop_at=2, quiet=True)
     evaluate.run(config(corpora[0]), tmp_path)
-    assert "the text is of other data" not in capsys.readouterr().out
+    assert "the text is other data" not in capsys.readouterr().out
     evaluate.run(config(corpora[1]), tmp_path)
-    assert "the text is of other data" in capsys.readouterr().out
+    assert "the text is other data" in capsys.readouterr().out
 
 
 def test_more_held_out_sequences_do_not_bind_a_run_and_its_stored_routing_stays_comparable(corpora, tmp_path):

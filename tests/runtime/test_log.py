@@ -15,18 +15,8 @@ from etils import epath
 
 from experiments.report.sweep import by_step
 from moe_jax.runtime import log
-from moe_jax.runtime.log import (
-    LONG,
-    Display,
-    RunLog,
-    lines_from_end,
-    newest,
-    parts,
-    plain,
-    read_jsonl,
-    set_aside,
-    summary_line,
-)
+from moe_jax.runtime.display import LONG, Display, summary_line
+from moe_jax.runtime.log import RunLog, lines_from_end, newest, parts, plain, read_jsonl, set_aside
 from moe_jax.training.loop import run
 
 CONFIG = rig.drill_config(eval_every=4)

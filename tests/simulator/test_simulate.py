@@ -69,7 +69,7 @@ def test_every_option_of_every_method_can_be_written(name):
 
 def test_rates_and_signs_repeat_a_method():
     arms = arms_.arms_of(["bias_sign+aux_loss"], rates=[0.1, 0.2], signs=[1, -1])
-    both = [f"bias_sign:rate={rate}+aux_loss{turned}" for rate in (0.1, 0.2) for turned in ("", ", turned round")]
+    both = [f"bias_sign:rate={rate}+aux_loss{turned}" for rate in (0.1, 0.2) for turned in ("", ", reversed")]
     assert [arm.name for arm in arms] == both
     assert [arm.sign for arm in arms] == [1, -1, 1, -1]
     assert arms[3].entries == balance_entries({"bias_sign": {"rate": 0.2}, "aux_loss": {}})
@@ -253,8 +253,8 @@ def test_the_best_is_the_lowest_of_those_that_settled():
         return loop.Result(arms_.Arm(name, ()), [], [summary])
 
     two = [result("a", 5, 0.3), result("b", 9, 0.2), result("c", None, 0.1)]
-    assert loop.best(two, TINY) == "Lowest final level of the 2 of 3 that settled: b, 0.2."
-    assert loop.best(two[2:], TINY).startswith("None settled")
+    assert loop.best_arm(two, TINY) == "Lowest final level of the 2 of 3 that settled: b, 0.2."
+    assert loop.best_arm(two[2:], TINY).startswith("None settled")
 
 
 def test_a_cell_tells_mean_spread_and_how_many():

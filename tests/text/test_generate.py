@@ -319,7 +319,7 @@ def test_a_converted_model_speaks_by_its_own_tokenizer_and_others_by_their_corpu
     assert tokenizer.vocab_size == 301 and not opened
     assert tokenizer_of(tmp_path, tiny_config(), "bytes") == (BYTES, True)
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"came without a tokenizer\.json.*give --tokenizer"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json.*give --tokenizer"):
         tokenizer_of(tmp_path, tiny_config())
 
 
@@ -407,7 +407,7 @@ def test_the_command_prints_the_texts_that_the_library_makes(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--prompt=x", "--max_new_tokens=99"], "more than the 16 that the model is made for"),
+        (["--prompt=x", "--max_new_tokens=99"], "more than the 16 that the model was trained for"),
         (["--prompt=x", "--temperature=-1"], "--temperature=-1.0 must be 0, which is greedy, or from"),
         (["--prompt=x", "--layer=0"], "--layer=0 is for colours"),
         (["--prompt=x", "--html=/nowhere/x.html"], "--html=/nowhere/x.html cannot be written"),

@@ -20,9 +20,9 @@ from conftest import tiny_config
 from moe_jax import harness
 from moe_jax.data import ByteTokenizer, documents, evaluation_batches, get_tokenizer, make_corpus, open_corpus
 from moe_jax.data.prepare import Options, prepare
-from moe_jax.text import lm_eval
+from moe_jax.text import answers, lm_eval
+from moe_jax.text.answers import Reader, check, likelihoods, pair, rolling, until, windows
 from moe_jax.text.decoding import complete, score
-from moe_jax.text.lm_eval import Reader, check, likelihoods, pair, rolling, until, windows
 from moe_jax.text.model import Model
 from moe_jax.text.sampling import Sampling
 from moe_jax.text.tasks.documents import continuation, questions
@@ -347,7 +347,7 @@ def results(tmp_path_factory):
 
 def test_the_harness_reports_the_bits_per_byte_that_we_compute(results):
     workdir, found = results
-    ours = lm_eval.reader(workdir, max_length=64)
+    ours = answers.open_reader(workdir, max_length=64)
     texts = [t for d in open_corpus().domains for t in documents(open_corpus(), "validation", d)][:6]
     bits = -sum(rolling(ours, texts)) / math.log(2) / sum(len(text.encode()) for text in texts)
     assert found["held_out"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)

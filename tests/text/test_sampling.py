@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.text.sampling import Sampling, kept, next_tokens
+from moe_jax.text.sampling import Sampling, allowed, next_tokens
 
 # shares 0.5, 0.25, 0.125, 0.125, in another order
 LOGITS = jnp.log(jnp.array([[0.125, 0.5, 0.125, 0.25]], jnp.float32))
@@ -37,7 +37,7 @@ def draw(logits, sampling, rows, positions=None, key=KEY):
     ],
 )
 def test_only_the_likeliest_tokens_that_reach_k_or_p_are_kept(sampling, expected):
-    assert kept(LOGITS, sampling)[0].astype(int).tolist() == expected
+    assert allowed(LOGITS, sampling)[0].astype(int).tolist() == expected
 
 
 def test_what_is_not_kept_is_never_drawn_and_what_is_comes_by_its_share():

@@ -342,7 +342,7 @@ def test_whatever_reads_the_held_out_set_leaves_it_between_two_batches():
     state, answers = init_state(config), [None, signal.SIGTERM]
     batches = held_out(config, corpus, mesh, lambda: answers.pop(0))
     next(batches)
-    with pytest.raises(Abandoned, match="left undone for SIGTERM"):
+    with pytest.raises(Abandoned, match="left unfinished because of SIGTERM"):
         next(batches)
     with pytest.raises(Abandoned):
         survey(config, state, corpus, mesh, lambda: signal.SIGTERM)

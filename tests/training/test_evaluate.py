@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drills import rig
+from state_hash import state_hash
 
 from conftest import tiny_config
 from moe_jax.analysis.specialisation import store_ids
 from moe_jax.analysis.survey import store_routing
 from moe_jax.balance import measures
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
-from moe_jax.evaluate import config_of_run, run, tell_saturation
+from moe_jax.evaluate import config_of_run, report_saturation, run
 from moe_jax.mesh import make_mesh
-from moe_jax.runtime.leaves import state_hash
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.training import compile
 from moe_jax.training.compile import Evaluation
@@ -270,7 +270,7 @@ def test_routing_is_not_stored_unless_the_run_measures(state, tmp_path):
 
 def test_a_run_that_stored_its_routing_once_is_told_what_is_missing(tmp_path, capsys):
     store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
-    tell_saturation(CONFIG, tmp_path)
+    report_saturation(CONFIG, tmp_path)
     assert "no router saturation: " in capsys.readouterr().out
     assert not (tmp_path / "saturation.json").exists()
 
@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(run_of_somebod
     monkeypatch.setattr("moe_jax.evaluate.restore_model", lambda *_: None)
     with pytest.raises(ValueError, match="no finished checkpoint"):
         run(CONFIG, run_of_somebody)
-    assert f"{run_of_somebody} cannot be written: results are printed, and not kept" in capsys.readouterr().out
+    assert f"{run_of_somebody} cannot be written: results are printed, but not kept" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--specialisation writes into .* which cannot be written; copy the run"):
         run(CONFIG, run_of_somebody, specialisation=True)
 

@@ -21,7 +21,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 COMMANDS = [f"moe_jax.{name}" for name in "train evaluate generate harness describe plan simulate convert".split()]
-COMMANDS += ["moe_jax.data.prepare", "moe_jax.data.embed"]
+COMMANDS += ["moe_jax.data.prepare", "moe_jax.data.embedded.build"]
 COMMANDS += [f"experiments.{name}" for name in "ablate report methods cost".split()]
 
 

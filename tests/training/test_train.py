@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import vocabularies
 from drills import rig
+from state_hash import state_hash
 
 from moe_jax import data
 from moe_jax.analysis.observer import observers
@@ -23,8 +24,8 @@ from moe_jax.data import ByteTokenizer, get_tokenizer, open_corpus, prepare, tok
 from moe_jax.mesh import make_mesh
 from moe_jax.model.cost import train_flops
 from moe_jax.runtime.checkpoint import committed, restore
-from moe_jax.runtime.leaves import state_hash
-from moe_jax.runtime.log import Display, read_jsonl
+from moe_jax.runtime.display import Display
+from moe_jax.runtime.log import read_jsonl
 from moe_jax.runtime.signals import ENDING
 from moe_jax.runtime.workdir import versions
 from moe_jax.training import compile, step

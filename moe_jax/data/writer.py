@@ -1,0 +1,147 @@
+"""The second reading of `prepare`: documents are tokenized and written, domain after domain."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.data.corpus import tokenize_documents
+from moe_jax.data.manifest import OFFSET_DTYPE, SPLITS
+from moe_jax.data.output import PARTIAL, files_of, note_of
+from moe_jax.data.scan import DomainPlan, Piece, document_rank, progress, read_documents
+from moe_jax.data.sources import Options, printable
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.runtime.files import write_json
+
+CHARACTERS_AT_ONCE = 2**20  # documents are tokenized together, in groups of about this size, to use all cores
+
+
+def write_domain(options: Options, plan: DomainPlan, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes a domain in `.partial`, moves its files into the output, then notes that it is finished.
+
+    Returns:
+        its entry in the manifest.
+
+    Raises:
+        ValueError: the input has changed since `scan`.
+    """
+    partial = options.output / PARTIAL
+    with ExitStack() as stack:
+        writers = {split: SplitWriter(partial, plan.name, split) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        _write_documents(options, plan, writers, tokenizer)
+    entry = {split: writer.entry() for split, writer in writers.items()}
+    for file in files_of(options.output, entry):
+        os.replace(partial / file.path.name, file.path)
+    write_json(note_of(options.output, plan.name), entry, durable=True)
+    return entry
+
+
+class SplitWriter:
+    """Writes one split of one domain, document by document, and keeps count of sizes and hashes."""
+
+    def __init__(self, folder: Path, domain: str, split: str) -> None:
+        names = {"tokens": f"{domain}.{split}.bin", "offsets": f"{domain}.{split}.offsets.bin"}
+        self._files = {part: open(folder / name, "wb") for part, name in names.items()}  # noqa: SIM115
+        self._digests = {part: hashlib.sha256() for part in names}
+        self._bytes = dict.fromkeys(names, 0)
+        self._num_tokens = 0
+        self._num_documents = 0
+        self._write("offsets", np.zeros(1, OFFSET_DTYPE))
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Writes a document."""
+        self._num_tokens += len(tokens)
+        self._num_documents += 1
+        self._write("tokens", tokens)
+        self._write("offsets", np.array([self._num_tokens], OFFSET_DTYPE))
+
+    def close(self) -> None:
+        """Makes sure that everything is on disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def entry(self) -> dict[str, Any]:
+        """The manifest's entry of this split."""
+        parts = {
+            part: {
+                "file": Path(file.name).name,
+                "bytes": self._bytes[part],
+                "sha256": self._digests[part].hexdigest(),
+            }
+            for part, file in self._files.items()
+        }
+        return {"num_tokens": self._num_tokens, "num_documents": self._num_documents, **parts}
+
+    def _write(self, part: str, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._digests[part].update(data)
+        self._bytes[part] += self._files[part].write(data)
+
+
+def _write_documents(options: Options, plan: DomainPlan, writers: dict[str, SplitWriter], tokenizer: Tokenizer) -> None:
+    changed = ChangedTexts(tokenizer)
+    with progress(f"writing {plan.name}", sum(source.bytes for source in plan.sources)) as advance:
+        for source in plan.sources:
+            digest = hashlib.sha256()
+            for pieces in _groups(read_documents(options, source.name, digest)):
+                documents = tokenize_documents([piece.text for piece in pieces], tokenizer)
+                for piece, tokens in zip(pieces, documents, strict=True):
+                    held_out = document_rank(piece.where) < plan.threshold
+                    writers["validation" if held_out else "train"].add(tokens)
+                    changed.count(piece.text, tokens)
+            if digest.hexdigest() != source.sha256:
+                raise ValueError(
+                    f"{printable(source.name)} changed while it was read; run again once nothing writes to "
+                    f"--input={options.input}."
+                )
+            advance(source.bytes)
+    changed.report(plan.name)
+
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in order, in groups that end with the piece that reaches CHARACTERS_AT_ONCE."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if size >= CHARACTERS_AT_ONCE:
+            yield group
+            group = []
+            size = 0
+    if group:
+        yield group
+
+
+class ChangedTexts:
+    """Counts the documents whose tokens stand for other bytes than the text has, by reason."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.reasons: dict[str, tuple[int, int]] = {}  # reason -> documents, and bytes that their tokens have more
+
+    def count(self, text: str, tokens: np.ndarray) -> None:
+        """Counts a document; `tokens` begin with its separator."""
+        ids = tokens[1:]
+        own = text.encode()
+        found = self._tokenizer.to_bytes(ids)[self._tokenizer.lead(ids) :]
+        if found != own:
+            why = self._tokenizer.why_changed(text, ids)
+            documents, more = self.reasons.get(why, (0, 0))
+            self.reasons[why] = documents + 1, more + len(found) - len(own)
+
+    def report(self, domain: str) -> None:
+        """Prints one line a reason, because bits per byte are then those of another text."""
+        for why, (documents, more) in self.reasons.items():
+            print(
+                f"{domain}: the tokens of {documents} documents stand for other bytes than the text has "
+                f"({more:+d} in all), because {why}; bits per byte count those of the tokens."
+            )
