@@ -8,12 +8,13 @@ import pytest
 from drills.rig import REPO, drill_config
 
 from moe_jax.config import validate
+from moe_jax.data import open_corpus
 from moe_jax.describe import totals
 from moe_jax.mesh import make_mesh
 from moe_jax.model.cost import AHEAD, parts
 from moe_jax.runtime.checkpoint import restore
 from moe_jax.training.loop import run
-from moe_jax.training.start import weights_of
+from moe_jax.training.start import start
 from moe_jax.training.state import abstract_state
 
 # Embedding and head V D each. Latent attention, with or without a latent of queries R_q (its norm is counted with the
@@ -117,7 +118,8 @@ def test_training_on_from_bfloat16_weights_moves_nearly_every_parameter(tmp_path
     written.update(num_steps=2, sequence_length=16, data=dict(eval_sequences=8), optimizer=dict(warmup_steps=1))
     config = validate(written)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    before = weights_of(config, mesh)[0].params
+    (tmp_path / "on").mkdir()
+    before = start(config, mesh, tmp_path / "on", open_corpus()).state.params
     run(config, tmp_path / "on")
     assert "bfloat16" not in capsys.readouterr().out
     after = restore(tmp_path / "on" / "checkpoints", abstract_state(config, mesh))[0].params

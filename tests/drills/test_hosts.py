@@ -150,9 +150,9 @@ def test_a_workdir_that_the_processes_do_not_share_is_refused(one_process, tmp_p
 
 WAITING = """
 import os, signal, time
-from moe_jax import distributed
-with distributed.joined(3, lambda: "step 7"):
-    if distributed.gather(distributed.index()) == [0, 1] and distributed.index() == 1:
+from moe_jax.runtime import processes
+with processes.joined(3, lambda: "step 7"):
+    if processes.gather_json(processes.index()) == [0, 1] and processes.index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(10**6)
 """

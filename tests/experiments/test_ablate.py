@@ -21,7 +21,7 @@ from moe_jax.config import as_dict, default, flatten, validate
 from moe_jax.config.command import load
 from moe_jax.data import check_corpus, open_corpus, training_batches
 from moe_jax.runtime import checkpoint, manifest
-from moe_jax.runtime.workdir import Identity, record
+from moe_jax.runtime.workdir import Identity, record_run
 from moe_jax.training import loop
 from moe_jax.training.state import init_state
 
@@ -153,7 +153,7 @@ def begun(tmp_path):
     claimed(tmp_path)
     folder = tmp_path / "bias" / "seed0"
     folder.mkdir(parents=True)
-    record(folder, plan(BASE, SETTINGS)[0].config, {"identity": Identity(check_corpus().fingerprint)._asdict()})
+    record_run(folder, plan(BASE, SETTINGS)[0].config, {"identity": Identity(check_corpus().fingerprint)._asdict()})
     return tmp_path
 
 

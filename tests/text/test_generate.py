@@ -28,7 +28,7 @@ from moe_jax.runtime import leaves, slices
 from moe_jax.text import decoding
 from moe_jax.text import model as model_
 from moe_jax.text.decoding import Growing, check_model, check_prompts, complete, notice_of_drops, score, trace
-from moe_jax.text.model import Model, encode, longest, tokenizer_of
+from moe_jax.text.model import Model, encode, known_length, tokenizer_of
 from moe_jax.text.sampling import Sampling
 from moe_jax.training.state import init_state, write_bias
 
@@ -353,9 +353,9 @@ def test_a_flag_that_an_error_advises_is_one_of_the_command():
 
 
 def test_a_converted_model_is_as_long_as_its_maker_says(tmp_path):
-    assert longest(tmp_path, tiny_config()) == 16
+    assert known_length(tmp_path, tiny_config()) == 16
     vocabularies.write(tmp_path / "tokenizer", vocabularies.byte_level(), config=dict(max_position_embeddings=4096))
-    assert longest(tmp_path, tiny_config()) == 4096
+    assert known_length(tmp_path, tiny_config()) == 4096
 
 
 def test_a_prompt_is_opened_once_and_its_special_tokens_are_read(tmp_path):

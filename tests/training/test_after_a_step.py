@@ -17,7 +17,8 @@ from moe_jax.analysis.survey import store_routing, survey
 from moe_jax.data import open_corpus
 from moe_jax.mesh import make_mesh
 from moe_jax.runtime.checkpoint import Checkpointer, committed
-from moe_jax.runtime.log import Display, RunLog
+from moe_jax.runtime.display import Display
+from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned, noted
 from moe_jax.training import actions, compile, evaluation, loop
