@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32
 
 from moe_jax.mesh import around_kernel
 from moe_jax.runtime.cache import user_folder
@@ -28,20 +28,11 @@ SOURCE = Path(__file__).with_suffix(".cc")
 
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
-
-
 DTYPES = (jnp.float32, jnp.bfloat16)
-
-
 Targets = dict[tuple[str, str], str]  # (forward or backward, dtype) -> its name to XLA; another source has others
 
 
-def experts(
-    x: Float[Array, "tokens embed"],
-    expert_ids: Int32[Array, "tokens slots"],
-    gates: Float32[Array, "tokens slots"],
-    weights: Sequence[Float[Array, "experts _ _"]],
-) -> Float32[Array, "tokens embed"]:
+def experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> Float32[Array, "tokens embed"]:
     """sum over a token's slots of gate x (silu(x gate_e) * (x up_e)) down_e, accumulated in float32.
 
     Cost follows the copies: neither E nor the skew of the routing counts. Call it where `missing()` is None.
