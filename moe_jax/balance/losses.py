@@ -294,7 +294,7 @@ def _real_scores(options: AuxLoss, groups: Groups, routing: Routing) -> Float32[
 def _summed(groups: Groups, values: Shaped[Array, "*rest experts"]) -> Shaped[Array, "*rest groups"]:
     if groups.number == groups.num_experts:
         return values
-    return values.reshape(*values.shape[:-1], groups.number, -1).sum(-1)
+    return values.reshape(*values.shape[:-1], groups.number, -1).sum(-1, dtype=values.dtype)
 
 
 def _frequencies(groups: Groups, counts: Int32[Array, "*rows counts"]) -> Float32[Array, "*rows groups"]:

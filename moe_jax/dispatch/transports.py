@@ -62,7 +62,7 @@ def exact(copies: Copies, capacity_factor: float, devices: int) -> Rounds:
     num_copies = copies.copy.shape[0]
     capacity = math.ceil(min(capacity_factor, devices) * num_copies)
     sent = lax.all_gather(copies.send, "expert")  # [source, destination]
-    needed = lax.pmax(-(-sent.sum(0).max() // capacity), BATCH)
+    needed = lax.pmax(-(-sent.sum(0, dtype=jnp.int32).max() // capacity), BATCH)
     here = lax.axis_index("expert")
     offset = sum_before(sent)  # where a source's copies lie in the destination's list
     start = sum_before(sent.T)[here]  # where the copies for this device lie at every source

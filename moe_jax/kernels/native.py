@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32
 
 from moe_jax.mesh import around_kernel
 from moe_jax.runtime.cache import user_folder
@@ -30,12 +30,7 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 Targets = dict[tuple[str, str], str]  # (forward or backward, dtype) -> XLA's name, which includes a hash of the source
 
 
-def experts(
-    x: Float[Array, "tokens embed"],
-    expert_ids: Int32[Array, "tokens slots"],
-    gates: Float32[Array, "tokens slots"],
-    weights: Sequence[Float[Array, "experts _ _"]],
-) -> Float32[Array, "tokens embed"]:
+def experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> Float32[Array, "tokens embed"]:
     """sum over a token's slots of gate x (silu(x gate_e) * (x up_e)) down_e, accumulated in float32.
 
     The cost is proportional to the copies, whatever E and the skew of the routing. Call it only if `missing()` is None.

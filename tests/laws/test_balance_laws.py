@@ -158,7 +158,8 @@ def look(balancer, in_step, logits, tokens, state, router, key) -> Seen:
     def alone(logits, tokens, of_step):
         routing, sent = forward(balancer, logits, tokens, state, key)
         own = balancer.observe(routing)
-        share = tokens.mask.sum() / mask.sum()
+        part, whole = (m.sum(dtype=jnp.int32).astype(jnp.float32) for m in (tokens.mask, mask))
+        share = part / whole
         return own, sent, share * balancer.loss(routing, of_step or own, state, router)
 
     mask = tokens.mask
@@ -196,7 +197,7 @@ def slices(routing: Routing, tokens: Tokens) -> Routing:
 
 
 def added(statistics):
-    return jax.tree.map(lambda a: a.sum(0), statistics)
+    return jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), statistics)
 
 
 @functools.cache
