@@ -3,12 +3,13 @@
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 
 from configs import tiny
 from moe_jax.config import validate
-from moe_jax.training.hooks import Hook
+from moe_jax.training.hooks import Context, Hook, Now
 from moe_jax.training.loop import run
 
 
@@ -17,11 +18,11 @@ class DeadExperts(Hook):
 
     every = 5
 
-    def before(self, context, now):
+    def before(self, context: Context, now: Now) -> dict[str, jax.Array]:
         """A number before the step, logged in its line."""
         return {"parameters/norm": optax.tree.norm(now.state.params)}
 
-    def after(self, context, now):
+    def after(self, context: Context, now: Now) -> None:
         """The numbers of the step, which is waited for."""
         for layer, expert in np.argwhere(np.asarray(now.values["loads"]) == 0):
             context.display.say(f"step {now.done}: expert {expert} of layer {layer} got no token")
