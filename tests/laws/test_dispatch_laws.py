@@ -161,7 +161,7 @@ def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(backend,
 def test_the_example_of_a_dispatcher_obeys_them_too(repo, sizes):
     example = (repo / "docs/examples/dispatcher.py").read_text()
     exec(example, {"__name__": "example"})
-    y, traffic, gradients = applied("loop", sizes, ROUTINGS["padded"]())
+    y, _, gradients = applied("loop", sizes, ROUTINGS["padded"]())
     exact, _, its_gradients = oracle("padded")
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(its_gradients), strict=True):
