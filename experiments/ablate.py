@@ -12,6 +12,7 @@ that failed otherwise are tried again. Only a full disk or one that cannot be wr
 every run.
 """
 
+import copy
 import errno
 import json
 import os
@@ -77,10 +78,10 @@ def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
 
 def override(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested dicts with dotted keys set; a key that is not there is an error."""
-    result = json.loads(json.dumps(base))
+    result = copy.deepcopy(base)
     for dotted, value in values.items():
         *parents, last = dotted.split(".")
-        section = result
+        section: Any = result
         for name in parents:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict) or last not in section:
@@ -100,13 +101,13 @@ def sweep_record(runs: list[Run], base: dict[str, Any], source: Any, command: st
         "seeds": sorted({run.seed for run in runs}),
         "baseline": names[0],
         "command": command,
-        "config": json.loads(json.dumps(base)),
+        "config": base,
         "arms_config": {arm: _changed(base, as_dict(c)) for arm, c in first.items()},
     }
 
 
 def _changed(base: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    before, after = (flatten(json.loads(json.dumps(c))) for c in (base, config))
+    before, after = (flatten(c) for c in (base, config))
     keys = (k for k in before | after if k != "seed" and before.get(k) != after.get(k))
     return {k: after.get(k) for k in keys}  # None: the arm does without it
 

@@ -22,7 +22,7 @@ from moe_jax.mesh import constrain, replicated, spec, specs
 from moe_jax.model.abstract import Tree
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import language_nats
-from moe_jax.training.compile import without_what_no_step_reads
+from moe_jax.training.compile import compiled_by
 from moe_jax.training.losses import summed_nats
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import at_least_one, split_batch
@@ -32,7 +32,7 @@ Measure = Any  # (TrainState, Batch, key) -> {name: [L]}, by what is jitted
 
 def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
     """(state, batch, key) -> what `measure` gives, jitted, whole on every device; the state is left alone."""
-    run = _jitted(measure, without_what_no_step_reads(config), mesh)
+    run = _jitted(measure, compiled_by(config), mesh)
 
     def measured(state: TrainState, batch: Batch, key: Array) -> dict[str, Array]:
         with jax.debug_nans(False):  # here NaN is an answer: there is no angle to a gradient of 0

@@ -11,14 +11,14 @@ from moe_jax.analysis.interference import Measure, _first_micro_batch, _jitted
 from moe_jax.config import Config, num_moe_layers
 from moe_jax.data.batches import Batch
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
-from moe_jax.training.compile import without_what_no_step_reads
+from moe_jax.training.compile import compiled_by
 from moe_jax.training.losses import row_nats
 from moe_jax.training.state import TrainState
 
 
 def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
     """(state, batch, key) -> `Scores` of the step's first micro-batch, jitted, whole on every device."""
-    return _jitted(record, without_what_no_step_reads(config), mesh)
+    return _jitted(record, compiled_by(config), mesh)
 
 
 class Scores(NamedTuple):

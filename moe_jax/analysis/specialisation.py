@@ -23,7 +23,7 @@ from moe_jax.data.batches import Batch
 from moe_jax.mesh import replicated
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.runtime.files import write_whole
-from moe_jax.training.compile import without_what_no_step_reads
+from moe_jax.training.compile import compiled_by
 from moe_jax.training.losses import row_nats
 from moe_jax.training.state import TrainState
 
@@ -45,7 +45,7 @@ class Choices(NamedTuple):
 
 def make_choices_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], Choices]:
     """(state, batch) -> Choices, jitted, whole on every device. Moves nothing."""
-    return _choices_step(without_what_no_step_reads(config), mesh)
+    return _choices_step(compiled_by(config), mesh)
 
 
 @functools.lru_cache(maxsize=4)

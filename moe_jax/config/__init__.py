@@ -19,7 +19,7 @@ from moe_jax.config.build import (
     validate,
 )
 from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
-from moe_jax.config.effects import changed_numbers, free_keys, keys_that_change
+from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
 from moe_jax.config.rules import resolve
 from moe_jax.config.schema import (
     CheckpointConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "YarnConfig",
     "article",
     "as_dict",
+    "at_defaults",
     "balance_entries",
     "changed_numbers",
     "complete",

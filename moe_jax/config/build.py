@@ -85,7 +85,7 @@ def as_dict(config: Config) -> dict[str, Any]:
     """The config as nested dicts of JSON values, the inverse of `validate`."""
     plain = {f.name: _plain(getattr(config, f.name)) for f in fields(Config) if f.name != "balance"}
     plain["balance"] = {e.label: _entry_as_dict(e) for e in config.balance}
-    return plain
+    return _with_lists(plain)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -248,6 +248,13 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return value
+
+
+def _with_lists(value: Any) -> Any:
+    """Tuples become lists, and dicts are copied."""
+    if isinstance(value, dict):
+        return {key: _with_lists(v) for key, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _entry_as_dict(entry: BalanceEntry) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What a change of a config key changes: another model, other numbers, the speed, or nothing."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from moe_jax.config.build import as_dict, differences
 from moe_jax.config.dispatchers import DISPATCHERS
@@ -13,7 +13,7 @@ from moe_jax.config.schema import Config
 
 
 def keys_that_change(*effects: Effect) -> set[str]:
-    """The dotted keys of `Config` whose other value has one of the effects; those of `balance` change numbers.
+    """The dotted keys of `Config` whose other value has one of the effects; `balance` changes numbers.
 
     What a key says is about itself alone: `free_keys` knows where it depends on another.
     """
@@ -28,6 +28,23 @@ def _keys_that_change(effects: tuple[Effect, ...], cls: type, path: str, inherit
             yield from _keys_that_change(effects, hints[f.name], f"{path}{f.name}.", effect)
         elif effect in effects:
             yield path + f.name
+
+
+def at_defaults(config: Config, *effects: Effect) -> Config:
+    """The config with the default of every key whose other value has one of the effects."""
+    keys = keys_that_change(*effects)
+
+    def reset(section: Any, plain: Any, path: str) -> Any:
+        values = {}
+        for f in fields(section):
+            own, default = getattr(section, f.name), getattr(plain, f.name)
+            if dataclasses.is_dataclass(own):
+                values[f.name] = reset(own, default, f"{path}{f.name}.")
+            elif path + f.name in keys:
+                values[f.name] = default
+        return dataclasses.replace(section, **values)
+
+    return reset(config, Config(), "")
 
 
 def free_keys(config: Config) -> set[str]:
@@ -48,6 +65,6 @@ def free_keys(config: Config) -> set[str]:
 def changed_numbers(there: Config, here: Config) -> list[str]:
     """Lines `key: there -> here` for every key by which two configs train other numbers; empty for one run's."""
     free = free_keys(there) & free_keys(here)
-    lines = differences(*(json.loads(json.dumps(as_dict(c))) for c in (there, here)))
+    lines = differences(as_dict(there), as_dict(here))
     keys = (line.partition(":")[0] for line in lines)
     return [line for line, key in zip(lines, keys, strict=True) if not any(f"{key}.".startswith(f"{f}.") for f in free)]

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from dataclasses import field
 from typing import Any, Literal
 
-# What another value of a key makes: another model; other numbers of the training; the same numbers up to rounding, at
-# another speed; or nothing that the training could notice.
-Effect = Literal["model", "numbers", "speed", "nothing"]
+# What another value of a key makes: another model; other numbers of the training; other numbers by other inputs to
+# the same compiled step; the same numbers up to rounding, at another speed; or nothing that the training could notice.
+Effect = Literal["model", "numbers", "data", "speed", "nothing"]
 
 
 def number(default: Any, low: float | None = None, high: float | None = None, changes: Effect | None = None) -> Any:

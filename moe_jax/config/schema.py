@@ -144,7 +144,7 @@ class CheckpointConfig:
 class Config:
     """A run. Hashable, and equal configs make equal runs."""
 
-    seed: int = number(0, 0, 2**31 - 1)
+    seed: int = number(0, 0, 2**31 - 1, changes="data")
     num_steps: int = number(1000, 1)
     batch_size: int = number(8, 1)  # sequences per optimizer step, over all devices
     micro_batches: int = number(1, 1, changes="speed")  # gradients, counts and losses are those of the whole step
@@ -166,7 +166,7 @@ class Config:
     model: ModelConfig = section(ModelConfig, "model")
     balance: tuple[BalanceEntry, ...] = ()
     optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
-    data: DataConfig = section(DataConfig, "numbers")
+    data: DataConfig = section(DataConfig, "data")
     mesh: MeshConfig = section(MeshConfig, "speed")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")
     # XLA's, for the train step; those named xla_tpu_... (gpu, cpu) are read on that platform only

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
 from moe_jax.balance import measures
-from moe_jax.config import DISPATCHERS, Config
+from moe_jax.config import DISPATCHERS, Config, MeshConfig, at_defaults
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
@@ -30,7 +30,7 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     experiment, for example. Metrics are device arrays, whole on every device; fetching them is the caller's to
     time. With a mesh the state lies as `state_shardings` says, the batch as `batch_sharding`.
     """
-    return _train_step(without_what_no_step_reads(config), mesh)
+    return _train_step(compiled_by(config), mesh)
 
 
 def make_eval_step(
@@ -40,7 +40,7 @@ def make_eval_step(
 
     Experts are chosen as the config's balance says, or by another `balancer` with the same state.
     """
-    return _eval_step(without_what_no_step_reads(config), mesh, balancer)
+    return _eval_step(compiled_by(config), mesh, balancer)
 
 
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
@@ -55,12 +55,10 @@ def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
     return Batch(**{name: leaf(name, dims) for name, dims in Batch.dims()._asdict().items()})
 
 
-def without_what_no_step_reads(config: Config) -> Config:
-    """The config by which steps are compiled: runs that differ elsewhere share one compilation."""
-    plain = Config()
-    keys = ["seed", "log_every", "eval_every", "save_every", "data", "mesh", "checkpoint", "init_from"]
-    keys += ["heartbeat_seconds", "step_timeout_seconds", "measure_every", "record_scores_every"]
-    return dataclasses.replace(config, **{k: getattr(plain, k) for k in keys})
+def compiled_by(config: Config) -> Config:
+    """The part of the config that decides a compilation: runs that differ elsewhere share one."""
+    # a step gets its mesh beside the config
+    return dataclasses.replace(at_defaults(config, "data", "nothing"), mesh=MeshConfig())
 
 
 @functools.lru_cache(maxsize=16)

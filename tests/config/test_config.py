@@ -9,7 +9,18 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.config import Config, as_dict, balance_entries, complete, default, differences, flatten, resolve, validate
+from moe_jax.config import (
+    Config,
+    as_dict,
+    at_defaults,
+    balance_entries,
+    complete,
+    default,
+    differences,
+    flatten,
+    resolve,
+    validate,
+)
 
 MOE = dict(num_experts=4)
 
@@ -20,7 +31,16 @@ def test_the_default_config_is_the_schema_with_its_defaults():
 
 def test_a_config_survives_json():
     config = validate(default(model=MOE, balance=dict(bias_sign=dict(rate=0.01)), data=dict(weights=dict(a=1.0))))
-    assert validate(json.loads(json.dumps(as_dict(config)))) == config
+    assert json.loads(json.dumps(as_dict(config))) == as_dict(config)
+    assert validate(as_dict(config)) == config
+
+
+def test_a_config_at_defaults_keeps_the_keys_of_other_effects():
+    changed = dict(seed=3, save_every=7, data=dict(weights=dict(a=1.0)), checkpoint=dict(keep=5), init_from="there")
+    kept = dict(
+        batch_size=16, model=MOE | dict(remat="full"), optimizer=dict(milestones=(0.5,)), balance=dict(bias_sign={})
+    )
+    assert at_defaults(validate(default(**changed, **kept)), "data", "nothing") == validate(default(**kept))
 
 
 def test_equal_configs_hash_equally_and_are_frozen():

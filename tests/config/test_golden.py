@@ -27,15 +27,10 @@ def text_of(file):
     golden = {"config": config}
     if hasattr(namespace, "get_hyper"):
         golden["runs"] = [
-            {"arm": r.arm, "seed": r.seed, "changes": differences(plain(config), plain(as_dict(r.config)))}
+            {"arm": r.arm, "seed": r.seed, "changes": differences(config, as_dict(r.config))}
             for r in ablate.plan(config, namespace.get_hyper(hyper))
         ]
     return json.dumps(golden, indent=1) + "\n"
-
-
-def plain(config):
-    """Tuples become lists, as in a file."""
-    return json.loads(json.dumps(config))
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
