@@ -201,7 +201,7 @@ def test_every_way_of_writing_groups_is_read(text, group):
 
 
 def test_groups_in_another_notation_are_not_taken_for_all_devices():
-    with pytest.raises(ValueError, match="not known here"):
+    with pytest.raises(ValueError, match="have an unknown form"):
         collectives.replica_group("replica_groups=@mesh<x=2>")
 
 

@@ -363,7 +363,7 @@ BAD = [
 REFUSALS = """
 import json, sys
 from moe_jax import simulate
-from moe_jax.command import parse_flags
+from moe_jax.config.command import parse_flags
 from absl import flags
 simulate.define_flags()
 for arguments in json.loads(sys.argv[1]):
