@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from moe_jax.config import ModelConfig
+from moe_jax.config.rules import check_groups
 
 Select = Callable[..., Int32[Array, "tokens slots"]]
 Combine = Callable[[Array, Array], Float32[Array, "tokens experts"]]
@@ -139,7 +140,7 @@ def route(
     Source: DeepSeek-V3 (arXiv 2412.19437) eq. 13-16; Loss-Free Balancing (2408.15664) eq. 3.
     """
     num_experts = logits.shape[-1]
-    _check(num_experts, router)
+    check_groups(num_experts, router)
     logits = logits.astype(jnp.float32)
     scores = affinity(logits, router.score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
@@ -156,19 +157,6 @@ def route(
     gates = router.gate_scale * _gates(scores, log_scores, expert_ids, router.normalize_gates)
     loads = count(expert_ids, num_experts)
     return Routing(expert_ids, gates, loads, logits, scores, bias, tokens)
-
-
-def _check(num_experts: int, router: RouterConfig) -> None:
-    top_k, num_groups, top_groups, group_top = router.top_k, router.num_groups, router.top_groups, router.group_top
-    if num_experts % num_groups:
-        raise ValueError(f"num_experts={num_experts} must be divisible by num_groups={num_groups}; change one.")
-    size = num_experts // num_groups
-    if not 1 <= top_groups <= num_groups:
-        raise ValueError(f"top_groups={top_groups} must be from 1 to num_groups={num_groups}; change one.")
-    if not 1 <= top_k <= top_groups * size:  # more would select experts outside the allowed groups
-        raise ValueError(f"top_k={top_k} must be from 1 to the {top_groups * size} experts it may use; lower it.")
-    if num_groups > 1 and not 1 <= group_top <= size:
-        raise ValueError(f"group_top={group_top} must be from 1 to the {size} experts of a group; lower it.")
 
 
 def affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:

@@ -2,153 +2,71 @@
 
 import dataclasses
 import math
-from dataclasses import fields
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
 from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
 
-# --- rules across keys ----------------------------------------------------------------------------------------
+Text = str | Callable[[Config], str]  # in which `{key}` becomes `key=value`
 
 
-def _check_batch(c: Config) -> None:
-    if c.batch_size % c.micro_batches:
+@dataclass(frozen=True)
+class Rule:
+    """One rule on one config, and its sentence, `must; fix.`; it is about the configs for which `when` holds."""
+
+    must: Text
+    fix: Text
+    holds: Callable[[Config], bool]
+    when: Callable[[Config], bool] = lambda c: True
+
+    def __call__(self, c: Config) -> None:
+        """Raise a ValueError with the sentence where the rule is broken."""
+        if not self.when(c) or self.holds(c):
+            return
+        sentence = "; ".join(text if isinstance(text, str) else text(c) for text in (self.must, self.fix))
+        raise ValueError(re.sub(r"\{([\w.]+)\}", lambda key: f"{key[1]}={attrgetter(key[1])(c)!r}", f"{sentence}."))
+
+
+def _rises_within(values: tuple[float, ...], end: float) -> bool:
+    """Whether the values rise strictly between 0 and the end."""
+    return list(values) == sorted(set(values)) and all(0 < value < end for value in values)
+
+
+# --- rules of several cases -----------------------------------------------------------------------------------
+
+
+def check_groups(num_experts: int, router: Any, path: str = "") -> None:
+    """Raise a ValueError where `top_k`, `num_groups`, `top_groups` and `group_top` of a router do not fit together."""
+    top_k, num_groups, top_groups, group_top = router.top_k, router.num_groups, router.top_groups, router.group_top
+    if num_experts % num_groups:
         raise ValueError(
-            f"batch_size={c.batch_size} must be divisible by micro_batches={c.micro_batches}; "
-            f"try {_nearby(c.batch_size, c.micro_batches)}."
+            f"{path}num_experts={num_experts} must be divisible by {path}num_groups={num_groups}; "
+            f"try {_nearby(num_experts, num_groups)}."
         )
-
-
-def _check_attention(c: Config) -> None:
-    m = c.model
-    if m.attention == "mla":
-        _check_latent_attention(m)
-        return
-    if m.num_heads % m.num_kv_heads:
+    size = num_experts // num_groups
+    if not 1 <= top_groups <= num_groups:
         raise ValueError(
-            f"model.num_heads={m.num_heads} must be divisible by model.num_kv_heads={m.num_kv_heads}; "
-            f"try {_nearby(m.num_heads, m.num_kv_heads)}."
+            f"{path}top_groups={top_groups} must be from 1 to {path}num_groups={num_groups}; lower top_groups."
         )
-    if m.head_dim % 2:
-        raise ValueError(f"model.head_dim={m.head_dim} must be even, for RoPE rotates pairs; try {m.head_dim + 1}.")
-
-
-def _check_latent_attention(m: ModelConfig) -> None:
-    if m.qk_rope_head_dim % 2:
+    if not 1 <= top_k <= top_groups * size:  # more would select experts outside the allowed groups
         raise ValueError(
-            f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even, for RoPE rotates pairs; "
-            f"try {m.qk_rope_head_dim + 1}."
+            f"{path}top_k={top_k} must be from 1 to the {top_groups * size} experts of {path}top_groups={top_groups} "
+            f"groups of {size}; raise top_groups or lower top_k."
         )
-    if m.qk_norm != "none":
+    if num_groups > 1 and not 1 <= group_top <= size:
         raise ValueError(
-            f"model.qk_norm={m.qk_norm!r} is of grouped-query attention, but model.attention='mla' norms its latents; "
-            "set model.qk_norm='none'."
-        )
-
-
-def _check_yarn(c: Config) -> None:
-    y = c.model.yarn
-    if y.beta_fast < y.beta_slow:  # equal in Kimi-K2: frequencies then jump
-        raise ValueError(
-            f"model.yarn.beta_fast={y.beta_fast} must be at least model.yarn.beta_slow={y.beta_slow}; try 32 and 1."
-        )
-
-
-def _check_prediction(c: Config) -> None:
-    """Multi-token prediction."""
-    if c.model.mtp_depth >= c.sequence_length:
-        raise ValueError(
-            f"model.mtp_depth={c.model.mtp_depth} must be below sequence_length={c.sequence_length}, or nothing is "
-            "left to predict; lower it."
-        )
-    if len(c.mtp_weights) != len(c.mtp_milestones) + 1 or any(w < 0 for w in c.mtp_weights):
-        raise ValueError(
-            f"mtp_weights={c.mtp_weights} must be one weight >= 0 more than mtp_milestones={c.mtp_milestones}; "
-            "write (0.3,) and (), or (0.3, 0.1) and (0.676,)."
-        )
-    if list(c.mtp_milestones) != sorted(set(c.mtp_milestones)) or any(not 0 < m < 1 for m in c.mtp_milestones):
-        raise ValueError(
-            f"mtp_milestones={c.mtp_milestones} must rise strictly between 0 and 1 (shares of num_steps); try (0.676,)."
-        )
-
-
-def _check_experts(c: Config) -> None:
-    m = c.model
-    if m.num_experts == 0:
-        return
-    if m.top_k > m.num_experts:
-        raise ValueError(
-            f"model.top_k={m.top_k} must be at most model.num_experts={m.num_experts}; "
-            f"lower top_k or raise num_experts."
-        )
-    if m.first_dense + m.moe_every > m.num_layers:
-        raise ValueError(
-            f"model.first_dense={m.first_dense} and model.moe_every={m.moe_every} leave no MoE layer among "
-            f"model.num_layers={m.num_layers}; lower them, or set model.num_experts=0 for a dense model."
-        )
-    if m.random_second and m.top_k != 2:
-        raise ValueError(
-            f"model.random_second=True is GShard's rule for a second expert and needs model.top_k=2, "
-            f"which is {m.top_k}; set top_k=2 or random_second=False."
-        )
-
-
-def _check_gates(c: Config) -> None:
-    m = c.model
-    if m.num_experts > 1 and m.top_k == 1 and m.normalize_gates:
-        raise ValueError(
-            "model.normalize_gates=True with model.top_k=1 makes every gate the constant gate_scale, and the "
-            "router would learn nothing from the language model; set model.normalize_gates=False."
+            f"{path}group_top={group_top} must be from 1 to the {size} experts of a group; "
+            f"set {path}group_top={size} or fewer groups."
         )
 
 
 def _check_groups(c: Config) -> None:
-    m = c.model
-    if m.num_experts == 0:
-        return
-    if m.num_experts % m.num_groups:
-        raise ValueError(
-            f"model.num_experts={m.num_experts} must be divisible by model.num_groups={m.num_groups}; "
-            f"try {_nearby(m.num_experts, m.num_groups)}."
-        )
-    if m.top_groups > m.num_groups:
-        raise ValueError(
-            f"model.top_groups={m.top_groups} must be at most model.num_groups={m.num_groups}; lower top_groups."
-        )
-    size = m.num_experts // m.num_groups
-    if m.top_k > m.top_groups * size:
-        raise ValueError(
-            f"model.top_k={m.top_k} must be at most the {m.top_groups * size} experts of "
-            f"model.top_groups={m.top_groups} groups of {size}; raise top_groups or lower top_k."
-        )
-    if m.num_groups > 1 and m.group_top > size:
-        raise ValueError(
-            f"model.group_top={m.group_top} must be at most the {size} experts of a group; "
-            f"set model.group_top={size} or fewer groups."
-        )
-
-
-def _check_quantization(c: Config) -> None:
-    m = c.model
-    if m.quantization == "none":
-        return
-    if m.num_experts == 0:
-        raise ValueError(
-            f"model.quantization={m.quantization!r} narrows the products of routed experts, but model.num_experts=0 "
-            "has none; set model.quantization='none'."
-        )
-    if m.cpu_kernel == "native":
-        raise ValueError(
-            f"model.cpu_kernel='native' computes in float32 and bfloat16, not model.quantization={m.quantization!r}; "
-            "set model.cpu_kernel='auto', or model.quantization='none'."
-        )
-
-
-def _check_balance_use(c: Config) -> None:
-    if c.balance and c.model.num_experts == 0:
-        raise ValueError(
-            f"balance has {', '.join(e.label for e in c.balance)}, but model.num_experts=0 has no experts to "
-            "balance; set balance={} or model.num_experts."
-        )
+    if c.model.num_experts:
+        check_groups(c.model.num_experts, c.model, "model.")
 
 
 def _check_balance_fits(c: Config) -> None:
@@ -198,20 +116,6 @@ def _check_logical_devices(path: str, devices: int, m: ModelConfig) -> None:
         )
 
 
-def _check_classes(c: Config) -> None:
-    m = c.model
-    if list(m.class_starts) != sorted(set(m.class_starts)) or any(not 0 < s < m.vocab_size for s in m.class_starts):
-        raise ValueError(
-            f"model.class_starts={m.class_starts} must rise strictly between 0 and model.vocab_size={m.vocab_size}; "
-            "write (), or the first token id of each further class."
-        )
-    if m.class_starts and not any(e.options.moves_bias for e in c.balance):
-        raise ValueError(
-            f"model.class_starts={m.class_starts} gives each class of tokens a bias of its own, but balance has no "
-            "method that moves a bias; set model.class_starts=(), or add bias_sign=dict(num_classes=...)."
-        )
-
-
 def _check_zero_experts(c: Config) -> None:
     m = c.model
     if not m.num_zero_experts or m.num_experts == 0:
@@ -227,53 +131,6 @@ def _check_zero_experts(c: Config) -> None:
                 f"balance.{e.label} treats all experts alike, but model.num_zero_experts={m.num_zero_experts} are to "
                 f"get model.zero_share={m.zero_share} of the copies; set model.num_zero_experts=0, or another method."
             )
-
-
-def _check_measures(c: Config) -> None:
-    for name in ("measure_every", "record_scores_every"):
-        every = getattr(c, name)
-        if every and c.model.num_experts == 0:
-            raise ValueError(f"{name}={every} measures routing, but model.num_experts=0 has none; set {name}=0.")
-    if c.measure_every % c.log_every:
-        raise ValueError(
-            f"measure_every={c.measure_every} must be a multiple of log_every={c.log_every}, for it is logged with it; "
-            f"try {_nearby(c.measure_every, c.log_every)}."
-        )
-
-
-def _check_optimizer(c: Config) -> None:
-    o = c.optimizer
-    if o.warmup_steps > c.num_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={o.warmup_steps} must be at most num_steps={c.num_steps}; "
-            f"try {max(1, c.num_steps // 10)}."
-        )
-    if o.schedule == "multistep" and (
-        list(o.milestones) != sorted(set(o.milestones)) or any(not 0 < m < 1 for m in o.milestones)
-    ):
-        raise ValueError(
-            f"optimizer.milestones={o.milestones} must rise strictly between 0 and 1 (shares of num_steps); "
-            "try (0.8, 0.9)."
-        )
-    decay = round(o.decay_fraction * c.num_steps)
-    if o.schedule == "wsd" and o.warmup_steps + decay > c.num_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={o.warmup_steps} and the {decay} steps of optimizer.decay_fraction="
-            f"{o.decay_fraction} must fit into num_steps={c.num_steps}; lower one of them."
-        )
-    if o.eps < 2**-126:
-        raise ValueError(
-            f"optimizer.eps={o.eps} must be above 0 in float32 (at least 2^-126), for Adam divides 0 by it where a "
-            "parameter has no gradient; try 1e-8."
-        )
-    if o.rounding == "stochastic" and "bfloat16" not in (c.model.param_dtype, o.moment_dtype):
-        raise ValueError(
-            "optimizer.rounding='stochastic' is of parameters or moments in bfloat16, but model.param_dtype and "
-            "optimizer.moment_dtype are float32; set one of them to 'bfloat16', or optimizer.rounding='nearest'."
-        )
-    for name in ("b1", "b2"):
-        if getattr(o, name) >= 1:
-            raise ValueError(f"optimizer.{name}={getattr(o, name)} must be below 1; try 0.95.")
 
 
 def _check_mesh(c: Config) -> None:
@@ -332,26 +189,174 @@ def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
     return config
 
 
-RULES = (
-    _check_batch,
-    _check_attention,
-    _check_yarn,
-    _check_prediction,
-    _check_experts,
-    _check_gates,
-    _check_groups,
-    _check_quantization,
-    _check_balance_use,
-    _check_balance_fits,
-    _check_classes,
-    _check_zero_experts,
-    _check_measures,
-    _check_optimizer,
-    _check_mesh,
-)
+# --- all rules, in the order in which they are checked --------------------------------------------------------
 
 
 def _nearby(value: int, divisor: int) -> str:
     """The multiples of `divisor` on either side of `value`, as advice."""
     below = value // divisor * divisor
     return f"{below} or {below + divisor}" if below else f"{divisor}"
+
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    Rule(
+        "{batch_size} must be divisible by {micro_batches}",
+        lambda c: f"try {_nearby(c.batch_size, c.micro_batches)}",
+        holds=lambda c: c.batch_size % c.micro_batches == 0,
+    ),
+    # attention
+    Rule(
+        "{model.qk_rope_head_dim} must be even, because RoPE rotates pairs",
+        lambda c: f"try {c.model.qk_rope_head_dim + 1}",
+        holds=lambda c: c.model.qk_rope_head_dim % 2 == 0,
+        when=lambda c: c.model.attention == "mla",
+    ),
+    Rule(
+        "{model.qk_norm} is of grouped-query attention, but {model.attention} norms its latents",
+        "set model.qk_norm='none'",
+        holds=lambda c: c.model.qk_norm == "none",
+        when=lambda c: c.model.attention == "mla",
+    ),
+    Rule(
+        "{model.num_heads} must be divisible by {model.num_kv_heads}",
+        lambda c: f"try {_nearby(c.model.num_heads, c.model.num_kv_heads)}",
+        holds=lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
+        when=lambda c: c.model.attention == "gqa",
+    ),
+    Rule(
+        "{model.head_dim} must be even, because RoPE rotates pairs",
+        lambda c: f"try {c.model.head_dim + 1}",
+        holds=lambda c: c.model.head_dim % 2 == 0,
+        when=lambda c: c.model.attention == "gqa",
+    ),
+    Rule(
+        "{model.yarn.beta_fast} must be at least {model.yarn.beta_slow}",
+        "try 32 and 1",
+        holds=lambda c: c.model.yarn.beta_fast >= c.model.yarn.beta_slow,  # equal in Kimi-K2: frequencies then jump
+    ),
+    # multi-token prediction
+    Rule(
+        "{model.mtp_depth} must be below {sequence_length}, or nothing is left to predict",
+        "lower it",
+        holds=lambda c: c.model.mtp_depth < c.sequence_length,
+    ),
+    Rule(
+        "{mtp_weights} must be one weight >= 0 more than {mtp_milestones}",
+        "write (0.3,) and (), or (0.3, 0.1) and (0.676,)",
+        holds=lambda c: len(c.mtp_weights) == len(c.mtp_milestones) + 1 and all(w >= 0 for w in c.mtp_weights),
+    ),
+    Rule(
+        "{mtp_milestones} must rise strictly between 0 and 1 (shares of num_steps)",
+        "try (0.676,)",
+        holds=lambda c: _rises_within(c.mtp_milestones, 1),
+    ),
+    # experts
+    Rule(
+        "{model.top_k} must be at most {model.num_experts}",
+        "lower top_k or raise num_experts",
+        holds=lambda c: c.model.top_k <= c.model.num_experts,
+        when=lambda c: c.model.num_experts > 0,
+    ),
+    Rule(
+        "{model.first_dense} and {model.moe_every} leave no MoE layer among {model.num_layers}",
+        "lower them, or set model.num_experts=0 for a dense model",
+        holds=lambda c: c.model.first_dense + c.model.moe_every <= c.model.num_layers,
+        when=lambda c: c.model.num_experts > 0,
+    ),
+    Rule(
+        "{model.random_second} is GShard's rule for a second expert, but {model.top_k}",
+        "set top_k=2 or random_second=False",
+        holds=lambda c: not c.model.random_second or c.model.top_k == 2,
+        when=lambda c: c.model.num_experts > 0,
+    ),
+    Rule(
+        "{model.normalize_gates} with {model.top_k} makes every gate the constant gate_scale, and the router would "
+        "learn nothing from the language model",
+        "set model.normalize_gates=False",
+        holds=lambda c: c.model.num_experts <= 1 or c.model.top_k > 1 or not c.model.normalize_gates,
+    ),
+    _check_groups,
+    Rule(
+        "{model.quantization} narrows the products of routed experts, but {model.num_experts} has none",
+        "set model.quantization='none'",
+        holds=lambda c: c.model.num_experts > 0,
+        when=lambda c: c.model.quantization != "none",
+    ),
+    Rule(
+        "{model.cpu_kernel} computes in float32 and bfloat16, not {model.quantization}",
+        "set model.cpu_kernel='auto', or model.quantization='none'",
+        holds=lambda c: c.model.cpu_kernel != "native",
+        when=lambda c: c.model.quantization != "none",
+    ),
+    # balance
+    Rule(
+        lambda c: f"balance has {', '.join(e.label for e in c.balance)}, but {{model.num_experts}} has none to balance",
+        "set balance={} or model.num_experts",
+        holds=lambda c: not c.balance,
+        when=lambda c: c.model.num_experts == 0,
+    ),
+    _check_balance_fits,
+    Rule(
+        "{model.class_starts} must rise strictly between 0 and {model.vocab_size}",
+        "write (), or the first token id of each further class",
+        holds=lambda c: _rises_within(c.model.class_starts, c.model.vocab_size),
+    ),
+    Rule(
+        "{model.class_starts} gives each class of tokens its own bias, but balance has no method that moves a bias",
+        "set model.class_starts=(), or add bias_sign=dict(num_classes=...)",
+        holds=lambda c: not c.model.class_starts or any(e.options.moves_bias for e in c.balance),
+    ),
+    _check_zero_experts,
+    # measuring
+    Rule(
+        "{measure_every} measures routing, but {model.num_experts} has none",
+        "set measure_every=0",
+        holds=lambda c: c.measure_every == 0,
+        when=lambda c: c.model.num_experts == 0,
+    ),
+    Rule(
+        "{record_scores_every} records routing, but {model.num_experts} has none",
+        "set record_scores_every=0",
+        holds=lambda c: c.record_scores_every == 0,
+        when=lambda c: c.model.num_experts == 0,
+    ),
+    Rule(
+        "{measure_every} must be a multiple of {log_every}, because both are logged together",
+        lambda c: f"try {_nearby(c.measure_every, c.log_every)}",
+        holds=lambda c: c.measure_every % c.log_every == 0,
+    ),
+    # optimizer
+    Rule(
+        "{optimizer.warmup_steps} must be at most {num_steps}",
+        lambda c: f"try {max(1, c.num_steps // 10)}",
+        holds=lambda c: c.optimizer.warmup_steps <= c.num_steps,
+    ),
+    Rule(
+        "{optimizer.milestones} must rise strictly between 0 and 1 (shares of num_steps)",
+        "try (0.8, 0.9)",
+        holds=lambda c: _rises_within(c.optimizer.milestones, 1),
+        when=lambda c: c.optimizer.schedule == "multistep",
+    ),
+    Rule(
+        "{optimizer.warmup_steps} and the decay of {optimizer.decay_fraction} must fit into {num_steps}",
+        "lower one of them",
+        holds=lambda c: c.optimizer.warmup_steps + round(c.optimizer.decay_fraction * c.num_steps) <= c.num_steps,
+        when=lambda c: c.optimizer.schedule == "wsd",
+    ),
+    Rule(
+        "{optimizer.eps} must be above 0 in float32 (at least 2^-126), because Adam divides 0 by it where a parameter "
+        "has no gradient",
+        "try 1e-8",
+        holds=lambda c: c.optimizer.eps >= 2**-126,
+    ),
+    Rule(
+        "{optimizer.rounding} is of parameters or moments in bfloat16, but {model.param_dtype} and "
+        "{optimizer.moment_dtype}",
+        "set one of them to 'bfloat16', or optimizer.rounding='nearest'",
+        holds=lambda c: "bfloat16" in (c.model.param_dtype, c.optimizer.moment_dtype),
+        when=lambda c: c.optimizer.rounding == "stochastic",
+    ),
+    Rule("{optimizer.b1} must be below 1", "try 0.95", holds=lambda c: c.optimizer.b1 < 1),
+    Rule("{optimizer.b2} must be below 1", "try 0.95", holds=lambda c: c.optimizer.b2 < 1),
+    _check_mesh,
+)
