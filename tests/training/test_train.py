@@ -200,7 +200,7 @@ def test_what_was_not_finite_is_named_even_if_only_the_norm_overflowed(first_bat
 HOLD = """
 import sys
 from pathlib import Path
-from moe_jax.workdir import claim
+from moe_jax.runtime.workdir import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
