@@ -16,6 +16,7 @@ from moe_jax.analysis.observer import observers
 from moe_jax.config import validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
+from moe_jax.data import check_corpus
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.watchdog import Watchdog
@@ -35,8 +36,6 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--stop_at={flag.stop_at} must be at least 0; 0 trains to num_steps.")
         config = validate(flag.config)
         workdir = workdir_of(flag.workdir)
-        from moe_jax.data import check_corpus
-
         check_corpus(config.data.path)
         workdir_of(config.init_from, "init_from")
         watchdog = Watchdog(config.step_timeout_seconds)

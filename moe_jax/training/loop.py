@@ -138,8 +138,9 @@ def _train(
         if number := stopped():
             display.say(f"{signal.Signals(number).name}: saving step {done}")
         save.finish(context, state, done)
+        where_the_time_went = ledger.summary(done)
     if done > first and log is not None:
-        write_run(workdir, about | ledger.summary(done))
+        write_run(workdir, about | where_the_time_went)
     return Outcome(done, number, evaluation.found)
 
 
