@@ -71,7 +71,7 @@ DISPATCHES = {
     "local, in XLA": dict(backend="local", cpu_kernel="xla"),
     "in int8": dict(backend="local", quantization="int8"),
     "dense": dict(backend="dense"),
-    "capacity": dict(backend="capacity", num_rows=2),
+    "capacity": dict(backend="capacity", num_sequences=2),
     "rounds": dict(backend="rounds", sizes=(1, 2, 2, 1)),
 }
 
