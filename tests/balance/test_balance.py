@@ -607,7 +607,7 @@ def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
 
 def passed(balancer, steps: int = 2, layer: int = 0):
     """The loss, and the state after some steps, of one routing."""
-    routing = route(jnp.asarray(random_logits(0)), top_k=TOP_K)
+    routing = route(jnp.asarray(random_logits(0)), RouterConfig(top_k=TOP_K))
     statistics, state = balancer.observe(routing), balancer.init(EXPERTS, layer)
     loss = balancer.loss(routing, statistics, state, jnp.zeros((1, EXPERTS)))
     for step in range(steps):

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import operator
+import re
 import subprocess
 import sys
 
@@ -21,6 +23,7 @@ from moe_jax.config import (
     resolve,
     validate,
 )
+from moe_jax.config.rules import RULES, Rule
 
 MOE = dict(num_experts=4)
 
@@ -180,3 +183,13 @@ def test_the_recipes_of_the_docs_fit_their_machines(repo, devices):
 def test_a_workdir_of_when_qk_norm_was_a_boolean_is_understood():
     for former, now in ((False, "none"), (True, "head")):
         assert validate(dict(model=dict(qk_norm=former))).model.qk_norm == now
+
+
+def test_every_key_that_a_rule_names_is_a_key():
+    texts = [
+        text for rule in RULES if isinstance(rule, Rule) for text in (rule.must, rule.fix) if isinstance(text, str)
+    ]
+    named = {key for text in texts for key in re.findall(r"\{([\w.]+)\}", text)}
+    assert len(named) > 20
+    for key in named:
+        operator.attrgetter(key)(Config())
