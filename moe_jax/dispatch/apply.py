@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe_jax.config import DISPATCHERS
@@ -18,7 +17,7 @@ from moe_jax.dispatch.experts import DIMS, ExpertWeights, multiply_for
 from moe_jax.dispatch.local import local
 from moe_jax.dispatch.transports import rounds
 from moe_jax.dispatch.work import BACKENDS, Dispatch, Traffic, Work, register
-from moe_jax.mesh import BATCH, GATHERED, TABLE, is_sharded, per_shard
+from moe_jax.mesh import GATHERED, is_sharded, per_shard, spec
 from moe_jax.routing import Routing
 
 
@@ -88,8 +87,8 @@ def apply_experts(
         y, traffic = _on_shard(dispatch, work) if is_sharded(mesh) else dispatch(work)
         return y, jax.tree.map(lambda number: number[None], traffic)
 
-    tokens = P(BATCH)
-    experts: dict[str, Any] = {name: P(*(TABLE[dim][0] for dim in dims)) for name, dims in DIMS.items()}
+    tokens = spec("tokens")
+    experts: dict[str, Any] = {name: spec(*dims) for name, dims in DIMS.items()}
     places = (tokens, tokens, tokens, ExpertWeights(**experts))
     y, by_shard = per_shard(on_device, mesh, places, (tokens, tokens))(x, routing.expert_ids, routing.gates, weights)
     traffic = jax.tree.map(lambda a: a.sum(dtype=jnp.int32), by_shard)
