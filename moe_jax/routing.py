@@ -235,7 +235,8 @@ def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
     """GShard's random second expert: keep it with probability min(1, 2 x its share of the two gates).
 
     The first gate keeps its value, as in GShard (arXiv 2006.16668) Algorithm 1. A dropped second expert is an
-    empty slot: it travels nowhere, so loads do not count it.
+    empty slot: it travels nowhere, and the loads of the result do not count it. A layer's statistics are of the routing
+    before it.
     """
     num_experts = routing.loads.shape[0]
     total = routing.gates.sum(1)

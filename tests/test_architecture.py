@@ -116,7 +116,7 @@ def test_commands_import_jax_late(command):
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
-SPECS_BY_HAND = {"mesh", "dispatch/apply"}  # where an axis may be named in a PartitionSpec
+SPECS_BY_HAND = {"mesh"}  # where an axis may be named in a PartitionSpec
 
 
 def test_no_partition_spec_names_an_axis_outside_the_mesh():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import DISPATCHERS, Dispatcher, default, validate
 from moe_jax.dispatch import ExpertWeights, Traffic, Work, apply_experts, register, swiglu
-from moe_jax.routing import route
+from moe_jax.routing import RouterConfig, route
 
 DISPATCHERS["loop"] = Dispatcher(splits_experts=False)  # drops nothing; every device must have all experts
 
@@ -31,7 +31,7 @@ keys = jax.random.split(jax.random.key(0), 5)
 x, logits = jax.random.normal(keys[0], (32, 16)), jax.random.normal(keys[1], (32, 8))
 shapes = dict(gate=(8, 16, 24), up=(8, 16, 24), down=(8, 24, 16))
 weights = ExpertWeights(**{name: jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys[2:], strict=True)})
-routing = route(logits, top_k=config.model.top_k)
+routing = route(logits, RouterConfig.of(config.model))
 y, traffic = apply_experts(x, routing, weights, backend=config.model.dispatch)
 exact, _ = apply_experts(x, routing, weights, backend="dense")
 assert jnp.allclose(y, exact, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ class YarnConfig:
 
     A pair that turns more than `beta_fast` times over the original length keeps its frequency, one that turns less
     than `beta_slow` times has it divided by the factor. `mscale` and `mscale_all_dim` sharpen the softmax, as in
-    DeepSeek's code (`layers.Rope`). Source: arXiv 2309.00071.
+    DeepSeek's code (`model.attention.rope`). Source: arXiv 2309.00071.
     """
 
     factor: float = number(1.0, 1.0)

@@ -60,7 +60,7 @@ class Pass(NamedTuple):
     balancer: how experts are chosen and balanced.
     per_layer: what each MoE layer has of its own.
     key: the randomness of this pass (router jitter, random second expert, selectors).
-    train: False turns that randomness off.
+    train: False turns that randomness off, but for `random`, which is nothing else.
     mesh: where parameters and rows of the batch are placed; None for one device.
     """
 

@@ -70,7 +70,8 @@ def train_step(
     grad_norm, rate = optax.tree.norm(grads), learning_rate(config.optimizer, config.num_steps)(state.step)
     move = state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING)
     moved = advance(config, *move)
-    # done twice behind a barrier: kept until all of it is known to be finite, what moved would need room of its own
+    # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is
+    # written in place of the old state. Without the barrier XLA would merge the two, and keep old and new at once.
     checked = advance(config, *jax.lax.optimization_barrier(move))
     finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
     after = all_or_nothing(finite, moved, state)
