@@ -238,7 +238,7 @@ def test_loads_are_counted_before_dropping():
     # f_i of a loss sees what the router wanted (Megatron-LM #1513): 3 + 2 + 2 + 1 copies, 4 dropped
     logits = np.full((4, EXPERTS), -9.0, np.float32)
     np.put_along_axis(logits, CHOICES, np.asarray([[2.0, 1.0]] * 4, np.float32), axis=1)
-    routing = jax.jit(functools.partial(route, top_k=2))(logits)
+    routing = jax.jit(functools.partial(route, router=RouterConfig(top_k=2)))(logits)
     np.testing.assert_array_equal(routing.expert_ids, CHOICES)
     _, dropped, _ = applied("capacity", routing.expert_ids, **TIGHT)
     np.testing.assert_array_equal(routing.loads, [3, 2, 2, 1])

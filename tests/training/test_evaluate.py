@@ -293,7 +293,7 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(run_of_somebody, tmp_path,
 
 def test_a_folder_that_cannot_be_written_is_known_before_the_work(run_of_somebody, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    monkeypatch.setattr("moe_jax.evaluate.restore_model", lambda *_: None)
+    monkeypatch.setattr("moe_jax.training.restore.restore_model", lambda *_: None)
     with pytest.raises(ValueError, match="no finished checkpoint"):
         run(CONFIG, run_of_somebody)
     assert f"{run_of_somebody} cannot be written: results are printed, but not kept" in capsys.readouterr().out

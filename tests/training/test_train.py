@@ -365,7 +365,7 @@ def test_bad_data_leaves_no_workdir(tmp_path):
     [
         (dict(model=dict(vocab_size=200)), r"model\.vocab_size=200 must be at least the 257"),
         (dict(data=dict(weights=dict(dickens=1.0))), r"data\.weights has dickens=1\.0"),
-        (dict(data=dict(weights=dict(austen=1.0))), r"data\.weights names no factbook"),
+        (dict(data=dict(weights=dict(austen=1.0))), r"data\.weights does not name factbook"),
     ],
 )
 def test_a_config_that_does_not_fit_the_data_is_refused(tmp_path, changes, words):
