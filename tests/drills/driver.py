@@ -90,9 +90,9 @@ def linger(seconds: float) -> None:
 
 
 def disturb_manifest(die_in: int, seconds: float) -> None:
-    from moe_jax.runtime import manifest
+    from moe_jax.runtime import checkpoint
 
-    calls, original = [], manifest.write_manifest
+    calls, original = [], checkpoint.write_manifest
 
     def write_manifest(path, *rest):
         calls.append(path)
@@ -101,7 +101,7 @@ def disturb_manifest(die_in: int, seconds: float) -> None:
         time.sleep(seconds)
         original(path, *rest)
 
-    manifest.write_manifest = write_manifest
+    checkpoint.write_manifest = write_manifest
 
 
 def fill_disk(step: int) -> None:

@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
     save_small(tmp_path, 1)
     with monkeypatch.context() as before:  # as an older version saved them
-        before.setattr(leaves_, "first_non_finite", lambda _: None)
+        before.setattr(checkpoint, "first_non_finite", lambda _: None)
         checkpoints = Checkpointer(tmp_path, 10)
         checkpoints.save(2, small_state(2) | {"weights": jnp.full((2, 3), jnp.nan)}, {})
         checkpoints.close()
@@ -315,7 +315,7 @@ def no_space(path, *_):
 
 def test_a_failed_background_save_surfaces_at_the_next_save(tmp_path, monkeypatch):
     checkpoints = Checkpointer(tmp_path, 2)
-    monkeypatch.setattr(manifest_, "write_manifest", no_space)
+    monkeypatch.setattr(checkpoint, "write_manifest", no_space)
     checkpoints.save(1, small_state(1), {})
     with pytest.raises(OSError, match=r"No space left on device.*00000001"):
         checkpoints.save(2, small_state(2), {})
@@ -324,7 +324,7 @@ def test_a_failed_background_save_surfaces_at_the_next_save(tmp_path, monkeypatc
 
 def test_a_failed_background_save_surfaces_at_close(tmp_path, monkeypatch):
     checkpoints = Checkpointer(tmp_path, 2)
-    monkeypatch.setattr(manifest_, "write_manifest", no_space)
+    monkeypatch.setattr(checkpoint, "write_manifest", no_space)
     checkpoints.save(1, small_state(1), {})
     with pytest.raises(OSError, match="No space left on device"):
         checkpoints.close()
@@ -347,7 +347,7 @@ def test_a_failure_while_arrays_are_written_surfaces(tmp_path, monkeypatch):
 
 
 def test_after_a_failed_save_the_one_before_restores(workdir, monkeypatch):
-    monkeypatch.setattr(manifest_, "write_manifest", no_space)
+    monkeypatch.setattr(checkpoint, "write_manifest", no_space)
     with pytest.raises(OSError, match="No space left on device"):
         run(CONFIG, workdir, quiet=True)
     monkeypatch.undo()
@@ -357,7 +357,7 @@ def test_after_a_failed_save_the_one_before_restores(workdir, monkeypatch):
 
 
 def test_no_step_is_trained_more_than_one_save_after_a_failed_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest_, "write_manifest", no_space)
+    monkeypatch.setattr(checkpoint, "write_manifest", no_space)
     with pytest.raises(OSError, match="No space"):
         run(CONFIG, tmp_path, quiet=True)  # the save at 5 fails, the save at 10 says so
     assert rig.steps_logged(tmp_path) <= 10
@@ -393,8 +393,8 @@ def test_a_checkpoint_of_another_state_is_refused(saved, name):
     for line in lines[:8]:
         leaf, _, rest = line.strip().partition(": saved ")
         assert leaf in wanted or leaf in there
-        assert leaves_._leaf(there.get(leaf)) == rest.partition(", wanted ")[0]
-        assert leaves_._leaf(wanted.get(leaf)) == rest.partition(", wanted ")[2]
+        assert leaves_.leaf_text(there.get(leaf)) == rest.partition(", wanted ")[0]
+        assert leaves_.leaf_text(wanted.get(leaf)) == rest.partition(", wanted ")[2]
 
 
 def test_a_checkpoint_of_another_balancer_state_is_refused(saved):

@@ -109,7 +109,7 @@ def test_a_missing_variable_is_named(missing):
     ("environ", "words"),
     [
         (EXPLICIT | SLURM, "JAX_PROCESS_ID=1 of JAX_NUM_PROCESSES=2 contradicts Slurm, which started process 3 of 4"),
-        (EXPLICIT | {"JAX_PROCESS_ID": "2"}, "process 2 of 2; processes are counted from 0"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "2"}, "number 2 of 2; processes are counted from 0"),
         (EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID='one' must be a whole number"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "host0"}, "JAX_COORDINATOR_ADDRESS=host0 must be HOST:PORT"),
         (SLURM | {"SLURM_PROCID": "4"}, "Slurm sets this process to number 4 of 4"),

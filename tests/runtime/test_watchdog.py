@@ -131,7 +131,7 @@ def test_time_is_split_into_what_the_process_ran_and_what_it_was_stopped_for(clo
 
 STOPPED = """
 import sys, time
-from moe_jax.watchdog import Watchdog
+from moe_jax.runtime.watchdog import Watchdog
 
 class Ready:
     def is_ready(self): return True
