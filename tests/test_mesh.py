@@ -164,11 +164,11 @@ def one_step(sizes):
     config, mesh = config_on(sizes)
     plain = balance.make(config.balance)
 
-    def observe(routing):
-        return plain.observe(routing) | {"ids": routing.expert_ids, "scores": routing.scores + routing.bias}
+    def own_statistics(routing):
+        return plain.own_statistics(routing) | {"ids": routing.expert_ids, "scores": routing.scores + routing.bias}
 
     def loss(params, bias, state, batch, key):
-        balancer = plain._replace(observe=observe)
+        balancer = plain._replace(own_statistics=own_statistics)
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state), key, train=True, mesh=mesh)
         nats, report = row_nats(config, params, bias, fwd, batch)
         losses = sum(loss.sum() for loss in report.losses.values())
