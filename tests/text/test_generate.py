@@ -329,7 +329,7 @@ def test_an_end_can_be_named_where_no_file_names_one(tmp_path):
         tokenizer_of(tmp_path, tiny_config())
     for asked in ("", str(tmp_path / "tokenizer")):
         assert tokenizer_of(tmp_path, tiny_config(), asked, "<|end|>")[0].ends == (1,)
-    with pytest.raises(ValueError, match="--eos=x is a token of a trained vocabulary, and 'bytes' is none"):
+    with pytest.raises(ValueError, match="--eos=x is a token of a trained vocabulary, and 'bytes' is not one"):
         tokenizer_of(tmp_path / "elsewhere", tiny_config(), eos="x")
 
 

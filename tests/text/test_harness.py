@@ -242,7 +242,7 @@ def test_all_tasks_that_cannot_be_answered_are_named_at_once_and_no_model_is_nee
         check(nobody, requests)
     assert "beams (document 3): the task's generation_kwargs have num_beams" in str(raised.value)
     assert "long (document 3): max_gen_toks=32768 leaves no room for a prompt" in str(raised.value)
-    assert str(raised.value).endswith("; leave out beams, long, longer, or mend what is named.")
+    assert str(raised.value).endswith("; leave out beams, long, longer, or correct what is named.")
 
 
 # --- our tasks --------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_corpus_without_enough_passages_is_refused_by_name(tmp_path):
     for n in range(3):
         (tmp_path / "in" / f"{n}.txt").write_text("日本語" * 100)
     prepare(Options(tmp_path / "in", tmp_path / "out"))
-    with pytest.raises(ValueError, match=rf"continuation needs 4 passages .* data.path='{tmp_path}/out' has none"):
+    with pytest.raises(ValueError, match=rf"continuation needs 4 passages .* data.path='{tmp_path}/out' has fewer"):
         continuation(str(tmp_path / "out"))
 
 
@@ -420,7 +420,7 @@ def test_a_task_that_cannot_be_answered_is_refused_before_anything_is_computed(r
     assert "beams (document 0): the task's generation_kwargs have num_beams" in problem
     assert "long (document 0): max_gen_toks=32768" in problem
     assert "then_empty (document 1): the continuation '' adds no token" in problem
-    assert problem.endswith("leave out beams, long, then_empty, or mend what is named.")
+    assert problem.endswith("leave out beams, long, then_empty, or correct what is named.")
     with pytest.raises(ValueError, match="the task empty has no document, or one with an empty choice"):
         harness.run(flags_of(workdir=workdir, tasks="fine,empty", include_path=tasks))
 
