@@ -250,7 +250,7 @@ def test_a_manifest_of_another_shape_is_refused_in_a_sentence(folder, change, me
             call(str(folder))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "must be a JSON object")])
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object")])
 def test_a_broken_manifest_is_refused(folder, text, message):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=message):
