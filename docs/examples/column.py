@@ -1,4 +1,4 @@
-"""A column of your own in the report's table: `python column.py DIR` writes the report of a sweep with it."""
+"""A column of your own in the report's table: in a clone, `PYTHONPATH=. python docs/examples/column.py DIR`."""
 
 from experiments.report import COLUMNS, Column, main
 from experiments.report.numbers import tail

@@ -81,7 +81,7 @@ def test_a_file_without_a_folder_is_refused_before_anything_is_measured(tmp_path
     command = ["experiments.benchmarks.start", f"--json={tmp_path / 'none' / 'x.json'}"]
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "cannot be written; name a file in a folder that is there" in done.stderr
+    assert "cannot be written; name a file in an existing folder" in done.stderr
 
 
 def test_a_busy_machine_is_told():

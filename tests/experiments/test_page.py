@@ -122,7 +122,9 @@ def test_the_page_shows_which_data_the_runs_read(tmp_path: Path) -> None:
 def test_a_column_of_ones_own_is_on_the_page(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0, 1.2]})
     example = rig.REPO / "docs" / "examples" / "column.py"
-    done = subprocess.run([sys.executable, str(example), str(tmp_path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(example), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(rig.REPO)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     title = "loss in the last quarter"
     assert f'<td data-column="{title}"><span>3.000 ± 0.000</span></td>' in (tmp_path / "report.html").read_text()
