@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from moe_jax.huggingface.shards import INDEX, SINGLE, Plan, open_folder, read, read_json, write_folder
+from moe_jax.huggingface.shards import INDEX, SINGLE, Plan, json_object, open_folder, read, write_folder
 
 VALUES = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -249,11 +249,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_json_that_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|must hold a JSON object)"):
-        read_json(tmp_path, "config.json")
+        json_object(tmp_path, "config.json")
 
 
 def test_json_larger_than_any_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "config.json").touch()
     os.truncate(tmp_path / "config.json", 2**40)
     with pytest.raises(ValueError, match="more than any such file"):
-        read_json(tmp_path, "config.json")
+        json_object(tmp_path, "config.json")
