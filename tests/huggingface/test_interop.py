@@ -166,7 +166,11 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"
 WRONG = {
     "a missing tensor": (drop(UP), {}, rf"lacks tensors .*{UP} \[8, 16\]"),
-    "one too many": (put("model.layers.0.mlp.experts.0.up_proj.weight", np.zeros((8, 16), np.float32)), {}, "is not in the model of config"),
+    "one too many": (
+        put("model.layers.0.mlp.experts.0.up_proj.weight", np.zeros((8, 16), np.float32)),
+        {},
+        "is not in the model of config",
+    ),
     "a bias of attention": (put("model.layers.0.self_attn.q_proj.bias", np.zeros(3, np.float32)), {}, "q_proj.bias"),
     "another shape": (put(UP, np.zeros((8, 17), np.float32)), {}, rf"{UP} .*\[8, 17\], but .* \[8, 16\]"),
     "a transposed tensor": (put(UP, np.zeros((16, 8), np.float32)), {}, rf"{UP} .*\[16, 8\], but .* \[8, 16\]"),
