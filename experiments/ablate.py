@@ -14,7 +14,6 @@ every run.
 
 import copy
 import errno
-import json
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ from moe_jax.config.paths import workdir_of
 from moe_jax.data import check_corpus
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import is_remote, write_json
+from moe_jax.runtime.files import is_remote, read_json, write_json
 from moe_jax.runtime.workdir import check_workdir, read_run
 
 from . import hyper
@@ -122,7 +121,7 @@ def claim(workdir: Path, record: dict[str, Any], runs: list[Run]) -> list[str]:
         ValueError: the folder holds another sweep, a run of another config, or one that read other data.
     """
     file = workdir / "sweep.json"
-    there = json.loads(file.read_text())["arms"] if file.is_file() else []
+    there = read_json(file, "restore it, or use another folder.").get("arms", [])
     if there and not set(there) & set(record["arms"]):
         raise ValueError(
             f"--workdir={workdir} holds another sweep, with the arms {', '.join(there)}, and none of "

@@ -118,3 +118,18 @@ def tpu_devices() -> Iterator[Callable[[str], list]]:
 
     yield devices
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+class Clock:
+    """Shows what it is set to."""
+
+    def __init__(self):
+        self.time = 100.0
+
+    def __call__(self):
+        return self.time
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

@@ -42,7 +42,7 @@ def define_config_flag(help_text: str) -> None:
 
 
 class _Reader(flags.ArgumentParser):
-    """Reads a config file once, and remembers what it said: what is wrong with an override is told by that."""
+    """Reads a config file once, and remembers what it said, which errors about overrides refer to."""
 
     text = ""  # of the flag
     file = Path()

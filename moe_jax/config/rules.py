@@ -172,7 +172,7 @@ def _check_mesh(c: Config) -> None:
 
 
 def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
-    """The config with the mesh's sizes on so many devices ("cpu", "gpu", "tpu"), every rule on them checked.
+    """The config with the mesh's sizes on `num_devices` devices ("cpu", "gpu", "tpu"), every rule on them checked.
 
     Raises:
         ValueError: the sizes do not fit the devices, the model or the batch; the platform lacks a collective.

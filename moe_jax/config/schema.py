@@ -182,7 +182,7 @@ def num_moe_layers(m: ModelConfig) -> int:
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """(replica, data, expert, tensor) on so many devices, with -1 filled in; without -1 some may be left over.
+    """(replica, data, expert, tensor) on `num_devices`, with -1 filled in; without -1 some may be left over.
 
     Raises:
         ValueError: there are too few devices, or their number does not divide.

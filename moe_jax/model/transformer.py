@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
         return self.logits(self.final_norm(x), fwd.mesh), report, cache
 
     def init_cache(self, batch: int, length: int) -> Any:
-        """What `extend` fills, for so many rows of so many tokens: for each stack the layers' caches, stacked."""
+        """What `extend` fills, for a number of rows and of tokens: for each stack the layers' caches, stacked."""
 
         def of_run(stack: Unit, run: Run) -> tuple[Cache, ...]:
             one = tuple(block.attention.init_cache(batch, length) for block in stack.blocks)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,9 +30,6 @@ from moe_jax.runtime.manifest import MANIFEST, check, hand_in_hashes, is_link, o
 from moe_jax.runtime.stored import CHUNK_BYTES, in_one_sentence, orbax_path, tree_handler
 
 MOST_REMOVED = 20  # how often the run may remove the checkpoint that is being read before reading gives up
-
-
-T = TypeVar("T")
 
 
 class Checkpointer:

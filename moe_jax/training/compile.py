@@ -89,8 +89,8 @@ def _check_options(options: dict[str, str], mesh: Mesh) -> None:
     try:
         jax.jit(jnp.negative, compiler_options=options).lower(scalar).compile()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"compiler_options={options} was refused by XLA: {told}; correct or remove it.") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"compiler_options={options} was refused by XLA: {reason}; correct or remove it.") from None
 
 
 class Evaluation(NamedTuple):

@@ -50,7 +50,7 @@ def evaluate(
         of the whole set, as eval/max_violation; eval/max_violation/<domain>, mean over layers;
         eval/sequence_max_violation, the mean over layers and sequences of a sequence's own, and
         eval/sequence_violation_floor, what chance would make of it; eval/domain_information, bits that a copy's
-        expert tells about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
+        expert says about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
         that would be others without it; where copies can be dropped eval/drop_rate, their share, mean over layers.
 
     Raises:

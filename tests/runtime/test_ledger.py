@@ -2,24 +2,8 @@
 
 import contextlib
 
-import pytest
-
+from conftest import Clock
 from moe_jax.runtime.ledger import KINDS, Ledger, of_earlier_attempts
-
-
-class Clock:
-    """Shows what it is told to."""
-
-    def __init__(self):
-        self.time = 100.0
-
-    def __call__(self):
-        return self.time
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 def spend(ledger, clock, *parts):

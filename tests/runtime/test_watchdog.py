@@ -27,21 +27,6 @@ class Result:
         return self.ready
 
 
-class Clock:
-    """Shows what it is set to."""
-
-    def __init__(self):
-        self.time = 100.0
-
-    def __call__(self):
-        return self.time
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def watchdog(clock, monkeypatch):
     monkeypatch.setattr(processes, "end", lambda message: None)  # its own thread sees the same clock
