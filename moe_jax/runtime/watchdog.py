@@ -67,8 +67,9 @@ class Watchdog:
         self._kinds: set[str] = set()
         self._under_way: collections.deque[Work] = collections.deque()
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         if timeout_seconds:
-            threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+            self._thread.start()
 
     def watch(self, kind: str, number: int) -> Work:
         """Call before work is dispatched, and set `result` of what this returns afterwards.
@@ -97,8 +98,14 @@ class Watchdog:
         return oldest.name if oldest is not None and late else None
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, and let go of all results.
+
+        A thread that frees an array while the interpreter shuts down aborts the process, so the thread ends first.
+        """
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._under_way.clear()
 
     def _look(self) -> None:
         while not self._stop.wait(self._interval):

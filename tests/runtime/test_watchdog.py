@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import closing
 
 import pytest
@@ -70,6 +71,19 @@ def test_the_process_ends_with_a_sentence(monkeypatch):
     begin(watchdog, "step", 1, False)
     assert event.wait(HANG_SECONDS)
     assert event.message.startswith("step 1 has not finished within step_timeout_seconds=0.2 (process 0 of 1)")
+
+
+def test_once_closed_no_thread_and_no_result_is_left():
+    """A thread that frees an array while the interpreter shuts down aborts the process."""
+    before = set(threading.enumerate())
+    watchdog = Watchdog(60)
+    begin(watchdog, "step", 0, True)
+    begin(watchdog, "step", 1, True)
+    held = weakref.ref(watchdog._under_way[0].result)
+    assert set(threading.enumerate()) != before
+    watchdog.close()
+    assert set(threading.enumerate()) == before
+    assert held() is None
 
 
 def test_finished_work_and_waiting_for_work_are_not_stuck(watchdog, clock):
