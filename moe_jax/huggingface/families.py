@@ -33,9 +33,7 @@ COMMON = (
     Key("initializer_range", "init_std", 0.02),
 )
 
-
 GROUPED_KEYS = (Key("num_key_value_heads", "num_kv_heads"), Key("head_dim", "head_dim"))
-
 
 DEEPSEEK_KEYS = (
     Key("intermediate_size", "ffw_dim"),
@@ -50,13 +48,11 @@ DEEPSEEK_KEYS = (
     Key("v_head_dim", "v_head_dim"),
 )
 
-
 V2_ROUTER = (
     Key("routed_scaling_factor", "gate_scale", 1.0),
     Key("n_group", "num_groups", 1),
     Key("topk_group", "top_groups", 1),
 )
-
 
 V3_ROUTER = (  # no defaults for the first three, because no tensor's shape would reveal a wrong guess
     Key("routed_scaling_factor", "gate_scale"),
@@ -65,13 +61,10 @@ V3_ROUTER = (  # no defaults for the first three, because no tensor's shape woul
     Key("norm_topk_prob", "normalize_gates", True),
 )
 
-
 # Our keys with the values that a model of a family can have. Ranges and tuples, because both know `in`.
 SOME = range(1, 2**31)
 
-
 PLAIN = {"num_experts": SOME, "num_zero_experts": (0,), "class_starts": ((),)}
-
 
 SOFTMAX_GROUPED = PLAIN | {
     "attention": ("gqa",),
@@ -82,12 +75,9 @@ SOFTMAX_GROUPED = PLAIN | {
     "mtp_depth": (0,),
 }
 
-
 EVERY_LAYER = {"first_dense": (0,), "moe_every": (1,)}
 
-
 LATENT_HOLDS = PLAIN | {"attention": ("mla",), "moe_every": (1,), "num_shared_experts": SOME}
-
 
 # Their keys with the values that our model has; others are refused.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -98,9 +88,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
 }
 
-
 MLA_ONLY = ONLY | {"moe_layer_freq": (1,), "rope_interleave": (True,)}
-
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 
@@ -152,24 +140,23 @@ class Family(NamedTuple):
 
 
 MIXTRAL = Family(
-    "MixtralForCausalLM",
-    ("mixtral",),
-    (*COMMON, *GROUPED_KEYS, Key("num_local_experts", "num_experts"), Key("intermediate_size", "expert_ffw_dim")),
-    dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=True),
-    SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("none",), "normalize_gates": (True,)},
-    ONLY,
-    dict(sliding_window=None),
+    architecture="MixtralForCausalLM",
+    model_types=("mixtral",),
+    keys=(*COMMON, *GROUPED_KEYS, Key("num_local_experts", "num_experts"), Key("intermediate_size", "expert_ffw_dim")),
+    fixed=dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=True),
+    holds=SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("none",), "normalize_gates": (True,)},
+    only=ONLY,
+    writes=dict(sliding_window=None),
     router="block_sparse_moe.gate.weight",
     experts="block_sparse_moe.experts.{}",
     expert_names=("w1", "w3", "w2"),
     theta=1e6,
 )
 
-
 QWEN3_MOE = Family(
-    "Qwen3MoeForCausalLM",
-    ("qwen3_moe",),
-    (
+    architecture="Qwen3MoeForCausalLM",
+    model_types=("qwen3_moe",),
+    keys=(
         *COMMON,
         *GROUPED_KEYS,
         Key("num_experts", "num_experts"),
@@ -177,30 +164,29 @@ QWEN3_MOE = Family(
         Key("moe_intermediate_size", "expert_ffw_dim"),
         Key("norm_topk_prob", "normalize_gates", False),
     ),
-    dict(attention="gqa", qk_norm="head", score="softmax"),
-    SOFTMAX_GROUPED | {"qk_norm": ("head",)},
-    ONLY | {"use_qk_norm": (True,)},  # in the config.json of Qwen3-Coder
-    dict(attention_bias=False, use_sliding_window=False, sliding_window=None, decoder_sparse_step=1),
+    fixed=dict(attention="gqa", qk_norm="head", score="softmax"),
+    holds=SOFTMAX_GROUPED | {"qk_norm": ("head",)},
+    only=ONLY | {"use_qk_norm": (True,)},  # in the config.json of Qwen3-Coder
+    writes=dict(attention_bias=False, use_sliding_window=False, sliding_window=None, decoder_sparse_step=1),
     copied={"num_experts": "num_local_experts"},  # transformers 5 writes the one, everything else reads the other
     lists_layers=True,
 )
 
-
 OLMOE = Family(
-    "OlmoeForCausalLM",
-    ("olmoe",),
-    (
+    architecture="OlmoeForCausalLM",
+    model_types=("olmoe",),
+    keys=(
         *COMMON,
         *GROUPED_KEYS,
         Key("num_experts", "num_experts"),
         Key("intermediate_size", "expert_ffw_dim"),
         Key("norm_topk_prob", "normalize_gates", False),
     ),
-    dict(attention="gqa", qk_norm="projection", score="softmax"),
-    SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("projection",)},
-    ONLY,
-    dict(attention_bias=False, clip_qkv=None),
-    (
+    fixed=dict(attention="gqa", qk_norm="projection", score="softmax"),
+    holds=SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("projection",)},
+    only=ONLY,
+    writes=dict(attention_bias=False, clip_qkv=None),
+    rules=(
         Rule(
             lambda c: c.num_heads * c.head_dim == c.embed_dim,
             "num_heads={c.num_heads} x head_dim={c.head_dim} other than embed_dim={c.embed_dim}",
@@ -208,24 +194,22 @@ OLMOE = Family(
     ),
 )
 
-
 V2_METHODS = ("greedy", "group_limited_greedy")
 
-
 DEEPSEEK_V2 = Family(
-    "DeepseekV2ForCausalLM",
-    ("deepseek_v2",),
-    (*COMMON, *DEEPSEEK_KEYS, *V2_ROUTER),
-    dict(attention="mla", score="softmax", normalize_gates=False, group_top=1),
-    LATENT_HOLDS | {"score": ("softmax",), "normalize_gates": (False,), "group_top": (1,), "mtp_depth": (0,)},
-    MLA_ONLY
+    architecture="DeepseekV2ForCausalLM",
+    model_types=("deepseek_v2",),
+    keys=(*COMMON, *DEEPSEEK_KEYS, *V2_ROUTER),
+    fixed=dict(attention="mla", score="softmax", normalize_gates=False, group_top=1),
+    holds=LATENT_HOLDS | {"score": ("softmax",), "normalize_gates": (False,), "group_top": (1,), "mtp_depth": (0,)},
+    only=MLA_ONLY
     | {
         "scoring_func": ("softmax",),
         "norm_topk_prob": (False,),
         "topk_method": V2_METHODS,
     },
-    dict(attention_bias=False, mlp_bias=False, moe_layer_freq=1, scoring_func="softmax", norm_topk_prob=False),
-    (
+    writes=dict(attention_bias=False, mlp_bias=False, moe_layer_freq=1, scoring_func="softmax", norm_topk_prob=False),
+    rules=(
         Rule(
             lambda c: c.embed_dim % c.num_heads == 0,
             "embed_dim={c.embed_dim} that num_heads={c.num_heads} does not divide",
@@ -234,15 +218,14 @@ DEEPSEEK_V2 = Family(
     group_methods=V2_METHODS,
 )
 
-
 DEEPSEEK_V3 = Family(
-    "DeepseekV3ForCausalLM",
-    ("deepseek_v3", "kimi_k2"),
-    (*COMMON, *DEEPSEEK_KEYS, *V3_ROUTER),
-    dict(attention="mla", score="sigmoid", group_top=2),
-    LATENT_HOLDS | {"score": ("sigmoid",), "group_top": (2,)},
-    MLA_ONLY | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    dict(
+    architecture="DeepseekV3ForCausalLM",
+    model_types=("deepseek_v3", "kimi_k2"),
+    keys=(*COMMON, *DEEPSEEK_KEYS, *V3_ROUTER),
+    fixed=dict(attention="mla", score="sigmoid", group_top=2),
+    holds=LATENT_HOLDS | {"score": ("sigmoid",), "group_top": (2,)},
+    only=MLA_ONLY | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    writes=dict(
         attention_bias=False,
         moe_layer_freq=1,
         rope_interleave=True,
@@ -253,9 +236,7 @@ DEEPSEEK_V3 = Family(
     predicts=True,
 )
 
-
 FAMILIES = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3)
-
 
 # One key by two names; programs differ in which they read and write.
 ALIASES = {
@@ -264,10 +245,8 @@ ALIASES = {
     "num_mtp_layers": "num_nextn_predict_layers",
 }
 
-
 # Keys that we keep for other programs and do not read.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-
 
 # Keys that change no logit: of training, of caches and outputs, of other programs. `auto_map` names code that comes
 # with a checkpoint; it is never run.
@@ -287,13 +266,10 @@ WITHOUT_EFFECT = words(
     """
 ).union(CARRIED)
 
-
 # Keys with rules of their own, in every family
 READ_APART = words("rope_theta rope_scaling rope_parameters quantization_config sliding_window use_sliding_window")
 
-
 SPARSE_KEYS = {"decoder_sparse_step", "mlp_only_layers"}  # of families with `lists_layers`
-
 
 YARN_KEYS = {
     "factor": "factor",

@@ -49,15 +49,12 @@ OUTSIDE = (
     _same("model.norm.weight", "params/final_norm/scale"),
 )
 
-
 HEAD = Row("lm_head.weight", "v d", {"params/head": "d v"})
-
 
 NORMS = (
     _same("input_layernorm.weight", "attention_norm/scale"),
     _same("post_attention_layernorm.weight", "ffw_norm/scale"),
 )
-
 
 GROUPED = (
     Row("self_attn.q_proj.weight", "h.k d", {"attention/query": "d h k"}),
@@ -65,7 +62,6 @@ GROUPED = (
     Row("self_attn.v_proj.weight", "g.k d", {"attention/value": "d g k"}),
     Row("self_attn.o_proj.weight", "d h.k", {"attention/out": "h k d"}),
 )
-
 
 QK_NORMS = {
     "none": (),
@@ -79,16 +75,13 @@ QK_NORMS = {
     ),
 }
 
-
 FULL_QUERIES = (Row("self_attn.q_proj.weight", "h.q d", {"attention/query": "d h q"}),)
-
 
 LATENT_QUERIES = (
     Row("self_attn.q_a_proj.weight", "z d", {"attention/query_down": "d z"}),
     _same("self_attn.q_a_layernorm.weight", "attention/query_latent_norm/scale", "z"),
     Row("self_attn.q_b_proj.weight", "h.q z", {"attention/query_up": "z h q"}),
 )
-
 
 LATENT = (
     Row("self_attn.kv_a_proj_with_mqa.weight", "r+p d", {"attention/latent_down": "d r", "attention/key_rope": "d p"}),
@@ -97,15 +90,11 @@ LATENT = (
     Row("self_attn.o_proj.weight", "d h.w", {"attention/out": "h w d"}),
 )
 
-
 DENSE = _swiglu("mlp", "ffw/", "f")
-
 
 SHARED = _swiglu("mlp.shared_experts", "ffw/shared/", "s")
 
-
 BIAS = _same("mlp.gate.e_score_correction_bias", "ffw/bias", "x")
-
 
 PREDICTION = (
     _same("enorm.weight", "embedding_norm/scale"),
@@ -113,7 +102,6 @@ PREDICTION = (
     Row("eh_proj.weight", "d b+c", {"from_embedding": "b d", "from_hidden": "c d"}),
     _same("shared_head.norm.weight", "norm/scale"),
 )
-
 
 # repeated in every module of multi-token prediction, as DeepSeek publishes them
 COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
