@@ -2,7 +2,9 @@
 
 import gc
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 # what is tested is values, not speed: without LLVM's optimisation a step compiles in half the time
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# Under nohup a hang-up is ignored here and in every command that a test starts, and some tests send it. A handler keeps
+# these tests alive too, but commands do not inherit it.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
