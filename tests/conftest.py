@@ -17,10 +17,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-# Under nohup a hang-up is ignored here and in every command that a test starts, and some tests send it. A handler keeps
-# these tests alive too, but commands do not inherit it.
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)
+# Under nohup, and in the background of a script, SIGHUP and SIGINT are ignored here and in every command that a test
+# starts, and some tests send them. A handler keeps these tests alive, but commands do not inherit it.
+if threading.current_thread() is threading.main_thread():
+    for ignored in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(ignored) is signal.SIG_IGN:
+            signal.signal(ignored, lambda *_: None)
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
