@@ -1,9 +1,6 @@
-"""The device mesh, and ONE table for parameters and activations: logical dimension -> mesh axes.
+"""The device mesh, and how arrays are placed on it: by their dims, which the table in `config/axes.py` maps to axes.
 
-An axis splits devices (`replica data expert tensor`), a dim names an axis of an array (`embed ffw experts ...`).
-The batch is split over replica, data and expert; experts live on `expert`; weights are split fully, so that
-a device keeps one part in data x expert x tensor of them; replica repeats everything, across slow links.
-No other file names an axis in a PartitionSpec: it names dims, and `spec` looks them up.
+No other file names a mesh axis: it names dims, and `spec`, `axes` and `ways` look them up.
 """
 
 import functools
@@ -19,75 +16,54 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_jax.config import MeshConfig, mesh_sizes
+from moe_jax.config.axes import AXES, BETWEEN_SLICES, TABLE
 from moe_jax.runtime.defaults import jax_defaults
 
-AXES = ("replica", "data", "expert", "tensor")
-BATCH = AXES[:3]  # what the rows of a batch are split over, and what sums over the whole batch are over
 GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
 
 AnyMesh = Mesh | AbstractMesh
 
-# The axes that may split a dimension. It takes, in this order, those that no earlier dimension of the array
-# took and that divide it: rows of a weight by `data`, columns by `expert`, since 7168 does not split 2048 ways.
-# Of an activation the batch takes all axes but `tensor`, which is left for the heads: one table serves both.
-TABLE: dict[str, tuple[str, ...]] = {
-    # of parameters
-    "experts": ("expert",),
-    "embed": ("data",),
-    "ffw": ("tensor", "expert"),
-    "heads": ("tensor", "expert"),
-    "kv_heads": ("tensor", "expert"),
-    "head_dim": ("expert",),
-    "latent": ("data", "expert"),
-    "mixed": ("expert",),
-    "vocab": ("tensor", "expert"),
-    # of activations
-    "batch": BATCH,
-    "sequence": (),
-    "tokens": BATCH,  # batch x sequence in one axis
-    "shards": BATCH,  # one entry from each part of the batch
-    # stacked in front
-    "layers": (),
-    "micro_batches": (),
-}
-
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh, neighbours on the chips' own network; `replica` spans slices if there are several.
+    """The mesh, neighbours on the chips' own network; `replica` spans the slices if there are several.
 
     Args:
-        config: sizes of the axes; -1 takes what the others leave. Sizes that are all given may leave devices
-            unused, if one process has them all.
-        devices: all there are if None; a topology's devices to compile for machines that are not here.
+        config: sizes of the axes; -1 takes what the others leave. If all sizes are given, devices may stay unused,
+            provided that one process has them all.
+        devices: all that jax finds if None; a topology's devices to compile for machines that are not present.
 
     Raises:
         ValueError: sizes and devices do not fit together.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(config, len(devices))
-    if math.prod(sizes) < len(devices) and len({d.process_index for d in devices}) > 1:
+    sizes = dict(zip(AXES, mesh_sizes(config, len(devices)), strict=True))
+    num_used = math.prod(sizes.values())
+    if num_used < len(devices) and len({d.process_index for d in devices}) > 1:
         raise ValueError(
-            f"mesh of {math.prod(sizes)} devices must use all {len(devices)} of a run of several processes; "
+            f"mesh of {num_used} devices must use all {len(devices)} of a run of several processes; "
             "set one axis to -1, or start fewer processes."
         )
-    devices = devices[: math.prod(sizes)]
+    devices = devices[:num_used]
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
-        if sizes[0] % slices:
+        outer = sizes[BETWEEN_SLICES]
+        if outer % slices:
             raise ValueError(
-                f"mesh.replica={sizes[0]} must be a multiple of the {slices} slices, for only replicas cross the "
-                f"network between them; set mesh.replica={slices}."
+                f"mesh.{BETWEEN_SLICES}={outer} must be a multiple of the {slices} slices, because only replicas "
+                f"cross the network between them; set mesh.{BETWEEN_SLICES}={slices}."
             )
-        inside = (sizes[0] // slices, *sizes[1:])
-        across = (slices, *[1] * len(sizes[1:]))
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        inside = sizes | {BETWEEN_SLICES: outer // slices}
+        between = dict.fromkeys(AXES, 1) | {BETWEEN_SLICES: slices}
+        grid = mesh_utils.create_hybrid_device_mesh(
+            tuple(inside.values()), tuple(between.values()), devices, allow_split_physical_axes=True
+        )
     else:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # sort and gather fail on Explicit axes
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """The mesh of devices that need not exist: enough to say how arrays would lie.
+    """A mesh of devices that need not exist: enough to compute how arrays would be split.
 
     Raises:
         ValueError: sizes and devices do not fit together.
@@ -96,23 +72,34 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
 
 
 def platform(mesh: Mesh) -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh's devices, which are not always this machine's."""
+    """The platform of the mesh's devices, `"cpu"`, `"gpu"` or `"tpu"`; they need not be this machine's."""
     return mesh.devices.flat[0].platform
 
 
-# --- where arrays lie -----------------------------------------------------------------------------------------
+# --- how arrays are split -------------------------------------------------------------------------------------
+
+
+def axes(dim: str, of: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The mesh axes that split a dim, alone or in an array whose first axes are the dims `of`."""
+    of = (dim,) if of is None else of
+    return axes_of(spec(*of)[list(of).index(dim)])
+
+
+def ways(mesh: Mesh | None, dim: str, of: Sequence[str] | None = None) -> int:
+    """The number of parts into which the mesh splits a dim, alone or in an array with the dims `of`; 1 without one."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes(dim, of))
 
 
 def spec(*dims: str) -> P:
-    """How an array is split whose first axes are these dims, by TABLE; axes after them are whole.
+    """The PartitionSpec of an array whose first axes are these dims, by TABLE; the array's other axes are not split.
 
-    For activations, and for what a shard sees inside `per_shard`: every axis splits, whatever it divides.
+    For activations, and for the arguments of `per_shard`: an axis is used whether or not it divides the dimension.
     """
     return P(*_by_table(dims, lambda index, axes: True))
 
 
 def specs(dims: Any, *in_front: str) -> Any:
-    """`spec` of each field of a record that holds dims, tuples of strings, with the same dims in front of all."""
+    """The `spec` of every field of a record whose fields are dims (tuples of strings), each with `in_front` first."""
 
     def is_dims(node: Any) -> bool:
         return type(node) is tuple and all(isinstance(name, str) for name in node)
@@ -121,7 +108,7 @@ def specs(dims: Any, *in_front: str) -> Any:
 
 
 def parameter_spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> P:
-    """How a parameter is split, by TABLE; vectors (scales of norms, biases) are whole everywhere.
+    """The PartitionSpec of a parameter, by TABLE; vectors (scales of norms, biases) are not split.
 
     Args:
         dims: logical dimensions of the array's last axes; layers stacked in front are not split.
@@ -139,7 +126,7 @@ def parameter_spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> 
 
 
 def _by_table(dims: Sequence[str], may_split: Callable[[int, Sequence[str]], bool]) -> Iterator[Any]:
-    """The entry of a PartitionSpec for each dim: the axes of TABLE that are left, and may split it together."""
+    """The entry of a PartitionSpec for each dim: the axes of TABLE that are still free and may split it together."""
     taken: set[str] = set()
     for index, dim in enumerate(dims):
         mine: list[str] = []
@@ -147,67 +134,68 @@ def _by_table(dims: Sequence[str], may_split: Callable[[int, Sequence[str]], boo
             if axis not in taken and may_split(index, [*mine, axis]):
                 mine.append(axis)
         taken |= set(mine)
-        yield tuple(mine) if len(mine) > 1 else mine[0] if mine else None
-
-
-def ways(mesh: Mesh | None, dim: str) -> int:
-    """Into how many parts the mesh splits the first axis of an activation."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in TABLE[dim])
+        if len(mine) > 1:
+            yield tuple(mine)
+        else:
+            yield mine[0] if mine else None
 
 
 def axes_of(part: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
-    return part if isinstance(part, tuple) else () if part is None else (part,)
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
 
 
 def is_expert_weight(dims: Sequence[str]) -> bool:
-    """Whether a parameter belongs to the routed experts, which stay on their devices."""
+    """Whether a parameter belongs to the routed experts, which are never gathered over the axis that splits them."""
     return "experts" in dims and "ffw" in dims
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array of which every device holds the whole."""
     return NamedSharding(mesh, P())
 
 
 def bytes_on_device(leaf: Any) -> int:
-    """What each device holds of an array with a sharding, or of its `jax.ShapeDtypeStruct`."""
+    """The bytes that each device holds of an array with a sharding, or of its `jax.ShapeDtypeStruct`."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the batch axes, the rest whole."""
+    """The sharding of a batch: rows are split over the batch axes, and nothing else is."""
     return NamedSharding(mesh, spec("batch"))
 
 
 def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
-    """Whether there is more than one device: None is one, where nothing needs to be said."""
+    """Whether there is more than one device; None stands for a single one, which needs no shardings."""
     return mesh is not None and mesh.size > 1
 
 
 def constrain(x: Any, mesh: Mesh | None, layout: Any) -> Any:
-    """The arrays of a pytree, split inside a jitted function as `layout` says: one spec for all, or one for each."""
+    """Constrain the arrays of a pytree, inside a jitted function, to `layout`: one spec for all, or one for each."""
     if not is_sharded(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, jax.tree.map(lambda one: NamedSharding(mesh, one), layout))
 
 
 def gather(w: Array, mesh: Mesh | None, dims: Sequence[str]) -> Array:
-    """A parameter as a layer multiplies by it; its gradient goes back into shards, never whole to every device."""
+    """A parameter gathered for use in a layer; its gradient is scattered to the shards, never whole on a device."""
     if not is_sharded(mesh):
         return w
-    return checkpoint_name(_gathered(w, _way_to_use(mesh, dims, w.shape)), GATHERED)
+    return checkpoint_name(_gathered(w, _gathering_layouts(mesh, dims, w.shape)), GATHERED)
 
 
-def _way_to_use(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> tuple[NamedSharding, ...]:
-    """The layouts of a parameter from its shards to its use, one axis less each time.
+def _gathering_layouts(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) -> tuple[NamedSharding, ...]:
+    """The layouts of a parameter from its shards to its use, with one axis less each time, innermost first.
 
-    In one go XLA would fill zeros in and sum the whole over all devices, the gradient likewise; axis by axis it
-    gathers, and scatters the gradient's sums.
+    It is gathered over the axes that split tokens, since every device multiplies its own tokens by all of it; over the
+    others (`tensor`) it stays split. In a single step XLA would pad every shard with zeros and sum the whole over all
+    devices, and likewise the gradient; axis by axis it gathers, and scatters the sums of the gradient.
     """
     parts = [list(axes_of(part)) for part in parameter_spec(mesh, dims, shape)]
     layouts = [P(*map(tuple, parts))]
-    for axis in ("expert", "data"):
+    for axis in reversed(axes("tokens")):
         for mine in parts:
             if axis in mine:
                 mine.remove(axis)
@@ -232,25 +220,50 @@ _gathered.defvjp(lambda w, layouts: (_gathered(w, layouts), None), _scattered)
 
 
 def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, kernel: bool = False) -> Callable:
-    """`f` on every device's part; on one device `f` itself, whose part is the whole.
+    """`f` applied to each device's part of the arrays; on one device `f` itself, whose part is the whole.
 
-    With `kernel`, f may be a Pallas kernel that does not say over which axes its results vary; then the output
-    must be split over every axis, for nothing else checks that a gradient is summed where it must be.
+    With `kernel`, f may be a Pallas kernel that does not declare over which axes its results vary. Then the output must
+    be split over every axis, because nothing else checks that a gradient is summed where it has to be.
     """
     if not is_sharded(mesh):
         return f
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=not kernel)
 
 
-def around_kernel(kernel: Callable[..., Any], *arrays: Array) -> Any:
-    """`kernel(*arrays)` inside `per_shard`, for a kernel that does not say over which axes its results vary.
+def part_index(axes: Sequence[str]) -> Array:
+    """The index of this device's part of a dimension that these mesh axes split, int32 [], inside `per_shard`."""
+    first, *others = axes
+    index = jax.lax.axis_index(first)
+    for axis in others:
+        index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
+    return index
 
-    They vary over all axes that an operand varies over. Not differentiable: for use within a `custom_vjp`.
+
+def varying_alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each marked as varying over every mesh axis that any of them varies over, inside `per_shard`.
+
+    The gradient of each is summed over the axes that were added.
+    """
+    varying = _varying(*arrays)
+    missing = [tuple(axis for axis in AXES if axis in varying - _varying(x)) for x in arrays]
+    pairs = zip(arrays, missing, strict=True)
+    return tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in pairs)
+
+
+def _varying(*arrays: Array) -> frozenset[str]:
+    """The mesh axes over which any of the arrays may differ between devices, inside `per_shard`."""
+    return frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+
+
+def around_kernel(kernel: Callable[..., Any], *arrays: Array) -> Any:
+    """`kernel(*arrays)` inside `per_shard`, for a kernel that does not declare over which axes its results vary.
+
+    They vary over every axis that any operand varies over. Not differentiable: for use within a `custom_vjp`.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         with jax_defaults():
             return kernel(*arrays)
-    varying = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    varying = _varying(*arrays)
     with jax_defaults():
         y = jax.shard_map(kernel, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
     return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(varying), to="varying"), y) if varying else y

@@ -99,9 +99,9 @@ def repo() -> Path:
 def own_dispatchers() -> Iterator[None]:
     """A test may register dispatchers, which are forgotten after it."""
     from moe_jax.config import DISPATCHERS
-    from moe_jax.dispatch import BACKENDS
+    from moe_jax.dispatch import DISPATCH_FUNCTIONS
 
-    tables = DISPATCHERS, BACKENDS
+    tables = DISPATCHERS, DISPATCH_FUNCTIONS
     before = [dict(table) for table in tables]
     yield
     for table, rows in zip(tables, before, strict=True):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.config.axes import AXES
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "reading.md").read_text()
 FILES = sorted((ROOT / "moe_jax").rglob("*.py"))
@@ -129,6 +131,27 @@ def test_no_partition_spec_names_an_axis_outside_the_mesh():
 
     users = {name(f) for f in FILES if any(names_an_axis(node) for node in ast.walk(ast.parse(f.read_text())))}
     assert users <= SPECS_BY_HAND
+
+
+COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "ppermute", "pcast", "axis_index", "axis_size"}
+COLLECTIVES |= {"all_gather", "all_to_all", "ragged_all_to_all"}
+
+
+def test_no_collective_names_an_axis():
+    # they look axes up by dim, `axes("experts")`, so that another axis is an entry of the table
+    def names_an_axis(node: ast.AST) -> bool:
+        if isinstance(node, ast.Subscript):  # mesh.shape["expert"]
+            value = node.value
+            return isinstance(value, ast.Attribute) and value.attr == "shape" and is_text(node.slice)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            return False
+        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg != "to")]
+        return node.func.attr in COLLECTIVES and any(is_text(part) for value in given for part in ast.walk(value))
+
+    def is_text(node: ast.AST) -> bool:
+        return isinstance(node, ast.Constant) and node.value in AXES
+
+    assert [name(f) for f in FILES if any(names_an_axis(node) for node in ast.walk(ast.parse(f.read_text())))] == []
 
 
 def test_check_vma_is_switched_off_around_kernels_only():

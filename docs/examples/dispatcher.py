@@ -32,7 +32,7 @@ x, logits = jax.random.normal(keys[0], (32, 16)), jax.random.normal(keys[1], (32
 shapes = dict(gate=(8, 16, 24), up=(8, 16, 24), down=(8, 24, 16))
 weights = ExpertWeights(**{name: jax.random.normal(k, shapes[name]) for name, k in zip(shapes, keys[2:], strict=True)})
 routing = route(logits, RouterConfig.of(config.model))
-y, traffic = apply_experts(x, routing, weights, backend=config.model.dispatch)
-exact, _ = apply_experts(x, routing, weights, backend="dense")
+y, traffic = apply_experts(x, routing, weights, dispatcher=config.model.dispatch)
+exact, _ = apply_experts(x, routing, weights, dispatcher="dense")
 assert jnp.allclose(y, exact, rtol=1e-4, atol=1e-4)
 assert traffic.rows == 8 * 32

@@ -4,10 +4,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+from moe_jax.config.axes import AXES, BATCH, TABLE
 from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
 
@@ -133,40 +134,51 @@ def _check_zero_experts(c: Config) -> None:
             )
 
 
+def _has_dense_layer(m: ModelConfig) -> bool:
+    return m.num_experts == 0 or m.first_dense > 0 or m.moe_every > 1
+
+
+# (key, its dim, which models use it): of the axes that split the dim the first must divide the key's value, while
+# the others only split what they divide
+DIVISIBLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
+    ("model.num_heads", "heads", lambda m: True),
+    ("model.num_kv_heads", "kv_heads", lambda m: m.attention == "gqa"),
+    ("model.ffw_dim", "ffw", _has_dense_layer),
+    ("model.embed_dim", "embed", lambda m: m.num_experts > 0),
+    ("model.num_experts", "experts", lambda m: m.num_experts > 0),
+    ("model.expert_ffw_dim", "ffw", lambda m: m.num_experts > 0),
+)
+
+
 def _check_mesh(c: Config) -> None:
     """What must hold on the mesh, as far as its sizes are known; `resolve` knows them all."""
-    m, mesh = c.model, c.mesh
-    sizes = {f.name: getattr(mesh, f.name) for f in fields(MeshConfig)}
+    m = c.model
+    sizes = {axis: getattr(c.mesh, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size == 0:
             raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all devices left; set mesh.{axis}=1.")
     if (unknown := [axis for axis, size in sizes.items() if size == -1])[1:]:
         raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
-    divides = [("num_heads", "tensor")] + [("num_kv_heads", "tensor")] * (m.attention == "gqa")
-    if m.num_experts == 0 or m.first_dense or m.moe_every > 1:  # some layer is dense
-        divides += [("ffw_dim", "tensor")]
-    if m.num_experts:
-        divides += [("embed_dim", "data"), ("num_experts", "expert"), ("expert_ffw_dim", "tensor")]
-    for key, axis in divides:
-        value = getattr(m, key)
-        if value % sizes[axis]:  # of -1 the remainder is 0
+    for key, dim, is_used in DIVISIBLE:
+        value, axis = attrgetter(key)(c), TABLE[dim][0]
+        if is_used(m) and value % sizes[axis]:  # of -1 the remainder is 0
             raise ValueError(
-                f"model.{key}={value} must be divisible by mesh.{axis}={sizes[axis]}; "
-                f"try model.{key}={_nearby(value, sizes[axis])}, or another mesh.{axis}."
+                f"{key}={value} must be divisible by mesh.{axis}={sizes[axis]}; "
+                f"try {key}={_nearby(value, sizes[axis])}, or another mesh.{axis}."
             )
-    shards = math.prod(max(1, sizes[axis]) for axis in ("replica", "data", "expert"))
+    shards = math.prod(max(1, sizes[axis]) for axis in BATCH)
     rows = c.batch_size // c.micro_batches
     if rows % shards:
         raise ValueError(
             f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
-            f"divisible by mesh.replica x data x expert = {shards}; "
+            f"divisible by mesh.{' x '.join(BATCH)} = {shards}; "
             f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, "
             f"{'fewer micro_batches, ' if c.micro_batches > 1 else ''}or a mesh of at most {rows} of these "
             "(mesh.data=1 is one)."
         )
-    if m.num_experts and sizes["expert"] > 1 and not DISPATCHERS[m.dispatch].splits_experts:
+    if m.num_experts and c.mesh.expert > 1 and not DISPATCHERS[m.dispatch].splits_experts:
         raise ValueError(
-            f"model.dispatch={m.dispatch!r} needs every expert on every device, but mesh.expert={sizes['expert']} "
+            f"model.dispatch={m.dispatch!r} needs every expert on every device, but mesh.expert={c.mesh.expert} "
             "splits them; set model.dispatch='auto'."
         )
 

@@ -1,22 +1,24 @@
 """Dispatch: send every token copy to its expert, and combine what comes back, weighted by the gates."""
 
-from moe_jax.dispatch import capacity, local, transports
+from moe_jax.dispatch import capacity, dense, local, ragged, rounds
 from moe_jax.dispatch.apply import apply_experts
 from moe_jax.dispatch.experts import ExpertWeights, Multiply, dense_swiglu, kernel_note, swiglu
-from moe_jax.dispatch.work import BACKENDS, Traffic, Work, register
+from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, Traffic, Work, register
 
 __all__ = [
-    "BACKENDS",
+    "DISPATCH_FUNCTIONS",
     "ExpertWeights",
     "Multiply",
     "Traffic",
     "Work",
     "apply_experts",
     "capacity",
+    "dense",
     "dense_swiglu",
     "kernel_note",
     "local",
+    "ragged",
     "register",
+    "rounds",
     "swiglu",
-    "transports",
 ]

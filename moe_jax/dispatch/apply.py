@@ -1,4 +1,4 @@
-"""Dispatch: send every token copy to its expert, and combine what comes back, weighted by the gates.
+"""`apply_experts`: prepare each device's `Work`, run the dispatcher that the config names, and add up its costs.
 
 T tokens, K slots (experts per token), E experts, D embed, F expert ffw, B sequences.
 """
@@ -15,15 +15,15 @@ from jaxtyping import Array, Float
 from moe_jax.config import DISPATCHERS
 from moe_jax.dispatch.experts import DIMS, ExpertWeights, multiply_for
 from moe_jax.dispatch.local import local
-from moe_jax.dispatch.transports import rounds
-from moe_jax.dispatch.work import BACKENDS, Dispatch, Traffic, Work, register
-from moe_jax.mesh import GATHERED, is_sharded, per_shard, spec
+from moe_jax.dispatch.rounds import rounds
+from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, DispatchFunction, Traffic, Work, register
+from moe_jax.mesh import GATHERED, axes, is_sharded, per_shard, spec, varying_alike
 from moe_jax.routing import Routing
 
 
 @register("auto")
 def auto(work: Work) -> tuple[Array, Traffic]:
-    """`rounds` where experts are split over devices, else `local`."""
+    """`rounds` if experts are split over devices, else `local`."""
     return rounds(work) if work.devices > 1 else local(work)
 
 
@@ -33,45 +33,45 @@ def apply_experts(
     weights: ExpertWeights,
     *,
     mesh: Mesh | None = None,
-    backend: str = "auto",
+    dispatcher: str = "auto",
     num_sequences: int = 1,
     capacity_factor: float = 1.25,
     cpu_kernel: str = "auto",
     quantization: str = "none",
 ) -> tuple[Float[Array, "tokens embed"], Traffic]:
-    """sum over a token's experts of gate x expert(x), and what it took.
+    """For every token the sum over its experts of gate x expert(x), and the cost of computing it.
 
-    Exact whatever the routing, unless the dispatcher drops. Tokens lie on the batch axes of the mesh,
-    experts on `expert`, their embed dimension on `data` and their ffw dimension on `tensor`.
+    Exact under any routing, unless the dispatcher drops copies. On a mesh tokens are split over the batch axes,
+    experts over `expert`, their embed dimension over `data` and their ffw dimension over `tensor`.
 
     Args:
         x: [T, D]; tokens of sequence b are x[b S : (b + 1) S], with S = T / B.
-        routing: where the tokens go.
+        routing: the experts and gates of each token.
         weights: the experts, in the compute dtype.
-        mesh: where everything lies; None for one device.
-        backend: the name of a dispatcher, of `BACKENDS`.
+        mesh: the devices that the arrays are split over; None for one device.
+        dispatcher: the name of one, a key of `DISPATCH_FUNCTIONS`.
         num_sequences: B, for dispatchers whose groups are sequences.
-        capacity_factor: room over the balanced load, of an expert ("capacity") or of a round.
+        capacity_factor: room over the balanced load, of an expert ("capacity") or of a round ("rounds", "ragged").
         cpu_kernel: how CPUs multiply, see `in_native`.
         quantization: "none", or the format of all products with weights, see `quantize`.
 
     Returns:
-        y [T, D] in x's dtype; what the exchange took.
+        y [T, D] in x's dtype; the cost, of the whole mesh.
 
     Raises:
-        ValueError: a backend that is not registered; `cpu_kernel="native"` where that cannot be; `quantization`
+        ValueError: a dispatcher that is not registered; `cpu_kernel="native"` where it cannot run; `quantization`
             without qwix.
     """
-    if backend not in BACKENDS:
+    if dispatcher not in DISPATCH_FUNCTIONS:
         raise ValueError(
-            f"model.dispatch={backend!r} is not registered, but {', '.join(BACKENDS)} are; import the module of its "
-            "function."
+            f"model.dispatch={dispatcher!r} is not registered, but {', '.join(DISPATCH_FUNCTIONS)} are; import the "
+            "module of its function."
         )
-    dispatch = BACKENDS[backend]
+    function = DISPATCH_FUNCTIONS[dispatcher]
     multiply = multiply_for(cpu_kernel, mesh, x.dtype, quantization)
     sequence_length = x.shape[0] // num_sequences
-    if DISPATCHERS[backend].is_oracle:
-        mesh = None  # XLA splits its arrays
+    if DISPATCHERS[dispatcher].is_oracle:
+        mesh = None  # it gets whole arrays, which XLA splits
 
     def on_device(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Traffic]:
         work = Work(
@@ -84,25 +84,30 @@ def apply_experts(
             sequence_length=sequence_length,
             capacity_factor=capacity_factor,
         )
-        y, traffic = _on_shard(dispatch, work) if is_sharded(mesh) else dispatch(work)
-        return y, jax.tree.map(lambda number: number[None], traffic)
+        y, traffic = _on_shard(function, work) if is_sharded(mesh) else function(work)
+        return y, jax.tree.map(lambda number: number[None], traffic)  # [1], one entry of the shards
 
     tokens = spec("tokens")
     experts: dict[str, Any] = {name: spec(*dims) for name, dims in DIMS.items()}
-    places = (tokens, tokens, tokens, ExpertWeights(**experts))
-    y, by_shard = per_shard(on_device, mesh, places, (tokens, tokens))(x, routing.expert_ids, routing.gates, weights)
+    in_specs = (tokens, tokens, tokens, ExpertWeights(**experts))
+    run = per_shard(on_device, mesh, in_specs, (tokens, spec("shards")))
+    y, by_shard = run(x, routing.expert_ids, routing.gates, weights)
     traffic = jax.tree.map(lambda a: a.sum(dtype=jnp.int32), by_shard)
     return y.astype(x.dtype), traffic._replace(rounds=by_shard.rounds.max())
 
 
-def _on_shard(dispatch: Dispatch, work: Work) -> tuple[Array, Traffic]:
-    """`dispatch` with weights gathered over `data` (their gradient scatters) and partial sums over `tensor` added."""
+def _on_shard(function: DispatchFunction, work: Work) -> tuple[Array, Traffic]:
+    """Run a dispatcher on one device's part, as `Work` describes.
+
+    Weights are gathered over the axis that splits their embed dimension (their gradient is scattered to it), and the
+    outputs are summed over the one that splits their ffw dimension.
+    """
 
     def gathered(w: Array, dims: tuple[str, ...]) -> Array:
-        w = lax.all_gather(w, "data", axis=dims.index("embed"), tiled=True)
-        return checkpoint_name(lax.pcast(w, ("replica",), to="varying"), GATHERED)
+        return lax.all_gather(w, axes("embed", dims), axis=dims.index("embed"), tiled=True)
 
-    weights = ExpertWeights(**{name: gathered(getattr(work.weights, name), dims) for name, dims in DIMS.items()})
-    x, gates = (lax.pcast(a, ("tensor",), to="varying") for a in (work.x, work.gates))
-    y, traffic = dispatch(work._replace(x=x, gates=gates, weights=weights))
-    return lax.psum(y, "tensor"), traffic
+    whole = [gathered(getattr(work.weights, name), dims) for name, dims in DIMS.items()]
+    x, gates, *whole = varying_alike(work.x, work.gates, *whole)
+    weights = ExpertWeights(*(checkpoint_name(w, GATHERED) for w in whole))
+    y, traffic = function(work._replace(x=x, gates=gates, weights=weights))
+    return lax.psum(y, axes("ffw", DIMS["down"])), traffic

@@ -1,4 +1,4 @@
-"""Dispatch with a fixed capacity per expert and sequence, which drops what exceeds it (GShard, Switch)."""
+"""The dispatcher `capacity`: a fixed capacity per expert and sequence, beyond which copies are dropped (GShard)."""
 
 import math
 
@@ -9,19 +9,20 @@ from jaxtyping import Array, Int32
 
 from moe_jax.dispatch.sorting import sorting_of, sum_before
 from moe_jax.dispatch.work import Traffic, Work, register
+from moe_jax.mesh import axes
 
 
 def capacity_of(sequence_length: int, slots: int, num_experts: int, capacity_factor: float) -> int:
-    """Seats an expert has for one sequence: factor x the balanced load, rounded up, at least 1."""
+    """The number of seats that an expert has for one sequence: factor x the balanced load, rounded up, at least 1."""
     return max(1, math.ceil(capacity_factor * sequence_length * slots / num_experts))
 
 
 @register("capacity")
 def capacity(work: Work) -> tuple[Array, Traffic]:
-    """GShard's dispatch: first choices of a whole sequence are seated before second choices; the rest is dropped.
+    """GShard's dispatch: the first choices of a whole sequence are seated before its second ones; the rest is dropped.
 
-    That order is the original's, and it means that with K > 1 a later token's first choice can unseat an
-    earlier token's second: capacity dispatch is causal for top-1 only. Source: arXiv 2006.16668 Algorithm 1.
+    This is the order of the original. With K > 1 a later token's first choice can therefore take the seat of an earlier
+    token's second choice: capacity dispatch is causal for top-1 only. Source: arXiv 2006.16668 Algorithm 1.
     """
     x, num_experts, slots = work.x, work.num_experts, work.expert_ids.shape[1]
     num_sequences = x.shape[0] // work.sequence_length
@@ -30,16 +31,16 @@ def capacity(work: Work) -> tuple[Array, Traffic]:
     seat = jax.vmap(lambda sequence: seats_of(sequence, num_experts))(ids)
     kept = (ids < num_experts) & (seat < seats)
     dropped = ((ids < num_experts) & ~kept).sum(dtype=jnp.int32)
-    # seat (e, b, c) of one flat buffer; a copy without a seat points past its end
+    # the index of seat (expert, sequence, seat) in a flat buffer; for a copy without a seat, past its end
     position = (ids * num_sequences + jnp.arange(num_sequences, dtype=jnp.int32)[:, None, None]) * seats + seat
     position = jnp.where(kept, position, num_experts * num_sequences * seats).reshape(-1, slots)
     buffer = jnp.zeros_like(x, shape=(num_experts * num_sequences * seats, x.shape[1]))
     buffer = buffer.at[position].set(x[:, None, :], mode="drop").reshape(num_experts, -1, x.shape[1])
     if work.devices > 1:
-        buffer = lax.all_to_all(buffer, "expert", 0, 1, tiled=True)
+        buffer = lax.all_to_all(buffer, axes("experts"), 0, 1, tiled=True)
     outputs = work.multiply.each(buffer, work.weights)
     if work.devices > 1:
-        outputs = lax.all_to_all(outputs, "expert", 1, 0, tiled=True)
+        outputs = lax.all_to_all(outputs, axes("experts"), 1, 0, tiled=True)
     back = outputs.reshape(-1, x.shape[1]).at[position].get(mode="fill", fill_value=0)
     seated = jnp.where(kept, ids, num_experts).reshape(-1, slots)
     traffic = Traffic.of(dropped=dropped, rows=buffer.shape[0] * buffer.shape[1], visits=work.visits(seated))
@@ -47,7 +48,7 @@ def capacity(work: Work) -> tuple[Array, Traffic]:
 
 
 def seats_of(ids: Int32[Array, "tokens slots"], num_experts: int) -> Int32[Array, "tokens slots"]:
-    """The place of every copy in its expert's queue: all first choices in token order, then all second ones."""
+    """Each copy's place in the queue of its expert: all first choices in token order, then all second ones."""
     queue = ids.T.ravel()
     _, place = sorting_of(queue)
     sizes = jnp.zeros(num_experts + 1, jnp.int32).at[queue].add(1)

@@ -1,4 +1,4 @@
-"""Token copies sorted by expert: where each stands, and the linear map that takes rows there and back."""
+"""Sorting token copies by expert, and gathering rows by a map whose transpose is a gather too."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,18 @@ from jaxtyping import Array
 
 @jax.custom_vjp
 def take(rows: Array, index: Array, back: Array) -> Array:
-    """out[i] = sum_k rows[index[i, k]], 0 out of range. `back` says the same from the other side:
+    """out[i] = sum_k rows[index[i, k]], where an index out of range adds 0.
 
-    j in index[i] exactly as often as i in back[j], so the transpose is a gather too, never a scatter.
+    `back` is the inverse map: i occurs in back[j] exactly as often as j occurs in index[i]. The transpose is therefore
+    a gather by `back`, never a scatter.
+
+    Args:
+        rows: [N, D].
+        index: int32 [M, K].
+        back: int32 [N, J].
+
+    Returns:
+        [M, D], in rows' dtype; for K > 1 summed in float32.
     """
     taken = rows.at[index].get(mode="fill", fill_value=0)
     if index.shape[1] == 1:
@@ -24,11 +33,11 @@ take.defvjp(
 
 
 def sorting_of(keys: Array) -> tuple[Array, Array]:
-    """(which element comes i-th, at which place element j comes), int32, stable."""
+    """The order that sorts the keys (the element at each place) and its inverse (the place of each), int32, stable."""
     order = jnp.argsort(keys, stable=True).astype(jnp.int32)
     return order, jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
 
 
 def sum_before(sizes: Array) -> Array:
-    """The sum of all earlier entries, along the first axis."""
+    """The exclusive cumulative sum along the first axis, int32."""
     return jnp.cumsum(sizes, axis=0, dtype=jnp.int32) - sizes

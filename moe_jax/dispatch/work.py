@@ -1,4 +1,4 @@
-"""What a dispatcher gets and gives, and the table of them by name.
+"""The interface of a dispatcher: its input `Work`, its output with `Traffic`, and the table of functions by name.
 
 T tokens, K slots (experts per token), E experts, D embed, F expert ffw, X devices on the mesh's expert axis, each with
 E / X consecutive experts.
@@ -13,18 +13,32 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import DISPATCHERS
 from moe_jax.dispatch.experts import ExpertWeights, Multiply
-from moe_jax.mesh import is_sharded
+from moe_jax.mesh import ways
 
 
 class Work(NamedTuple):
-    """What a dispatcher gets: the tokens and the experts of one device, and how to multiply them.
+    """The input of a dispatcher: the tokens and the experts of one device, and how to multiply them.
 
-    x [T, D] in the compute dtype. expert_ids [T, K] among all E, which is an empty slot. gates float32 [T, K].
-    weights: of this device's E / X experts, in the compute dtype. Where `tensor` splits F, outputs are parts of a sum
-    that is added up afterwards.
-    mesh: over whose axes the device may exchange with others; None where there is no other.
-    sequence_length: tokens of a sequence, of which whole ones are on a device.
+    x: [T, D] in the compute dtype.
+    expert_ids: int32 [T, K] in [0, E]; E is an empty slot.
+    gates: float32 [T, K], 0 in empty slots.
+    weights: those of this device's E / X experts, in the compute dtype.
+    multiply: the products of rows with experts, chosen for the platform and the config.
+    mesh: the devices to exchange with, if it has several; None for the oracle.
+    sequence_length: tokens of a sequence; a device has whole sequences.
     capacity_factor: room over the balanced load, of an expert or of an exchange.
+
+    On several devices a dispatcher runs inside `jax.shard_map` over all axes of the mesh, with `check_vma=True`; the
+    oracle (`Dispatcher.is_oracle`) gets whole arrays instead, which XLA splits. Inside `shard_map`:
+
+    - Arrays are the device's own part. Collectives find their axes by dim: `lax.all_to_all(rows, axes("experts"), ..)`.
+    - Every device has to run the same collectives in the same order, so a number of rounds, or a branch around a
+      collective, depends only on values that are equal on all devices (`lax.pmax(..., axes("tokens"))`).
+    - x, gates and weights vary over every axis, expert_ids over those that split tokens. A constant varies over none,
+      so what a `scan` carries or a `cond` returns must start from an array that varies as the result does:
+      `jnp.zeros_like(work.x)`, not `jnp.zeros(work.x.shape)`.
+    - Where an axis splits F (`tensor`), each device's output is one part of a sum, which the caller adds up. The ids do
+      not vary over that axis, and `Traffic` must not either: compute it from expert_ids alone.
     """
 
     x: Float[Array, "tokens embed"]
@@ -39,7 +53,7 @@ class Work(NamedTuple):
     @property
     def devices(self) -> int:
         """X."""
-        return self.mesh.shape["expert"] if is_sharded(self.mesh) else 1
+        return ways(self.mesh, "experts")
 
     @property
     def num_experts(self) -> int:
@@ -47,7 +61,7 @@ class Work(NamedTuple):
         return self.weights.gate.shape[0] * self.devices
 
     def visits(self, expert_ids: Array | None = None) -> Array:
-        """Over all tokens, the number of distinct devices that their experts are on; of these ids, or of all."""
+        """The number of distinct devices that hold a token's experts, summed over tokens; of these ids, or of all."""
         expert_ids = self.expert_ids if expert_ids is None else expert_ids
         device = jnp.sort(expert_ids // self.weights.gate.shape[0], axis=1)
         new = jnp.concatenate([jnp.ones_like(device[:, :1], bool), device[:, 1:] != device[:, :-1]], 1)
@@ -55,10 +69,15 @@ class Work(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What a dispatch did, int32 [] each, additive over micro-batches.
+    """The cost of one dispatch, int32 [] each, additive over micro-batches.
 
-    dropped: token copies that no expert saw. rounds: exchanges that were needed, 1 when balanced.
-    rows: rows multiplied, padding included. visits: over all tokens, how many devices their copies went to.
+    A dispatcher returns it for its device, and `apply_experts` for the whole mesh; a layer puts it into its `Report`,
+    from which the train step logs `moe/dropped`, `moe/rounds`, `moe/padding` and `moe/devices_per_token`.
+
+    dropped: token copies that no expert processed.
+    rounds: exchanges that were needed, 1 when balanced.
+    rows: rows multiplied, padding included.
+    visits: the number of devices that a token's copies went to, summed over tokens.
     """
 
     dropped: Int32[Array, "*shards"]
@@ -70,7 +89,7 @@ class Traffic(NamedTuple):
     def of(
         cls, *, rows: Array | int, visits: Array | int, rounds: Array | int = 1, dropped: Array | int = 0
     ) -> "Traffic":
-        """From numbers of any kind."""
+        """From Python or JAX integers, as int32."""
         return cls(
             dropped=jnp.asarray(dropped, jnp.int32),
             rounds=jnp.asarray(rounds, jnp.int32),
@@ -79,26 +98,26 @@ class Traffic(NamedTuple):
         )
 
 
-# y [T, D], for every token the sum over its experts of gate x expert(token), and what it took
-Dispatch = Callable[[Work], tuple[Array, Traffic]]
+# Work -> y [T, D], for every token the sum over its experts of gate x expert(token), and the cost
+DispatchFunction = Callable[[Work], tuple[Array, Traffic]]
 
-BACKENDS: dict[str, Dispatch] = {}
+DISPATCH_FUNCTIONS: dict[str, DispatchFunction] = {}  # the function of each dispatcher; `DISPATCHERS` has its facts
 
 
-def register(name: str) -> Callable[[Dispatch], Dispatch]:
+def register(name: str) -> Callable[[DispatchFunction], DispatchFunction]:
     """Decorator: `model.dispatch=name` runs the decorated function.
 
     Raises:
-        ValueError: nothing is known of the name.
+        ValueError: `DISPATCHERS` has no row of that name.
     """
     if name not in DISPATCHERS:
         raise ValueError(
-            f"the dispatcher {name!r} has no row in moe_jax.config.DISPATCHERS, which says whether it drops and where "
-            "it runs; add one before its function."
+            f"the dispatcher {name!r} has no row in moe_jax.config.DISPATCHERS, which declares whether it drops copies "
+            "and where it runs; add one before its function."
         )
 
-    def add(dispatch: Dispatch) -> Dispatch:
-        BACKENDS[name] = dispatch
-        return dispatch
+    def add(function: DispatchFunction) -> DispatchFunction:
+        DISPATCH_FUNCTIONS[name] = function
+        return function
 
     return add

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.mesh import per_shard, platform, spec
+from moe_jax.mesh import per_shard, platform, spec, ways
 
 BLOCK = 512  # queries and keys that the TPU kernel compares at once; of a shorter sequence, all
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
@@ -21,6 +21,8 @@ CUDNN_WIDTH = 128  # the largest head width of cuDNN's kernel ...
 CUDNN_STEP = 8  # ... and what widths must be a multiple of
 MOST_CPU_BLOCKS = 8  # whose programs are written out one after the other
 LEAST_CPU_BLOCK = 64  # queries
+QUERY_DIMS = ("batch", "sequence", "heads")  # the dims of queries and results, by which devices split them ...
+KEY_DIMS = ("batch", "sequence", "kv_heads")  # ... and of keys and values
 
 
 def attend(
@@ -96,8 +98,8 @@ def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Ker
         return "blocks"
     if mesh is None:
         return "xla"
-    parts = mesh.shape["tensor"]
-    if platform(mesh) == "tpu" and query.shape[2] % parts == key.shape[2] % parts == 0:
+    rest = query.shape[2] % ways(mesh, "heads", QUERY_DIMS), key.shape[2] % ways(mesh, "kv_heads", KEY_DIMS)
+    if platform(mesh) == "tpu" and rest == (0, 0):
         return "splash"
     nvidia = "NVIDIA" in mesh.devices.flat[0].device_kind
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
@@ -155,8 +157,8 @@ def splash(
         kernel = _splash_kernel(query.shape[1], length + rest, block, interpret)
         return kernel(query, key, value, segments).swapaxes(1, 2)[:, :length]
 
-    queries = spec("batch", "sequence", "heads")
-    keys = spec("batch", "sequence", "kv_heads")
+    queries = spec(*QUERY_DIMS)
+    keys = spec(*KEY_DIMS)
     segments = spec("batch", "sequence")
     run = per_shard(on_shard, mesh, (queries, keys, keys, segments), queries, kernel=True)
     return run(query, key, value, segment_ids)

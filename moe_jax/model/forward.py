@@ -97,10 +97,14 @@ def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
 
 
 class Details(NamedTuple):
-    """What measuring reads of one layer's routing, and training does not: without a reader it is not computed.
+    """One layer's routing, token by token, in a `Report`: produced by the MoE layer, and not used for training.
 
-    routing: of the micro-batch. unbiased_ids: what its tokens would choose by their scores alone. next_ids: under
-    the bias that the update from this micro-batch alone gives. row_loads: copies per expert of every sequence.
+    Evaluation and the measurements of `moe_jax.analysis` read it; where nothing does, XLA does not compute it.
+
+    routing: of the micro-batch.
+    unbiased_ids: the experts that its tokens would choose by their scores alone.
+    next_ids: those that they would choose under the bias after an update from this micro-batch alone.
+    row_loads: copies per expert of every sequence.
     """
 
     routing: Routing
@@ -110,10 +114,20 @@ class Details(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What one MoE layer reports: additive statistics, its balancing losses, and measures for the log."""
+    """What an MoE layer reports of a forward pass; the Transformer stacks those of its layers, leaves [L, ...].
+
+    The train step adds up all but the details over its micro-batches (`StepSums`); evaluation and analysis read the
+    details.
+
+    statistics: of the balancer, additive over micro-batches and shards; its update moves the bias by their sum.
+    losses: the balancing losses by label, which training adds to the language model's.
+    aux_loss: the value of the plain auxiliary loss, for the log, whatever the config balances by.
+    traffic: the cost of dispatch.
+    details: the routing of every token.
+    """
 
     statistics: Statistics
-    losses: dict[str, Float32[Array, ""]]
-    aux_loss: Float32[Array, ""]
+    losses: dict[str, Float32[Array, "*layers"]]
+    aux_loss: Float32[Array, "*layers"]
     traffic: Traffic
     details: Details

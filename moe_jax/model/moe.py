@@ -70,7 +70,7 @@ class MoE(nnx.Module):
             real_part(sent, c.num_experts),
             weights,
             mesh=fwd.mesh,
-            backend="auto" if dropless and not DISPATCHERS[c.dispatch].dropless else c.dispatch,
+            dispatcher="auto" if dropless and not DISPATCHERS[c.dispatch].dropless else c.dispatch,
             num_sequences=x.shape[0],
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,

@@ -10,29 +10,32 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import ModelConfig
-from moe_jax.mesh import GATHERED, axes_of, gather, is_expert_weight, is_sharded, parameter_spec, spec
+from moe_jax.mesh import GATHERED, axes, axes_of, gather, is_expert_weight, is_sharded, parameter_spec, part_index, spec
 
 
 def look_up(
     table: Float[Array, "vocab embed"], tokens: Int32[Array, "batch seq"], mesh: Mesh | None
 ) -> Float[Array, "batch seq embed"]:
-    """The tokens' rows of the table, which every device gathers from its shards (their gradient scatters).
+    """The tokens' rows of the table, which every device gathers from its shards (the gradient is scattered to them).
 
-    Where `tensor` splits the vocabulary, each part looks up its own tokens and the sum has them all.
+    Over an axis that splits the vocabulary but no tokens (`tensor`) it is not gathered: each part looks up its own
+    tokens, and the sum over the parts has them all.
     """
     if not is_sharded(mesh):
         return table[tokens]
     place, by_token = parameter_spec(mesh, ("vocab", "embed"), table.shape), spec("batch", "sequence")
     rows, columns = map(axes_of, place)
+    gathered_rows = tuple(name for name in rows if name in axes("tokens"))
+    split_rows = tuple(name for name in rows if name not in axes("tokens"))
 
     def on_shard(part: Array, tokens: Array) -> Array:
-        for axis, names in ((1, columns), (0, tuple(name for name in rows if name != "tensor"))):
+        for axis, names in ((1, columns), (0, gathered_rows)):
             part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
-        if "tensor" not in rows:
+        if not split_rows:
             return part[tokens]
-        first = jax.lax.axis_index("tensor") * part.shape[0]
+        first = part_index(split_rows) * part.shape[0]
         own = jnp.where(tokens >= first, tokens - first, part.shape[0])
-        return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), "tensor")
+        return jax.lax.psum(part.at[own].get(mode="fill", fill_value=0), split_rows)
 
     return jax.shard_map(on_shard, mesh=mesh, in_specs=(place, by_token), out_specs=by_token)(table, tokens)
 

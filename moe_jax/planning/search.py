@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from moe_jax.config import Config, MeshConfig
+from moe_jax.config import Config
+from moe_jax.config.axes import AXES
 from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
 from moe_jax.planning.report import heading, make_report
 from moe_jax.planning.topology import Topology
@@ -92,8 +93,11 @@ def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial
                 break
 
 
+SEARCHED = ("data", "expert", "tensor")  # the axes whose sizes a search varies
+
+
 def meshes(config: Config, devices: int) -> list[Config]:
-    """The config on every mesh of data x expert x tensor that its rules accept; `replica` does not change.
+    """The config on every mesh of data x expert x tensor that its rules accept; the other axes do not change.
 
     Meshes with the smallest `tensor` come first, and among them those with `expert` nearest to the config's, so that
     the likely ones are tried before the time is up.
@@ -104,17 +108,19 @@ def meshes(config: Config, devices: int) -> list[Config]:
     from moe_jax.config import resolve
 
     found: list[Config] = []
-    replica = max(1, config.mesh.replica)
+    kept = {axis: max(1, getattr(config.mesh, axis)) for axis in AXES if axis not in SEARCHED}
     own = max(1, config.mesh.expert)
-    rest = devices // replica
+    rest = devices // math.prod(kept.values())
     sizes = [n for n in range(1, rest + 1) if rest % n == 0]
     for expert, tensor in itertools.product(reversed(sizes), sizes):
         if rest % (expert * tensor):
             continue
-        mesh = MeshConfig(replica, rest // (expert * tensor), expert, tensor)
+        data = rest // (expert * tensor)
+        mesh = dataclasses.replace(config.mesh, **kept, data=data, expert=expert, tensor=tensor)
         with contextlib.suppress(ValueError):
             found.append(resolve(dataclasses.replace(config, mesh=mesh), devices))
     if not found:
         resolve(config, devices)  # raises the reason, if there is one
-        raise ValueError(f"no mesh of {devices} devices with mesh.replica={replica} fits the model and the batch.")
+        fixed = ", ".join(f"mesh.{axis}={size}" for axis, size in kept.items())
+        raise ValueError(f"no mesh of {devices} devices with {fixed} fits the model and the batch.")
     return sorted(found, key=lambda c: (c.mesh.tensor, abs(math.log2(c.mesh.expert / own))))

@@ -19,35 +19,32 @@ from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
-from moe_jax.mesh import constrain, is_sharded, replicated, specs
+from moe_jax.mesh import constrain, is_sharded, replicated, specs, ways
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
-from moe_jax.model.prediction import language_nats
+from moe_jax.model.prediction import AheadLoss, language_nats
 from moe_jax.training.losses import row_nats, summed_nats
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
 
-class LayerSums(NamedTuple):
-    """What a step adds up of the MoE layers' `Report`s [L, ...]: all but the details."""
-
-    statistics: balance.Statistics
-    losses: dict[str, Float32[Array, "layers"]]
-    aux_loss: Float32[Array, "layers"]
-    traffic: Traffic
-
-
 class StepSums(NamedTuple):
-    """What micro-batches add up: the loss in nats, what was differentiated, and the layers' reports.
+    """What `accumulate` sums over the micro-batches of a step; the metrics are computed from it.
 
-    ahead_nats, ahead_tokens: of multi-token prediction, summed over its depths, and the targets it has there.
+    nats: the cross-entropy of the next tokens.
+    ahead: nats and number of targets of multi-token prediction, summed over its depths.
+    total_loss: the loss that was differentiated.
+    statistics, losses, aux_loss, traffic: the sums of the MoE layers' `Report`s, leaves [L, ...]; None for a dense
+        model. The balancer moves the bias by the statistics.
     """
 
     nats: Float32[Array, ""]
-    ahead_nats: Float32[Array, ""]
-    ahead_tokens: Int32[Array, ""]
+    ahead: AheadLoss
     total_loss: Float32[Array, ""]
-    report: LayerSums | None
+    statistics: balance.Statistics | None = None
+    losses: dict[str, Float32[Array, "layers"]] | None = None
+    aux_loss: Float32[Array, "layers"] | None = None
+    traffic: Traffic | None = None
 
 
 def train_step(
@@ -68,7 +65,7 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     sums, grads = accumulate(config, state, batch, key, mesh)
     grad_norm, rate = optax.tree.norm(grads), learning_rate(config.optimizer, config.num_steps)(state.step)
-    move = state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING)
+    move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING)
     moved = advance(config, *move)
     # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is
     # written in place of the old state. Without the barrier XLA would merge the two, and keep old and new at once.
@@ -77,9 +74,9 @@ def train_step(
     after = all_or_nothing(finite, moved, state)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
-        values |= {"mtp/loss": sums.ahead_nats / at_least_one(sums.ahead_tokens)}
-    if sums.report is not None:
-        values |= balance_metrics(config, sums.report, batch, state, after, mesh)
+        values |= {"mtp/loss": sums.ahead.nats / at_least_one(sums.ahead.tokens)}
+    if sums.statistics is not None:
+        values |= balance_metrics(config, sums, batch, state, after, mesh)
     return after, values
 
 
@@ -107,8 +104,7 @@ def accumulate(
     def add(sofar: tuple[StepSums, Tree], one: tuple[Batch, Array]) -> tuple[tuple[StepSums, Tree], None]:
         earlier = None
         if balance.needs_running_statistics(config.balance):
-            assert sofar[0].report is not None  # a config with a balancer has MoE layers
-            earlier = sofar[0].report.statistics
+            earlier = sofar[0].statistics
         grads, sums = gradient(state.params, *one, earlier)
         sums, grads = jax.tree.map(lambda total, new: total + new, sofar, (sums, grads))
         return (sums, _as_parameters(config, grads, mesh)), None
@@ -134,11 +130,10 @@ def _micro_batch_gradient(
         total = language_nats(config, state.step, nats, ahead) / num_tokens
         share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
         if report is None:
-            return total, StepSums(nats, *ahead, total, None)
+            return total, StepSums(nats, ahead, total)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
         total = sum((value.sum() for value in losses.values()), total)
-        summed = LayerSums(report.statistics, losses, aux_loss, report.traffic)
-        return total, StepSums(nats, *ahead, total, summed)
+        return total, StepSums(nats, ahead, total, report.statistics, losses, aux_loss, report.traffic)
 
     return jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once for all its calls
 
@@ -174,7 +169,12 @@ ROUNDING = 2**31  # the stream of randomness of stochastic rounding, after those
 
 
 def advance(
-    config: Config, state: TrainState, grads: Tree, report: LayerSums | None, rate: Array, key: Key[Array, ""]
+    config: Config,
+    state: TrainState,
+    grads: Tree,
+    statistics: balance.Statistics | None,
+    rate: Array,
+    key: Key[Array, ""],
 ) -> TrainState:
     """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
@@ -183,7 +183,7 @@ def advance(
     old = state.params, state.optimizer
     params, moments = stored((params, moments), old, config.optimizer.rounding, key)
     state = state._replace(params=params, optimizer=moments)
-    return state if report is None else balance_update(config, state, report.statistics)
+    return state if statistics is None else balance_update(config, state, statistics)
 
 
 def balance_update(config: Config, state: TrainState, statistics: balance.Statistics) -> TrainState:
@@ -243,7 +243,7 @@ def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 def balance_metrics(
     config: Config,
-    report: LayerSums,
+    sums: StepSums,
     batch: Batch,
     before: TrainState,
     after: TrainState,
@@ -255,23 +255,25 @@ def balance_metrics(
     `moe/drop_rate` is their share.
     """
     m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum(dtype=jnp.int32)
-    loads, traffic = report.statistics["loads"], report.traffic
+    statistics, losses, aux_loss, traffic = sums.statistics, sums.losses, sums.aux_loss, sums.traffic
+    assert statistics is not None and losses is not None and aux_loss is not None and traffic is not None
+    loads = statistics["loads"]
     dropped, rounds, rows, visits = (a.astype(jnp.float32) for a in traffic)
     copies = jnp.maximum(loads[:, : m.num_experts].sum(-1, dtype=jnp.float32), 1.0)
     values = {f"moe/{name}": v for name, v in measures.of_loads(loads, m.num_experts, tokens).items()}
-    values |= {f"moe/loss/{label}": value.sum() for label, value in report.losses.items()}
+    values |= {f"moe/loss/{label}": value.sum() for label, value in losses.items()}
     if "direction" in before.balance:
         directions = (state.balance["direction"].ravel() for state in (before, after))
         values |= {"moe/bias_flips": measures.flip_rate(*directions)}
-    if is_sharded(mesh) and mesh.shape["expert"] > 1:
-        on_devices = measures.device_violation(loads[:, : m.num_experts], mesh.shape["expert"])
+    if (devices := ways(mesh, "experts")) > 1:
+        on_devices = measures.device_violation(loads[:, : m.num_experts], devices)
         values |= {"moe/device_violation": on_devices.mean(), "moe/device_violation_worst": on_devices.max()}
     if m.num_zero_experts:
         to_zero = loads[:, m.num_experts :].sum(-1, dtype=jnp.int32).astype(jnp.float32)
         values |= {"moe/zero_share": (to_zero / at_least_one(loads.sum(-1, dtype=jnp.int32))).mean()}
     return values | {
         "moe/bias_range": measures.bias_range(bias).max(),
-        "moe/aux_loss": report.aux_loss.mean(),
+        "moe/aux_loss": aux_loss.mean(),
         "moe/dropped": traffic.dropped.sum(dtype=jnp.int32),
         "moe/drop_rate": (dropped / copies).mean(),
         "moe/rounds": rounds.mean() / config.micro_batches,
@@ -316,7 +318,7 @@ def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh
     def parts(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, ...]:
         sums, grads = accumulate(config, state, batch, key, mesh)
         rate = learning_rate(config.optimizer, config.num_steps)(state.step)
-        moved = advance(config, state, grads, sums.report, rate, jax.random.fold_in(key, ROUNDING))
+        moved = advance(config, state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING))
         found = sums.total_loss, grads, optax.tree.norm(grads), *moved[TrainState._fields.index("params") :]
         return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), found)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from moe_jax.config import DISPATCHERS
-from moe_jax.dispatch import BACKENDS, ExpertWeights, apply_experts, register
+from moe_jax.dispatch import DISPATCH_FUNCTIONS, ExpertWeights, apply_experts, register
 from moe_jax.dispatch.capacity import capacity_of, seats_of
 from moe_jax.kernels import native
 from moe_jax.routing import RouterConfig, Routing, count, route
@@ -47,11 +47,11 @@ cpu_kernel = "auto"
 
 
 @functools.cache
-def compiled(backend: str, cpu_kernel: str, num_sequences: int = 1, capacity_factor: float = 1.25):
+def compiled(dispatcher: str, cpu_kernel: str, num_sequences: int = 1, capacity_factor: float = 1.25):
     """(x, gates, weights, ids) -> (y, dropped), gradients in the first three of something of y."""
 
     def run(x, gates, weights, ids):
-        options = {"backend": backend, "num_sequences": num_sequences, "capacity_factor": capacity_factor}
+        options = {"dispatcher": dispatcher, "num_sequences": num_sequences, "capacity_factor": capacity_factor}
         options["cpu_kernel"] = cpu_kernel
         y, traffic = apply_experts(x, routing_of(ids, gates), weights, **options)
         return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic.dropped)
@@ -59,17 +59,17 @@ def compiled(backend: str, cpu_kernel: str, num_sequences: int = 1, capacity_fac
     return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
 
 
-def applied(backend: str, ids, x=None, gates=None, weights=WEIGHTS, **options):
+def applied(dispatcher: str, ids, x=None, gates=None, weights=WEIGHTS, **options):
     """y, dropped copies, gradients in (x, gates, weights)."""
     ids = np.asarray(ids, np.int32)
     x = array(4, len(ids), EMBED) if x is None else x
     gates = np.abs(array(5, *ids.shape)) if gates is None else gates
-    (_, (y, dropped)), gradients = compiled(backend, cpu_kernel, **options)(x, gates, weights, ids)
+    (_, (y, dropped)), gradients = compiled(dispatcher, cpu_kernel, **options)(x, gates, weights, ids)
     return np.asarray(y), int(dropped), jax.tree.map(np.asarray, gradients)
 
 
-def assert_equals_dense(backend: str, ids, **options) -> None:
-    y, dropped, gradients = applied(backend, ids, **options)
+def assert_equals_dense(dispatcher: str, ids, **options) -> None:
+    y, dropped, gradients = applied(dispatcher, ids, **options)
     exact, _, its_gradients = applied("dense", ids)
     assert dropped == 0
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
@@ -120,13 +120,13 @@ def test_local_equals_dense_value_and_gradient(shape):
     assert_equals_dense("local", SHAPES[shape])
 
 
-@pytest.mark.parametrize("backend", DROPLESS)
-def test_every_dropless_dispatcher_equals_dense_on_one_device(backend):
-    assert_equals_dense(backend, SHAPES["padded tokens"])
+@pytest.mark.parametrize("dispatcher", DROPLESS)
+def test_every_dropless_dispatcher_equals_dense_on_one_device(dispatcher):
+    assert_equals_dense(dispatcher, SHAPES["padded tokens"])
 
 
 def test_every_row_of_facts_has_a_function_and_every_function_a_row():
-    assert set(BACKENDS) == set(DISPATCHERS)
+    assert set(DISPATCH_FUNCTIONS) == set(DISPATCHERS)
     with pytest.raises(ValueError, match=r"'teleport' has no row in moe_jax\.config\.DISPATCHERS"):
         register("teleport")
     with pytest.raises(ValueError, match=r"model\.dispatch='teleport' is not registered, but .*rounds"):
@@ -135,14 +135,14 @@ def test_every_row_of_facts_has_a_function_and_every_function_a_row():
 
 def test_auto_and_every_exchange_are_local_on_one_device():
     exchanges = ("auto", "rounds", "ragged")
-    local, *others = (applied(backend, SHAPES["padded tokens"]) for backend in ("local", *exchanges))
+    local, *others = (applied(dispatcher, SHAPES["padded tokens"]) for dispatcher in ("local", *exchanges))
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, local, other)
 
 
-@pytest.mark.parametrize("backend", ["local", "dense"])
-def test_a_batch_of_no_tokens_is_a_batch_of_no_tokens(backend):
-    y, dropped, (dx, _, dw) = applied(backend, np.zeros((0, 2)))
+@pytest.mark.parametrize("dispatcher", ["local", "dense"])
+def test_a_batch_of_no_tokens_is_a_batch_of_no_tokens(dispatcher):
+    y, dropped, (dx, _, dw) = applied(dispatcher, np.zeros((0, 2)))
     assert (y.shape, dx.shape, dropped) == ((0, EMBED), (0, EMBED), 0)
     assert not any(w.any() for w in dw)
 
@@ -177,24 +177,24 @@ def test_padding_is_not_read_and_gets_no_gradient():
     jax.tree.map(np.testing.assert_array_equal, dw, clean[2][2])
 
 
-@pytest.mark.parametrize("backend", ["local", "dense", "capacity"])
-def test_permuting_experts_changes_no_output(backend):
+@pytest.mark.parametrize("dispatcher", ["local", "dense", "capacity"])
+def test_permuting_experts_changes_no_output(dispatcher):
     # expert e becomes expert place[e], weights and ids alike
     order = np.asarray([2, 0, 3, 1])
     place = np.append(np.argsort(order), EMPTY)
     ids = np.asarray(SHAPES["padded tokens"])
     permuted = ExpertWeights(*(w[order] for w in WEIGHTS))
-    y, dropped, _ = applied(backend, ids)
-    its_y, its_dropped, _ = applied(backend, place[ids], weights=permuted)
+    y, dropped, _ = applied(dispatcher, ids)
+    its_y, its_dropped, _ = applied(dispatcher, place[ids], weights=permuted)
     np.testing.assert_allclose(its_y, y, rtol=1e-5, atol=1e-6)
     assert dropped == its_dropped
 
 
-@pytest.mark.parametrize("backend", ["local", "dense", "capacity"])
-def test_output_has_the_dtype_of_the_input_and_the_gates_stay_float32(backend):
+@pytest.mark.parametrize("dispatcher", ["local", "dense", "capacity"])
+def test_output_has_the_dtype_of_the_input_and_the_gates_stay_float32(dispatcher):
     narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), WEIGHTS)
     x = jnp.asarray(array(4, TOKENS, EMBED), jnp.bfloat16)
-    y, _, (dx, dgates, _) = applied(backend, SHAPES["top-1"], x, weights=narrow)
+    y, _, (dx, dgates, _) = applied(dispatcher, SHAPES["top-1"], x, weights=narrow)
     assert (y.dtype, dx.dtype, dgates.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
 
 

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.config.axes import AXES, BATCH
 from moe_jax.kernels import attention
 from moe_jax.kernels.attention import attend, in_jax, kernel_for, splash, visibility
-from moe_jax.mesh import AXES, BATCH
 
 
 def mesh_of(devices, sizes) -> Mesh:

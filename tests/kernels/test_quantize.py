@@ -156,7 +156,7 @@ IDS[8:16] = 8  # padding
 IDS = np.where(IDS == 3, 2, IDS)  # expert 3 has nothing
 
 
-def layer(backend: str, form: str, sizes=None, **options):
+def layer(dispatcher: str, form: str, sizes=None, **options):
     """(x, gates, weights, ids) -> something of y, and y."""
     mesh = None if sizes is None else make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
@@ -164,16 +164,16 @@ def layer(backend: str, form: str, sizes=None, **options):
         routing = route(jnp.zeros((TOKENS, 8)), RouterConfig(top_k=1))
         gates = jnp.where(ids < 8, gates, 0.0)
         routing = routing._replace(expert_ids=ids, gates=gates, loads=count(ids, 8))
-        y, _ = apply_experts(x, routing, weights, mesh=mesh, backend=backend, quantization=form, **options)
+        y, _ = apply_experts(x, routing, weights, mesh=mesh, dispatcher=dispatcher, quantization=form, **options)
         return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), y
 
     return run, mesh
 
 
 @functools.cache
-def applied(backend: str, form: str, sizes=None, **options):
+def applied(dispatcher: str, form: str, sizes=None, **options):
     """y and the gradients in x, gates and weights."""
-    run, mesh = layer(backend, form, sizes, **options)
+    run, mesh = layer(dispatcher, form, sizes, **options)
     args = TOKEN_X, GATES, WEIGHTS, IDS
     if mesh is not None:
         tokens, whole = batch_sharding(mesh), NamedSharding(mesh, P())
@@ -197,9 +197,9 @@ def assert_same(ours, theirs) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize(("backend", "options"), [("local", {}), ("capacity", {"capacity_factor": 8.0})], ids=str)
-def test_every_dispatch_on_one_device_rounds_what_the_dense_oracle_rounds(backend, options, form):
-    assert_same(applied(backend, form, **options), applied("dense", form))
+@pytest.mark.parametrize(("dispatcher", "options"), [("local", {}), ("capacity", {"capacity_factor": 8.0})], ids=str)
+def test_every_dispatch_on_one_device_rounds_what_the_dense_oracle_rounds(dispatcher, options, form):
+    assert_same(applied(dispatcher, form, **options), applied("dense", form))
 
 
 def test_in_rounds_outputs_are_those_of_one_device():

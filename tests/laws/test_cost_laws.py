@@ -12,10 +12,11 @@ from configs.balance_cost import get_config
 from conftest import tiny_config
 from experiments.cost import costs
 from moe_jax.config import resolve, validate
+from moe_jax.config.axes import AXES
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import grouped
 from moe_jax.kernels.grouped import rows_multiplied
-from moe_jax.mesh import AXES, make_mesh
+from moe_jax.mesh import make_mesh
 from moe_jax.planning import cost
 from moe_jax.planning.collectives import Collective
 from moe_jax.routing import RouterConfig, Routing, route
@@ -126,7 +127,7 @@ def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
 
     def run(x, router, weights):
         chosen = route(x @ router, RouterConfig(top_k=TOP_K))
-        return (apply_experts(x, chosen, weights, backend="local", cpu_kernel="xla")[0] ** 2).sum()
+        return (apply_experts(x, chosen, weights, dispatcher="local", cpu_kernel="xla")[0] ** 2).sum()
 
     program = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, router, weights).compile()
     return cost.analyze(program.as_text()).flops

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import DISPATCHERS, MeshConfig, default, validate
-from moe_jax.dispatch import ExpertWeights, apply_experts, transports
+from moe_jax.dispatch import ExpertWeights, apply_experts, rounds
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.routing import RouterConfig, Routing, count, route
@@ -69,24 +69,24 @@ def routing_of(ids, gates) -> Routing:
 
 
 @functools.cache
-def compiled(backend: str, sizes=None, **options):
+def compiled(dispatcher: str, sizes=None, **options):
     """(x, gates, weights, ids) -> (y, traffic), and the gradients of something of y in the first three."""
     mesh = None if sizes is None else mesh_of(sizes)
 
     def run(x, gates, weights, ids):
-        y, traffic = apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, backend=backend, **options)
+        y, traffic = apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, dispatcher=dispatcher, **options)
         return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic)
 
     return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
 
 
-def applied(backend: str, sizes, ids, **options):
+def applied(dispatcher: str, sizes, ids, **options):
     """y, traffic, and gradients, as numpy."""
     args = X, GATES, WEIGHTS, np.asarray(ids, np.int32)
     if sizes is not None:
         tokens, whole = batch_sharding(mesh_of(sizes)), NamedSharding(mesh_of(sizes), P())
         args = jax.device_put(args, (tokens, tokens, whole, tokens))
-    (_, (y, traffic)), gradients = compiled(backend, sizes, **options)(*args)
+    (_, (y, traffic)), gradients = compiled(dispatcher, sizes, **options)(*args)
     return jax.tree.map(np.asarray, (y, traffic, gradients))
 
 
@@ -138,14 +138,14 @@ def oracle(routing: str):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("backend", "sizes", "kernel"), CASES, ids=str)
-def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(backend, sizes, kernel, routing):
+@pytest.mark.parametrize(("dispatcher", "sizes", "kernel"), CASES, ids=str)
+def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(dispatcher, sizes, kernel, routing):
     if kernel == "native" and (why := native.missing()):
         pytest.skip(why)
     ids = ROUTINGS[routing]()
     # with E times the balanced load a sequence of 8 tokens fits into one expert, and no dispatcher has to drop
-    room = {} if DISPATCHERS[backend].dropless else dict(num_sequences=8, capacity_factor=float(EXPERTS))
-    y, traffic, gradients = applied(backend, sizes, ids, cpu_kernel=kernel, **room)
+    room = {} if DISPATCHERS[dispatcher].dropless else dict(num_sequences=8, capacity_factor=float(EXPERTS))
+    y, traffic, gradients = applied(dispatcher, sizes, ids, cpu_kernel=kernel, **room)
     exact, _, its_gradients = oracle(routing)
     assert traffic.dropped == 0
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
@@ -220,7 +220,7 @@ def test_capacity_drops_the_same_copies_on_any_mesh():
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-PADDED = transports.padded
+PADDED = rounds.padded
 
 
 def temporary_bytes(monkeypatch, possible_rounds) -> int:
@@ -233,7 +233,7 @@ def temporary_bytes(monkeypatch, possible_rounds) -> int:
         found.append(possible)
         return possible_rounds, needed, make
 
-    monkeypatch.setattr(transports, "padded", padded)
+    monkeypatch.setattr(rounds, "padded", padded)
     mesh = mesh_of((1, 1, 8, 1))
     tokens, embed, ffw = 2048, 64, 64
     rows, experts = batch_sharding(mesh), NamedSharding(mesh, P("expert"))
@@ -244,7 +244,7 @@ def temporary_bytes(monkeypatch, possible_rounds) -> int:
     weights = ExpertWeights(*(jax.ShapeDtypeStruct(s, jnp.float32, sharding=experts) for s in shapes))
 
     def run(x, gates, weights, ids):
-        return (apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, backend="rounds")[0] ** 2).sum()
+        return (apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, dispatcher="rounds")[0] ** 2).sum()
 
     step = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, gates, weights, ids).compile()
     assert set(found) == {7}  # 512 copies at 80 a round

@@ -67,12 +67,12 @@ def test_no_flag_changes_a_draw():
 
 TOKENS, EXPERTS, SLOTS, EMBED, FFW = 32, 8, 2, 8, 6
 DISPATCHES = {
-    "local, in C++": dict(backend="local", cpu_kernel="native"),
-    "local, in XLA": dict(backend="local", cpu_kernel="xla"),
-    "in int8": dict(backend="local", quantization="int8"),
-    "dense": dict(backend="dense"),
-    "capacity": dict(backend="capacity", num_sequences=2),
-    "rounds": dict(backend="rounds", sizes=(1, 2, 2, 1)),
+    "local, in C++": dict(dispatcher="local", cpu_kernel="native"),
+    "local, in XLA": dict(dispatcher="local", cpu_kernel="xla"),
+    "in int8": dict(dispatcher="local", quantization="int8"),
+    "dense": dict(dispatcher="dense"),
+    "capacity": dict(dispatcher="capacity", num_sequences=2),
+    "rounds": dict(dispatcher="rounds", sizes=(1, 2, 2, 1)),
 }
 
 

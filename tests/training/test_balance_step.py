@@ -10,8 +10,9 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax.config import resolve
+from moe_jax.config.axes import AXES
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.mesh import AXES, batch_sharding, make_mesh
+from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.runtime import checkpoint
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import abstract_state, init_state, read_bias, state_shardings, step_key

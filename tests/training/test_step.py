@@ -76,7 +76,7 @@ def test_micro_batches_with_unequal_padding_give_the_gradient_of_one_batch(name)
     two_sums, two = gradient_of(name, 2)(state, batch, key)
     assert_trees_close(one, two)
     np.testing.assert_allclose(one_sums.total_loss, two_sums.total_loss, rtol=1e-6)
-    np.testing.assert_array_equal(one_sums.report.statistics["loads"], two_sums.report.statistics["loads"])
+    np.testing.assert_array_equal(one_sums.statistics["loads"], two_sums.statistics["loads"])
 
 
 def test_a_mean_of_micro_batch_means_would_be_another_gradient():
@@ -96,13 +96,13 @@ def test_rematerialisation_changes_no_gradient_and_counts_nothing_twice(name, re
     plain_sums, plain = gradient_of(name, 1)(state, batch, key)
     sums, grads = gradient_of(name, 1, remat)(state, batch, key)
     assert_trees_close(plain, grads)
-    np.testing.assert_array_equal(plain_sums.report.statistics["loads"], sums.report.statistics["loads"])
+    np.testing.assert_array_equal(plain_sums.statistics["loads"], sums.statistics["loads"])
 
 
 def test_loads_are_valid_tokens_times_top_k_in_every_layer():
     sums, _ = gradient_of("bias", 2)(state_of("bias"), random_batch(padding=UNEQUAL), jax.random.key(1))
     valid = 8 * 16 - sum(UNEQUAL)
-    np.testing.assert_array_equal(sums.report.statistics["loads"].sum(-1), [2 * valid, 2 * valid])
+    np.testing.assert_array_equal(sums.statistics["loads"].sum(-1), [2 * valid, 2 * valid])
 
 
 def stepped(name: str, batches, state=None, **overrides):

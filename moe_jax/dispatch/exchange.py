@@ -1,0 +1,185 @@
+"""Exchange between devices in rounds: send copies, multiply, send outputs back, repeat; nothing is dropped.
+
+The dispatchers that use it, `rounds` and `ragged`, differ in the transport that plans a round and moves its rows.
+
+T tokens, K slots, N = T K copies, E experts, D embed, X devices on the mesh's expert axis.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+from moe_jax.dispatch.experts import ExpertWeights, Multiply
+from moe_jax.dispatch.local import local
+from moe_jax.dispatch.sorting import sorting_of, sum_before, take
+from moe_jax.dispatch.work import Traffic, Work
+from moe_jax.kernels.grouped import rows_multiplied
+from moe_jax.mesh import axes, is_sharded
+from moe_jax.routing import count
+
+
+class Copies(NamedTuple):
+    """This device's token copies, sorted by expert, and thereby by device, since a device's experts are consecutive.
+
+    token, copy [N, 1]: the token and the copy at each place of the sorted order.
+    place [T, K]: the place of each copy. device [T, K]: the device that has its expert, X for an empty slot.
+    start, sent [X]: the first place and the number of the copies for each device.
+    received [X, E / X]: how many copies each source device has for each expert of this device.
+    """
+
+    token: Int32[Array, "copies 1"]
+    copy: Int32[Array, "copies 1"]
+    place: Int32[Array, "tokens slots"]
+    device: Int32[Array, "tokens slots"]
+    start: Int32[Array, "devices"]
+    sent: Int32[Array, "devices"]
+    received: Int32[Array, "devices local_experts"]
+
+
+class Round(NamedTuple):
+    """One exchange: which slot of the outgoing buffer holds which copy, and how the buffer travels.
+
+    token, copy [slots, 1]: those of each outgoing slot; out of range if it is empty.
+    slot [T, K]: the slot of each copy; out of range if this round does not ship it.
+    expert [rows]: the local expert of each incoming row; E / X if the row is empty.
+    send: the outgoing buffer [slots, D] -> the incoming rows [rows, D]. send_back: the inverse.
+    """
+
+    token: Array
+    copy: Array
+    slot: Array
+    expert: Array
+    send: Callable[[Array], Array]
+    send_back: Callable[[Array], Array]
+
+
+# how many rounds could be needed, how many are needed, and the function that makes a round from its number
+Rounds = tuple[int, Array, Callable[[Array | int], Round]]
+# (this device's copies, capacity factor, X) -> its rounds
+Transport = Callable[[Copies, float, int], Rounds]
+
+
+class _Exchange(NamedTuple):
+    """How copies travel: by which transport, with how much room, between how many devices, multiplied how."""
+
+    transport: Transport
+    capacity_factor: float
+    devices: int
+    multiply: Multiply
+
+    def plan(self, copies: Copies) -> Rounds:
+        """The rounds of these copies."""
+        return self.transport(copies, self.capacity_factor, self.devices)
+
+
+def in_rounds(work: Work, transport: Transport) -> tuple[Array, Traffic]:
+    """Dropless expert parallelism in bounded memory: copies that do not fit into a round wait for the next.
+
+    All devices of the mesh run as many rounds as the busiest one needs, because a device that stopped early would leave
+    the others waiting in a collective. The first round is unconditional, so that a balanced step has no branch and
+    shared experts may be computed meanwhile; the other rounds run only if some device needs them.
+    """
+    if not is_sharded(work.mesh):
+        return local(work)  # a single device exchanges nothing
+    x, gates, weights = work.x, work.gates, work.weights
+    exchange = _Exchange(transport, work.capacity_factor, work.devices, work.multiply)
+    copies = _sort_copies(work.expert_ids, work.num_experts, work.devices)
+    _, needed, make = exchange.plan(copies)
+    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights, exchange.multiply))
+    y, rows = _add(first(x, gates, weights), _further_rounds(exchange, x, gates, weights, copies))
+    return y, Traffic.of(rounds=needed, rows=rows, visits=work.visits())
+
+
+def _one_round(now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply) -> tuple[Array, Array]:
+    """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
+
+    Gates travel with their copies, and outputs are weighted before they are sent back, so that the backward pass need
+    not repeat the exchange that sends them back.
+    """
+    with jax.named_scope("dispatch"):
+        incoming = now.send(take(x, now.token, now.slot))
+        share = now.send(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
+        rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), multiply.tile)
+    outputs = multiply.routed(incoming, now.expert[:, None], share, weights)
+    with jax.named_scope("combine"):
+        returned = now.send_back(outputs.astype(x.dtype))
+        return take(returned, now.slot, now.token).astype(jnp.float32), rows
+
+
+def _sum_of_further_rounds(
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
+) -> tuple[Array, Array]:
+    """What all rounds after the first add to the output, float32 [T, D], and how many rows they multiplied."""
+    possible, needed, make = exchange.plan(copies)
+
+    def nothing(_: Array) -> tuple[Array, Array]:
+        return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(copies.sent, shape=())
+
+    def one(number: Array) -> tuple[Array, Array]:
+        # the sum stays outside the checkpoint; inside, the backward pass would keep it for every possible round
+        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply))
+        return lax.cond(number < needed, run, nothing, number)
+
+    def every_round(numbers: Array) -> tuple[Array, Array]:
+        return lax.scan(lambda sofar, n: (_add(sofar, jax.checkpoint(one)(n)), None), nothing(numbers), numbers)[0]
+
+    numbers = jnp.arange(1, possible, dtype=jnp.int32)
+    if possible == 1:
+        return nothing(numbers)
+    return lax.cond(needed > 1, every_round, nothing, numbers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further_rounds(
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
+) -> tuple[Array, Array]:
+    """`_sum_of_further_rounds` without residuals: the backward pass repeats the rounds.
+
+    It does so whatever rematerialisation the layer uses, because memory must not grow with the number of rounds that
+    could be needed.
+    """
+    return _sum_of_further_rounds(exchange, x, gates, weights, copies)
+
+
+def _keep_inputs(
+    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
+) -> tuple[tuple[Array, Array], tuple]:
+    return _sum_of_further_rounds(exchange, x, gates, weights, copies), (x, gates, weights, copies)
+
+
+def _repeat_rounds(exchange: _Exchange, kept: tuple, d: tuple) -> tuple[Array, Array, ExpertWeights, None]:
+    *inputs, copies = kept
+
+    def again(x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
+        return _sum_of_further_rounds(exchange, x, gates, weights, copies)
+
+    return *jax.vjp(again, *inputs)[1](d), None
+
+
+_further_rounds.defvjp(_keep_inputs, _repeat_rounds)
+
+
+def _add(a: tuple, b: tuple) -> tuple:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> Copies:
+    """The copies of expert_ids [T, K], after an exchange of their counts with all other devices."""
+    slots = expert_ids.shape[1]
+    loads = count(expert_ids, num_experts).reshape(devices, -1)
+    order, place = sorting_of(expert_ids.ravel())
+    sent = loads.sum(1, dtype=jnp.int32)
+    return Copies(
+        token=order[:, None] // slots,
+        copy=order[:, None],
+        place=place.reshape(expert_ids.shape),
+        device=expert_ids // (num_experts // devices),
+        start=sum_before(sent),
+        sent=sent,
+        received=lax.all_to_all(loads, axes("experts"), 0, 0, tiled=True),
+    )
