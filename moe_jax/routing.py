@@ -1,4 +1,4 @@
-"""Routing: scores -> select -> gates, in one pure function. The bias picks, the scores pay.
+"""Routing: scores -> selection -> gates, in one pure function. The bias affects the selection, not the gates.
 
 T tokens, K top_k, S slots (= K for every selector that gives each token K experts), E experts, G groups.
 """
@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 from moe_jax.config import ModelConfig
 from moe_jax.config.rules import check_groups
 
+SOFTPLUS_IS_EXP = -20.0  # at and below it softplus(x) = e^x in float32
+
 Select = Callable[..., Int32[Array, "tokens slots"]]
 Combine = Callable[[Array, Array], Float32[Array, "tokens experts"]]
 
@@ -22,17 +24,19 @@ Combine = Callable[[Array, Array], Float32[Array, "tokens experts"]]
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Rows:
-    """That the tokens are so many sequences of equal length, one after the other: known when compiling."""
+    """The number of sequences, all of one length, that the tokens consist of in order; static under jit."""
 
     count: int
 
 
 class Tokens(NamedTuple):
-    """What is known of each token, [T] each; None where nothing is.
+    """What routing may know of each token, [T] each; None if it is not known.
 
-    mask: bool, False is padding: it is routed nowhere and counted nowhere. row: int32 in [0, T), which
-    sequence of the batch it belongs to (None: all to one). ids: int32, the token's id. kind: int32, its class.
-    rows: if known, how many sequences there are; what is summed by sequence is then a reshape.
+    mask: bool, False for padding, which is neither routed nor counted.
+    row: int32 in [0, T), the sequence of the batch that it belongs to (None: all to one).
+    ids: int32, the token's id.
+    kind: int32, its class.
+    rows: the number of sequences; if known, sums by sequence need a reshape only.
     """
 
     mask: Bool[Array, "tokens"] | None = None
@@ -47,7 +51,7 @@ class Tokens(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Where every token goes. `expert_ids == E` is an empty slot: gate 0, travels nowhere, counted nowhere."""
+    """The experts and gates of every token. `expert_ids == E` is an empty slot: gate 0, neither sent nor counted."""
 
     expert_ids: Int32[Array, "tokens slots"]
     gates: Float32[Array, "tokens slots"]
@@ -59,7 +63,7 @@ class Routing(NamedTuple):
 
     @classmethod
     def dims(cls) -> Any:
-        """The dims of each field that devices may split, as the mesh's table names them; loads and bias are whole."""
+        """The dims of each field, by which a mesh splits it; loads and bias are not split."""
         by_token: Any = ("tokens",)
         whole: Any = ()
         return cls(
@@ -79,7 +83,7 @@ class Routing(NamedTuple):
 
 
 class RouterConfig(NamedTuple):
-    """How experts are scored, chosen and weighed; the keys of `config.model` of the same names.
+    """How experts are scored, chosen and weighted; the keys of `config.model` of the same names.
 
     top_k: experts per token, 1 to E.
     score: "sigmoid" | "softmax" | "sqrt_softplus", the affinity in [0, 1] or [0, inf).
@@ -115,7 +119,7 @@ def route(
     key: Key[Array, ""] | None = None,
     train: bool = False,
 ) -> Routing:
-    """Pick `router.top_k` experts for every token by `scores + bias`, and weigh them by the unbiased scores.
+    """Pick `router.top_k` experts for every token by `scores + bias`, and weight them by the unbiased scores.
 
     Equal biased scores go to the lowest expert id (`lax.top_k`): with all-equal scores every token picks
     experts 0..K-1, which is why the router is initialised away from zero.
@@ -129,7 +133,7 @@ def route(
         select: replaces top-k of the biased scores: (scores, biased, *, top_k, tokens, key, train) -> ids [T, S].
         combine: replaces scores + bias: (scores, bias) -> biased scores; the bias is [1, E] or [T, E].
         key: randomness for `select`.
-        train: True in training; selectors may infer otherwise than they train.
+        train: True in training; selectors may choose differently in evaluation.
 
     Returns:
         `Routing`; gates sum to `router.gate_scale` over a token's experts when normalised.
@@ -176,8 +180,8 @@ def log_affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float3
         return jax.nn.log_sigmoid(logits)
     if score == "softmax":
         return jax.nn.log_softmax(logits, axis=-1)
-    # softplus(x) is e^x to float32 below -20
-    return 0.5 * jnp.where(logits < -20.0, logits, jnp.log(jax.nn.softplus(jnp.maximum(logits, -20.0))))
+    low = SOFTPLUS_IS_EXP
+    return 0.5 * jnp.where(logits < low, logits, jnp.log(jax.nn.softplus(jnp.maximum(logits, low))))
 
 
 def limit_groups(
@@ -198,9 +202,9 @@ def limit_groups(
 
 
 def best(values: Float32[Array, "tokens experts"], k: int) -> Int32[Array, "tokens slots"]:
-    """Each token's `k` best columns in falling order, ties to the lowest: `lax.top_k`, by a sort.
+    """Each token's `k` best columns in descending order, ties to the lowest: `lax.top_k`, by a sort.
 
-    Seen as a whole batch on many devices, a sort of rows stays where the rows are; top_k would gather them all.
+    Of a batch that is split over devices, XLA sorts every row on its device; for top_k it would gather all rows.
     """
     return jnp.argsort(-lax.stop_gradient(values), axis=-1, stable=True)[:, :k].astype(jnp.int32)
 
@@ -213,7 +217,7 @@ def count(expert_ids: Int32[Array, "..."], num_experts: int) -> Int32[Array, "ex
 def counts_by_row(
     expert_ids: Int32[Array, "tokens slots"], num_rows: int, num_experts: int
 ) -> Int32[Array, "rows experts"]:
-    """`count` of every row of the batch, whose tokens lie one after the other: no scatter, so rows stay in place."""
+    """`count` of every row of the batch, whose tokens are consecutive; no scatter, so rows stay on their device."""
     chosen = jax.nn.one_hot(expert_ids.reshape(num_rows, -1), num_experts, dtype=bool)
     return chosen.sum(1, dtype=jnp.int32)
 
@@ -221,7 +225,7 @@ def counts_by_row(
 def normalized_scores(routing: Routing) -> Float32[Array, "tokens experts"]:
     """Each token's scores divided by their sum.
 
-    An epsilon in a denominator would let a router shrink a loss by driving every score to zero; here is none.
+    There is no epsilon in the denominator: with one, a router could shrink a loss by driving every score to zero.
     Where all scores of a token underflow, the softmax of its logits, which is the limit of normalised
     sigmoids, keeps both the value and the gradient.
     """
@@ -235,8 +239,8 @@ def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
     """GShard's random second expert: keep it with probability min(1, 2 x its share of the two gates).
 
     The first gate keeps its value, as in GShard (arXiv 2006.16668) Algorithm 1. A dropped second expert is an
-    empty slot: it travels nowhere, and the loads of the result do not count it. A layer's statistics are of the routing
-    before it.
+    empty slot: it is not sent, and the loads of the result do not count it. A layer's statistics are those of the
+    routing before the drop.
     """
     num_experts = routing.loads.shape[0]
     total = routing.gates.sum(1)

@@ -1,4 +1,4 @@
-"""The experts themselves: their weights, SwiGLU, and how rows are multiplied: in C++, in XLA, or in eight bits.
+"""The experts: their weights, SwiGLU, and the products of rows with them in C++, in XLA or in eight bits.
 
 T tokens, K slots, E experts, D embed, F expert ffw, R rows of each expert.
 """
@@ -39,7 +39,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 def dense_swiglu(
     x: Float[Array, "tokens embed"], weights: ExpertWeights, mesh: Mesh | None = None, cpu_kernel: str = "auto"
 ) -> Float[Array, "tokens embed"]:
-    """`swiglu` with gate and up [D, F], down [F, D]: on one CPU an expert to which all tokens go."""
+    """`swiglu` with gate and up [D, F], down [F, D]; on a single CPU in C++, as one expert that gets every token."""
     if is_sharded(mesh) or not in_native(cpu_kernel, mesh, x.dtype):
         return swiglu(x, *weights)
     tokens = x.shape[0]
@@ -47,15 +47,16 @@ def dense_swiglu(
     return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32), one).astype(x.dtype)
 
 
-# --- how rows are multiplied: one value, chosen once ------------------------------------------------------------
+# --- how rows are multiplied ----------------------------------------------------------------------------------
 
 
 class Multiply(NamedTuple):
-    """How rows meet the matrices of their experts.
+    """One implementation of the products of rows with the matrices of their experts.
 
     routed: (x [T, D], expert_ids [T, K], gates [T, K], weights) -> float32 [T, D], for every token the sum over its
-    slots of gate x expert(x); an id of E is an empty slot. Any routing is exact, and costs what its copies cost.
-    each: (rows [E, R, D], weights) -> [E, R, D], R rows for each expert; rows [R, D] are every expert's.
+        slots of gate x expert(x); an id of E is an empty slot. Exact under any routing, at a cost proportional to the
+        copies.
+    each: (rows [E, R, D], weights) -> [E, R, D], R rows for each expert; rows [R, D] are multiplied by every expert.
     tile: `routed` pads the rows of an expert to a multiple of it.
     """
 
@@ -65,10 +66,10 @@ class Multiply(NamedTuple):
 
 
 def multiply_for(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype, quantization: str) -> Multiply:
-    """What a config means on these devices.
+    """The implementation that a config selects on these devices.
 
     Raises:
-        ValueError: `cpu_kernel="native"` where that cannot be; `quantization` without qwix.
+        ValueError: `cpu_kernel="native"` where it cannot run; `quantization` without qwix.
     """
     quantize.check(quantization)
     if quantization != "none":
@@ -77,7 +78,7 @@ def multiply_for(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype, quantizat
 
 
 def kernel_note(cpu_kernel: str, mesh: Mesh, dtype: str, quantization: str = "none") -> str | None:
-    """A line for the log, on CPUs or where products are narrowed; None elsewhere."""
+    """A line for the log on how experts multiply, on CPUs or in eight bits; None otherwise."""
     quantize.check(quantization)
     if quantization != "none":
         return f"experts multiply in {quantization}, quantized by qwix, in XLA"
@@ -89,7 +90,7 @@ def kernel_note(cpu_kernel: str, mesh: Mesh, dtype: str, quantization: str = "no
 
 
 def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
-    """Whether experts run in C++ here: "xla" nowhere; "auto" on CPUs that can; "native" on CPUs, or not at all.
+    """Whether experts run in C++: with "auto" on CPUs that can, with "native" on every CPU, with "xla" never.
 
     Raises:
         ValueError: `cpu_kernel="native"` on a CPU without a compiler, or with another dtype.
@@ -99,7 +100,7 @@ def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
         return False
     why = native.missing() if dtype in native.DTYPES else f"it computes in float32 and bfloat16, not {dtype}"
     if why and cpu_kernel == "native":
-        raise ValueError(f'model.cpu_kernel="native" cannot be: {why}; or set it to "auto" or "xla".')
+        raise ValueError(f'model.cpu_kernel="native" cannot run: {why}; or set it to "auto" or "xla".')
     return why is None
 
 
@@ -109,7 +110,7 @@ Matmul = Callable[[Array, Array, Array], Array]  # (rows sorted by group, matric
 def by_sorting(
     x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, matmul: Matmul = grouped_matmul
 ) -> Array:
-    """`native.experts` in XLA, for every platform."""
+    """The same as `native.experts`, in XLA, for every platform."""
     num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]
     with jax.named_scope("dispatch"):
         order, place = sorting_of(expert_ids.ravel())
@@ -139,7 +140,7 @@ NATIVE = Multiply(routed=native.experts, each=swiglu_of_each, tile=1)
 IN_XLA = Multiply(routed=by_sorting, each=swiglu_of_each, tile=TILE_ROWS)
 
 
-@functools.cache  # a format is one value: what was compiled with it is found again
+@functools.cache  # one value per format, so that jit finds what was compiled with it
 def in_format(quantization: str) -> Multiply:
     """All products of the experts in eight bits, "int8" or "fp8"."""
 

@@ -34,8 +34,8 @@ class Work(NamedTuple):
     - Arrays are the device's own part. Collectives find their axes by dim: `lax.all_to_all(rows, axes("experts"), ..)`.
     - Every device has to run the same collectives in the same order, so a number of rounds, or a branch around a
       collective, depends only on values that are equal on all devices (`lax.pmax(..., axes("tokens"))`).
-    - x, gates and weights vary over every axis, expert_ids over those that split tokens. A constant varies over none,
-      so what a `scan` carries or a `cond` returns must start from an array that varies as the result does:
+    - x, gates and weights vary over the same axes, expert_ids only over those that split tokens. A constant varies over
+      none, so the initial carry of a `scan` and both results of a `cond` must come from arrays that vary as they do:
       `jnp.zeros_like(work.x)`, not `jnp.zeros(work.x.shape)`.
     - Where an axis splits F (`tensor`), each device's output is one part of a sum, which the caller adds up. The ids do
       not vary over that axis, and `Traffic` must not either: compute it from expert_ids alone.

@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.mesh import per_shard, platform, spec, ways
 
-BLOCK = 512  # queries and keys that the TPU kernel compares at once; of a shorter sequence, all
+BLOCK = 512  # queries and keys in a block of the TPU kernel, at most
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
 CUDNN_WIDTH = 128  # the largest head width of cuDNN's kernel ...
-CUDNN_STEP = 8  # ... and what widths must be a multiple of
-MOST_CPU_BLOCKS = 8  # whose programs are written out one after the other
-LEAST_CPU_BLOCK = 64  # queries
+CUDNN_STEP = 8  # ... and the number that it must be a multiple of
+MOST_CPU_BLOCKS = 8  # of queries; few, because the program contains the code of each
+LEAST_CPU_BLOCK = 64  # queries of a block
 QUERY_DIMS = ("batch", "sequence", "heads")  # the dims of queries and results, by which devices split them ...
 KEY_DIMS = ("batch", "sequence", "kv_heads")  # ... and of keys and values
 
@@ -34,7 +34,7 @@ def attend(
     scale: float | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "batch seq heads value_dim"]:
-    """The mean of the values of earlier tokens of the same segment, weighed by softmax(scale query . key).
+    """The mean of the values of earlier tokens of the same segment, weighted by softmax(scale query . key).
 
     Args:
         query: [B, S, H, K].
@@ -42,8 +42,8 @@ def attend(
         value: [B, S, G, V]; V may differ from K.
         segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
         scale: 1 / sqrt(K) if None.
-        mesh: of the arrays, whose rows are split over the batch axes and heads over `tensor`. None is one device:
-            by blocks if that is a CPU, otherwise XLA's own code.
+        mesh: the devices of the arrays, whose rows are split over the batch axes and heads over `tensor`. None is one
+            device, which computes in blocks if it is a CPU, and otherwise by XLA's own code.
 
     Returns:
         [B, S, H, V] in the query's dtype, softmax in float32.
@@ -71,7 +71,7 @@ def attend_cached(
         query: [B, N, H, K], N new tokens a row.
         key: [B, S, G, K], the cache; slot s holds position s.
         value: [B, S, G, V].
-        positions: int32 [B, N]; -1 at padding, whose result is finite and has no meaning.
+        positions: int32 [B, N]; -1 for padding, whose result is finite and has no meaning.
         scale: factor on query . key.
 
     Returns:
@@ -79,7 +79,7 @@ def attend_cached(
     """
     queries, keys, values = scale * _by_head(query, key.shape[2]), _by_key_head(key), _by_key_head(value)
     scores = jnp.einsum("bgrqk,bgsk->bgrqs", queries, keys)
-    visible = _numbers(key.shape[1])[None, None, None, None] <= jnp.maximum(positions, 0)[:, None, None, :, None]
+    visible = _arange(key.shape[1])[None, None, None, None] <= jnp.maximum(positions, 0)[:, None, None, :, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return _as_heads(jnp.einsum("bgrqs,bgsv->bgrqv", weights, values), query.dtype)
 
@@ -90,9 +90,9 @@ Kernel = Literal["splash", "cudnn", "blocks", "xla"]
 def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Kernel:
     """The kernel for these shapes on the mesh's devices; chosen only here.
 
-    "splash" on TPU: Pallas' flash attention, which skips what is not causal. "cudnn" on NVIDIA: flash attention, too,
-    for 16-bit floats and equal widths only. "blocks" on CPU: caches hold the scores of a block, and none are stored.
-    "xla" everywhere else: it writes all scores to memory.
+    "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. "cudnn" on NVIDIA: flash
+    attention for 16-bit floats and equal widths only. "blocks" on CPU: caches hold the scores of a block, and none are
+    stored. "xla" everywhere else: it writes all scores to memory.
     """
     if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":
         return "blocks"
@@ -118,7 +118,7 @@ def in_jax(
         key,
         wide,
         mask=visibility(segment_ids),
-        is_causal=kernel == "cudnn",  # so that it skips what the mask hides
+        is_causal=kernel == "cudnn",  # so that it skips scores that the mask hides
         scale=scale,
         implementation=kernel,
     )
@@ -268,10 +268,10 @@ def _as_heads(x: Array, dtype: jnp.dtype) -> Array:
 
 def _visible(segment_ids: Array, first: int, last: int) -> Array:
     """bool [B, 1, 1, Q, S]: whether a query of a block sees a key: of its segment and not later."""
-    causal = _numbers(last)[first:, None] >= _numbers(last)[None]
+    causal = _arange(last)[first:, None] >= _arange(last)[None]
     same = segment_ids[:, first:last, None] == segment_ids[:, None, :last]
     return (causal[None] & same)[:, None, None]
 
 
-def _numbers(length: int) -> Int32[Array, "length"]:
+def _arange(length: int) -> Int32[Array, "length"]:
     return jnp.arange(length, dtype=jnp.int32)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.mesh import around_kernel
 
-TILE_ROWS = 128  # rows of a CPU's tile: enough for the speed of a large product, few beside an expert's load
+TILE_ROWS = 128  # rows of a tile on a CPU: enough for the speed of a large product, few compared with an expert's load
 LANES = 128  # of a TPU's vectors: tiles are multiples of it
 TPU_TILE_ROWS = (128, 512)  # the least and the most rows of a TPU's tile
 TPU_TILE_BYTES = 2048  # of one row of a TPU's tile, so that tiles fit into its vector memory
@@ -171,7 +171,7 @@ def _whole_tiles(rows: Array, tile: int) -> Array:
 
 
 def _tiles(group_sizes: Array, num_rows: int, tile: int) -> tuple[Array, Array, Array, Array]:
-    """For each tile its group, its first row and the end of its group's rows; and the number of tiles.
+    """For each tile its group, its first row and the end of its group's rows; then the number of tiles.
 
     Every group has ceil(size / tile) tiles, so at most num_rows / tile + E in all.
     """

@@ -29,7 +29,7 @@ def summed_nats(
 ) -> Float32[Array, ""]:
     """The cross-entropy of `x head` in nats, summed over all valid targets, block by block of tokens.
 
-    The backward pass only scales the gradient by a number, so the forward pass computes the gradient, too, while a
+    The backward pass only scales the gradient by a number, so the forward pass also computes the gradient while a
     block's logits are in memory: three products in all, and never [T, V]. For one device: on several, every block would
     need an exchange.
 

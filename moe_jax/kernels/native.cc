@@ -106,7 +106,7 @@ Vec sigmoid(Vec x) {
 constexpr int kTileRows = 6, kTileCols = kVectors * kLanes;  // of C, held in registers
 constexpr int kDepth = 128;  // of the blocks that the inner dimension is cut into: a panel of B stays in the L1 cache
 
-// memory of a thread, kept from call to call, aligned as vectors are
+// memory of one thread, kept between calls, aligned for vectors
 class Buffer {
  public:
   Buffer() = default;
@@ -208,7 +208,7 @@ void pack_transposed(const X* b, int64_t stride, int k, int n, float* panel) {
     }
 }
 
-// asks the caches for rows of a matrix that is far away; a part of them at a time, between products
+// prefetches rows of a matrix into the caches, some of them at a time, between products
 struct Ahead {
   const char* first;
   int64_t stride;
@@ -283,21 +283,21 @@ void parallel(ffi::ThreadPool& pool, int64_t n, const Run& run) {
   while (progress->done.load() < n) std::this_thread::yield();
 }
 
-// what nobody has touched yet shall come in pages of 2 MB: a fault for every 4 KB costs a tenth of a layer
+// requests pages of 2 MB for memory not yet touched: a page fault for every 4 KB costs a tenth of a layer's time
 template <class X>
 X* huge(X* p, int64_t n) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;
   uintptr_t from = (uintptr_t(p) + kPage - 1) & ~(kPage - 1), to = uintptr_t(p + n) & ~(kPage - 1);
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish; it may be refused
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a hint, which may be ignored
 #endif
   return p;
 }
 
 // --- experts ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kChunk = 384;     // rows that are worked on at once
-constexpr int64_t kPartRows = 256;  // the least that an expert is split into for the sake of more threads
+constexpr int64_t kChunk = 384;     // rows processed at a time, at most
+constexpr int64_t kPartRows = 256;  // the fewest rows into which an expert is split for more threads
 
 struct Shape {
   int64_t tokens, slots, experts;
@@ -311,17 +311,17 @@ struct Weights {
   X *gate, *up, *down;  // [E, D, F], [E, D, F], [E, F, D]
 };
 
-// where the copies went: order [N], the copy that stands at each place; place [N], where each copy stands, -1 for
-// nowhere; sizes [E]
+// the sorted copies: order [N], the copy at each place; place [N], the place of each copy, -1 for an empty slot;
+// sizes [E]
 struct Places {
   int32_t *order, *place, *sizes;
 };
 
-struct Part {  // rows [first, last) of the sorted copies, all of one expert, which has so many parts
+struct Part {  // rows [first, last) of the sorted copies, all of one expert, which is split into `parts` of them
   int64_t expert, first, last, parts;
 };
 
-// stable, by counting; ids out of range are left out
+// a stable counting sort; ids out of range are left out
 void sort_copies(const Shape& s, const int32_t* ids, Places to) {
   std::fill(to.sizes, to.sizes + s.experts, 0);
   std::fill(to.order, to.order + s.copies(), 0);
@@ -335,7 +335,7 @@ void sort_copies(const Shape& s, const int32_t* ids, Places to) {
   }
 }
 
-// every expert in about equal parts, so that no thread waits for a busy expert; largest first
+// splits every expert into about equal parts, so that no thread waits for a busy expert; largest first
 std::vector<Part> split(const Shape& s, const int32_t* sizes, int64_t threads) {
   int64_t most = std::max(kPartRows, s.copies() / (4 * threads) + 1), first = 0;
   std::vector<Part> parts;
@@ -389,8 +389,8 @@ void activate(int n, float share, const float* gate, float* up) {
   }
 }
 
-// from the gradient of the hidden row that weighs 1: gate and up become their gradients, hidden share silu(gate) up;
-// returns the gradient of the share
+// hidden is the gradient of the hidden row for a share of 1 and becomes share silu(gate) up; gate and up become their
+// gradients; returns the gradient of the share
 float activate_backward(int n, float share, float* gate, float* up, float* hidden) {
   Vec total = {};
   for (int j = 0; j < n; j += kLanes) {
@@ -408,7 +408,7 @@ float activate_backward(int n, float share, float* gate, float* up, float* hidde
   return sum;
 }
 
-// y [T, D] and for the backward pass gate and up [N, F] before the activation; outputs [N, D] is room to work in
+// computes y [T, D], and for the backward pass gate and up [N, F] before the activation; outputs [N, D] is scratch
 template <class X>
 void forward(ffi::ThreadPool& pool, const Shape& s, const X* x, const int32_t* ids, const float* gates,
              Weights<const X> w, float* y, X* gate, X* up, Places places, float* outputs) {
@@ -434,7 +434,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const X* x, const int32_t* i
   combine(pool, s, outputs, places.place, y);
 }
 
-// the weight gradients of experts in several parts
+// adds up the weight gradients of experts in several parts
 template <class X>
 void add_parts(ffi::ThreadPool& pool, const Shape& s, const std::vector<Part>& parts,
                const std::vector<std::vector<float>>& partial, Weights<X> dw) {
@@ -452,7 +452,7 @@ void add_parts(ffi::ThreadPool& pool, const Shape& s, const std::vector<Part>& p
   });
 }
 
-// the gradients of all inputs; outputs [N, D] is room to work in
+// computes the gradients of all inputs; outputs [N, D] is scratch
 template <class X>
 void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x, const float* gates,
               Weights<const X> w, const X* gate, const X* up, Places places, X* dx, float* d_gates, Weights<X> dw,
@@ -534,7 +534,7 @@ Shape shape_of(const In<T, 2>& x, const In<kFloat, 2>& gates, const In<T, 3>& w)
   return {x.dimensions()[0], gates.dimensions()[1], w.dimensions()[0], int(w.dimensions()[1]), int(w.dimensions()[2])};
 }
 
-// what both passes are given: x [T, D], gates [T, K], weights [E, D, F], [E, D, F], [E, F, D]
+// whether the inputs of both passes fit together: x [T, D], gates [T, K], weights [E, D, F], [E, D, F], [E, F, D]
 template <ffi::DataType T>
 bool fit(const Shape& s, const In<T, 2>& x, const In<kFloat, 2>& gates, const In<T, 3>& w_gate, const In<T, 3>& w_up,
          const In<T, 3>& w_down) {

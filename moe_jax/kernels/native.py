@@ -119,7 +119,7 @@ def _call(which: str, dtype: jnp.dtype, results: list[jax.ShapeDtypeStruct], *ar
 
 @functools.cache
 def _build() -> Targets | str:
-    """Compile, unless that was done before, and register with XLA; or a string, why that is impossible."""
+    """Compile the library if it does not exist, and register it with XLA; or return why that is impossible."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return "there is no C++ compiler; install one, or name it with CXX=..."

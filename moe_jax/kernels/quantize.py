@@ -8,8 +8,8 @@ A scale is the largest magnitude of its values, divided by the format's: 127 (in
 choice for all three products). Sums are exact integers (int8) or float32. DeepSeek-V3's tiles of 128 would need a
 separate sum for every 128 products: qwix can do that, but no matrix unit is faster for it, so scales span a whole row.
 
-On TPUs dw is multiplied in bfloat16, which holds every value of both formats, because XLA's ragged product would
-multiply every row with every group, as it does on GPUs in all three.
+On TPUs dw is multiplied in bfloat16, which holds every value of both formats: XLA's ragged product would multiply every
+row with every group. On GPUs it does so in all three products.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The model without its numbers: shapes, dtypes and named dimensions of every parameter."""
+"""The model without values: shape, dtype and named dimensions of every parameter."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ Tree = Any  # a nested dict of arrays
 
 
 class AbstractModel(NamedTuple):
-    """The model without values: how to rebuild it, and shape, dtype and logical dimensions of each leaf."""
+    """The model without values: its graph, and the shape, dtype and logical dimensions of each leaf."""
 
     graphdef: nnx.GraphDef
     params: Tree
@@ -24,7 +24,7 @@ class AbstractModel(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def abstract_model(config: ModelConfig) -> AbstractModel:
-    """The model's structure; no array is made."""
+    """The structure of a model; no array is allocated."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
     dims = jax.tree.map(lambda v: Dims(v.get_metadata()["dims"]), params, is_leaf=_is_variable)

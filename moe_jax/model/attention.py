@@ -1,4 +1,7 @@
-"""Attention layers: grouped-query and multi-head latent, rotary positions, and the cache of decoding."""
+"""Attention layers: grouped-query and multi-head latent, rotary positions, and the cache of decoding.
+
+B batch, S sequence, D embed, H heads, G heads of keys and values, K width of a head, R width of a latent.
+"""
 
 import itertools
 import math
@@ -24,7 +27,7 @@ def rope(
     theta: float,
     yarn: YarnConfig = YarnConfig(),
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotate the pairs (i, i + head_dim / 2) by position x frequency; YaRN also lengthens them.
+    """Rotate the pairs (i, i + head_dim / 2) by position x frequency; YaRN also scales their length.
 
     Source: arXiv 2104.09864; the length, `mscale` over `mscale_all_dim`, as in DeepSeek-V2's code.
     """
@@ -58,7 +61,7 @@ def frequencies(half: int, theta: float, yarn: YarnConfig) -> Float[Array, "half
 
 
 def softmax_scale(width: int, yarn: YarnConfig) -> float:
-    """What query . key is multiplied by: 1 / sqrt(width), and under YaRN the square of its `mscale_all_dim`."""
+    """The factor of query . key: 1 / sqrt(width), under YaRN times the square of the scale of `mscale_all_dim`."""
     return _yarn_scale(yarn, yarn.mscale_all_dim) ** 2 / math.sqrt(width)
 
 
@@ -68,7 +71,7 @@ def _yarn_scale(yarn: YarnConfig, mscale: float) -> float:
 
 # --- attention ------------------------------------------------------------------------------------------------
 
-Cache = tuple[Array, ...]  # what one layer remembers of earlier tokens, [B, slots, ...] each
+Cache = tuple[Array, ...]  # what one layer stores of earlier tokens, [B, slots, ...] each
 
 
 class Attention(nnx.Module):
@@ -95,7 +98,7 @@ class Attention(nnx.Module):
         segment_ids: Int32[Array, "batch seq"],
         mesh: Mesh | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """x [B, S, D] with each token's position in its segment, and its segment."""
+        """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
         query, key, value = self._project(x, positions, mesh)
         mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh)
         return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
@@ -107,7 +110,7 @@ class Attention(nnx.Module):
         cache: Cache,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
-        """The same for tokens that see those in the cache, and enter it: one document a row, -1 is padding."""
+        """Attend in decoding: tokens also see those in the cache and are added to it; one document a row, -1 pads."""
         query, key, value = self._project(x, positions, mesh)
         keys, values = remember(cache, (key, value), positions)
         mixed = attend_cached(query, keys, values, positions, scale=self._scale)
@@ -134,9 +137,9 @@ class LatentAttention(nnx.Module):
     """Multi-head latent attention: keys and values of all heads from one narrow latent a token.
 
     `[c^Q] = norm(W^DQ x), q = [W^UQ c^Q; RoPE(W^QR c^Q)]; c = norm(W^DKV x), k = [W^UK c; RoPE(W^KR x)], v = W^UV c`.
-    The part of a key with RoPE is one for all heads. With `q_lora_rank=0` queries come from x at once. Decoding
+    All heads share the part of the key with RoPE. With `q_lora_rank=0` queries are projected from x directly. Decoding
     caches c and the rotated part only, and attends in the absorbed form: `q . W^UK c = (W^UK^T q) . c`, so that all
-    heads look at one key and one value, the latent itself.
+    heads share one key and one value, the latent itself.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1; the latents' norms have its code's epsilon.
     """
@@ -163,7 +166,7 @@ class LatentAttention(nnx.Module):
         segment_ids: Int32[Array, "batch seq"],
         mesh: Mesh | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """x [B, S, D] with each token's position in its segment, and its segment."""
+        """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
         nope, rotated, latent, key_rope = self._project(x, positions, mesh)
         key, value = project(latent, [self.key_up[...], self.value_up[...]], mesh)
         shared = jnp.broadcast_to(key_rope, (*key.shape[:3], key_rope.shape[-1]))
@@ -178,7 +181,7 @@ class LatentAttention(nnx.Module):
         cache: Cache,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
-        """The same for tokens that see those in the cache, and enter it: one document a row, -1 is padding."""
+        """Attend in decoding: tokens also see those in the cache and are added to it; one document a row, -1 pads."""
         nope, rotated, latent, key_rope = self._project(x, positions, mesh)
         cache = remember(cache, (latent[:, :, None], key_rope), positions)
         absorbed = jnp.einsum("bshk,rhk->bshr", nope, self.key_up.astype(x.dtype))
@@ -212,7 +215,7 @@ class LatentAttention(nnx.Module):
         return nope, rotated, self.latent_norm(latent), key_rope
 
 
-LATENT_EPS = 1e-6  # DeepSeek's code takes its default here, whatever the configuration's
+LATENT_EPS = 1e-6  # DeepSeek's code uses the default of its norm here, not the epsilon of the configuration
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
@@ -223,9 +226,9 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAtt
 def project(
     x: Float[Array, "batch seq width"], weights: Sequence[Float[Array, "width ..."]], mesh: Mesh | None
 ) -> list[Float[Array, "batch seq ..."]]:
-    """x [B, S, D] by every weight [D, ...], to [B, S, ...] each: one product on one device.
+    """The products of x [B, S, D] with every weight [D, ...], each [B, S, ...]; on one device a single product.
 
-    On several devices what is split over them stays apart.
+    On several devices the products are separate, so that each weight keeps the layout in which it is split.
     """
     weights = [w.astype(x.dtype) for w in weights]
     if is_sharded(mesh):
@@ -237,7 +240,7 @@ def project(
 
 
 def remember(cache: Cache, new: Cache, positions: Int32[Array, "batch seq"]) -> Cache:
-    """The cache with each row's new tokens in the slots of their positions; -1 is padding and leaves no trace."""
+    """The cache with each row's new tokens in the slots of their positions; padding, at -1, is not stored."""
     rows = jnp.arange(len(positions), dtype=jnp.int32)[:, None]
 
     def one(slots: Array, values: Array) -> Array:

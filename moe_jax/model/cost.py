@@ -1,4 +1,4 @@
-"""What a token costs: parameters and FLOPs by part of the model, and the rate at which a device could do them."""
+"""The cost of a token: parameters and FLOPs by part of the model."""
 
 import math
 from typing import NamedTuple
@@ -15,22 +15,24 @@ class Part(NamedTuple):
     flops: int
 
 
-AHEAD, SCORES = "multi-token prediction", "attention scores"
+AHEAD = "multi-token prediction"
+SCORES = "attention scores"
 
 
 def parts(config: Config) -> list[Part]:
     """The model by kind of parameter, plus the attention scores, which have FLOPs and no parameters.
 
-    A multiply and an add are two FLOPs; the scores of causal attention over a full sequence are halved. All of
-    multi-token prediction is one part, but for its scores: its FLOPs have the product with the model's head, too.
-    Of the embedding all is active, as papers count it, though a token reads one row.
+    A multiply and an add are two FLOPs; the scores of causal attention over a full sequence are halved. Multi-token
+    prediction is one part, except its scores, and its FLOPs include the product with the model's head. The whole
+    embedding counts as active, as in papers, although a token reads one row.
     """
     import jax
 
     from moe_jax.mesh import is_expert_weight
     from moe_jax.model.abstract import abstract_model
 
-    m, model = config.model, abstract_model(config.model)
+    m = config.model
+    model = abstract_model(m)
     sums: dict[str, list[int]] = {}
     dims = jax.tree.leaves(model.dims)
     for (path, leaf), d in zip(jax.tree_util.tree_leaves_with_path(model.params), dims, strict=True):
@@ -39,7 +41,7 @@ def parts(config: Config) -> list[Part]:
         active = math.prod(leaf.shape)
         if routed:
             active = active * m.top_k // m.num_experts
-        row = sums.setdefault(kind, [0, 0, 0])
+        row = sums.setdefault(kind, [0, 0, 0])  # total, active, FLOPs
         row[0] += math.prod(leaf.shape)
         row[1] += active
         row[2] += 2 * active if len(d.names) > 1 and kind != "embedding" else 0
@@ -58,14 +60,14 @@ def _scores(config: Config) -> int:
 
 
 def train_flops(config: Config) -> int:
-    """Model FLOPs of a training step a token, forward and backward: what has to be computed, however it is done.
+    """Model FLOPs of a training step per token, forward and backward, whatever the implementation.
 
     6 x the active parameters that a token is multiplied by (2 in the forward pass, twice that in the backward pass;
     the embedding is looked up, norms are not counted, the head is counted once more for each depth of multi-token
     prediction), and 3 L S H (K + V) for causal attention over a full sequence, with queries and keys of width K and
-    values of width V: 6 L S H D where both are D, half of 12 L S H D for one that sees all. K is the width that
-    attention is trained with, both parts of a latent attention's query. What is computed again (remat) or for padding
-    is not counted.
+    values of width V: 6 L S H D where both are D, half of the 12 L S H D without a mask. K is the width that
+    attention is trained with, both parts of a latent attention's query. Recomputation (remat) and padding are not
+    counted.
 
     Source: PaLM (arXiv 2204.02311), appendix B, with the causal half left out.
     """

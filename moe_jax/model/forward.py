@@ -1,4 +1,4 @@
-"""A forward pass as values: what it is given besides the parameters (`Pass`), and what its MoE layers report."""
+"""The input of a forward pass besides the parameters (`Pass`), and what its MoE layers report (`Report`)."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from moe_jax.routing import Routing, Rows, Tokens
 
 
 class Inputs(NamedTuple):
-    """What a forward pass reads, [B, S] each: token ids, position in the document, document (0: padding)."""
+    """The tokens of a forward pass, [B, S] each: ids, positions in their document, documents (0: padding)."""
 
     tokens: Int32[Array, "batch seq"]
     positions: Int32[Array, "batch seq"]
@@ -24,23 +24,23 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(batch: Batch) -> Inputs:
-    """What the model reads of a batch."""
+    """The part of a batch that the model reads."""
     return Inputs(batch.tokens, batch.positions, batch.segment_ids)
 
 
 def next_inputs(tokens: Int32[Array, "batch seq"], positions: Int32[Array, "batch seq"]) -> Inputs:
-    """The next tokens of one document a row, for `Transformer.extend`; those at position -1 are padding."""
+    """The inputs of `Transformer.extend`: the next tokens of one document a row; those at position -1 are padding."""
     return Inputs(tokens, positions, (positions >= 0).astype(jnp.int32))
 
 
 class PerLayer(NamedTuple):
-    """What each MoE layer has of its own in a forward pass: leaves [L, ...], or of one layer inside it.
+    """The part of a `Pass` that differs between MoE layers: leaves [L, ...], or without L as a layer reads it.
 
     state: the balancer's; the bias is read from the model.
-    statistics: those of the whole optimizer step where a loss reads them, None for this forward's own.
-    earlier: those of the step's micro-batches before this one, where a loss reads the sum so far.
-    offset: added to the layers' inputs [L, B, S, D], zeros by which to differentiate; None for nothing.
-    step: the optimizer step [L], the same for all, where the next bias is computed; None for 0.
+    statistics: those of the whole optimizer step, if a loss reads them; None: those of this forward pass.
+    earlier: those of the step's micro-batches before this one, if a loss reads the sum so far.
+    offset: [L, B, S, D], added to the layers' inputs: zeros, to differentiate by; None adds nothing.
+    step: the optimizer step [L], the same for all layers, for `Details.next_ids`; None is 0.
     """
 
     state: State
@@ -50,7 +50,7 @@ class PerLayer(NamedTuple):
     step: Array | None = None
 
 
-NOTHING = PerLayer({})  # of layers that do not route
+NOTHING = PerLayer({})  # for layers that do not route
 
 
 class Pass(NamedTuple):
@@ -60,7 +60,7 @@ class Pass(NamedTuple):
     balancer: how experts are chosen and balanced.
     per_layer: what each MoE layer has of its own.
     key: the randomness of this pass (router jitter, random second expert, selectors).
-    train: False turns that randomness off, but for `random`, which is nothing else.
+    train: False turns that randomness off, except in the method `random`, which consists of it.
     mesh: where parameters and rows of the batch are placed; None for one device.
     """
 
@@ -72,7 +72,7 @@ class Pass(NamedTuple):
     mesh: Mesh | None = None
 
     def only(self, layers: slice) -> "Pass":
-        """The pass through some of the MoE layers."""
+        """The pass restricted to some of the MoE layers."""
         return self._replace(per_layer=jax.tree.map(lambda leaf: leaf[layers], self.per_layer))
 
     def layer(self, index: Int32[Array, ""], per_layer: PerLayer) -> "Pass":
@@ -81,7 +81,7 @@ class Pass(NamedTuple):
 
 
 def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
-    """What routing may know of each token of the batch, flattened to [B S]; its class by its id."""
+    """What routing may know of each token of the batch, flattened to [B S]; its class follows from its id."""
     kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
     rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
     return Tokens(

@@ -1,8 +1,7 @@
-"""The layers a transformer is made of: RMSNorm, RoPE, grouped-query and latent attention, SwiGLU.
+"""The layers that others are built of: RMSNorm, SwiGLU, and their initial weights.
 
-Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers:
-weight decay and sharding read them. B batch, S sequence, D embed, H heads, G heads of keys and values, K width of a
-head, R width of a latent, F ffw, T = B S tokens.
+Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers, which
+weight decay and sharding read.
 """
 
 import jax

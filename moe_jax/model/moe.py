@@ -1,6 +1,6 @@
 """The Mixture-of-Experts layer: router, selection bias, routed and shared experts.
 
-Forward reports and changes nothing: the bias is read here and written only by the train step.
+A forward pass changes nothing: it reads the bias, which only the train step writes.
 """
 
 import functools
@@ -20,18 +20,19 @@ from moe_jax.routing import RouterConfig, Routing, Tokens, count, counts_by_row,
 
 
 class RouterBias(nnx.Variable):
-    """The selection bias, float32 [E]: by type not a Param, so no gradient, optimizer or decay can touch it."""
+    """The selection bias, float32 [E]: not a Param, so no gradient, optimizer or weight decay can reach it."""
 
 
 class MoE(nnx.Module):
     """y = sum of gate x routed expert + sum of shared experts. Source: DeepSeekMoE (arXiv 2401.06066) eq. 9-11.
 
-    The shared experts, always on and of the same kind, are one SwiGLU of their joint width.
+    The shared experts, which see every token, are one SwiGLU of their joint width.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, experts, ffw = config.embed_dim, config.num_experts, config.expert_ffw_dim
-        choices, classes = experts + config.num_zero_experts, len(config.class_starts) + 1
+        choices = experts + config.num_zero_experts
+        classes = len(config.class_starts) + 1
         self.router = normal(config, rngs, dtype="float32", embed=width, experts=choices)
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
         self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
@@ -48,9 +49,9 @@ class MoE(nnx.Module):
         fwd: Pass,
         dropless: bool = False,
     ) -> tuple[Float[Array, "batch seq embed"], Report]:
-        """x [B, S, D] to y [B, S, D] and the layer's Report; `fwd` is this layer's own.
+        """Map x [B, S, D] to y [B, S, D] and the layer's Report; `fwd` is the pass as this layer reads it.
 
-        With `dropless` no copy is dropped, though the config or a method would.
+        With `dropless` no copy is dropped, even if the config or a balancing method drops some.
         """
         c = self.config
         drop = None if dropless else fwd.balancer.drop
@@ -89,12 +90,13 @@ class MoE(nnx.Module):
         return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
 
     def routing(self, x: Float[Array, "tokens embed"], tokens: Tokens, fwd: Pass) -> Routing:
-        """Where [T, D] vectors go, before anything is dropped; router in float32, jitter in training only.
+        """The routing of x [T, D] before any copy is dropped; in float32, with jitter in training only.
 
-        Each device routes its own tokens, for XLA would gather all scores to sort them; a selector of its own
-        may need to see the whole batch, and does.
+        Each device routes its own tokens, because XLA would gather all scores to sort them. Not so with a method that
+        selects experts itself, because it may need the whole batch.
         """
-        c, balancer, state = self.config, fwd.balancer, self._state(fwd)
+        c, balancer = self.config, fwd.balancer
+        state = self._state(fwd)
         jitter_key, select_key = jax.random.split(fwd.key)
         wide = x.astype(jnp.float32)
         if fwd.train and c.router_jitter > 0:
@@ -115,7 +117,7 @@ class MoE(nnx.Module):
         )
 
     def _routing_by_bias(self, logits: Array, bias: Array, tokens: Tokens, fwd: Pass) -> Routing:
-        """`route` by the k best biased scores, every device its own tokens."""
+        """`route` by the k best biased scores, on every device for its own tokens."""
 
         def on_shard(logits: Array, bias: Array, tokens: Tokens) -> Routing:
             router = RouterConfig.of(self.config)
@@ -123,9 +125,9 @@ class MoE(nnx.Module):
             return routing._replace(loads=routing.loads[None])  # [1, E], of this shard
 
         layout = specs(Routing.dims())
-        given = layout.logits, layout.bias, layout.tokens
-        by_shard = layout._replace(loads=spec("shards"))
-        routing = per_shard(on_shard, fwd.mesh, given, by_shard)(logits, bias, tokens)
+        in_specs = layout.logits, layout.bias, layout.tokens
+        out_specs = layout._replace(loads=spec("shards"))
+        routing = per_shard(on_shard, fwd.mesh, in_specs, out_specs)(logits, bias, tokens)
         return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
 
     def _state(self, fwd: Pass) -> State:
@@ -134,7 +136,8 @@ class MoE(nnx.Module):
 
     def _losses(self, routing: Routing, fwd: Pass, state: State) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
         """The balancing losses, and what this forward pass adds to the statistics of the step."""
-        own = seen = fwd.balancer.observe(routing)
+        own = fwd.balancer.observe(routing)
+        seen = own
         if fwd.per_layer.statistics is not None:
             seen = fwd.per_layer.statistics
         if fwd.per_layer.earlier is not None:
@@ -165,7 +168,7 @@ class MoE(nnx.Module):
 
 
 def only(routing: Routing, keep: Bool[Array, "tokens slots"]) -> Routing:
-    """The routing without the copies that are not kept; `loads` still counts them."""
+    """The routing with empty slots for copies that are not kept; `loads` still counts them."""
     num_choices = routing.loads.shape[0]
     return routing._replace(
         expert_ids=jnp.where(keep, routing.expert_ids, num_choices), gates=jnp.where(keep, routing.gates, 0.0)
@@ -173,7 +176,7 @@ def only(routing: Routing, keep: Bool[Array, "tokens slots"]) -> Routing:
 
 
 def real_part(routing: Routing, num_experts: int) -> Routing:
-    """The routing to experts that compute: copies for the others become empty slots."""
+    """The routing to experts with weights: copies for zero-computation experts become empty slots."""
     real = routing.expert_ids < num_experts
     return routing._replace(
         expert_ids=jnp.where(real, routing.expert_ids, num_experts),

@@ -1,4 +1,4 @@
-"""Where parameters are when they are used: gathered, looked up, rematerialised."""
+"""Parameters at their use: gathered from shards, looked up, rematerialised."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,9 +41,9 @@ def look_up(
 
 
 def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:
-    """The parameters of a module as it multiplies by them: gathered from their shards, in the compute dtype.
+    """A module with its parameters ready for use on the mesh: gathered from their shards, in the compute dtype.
 
-    The one place where that happens; experts' weights are gathered by dispatch.
+    The weights of routed experts stay as they are: dispatch gathers them. On one device it is the module itself.
     """
 
     def one(variable: Any) -> Any:
@@ -62,9 +62,9 @@ def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:
 
 
 def rematerialized(body: Callable, policy: str, sharded: bool = False) -> Callable:
-    """The scan body, keeping for the backward pass all of it ("none"), matmul outputs ("dots") or its input.
+    """The scan body, keeping for the backward pass everything ("none"), matmul outputs ("dots") or its input ("full").
 
-    Weights gathered from shards are never kept: every layer's would lie whole on every device.
+    Weights gathered from shards are never kept: every device would hold those of every layer.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
@@ -74,6 +74,6 @@ def rematerialized(body: Callable, policy: str, sharded: bool = False) -> Callab
     return jax.checkpoint(body, policy=keep, prevent_cse=False)
 
 
-def _stack(rngs: nnx.Rngs, repeats: int, kind: type, config: ModelConfig, *args: Any) -> Any:
-    """So many modules of a kind as one, layers in front."""
+def stacked(rngs: nnx.Rngs, repeats: int, kind: type, config: ModelConfig, *args: Any) -> Any:
+    """`repeats` modules of a kind as one, whose parameters have the axis of layers in front."""
     return nnx.vmap(lambda r: kind(config, r, *args))(rngs.split(repeats))

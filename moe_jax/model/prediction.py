@@ -15,10 +15,10 @@ from moe_jax.model.layers import RMSNorm, normal
 
 
 class Ahead(nnx.Module):
-    """One depth of multi-token prediction: a layer on what was seen and the next token, both normed and mixed.
+    """One depth of multi-token prediction: a layer on a mix of the hidden state and a later token, both normalised.
 
     `h^k_i = norm(layer(M [norm(h^{k-1}_i); norm(Emb(t_{i+k}))]))` predicts t_{i+k+1} through the model's own head.
-    h^0 is what the model's head sees, as in the implementations that decode with published weights.
+    h^0 is the input of the model's head, as in the implementations that decode with published weights.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) eq. 21-23.
     """
@@ -33,27 +33,27 @@ class Ahead(nnx.Module):
         self.norm = RMSNorm(config, embed=width)
 
     def __call__(self, x: Array, embedded: Array, fwd: Pass) -> tuple[Float[Array, "batch seq embed"], Report | None]:
-        """x [B, S, D] of the depth before, and the embedding of the token k places on; to this depth's, and Report."""
+        """Map x [B, S, D] of the previous depth and the embedded tokens k places later to this depth's x and Report."""
         known, seen = self.embedding_norm(embedded), self.hidden_norm(x)
         mixed = known @ self.from_embedding.astype(x.dtype) + seen @ self.from_hidden.astype(x.dtype)
         x, report, _ = self.block(mixed, None, fwd)
         return self.norm(x), report
 
 
-AHEAD = 2**31  # the stream of randomness of multi-token prediction, after those of layers
+AHEAD = 2**31  # folded into the key for multi-token prediction; larger than every layer's index
 
 
 def ahead_of(inputs: Inputs, depth: int) -> Inputs:
-    """What depth k of multi-token prediction reads at each place: the token k on, if it is of the same document.
+    """The inputs of depth k of multi-token prediction: at each place the token k places later in its document.
 
-    Elsewhere the segment is 0, as padding's: of a document of n tokens n - k are seen, routed and counted.
+    Where there is none the segment is 0, that of padding: n - k tokens of a document of n are seen, routed and counted.
     """
     tokens, later = (shifted(a, depth) for a in (inputs.tokens, inputs.segment_ids))
     return Inputs(tokens, inputs.positions, jnp.where(later == inputs.segment_ids, inputs.segment_ids, 0))
 
 
 def shifted(x: Array, depth: int) -> Array:
-    """[B, S] moved `depth` places towards the start; zeros come in."""
+    """[B, S] shifted `depth` places towards the start, with zeros at the end."""
     return jnp.pad(x[:, depth:], ((0, 0), (0, depth)))
 
 
@@ -61,13 +61,13 @@ def shifted(x: Array, depth: int) -> Array:
 
 
 def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """What depth k of multi-token prediction predicts at each place, t_{i+k+1}, and where: inside one document."""
+    """The targets t_{i+k+1} of depth k of multi-token prediction, and where they are valid: inside one document."""
     seen = ahead_of(inputs_of(batch), depth).segment_ids > 0
     return shifted(batch.targets, depth), seen & shifted(batch.mask, depth)
 
 
 class AheadLoss(NamedTuple):
-    """Of multi-token prediction: nats summed over its depths, and how many targets it has there."""
+    """The loss of multi-token prediction: nats, and the number of targets, both summed over its depths."""
 
     nats: Float32[Array, ""]
     tokens: Int32[Array, ""]
@@ -76,7 +76,12 @@ class AheadLoss(NamedTuple):
 def ahead_loss(
     batch: Batch, ahead: Sequence[Array], nats: Callable[[Array, Array, Array], Float32[Array, ""]]
 ) -> AheadLoss:
-    """The loss over all depths, `ahead` what the head multiplies at each; `nats` of (x, targets, mask)."""
+    """The loss of multi-token prediction, summed over its depths.
+
+    Args:
+        ahead: the vectors before the head [B, S, D], of every depth.
+        nats: (x, targets, mask) -> the cross-entropy in nats, summed over the valid targets.
+    """
     total = AheadLoss(jnp.float32(0.0), jnp.int32(0))
     for depth, x in enumerate(ahead, 1):
         targets, mask = ahead_targets(batch, depth)
@@ -87,12 +92,14 @@ def ahead_loss(
 def language_nats(
     config: Config, step: Int32[Array, ""], nats: Float32[Array, ""], ahead: AheadLoss
 ) -> Float32[Array, ""]:
-    """The nats that training lowers: of the next token, and lambda times the mean over the depths after it.
+    """The nats that training minimises: those of the next token, plus lambda times the mean over later depths.
 
-    Both are to be divided by the tokens of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
+    The caller divides them by the tokens of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
     """
     depth = config.model.mtp_depth
-    return nats + prediction_weight(config, step) / depth * ahead.nats if depth else nats
+    if depth == 0:
+        return nats
+    return nats + prediction_weight(config, step) / depth * ahead.nats
 
 
 def prediction_weight(config: Config, step: Int32[Array, ""]) -> Float32[Array, ""]:

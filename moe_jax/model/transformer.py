@@ -17,7 +17,7 @@ from moe_jax.model.attention import Cache
 from moe_jax.model.block import Run, Unit, layout
 from moe_jax.model.forward import NOTHING, Pass, Report
 from moe_jax.model.layers import RMSNorm, normal
-from moe_jax.model.placing import _stack, at_use, look_up, rematerialized
+from moe_jax.model.placing import at_use, look_up, rematerialized, stacked
 from moe_jax.model.prediction import AHEAD, Ahead, ahead_of
 
 
@@ -29,11 +29,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.embedding = normal(config, rngs, vocab=config.vocab_size, embed=config.embed_dim)
-        self.stacks = nnx.List([_stack(rngs, run.repeats, Unit, config, run.kinds) for run in layout(config)])
+        self.stacks = nnx.List([stacked(rngs, run.repeats, Unit, config, run.kinds) for run in layout(config)])
         self.final_norm = RMSNorm(config, embed=config.embed_dim)
         tied = config.tied_embeddings
         self.head = None if tied else normal(config, rngs, embed=config.embed_dim, vocab=config.vocab_size)
-        self.mtp = _stack(rngs, config.mtp_depth, Ahead, config) if config.mtp_depth else None
+        self.mtp = stacked(rngs, config.mtp_depth, Ahead, config) if config.mtp_depth else None
         self.config = nnx.static(config)
 
     def __call__(self, fwd: Pass) -> tuple[Float32[Array, "batch seq vocab"], Report | None]:
@@ -48,13 +48,13 @@ class Transformer(nnx.Module):
     def before_head(
         self, fwd: Pass
     ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "depth batch seq embed"] | None, Report | None]:
-        """As the call, but what the head multiplies, in the compute dtype: [B, S, D], and of multi-token prediction."""
-        x, report, _ = self._layers(self._own(fwd))
+        """The vectors before the head, in the compute dtype: x [B, S, D], multi-token prediction's; and Report."""
+        x, report, _ = self._layers(self._main_pass(fwd))
         x = self.final_norm(x)
         if self.mtp is None:
             return x, None, report
         with jax.named_scope("ahead"):
-            ahead, more = self._ahead(x, self._later(fwd))
+            ahead, more = self._ahead(x, self._ahead_pass(fwd))
         if report is not None:
             report = jax.tree.map(lambda *parts: jnp.concatenate(parts), report, more)
         return x, ahead, report
@@ -62,28 +62,28 @@ class Transformer(nnx.Module):
     def extend(
         self, fwd: Pass, cache: Any, *, last_only: bool = False
     ) -> tuple[Float32[Array, "batch out vocab"], Report | None, Any]:
-        """Decode: the logits of tokens that see what the cache holds, and enter it.
+        """Decode: the logits of tokens that see those in the cache, and are added to it.
 
-        A prompt is one call with all its tokens; then follow calls with one token a row. The logits are those of the
-        call on the whole sequence. No copy is dropped, whatever the config says of training.
+        A prompt is one call with all its tokens, followed by calls with one token a row. The logits are those of the
+        call on the whole sequence. No copy is dropped, whatever the config sets for training.
 
         Args:
-            fwd: through `next_inputs`: the next tokens of one document a row, [B, N], each at its place in the row,
-                below the cache's length; padding, at -1, enters nothing and is routed nowhere.
-            cache: of `init_cache`, or as the last call returned it.
-            last_only: logits of each row's token of the highest position only: a prompt's others need no room.
+            fwd: with the `next_inputs`: the next tokens of one document a row, [B, N], each at its position in the row,
+                below the cache's length; padding, at -1, is neither cached nor routed.
+            cache: that of `init_cache`, or as the last call returned it.
+            last_only: only the logits of each row's last token, since those of a whole prompt would take memory.
 
         Returns:
             logits float32 [B, N, V], or [B, 1, V]; Report with leaves [L, ...] without multi-token prediction; the
             cache.
         """
-        x, report, cache = self._layers(self._own(fwd), cache)
+        x, report, cache = self._layers(self._main_pass(fwd), cache)
         if last_only:
             x = jnp.take_along_axis(x, fwd.inputs.positions.argmax(1)[:, None, None], 1)
         return self.logits(self.final_norm(x), fwd.mesh), report, cache
 
     def init_cache(self, batch: int, length: int) -> Any:
-        """What `extend` fills, for a number of rows and of tokens: for each stack the layers' caches, stacked."""
+        """The empty cache of `extend`, for `batch` rows of `length` tokens: the layers' caches, stacked by stack."""
 
         def of_run(stack: Unit, run: Run) -> tuple[Cache, ...]:
             one = tuple(block.attention.init_cache(batch, length) for block in stack.blocks)
@@ -92,7 +92,7 @@ class Transformer(nnx.Module):
         return [of_run(*pair) for pair in zip(self.stacks, layout(self.config), strict=True)]
 
     def logits(self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None) -> Float32[Array, "*batch vocab"]:
-        """What the head makes of vectors before it."""
+        """The logits of vectors before the head."""
         with jax.named_scope("head"):
             return jnp.einsum("...d,dv->...v", x, self.head_weight(mesh), preferred_element_type=jnp.float32)
 
@@ -104,18 +104,18 @@ class Transformer(nnx.Module):
     def _embed(self, tokens: Array, mesh: Mesh | None) -> Float[Array, "batch seq embed"]:
         return look_up(self.embedding[...].astype(self.config.compute_dtype), tokens, mesh)
 
-    def _own(self, fwd: Pass) -> Pass:
-        """The pass through the layers of the model proper: those of multi-token prediction are the last."""
+    def _main_pass(self, fwd: Pass) -> Pass:
+        """The pass without the layers of multi-token prediction, which are the last."""
         depth = self.config.mtp_depth
         return fwd.only(slice(-depth)) if depth else fwd
 
-    def _later(self, fwd: Pass) -> Pass:
-        """The pass through the layers of multi-token prediction, with their own randomness."""
+    def _ahead_pass(self, fwd: Pass) -> Pass:
+        """The pass through the layers of multi-token prediction only, with their own randomness."""
         last = fwd.only(slice(-self.config.mtp_depth, None))
         return last._replace(key=jax.random.fold_in(fwd.key, AHEAD))
 
     def _layers(self, fwd: Pass, cache: Any = None) -> tuple[Array, Report | None, Any]:
-        """Embedding and all layers of the model proper; with a cache also what is in it afterwards."""
+        """Embedding and all layers except multi-token prediction's; with a cache, also the cache afterwards."""
         x, report, after = self._embed(fwd.inputs.tokens, fwd.mesh), None, []
         runs = layout(self.config)
         cache = [(None,) * len(run.kinds) for run in runs] if cache is None else cache

@@ -101,7 +101,7 @@ def test_xla_is_asked_for_where_it_is_and_auto_takes_what_there_is(compiler, mon
     assert not in_native("auto", None, jnp.dtype("float16"))  # which the C++ does not know
     monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
     assert not in_native("auto", None, jnp.dtype("float32"))
-    with pytest.raises(ValueError, match=r'model\.cpu_kernel="native" cannot be: there is no compiler'):
+    with pytest.raises(ValueError, match=r'model\.cpu_kernel="native" cannot run: there is no compiler'):
         in_native("native", None, jnp.dtype("float32"))
     with pytest.raises(ValueError, match=r"float16.*set it to"):
         in_native("native", None, jnp.dtype("float16"))
