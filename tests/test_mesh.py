@@ -1,4 +1,4 @@
-"""The same numbers on any mesh: where arrays lie, one step from equal state, loads and bias of replayed logits."""
+"""The same numbers on any mesh: how arrays are split, one step from equal state, loads and bias of replayed logits."""
 
 import functools
 
@@ -47,7 +47,7 @@ def batch_of(config, mesh, step: int = 0):
     return jax.device_put(batch_at(step), batch_sharding(mesh))
 
 
-# --- where arrays lie -----------------------------------------------------------------------------------------
+# --- how arrays are split -------------------------------------------------------------------------------------
 
 
 def test_a_mesh_has_four_auto_axes_and_minus_one_takes_what_is_left():
@@ -59,7 +59,7 @@ def test_a_mesh_has_four_auto_axes_and_minus_one_takes_what_is_left():
 
 
 class Device:
-    """What a mesh asks of a device of another machine."""
+    """A device of another machine, with the attributes that a mesh reads."""
 
     platform, device_kind = "cpu", "cpu"
 
@@ -69,7 +69,7 @@ class Device:
         self.process_index = number * processes // 8
 
 
-def test_replicas_lie_across_slices_and_all_else_inside_one():
+def test_replicas_are_placed_across_slices_and_everything_else_inside_one():
     devices = [Device(n, slices=2) for n in range(8)]
     mesh = make_mesh(MeshConfig(replica=2, data=2, expert=2, tensor=1), devices)
     for replica in range(2):
@@ -99,7 +99,7 @@ SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replic
 
 
 @pytest.mark.parametrize(("dims", "shape", "kept", "used"), SPECS)
-def test_the_table_says_how_every_kind_of_parameter_lies(dims, shape, kept, used):
+def test_the_table_splits_every_kind_of_parameter(dims, shape, kept, used):
     mesh = make_mesh(MeshConfig(1, 2, 2, 2))
     assert parameter_spec(mesh, dims, shape) == kept
     if used is not None:  # gathered inside a scan: without the stacked layers in front
@@ -149,7 +149,7 @@ def test_the_state_is_split_over_all_of_data_expert_and_tensor_and_moments_follo
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 4, 1), (2, 1, 2, 2)], ids=str)
-def test_the_initial_state_is_the_same_on_any_mesh_and_lies_in_shards(sizes):
+def test_the_initial_state_is_the_same_on_any_mesh_and_is_sharded(sizes):
     config, mesh = config_on(sizes)
     here, there = init_state(config), init_state(config, mesh)
     assert jax.tree.map(lambda a: a.sharding, there) == state_shardings(config, mesh)
@@ -210,7 +210,7 @@ def test_latent_attention_and_multi_token_prediction_give_the_step_of_one_device
         assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
 
 
-def test_a_train_step_keeps_every_leaf_in_its_place_and_compiles_once_without_warnings(capfd):
+def test_a_train_step_keeps_every_sharding_and_compiles_once_without_warnings(capfd):
     config, mesh = config_on((1, 2, 2, 2), micro_batches=2, model=dict(remat="full"))
     step = make_train_step(config, mesh)
     state = init_state(config, mesh)
@@ -222,7 +222,7 @@ def test_a_train_step_keeps_every_leaf_in_its_place_and_compiles_once_without_wa
     assert int(values["skipped"]) == 0
     evaluation = make_eval_step(config, mesh)(state, batch_of(config, mesh))
     assert evaluation.loads.sum() == 2 * 2 * evaluation.tokens.sum()  # 2 layers, top-2
-    assert "rematerialization" not in capfd.readouterr().err  # XLA's word for gathering what should stay in parts
+    assert "rematerialization" not in capfd.readouterr().err  # XLA would gather a split array
 
 
 # --- replayed logits ------------------------------------------------------------------------------------------

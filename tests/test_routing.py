@@ -1,4 +1,4 @@
-"""Laws of routing: the bias picks, the scores pay, ids stay inside their groups, padding goes nowhere."""
+"""Laws of routing: the bias affects the selection only, ids stay inside their groups, padding is not routed."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from moe_jax.routing import RouterConfig, Routing, Tokens, affinity, count, drop_second, limit_groups, route
 
-# scope: all laws of one score run together, so that each worker compiles few scores
+# scope: all laws of one score run together, so that each worker compiles for few scores
 every_score = pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"], scope="module")
 GROUPED = {"top_k": 3, "num_groups": 4, "top_groups": 2, "group_top": 2}  # of 8 experts: 01 23 45 67
 
@@ -39,7 +39,7 @@ SLOPE = np.linspace(-0.2, 0.2, 8, dtype=np.float32)
 
 @functools.cache
 def routed(**options):
-    """`route` under jit, one compilation for all tests that ask for the same options and shapes."""
+    """`route` under jit, one compilation for all tests with the same options and shapes."""
     router = RouterConfig(**options)
     return jax.jit(lambda logits, bias=None, **more: route(logits, router, bias, **more))
 
@@ -52,7 +52,7 @@ def replayed(**options):
 
 @functools.cache
 def differentiated(select=None, **options):
-    """Value and gradient in (logits, bias) of something that normalised gates do not make constant."""
+    """Value and gradient in (logits, bias) of a function that normalised gates do not make constant."""
 
     def weighted_sum(logits, bias):
         gates = route(logits, RouterConfig(**options), bias, select=select).gates
@@ -62,7 +62,7 @@ def differentiated(select=None, **options):
 
 
 class Replay(NamedTuple):
-    """A selector, hashable, that answers with the ids it was made of."""
+    """A hashable selector that returns fixed ids."""
 
     ids: bytes
     shape: tuple[int, int]
@@ -164,7 +164,7 @@ def test_normalised_gates_sum_to_gate_scale(score):
 
 
 @every_score
-def test_bias_picks_and_unbiased_scores_pay_with_every_score_function(score):
+def test_the_bias_affects_selection_and_gates_are_unbiased_with_every_score_function(score):
     # Megatron-LM #1693: the bias must work with every score; vLLM #12002: gates from biased scores
     logits = row(3.0, 2.0, 1.0, 0.0)
     bias = vector(0.0, -9.0, 0.0, 9.0)
@@ -183,13 +183,13 @@ def test_scores_are_the_published_functions():
     np.testing.assert_allclose(scored(logits, "sqrt_softplus")[0], [1.17741, 0.83256], rtol=1e-5)
 
 
-def test_unknown_score_is_an_error_that_says_the_choices():
+def test_an_unknown_score_is_an_error_that_lists_the_choices():
     with pytest.raises(ValueError, match=r"score='relu' must be 'sigmoid', 'softmax' or 'sqrt_softplus'"):
         routed(top_k=1, score="relu")(random_logits(0))
 
 
 def test_unnormalised_softmax_gates_are_the_scores_times_the_scale():
-    # softmax of (log 4, log 3, log 2, log 1) is (4, 3, 2, 1) / 10; DeepSeekMoE pays 0.4 and 0.3, here twice
+    # softmax of (log 4, log 3, log 2, log 1) is (4, 3, 2, 1) / 10; DeepSeekMoE has gates 0.4 and 0.3, here doubled
     logits = row(*np.log([4.0, 3.0, 2.0, 1.0]))
     result = routed(top_k=2, score="softmax", normalize_gates=False, gate_scale=2.0)(logits)
     np.testing.assert_allclose(result.gates, [[0.8, 0.6]], rtol=1e-6)
@@ -265,7 +265,7 @@ def test_routing_is_float32_and_loads_are_int32():
 # --- custom selection, empty slots, padding -----------------------------------------------------------------
 
 
-def test_an_empty_slot_pays_nothing_and_is_not_counted():
+def test_an_empty_slot_has_no_gate_and_is_not_counted():
     # token 0 uses one slot of two, token 1 none, token 2 both: loads 2 1 0 and gates that sum to 1, 0 and 1
     ids = np.asarray([[0, 3], [3, 3], [1, 0]], np.int32)
     result = replayed(top_k=2)(np.zeros((3, 3), np.float32), np.zeros(3, np.float32), ids)
@@ -283,7 +283,7 @@ def test_empty_slots_have_finite_gradients(score):
     assert not np.asarray(to_logits)[1].any()
 
 
-def test_a_selector_is_given_scores_biased_scores_and_all_that_is_known_of_the_tokens():
+def test_a_selector_gets_scores_biased_scores_and_everything_known_of_the_tokens():
     seen = {}
 
     def select(scores, biased, **rest):
@@ -346,7 +346,7 @@ def test_gates_and_their_gradients_are_finite_at_extreme_logits(score, normalize
 
 @every_score
 def test_gates_and_their_gradients_are_finite_when_logits_are_100_apart(score):
-    # all experts chosen, so that a saturated score and an underflown one share a denominator
+    # all experts chosen, so that a saturated score and one that underflows share a denominator
     value, (to_logits, _) = differentiated(top_k=4, score=score)(row(100, -100, 0, -50), vector(0, 0, 0, 0))
     assert np.isfinite(value)
     assert np.isfinite(to_logits).all()
@@ -404,7 +404,7 @@ def test_a_dropped_second_expert_is_an_empty_slot():
 
 
 def test_the_chance_of_the_second_expert_does_not_depend_on_the_gate_scale():
-    # GShard's rule is on the normalised gate: 2 x 0.1, whatever factor the gates are multiplied with
+    # GShard's rule is on the normalised gate: 2 x 0.1, whatever factor multiplies the gates
     before, after = dropped_second()
     scaled = dropping(before._replace(gates=2.5 * np.asarray(before.gates)), jax.random.key(0))
     np.testing.assert_array_equal(scaled.loads, after.loads)

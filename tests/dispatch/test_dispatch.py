@@ -30,7 +30,7 @@ WEIGHTS = ExpertWeights(array(1, EXPERTS, EMBED, FFW), array(2, EXPERTS, EMBED, 
 
 
 def routing_of(ids, gates) -> Routing:
-    """A routing of given ids and gates; empty slots get a gate of 0, as route gives them."""
+    """A routing with these ids and gates; empty slots get a gate of 0, as in `route`."""
     gates = jnp.where(ids < EXPERTS, gates, 0.0)
     routing = route(jnp.zeros((ids.shape[0], EXPERTS)), RouterConfig(top_k=1))
     return routing._replace(expert_ids=ids, gates=gates, loads=count(ids, EXPERTS))
@@ -48,7 +48,7 @@ cpu_kernel = "auto"
 
 @functools.cache
 def compiled(dispatcher: str, cpu_kernel: str, num_sequences: int = 1, capacity_factor: float = 1.25):
-    """(x, gates, weights, ids) -> (y, dropped), gradients in the first three of something of y."""
+    """(x, gates, weights, ids) -> (y, dropped), and the gradients of a function of y in the first three."""
 
     def run(x, gates, weights, ids):
         options = {"dispatcher": dispatcher, "num_sequences": num_sequences, "capacity_factor": capacity_factor}
@@ -125,7 +125,7 @@ def test_every_dropless_dispatcher_equals_dense_on_one_device(dispatcher):
     assert_equals_dense(dispatcher, SHAPES["padded tokens"])
 
 
-def test_every_row_of_facts_has_a_function_and_every_function_a_row():
+def test_every_dispatcher_has_a_row_of_facts_and_a_function():
     assert set(DISPATCH_FUNCTIONS) == set(DISPATCHERS)
     with pytest.raises(ValueError, match=r"'teleport' has no row in moe_jax\.config\.DISPATCHERS"):
         register("teleport")
@@ -141,7 +141,7 @@ def test_auto_and_every_exchange_are_local_on_one_device():
 
 
 @pytest.mark.parametrize("dispatcher", ["local", "dense"])
-def test_a_batch_of_no_tokens_is_a_batch_of_no_tokens(dispatcher):
+def test_a_batch_of_no_tokens_has_an_empty_output(dispatcher):
     y, dropped, (dx, _, dw) = applied(dispatcher, np.zeros((0, 2)))
     assert (y.shape, dx.shape, dropped) == ((0, EMBED), (0, EMBED), 0)
     assert not any(w.any() for w in dw)
@@ -155,7 +155,7 @@ def test_experts_without_tokens_have_gradients_of_exactly_zero():
         assert gradient[[0, 3]].any()
 
 
-def test_an_expert_without_tokens_is_not_even_read():
+def test_the_weights_of_an_expert_without_tokens_are_not_read():
     # garbage in the weights of experts 1 and 2 reaches nothing
     garbage = ExpertWeights(*(w.copy() for w in WEIGHTS))
     for w in garbage:
@@ -166,7 +166,7 @@ def test_an_expert_without_tokens_is_not_even_read():
 
 
 def test_padding_is_not_read_and_gets_no_gradient():
-    # tokens 1, 3 and 5 are padding and hold anything
+    # tokens 1, 3 and 5 are padding with arbitrary values
     ids, x = SHAPES["padded tokens"], array(4, TOKENS, EMBED)
     clean = applied("local", ids, x)
     x[[1, 3, 5]] = 1e30
@@ -258,8 +258,8 @@ def test_empty_slots_take_no_seat_and_are_not_counted_as_dropped():
     np.testing.assert_array_equal(y.any(1), [False, True, False, True])
 
 
-def test_another_sequence_changes_nothing():
-    # capacity is per sequence: the second row collapses onto expert 0 and the first does not notice
+def test_capacity_of_a_sequence_does_not_depend_on_another_sequence():
+    # capacity is per sequence: the second row collapses onto expert 0, which does not affect the first
     one, other = np.concatenate([CHOICES, CHOICES]), np.concatenate([CHOICES, [[0, 1]] * 4])
     calm, _, _ = applied("capacity", one, num_sequences=2, **TIGHT)
     crowded, dropped, _ = applied("capacity", other, num_sequences=2, **TIGHT)
@@ -285,7 +285,7 @@ def test_capacity_is_not_causal_for_top_2():
 
 @settings(deadline=None, max_examples=50)
 @given(arrays(np.int32, (4, 2), elements=st.integers(0, EXPERTS)))
-def test_kept_and_dropped_copies_are_all_copies_and_no_expert_exceeds_its_capacity(ids):
+def test_copies_are_kept_or_dropped_and_no_expert_exceeds_its_capacity(ids):
     # one seat each: an expert keeps min(1, its load)
     _, dropped, _ = applied("capacity", ids, **TIGHT)
     loads = np.bincount(ids.ravel(), minlength=EXPERTS + 1)[:EXPERTS]

@@ -1,4 +1,4 @@
-"""Laws of attention: who sees whom, with what weight, by every platform's kernel."""
+"""Laws of attention: which tokens attend to which, with what weight, in the kernel of every platform."""
 
 import functools
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def arrays(rows, length, heads, kv_heads, width, value_width, dtype=jnp.float32)
 
 
 def segments(rows, length):
-    """Three documents of other lengths in every row, and padding at its end."""
+    """Three documents of different lengths in every row, and padding at its end."""
     cuts = np.sort(np.random.default_rng(1).integers(1, length, (rows, 3)), 1)
     number = 1 + (np.arange(length) >= cuts[:, :, None]).sum(1)
     return jnp.asarray(np.where(number == 4, 0, number), jnp.int32)
@@ -48,12 +48,12 @@ def oracle(query, key, value, segment_ids, scale=None):
 
 
 def as_on_tpu(query, key, value, segment_ids, scale=None, mesh=None):
-    """TPU's kernel, interpreted."""
+    """The TPU's kernel, interpreted."""
     return splash(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, mesh, interpret=True)
 
 
 def in_xla(query, key, value, segment_ids, scale=None):
-    """Where no kernel fits; `attend` itself is the CPU's here."""
+    """The path for platforms without a fitting kernel; `attend` itself uses the CPU's here."""
     return in_jax(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, "xla")
 
 
@@ -78,13 +78,13 @@ SHAPES = {  # rows, length, heads, key-value heads, width, width of values
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """The least block there is, so that 301 tokens are three of them."""
+    """The smallest possible block, so that 301 tokens are three blocks."""
     monkeypatch.setattr(attention, "BLOCK", 128)
 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_token_gets_the_weighed_values_of_its_segment_so_far(run, shape, small_blocks):
+def test_a_token_gets_the_weighted_values_of_its_segment_up_to_itself(run, shape, small_blocks):
     query, key, value, _ = arrays(*shape)
     segment_ids = segments(*shape[:2])
     mixed = jax.jit(run)(query, key, value, segment_ids)
@@ -102,7 +102,7 @@ def test_every_kernel_has_the_gradients_of_xla(run, shape, small_blocks):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_scale_is_ours_to_say(run):
+def test_the_scale_is_an_argument(run):
     query, key, value, _ = arrays(1, 20, 2, 1, 8, 8)
     segment_ids = segments(1, 20)
     mixed = jax.jit(functools.partial(run, scale=2.0))(query, key, value, segment_ids)
@@ -118,7 +118,7 @@ def test_bfloat16_is_off_by_its_rounding(run):
     )
     for ours, wide in zip(with_gradients(run, *inputs, segment_ids, gradient), exact, strict=True):
         assert ours.dtype == jnp.bfloat16
-        # of sums of up to 37 weighed values and gradients of order 1
+        # of sums of up to 37 weighted values and gradients of order 1
         np.testing.assert_allclose(np.asarray(ours, np.float32), wide, rtol=2**-6, atol=2**-5)
 
 
@@ -130,7 +130,7 @@ def test_padding_and_documents_do_not_see_each_other():
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_heads):
-    # rows over data, heads over tensor; nothing checks how the kernel's results vary but this
+    # rows over data, heads over tensor; only this test checks how the kernel's results vary
     shape = (2, 20, 4, 2 * kv_heads, 8, 8)
     *inputs, gradient = arrays(*shape)
     segment_ids = segments(*shape[:2])
@@ -145,7 +145,7 @@ def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_head
 
 
 def machine(platform: str, kind: str, tensor: int = 1):
-    """A mesh of devices that are not here."""
+    """A mesh of devices that are not present."""
     device = SimpleNamespace(platform=platform, device_kind=kind, id=0)
     mesh = mock.create_autospec(Mesh, instance=True)
     mesh.devices, mesh.shape = np.full((1, 1, 1, tensor), device), dict(zip(AXES, (1, 1, 1, tensor), strict=True))
@@ -159,7 +159,7 @@ def machine(platform: str, kind: str, tensor: int = 1):
         (machine("cpu", "cpu"), (1, 8, 4, 2, 64, 64), "bfloat16", "blocks"),
         (machine("tpu", "TPU v5"), (1, 7, 4, 2, 192, 128), "float32", "splash"),
         (machine("tpu", "TPU v5", 2), (1, 8, 4, 2, 64, 64), "bfloat16", "splash"),
-        (machine("tpu", "TPU v5", 4), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),  # a key's heads on two devices
+        (machine("tpu", "TPU v5", 4), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),  # one key head on two devices
         (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 64, 64), "bfloat16", "cudnn"),
         (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 64, 64), "float32", "xla"),
         (machine("gpu", "NVIDIA H100"), (1, 7, 4, 2, 64, 64), "bfloat16", "xla"),
@@ -173,7 +173,7 @@ def test_the_kernel_is_that_of_the_devices_compiled_for(mesh, shape, dtype, kern
 
 
 @pytest.mark.parametrize(("width", "value_width", "length"), [(128, 128, 2048), (64, 64, 1000), (192, 128, 1024)])
-def test_on_tpu_scores_never_lie_in_memory(tpu_devices, width, value_width, length):
+def test_on_tpu_scores_are_never_in_memory(tpu_devices, width, value_width, length):
     mesh = mesh_of(tpu_devices("v5p:2x2x1"), (1, 2, 1, 2))
 
     def abstract(place, *shape, dtype=jnp.bfloat16):

@@ -1,4 +1,4 @@
-"""Laws of the grouped matrix product: every row times its group's matrix, at a cost that follows the rows."""
+"""Laws of the grouped matrix product: every row times its group's matrix, at a cost proportional to the rows."""
 
 import functools
 
@@ -66,7 +66,7 @@ def as_on_accelerators(x, w, sizes, dy):
 
 @jax.jit
 def as_on_tpu(x, w, sizes, dy):
-    """TPU's kernels, interpreted."""
+    """The TPU's kernels, interpreted."""
     y = grouped._tpu_matmul(x, w, sizes, interpret=True)
     dx = grouped._tpu_matmul(dy, w, sizes, transposed=True, interpret=True)
     return y, dx, grouped.tpu_outer(x, dy, sizes, w.dtype, interpret=True)
@@ -77,7 +77,7 @@ def assert_equals_oracle(run, x, w, sizes, dy) -> None:
         np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-# sizes of 5 groups in at most 13 rows: the gaps between 5 sorted cuts, what is after the last is the tail
+# sizes of 5 groups in at most 13 rows: the gaps between 5 sorted cuts; the rows after the last cut are the tail
 group_sizes = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(
     lambda cuts: np.diff(np.asarray([0, *sorted(cuts)], np.int32))
 )
@@ -109,7 +109,7 @@ def test_an_empty_group_has_a_gradient_of_exactly_zero(run):
 
 @pytest.mark.parametrize("run", [with_gradients, as_on_accelerators, as_on_tpu])
 def test_rows_after_the_last_group_give_zero_and_take_no_gradient(run):
-    # 9 of 13 rows are in groups; the last four hold anything
+    # 9 of 13 rows are in groups; the last four have arbitrary values
     x = X.copy()
     x[9:] = 1e30
     y, dx, dw = (np.asarray(a) for a in run(x, W, integers(2, 3, 0, 4, 0), DY))
@@ -181,7 +181,7 @@ def test_bfloat16_equals_the_rounded_float32_product(run):
 
 @settings(deadline=None, max_examples=50)
 @given(group_sizes)
-def test_every_row_of_a_group_lies_in_exactly_one_tile_of_it(sizes):
+def test_every_row_of_a_group_is_in_exactly_one_of_its_tiles(sizes):
     group, first, end, count = (np.asarray(a) for a in tiles(sizes))
     covered = np.zeros((GROUPS, ROWS), int)
     for i in range(int(count)):
@@ -196,7 +196,7 @@ tiles = jax.jit(functools.partial(grouped._tiles, num_rows=ROWS, tile=TILE))
 
 @settings(deadline=None, max_examples=50)
 @given(group_sizes)
-def test_tiles_are_as_many_as_the_rows_need_and_never_more_than_there_is_room_for(sizes):
+def test_the_number_of_tiles_follows_the_rows_and_stays_within_its_bound(sizes):
     group, _, _, count = tiles(sizes)
     assert int(count) == sum(-(-int(size) // TILE) for size in sizes)
     assert int(count) <= group.shape[0] == ROWS // TILE + GROUPS
@@ -230,10 +230,10 @@ def test_a_tpu_tile_has_at_most_a_quarter_of_the_mean_groups_rows(rows, groups, 
     assert tile == 128 or tile <= rows / groups / 4
 
 
-def test_tokamax_keeps_the_laws_where_it_serves(monkeypatch):
-    # here by its own fall-back, which is XLA's
+def test_tokamax_keeps_the_laws_if_it_is_used(monkeypatch):
+    # here by its own fallback, which is XLA's
     pytest.importorskip("tokamax")
-    flags.FLAGS.mark_as_parsed()  # it reads its own
+    flags.FLAGS.mark_as_parsed()  # tokamax reads its own flags
     monkeypatch.setattr(grouped, "has_tokamax", lambda: True)
     run = jax.jit(lambda *arrays: as_on_accelerators.__wrapped__(*arrays))
     for sizes in ((4, 0, 9, 0, 0), (2, 3, 0, 4, 0), (0, 0, 0, 0, 0)):
@@ -244,12 +244,12 @@ def test_tokamax_keeps_the_laws_where_it_serves(monkeypatch):
 
 
 def test_kernels_without_types_have_the_gradients_of_the_oracle_on_two_axes():
-    # rows over a and b, groups over a, in dimension over b: nothing checks the sums of these gradients but this
+    # rows over a and b, groups over a, in dimension over b: only this test checks the sums of these gradients
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     places = P(("a", "b")), P("a", "b"), P(("a", "b")), P(("a", "b"))
     x, w, dy = array(0, 4 * ROWS, IN + 1), array(1, 2 * GROUPS, IN + 1, OUT), array(2, 4 * ROWS, OUT)
     sizes = integers(4, 0, 9, 0, 0, 1, 2, 3, 4, 3, 0, 0, 0, 0, 0, 13, 0, 0, 0, 0)
-    interpreted = pltpu.InterpretParams()  # the interpreter that the types of a mesh do not disturb
+    interpreted = pltpu.InterpretParams()  # the interpreter that accepts arrays with a mesh in their type
 
     @jax.custom_vjp
     def product(x, w, sizes):
@@ -280,7 +280,7 @@ def test_kernels_without_types_have_the_gradients_of_the_oracle_on_two_axes():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-# --- with the TPU compiler: FLOPs are what a kernel tells of itself and XLA counts of the rest -----------------
+# --- with the TPU compiler: FLOPs as a kernel declares them and as XLA counts the rest -------------------------
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_on_tpu_product_and_gradients_multiply_each_row_once(tpu_devices, rows, 
     arguments = [jax.ShapeDtypeStruct(s, dtype, sharding=device) for s in shapes]
     arguments[2] = jax.ShapeDtypeStruct((groups,), "int32", sharding=device)
     ideal = 2 * rows * in_dim * out_dim
-    for n in range(3):  # XLA leaves out what does not lead to the result
+    for n in range(3):  # XLA removes what the result does not depend on
         run = jax.jit(lambda *arrays, n=n: with_gradients(*arrays)[n], out_shardings=device)
         compiled = run.lower(*arguments).compile()
         assert "tpu_custom_call" in compiled.as_text()

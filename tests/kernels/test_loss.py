@@ -64,13 +64,13 @@ def test_a_masked_target_gives_no_nats_and_no_gradient():
     assert not any(g.any() for g in gradients)
 
 
-def test_gradients_have_the_dtypes_of_what_they_belong_to():
+def test_gradients_have_the_dtypes_of_their_arguments():
     x, head, targets, mask = problem(jnp.bfloat16)
     value, (dx, d_head) = value_and_gradients(summed_nats, x, head, targets, mask)
     assert (value.dtype, dx.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
 
 
-def test_huge_logits_overflow_nowhere():
+def test_huge_logits_do_not_overflow():
     x, head, targets, mask = problem()
     ours, theirs = (value_and_gradients(f, 1e3 * x, head, targets, mask) for f in (summed_nats, all_at_once))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -78,7 +78,7 @@ def test_huge_logits_overflow_nowhere():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
 
 
-def test_all_logits_never_lie_in_memory(monkeypatch):
+def test_all_logits_are_never_in_memory(monkeypatch):
     monkeypatch.setattr(loss, "BLOCK_BYTES", 1)
     arguments = problem()
     whole = 4 * VOCAB * ROWS * LENGTH

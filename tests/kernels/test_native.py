@@ -1,4 +1,4 @@
-"""Laws of the experts in C++: those of XLA's, at every size, dtype and skew; and no compiler is no error."""
+"""Laws of the experts in C++: the results of XLA at every size, dtype and skew; no error without a compiler."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def test_bfloat16_is_off_by_its_rounding(compiler):
     wide = x.astype(jnp.float32), ids, gates, jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     exact = value_and_gradients(IN_XLA.routed, *wide)
     for ours, theirs in zip(value_and_gradients(native.experts, *inputs), exact, strict=True):
-        # what is kept for the backward pass is rounded too: 2^-8 of the largest
+        # the residuals of the backward pass are rounded too: 2^-8 of the largest
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-7 * float(jnp.abs(theirs).max()))
 
 
@@ -95,10 +95,10 @@ def test_large_activations_saturate(compiler):
     np.testing.assert_allclose(y, [[1e8], [0.0]], rtol=1e-6, atol=1e-20)  # sigmoid ends at e^-87
 
 
-def test_xla_is_asked_for_where_it_is_and_auto_takes_what_there_is(compiler, monkeypatch):
+def test_native_needs_a_compiler_and_auto_falls_back_to_xla(compiler, monkeypatch):
     assert not in_native("xla", None, jnp.dtype("float32"))
     assert in_native("auto", None, jnp.dtype("bfloat16"))
-    assert not in_native("auto", None, jnp.dtype("float16"))  # which the C++ does not know
+    assert not in_native("auto", None, jnp.dtype("float16"))  # which the C++ code does not support
     monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
     assert not in_native("auto", None, jnp.dtype("float32"))
     with pytest.raises(ValueError, match=r'model\.cpu_kernel="native" cannot run: there is no compiler'):
@@ -108,17 +108,17 @@ def test_xla_is_asked_for_where_it_is_and_auto_takes_what_there_is(compiler, mon
 
 
 @pytest.mark.parametrize(
-    ("compiler_command", "told"),
+    ("compiler_command", "message"),
     [("/no/such/compiler", "No such file"), ("false", "false failed"), ("true", "No such file")],
 )
-def test_a_compiler_that_fails_is_told_and_not_an_error(tmp_path, compiler_command, told):
+def test_a_compiler_that_fails_is_reported_and_not_an_error(tmp_path, compiler_command, message):
     environment = os.environ | {"CXX": compiler_command, "XDG_CACHE_HOME": str(tmp_path)}
     code = "from moe_jax.kernels import native; print(native.missing())"
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert told in out.stdout
+    assert message in out.stdout
 
 
-def test_the_dispatch_says_what_it_multiplied(compiler):
+def test_dispatch_reports_the_rows_it_multiplied(compiler):
     # 3 copies: in C++ no row is padding, in XLA tiles are 128 rows
     ids = jnp.array([[0], [1], [1]])
     weights = ExpertWeights(*(jnp.ones((2, 4, 4)) for _ in range(3)))
@@ -128,7 +128,7 @@ def test_the_dispatch_says_what_it_multiplied(compiler):
         assert int(traffic.rows) == rows
 
 
-def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
+def test_a_dense_swiglu_equals_an_expert_that_gets_every_token(compiler):
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.normal(size=(20, 8)), jnp.float32)
     weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((8, 12), (8, 12), (12, 8))))
@@ -141,7 +141,7 @@ def test_a_dense_swiglu_is_an_expert_to_which_all_tokens_go(compiler):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
+def test_a_run_logs_how_its_experts_multiply(compiler, monkeypatch):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     assert dispatch.kernel_note("auto", mesh, "float32") == "experts multiply in C++"
     assert dispatch.kernel_note("xla", mesh, "float32") == "experts multiply in XLA: model.cpu_kernel='xla', float32"
@@ -153,7 +153,7 @@ def test_a_run_says_how_its_experts_multiply(compiler, monkeypatch):
 
 
 def test_other_dtypes_are_cast_before_the_compiled_code_reads_them(compiler):
-    # float16 gates were read as float32 and past their end, int64 and int16 ids as int32
+    # without the cast, float16 gates would be read as float32 and past their end, int64 and int16 ids as int32
     x, ids, gates, weights = problem(*SIZES["nothing fits a vector"])
     exact = native.experts(x, ids, gates, weights)
     for narrow in (jnp.float16, jnp.bfloat16):
@@ -169,7 +169,7 @@ def test_other_dtypes_are_cast_before_the_compiled_code_reads_them(compiler):
         np.testing.assert_array_equal(native.experts(x, ids, gates, widened), exact)
 
 
-def test_gradients_have_the_dtypes_of_what_was_given(compiler):
+def test_gradients_have_the_dtypes_of_the_inputs(compiler):
     x, ids, gates, weights = problem(*SIZES["nothing fits a vector"])
     run = jax.grad(lambda *args: native.experts(args[0], ids, *args[1:]).sum(), (0, 1, 2))
     given = x.astype(jnp.bfloat16), gates.astype(jnp.float16), weights
@@ -177,7 +177,7 @@ def test_gradients_have_the_dtypes_of_what_was_given(compiler):
         assert (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype)
 
 
-def test_dtypes_and_sizes_that_make_no_sense_are_refused_in_a_sentence(compiler):
+def test_dtypes_and_sizes_that_do_not_fit_are_refused_in_a_sentence(compiler):
     x, ids, gates, weights = problem(8, 2, 3, 16, 16)
     with pytest.raises(ValueError, match="not float16 and int32; cast them"):
         native.experts(x.astype(jnp.float16), ids, gates, weights)

@@ -1,4 +1,4 @@
-"""Laws of expert products in eight bits: how far they are from the exact ones, and that they are what is multiplied."""
+"""Laws of expert products in eight bits: their distance from the exact ones, and that nothing else is multiplied."""
 
 import functools
 import importlib.util
@@ -25,7 +25,7 @@ from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import init_state, step_key
 
 ROWS, EXPERTS, IN, OUT = 150, 4, 24, 16
-SIZES = np.asarray([130, 0, 9, 4], np.int32)  # more than a tile, none, a few; the last 7 rows are nobody's
+SIZES = np.asarray([130, 0, 9, 4], np.int32)  # more than a tile, none, a few; the last 7 rows belong to no expert
 BOTH = pytest.mark.parametrize("form", ["int8", "fp8"])
 
 
@@ -44,7 +44,7 @@ def with_gradients(x, w, sizes, dy, form):
 
 @functools.partial(jax.jit, static_argnums=4)
 def as_on_accelerators(x, w, sizes, dy, form):
-    """The branches that are not CPU's, run where the tests run."""
+    """The branches of other platforms, run on the CPU of the tests."""
     narrow = functools.partial(quantize.quantized, quantization=form)
     y = quantize._ragged_product(narrow(x, scaled_axes=(0,)), narrow(w, scaled_axes=(0, 2)), sizes)
     w = w.swapaxes(1, 2)
@@ -57,7 +57,7 @@ def as_on_accelerators(x, w, sizes, dy, form):
 
 
 def rounded(a: np.ndarray, axis: int, form: str) -> np.ndarray:
-    """`a` as the format holds it, one scale for each index but those of `axis`."""
+    """`a` rounded to the format, with one scale for each index of all axes except `axis`."""
     scale = np.abs(a).max(axis, keepdims=True) / (127.0 if form == "int8" else 448.0)
     scale = np.where(scale == 0, np.float32(1), scale)
     if form == "int8":
@@ -100,7 +100,7 @@ def off(a: np.ndarray, axis: int, form: str) -> np.ndarray:
 
 @BOTH
 def test_the_error_of_a_product_is_within_the_formats_bound(form):
-    # |ab - a'b'| <= |a| db + da |b| + da db, summed over what is summed; float32 itself adds 1e-5
+    # |ab - a'b'| <= |a| db + da |b| + da db, summed over the inner dimension; float32 itself adds 1e-5
     e = slice(0, SIZES[0])
     y, dx, dw = (np.asarray(a) for a in with_gradients(X, W, SIZES, DY, form))
     used = slice(0, SIZES.sum())
@@ -113,15 +113,15 @@ def test_the_error_of_a_product_is_within_the_formats_bound(form):
     for ours, a, da, b, db in cases:
         bound = np.abs(a) @ db + da @ (np.abs(b) + db) + 1e-5
         assert (np.abs(ours - a @ b) <= bound).all()
-        assert np.abs(ours - a @ b).max() > 1e-3  # what is not rounded would be closer
+        assert np.abs(ours - a @ b).max() > 1e-3  # without rounding it would be closer
 
 
 @BOTH
-def test_empty_experts_rows_of_zeros_and_rows_of_nobody_give_exactly_zero(form):
+def test_empty_experts_rows_of_zeros_and_rows_of_no_expert_give_exactly_zero(form):
     x, dy = X.copy(), DY.copy()
     x[3] = dy[3] = 0  # a row without a scale
     x[:, 5] = 0  # and a column
-    x[143:], dy[143:] = 1e30, np.nan  # rows of nobody hold anything
+    x[143:], dy[143:] = 1e30, np.nan  # rows of no expert have arbitrary values
     y, dx, dw = (np.asarray(a) for a in with_gradients(x, W, SIZES, dy, form))
     for value in (y[3], dx[3], dw[:, 5], dw[1], y[143:], dx[143:]):
         np.testing.assert_array_equal(value, 0.0)
@@ -130,7 +130,7 @@ def test_empty_experts_rows_of_zeros_and_rows_of_nobody_give_exactly_zero(form):
 
 
 @BOTH
-def test_no_rows_are_no_rows(form):
+def test_no_rows_give_an_empty_product_and_a_gradient_of_zero(form):
     y, dx, dw = with_gradients(X[:0], W, SIZES * 0, DY[:0], form)
     assert (y.shape, dx.shape) == ((0, OUT), (0, IN))
     np.testing.assert_array_equal(dw, 0.0)
@@ -138,7 +138,7 @@ def test_no_rows_are_no_rows(form):
 
 @BOTH
 def test_a_value_that_is_not_finite_stays_so(form):
-    # a step that is not finite must be seen as such: row 5 is infinite, so are its output and the gradient in w
+    # a step that is not finite must be detected: row 5 is infinite, and so are its output and the gradient in w
     x = X.copy()
     x[5, 0] = np.inf
     y, _, dw = with_gradients(x, W, SIZES, DY, form)
@@ -153,7 +153,7 @@ WEIGHTS = ExpertWeights(array(1, 8, EMBED, FFW), array(2, 8, EMBED, FFW), array(
 TOKEN_X, GATES = array(4, TOKENS, EMBED), np.abs(array(5, TOKENS, SLOTS))
 IDS = np.random.default_rng(6).random((TOKENS, 8)).argsort(1)[:, :SLOTS].astype(np.int32)
 IDS[8:16] = 8  # padding
-IDS = np.where(IDS == 3, 2, IDS)  # expert 3 has nothing
+IDS = np.where(IDS == 3, 2, IDS)  # expert 3 has no tokens
 
 
 def layer(dispatcher: str, form: str, sizes=None, **options):
@@ -211,7 +211,7 @@ def test_in_rounds_outputs_are_those_of_one_device():
 
 @pytest.mark.parametrize(("form", "sizes"), [("int8", None), ("fp8", None), ("int8", (1, 2, 2, 2))], ids=str)
 def test_a_layer_is_off_by_its_formats_rounding_on_any_mesh(form, sizes):
-    # three products in a row, each of two values rounded by up to 2^-4 (fp8), typically by a quarter of that
+    # three products in sequence, each of two values rounded by up to 2^-4 (fp8), typically by a quarter of that
     ours, exact = applied("auto", form, sizes), applied("auto", "none")
     assert_close(ours, exact, 0.05 if form == "int8" else 0.12)
     assert np.abs(ours[0] - exact[0]).max() > 1e-3
@@ -238,14 +238,14 @@ def test_without_quantization_qwix_is_not_touched(monkeypatch):
         jax.jit(layer("local", "int8")[0]).lower(TOKEN_X, GATES, WEIGHTS, IDS)
 
 
-def test_where_qwix_is_missing_a_sentence_says_so(monkeypatch):
+def test_a_sentence_reports_that_qwix_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     quantize.check("none")
     with pytest.raises(ValueError, match=r"model\.quantization='fp8' needs qwix, which is not installed: pip install"):
         quantize.check("fp8")
 
 
-def test_a_run_says_in_what_its_experts_multiply():
+def test_a_run_logs_the_format_of_its_experts_products():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     assert (
         dispatch.kernel_note("auto", mesh, "float32", "int8") == "experts multiply in int8, quantized by qwix, in XLA"
@@ -253,14 +253,14 @@ def test_a_run_says_in_what_its_experts_multiply():
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "message"),
     [
         (dict(num_experts=0), "model.quantization='int8' narrows the products of routed experts"),
         (dict(cpu_kernel="native"), "model.cpu_kernel='native' computes in float32 and bfloat16"),
     ],
 )
-def test_what_cannot_be_narrowed_is_refused(model, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_quantized_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
         tiny_config(model=dict(quantization="int8") | model)
 
 
@@ -287,5 +287,5 @@ def test_it_trains():
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_the_default_narrows_nothing():
+def test_the_default_quantizes_nothing():
     assert validate(default()).model.quantization == "none"

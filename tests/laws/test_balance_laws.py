@@ -1,6 +1,6 @@
-"""What every registered way of balancing must obey: a method added later runs this suite by its name.
+"""Laws of balancing: every registered method runs this suite by its name, including those added later.
 
-A law that a method is known to break is listed in BREAKS with the reason, and then must break.
+A law that a method is known to break is listed in BREAKS with the reason; the suite then requires it to break.
 """
 
 import functools
@@ -21,7 +21,7 @@ from moe_jax.routing import RouterConfig, Routing, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
 
-# every method with its defaults, then words that change what a method counts, keeps or sees
+# every method with its defaults, then options that change what a method counts, keeps or sees
 CASES: dict[str, dict[str, Any]] = {name: smallest(name, num_devices=0) for name in balance.names()} | {
     "none": {},
     "bias_sign zero_mean": {"bias_sign": {"zero_mean": True}},
@@ -255,7 +255,7 @@ def test_every_listed_exception_is_of_a_method_that_exists():
 
 
 @every_method
-def test_the_options_say_whether_a_method_moves_the_bias_and_selects(case):
+def test_the_options_declare_whether_a_method_moves_the_bias_and_selects(case):
     balancer = made(case)
     assert moves_bias(case) == (balancer.initial_bias is not None)
     assert any(kind.selects for kind in kinds(case)) == (balancer.select is not None)
@@ -288,7 +288,7 @@ def test_only_bias_methods_move_the_bias(case):
 
 
 @every_case
-def test_update_reads_nothing_but_the_statistics_it_is_given(case):
+def test_update_reads_only_its_statistics(case):
     # the statistics of batch a give the same state whatever was seen before, between or after
     state = biased(case)
     of_a = run(case, random_logits(0), state).statistics
@@ -306,7 +306,7 @@ def test_bias_falls_for_overloaded_experts_below_that_of_underloaded_ones(case):
     np.testing.assert_array_equal(statistics["loads"], [12, 12, 0, 0])
     moved = update(case, statistics, fresh(case))["bias"] - fresh(case)["bias"]
     assert moved[..., :2].max() < moved[..., 2:].min()
-    if any(issubclass(kind, BiasOptions) for kind in kinds(case)):  # others take the bias from the scores anew
+    if any(issubclass(kind, BiasOptions) for kind in kinds(case)):  # others recompute the bias from the scores
         assert moved[..., :2].max() < 0 < moved[..., 2:].min()
 
 
@@ -373,8 +373,8 @@ def test_a_micro_batch_by_itself_is_routed_as_within_the_batch(case):
 
 
 @every_case
-def test_a_method_says_whether_its_numbers_depend_on_how_a_step_is_split(case):
-    # what binds a run to its number of micro-batches: ids that travel, or a loss, are not those of one batch
+def test_a_method_declares_whether_its_numbers_depend_on_how_a_step_is_split(case):
+    # what binds a run to its number of micro-batches: ids that are sent, or a loss, are not those of one batch
     seen = run(case, random_logits(1), biased(case), all_tokens(mask=UNEVEN))
     same_loss = np.allclose(seen.apart_loss, seen.loss, rtol=1e-5, atol=1e-7)
     same_ids = np.array_equal(seen.apart_sent, seen.sent)
@@ -383,7 +383,7 @@ def test_a_method_says_whether_its_numbers_depend_on_how_a_step_is_split(case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in BREAKS["split"]], scope="module")
-def test_micro_batches_move_the_state_to_the_very_bits_of_one_batch(case):
+def test_micro_batches_move_the_state_bit_by_bit_as_one_batch(case):
     # five steps of replayed logits (torchtitan #1304 #1324: once a micro-batch, or a sum of signs, is wrong)
     whole = split = fresh(case)
     for step in range(5):
@@ -395,7 +395,7 @@ def test_micro_batches_move_the_state_to_the_very_bits_of_one_batch(case):
 
 @every_case
 def test_padding_is_not_counted_and_influences_nothing(case):
-    # tokens 4, 5, 10 and 11 are padding, unequally placed, and their logits are anything
+    # tokens 4, 5, 10 and 11 are padding, unequally placed, and their logits are arbitrary
     mask = np.asarray([True] * 4 + [False] * 2 + [True] * 4 + [False] * 2)
     logits, garbage = random_logits(2), random_logits(3) * 50
     garbage[mask] = logits[mask]
@@ -497,7 +497,7 @@ def test_a_later_token_changes_no_routing_before_it(case):
 
 
 @every_case
-def test_evaluation_routes_as_training_or_by_biased_top_k_as_the_method_says(case):
+def test_evaluation_routes_as_training_or_by_biased_top_k_as_the_method_declares(case):
     seen = run(case, random_logits(4), biased(case))
     if made(case).inference == "same":
         return assert_equal(seen.evaluated, seen.routing)
@@ -516,7 +516,7 @@ def test_in_evaluation_a_later_token_changes_nothing_before_it_whatever_the_meth
 
 
 @every_case
-def test_in_evaluation_a_token_has_its_experts_wherever_it_stands_as_the_method_says(case):
+def test_in_evaluation_a_token_has_its_experts_at_any_position_if_the_method_declares_so(case):
     order = np.roll(np.arange(TOKENS), 1)
     here = run(case, random_logits(4), biased(case))
     there = run(case, random_logits(4)[order], biased(case), jax.tree.map(lambda a: a[order], all_tokens()))
@@ -562,7 +562,7 @@ def in_layer(case: str, layer: int):
 
 
 def assert_same_experts(sent, gates, seen: Seen) -> None:
-    """The same ids travel with the same gates, whatever the number and order of slots."""
+    """The same ids are sent with the same gates, whatever the number and order of slots."""
     for ids, weights, its_ids, its_weights in zip(sent, gates, seen.sent, seen.routing.gates, strict=True):
         mine, its = (
             {e: w for e, w in zip(*pair, strict=True) if e < EXPERTS}
@@ -572,16 +572,16 @@ def assert_same_experts(sent, gates, seen: Seen) -> None:
 
 
 @every_method
-def test_in_a_layer_where_a_method_is_inactive_it_is_as_if_it_did_not_exist(case):
+def test_in_a_layer_where_a_method_is_inactive_it_has_no_effect(case):
     sent, gates, loss, bias = in_layer(case, 0)
     np.testing.assert_array_equal(bias, biased(case)["bias"])
     assert float(loss) == 0.0
-    without = "none" if made(case).combine is None else case  # how bias and scores combine is of all layers
+    without = "none" if made(case).combine is None else case  # bias and scores are combined alike in all layers
     assert_same_experts(sent, gates, run(without, random_logits(4), biased(without)))
 
 
 @every_method
-def test_in_a_layer_where_a_method_is_active_it_is_as_without_layers(case):
+def test_in_a_layer_where_a_method_is_active_it_acts_as_without_layers(case):
     sent, gates, loss, bias = in_layer(case, 1)
     state = jax.tree.map(np.asarray, made(case).init(EXPERTS, 1)) | {"bias": biased(case)["bias"]}
     plain = run(case, random_logits(4), state)
@@ -594,17 +594,17 @@ def test_in_a_layer_where_a_method_is_active_it_is_as_without_layers(case):
 
 
 def partner(case: str) -> dict[str, Any]:
-    """A loss that may stand beside any method, with statistics of its own where it can."""
+    """A loss that can be combined with any method, with statistics of its own if possible."""
     if "aux_loss" in CASES[case]:
         return {"method": "z_loss"}
-    if not all(kind.fixed_slots for kind in kinds(case)):  # no token has k best there, whom unbiased counts would count
+    if not all(kind.fixed_slots for kind in kinds(case)):  # no token has k best experts to count there
         return {"method": "aux_loss", "scope": "global", "level": "communication", "num_devices": 2}
     return {"method": "aux_loss", "scope": "global", "counts": "unbiased"}
 
 
 @functools.cache
 def compiled_pair(case: str):
-    """What a case does beside its partner, and the partner's loss there and alone; for both orders of the labels."""
+    """The effects of a case with its partner, and the partner's loss there and alone, for both orders of the labels."""
     alone = balance.make({"other": partner(case)})
 
     def step(logits, tokens, label):
@@ -717,7 +717,7 @@ def settled(case: str, sign: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", [*STEERED, "none"], scope="module")
-def test_a_skewed_router_comes_to_balance_on_every_seed(case):
+def test_a_skewed_router_becomes_balanced_on_every_seed(case):
     def check():
         assert (settled(case, 1.0) < 0.2 * skewed()).all(), (settled(case, 1.0), skewed())
 
@@ -726,7 +726,7 @@ def test_a_skewed_router_comes_to_balance_on_every_seed(case):
 
 @pytest.mark.parametrize("case", [c for c in STEERED if c not in BREAKS["control"]], scope="module")
 def test_control_of_the_wrong_sign_collapses(case):
-    # one replication of Loss-Free Balancing turned the sign and lost 72 of 96 experts
+    # one replication of Loss-Free Balancing reversed the sign and lost 72 of 96 experts
     def check():
         assert (settled(case, -1.0) > 1.1 * skewed()).all(), (settled(case, -1.0), skewed())
 

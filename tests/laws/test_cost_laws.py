@@ -1,4 +1,4 @@
-"""What a step costs, read from the compiled program: bytes sent, weights gathered, rows and FLOPs of the experts."""
+"""Laws of the cost of a step, read from the compiled program: exchanges, gathered weights, rows and FLOPs."""
 
 import functools
 import re
@@ -38,7 +38,7 @@ BALANCE = dict(
 
 @functools.cache
 def collectives(sizes, remat: str) -> dict[Collective, int]:
-    """What a device exchanges in one train step with balanced routing, and how often."""
+    """The exchanges of a device in one train step with balanced routing, and how often each runs."""
     config = tiny_config(
         batch_size=ROWS,
         sequence_length=SEQ,
@@ -55,9 +55,9 @@ def collectives(sizes, remat: str) -> dict[Collective, int]:
 
 
 @pytest.mark.parametrize(("remat", "hops"), [("none", 4), ("full", 5)])
-def test_tokens_travel_no_further_than_the_algorithm_needs(remat, hops):
-    # forward there and back, backward there and back: 4 hops of tokens x k x d x 4 bytes. Capacity pads each by
-    # 1.25, and rematerialisation goes there once more. What travels beside the vectors is a gate a copy.
+def test_tokens_are_exchanged_no_more_than_the_algorithm_needs(remat, hops):
+    # forward to the experts and back, backward likewise: 4 hops of tokens x k x d x 4 bytes. Capacity pads each by
+    # 1.25, and rematerialisation repeats one of them. Besides the vectors only one gate per copy is sent.
     exchanged = sum(c.bytes * n for c, n in collectives((1, 2, 4, 1), remat).items() if c.kind == "all-to-all")
     ideal = 4 * (ROWS * SEQ // DEVICES) * SLOTS * EMBED * 4 * MODEL["num_layers"]
     assert exchanged <= 1.6 * ideal
@@ -78,7 +78,7 @@ def test_no_tokens_and_no_scores_are_gathered_or_reduced_over_devices(remat):
 
 
 def test_gradients_are_summed_axis_by_axis_and_never_whole_over_all_devices():
-    # over the 4 devices of `expert` goes what is split over `data` already: 128 of 256 rows; over all 8 vectors only
+    # over the 4 devices of `expert` parts that are split over `data`: 128 of 256 rows; over all 8 only vectors
     for c in collectives((1, 2, 4, 1), "full"):
         if c.kind == "all-reduce" and len(c.group) == 4:
             assert EMBED not in {d for dims in shapes(c) for d in dims}, c

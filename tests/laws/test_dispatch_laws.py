@@ -1,4 +1,4 @@
-"""What expert-parallel dispatch obeys on every mesh: the dense oracle's output and gradients, whatever the routing."""
+"""Laws of expert-parallel dispatch on every mesh: the output and gradients of the dense oracle under any routing."""
 
 import functools
 
@@ -26,7 +26,7 @@ CASES = [
     if not facts.is_oracle
     for sizes, kernel in (SPLIT if facts.splits_experts else WHOLE)
 ]
-# what exchanges most often is tried on more meshes
+# the default of expert parallelism is tested on more meshes
 CASES += [("rounds", sizes, kernel) for sizes in ((1, 1, 8, 1), (1, 2, 2, 2)) for kernel in ("xla", "native")]
 CASES += [("rounds", (1, 2, 4, 1), "native"), ("rounds", (2, 1, 2, 2), "xla")]
 
@@ -63,14 +63,14 @@ def mesh_of(sizes):
 
 
 def routing_of(ids, gates) -> Routing:
-    """A routing of given ids and gates; empty slots get a gate of 0, as route gives them."""
+    """A routing with these ids and gates; empty slots get a gate of 0, as in `route`."""
     routing = route(jnp.zeros((ids.shape[0], EXPERTS)), RouterConfig(top_k=1))
     return routing._replace(expert_ids=ids, gates=jnp.where(ids < EXPERTS, gates, 0.0), loads=count(ids, EXPERTS))
 
 
 @functools.cache
 def compiled(dispatcher: str, sizes=None, **options):
-    """(x, gates, weights, ids) -> (y, traffic), and the gradients of something of y in the first three."""
+    """(x, gates, weights, ids) -> (y, traffic), and the gradients of a function of y in the first three."""
     mesh = None if sizes is None else mesh_of(sizes)
 
     def run(x, gates, weights, ids):
@@ -97,7 +97,7 @@ def random_ids(seed: int) -> np.ndarray:
 
 
 def collapsed() -> np.ndarray:
-    """Every copy to expert 5, which cannot be, but would be the worst."""
+    """Every copy to expert 5: top-k cannot give this routing, which would be the worst."""
     return np.full((TOKENS, SLOTS), 5)
 
 
@@ -114,7 +114,7 @@ def empty_rank() -> np.ndarray:
 
 
 def padded() -> np.ndarray:
-    """Some tokens are padding, some have one expert; one shard of 8 tokens has nothing at all."""
+    """Some tokens are padding, some have one expert; one shard of 8 tokens is empty."""
     ids = random_ids(9)
     ids[::3] = EMPTY
     ids[1::4, 1] = EMPTY
@@ -158,7 +158,7 @@ def test_output_and_gradients_are_the_dense_ones_and_nothing_is_dropped(dispatch
 
 @pytest.mark.usefixtures("own_dispatchers")
 @pytest.mark.parametrize("sizes", [sizes for sizes, _ in WHOLE], ids=str)
-def test_the_example_of_a_dispatcher_obeys_them_too(repo, sizes):
+def test_the_example_of_a_dispatcher_obeys_the_laws(repo, sizes):
     example = (repo / "docs/examples/dispatcher.py").read_text()
     exec(example, {"__name__": "example"})
     y, _, gradients = applied("loop", sizes, ROUTINGS["padded"]())
@@ -183,7 +183,7 @@ def test_without_an_expert_axis_every_device_has_all_experts(sizes):
 def test_rounds_are_those_of_the_busiest_pair_of_devices():
     # (1, 2, 4, 1): 8 shards of 8 tokens, 16 copies each; C = 1.25 x 16 / 4 = 5; 16 copies to one device are 4 rounds
     assert applied("rounds", (1, 2, 4, 1), ROUTINGS["collapsed"]())[1].rounds == 4
-    # experts 0 and 1 are one device's: one group's 16 copies a shard set the rounds of the other, too
+    # experts 0 and 1 are on one device: the 16 copies a shard of one group decide the rounds of the other
     assert applied("rounds", (1, 2, 4, 1), ROUTINGS["half_collapsed"]())[1].rounds == 4
     # 4 copies for each of 4 devices
     balanced = (np.arange(TOKENS * SLOTS) % EXPERTS).reshape(TOKENS, SLOTS)
@@ -207,7 +207,7 @@ def test_visits_count_the_devices_of_a_token_once():
 
 
 def test_capacity_drops_the_same_copies_on_any_mesh():
-    # rows of 8 tokens lie whole on a device, so that seats are given out as on one
+    # sequences of 8 tokens are whole on a device, so that seats are assigned as on one device
     options = dict(num_sequences=8, capacity_factor=1.0)
     y, traffic, gradients = applied("capacity", (1, 2, 4, 1), ROUTINGS["half_collapsed"](), **options)
     exact, its_traffic, its_gradients = applied("capacity", None, ROUTINGS["half_collapsed"](), **options)
@@ -224,8 +224,7 @@ PADDED = rounds.padded
 
 
 def temporary_bytes(monkeypatch, possible_rounds) -> int:
-    """Of a layer forward and backward on 8 devices whose program has so many possible rounds of the same capacity."""
-
+    """Temporary memory of a layer, forward and backward on 8 devices, whose program has this many possible rounds."""
     found = []
 
     def padded(*args):

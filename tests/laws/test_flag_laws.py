@@ -1,4 +1,4 @@
-"""What a user sets for code of their own changes nothing here: 64 bits, strict promotion, NaNs that are errors."""
+"""Flags of jax that users may set change no number: 64 bits, strict promotion, NaNs that are errors."""
 
 import functools
 import os
@@ -77,7 +77,7 @@ DISPATCHES = {
 
 
 def dispatched(dtype, sizes=None, **how):
-    """The output, what it took, and gradients."""
+    """The output, its cost and its gradients."""
     draw = np.random.default_rng(0)
     x, logits = (jnp.asarray(draw.normal(size=(TOKENS, n)), jnp.float32) for n in (EMBED, EXPERTS))
     shapes = [(EXPERTS, EMBED, FFW)] * 2 + [(EXPERTS, FFW, EMBED)]
@@ -129,21 +129,21 @@ STEPS["stochastic rounding"] = dict(optimizer=dict(rounding="stochastic", moment
 
 
 def traced(config):
-    """The program of a train step, and what it gives."""
+    """The program of a train step, and the shapes and dtypes of its results."""
     for cached in (state._abstract_state, abstract.abstract_model):
-        cached.cache_clear()  # they would keep what was traced under other flags
+        cached.cache_clear()  # or they would return what was traced under other flags
     arguments = state.abstract_state(config), abstract_batch(config), state.step_key(config)
     return jax.make_jaxpr(functools.partial(train_step, config), return_shape=True)(*arguments)
 
 
 def dtypes_in(jaxpr) -> set[str]:
-    """Of all that a program computes, the programs inside it included."""
+    """The dtypes of everything that a program computes, including the programs inside it."""
     found = {str(v.aval.dtype) for equation in jaxpr.eqns for v in equation.outvars}
     return found.union(*map(dtypes_in, subjaxprs(jaxpr)))
 
 
 @pytest.mark.parametrize("what", STEPS)
-def test_under_64_bits_and_strict_promotion_a_step_computes_and_gives_nothing_of_64_bits(what):
+def test_under_64_bits_and_strict_promotion_a_step_computes_and_returns_nothing_in_64_bits(what):
     with strict_flags():
         program, given = traced(tiny_config(**STEPS[what]))
     assert "float64" not in dtypes_in(program.jaxpr)  # int64 is the dtype of some indices

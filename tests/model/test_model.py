@@ -1,4 +1,4 @@
-"""The systems of the field, each against its own paper's equations written out in numpy."""
+"""The models of the field, each compared with the equations of its paper written in numpy."""
 
 import functools
 import importlib
@@ -157,7 +157,7 @@ def test_the_dense_config_has_no_experts_and_reports_nothing():
 # --- (2) GShard and Switch --------------------------------------------------------------------------------------
 
 
-def test_switch_sends_a_token_to_its_top_expert_weighed_by_the_probability_until_the_capacity():
+def test_switch_sends_a_token_to_its_top_expert_weighted_by_the_probability_up_to_the_capacity():
     config = model_config("switch")
     layer = moe_layer(config)
     x = vectors(2, 6)
@@ -213,8 +213,8 @@ def test_gshard_uses_the_second_expert_at_random_in_training_only():
     sometimes, training_report = apply(layer, x, train=True)
     np.testing.assert_array_equal(always, again)
     lost = (np.asarray(always) != np.asarray(sometimes)).any(-1).mean()
-    assert 0.05 < lost < 0.95  # tokens that went without their second expert
-    # what a loss counts is the choice, before any dropping
+    assert 0.05 < lost < 0.95  # share of the tokens without their second expert
+    # a loss counts the choice, before any copy is dropped
     np.testing.assert_array_equal(report.statistics["loads"], training_report.statistics["loads"])
 
 
@@ -230,7 +230,7 @@ def test_switch_jitters_the_router_in_training_only():
 # --- (3) DeepSeekMoE --------------------------------------------------------------------------------------------
 
 
-def test_deepseek_moe_adds_shared_experts_to_softmax_weighed_ones():
+def test_deepseek_moe_adds_shared_experts_to_softmax_weighted_ones():
     layer = moe_layer(model_config("deepseek_moe"))
     x = vectors(1, 4)
     y, report = apply(layer, x)
@@ -243,7 +243,7 @@ def test_deepseek_moe_adds_shared_experts_to_softmax_weighed_ones():
     assert int(report.traffic.dropped) == 0
 
 
-def test_shared_experts_are_as_many_swiglus_side_by_side():
+def test_shared_experts_are_a_sum_of_swiglus():
     config = model_config("deepseek_moe", num_shared_experts=2)
     layer = filled(lambda: MoE(config, nnx.Rngs(0)))
     u = np.asarray(vectors(1, 1)[0, 0], np.float64)
@@ -255,7 +255,7 @@ def test_shared_experts_are_as_many_swiglus_side_by_side():
 # --- (4) DeepSeek-V3 --------------------------------------------------------------------------------------------
 
 
-def test_deepseek_v3_picks_by_biased_sigmoid_in_the_best_groups_and_weighs_by_the_unbiased():
+def test_deepseek_v3_selects_by_biased_sigmoid_in_the_best_groups_and_weights_by_the_unbiased():
     config = model_config("deepseek_v3_mini")
     bias = np.linspace(-1.2, 0.2, 16)  # negative enough that a mask of 0 would pick masked groups
     layer = moe_layer(config, jnp.asarray(bias, jnp.float32))

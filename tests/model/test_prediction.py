@@ -1,4 +1,4 @@
-"""Multi-token prediction: what it sees, what it predicts, what it weighs, and that its experts are balanced too."""
+"""Multi-token prediction: its inputs, targets and weight, and the balance of its experts."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ from moe_jax.training.losses import summed_nats
 from moe_jax.training.state import init_state, read_bias, step_key
 from moe_jax.training.step import accumulate
 
-# two documents, of 4 and 3 tokens, and one place of padding; a document's last token predicts the separator (9)
+# two documents, of 4 and 3 tokens, and one position of padding; a document's last token predicts the separator (9)
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
 TOKENS = jnp.array([[11, 12, 13, 14, 9, 21, 22, 0]])
 TARGETS = jnp.array([[12, 13, 14, 9, 21, 22, 9, 0]])
@@ -43,13 +43,13 @@ def config_with(depth, **overrides):
     return tiny_config(**(settings | overrides), model=model)
 
 
-def test_a_place_sees_the_token_k_on_and_predicts_the_one_after_it_within_its_document():
+def test_a_position_sees_the_token_k_later_and_predicts_the_next_within_its_document():
     seen = ahead_of(Inputs(TOKENS, SEGMENTS, SEGMENTS), 1)
     targets, valid = ahead_targets(packed(), 1)
     np.testing.assert_array_equal(seen.segment_ids, [[1, 1, 1, 0, 2, 2, 0, 0]])
     np.testing.assert_array_equal(seen.tokens[seen.segment_ids > 0], [12, 13, 14, 21, 22])
     np.testing.assert_array_equal(targets[valid], [13, 14, 9, 22, 9])
-    assert ahead_targets(packed(), 3)[1].sum() == 1  # of 4 and 3 tokens, three places on: 1 and 0
+    assert ahead_targets(packed(), 3)[1].sum() == 1  # of 4 and 3 tokens, three positions later: 1 and 0
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def test_the_bias_moves_in_its_layers_against_their_own_loads():
     assert (moved != 0).any(-1).all()
 
 
-def test_the_loss_weighs_the_mean_over_depths_and_divides_by_the_tokens_of_the_step():
+def test_the_loss_weights_the_mean_over_depths_and_divides_by_the_tokens_of_the_step():
     config, before, (_, values) = stepped(2)
     nats, ahead, _ = summed_nats(config, before.params, before.bias, pass_through(config, before.balance), packed())
     assert ahead.tokens == 5 + 3
@@ -103,7 +103,7 @@ def test_logits_do_not_depend_on_it():
 
 
 def next_token_nats(depth):
-    """Of the next token, with the same parameters but for multi-token prediction's own."""
+    """Nats of the next token, with the same parameters except those of multi-token prediction."""
     config, state = config_with(depth), init_state(config_with(2))
     params, bias = ({k: v for k, v in tree.items() if depth or k != "mtp"} for tree in (state.params, state.bias))
     return summed_nats(config, params, bias, pass_through(config, init_state(config).balance), packed())[0]
@@ -121,7 +121,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=jax.tree_util.keystr(path))
 
 
-def test_its_layers_are_measured_as_the_others():
+def test_its_layers_are_measured_like_the_others():
     config = config_with(2, balance=dict(aux_loss=dict(weight=0.1)), measure_every=1)
     values = measure(config, init_state(config), packed(), step_key(config))
     ratio = values["interference/router_ratio"]
@@ -140,6 +140,6 @@ def test_its_layers_are_measured_as_the_others():
         (dict(model=dict(yarn=dict(factor=4.0, beta_fast=0.5))), "model.yarn.beta_fast=0.5"),
     ],
 )
-def test_what_does_not_fit_is_told(overrides, words):
+def test_a_setting_that_does_not_fit_is_named(overrides, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         tiny_config(**overrides)
