@@ -24,7 +24,9 @@ def capacity(work: Work) -> tuple[Array, Traffic]:
     This is the order of the original. With K > 1 a later token's first choice can therefore take the seat of an earlier
     token's second choice: capacity dispatch is causal for top-1 only. Source: arXiv 2006.16668 Algorithm 1.
     """
-    x, num_experts, slots = work.x, work.num_experts, work.expert_ids.shape[1]
+    x = work.x
+    num_experts = work.num_experts
+    slots = work.expert_ids.shape[1]
     num_sequences = x.shape[0] // work.sequence_length
     seats = capacity_of(work.sequence_length, slots, num_experts, work.capacity_factor)
     ids = work.expert_ids.reshape(num_sequences, work.sequence_length, slots)

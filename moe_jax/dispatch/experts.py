@@ -111,7 +111,8 @@ def by_sorting(
     x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, matmul: Matmul = grouped_matmul
 ) -> Array:
     """The same as `native.experts`, in XLA, for every platform."""
-    num_experts, slots = weights.gate.shape[0], expert_ids.shape[1]
+    num_experts = weights.gate.shape[0]
+    slots = expert_ids.shape[1]
     with jax.named_scope("dispatch"):
         order, place = sorting_of(expert_ids.ravel())
         copies = take(x, order[:, None] // slots, place.reshape(-1, slots))

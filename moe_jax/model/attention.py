@@ -146,7 +146,8 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, heads, rank = config.embed_dim, config.num_heads, config.kv_lora_rank
-        head, query_rank = config.qk_nope_head_dim + config.qk_rope_head_dim, config.q_lora_rank
+        head = config.qk_nope_head_dim + config.qk_rope_head_dim
+        query_rank = config.q_lora_rank
         self.query_down = normal(config, rngs, embed=width, latent=query_rank) if query_rank else None
         self.query_latent_norm = RMSNorm(config, LATENT_EPS, latent=query_rank) if query_rank else None
         self.query_up = normal(config, rngs, latent=query_rank, heads=heads, head_dim=head) if query_rank else None

@@ -48,7 +48,7 @@ class Block(nnx.Module):
         cache: Cache | None,
         fwd: Pass,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
-        """The residual stream after this layer, the Report if the layer routes, and the cache if there is one."""
+        """The residual stream after this layer, its Report if it routes, and its cache if it has one."""
         with jax.named_scope("attention"):
             h = self.attention_norm(x)
             if cache is None:
@@ -74,7 +74,8 @@ class Unit(nnx.Module):
         self, x: Array, caches: tuple[Cache | None, ...], fwd: Pass
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
         """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
-        report, after = None, []
+        report = None
+        after = []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, report, cache = block(x, cache, fwd)
             after.append(cache)

@@ -95,7 +95,8 @@ class MoE(nnx.Module):
         Each device routes its own tokens, because XLA would gather all scores to sort them. Not so with a method that
         selects experts itself, because it may need the whole batch.
         """
-        c, balancer = self.config, fwd.balancer
+        c = self.config
+        balancer = fwd.balancer
         state = self._state(fwd)
         jitter_key, select_key = jax.random.split(fwd.key)
         wide = x.astype(jnp.float32)
@@ -153,7 +154,8 @@ class MoE(nnx.Module):
         num_rows: int,
     ) -> Details:
         routing = jax.lax.stop_gradient(routing)
-        balancer, num_choices = fwd.balancer, routing.loads.shape[0]
+        balancer = fwd.balancer
+        num_choices = routing.loads.shape[0]
         step = jnp.int32(0) if fwd.per_layer.step is None else fwd.per_layer.step
 
         def chosen_under(bias: Array) -> Array:

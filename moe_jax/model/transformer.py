@@ -116,7 +116,9 @@ class Transformer(nnx.Module):
 
     def _layers(self, fwd: Pass, cache: Any = None) -> tuple[Array, Report | None, Any]:
         """Embedding and all layers except multi-token prediction's; with a cache, also the cache afterwards."""
-        x, report, after = self._embed(fwd.inputs.tokens, fwd.mesh), None, []
+        x = self._embed(fwd.inputs.tokens, fwd.mesh)
+        report = None
+        after = []
         runs = layout(self.config)
         cache = [(None,) * len(run.kinds) for run in runs] if cache is None else cache
         for stack, run, caches in zip(self.stacks, runs, cache, strict=True):

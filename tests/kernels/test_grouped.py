@@ -140,7 +140,7 @@ def test_the_real_tile_is_right_on_groups_that_it_does_not_divide(small_tiles, m
 
 @pytest.mark.parametrize("sizes", [(129, 127, 0, 256, 37), (0, 0, 384, 0, 0), (0, 1, 127, 128, 304), (0, 0, 0, 0, 0)])
 def test_groups_that_tpu_tiles_do_not_divide_are_right(sizes):
-    # 560 rows in tiles of 128, the last of which is partly empty
+    # 560 rows in tiles of 128, the last one partly empty
     assert_equals_oracle(as_on_tpu, array(5, 560, IN), W, integers(*sizes), array(6, 560, OUT))
 
 

@@ -70,8 +70,8 @@ BREAKS: dict[str, dict[str, str]] = {
         "z_loss": "keeps logits small, wherever they point",
         "aux_loss device": "balances devices, not the experts of one",
         "aux_loss communication": "balances what devices receive, not their experts",
-        "orthogonal_loss": "parts the experts' directions; where the tokens lie decides the loads",
-        "similarity_loss": "parts the experts' directions; where the tokens lie decides the loads",
+        "orthogonal_loss": "separates the experts' directions; the loads depend on the directions of the tokens",
+        "similarity_loss": "separates the experts' directions; the loads depend on the directions of the tokens",
     },
     "wrong sign": {
         "expert_threshold": "thresholds below all scores give every token every expert, which is balanced",
@@ -95,23 +95,25 @@ STEERED = [c for c in CASES if moves_bias(c) or any(issubclass(k, LossOptions) f
 
 
 def obeys(law: str, case: str, check: Callable[[], None]) -> None:
-    """The check passes; or the case is listed as breaking the law, and does."""
+    """Run the check, which must pass, or fail if the case is listed as breaking the law."""
     if case not in BREAKS[law]:
         return check()
     with pytest.raises(AssertionError):
         check()
 
 
-# --- what is compiled: one function a case, and its update --------------------------------------------------
+# --- compiled functions: one for each case, and its update --------------------------------------------------
 
 
 class Seen(NamedTuple):
-    """One forward pass, looked at from all sides. Micro-batches are of three tokens, a sequence each.
+    """Everything that the laws read of one forward pass. Micro-batches have three tokens, one sequence each.
 
-    sent: the ids [T, S] that travel. sliced: the sum of what the slices of this routing tell. apart, apart_sent: the
-    statistics (summed) and the ids that travel where each micro-batch is routed by itself. apart_loss: their losses,
-    weighed by valid tokens. evaluated, evaluated_sent: without training. of_loss, of_gates: gradients in
-    (logits, bias) of the loss, and of the gates.
+    sent: the ids [T, S] that are sent.
+    sliced: the sum of the statistics of this routing's slices.
+    apart, apart_sent, apart_loss: the same if each micro-batch is routed by itself: summed statistics, ids, and losses
+        weighted by valid tokens.
+    evaluated, evaluated_sent: in evaluation.
+    of_loss, of_gates: gradients in (logits, bias) of the loss, and of the gates.
     """
 
     routing: Routing
@@ -134,7 +136,7 @@ def made(case: str) -> balance.Balancer:
 
 
 def forward(balancer, logits, tokens, state, key, train=True):
-    """The routing, and the ids that travel."""
+    """The routing, and the ids that are sent."""
     select = None if balancer.select is None else functools.partial(balancer.select, state=state)
     how = {"select": select, "combine": balancer.combine, "key": key, "train": train}
     routing = route(logits, RouterConfig(top_k=TOP_K), state["bias"], tokens=tokens, **how)
@@ -145,7 +147,7 @@ def forward(balancer, logits, tokens, state, key, train=True):
 
 
 def look(balancer, in_step, logits, tokens, state, router, key) -> Seen:
-    """in_step: whether a loss reads the statistics of the whole step, not those of its micro-batch."""
+    """One forward pass and its micro-batches; with `in_step` a loss reads the statistics of the whole step."""
 
     def pass_through(logits, bias):
         routing, sent = forward(balancer, logits, tokens, state | {"bias": bias}, key)
@@ -222,7 +224,7 @@ def random_logits(seed: int) -> np.ndarray:
 
 
 ROUTER = np.random.default_rng(99).normal(size=(EMBED, EXPERTS)).astype(np.float32)
-BIAS = np.asarray([0.1, -0.2, 0.05, 0.0], np.float32)  # beside where the bias starts
+BIAS = np.asarray([0.1, -0.2, 0.05, 0.0], np.float32)  # added to the initial bias
 
 
 def run(case: str, logits, state, tokens=None, router=ROUTER, key: int = 0) -> Seen:
@@ -636,7 +638,7 @@ def test_neither_a_partner_nor_the_order_of_labels_changes_what_a_method_does(ca
 # --- selectors that balance by construction -----------------------------------------------------------------
 
 SELECTORS = [c for c in CASES if made(c).select is not None and not moves_bias(c)]
-# not by one copy, and on frequencies that are those the table was made for
+# balanced to the copy, on the frequencies that the table was built for
 EXACT = {"expert_choice", "expert_choice sequence", "forced", "hash"}
 
 
@@ -655,7 +657,7 @@ def test_a_selector_that_reads_no_bias_balances_a_skewed_router_at_once(case):
 # --- control ------------------------------------------------------------------------------------------------
 
 LOOP_EXPERTS, LOOP_TOKENS, STEPS, SEEDS = 8, 256, 300, 5
-RATE = 10.0  # of the router's offsets, which descend the balancing loss alone
+RATE = 10.0  # learning rate of the router's offsets, which descend the balancing loss alone
 
 
 def skewed_logits(key):
@@ -673,7 +675,7 @@ def closed_loop(case: str):
     """300 steps of a skewed router under control: max_violation of each step [seeds, steps], given a sign.
 
     The logits are skewed, with an offset. The balancing loss moves the offset, as it would the router, and
-    the update moves the bias; a sign of -1 turns both the wrong way.
+    the update moves the bias; a sign of -1 reverses both.
     """
     balancer, tokens = made(case), loop_tokens()
     router = jnp.zeros((EMBED, LOOP_EXPERTS), jnp.float32)

@@ -157,7 +157,7 @@ def balancing_costs():
 
 @pytest.mark.parametrize(("method", "flops", "bytes_accessed"), [("bias_sign", 1e-3, 1e-2), ("quantile", 2e-2, 2e-2)])
 def test_moving_a_bias_costs_next_to_nothing(balancing_costs, method, flops, bytes_accessed):
-    # against a step without balancing, which counts loads too
+    # compared with a step without balancing, which also counts loads
     none, ours = balancing_costs["none"], balancing_costs[method]
     assert none.flops < ours.flops <= (1 + flops) * none.flops
     assert ours.bytes <= (1 + bytes_accessed) * none.bytes

@@ -82,7 +82,7 @@ def expert(layer, e, u):
 
 
 def shared(layer, u):
-    """The shared experts of one token: a SwiGLU each, of which ours is the concatenation."""
+    """The shared experts of one token: a SwiGLU each; ours is their concatenation."""
     w = [np.asarray(v[...], np.float64) for v in (layer.shared.gate, layer.shared.up, layer.shared.down)]
     return (silu(u @ w[0]) * (u @ w[1])) @ w[2]
 
