@@ -147,7 +147,7 @@ def test_rows_and_flops_at_256_experts_are_within_1_3_of_those_at_16(monkeypatch
     assert many_flops.total() <= 1.3 * few_flops.total()  # the router included, which does grow with E
 
 
-# --- what balancing adds ----------------------------------------------------------------------------------------
+# --- the cost of balancing -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

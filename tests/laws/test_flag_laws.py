@@ -37,7 +37,7 @@ ENVIRONMENT = {
 }
 
 
-# --- what is drawn --------------------------------------------------------------------------------------------
+# --- random draws ----------------------------------------------------------------------------------------------
 
 
 def drawn():
@@ -145,9 +145,9 @@ def dtypes_in(jaxpr) -> set[str]:
 @pytest.mark.parametrize("what", STEPS)
 def test_under_64_bits_and_strict_promotion_a_step_computes_and_returns_nothing_in_64_bits(what):
     with strict_flags():
-        program, given = traced(tiny_config(**STEPS[what]))
+        program, results = traced(tiny_config(**STEPS[what]))
     assert "float64" not in dtypes_in(program.jaxpr)  # int64 is the dtype of some indices
-    assert {str(a.dtype) for a in jax.tree.leaves(given)} <= {"float32", "bfloat16", "int32", "int8", "bool"}
+    assert {str(a.dtype) for a in jax.tree.leaves(results)} <= {"float32", "bfloat16", "int32", "int8", "bool"}
 
 
 # --- a run, as its user starts it -----------------------------------------------------------------------------
