@@ -37,8 +37,8 @@ class Awake:
             return self._ran, self._stopped
 
 
-class Work:
-    """Work for the devices; `began` is a time of `Awake`, `result` an array that it computes, once there is one."""
+class Watched:
+    """Watched for the devices; `began` is a time of `Awake`, `result` an array that it computes, once there is one."""
 
     def __init__(self, name: str, began: float) -> None:
         self.name = name
@@ -65,18 +65,18 @@ class Watchdog:
         self._awake = Awake(self._interval, now)
         self._progress = 0.0
         self._kinds: set[str] = set()
-        self._under_way: collections.deque[Work] = collections.deque()
+        self._under_way: collections.deque[Watched] = collections.deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         if timeout_seconds:
             self._thread.start()
 
-    def watch(self, kind: str, number: int) -> Work:
+    def watch(self, kind: str, number: int) -> Watched:
         """Call before work is dispatched, and set `result` of what this returns afterwards.
 
         The first work of a kind is not timed, because it compiles.
         """
-        work = Work(f"{kind} {number}", self._awake.look()[0])
+        work = Watched(f"{kind} {number}", self._awake.look()[0])
         self.doing = work.name
         if self._timeout and kind in self._kinds:
             self._under_way.append(work)

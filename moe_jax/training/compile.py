@@ -16,7 +16,7 @@ from moe_jax.config import DISPATCHERS, Config, MeshConfig, at_defaults
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
-from moe_jax.training.losses import row_nats
+from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import TrainState, read_bias, state_shardings
 from moe_jax.training.step import train_step
 
@@ -128,7 +128,7 @@ def _eval_step(
         # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
         key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum(dtype=jnp.int32))
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, mesh=mesh)
-        nats, report = row_nats(config, state.params, state.bias, fwd, batch)
+        nats, report = model_row_nats(config, state.params, state.bias, fwd, batch)
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
         result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)

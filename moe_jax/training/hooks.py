@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_jax.training.state import TrainState
 
 
-class Tokens:
+class TokenCount:
     """The valid tokens of a run so far; those of its newest steps stay on the devices until the next `fetch`."""
 
     def __init__(self, ledger: Ledger, seen: int) -> None:
@@ -54,7 +54,7 @@ class Context(NamedTuple):
     corpus: "Corpus"
     mesh: "Mesh"
     ledger: Ledger
-    tokens: Tokens
+    tokens: TokenCount
     display: Display
     watchdog: Watchdog
     log: RunLog | None

@@ -13,7 +13,7 @@ from moe_jax.model.forward import Pass, Report
 from moe_jax.model.prediction import AheadLoss, ahead_loss
 
 
-def row_nats(
+def model_row_nats(
     config: Config, params: Tree, bias: Tree, fwd: Pass, batch: Batch
 ) -> tuple[Float32[Array, "batch"], Report | None]:
     """The cross-entropy of every row in nats, summed over its valid targets, and the layers' reports.
@@ -26,10 +26,10 @@ def row_nats(
     return head.row_nats(logits, batch.targets, batch.mask), report
 
 
-def summed_nats(
+def model_summed_nats(
     config: Config, params: Tree, bias: Tree, fwd: Pass, batch: Batch
 ) -> tuple[Float32[Array, ""], AheadLoss, Report | None]:
-    """The sum of `row_nats`, which on one device needs no logits in memory, and multi-token prediction's loss."""
+    """The sum of `model_row_nats`, which on one device needs no logits in memory, and multi-token prediction's loss."""
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
     x, ahead, report = model.before_head(fwd)
 

@@ -23,7 +23,7 @@ from moe_jax.mesh import constrain, is_sharded, replicated, specs
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import language_nats
-from moe_jax.training.losses import row_nats, summed_nats
+from moe_jax.training.losses import model_row_nats, model_summed_nats
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
@@ -130,7 +130,7 @@ def _micro_batch_gradient(
     def objective(params: Tree, batch: Batch, key: Array, earlier: Any) -> tuple[Array, StepSums]:
         per_layer = PerLayer(state.balance, statistics, earlier)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
-        nats, ahead, report = summed_nats(config, params, state.bias, fwd, batch)
+        nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
         total = language_nats(config, state.step, nats, ahead) / num_tokens
         share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
         if report is None:
@@ -158,7 +158,7 @@ def step_statistics(
 
     def observe(batch: Batch, key: Array) -> balance.Statistics:
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
-        report = row_nats(config, state.params, state.bias, fwd, batch)[1]
+        report = model_row_nats(config, state.params, state.bias, fwd, batch)[1]
         assert report is not None  # a config with a balancer has MoE layers
         return report.statistics
 

@@ -10,7 +10,7 @@ from moe_jax.mesh import batch_sharding
 from moe_jax.runtime import processes
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.profiling import named
-from moe_jax.runtime.watchdog import Work
+from moe_jax.runtime.watchdog import Watched
 from moe_jax.training import compile
 from moe_jax.training.hooks import Context, Now
 from moe_jax.training.state import TrainState, step_key
@@ -23,7 +23,7 @@ class TimedStep:
         self._context = context
         self._train_step = compile.make_train_step(context.config, context.mesh)
         self._key = step_key(context.config)
-        self._newest: Work | None = None
+        self._newest: Watched | None = None
 
     def __call__(self, now: Now) -> tuple[TrainState, dict[str, Any]]:
         """Give the step to the devices; waits for the first one only."""

@@ -76,7 +76,7 @@ def test_only_variants_that_leave_enough_experts_are_tried():
 
 
 def test_a_model_with_nothing_to_take_away_is_refused():
-    with pytest.raises(ValueError, match="--ablate finds nothing to take away"):
+    with pytest.raises(ValueError, match="--ablate finds nothing to remove"):
         names(num_shared_experts=0, top_k=4)
 
 

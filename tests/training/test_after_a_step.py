@@ -21,7 +21,7 @@ from moe_jax.runtime.display import Display
 from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned, noted
-from moe_jax.training import actions, compile, evaluation, loop
+from moe_jax.training import actions, compile, evaluation, session
 from moe_jax.training.attempts import is_unaccounted
 from moe_jax.training.evaluation import Totals, held_out
 from moe_jax.training.hooks import Hook
@@ -93,7 +93,7 @@ class Events(list):
         def noted():
             yield lambda: self.append("stop?")
 
-        self._monkeypatch.setattr(loop, "noted", noted)
+        self._monkeypatch.setattr(session, "noted", noted)
 
     def spy_on_files(self):
         """Add log lines, saves, evaluations."""

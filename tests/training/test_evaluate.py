@@ -13,11 +13,12 @@ from drills import rig
 from state_hash import state_hash
 
 from conftest import tiny_config
+from moe_jax.analysis.results import report_saturation
 from moe_jax.analysis.specialisation import store_ids
 from moe_jax.analysis.survey import store_routing
 from moe_jax.balance import measures
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
-from moe_jax.evaluate import config_of_run, report_saturation, run
+from moe_jax.evaluate import config_of_run, run
 from moe_jax.mesh import make_mesh
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.training import compile

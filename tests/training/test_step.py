@@ -13,7 +13,7 @@ from moe_jax.data.batches import Batch
 from moe_jax.model.abstract import abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.training.compile import make_eval_step, make_train_step
-from moe_jax.training.losses import row_nats
+from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import abstract_state, init_state, read_bias, step_key, write_bias
 from moe_jax.training.step import accumulate, advance, balance_update, first_non_finite, split_batch
 
@@ -135,7 +135,7 @@ def test_accumulation_moves_the_bias_once_not_once_a_micro_batch(micro_batches):
 def observed(config, state, bias, batch):
     """Nats of every row and reports of a forward pass with this bias."""
     fwd = Pass(inputs_of(batch), balance.make(config.balance), PerLayer(state.balance), jax.random.key(0), train=True)
-    return row_nats(config, state.params, bias, fwd, batch)
+    return model_row_nats(config, state.params, bias, fwd, batch)
 
 
 def test_the_bias_has_no_gradient():
