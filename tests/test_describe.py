@@ -9,9 +9,9 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax.config import resolve
-from moe_jax.describe import leaves, memory, parts, totals
-from moe_jax.model.cost import AHEAD
+from moe_jax.model.cost import AHEAD, parts
 from moe_jax.training.state import abstract_state
+from moe_jax.training.summary import leaves, memory, totals
 
 CONFIG = tiny_config(balance=dict(bias_sign={}))
 

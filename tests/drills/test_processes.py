@@ -82,7 +82,7 @@ def test_a_signal_in_a_long_evaluation_ends_the_command_out_of_it(tmp_path):
     rig.wait_until(lambda: rig.steps_logged(workdir) >= 4, command)
     command.process.send_signal(signal.SIGTERM)
     assert command.wait() == 143, command.text
-    assert "the evaluation after step 4 is left for the next start" in command.text
+    assert "the evaluation after step 4 is left to the next start" in command.text
     assert committed(workdir / "checkpoints") == [4]
     assert "eval/loss" not in rig.curve(workdir)[-1]
 

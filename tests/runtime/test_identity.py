@@ -165,7 +165,7 @@ def test_processes_that_read_different_data_are_refused_before_the_first_step(co
     with rig.Processes(file, tmp_path / "run", devices=(1, 1), folders=folders) as processes:
         statuses = processes.wait()
     assert statuses == [2, 2], processes.text
-    assert "leads process 1 to other data" in processes.text
+    assert "holds other data in process 1" in processes.text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -403,7 +403,7 @@ def test_a_log_that_no_checkpoint_accounts_for_is_kept_aside_and_that_is_said(tm
         before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "layers.jsonl")}
         capsys.readouterr()
         run(config, tmp_path, stop_at=2)
-        assert f"it is kept as {tmp_path / 'metrics.jsonl'}.{number}" in capsys.readouterr().out
+        assert f"the log is kept as {tmp_path / 'metrics.jsonl'}.{number}" in capsys.readouterr().out
         assert {name: (tmp_path / f"{name}.{number}").read_bytes() for name in before} == before
         assert lines(tmp_path / "metrics.jsonl") == lines(tmp_path / "layers.jsonl") == [0, 1]
 
