@@ -71,7 +71,7 @@ def test_open_mpi_is_read():
 
 def test_open_mpi_5_needs_the_coordinator_to_be_named():
     newer = {k: v for k, v in OPEN_MPI.items() if "orte" not in k}
-    with pytest.raises(ValueError, match="does not say where process 0 is; add -x JAX_COORDINATOR_ADDRESS=HOST:PORT"):
+    with pytest.raises(ValueError, match="the host of process 0; add -x JAX_COORDINATOR_ADDRESS=HOST:PORT"):
         find_cluster(newer)
     assert find_cluster(newer | {"JAX_COORDINATOR_ADDRESS": "host0:99"}).coordinator == "host0:99"
 
@@ -101,7 +101,7 @@ def test_jax_itself_finds_the_processes_of_a_tpu_slice(environ):
 
 @pytest.mark.parametrize("missing", EXPLICIT)
 def test_a_missing_variable_is_named(missing):
-    with pytest.raises(ValueError, match=f"needs {missing} as well; set all three"):
+    with pytest.raises(ValueError, match=f"also needs {missing}; set all three"):
         find_cluster({k: v for k, v in EXPLICIT.items() if k != missing})
 
 
