@@ -71,7 +71,7 @@ def test_the_command_prints_the_table(repo):
         assert word in result.stdout
 
 
-def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_what_a_device_holds():
+def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_the_part_of_a_device():
     config = resolve(tiny_config(mesh=dict(data=2, expert=4)), 8)
     rows = {row.path: row for row in leaves(config, 8)}
     assert len(rows) == len(jax.tree.leaves(abstract_state(config)))
@@ -85,7 +85,7 @@ def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_what_a_device_holds():
     assert memory(config, 8).gradients == 4 * (whole + (total - whole) // 8)
 
 
-def test_the_command_shows_the_sharding_of_devices_that_are_not_here(repo):
+def test_the_command_shows_the_sharding_on_devices_that_are_not_present(repo):
     command = [sys.executable, "-m", "moe_jax.describe", "--config=configs/deepseek_v3.py", "--num_devices=2048"]
     result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
     for word in ("2048 devices", "data 32, expert 64", "stacks/1/blocks/0/ffw/down", "memory of each device"):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 
 from moe_jax.runtime.checkpoint import is_gone, read_newest, shared_leaves
@@ -89,8 +90,6 @@ def _without_warnings() -> Iterator[None]:
 
 def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) -> Any:
     """Create the zarr array of a leaf, in chunks of one slice, or of some rows of a slice."""
-    import tensorstore
-
     rows = leaf.shape[axes:]
     row_bytes = int(np.prod(rows[1:])) * leaf.dtype.itemsize
     chunk = [1] * axes + [max(1, min(n, CHUNK_BYTES // row_bytes)) for n in rows[:1]] + list(rows[1:])
@@ -132,8 +131,6 @@ def open_newest(
 
 def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
     """Open the arrays with a shared cache of chunks: a small slice shares a chunk with those that are read next."""
-    import tensorstore
-
     memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
     strict = {"fill_missing_data_reads": False}  # a missing chunk is an error, not zeros
     stores = {name: tensorstore.open(array_spec(path, name) | strict, open=True, context=memory) for name in names}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from moe_jax.runtime.files import is_remote
@@ -78,8 +79,6 @@ class _Stored(NamedTuple):
 
 def _stored_leaves(path: Path) -> dict[str, _Stored]:
     """Every leaf that Orbax finds in a checkpoint, by its path in `describe_leaves`."""
-    import tensorstore
-
     keys = tensorstore.KvStore.open(_kvstore(path)).result().list().result()
     chunk = re.compile(rb"(.+)/\d+(\.\d+)*")
     chunks = collections.Counter(found[1].decode() for key in keys if (found := chunk.fullmatch(key)))

@@ -1,4 +1,4 @@
-"""End a run that is stuck: a process that is alive but makes no progress blocks all others, and no heartbeat shows it."""
+"""End a run that is stuck: a live process without progress blocks all others, and no heartbeat detects it."""
 
 import collections
 import faulthandler

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.config import Config
+from moe_jax.data import Batch, Corpus
 from moe_jax.runtime.display import Display
 from moe_jax.runtime.ledger import Ledger
 from moe_jax.runtime.log import RunLog
@@ -14,7 +15,6 @@ from moe_jax.runtime.watchdog import Watchdog
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from moe_jax.data import Batch, Corpus
     from moe_jax.training.state import TrainState
 
 
@@ -51,7 +51,7 @@ class Context(NamedTuple):
 
     config: Config
     workdir: Path
-    corpus: "Corpus"
+    corpus: Corpus
     mesh: "Mesh"
     ledger: Ledger
     tokens: TokenCount
@@ -71,7 +71,7 @@ class Now(NamedTuple):
 
     step: int
     state: "TrainState"
-    batch: "Batch"
+    batch: Batch
     values: dict[str, Any]
 
     @property

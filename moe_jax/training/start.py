@@ -123,7 +123,10 @@ def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
 
 def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
     """Begin a new run: with random parameters, or with those of `init_from` and its tokenizer."""
-    state, weights = _weights_of(config, mesh) if config.init_from else (init_state(config, mesh), None)
+    if config.init_from:
+        state, weights = _weights_of(config, mesh)
+    else:
+        state, weights = init_state(config, mesh), None
     state = _with_hash_tables(config, state, corpus)
     remarks = processes.by_first(lambda: [*_changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
     return Start(state, {}, Identity(corpus.fingerprint, weights), remarks)

@@ -70,7 +70,8 @@ def _abstract_state(model: ModelConfig, entries: Entries, optimizer: OptimizerCo
 
 @functools.lru_cache(maxsize=16)
 def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: AnyMesh) -> TrainState:
-    abstract, whole = abstract_model(model), replicated(mesh)
+    abstract = abstract_model(model)
+    whole = replicated(mesh)
     params = jax.tree.map(
         lambda a, d: NamedSharding(mesh, parameter_spec(mesh, d.names, a.shape)), abstract.params, abstract.dims
     )

@@ -77,13 +77,13 @@ def test_saturation_compares_every_stored_step_with_the_last(tmp_path):
     assert np.load(tmp_path / "routing" / "5.npy").dtype == np.uint16
 
 
-def test_one_stored_step_has_nothing_to_be_compared_with(tmp_path):
+def test_saturation_of_a_single_stored_step_is_refused(tmp_path):
     store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     with pytest.raises(ValueError, match=r"stored the routing of 1 evaluations.*measure_every > 0 and an eval_every"):
         saturation(tmp_path, 4)
 
 
-def test_stored_routing_of_other_tokens_or_damaged_is_refused(tmp_path):
+def test_stored_routing_that_is_damaged_or_of_other_tokens_is_refused(tmp_path):
     store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     store_ids(tmp_path, 6, np.zeros((1, 3, 2), int), "same")
     with pytest.raises(

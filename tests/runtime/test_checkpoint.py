@@ -135,7 +135,7 @@ def half(name):
         ("shape", r"float32\[2, 3\] and should be float32\[2, 4\]"),
     ],
 )
-def test_a_checkpoint_that_is_not_what_it_promises_is_not_committed(tmp_path, what, words):
+def test_a_checkpoint_that_does_not_match_its_record_is_not_committed(tmp_path, what, words):
     path = tmp_path / "00000000"
     arrays = slices.create(path, half("slice"), lambda leaf: 1)
     arrays["params/experts"].write((0,), np.zeros(3, np.float32))
@@ -163,7 +163,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
         arrays["params/experts"].write((0,), np.array([0, np.nan, 0], np.float32))
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
+def test_no_run_resumes_from_a_checkpoint_that_is_not_finite(tmp_path, monkeypatch, capsys):
     save_small(tmp_path, 1)
     with monkeypatch.context() as before:  # as an older version saved them
         before.setattr(checkpoint, "first_non_finite", lambda _: None)
@@ -260,7 +260,7 @@ def test_a_step_whose_save_was_killed_is_saved_again(workdir):
         check(workdir / "checkpoints" / f"{n:08d}", "full")
 
 
-def test_nothing_is_deleted_that_no_save_made(workdir):
+def test_only_what_a_save_made_is_deleted(workdir):
     directory = workdir / "checkpoints"
     for name in ("notes", "00000007.backup", "best", "000000070", "7"):
         (directory / name).mkdir()
@@ -476,14 +476,14 @@ STRAYS = [
 
 
 @pytest.mark.parametrize("name", STRAYS)
-def test_a_file_that_is_not_of_the_checkpoint_does_no_harm_and_is_named(workdir, name, capsys):
+def test_a_foreign_file_in_a_checkpoint_is_ignored_and_named(workdir, name, capsys):
     (newest(workdir) / name).write_text("hello")
     assert run(CONFIG, workdir, stop_at=12, quiet=True).step == 12
     assert f"ignoring files that are not in the manifest of {newest(workdir)}: {name}\n" in capsys.readouterr().out
     assert (newest(workdir) / name).read_text() == "hello"
 
 
-def test_what_a_file_browser_leaves_while_a_checkpoint_is_written_is_not_of_it(tmp_path, monkeypatch):
+def test_files_of_a_file_browser_are_not_part_of_the_checkpoint_being_written(tmp_path, monkeypatch):
     real = manifest_.hash_files
 
     def hash_files(path, process):
@@ -521,14 +521,14 @@ def test_sizes_alone_see_truncation_and_not_a_flipped_bit(workdir):
         check(newest(workdir), "sizes")
 
 
-def test_damage_is_told_before_the_first_step_and_with_the_way_out(workdir, monkeypatch):
+def test_damage_is_reported_before_the_first_step_with_a_remedy(workdir, monkeypatch):
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
     monkeypatch.setattr(compile, "make_train_step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=r"Set checkpoint\.fallback=True to resume from step 5"):
         run(CONFIG, workdir, quiet=True)
 
 
-def test_damage_to_the_only_checkpoint_says_so(workdir):
+def test_damage_to_the_only_checkpoint_is_reported_as_such(workdir):
     shutil.rmtree(workdir / "checkpoints" / "00000005")
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
     for fallback, words in (
@@ -539,7 +539,7 @@ def test_damage_to_the_only_checkpoint_says_so(workdir):
             restore(workdir / "checkpoints", abstract_state(CONFIG), fallback=fallback)
 
 
-def test_fallback_takes_the_checkpoint_before_and_says_so(workdir, capsys):
+def test_fallback_resumes_from_the_checkpoint_before_and_reports_it(workdir, capsys):
     file = rig.data_files(newest(workdir))[-1]
     rig.flip_bit(file, 99)
     state, extra = restore(workdir / "checkpoints", abstract_state(CONFIG), fallback=True)
@@ -559,7 +559,7 @@ def test_the_advice_to_set_fallback_can_be_followed(workdir, capsys):
     assert "resuming from step 5" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_set_aside_as_it_is_where_a_run_falls_back(workdir, capsys):
+def test_a_damaged_checkpoint_is_renamed_unchanged_when_a_run_falls_back(workdir, capsys):
     # only a whole reading sees the damage, and saves look at sizes
     config = rig.drill_config(checkpoint=dict(keep=10, fallback=True, verify="full"))
     file = rig.data_files(newest(workdir))[-1]
@@ -658,13 +658,13 @@ def overtaken(monkeypatch, directory, name, times):
 
 
 @pytest.mark.parametrize("name", ["_read", "check"])
-def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_missed(tmp_path, monkeypatch, name):
+def test_when_the_run_removes_the_checkpoint_being_read_a_newer_one_is_read(tmp_path, monkeypatch, name):
     save_small(tmp_path, 1)
     overtaken(monkeypatch, tmp_path, name, 3)
     assert int(restore(tmp_path, small_state())[0]["step"]) == 4
 
 
-def test_a_run_that_removes_faster_than_can_be_read_is_told_in_a_sentence(tmp_path, monkeypatch):
+def test_a_run_that_removes_checkpoints_faster_than_they_can_be_read_is_reported(tmp_path, monkeypatch):
     save_small(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "MOST_REMOVED", 2)
     overtaken(monkeypatch, tmp_path, "_read", 9)
@@ -672,7 +672,7 @@ def test_a_run_that_removes_faster_than_can_be_read_is_told_in_a_sentence(tmp_pa
         restore(tmp_path, small_state())
 
 
-def test_slices_of_a_checkpoint_that_its_run_removes_end_in_a_sentence(tmp_path):
+def test_slices_of_a_checkpoint_that_its_run_removes_raise_a_clear_error(tmp_path):
     state = {"weights": jnp.arange(1e6)}  # not so small that it comes with the index
     checkpoints = Checkpointer(tmp_path, 1)
     checkpoints.save(1, state, {})
@@ -696,14 +696,14 @@ def test_a_copied_checkpoint_restores(saved, tmp_path, place):
     assert rig.final_hash(CONFIG, there) == rig.final_hash(CONFIG, saved)
 
 
-def test_a_run_goes_on_from_a_relative_path_with_a_trailing_slash(workdir, monkeypatch):
+def test_a_run_resumes_from_a_relative_path_with_a_trailing_slash(workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent)
     outcome = run(CONFIG, type(workdir)("./run/"), stop_at=12, quiet=True)
     assert outcome.step == 12
     assert committed(workdir / "checkpoints") == [5, 10, 12]
 
 
-def test_a_run_goes_on_through_a_link_to_its_workdir(workdir):
+def test_a_run_resumes_through_a_link_to_its_workdir(workdir):
     link = workdir.parent / "link"
     link.symlink_to(workdir)
     assert run(CONFIG, link, stop_at=12, quiet=True).step == 12

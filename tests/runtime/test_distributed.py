@@ -32,7 +32,7 @@ OPEN_MPI = {
 TPU = {"TPU_WORKER_HOSTNAMES": "t-0.t,t-1.t", "TPU_WORKER_ID": "1"}
 
 
-def test_a_plain_host_is_no_cluster():
+def test_a_plain_host_is_not_a_cluster():
     assert (
         find_cluster({"PATH": "/bin", "TPU_WORKER_HOSTNAMES": "localhost", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
         is None
@@ -116,12 +116,12 @@ def test_a_missing_variable_is_named(missing):
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": ""}, "OMPI_COMM_WORLD_RANK='' must be a whole number"),
     ],
 )
-def test_an_environment_that_contradicts_itself_is_refused_in_a_sentence(environ, words):
+def test_an_environment_that_contradicts_itself_is_refused(environ, words):
     with pytest.raises(ValueError, match=words):
         find_cluster(environ)
 
 
-def test_a_wrong_environment_is_told_by_the_command(tmp_path):
+def test_the_command_reports_a_wrong_environment(tmp_path):
     file = rig.write_config(tmp_path / "config.py", rig.drill_config())
     flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
     command = rig.Command("moe_jax.train", tmp_path / "log", *flags, environ={"JAX_NUM_PROCESSES": "2"})

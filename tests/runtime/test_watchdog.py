@@ -58,7 +58,7 @@ def test_the_oldest_unfinished_step_is_named(watchdog, clock, ready):
     assert after(watchdog, clock, 1) == "step 2"
 
 
-def test_the_process_ends_with_a_sentence(monkeypatch):
+def test_the_process_ends_with_a_message(monkeypatch):
     event = threading.Event()
 
     def end(message):

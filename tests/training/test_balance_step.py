@@ -117,7 +117,7 @@ def test_micro_batches_remat_and_a_mesh_together_change_nothing(family):
 
 
 @every_family
-def test_a_checkpoint_has_all_of_the_state_and_the_run_goes_on_as_if_nothing_had_been(family, tmp_path):
+def test_a_checkpoint_has_the_whole_state_and_the_resumed_run_is_the_same(family, tmp_path):
     config, (state, _) = config_of(family), plain(family)
     saver = checkpoint.Checkpointer(tmp_path, 1)
     saver.save(1, jax.tree.map(jnp.asarray, state), {})

@@ -147,7 +147,7 @@ def test_the_bias_has_no_gradient():
     assert (read_bias(jax.jit(jax.grad(loss))(state.bias)) == 0).all()
 
 
-def test_a_bias_changes_who_is_selected_and_through_that_the_loss():
+def test_a_bias_changes_the_selection_and_thereby_the_loss():
     config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
     pushed = write_bias(state.bias, jnp.zeros((2, 4)).at[:, 3].set(10.0))
     run = jax.jit(lambda bias: observed(config, state, bias, random_batch()))
@@ -272,7 +272,7 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_named(what):
     assert (int(after.step), int(after.skipped), int(after.stuck)) == (1, 1, 1)
 
 
-def test_a_healthy_step_has_no_culprit():
+def test_a_finite_step_has_no_non_finite_tensor():
     config = tiny_config(balance=SMEBU)
     assert first_non_finite(config, init_state(config), random_batch()) == "nothing any more"
 
@@ -373,7 +373,7 @@ def test_experts_that_no_token_reaches_have_gradients_of_exactly_zero():
         assert (experts[name][:, 1:] != 0).any()
 
 
-def test_compile_time_structure_does_not_grow_with_depth():
+def test_the_compiled_program_does_not_grow_with_depth():
     def operations(num_layers):
         config = tiny_config(model=dict(num_layers=num_layers))
         state = abstract_state(config)
