@@ -1,4 +1,4 @@
-"""What is measured beside the step: interference, what the bias decides, recorded scores."""
+"""Measures beside the step: interference, the effect of the bias, recorded scores."""
 
 import functools
 
@@ -87,7 +87,7 @@ def test_the_gradients_at_the_router_are_those_of_the_step():
 
 
 def test_a_bias_that_pushes_everything_to_one_expert_changes_half_of_two_choices():
-    # with a bias of 10 on expert 3, every token chooses it; who chose it anyway keeps both choices
+    # with a bias of 10 on expert 3, every token chooses it; a token that chose it anyway keeps both choices
     config = config_of("bias")
     state = init_state(config)
     measure, batch = make_measure_step(config), batch_of(config)
@@ -143,4 +143,5 @@ def test_recorded_scores_are_the_logits_of_the_first_micro_batch():
     loads = np.asarray(make_measure_step(config)(state, batch, step_key(config))["moe/microbatch_max_violation"])
     top = np.argsort(-scores.logits.astype(np.float32), axis=-1)[..., :2]
     counts = np.stack([np.bincount(layer[scores.mask].ravel(), minlength=4) for layer in top])
-    np.testing.assert_allclose((counts.max(1) / counts.mean(1) - 1).mean(), loads, atol=0.05)  # float16 may turn a tie
+    # float16 may break a tie differently
+    np.testing.assert_allclose((counts.max(1) / counts.mean(1) - 1).mean(), loads, atol=0.05)

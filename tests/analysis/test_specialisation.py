@@ -1,4 +1,4 @@
-"""Laws of specialisation: counts become the numbers and the picture they claim, and stored routing is comparable."""
+"""Laws of specialisation: counts become the documented numbers and picture, and stored routing is comparable."""
 
 import numpy as np
 import pytest

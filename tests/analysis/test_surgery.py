@@ -1,4 +1,4 @@
-"""Laws of surgery: what is taken away is away, the rest is untouched, and what does not fit is not tried."""
+"""Laws of knock-outs: the right experts are removed, the rest is unchanged, and impossible variants are left out."""
 
 import functools
 
@@ -33,7 +33,7 @@ def test_the_next_best_experts_take_the_place_of_the_masked_ones():
 
 
 def test_the_highest_scores_are_masked_and_the_bias_still_selects_among_the_others():
-    # the bias lifts expert 3 above 0: by score expert 0 is the first token's best all the same, and is masked
+    # the bias lifts expert 3 above 0, but by score expert 0 is still the first token's best, and is masked
     bias = jnp.asarray([0.0, -0.6, 0.0, 5.0])
     np.testing.assert_array_equal(chosen(tiny_config(), 1, bias), [[3, 2], [2, 0]])
 

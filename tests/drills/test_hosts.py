@@ -1,4 +1,4 @@
-"""Drills with two real processes of one run, two devices each, that talk over Gloo."""
+"""Drills with two real processes of one run, with two devices each, that communicate over Gloo."""
 
 import dataclasses
 import os

@@ -19,7 +19,7 @@ KILLS_A_RUN = 5
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The run of the command that nothing happened to: a folder with `run` and `config.py`."""
+    """The run of an undisturbed command: a folder with `run` and `config.py`."""
     return rig.uninterrupted(tmp_path_factory, CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""Drills with real processes: a training command is killed, told to end, or runs out of disk, and goes on."""
+"""Drills with real processes: a training command is killed, gets a signal, or runs out of disk, and is resumed."""
 
 import os
 import random
@@ -22,7 +22,7 @@ CONFIG = rig.drill_config()
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The run of the command that nothing happened to: a folder with `run` and `config.py`."""
+    """The run of an undisturbed command: a folder with `run` and `config.py`."""
     return rig.uninterrupted(tmp_path_factory, CONFIG)
 
 
@@ -87,7 +87,7 @@ def test_a_signal_during_a_long_evaluation_ends_the_command(tmp_path):
     assert "eval/loss" not in rig.curve(workdir)[-1]
 
 
-# the first terminal that a session's leader opens is the one whose closing ends it
+# the first terminal that a session's leader opens becomes its controlling terminal, whose closing ends it
 ON_TERMINAL = """
 import os, sys
 os.close(os.open(os.ttyname(0), os.O_RDWR))
@@ -104,7 +104,7 @@ def test_a_closed_terminal_ends_a_run_with_a_save(tmp_path):
     with subprocess.Popen(command, cwd=rig.REPO, env=os.environ | {"TERM": "xterm"}, **streams) as process:
         os.close(theirs)
         while rig.steps_logged(workdir) < 7:
-            os.read(ours, 2**16)  # what it draws
+            os.read(ours, 2**16)  # its output
         os.close(ours)
         assert process.wait(HANG_SECONDS) == 128 + signal.SIGHUP
     done = committed(workdir / "checkpoints")[-1]

@@ -1,4 +1,4 @@
-"""Laws of the compilation cache: on by default, the user's word goes first, bounded, and never the end of a run."""
+"""Laws of the compilation cache: on by default, overridden by the user's settings, bounded, and never ending a run."""
 
 import os
 import stat
@@ -15,11 +15,11 @@ NAMES = (cache.FOLDER, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSIS
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A user's home, without any setting; what is set is taken back."""
+    """A user's home folder without any setting; settings are undone afterwards."""
     for name in (*NAMES, "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.delitem(sys.modules, "jax", raising=False)  # these tests' own jax keeps its cache
+    monkeypatch.delitem(sys.modules, "jax", raising=False)  # the jax of these tests keeps its own cache
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
@@ -29,7 +29,7 @@ def test_it_is_on_in_the_users_cache_folder_and_keeps_every_program(home, capsys
     folder = cache.user_folder("xla")
     assert folder.is_relative_to(home / ".cache" / "moe_jax" / "xla")
     assert [os.environ[name] for name in NAMES] == [str(folder), "0.0", "-1"]
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # who can write there can run code as the user
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # whoever can write there can run code as the user
     assert capsys.readouterr().err == ""
 
 

@@ -1,4 +1,4 @@
-"""Laws of checkpoints: a finished save comes back bit by bit; a damaged or foreign one is never trained on."""
+"""Laws of checkpoints: a finished save is restored bit by bit; a damaged or foreign one is never trained on."""
 
 import json
 import os
@@ -53,12 +53,12 @@ def save_small(directory, *steps, keep=10):
     checkpoints.close()
 
 
-# --- a save comes back ----------------------------------------------------------------------------------------
+# --- a save is restored ---------------------------------------------------------------------------------------
 
 
 def test_a_state_comes_back_bit_by_bit(tmp_path):
     state = init_state(CONFIG)
-    # one mark per field: a restore that mixes fields up cannot return it
+    # a different value in each field, so that a restore that mixes fields up is noticed
     state = state._replace(step=jnp.int32(7), skipped=jnp.int32(2), stuck=jnp.int32(1))
     checkpoints = Checkpointer(tmp_path, 1)
     checkpoints.save(7, state, {"tokens_seen": 3})
@@ -107,7 +107,7 @@ def test_the_state_hash_sees_one_bit_of_any_leaf():
 
 @pytest.mark.parametrize("name", ["lr=[1e-3]", "a[b", "**", "50%20", "#1", "a?b", "ü 模型", "a:b", "tests"])
 def test_checkpoints_can_be_written_and_read_in_a_folder_of_any_name(tmp_path, name):
-    # Orbax takes the folder for a pattern, tensorstore an address for a quoted one
+    # Orbax interprets the folder as a pattern, tensorstore the path as a quoted URL
     save_small(tmp_path / name, 3)
     state, target = small_state(3), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small_state())
     back, _ = restore(tmp_path / name, target)
@@ -117,14 +117,14 @@ def test_checkpoints_can_be_written_and_read_in_a_folder_of_any_name(tmp_path, n
 
 
 def test_a_checkpoint_whose_leaves_cannot_be_opened_is_not_committed(tmp_path):
-    # to tensorstore a\\b is a/b, so what it writes is not where the checkpoint is
+    # to tensorstore a\\b is a/b, so it writes outside the checkpoint
     with pytest.raises(ValueError, match=r"00000001 cannot be read"):
         save_small(tmp_path / "a\\b", 1)
     assert committed(tmp_path / "a\\b") == []
 
 
 def half(name):
-    """Weights of which one slice was never written, or is not what the checkpoint says of it."""
+    """Weights with a slice that was never written, or does not match its record."""
     return {"params": {"experts": jax.ShapeDtypeStruct((2, 3) if name == "slice" else (2, 4), jnp.float32)}, "bias": {}}
 
 
@@ -359,7 +359,7 @@ def test_after_a_failed_save_the_one_before_restores(workdir, monkeypatch):
 def test_no_step_is_trained_more_than_one_save_after_a_failed_save(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_manifest", no_space)
     with pytest.raises(OSError, match="No space"):
-        run(CONFIG, tmp_path, quiet=True)  # the save at 5 fails, the save at 10 says so
+        run(CONFIG, tmp_path, quiet=True)  # the save at 5 fails, which the save at 10 reports
     assert rig.steps_logged(tmp_path) <= 10
 
 
@@ -560,7 +560,7 @@ def test_the_advice_to_set_fallback_can_be_followed(workdir, capsys):
 
 
 def test_a_damaged_checkpoint_is_renamed_unchanged_when_a_run_falls_back(workdir, capsys):
-    # only a whole reading sees the damage, and saves look at sizes
+    # only reading all bytes detects the damage, and a save compares sizes
     config = rig.drill_config(checkpoint=dict(keep=10, fallback=True, verify="full"))
     file = rig.data_files(newest(workdir))[-1]
     rig.flip_bit(file, 99)
@@ -645,7 +645,7 @@ def test_a_python_pickle_in_a_checkpoint_is_ignored(workdir, capsys):
 
 
 def overtaken(monkeypatch, directory, name, times):
-    """The run saves a further step, and so removes the checkpoint that `checkpoint.<name>` is about to read."""
+    """The run saves another step, and thereby removes the checkpoint that `checkpoint.<name>` is about to read."""
     real, left = getattr(checkpoint, name), list(range(times))
 
     def read(path, *args, **kwargs):
@@ -673,7 +673,7 @@ def test_a_run_that_removes_checkpoints_faster_than_they_can_be_read_is_reported
 
 
 def test_slices_of_a_checkpoint_that_its_run_removes_raise_a_clear_error(tmp_path):
-    state = {"weights": jnp.arange(1e6)}  # not so small that it comes with the index
+    state = {"weights": jnp.arange(1e6)}  # too large to be stored in the index
     checkpoints = Checkpointer(tmp_path, 1)
     checkpoints.save(1, state, {})
     checkpoints.wait()

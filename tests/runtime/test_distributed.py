@@ -1,4 +1,4 @@
-"""Laws of many processes that one process can check: the environment, and which rows a process loads."""
+"""Laws of several processes that one process can check: the environment, and which rows a process loads."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Laws of paths and locks: what a person writes is a path of this machine or is refused, and no lock stops no run."""
+"""Laws of paths and locks: a name is a local path or is refused, and a file system without locks ends no run."""
 
 import errno
 import fcntl
@@ -72,7 +72,7 @@ def test_a_folder_that_orbax_takes_for_a_bucket_is_refused(folder):
 
 
 def without_locks(monkeypatch, number):
-    """A file system whose flock fails so: Lustre without -o flock, NFS without lockd, FUSE."""
+    """A file system whose flock fails with this error: Lustre without -o flock, NFS without lockd, FUSE."""
 
     def flock(*_):
         raise OSError(number, os.strerror(number))

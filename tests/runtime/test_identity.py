@@ -1,4 +1,4 @@
-"""What makes a run the same run: its numbers, its data and the weights it started from, each by content."""
+"""The identity of a run: its numbers, its data and its initial weights, each by content."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ WORDS = ["a cat sat on a mat", "the dog ran to the sea", "rain fell on the town"
 
 
 def texts(folder, seed=0, domains=("one", "two")):
-    """A prepared corpus of two domains, other text for another seed."""
+    """A prepared corpus of two domains, whose text depends on the seed."""
     draw = np.random.default_rng(seed)
     for domain in domains:
         (folder / "text" / domain).mkdir(parents=True)
@@ -258,7 +258,7 @@ def test_a_sweep_of_an_earlier_version_resumes(repo, legacy):
     assert len(read_jsonl(legacy / "sweep" / "bias" / "seed0" / "metrics.jsonl")) == 4
 
 
-# --- what reads a run -----------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_on_other_data_than_the_run_was_trained_on_reports_it(corpora, tmp_path, capsys):

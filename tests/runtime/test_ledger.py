@@ -1,4 +1,4 @@
-"""Laws of the ledger: every second is charged once, over all attempts, and what was done twice is lost."""
+"""Laws of the ledger: every second is charged once, over all attempts, and the time of repeated work is lost."""
 
 import contextlib
 
@@ -102,7 +102,7 @@ def test_a_first_attempt_has_nothing_before_it():
 
 
 def test_time_of_repeated_steps_is_lost():
-    # killed 4 s of steps after its checkpoint, of which the log knows
+    # killed after 4 s of steps since its checkpoint, which are in the log
     before = of_earlier_attempts(50, SAVED, {}, logged(init=2.0, step=14.0))
     assert before == dict.fromkeys(KINDS, 0.0) | SAVED | {"lost": 4.0}
 
@@ -112,19 +112,19 @@ def test_the_whole_time_of_an_attempt_without_a_checkpoint_is_lost():
 
 
 def test_no_time_is_lost_of_an_attempt_that_ended_normally():
-    # run.json also has the second that the last save took, which no checkpoint can know of itself
+    # run.json also has the second of the last save, which cannot be in that checkpoint
     ended = {"step": 50, "time": SAVED | {"checkpoint": 1.0}}
     assert of_earlier_attempts(50, SAVED, ended, logged(**SAVED)) == dict.fromkeys(KINDS, 0.0) | ended["time"]
 
 
 def test_a_crash_after_an_attempt_that_ended_normally_loses_only_its_own_time():
-    # ended at step 50 after 13 s; the next attempt got to 20 s, and has no checkpoint of its own
+    # ended at step 50 after 13 s; the next attempt was killed at 20 s, without a checkpoint of its own
     ended = {"step": 50, "time": SAVED | {"checkpoint": 1.0}}
     assert of_earlier_attempts(50, SAVED, ended, logged(**SAVED, checkpoint=1.0, compile=7.0))["lost"] == 7.0
 
 
 def test_losses_add_up_over_attempts():
-    # the checkpoint of the second attempt knows what the first one lost
+    # the checkpoint of the second attempt includes the time that the first one lost
     saved = SAVED | {"lost": 4.0}
     assert of_earlier_attempts(60, saved, {"step": 20, "time": {"step": 5.0}}, logged(step=17.0))["lost"] == 5.0
 

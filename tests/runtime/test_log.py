@@ -1,4 +1,4 @@
-"""Laws of the logs: strict JSON, every key, every step once, whatever was killed when."""
+"""Laws of the logs: strict JSON, every key, every step once, also after kills."""
 
 import errno
 import json
@@ -184,7 +184,7 @@ def test_a_log_is_reopened_without_reading_or_rewriting_it(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000  # of 20 MB
-    assert (tmp_path / "layers.jsonl").stat().st_ino == node  # cut, not copied
+    assert (tmp_path / "layers.jsonl").stat().st_ino == node  # truncated, not copied
     assert [r["step"] for r in read_jsonl(tmp_path / "layers.jsonl")] == list(range(150))
 
 
@@ -202,7 +202,7 @@ def test_values_that_are_known_later_are_added_to_the_newest_line(tmp_path):
     run_log.write(2, {"loss": 0.5})
     run_log.close()
     run_log = RunLog(tmp_path, 2)
-    run_log.amend(1, {"note": 7})  # the newest line of a log that is opened again
+    run_log.amend(1, {"note": 7})  # the newest line of a reopened log
     run_log.amend(5, {"eval/loss": 0.25})  # of a step that is not in the log
     run_log.close()
     assert strict(tmp_path / "metrics.jsonl") == [
@@ -217,7 +217,7 @@ def test_values_that_are_known_later_are_added_to_the_newest_line(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """A folder that is reached as a bucket is, by etils' paths; a part holds about four lines."""
+    """A folder that is accessed like a bucket, by etils' paths; a part holds about four lines."""
     monkeypatch.setattr(log, "PART_BYTES", 1000)
     return epath.Path(str(tmp_path / "bucket"))
 
@@ -240,7 +240,7 @@ def test_a_bucket_gets_the_log_in_parts_and_only_changed_parts_are_copied(bucket
     )
     run_log = logged_in(bucket, 0, 40)
     sizes = [size for name, size in sent if name.startswith("layers")]
-    assert len(sizes) >= 40 and max(sizes) < 1500  # never the whole, which has 10 kB
+    assert len(sizes) >= 40 and max(sizes) < 1500  # never the whole log, which has 10 kB
     sent.clear()
     run_log.flush()
     assert sent == []

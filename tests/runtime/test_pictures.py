@@ -1,4 +1,4 @@
-"""Laws of what pictures share."""
+"""Laws of smoothing in pictures."""
 
 import numpy as np
 

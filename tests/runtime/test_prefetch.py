@@ -1,4 +1,4 @@
-"""Laws of prefetching: the same results in the same order, made ahead, and nothing beyond the end."""
+"""Laws of prefetching: the same results in the same order, computed ahead, and none beyond the end."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Laws of the loop: what is due after a step comes in one order, and what fails or is cut off takes nothing along."""
+"""Laws of the loop: actions after a step have a fixed order, and one that fails or is cut off loses nothing else."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def evaluated(workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Makes the curve of a run that nothing happens to."""
+    """A function that returns the curve of an undisturbed run."""
     curves = {}
 
     def curve(config):
@@ -57,7 +57,7 @@ def undisturbed(tmp_path_factory):
 
 
 class Events(list):
-    """Words with the number of steps done, in the order in which they happened."""
+    """Events of a run, each with the number of steps done, in order."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -87,7 +87,7 @@ class Events(list):
         self._monkeypatch.setattr(compile, "make_train_step", make)
 
     def spy_on_signals(self):
-        """Add every question whether to stop; processes must put it equally often and in the same places."""
+        """Add every check for a signal; processes must check equally often and in the same places."""
 
         @contextmanager
         def noted():
@@ -105,7 +105,7 @@ class Events(list):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What a run does, in order; nothing before it is spied on."""
+    """The events of a run, in order; a test selects what is recorded."""
     return Events(monkeypatch)
 
 
@@ -113,7 +113,8 @@ def test_after_a_step_come_its_line_then_its_save_then_its_evaluation_which_is_a
     events.spy_on_files()
     run(SHORT, tmp_path, quiet=True)
     due = ["log 1", "log 2", "save 2", "evaluate 2", "amend 2", "log 3", "log 4", "save 4", "evaluate 4", "amend 4"]
-    assert events == [*due, "save 4"]  # at the end once more, for a run that is stopped anywhere; it is there already
+    # saved once more at the end, as in a run that is stopped anywhere; that checkpoint exists already
+    assert events == [*due, "save 4"]
 
 
 def test_signals_are_checked_before_and_after_every_step_and_between_held_out_batches(tmp_path, events):
@@ -147,11 +148,11 @@ def test_a_line_has_its_evaluation_and_every_step_one_line(tmp_path):
     assert evaluated(tmp_path) == [1, 3]
 
 
-# --- hooks of one's own ---------------------------------------------------------------------------------------
+# --- custom hooks ---------------------------------------------------------------------------------------------
 
 
 class Spy(Hook):
-    """A hook that says when it is called, and has numbers to add."""
+    """A hook that records its calls, and has numbers to add."""
 
     every = 2
 
@@ -223,7 +224,7 @@ def test_an_evaluation_that_raises_loses_no_save_and_is_repeated_by_the_next_sta
 
     real = actions.evaluate
     monkeypatch.setattr(actions, "evaluate", too_large)
-    for _ in range(2):  # the start after it fails at what it makes up for
+    for _ in range(2):  # the next start fails in the evaluation that it repeats
         with pytest.raises(MemoryError):
             run(SHORT, tmp_path, quiet=True)
         assert committed(tmp_path / "checkpoints") == [2]
@@ -422,11 +423,11 @@ def test_lines_before_the_checkpoint_stay_in_the_log_when_it_is_renamed(tmp_path
     ("logged", "first", "ended", "save_every", "expected"),
     [
         (0, 0, 0, 5, False),  # a new run
-        (5, 5, 5, 5, False),  # ended well
+        (5, 5, 5, 5, False),  # ended normally
         (9, 5, 0, 5, False),  # killed before the save at 10
         (9, 7, 7, 5, False),  # stopped at 7, then killed before the save at 10
-        (10, 5, 0, 5, False),  # killed in that save
-        (12, 5, 0, 5, True),  # the save at 10 was begun, and is not there
+        (10, 5, 0, 5, False),  # killed during that save
+        (12, 5, 0, 5, True),  # the save at 10 was started, and is gone
         (4, 0, 4, 5, True),  # had ended at 4, with a save
         (3, 0, 0, 0, True),  # nothing saves before the end
         (20, 20, 20, 0, False),

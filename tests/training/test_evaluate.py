@@ -1,4 +1,4 @@
-"""Laws of evaluation: the whole held-out set, once; nothing moves; numbers that can be checked by hand."""
+"""Laws of evaluation: the whole held-out set once, an unchanged state, and numbers that can be checked by hand."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def spread_step(config, mesh, balancer=None):
 
 def test_loads_are_counted_by_domain_and_by_sequence(monkeypatch):
     # four windows of each of four domains: half of all on expert 0, half on 1, so (T/2 - T/4) / (T/4) = 1 in all,
-    # 3 within any domain or sequence; the expert tells one of two halves: 1 bit
+    # 3 within any domain or sequence; the expert identifies one of two halves: 1 bit
     monkeypatch.setattr(compile, "make_eval_step", spread_step)
     result = evaluate(CONFIG, None, CORPUS)
     assert result["eval/max_violation"] == 1.0
@@ -158,7 +158,7 @@ def test_a_bias_that_is_the_same_for_all_changes_no_decision(state):
 
 
 def test_decisions_changed_by_the_bias_are_those_that_the_scores_alone_do_not_make(state):
-    # with 9 on experts 0 and 1 all tokens choose them: what the first layer's scores send elsewhere is changed
+    # with 9 on experts 0 and 1 all tokens choose them: every choice of another expert by the first layer is changed
     eval_step, batch = compile.make_eval_step(CONFIG), next(iter(evaluation_batches(CORPUS, **SIZES)))
     forced, free = (eval_step(biased(state, bias), batch) for bias in ([9.0, 9.0, 0.0, 0.0], [0.0] * 4))
     assert forced.loads[:, 2:].sum() == 0 < free.loads[0, 2:].sum()
@@ -245,7 +245,8 @@ def test_an_ablation_reports_the_loss_of_every_variant(dissected):
     assert written.pop("as it is") == {key: whole[f"eval/{key}"] for key in ("loss", "bits_per_byte")}
     expected = ["without shared", "without shared, one routed more", "without the best 1", "without the best 2"]
     assert list(written) == expected
-    assert len({values["loss"] for values in written.values()} | {whole["eval/loss"]}) == 5  # each is another model
+    # each variant is another model
+    assert len({values["loss"] for values in written.values()} | {whole["eval/loss"]}) == 5
 
 
 def test_routing_is_that_of_the_first_held_out_batch(dissected):
@@ -306,7 +307,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(run_of
 
 
 def test_evaluation_reports_the_share_of_copies_that_capacity_drops(state):
-    # room for a tenth of the balanced load: of an expert's tokens at least some are dropped, and none without a limit
+    # with a capacity of a tenth of the balanced load some tokens are dropped, and none without a limit
     rates = {}
     for factor in (0.1, 4.0):
         config = rig.drill_config(model=dict(dispatch="capacity", capacity_factor=factor))
@@ -345,7 +346,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_a_mesh_that_does_not_fit_becomes_the_largest_data_parallel_one_that_does():
-    # 4 rows do not split over 8 devices, and 3 neither; a dropless exchange is the same whatever it was trained with
+    # 4 rows split over neither 8 nor 3 devices; every dropless dispatch computes the same as that of training
     config = on_these_devices(tiny_config(batch_size=4, mesh=dict(data=-1), model=dict(dispatch="ragged")))
     assert (config.mesh.data, config.model.dispatch) == (4, "auto")
     fits = tiny_config(mesh=dict(data=2, expert=4), model=dict(dispatch="capacity"))

@@ -1,4 +1,4 @@
-"""The train state: what decays, what the learning rate does, what is drawn."""
+"""The train state: weight decay, the learning rate, initial values and rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def test_a_wsd_that_decays_nothing_is_constant():
 
 
 def test_a_wsd_that_fills_the_run_falls_in_equal_steps_from_one_at_the_peak():
-    # without a warm-up the first step is the one at the peak, after one its last is
+    # the step at the peak is the first without a warm-up, and the last of the warm-up with one
     rate = rates(num_steps=10, schedule="wsd", decay_fraction=1.0, end_ratio=0.1)
     np.testing.assert_allclose(rate, np.linspace(1.0, 0.1, 10), rtol=1e-6)
     rate = rates(num_steps=10, schedule="wsd", warmup_steps=5, decay_fraction=0.5, end_ratio=0.1)
@@ -189,7 +189,7 @@ def test_stacked_layers_differ_from_each_other():
 
 
 def test_stochastic_rounding_keeps_the_mean_where_the_nearest_loses_a_small_update():
-    # 1 + 2^-10 lies an eighth of the way from 1 to the next bfloat16, 1 + 2^-7
+    # 1 + 2^-10 is an eighth of the way from 1 to the next bfloat16, 1 + 2^-7
     old = jnp.ones(2**16, jnp.bfloat16)
     new = old.astype(jnp.float32) + 2.0**-10
     assert (stored(new, old, "nearest", jax.random.key(0)) == old).all()
@@ -237,7 +237,7 @@ def test_updates_lost_by_rounding_are_reported_where_there_are_any():
     assert "set 'float32', or optimizer.rounding='stochastic'" in cost_of_rounding(kept)
     by_chance = tiny_config(model=dict(param_dtype="bfloat16"), optimizer=dict(rounding="stochastic"))
     assert cost_of_rounding(by_chance) is None
-    # a second moment of which 0.999 stay does not fall: 0.001 of it is less than half a step of bfloat16
+    # a second moment that decays by 0.999 does not fall: 0.001 of it is less than half a step of bfloat16
     stays = tiny_config(optimizer=dict(moment_dtype="bfloat16", b2=0.999))
     assert "optimizer.moment_dtype='bfloat16' loses" in cost_of_rounding(stays)
     assert cost_of_rounding(tiny_config(optimizer=dict(moment_dtype="bfloat16", b2=0.95))) is None

@@ -48,7 +48,7 @@ def random_batch(seed=0, rows=8, length=16, padding=()) -> Batch:
 
 @functools.cache
 def state_of(name: str):
-    """A start with weights large enough that routing is decided and gradients are not tiny."""
+    """An initial state with weights so large that routing has no near ties and gradients are not tiny."""
     config = tiny_config(balance=METHODS[name])
     state = init_state(config)
     return state._replace(params=jax.tree.map(lambda a: a * 3.0, state.params))
@@ -242,14 +242,14 @@ def sick_in_head(moment, value):
 
 
 SMEBU = dict(bias_smebu=dict(rate=0.01))
-UPDATES = {  # loss and gradient are finite; what the update makes of them is not
+UPDATES = {  # loss and gradient are finite; a result of the update is not
     "a step beyond float32": (
         dict(learning_rate=3e38, weight_decay=1e3),
         lambda state: state,
         "moved parameter embedding",
     ),
     "a first moment": ({}, sick_in_head("mu", np.nan), "moved parameter head"),
-    "a second moment": ({}, sick_in_head("nu", np.inf), "moved moment 1/nu/head"),  # of a parameter that would stand
+    "a second moment": ({}, sick_in_head("nu", np.inf), "moved moment 1/nu/head"),  # of a parameter that would not move
     "a balancer's momentum": (
         {},
         lambda state: state._replace(balance=state.balance | {"bias_smebu": jnp.full((2, 4), jnp.nan)}),
@@ -278,7 +278,7 @@ def test_a_finite_step_has_no_non_finite_tensor():
 
 
 def moved_by(rate, model=None, **optimizer):
-    """Every parameter before and after a step at a tiny rate, as float32; weights are of bfloat16 from the start."""
+    """Every parameter before and after a step at a tiny rate, as float32; initial weights are bfloat16 numbers."""
     config = tiny_config(model=model or {}, optimizer=optimizer | dict(learning_rate=rate, weight_decay=0.0))
     narrow = init_state(tiny_config(model=dict(param_dtype="bfloat16"))).params
     state = init_state(config)
@@ -295,7 +295,7 @@ NARROW = dict(param_dtype="bfloat16")
 def test_at_a_tiny_rate_float32_parameters_move_and_bfloat16_ones_only_by_chance():
     # the same gradients, and no weight decay: steps of 1e-5 from weights of 0.02, where bfloat16 has steps of 1e-4
     before, wide = moved_by(1e-5)
-    seen = wide != before  # rows of bytes that do not occur stay
+    seen = wide != before  # rows of bytes that do not occur do not move
     assert seen.mean() > 0.8
     _, lost = moved_by(1e-5, NARROW)
     assert (lost != before)[seen].mean() < 0.2

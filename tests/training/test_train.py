@@ -1,4 +1,4 @@
-"""Reliability drills of a training run: it may stop, be killed or be told to end, and the curve does not notice."""
+"""Reliability of a training run: stops, kills and signals change no number of its curve."""
 
 import gzip
 import hashlib
@@ -215,7 +215,7 @@ def test_a_workdir_in_use_by_another_process_is_refused(tmp_path):
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="in use by another process; wait for it"):
             run(CONFIG, tmp_path, quiet=True)
-        other.kill()  # a killed process holds nothing any more
+        other.kill()  # a killed process no longer holds the lock
         other.wait()
         assert run(CONFIG, tmp_path, stop_at=1, quiet=True).step == 1
 
@@ -287,7 +287,7 @@ def test_a_run_from_other_weights_takes_only_their_parameters_and_bias(trained, 
 def test_a_run_from_other_weights_resumes_from_its_own_checkpoint(trained, tmp_path):
     config = rig.drill_config(init_from=str(trained))
     run(config, tmp_path, stop_at=2, quiet=True)
-    assert run(config, tmp_path, stop_at=3, quiet=True).step == 3  # at init_from is no step 2
+    assert run(config, tmp_path, stop_at=3, quiet=True).step == 3  # the checkpoint of init_from has no step 2
     first = read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"]
     assert first < read_jsonl(trained / "metrics.jsonl")[0]["loss"] - 0.01
 
@@ -502,7 +502,7 @@ def test_run_json_and_the_log_account_for_the_time_of_all_attempts(tmp_path):
     assert all(second["time"][kind] >= spent for kind, spent in first["time"].items())
     lines = read_jsonl(tmp_path / "metrics.jsonl")
     totals = [sum(v for k, v in line.items() if k.startswith("time/")) for line in lines]
-    assert totals == sorted(totals)  # the second attempt went on counting
+    assert totals == sorted(totals)  # the second attempt continued the totals
     assert totals[-1] <= total(second) + 0.01  # what came after the last line, and rounding
 
 
@@ -521,7 +521,7 @@ def test_time_of_steps_that_are_repeated_after_a_crash_is_lost(tmp_path, monkeyp
         run(CONFIG, tmp_path, quiet=True)  # saved at 5, logged steps 5, 6 and 7
     monkeypatch.setattr(compile, "make_train_step", real)
     crashed = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r["step"] >= 5]
-    again = crashed[-1]["time/step"] - crashed[0]["time/step"]  # two of the three, to be done again
+    again = crashed[-1]["time/step"] - crashed[0]["time/step"]  # of two of the three steps, which are repeated
     run(CONFIG, tmp_path, stop_at=6, quiet=True)
     assert json.loads((tmp_path / "run.json").read_text())["time"]["lost"] >= again > 0
 
@@ -540,7 +540,7 @@ def test_the_logged_flop_rate_is_the_token_rate_times_the_flops_of_a_token(tmp_p
     for line in others:
         assert line["gflops_per_second"] == pytest.approx(line["tokens_per_second"] * train_flops(CONFIG) / 1e9)
         assert 0 <= line["data_wait"] < 1
-        assert "mfu" not in line  # a CPU's peak is not known
+        assert "mfu" not in line  # the peak of a CPU is unknown
 
 
 # --- a trace --------------------------------------------------------------------------------------------------
