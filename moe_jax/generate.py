@@ -2,42 +2,36 @@
 
 Several texts (more than one --prompt, a --prompts_file with one a line, or --num_samples of each) are generated
 together; a single text is printed while it is generated. A text ends at the separator of documents, at the model's own
-ends of text, at --eos=TOKEN, before a --stop string, which may contain names of special tokens, or after
---max_new_tokens. --temperature=0 takes the likeliest token; --top_k and --top_p restrict the draw to likely ones. The
-same --seed gives the same text, whatever other texts are generated with it.
+end-of-text tokens, at --eos=TOKEN, before a --stop string, which may contain names of special tokens, or after
+--max_new_tokens. --temperature=0 takes the likeliest token; --top_k and --top_p restrict the draw to likely tokens. The
+same --seed gives the same text, whichever other texts are generated with it.
 
 --show_experts colours every token by its top expert in one MoE layer (--layer, the middle one by default);
 --html=FILE writes a page with the same colours, in which the layer can be chosen.
 
-No copy of a token is dropped, and the logits are those of the training's forward pass.
+No copy of a token is dropped, and the logits are those of the forward pass in training.
 """
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
-from moe_jax.config import Config
+from moe_jax.config import Config, num_moe_layers
 from moe_jax.config.command import fail, parse_flags
 from moe_jax.config.paths import path_of, workdir_of
 from moe_jax.runtime.cache import keep_compiled
-from moe_jax.runtime.files import output_of, write_whole
+from moe_jax.runtime.files import output_of
 from moe_jax.runtime.workdir import config_of_run
-from moe_jax.text.colours import as_html, on_terminal, printable
-
-if TYPE_CHECKING:
-    from moe_jax.data import Tokenizer
-    from moe_jax.text.decoding import Completion
-    from moe_jax.text.model import Model
 
 
 def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
     """The prompts of the flags, then those of the file, one a line.
 
     Raises:
-        ValueError: there is none, or the file cannot be read.
+        ValueError: there is no prompt, or the file cannot be read.
     """
     try:
         text = path_of(file, "--prompts_file").read_text(encoding="utf-8-sig") if file else ""
@@ -55,8 +49,6 @@ def chosen_layer(config: Config, layer: int | None) -> int:
     Raises:
         ValueError: there is no such layer.
     """
-    from moe_jax.config import num_moe_layers
-
     layers = num_moe_layers(config.model) - config.model.mtp_depth
     if not config.model.num_experts:
         raise ValueError("--show_experts and --html need experts, and model.num_experts=0 has none; leave them out.")
@@ -66,13 +58,15 @@ def chosen_layer(config: Config, layer: int | None) -> int:
 
 
 def run(flag: Any) -> None:
-    """Restore, generate, print.
+    """Restore the model, generate the texts and print them.
 
     Raises:
         ValueError, OSError: a flag is wrong, or something is missing in the workdir.
     """
     workdir = workdir_of(flag.workdir)
     prompts = read_prompts(flag.prompt, flag.prompts_file)
+    # these load jax, which takes seconds: the mistakes above are reported before
+    from moe_jax.text import printing
     from moe_jax.text.decoding import check_model, check_prompts, notice_of_drops
     from moe_jax.text.model import encode, known_length, restore, tokenizer_of
     from moe_jax.text.sampling import Sampling
@@ -95,92 +89,21 @@ def run(flag: Any) -> None:
     options = dict(max_new_tokens=flag.max_new_tokens, sampling=sampling, stop=flag.stop)
     live = len(prompt_ids) == 1 and not flag.show_experts
     started = time.monotonic()
-    found = list(
-        _in_batches(model, prompt_ids, tokenizer, flag.seed, flag.batch_size, options, prompts[0] if live else None)
-    )
-    total = sum(len(one.ids) for one in found)
+    shown = prompts[0] if live else None
+    found = list(printing.completions(model, prompt_ids, tokenizer, flag.seed, flag.batch_size, options, shown))
+    total = sum(len(completion.ids) for completion in found)
     seconds = time.monotonic() - started
     if not live and not flag.show_experts:
-        _print_all([prompt for prompt in prompts for _ in range(flag.num_samples)], found)
+        printing.print_all([prompt for prompt in prompts for _ in range(flag.num_samples)], found)
     if coloured:
-        _show(model, prompt_ids, found, tokenizer, layer, flag)
+        printing.show_experts(model, prompt_ids, found, tokenizer, layer, flag)
+        if flag.html:
+            _note(f"wrote {flag.html}")
     _note(f"{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s")
 
 
-def _in_batches(
-    model: "Model",
-    prompt_ids: Sequence[Sequence[int]],
-    tokenizer: "Tokenizer",
-    seed: int,
-    size: int,
-    options: dict[str, Any],
-    live: str | None,
-) -> "Iterator[Completion]":
-    """The completions, `size` rows at a time; `live`: the prompt of a single text, printed while it is generated."""
-    import jax
-
-    from moe_jax.text.decoding import complete
-
-    options = options | {"key": jax.random.key(seed)}
-    if live is not None:
-        print(printable(live), end="", flush=True)
-        yield _print_live(model, prompt_ids, tokenizer, options)
-        return
-    for start in range(0, len(prompt_ids), size):
-        part = prompt_ids[start : start + size]
-        yield from complete(model, part, tokenizer, rows=range(start, start + len(part)), **options)
-
-
-def _print_live(
-    model: "Model", prompt_ids: Sequence[Sequence[int]], tokenizer: "Tokenizer", options: dict[str, Any]
-) -> "Completion":
-    from moe_jax.text.decoding import Completion, generate
-
-    ids: list[int] = []
-    text = why = ""
-    for new in generate(model, prompt_ids, tokenizer, **options):
-        print(printable(new.text), end="", flush=True)
-        ids += [] if new.why == "end" else [new.id]
-        text += new.text
-        why = new.why
-    print(flush=True)
-    return Completion(ids, text, why)
-
-
-def _print_all(prompts: Sequence[str], found: "Sequence[Completion]") -> None:
-    for number, (prompt, one) in enumerate(zip(prompts, found, strict=True), 1):
-        print(f"--- {number} ({one.why}) ---\n{printable(prompt)}{printable(one.text)}")
-
-
-def _show(
-    model: "Model",
-    prompt_ids: Sequence[Sequence[int]],
-    found: "Sequence[Completion]",
-    tokenizer: "Tokenizer",
-    layer: int,
-    flag: Any,
-) -> None:
-    """The texts in colours, on the terminal, in a file, or both."""
-    from moe_jax.text.decoding import Traced, trace
-
-    sequences = [[*prompt, *one.ids] for prompt, one in zip(prompt_ids, found, strict=True)]
-    texts: list[Traced] = []
-    for start in range(0, len(sequences), flag.batch_size):
-        part = slice(start, start + flag.batch_size)
-        texts += trace(model, sequences[part], [len(prompt) for prompt in prompt_ids[part]], tokenizer)
-    choices = model.config.model.num_experts + model.config.model.num_zero_experts
-    if flag.show_experts:
-        from rich.console import Console
-
-        for line in on_terminal(texts, layer, choices):
-            Console().print(line, soft_wrap=True)
-    if flag.html:
-        write_whole(output_of(flag.html, "--html"), as_html(texts, layer, choices, f"Experts of {flag.workdir}"))
-        _note(f"wrote {flag.html}")
-
-
 def _note(line: str) -> None:
-    """Print a line about the texts, apart from the texts."""
+    """Print a line about the texts to standard error, separate from the texts."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -202,40 +125,40 @@ def main(_: list[str]) -> None:
 
 
 def define_flags(values: Any = flags.FLAGS) -> None:
-    """The flags of the command."""
+    """Define the flags of the command."""
     flags.DEFINE_string(
         "workdir", None, "The workdir of a training run, or of a converted model.", flag_values=values, required=True
     )
     flags.DEFINE_multi_string("prompt", [], "The beginning of a text; may be given several times.", flag_values=values)
     flags.DEFINE_string("prompts_file", "", "A file of prompts, one a line.", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add to a prompt.", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "The largest number of tokens to add to a prompt.", flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "Draw from this many likeliest tokens; 0: from all.", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "Draw from this number of the likeliest tokens; 0: from all.", flag_values=values)
     flags.DEFINE_float(
         "top_p", 1.0, "Draw from the likeliest tokens that together have this probability.", flag_values=values
     )
     # jax would use only the last 32 bits of a larger seed
-    flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "The seed of the draws.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
     flags.DEFINE_multi_string(
         "stop", [], "End a text before this string; may be given several times.", flag_values=values
     )
-    flags.DEFINE_integer("num_samples", 1, "Texts of each prompt.", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "Texts generated at the same time.", flag_values=values)
+    flags.DEFINE_integer("num_samples", 1, "Number of texts for each prompt.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "Number of texts generated at the same time.", flag_values=values)
     flags.DEFINE_string(
         "tokenizer", "", "bytes, or a folder with a tokenizer.json; the model's own if left out.", flag_values=values
     )
-    flags.DEFINE_string("eos", "", "Another token, or its id, that ends texts.", flag_values=values)
+    flags.DEFINE_string("eos", "", "A further token, by name or id, that ends texts.", flag_values=values)
     flags.DEFINE_integer(
         "max_length",
         0,
-        "Most tokens of prompt and text; 0: the model's own limit.",
+        "The largest number of tokens of prompt and text; 0: the model's own limit.",
         lower_bound=0,
         flag_values=values,
     )
     flags.DEFINE_bool(
         "separator",
         None,
-        "Begin prompts with the separator, as documents do; as in training if left out.",
+        "Whether prompts begin with the separator, as documents do; as in training if left out.",
         flag_values=values,
     )
     flags.DEFINE_bool("show_experts", False, "Colour tokens by their top expert.", flag_values=values)

@@ -1,13 +1,13 @@
-"""`python -m moe_jax.harness --workdir=DIR --tasks=held_out`: tasks of the lm-evaluation-harness, on our models.
+"""`python -m moe_jax.harness --workdir=DIR --tasks=held_out`: run tasks of the lm-evaluation-harness on our models.
 
 Needs `pip install 'moe_jax[lm-eval]'`. --tasks names any tasks of the harness that need likelihoods or text, or your
 own with --include_path; most of them download their data. Two of ours do not: `held_out`, the bits per byte of the
-held-out documents of the run's corpus (or --data=DIR), each document by itself; and `continuation`, which of four
-passages continues a held-out text. With --output=FILE the results are also written as JSON.
+held-out documents of the run's corpus (or --data=DIR), each document by itself; and `continuation`, where the model
+selects which of four passages continues a held-out text. With --output=FILE the results are also written as JSON.
 
-A continuation is scored from the first token in which the whole text differs from its context alone. If a token spans
-the end of the context, it is this token, so every byte of the continuation is scored. Requests that cannot be answered
-are refused, with the names of all their tasks, before any request is answered.
+A continuation is scored from the first token at which the whole text differs from its context alone. If a token spans
+the end of the context, scoring begins with this token, so every byte of the continuation is scored. Requests that
+cannot be answered are refused, with the names of all their tasks, before any request is answered.
 
 In Python, `adapter()(workdir=...)` is a model for `lm_eval.simple_evaluate`.
 """
@@ -33,7 +33,7 @@ def run(flag: Any) -> dict[str, Any]:
     from moe_jax.text.answers import OURS
     from moe_jax.text.lm_eval import adapter
 
-    model_class = adapter()
+    model_class = adapter()  # a ValueError if the harness is not installed, so its modules are imported below
     workdir = workdir_of(flag.workdir)
     if flag.output:
         output_of(flag.output, "--output")
@@ -50,7 +50,7 @@ def run(flag: Any) -> dict[str, Any]:
     model = model_class(str(workdir), flag.tokenizer, flag.max_length, flag.batch_size, flag.eos)
 
     class Tasks(TaskManager):
-        """The harness's tasks, which are given to the model once they are loaded."""
+        """The harness's tasks, which are passed to the model when they are loaded."""
 
         def load(self, task_list: Any) -> Any:
             loaded = super().load(task_list)
@@ -60,7 +60,7 @@ def run(flag: Any) -> dict[str, Any]:
         def _load_spec(self, spec: Any) -> Any:
             try:
                 return super()._load_spec(spec)
-            except IndexError as error:  # of the first letter of a choice, or the first document
+            except IndexError as error:  # there is no first document, or no first letter of a choice
                 raise ValueError(
                     f"the task {spec} has no document, or one with an empty choice ({error}), so nothing can be "
                     "scored; leave it out, or correct it."
@@ -89,7 +89,7 @@ def run(flag: Any) -> dict[str, Any]:
 
 
 def define_flags(values: Any = flags.FLAGS) -> None:
-    """The flags of the command."""
+    """Define the flags of the command."""
     text = flags.DEFINE_string
     whole = flags.DEFINE_integer
     text("workdir", None, "The workdir of a training run, or of a converted model.", flag_values=values, required=True)
@@ -97,13 +97,13 @@ def define_flags(values: Any = flags.FLAGS) -> None:
     text("include_path", "", "A folder with tasks of your own.", flag_values=values)
     text("data", "", "A prepared folder for our tasks; the run's if left out.", flag_values=values)
     text("tokenizer", "", "bytes, or a folder with a tokenizer.json; the model's own if left out.", flag_values=values)
-    text("eos", "", "Another token, or its id, that ends texts.", flag_values=values)
-    text("gen_kwargs", "", "Options of generated text, as temperature=0.5,max_gen_toks=32.", flag_values=values)
+    text("eos", "", "A further token, by name or id, that ends texts.", flag_values=values)
+    text("gen_kwargs", "", "Options for generated text, such as temperature=0.5,max_gen_toks=32.", flag_values=values)
     text("output", "", "Write the results to this file.", flag_values=values)
     whole("num_fewshot", None, "Examples before each question; the task's own number if left out.", flag_values=values)
     whole("limit", 0, "Documents of each task; 0: all.", flag_values=values)
-    whole("batch_size", 8, "Texts at the same time.", flag_values=values)
-    whole("max_length", 0, "Most tokens seen at a time; 0: the model's own limit.", flag_values=values)
+    whole("batch_size", 8, "Number of texts processed at the same time.", flag_values=values)
+    whole("max_length", 0, "The largest number of tokens of a text; 0: the model's own limit.", flag_values=values)
     whole("bootstrap", 1000, "Samples for the standard errors; 0: none.", flag_values=values)
 
 

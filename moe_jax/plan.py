@@ -1,15 +1,18 @@
-"""`python -m moe_jax.plan --config=FILE --topology=v5p:8x16x16`: the train step compiled for a machine you do not have.
+"""`python -m moe_jax.plan --config=FILE --topology=v5p:8x16x16`: compile the train step for a machine you do not have.
 
 Compiles the real train step for that topology with the TPU compiler (the libtpu wheel; no TPU needed) and reports
-whether it fits, its bytes, FLOPs, collectives and kernels, and the bound on MFU that follows. `--topology=cpu:8` does
-the same for eight fake local devices, without a chip's figures. `--search` tries meshes and remat policies.
+whether it fits into memory, its bytes, FLOPs, collectives and kernels, and the resulting bound on MFU.
+`--topology=cpu:8` does the same for eight simulated local devices, without a chip's figures. `--search` tries meshes
+and rematerialisation policies.
 """
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import app, flags
+from rich.console import Console
+from rich.table import Table
 
 from moe_jax.config import validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
@@ -19,12 +22,11 @@ from moe_jax.planning.topology import parse_topology
 from moe_jax.runtime.chips import GIB
 from moe_jax.runtime.files import output_of, write_json
 
-if TYPE_CHECKING:
-    from rich.console import Console
+FILE_COLUMNS = 100  # the width of tables that are not written to a terminal
 
 
 def size(n: float | None) -> str:
-    """Bytes in a readable unit."""
+    """A number of bytes with its unit; "?" for None."""
     if n is None:
         return "?"
     for unit, one in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
@@ -33,10 +35,8 @@ def size(n: float | None) -> str:
     return f"{n:.0f} B"
 
 
-def show(report: dict[str, Any], console: "Console") -> None:
+def show(report: dict[str, Any], console: Console) -> None:
     """Print the report as tables."""
-    from rich.table import Table
-
     r = report
     memory = report["bytes_per_chip"]
     mesh = " x ".join(f"{name} {n}" for name, n in r["mesh"].items() if n > 1) or "one device"
@@ -81,20 +81,23 @@ def show(report: dict[str, Any], console: "Console") -> None:
         )
     else:
         console.print("roofs: not known for this machine")
-    for name, what in r["not_counted"].items():
-        if what and name != "untaken_branches":
-            console.print(f"  not counted, {name.replace('_', ' ')}: {', '.join(what)}")
+    for reason, operations in r["not_counted"].items():
+        if operations and reason != "untaken_branches":
+            console.print(f"  not counted, {reason.replace('_', ' ')}: {', '.join(operations)}")
     for line in r["assumptions"]:
         console.print(f"  assumed: {line}", style="dim")
     console.print(f"compiled in {r['compile_seconds']} s, {r['compile_cpu_seconds']} s of one processor")
 
 
-def show_search(trials: Sequence[Trial], console: "Console") -> None:
-    """Print the trials that were compiled, best bound first, then the others."""
-    from rich.table import Table
+def show_search(trials: Sequence[Trial], console: Console) -> None:
+    """Print the trials that fit, best bound first, then the others."""
+
+    def rank(trial: Trial) -> float:
+        fits = trial.report.get("fits") is not False
+        return -(trial.report.get("mfu_bound") or 0.0) * fits
 
     table = Table("mesh", "remat", "bound on MFU", "by", "memory a chip", "", title="tried, best first")
-    for t in sorted(trials, key=lambda t: -(t.report.get("mfu_bound") or 0.0) * (t.report.get("fits") is not False)):
+    for t in sorted(trials, key=rank):
         bound = t.report.get("mfu_bound")
         mesh = " x ".join(f"{name} {n}" for name, n in t.mesh.items() if n > 1)
         memory = size(t.report["bytes_per_chip"]["total"]) if "bytes_per_chip" in t.report else ""
@@ -104,7 +107,7 @@ def show_search(trials: Sequence[Trial], console: "Console") -> None:
 
 
 def main(_: list[str]) -> None:
-    """Plan or search, print, and write JSON if a flag says so."""
+    """Plan or search, print the result, and write it as JSON if there is a flag for it."""
     flag = flags.FLAGS
     try:
         topology = parse_topology(flag.topology)
@@ -113,11 +116,7 @@ def main(_: list[str]) -> None:
         files = {name: output_of(text, f"--{name}") for name in ("json", "hlo") if (text := str(flag[name].value))}
     except ValueError as error:
         fail(str(error))
-    from rich.console import Console
-
-    console = Console(
-        soft_wrap=True, width=None if sys.stdout.isatty() else 100
-    )  # wide enough for the tables, if written to a file
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else FILE_COLUMNS)
     try:
         if flag.search:
             trials = []
@@ -138,12 +137,12 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_config_flag("A config file.")
-    flags.DEFINE_string("topology", None, "FAMILY:SHAPE, as v5p:8x16x16, v5e:16x16, 2xv5e:16x16 or cpu:8.")
+    flags.DEFINE_string("topology", None, "FAMILY:SHAPE, such as v5p:8x16x16, v5e:16x16, 2xv5e:16x16 or cpu:8.")
     flags.DEFINE_string("json", "", "Also write the report to this file.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program, scheduled HLO, to this file.")
     flags.DEFINE_bool(
-        "search", False, "Try every mesh that divides, and the remat policies; list the best bound first."
+        "search", False, "Try every mesh that divides, with every remat policy; list the best bound first."
     )
-    flags.DEFINE_float("minutes", 60.0, "Minutes after which a search begins no further trial.")
+    flags.DEFINE_float("minutes", 60.0, "Minutes after which a search starts no further trial.")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

@@ -1,24 +1,24 @@
 """`python -m moe_jax.simulate --balance=bias_sign --experts=256 --top_k=8 --drift=0.01`: balancing without a model.
 
-Runs any balancing method against a stream of router logits, thousands of steps a minute on a CPU, draws max violation
-over time, and reports how fast, how closely and how calmly each one balances. So it answers which method, at which
-rate, suits a number of experts and tokens. `--balance` may be repeated; `--rates=1e-4,1e-3,1e-2` repeats each by rate:
+Runs any balancing method on a stream of router logits, thousands of steps a minute on a CPU, draws max violation over
+time, and reports how fast, how closely and how steadily each method balances. This shows which method, at which rate,
+suits a number of experts and tokens. `--balance` may be repeated; `--rates=1e-4,1e-3,1e-2` repeats each at each rate:
 
     --balance=bias_sign:rate=1e-3,zero_mean=True    a method with options, as in `config.balance`
     --balance=bias_sign+aux_loss:weight=1e-3        several together
     --balance=second:method=aux_loss,layers=(0,1)   a label of your choice
     --balance=none                                  no balancing
 
-Streams (`--stream`; numbers are in units of the spread of logits over tokens, of which `--skew` is the spread of
-the experts' popularity): `skewed` experts differ in popularity; `drifting` it does a random walk; `bursty` some
-experts are popular for a while; `domains` batches switch between domains; `shift` it changes in the middle;
-`adversarial` the most loaded expert becomes more popular. `--scores=FOLDER` replays what a run with
-`record_scores_every` wrote into WORKDIR/scores.
+Streams (`--stream`; numbers are in units of the spread of logits over tokens; `--skew` is the spread of the experts'
+popularity in these units): in `skewed` experts differ in popularity; in `drifting` popularity does a random walk; in
+`bursty` some experts are popular for a while; in `domains` batches switch between domains; in `shift` popularity
+changes in the middle; in `adversarial` the most loaded expert becomes more popular. `--scores=FOLDER` replays the
+logits that a run with `record_scores_every` wrote into WORKDIR/scores.
 
-A loss acts on the router: here on an offset for each expert, shared by all tokens, by
-offset -= router_rate x E x gradient. No language model counteracts it, so any loss that is lower for smaller
-differences in popularity reaches balance here, the sooner the larger its weight; what it costs the model is not
-visible. Losses on the router's weights alone have no effect here.
+In a model a loss acts on the router. Here it acts on an offset for each expert, shared by all tokens, by
+offset -= router_rate x E x gradient. No language model counteracts it, so any loss that decreases with the differences
+in popularity reaches balance here, the sooner the larger its weight; its cost to the model is not visible. Losses on
+the router's weights alone have no effect here.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
+from rich.console import Console
 
 from moe_jax.config import article
 from moe_jax.config.command import fail, parse_flags
@@ -41,6 +42,9 @@ from moe_jax.simulator.arms import Arm, arms_of
 from moe_jax.simulator.loop import FINAL, best_arm, floor, simulate, threshold
 from moe_jax.simulator.settings import STREAMS, Recording, Settings, check, config_of, read_scores
 from moe_jax.simulator.show import as_json, describe_run, draw, make_table
+
+PICTURES = (".png", ".pdf", ".svg")
+FILE_COLUMNS = 200  # the width of tables that are not written to a terminal
 
 
 def check_unused(given: set[str], s: Settings, scores: str) -> None:
@@ -57,7 +61,7 @@ def check_unused(given: set[str], s: Settings, scores: str) -> None:
 
 
 class Task(NamedTuple):
-    """What the flags describe."""
+    """The settings, arms and recording that the flags describe."""
 
     settings: Settings
     arms: list[Arm]
@@ -68,7 +72,7 @@ def read_flags() -> Task:
     """Read and check the flags, before jax is loaded.
 
     Raises:
-        ValueError: one is wrong.
+        ValueError: a flag is wrong.
     """
     flag = flags.FLAGS
     values = {f.name: getattr(flag, f.name) for f in fields(Settings)}
@@ -105,11 +109,8 @@ def read_flags() -> Task:
     return Task(s, arms, recording)
 
 
-PICTURES = (".png", ".pdf", ".svg")
-
-
 def _of_the_run(scores: Path, given: set[str]) -> dict[str, Any]:
-    """`score` and `top_k` of the run that recorded the logits, if its config is there and the flags were not set."""
+    """`score` and `top_k` of the run that recorded the logits, if its config exists and the flags are not set."""
     file = scores.parent / "config.json"
     if scores == Path() or not file.is_file():
         return {}
@@ -130,16 +131,14 @@ def _numbers(name: str, kind: type) -> list[Any]:
 
 
 def main(_: list[str]) -> None:
-    """Simulate, print, draw."""
+    """Simulate every arm, print the table and draw the picture."""
     flag = flags.FLAGS
     keep_compiled()
     try:
         s, arms, recording = read_flags()
     except ValueError as error:
         fail(str(error))
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else FILE_COLUMNS)
     started = time.perf_counter()
     results = []
     for arm in arms:
@@ -165,15 +164,15 @@ def main(_: list[str]) -> None:
 
 
 def define_flags() -> None:
-    """The flags; those of `Settings` have its names and defaults."""
+    """Define the flags; those of `Settings` have the names and defaults of its fields."""
     define: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for f in fields(Settings):
         define[type(f.default)](f.name, f.default, f.metadata["help"])
     flags.DEFINE_multi_string("balance", None, "METHOD[:OPTION=VALUE,...][+METHOD...], or none; may be repeated.")
     flags.DEFINE_list("rates", [], "Repeat every method with each of these rates.")
     flags.DEFINE_list("sign", ["1"], "-1 reverses the balancing; 1,-1 runs both.")
-    flags.DEFINE_integer("seeds", 1, "Number of runs of each, with different streams.")
-    flags.DEFINE_string("scores", "", "Replay the recorded router logits in this folder instead.")
+    flags.DEFINE_integer("seeds", 1, "Number of runs of each arm, with different streams.")
+    flags.DEFINE_string("scores", "", "Replay the router logits recorded in this folder.")
     flags.DEFINE_integer("layer", 0, "The MoE layer of the recorded logits.")
     flags.DEFINE_string("out", "simulate.png", "Draw to this file; empty for none.")
     flags.DEFINE_string("json", "", "Also write the numbers to this file.")

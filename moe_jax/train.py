@@ -1,12 +1,12 @@
 """`python -m moe_jax.train --config=configs/tiny.py --workdir=DIR`: train, or resume the run in DIR.
 
 A run resumes from its newest verified checkpoint and `batch_at(step)`, with the same numbers as without interruption.
-SIGTERM, SIGINT, SIGHUP and SIGUSR1 save at the last finished step and end with status 128 + signal (143, 130, 129,
-138), during an evaluation, too. Repeat the same command to resume an unfinished run; it also repeats an interrupted
+On SIGTERM, SIGINT, SIGHUP and SIGUSR1, during an evaluation too, it saves the last finished step and ends with status
+128 + signal (143, 130, 129, 138). Repeat the same command to resume an unfinished run; it also repeats an interrupted
 evaluation.
 
 On a cluster the same command runs in every process. Each loads only the rows that its devices hold, all save
-together, process 0 writes the logs, and a signal to one of them stops all at the same step, with status 143.
+together, process 0 writes the logs, and a signal to one process stops all at the same step, with status 143.
 A lost or stuck process ends the run with status 75.
 """
 
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     define_config_flag("A config file.")
     flags.DEFINE_string("workdir", None, "The folder of the run; created if absent.")
-    flags.DEFINE_integer("stop_at", 0, "Stop and save after this step; the same command without it resumes.")
+    flags.DEFINE_integer("stop_at", 0, "Stop and save after this many steps; the same command without it resumes.")
     flags.DEFINE_integer("profile", 0, "Number of steps to trace, once they are compiled, into WORKDIR/profile.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes and dtypes checked at run time, one compilation cache, tiny configs."""
+"""Shared by all tests: run-time checks of shapes and dtypes, one compilation cache, tiny configs."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # a private cache shared by the workers and by the commands that tests start
 CACHE = Path(tempfile.gettempdir()) / f"moe_jax_test_cache_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-# what is tested is values, not speed: without LLVM's optimisation a step compiles in half the time
+# tests check values, not speed: without LLVM's optimisation a step compiles in half the time
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -39,7 +39,7 @@ import pytest  # noqa: E402
 
 from moe_jax.config import Config, default, validate  # noqa: E402
 
-HANG_SECONDS = 900  # the one limit of time in the tests: what takes longer hangs, on the slowest machine too
+HANG_SECONDS = 900  # the only time limit in the tests: a test that takes longer hangs, even on the slowest machine
 
 TINY_MODEL = dict(
     num_layers=3,
@@ -75,7 +75,7 @@ def assert_same_bits(a, b) -> None:
 
 @contextmanager
 def strict_flags() -> Iterator[None]:
-    """JAX as a user may have set it for code of their own; to their programs these are the strictest flags."""
+    """JAX with the strictest flags that a user may have set for their own program."""
     dtypes, ranks = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
     with jax.enable_x64(True), dtypes, ranks, jax.debug_nans(True):
         yield
@@ -83,7 +83,7 @@ def strict_flags() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_executables():
-    """Forget what a module compiled: XLA:CPU maps memory for each, and Linux ends a process with 65,530 maps."""
+    """Free the programs of a module: XLA:CPU maps memory for each, and Linux ends a process with 65,530 maps."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -97,7 +97,7 @@ def repo() -> Path:
 
 @pytest.fixture
 def own_dispatchers() -> Iterator[None]:
-    """A test may register dispatchers, which are forgotten after it."""
+    """Allow a test to register dispatchers, which are removed after it."""
     from moe_jax.config import DISPATCHERS
     from moe_jax.dispatch import DISPATCH_FUNCTIONS
 
@@ -111,12 +111,12 @@ def own_dispatchers() -> Iterator[None]:
 
 @pytest.fixture
 def tpu_devices() -> Iterator[Callable[[str], list]]:
-    """topology -> devices to compile for, though they are not here; skipped without the TPU compiler."""
+    """topology -> devices to compile for, which need not be present; skipped without the TPU compiler."""
     from moe_jax import plan
     from moe_jax.planning import compile
 
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jax[tpu]'")
-    # what only compiles cannot read programs back from the cache, so none is written
+    # programs for devices that are not present cannot be read back from the cache, so none are written
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
 
@@ -130,7 +130,7 @@ def tpu_devices() -> Iterator[Callable[[str], list]]:
 
 
 class Clock:
-    """Shows what it is set to."""
+    """A clock that shows the time to which it is set."""
 
     def __init__(self):
         self.time = 100.0

@@ -9,9 +9,9 @@ import pytest
 
 from conftest import tiny_config
 from moe_jax.config import resolve
-from moe_jax.describe import leaves, memory, parts, totals
-from moe_jax.model.cost import AHEAD
+from moe_jax.model.cost import AHEAD, parts
 from moe_jax.training.state import abstract_state
+from moe_jax.training.summary import leaves, memory, totals
 
 CONFIG = tiny_config(balance=dict(bias_sign={}))
 
@@ -71,7 +71,7 @@ def test_the_command_prints_the_table(repo):
         assert word in result.stdout
 
 
-def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_what_a_device_holds():
+def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_the_part_of_a_device():
     config = resolve(tiny_config(mesh=dict(data=2, expert=4)), 8)
     rows = {row.path: row for row in leaves(config, 8)}
     assert len(rows) == len(jax.tree.leaves(abstract_state(config)))
@@ -79,13 +79,13 @@ def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_what_a_device_holds():
     assert gate.axes == ((), ("expert",), ("data",), ())
     assert (gate.part, gate.bytes) == ((2, 1, 8, 8), 4 * 2 * 8 * 8)
     assert rows["bias/stacks/1/blocks/0/ffw/bias"].axes == ((), ())
-    # what has one dimension is whole everywhere, all else is in 8 parts
+    # leaves with one dimension are replicated, all others are in 8 parts
     whole = sum(math.prod(r.shape) for r in rows.values() if r.path.startswith("params/") and r.part == r.shape)
     total = sum(p.total for p in parts(config))
     assert memory(config, 8).gradients == 4 * (whole + (total - whole) // 8)
 
 
-def test_the_command_shows_the_sharding_of_devices_that_are_not_here(repo):
+def test_the_command_shows_the_sharding_on_devices_that_are_not_present(repo):
     command = [sys.executable, "-m", "moe_jax.describe", "--config=configs/deepseek_v3.py", "--num_devices=2048"]
     result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
     for word in ("2048 devices", "data 32, expert 64", "stacks/1/blocks/0/ffw/down", "memory of each device"):

@@ -21,7 +21,7 @@ from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.moe import MoE, RouterBias
 from moe_jax.routing import Routing, Tokens
 from moe_jax.training.compile import compiler_options, make_eval_step, make_train_step
-from moe_jax.training.losses import row_nats
+from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import abstract_state, init_state, state_shardings, step_key
 from moe_jax.training.step import accumulate
 
@@ -171,7 +171,7 @@ def one_step(sizes):
     def loss(params, bias, state, batch, key):
         balancer = plain._replace(own_statistics=own_statistics)
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state), key, train=True, mesh=mesh)
-        nats, report = row_nats(config, params, bias, fwd, batch)
+        nats, report = model_row_nats(config, params, bias, fwd, batch)
         losses = sum(loss.sum() for loss in report.losses.values())
         return nats.sum() / batch.mask.sum() + losses, (report.statistics, report.traffic)
 

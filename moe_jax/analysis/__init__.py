@@ -1,1 +1,1 @@
-"""What is looked at besides: interference, recordings, specialisation, knock-outs."""
+"""What is observed beside training: interference, recordings, specialisation, knock-outs."""

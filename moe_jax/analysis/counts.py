@@ -1,4 +1,4 @@
-"""Counts of experts by domain and by pairs, as shares that can be compared."""
+"""Counts of expert use by domain and by pairs of experts, and the shares computed from them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from moe_jax.balance.measures import _shares
 
 
 def domain_matrix(loads: Any) -> Any:
-    """How much each expert is used by each domain, relative to balance: 1 is as much as the others, 0 to E.
+    """How much each domain uses each expert, relative to a balanced load: from 0 to E, 1 for a balanced load.
 
     Args:
         loads: int [..., D, E], by domain.
@@ -25,10 +25,10 @@ def domain_matrix(loads: Any) -> Any:
 
 
 def pair_counts(ids: Any, num_experts: int) -> Any:
-    """How many tokens chose both expert i and expert j, on the diagonal i at all: int [..., E, E], additive.
+    """How many tokens chose both expert i and expert j; on the diagonal, expert i: int [..., E, E], additive.
 
     Args:
-        ids: int [..., T, S]; num_experts or more is an empty slot. T below 2^24: counted in float32, exactly.
+        ids: int [..., T, S]; num_experts or more is an empty slot. T below 2^24, so that counting in float32 is exact.
     """
     xp = ids.__array_namespace__()
     experts = xp.broadcast_to(xp.arange(num_experts, dtype=ids.dtype), (*ids.shape, num_experts))
@@ -37,15 +37,16 @@ def pair_counts(ids: Any, num_experts: int) -> Any:
 
 
 def coactivation(pairs: Any) -> Any:
-    """N(i, j) / N(i): of the tokens of expert i the share that also chose j. 1 on the diagonal, 0 for a dead expert.
+    """N(i, j) / N(i): the share of expert i's tokens that also chose j; 1 on the diagonal, 0 for a dead expert.
 
     Args:
-        pairs: int [..., E, E], of `pair_counts`.
+        pairs: int [..., E, E], from `pair_counts`.
 
     Returns:
-        float32 [..., E, E], 0 to 1; (K - 1) / (E - 1) off the diagonal by chance.
+        float32 [..., E, E], 0 to 1; off the diagonal (K - 1) / (E - 1) for a random router.
 
-    Source: OLMoE (arXiv 2409.02060) eq. 6. Its script counts neighbours in the order of scores only; these are all.
+    Source: OLMoE (arXiv 2409.02060) eq. 6. Its script counts only neighbours in the order of scores; this counts all
+    pairs.
     """
     xp = pairs.__array_namespace__()
     own = xp.linalg.diagonal(pairs)[..., None]

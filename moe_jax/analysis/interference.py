@@ -1,6 +1,6 @@
-"""What balancing does inside a step: how its gradient stands to the language model's, and what the bias decides.
+"""Measure what balancing does in a step: its gradient against the language model's, and what the bias decides.
 
-Measured on the first micro-batch of a step, before it, and apart from it: the train step is the same program
+The first micro-batch of a step is measured before the step, by a separate program: the train step is the same program
 whether or not anything is measured. L MoE layers, T tokens, S slots, E experts, D embed.
 """
 
@@ -23,19 +23,25 @@ from moe_jax.model.abstract import Tree
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import language_nats
 from moe_jax.training.compile import compiled_by
-from moe_jax.training.losses import summed_nats
-from moe_jax.training.state import TrainState
+from moe_jax.training.hooks import Context, Now
+from moe_jax.training.losses import model_summed_nats
+from moe_jax.training.state import TrainState, step_key
 from moe_jax.training.step import at_least_one, split_batch
 
-Measure = Any  # (TrainState, Batch, key) -> {name: [L]}, by what is jitted
+Measure = Any  # a jitted (TrainState, Batch, key) -> result, such as {name: [L]}
+
+
+def measure_next_step(context: Context, now: Now) -> dict[str, Array]:
+    """The result of `measure` for the step that is due."""
+    return make_measure_step(context.config, context.mesh)(now.state, now.batch, step_key(context.config))
 
 
 def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
-    """(state, batch, key) -> what `measure` gives, jitted, whole on every device; the state is left alone."""
+    """A jitted (state, batch, key) -> result of `measure`, whole on every device; the state is not donated."""
     run = _jitted(measure, compiled_by(config), mesh)
 
     def measured(state: TrainState, batch: Batch, key: Array) -> dict[str, Array]:
-        with jax.debug_nans(False):  # here NaN is an answer: there is no angle to a gradient of 0
+        with jax.debug_nans(False):  # NaN is a valid result here: a gradient of 0 has no angle to another
             return run(state, batch, key)
 
     return measured
@@ -50,45 +56,46 @@ def _jitted(function: Any, config: Config, mesh: Mesh | None) -> Measure:
 def measure(
     config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None
 ) -> dict[str, Float[Array, "*layers"]]:
-    """Numbers of every MoE layer, float32 [L]; those of violations over the layers, float32 [].
+    """Measure interference and the effect of the bias: float32 [L], one number a MoE layer; violations float32 [].
 
     Args:
-        state, batch, key: what the train step is about to be given.
+        state, batch, key: the arguments of the train step that follows.
 
     Returns:
-        interference/router_ratio: norm of the balancing losses' gradient over that of the language model's, at the
-            router weight; 0 for methods without a loss. interference/router_cosine: of the angle between the two,
-            NaN where one is 0. interference/input_ratio, input_cosine: the same at the layer's input.
-            interference/z_...: the same for z-losses, which do not balance and are not in the former. Losses of
+        interference/router_ratio: the norm of the balancing losses' gradient over that of the language model's, at the
+            router weight; 0 for methods without a loss. interference/router_cosine: the cosine of the angle between
+            the two, NaN where one is 0. interference/input_ratio, input_cosine: the same at the layer's input.
+            interference/z_...: the same for z-losses, which do not balance and are not included above. Losses of
             scope global read the counts of this micro-batch alone.
-        moe/microbatch_max_violation, moe/sequence_max_violation: MaxVio of the micro-batch's loads, the tokens that
-            compute together, and the mean of that of its sequences; min_, mean_, _worst and _violation_floor as of
-            a step. moe/bias_changed: share of the choices that the bias changes, where there is one. moe/churn:
-            share that the update from this micro-batch alone would change, where the bias alone selects.
+        moe/microbatch_max_violation, moe/sequence_max_violation: MaxVio of the micro-batch's loads, and the mean of
+            the MaxVio of each of its sequences; min_, mean_, _worst and _violation_floor as in the metrics of a step.
+            moe/bias_changed: the share of choices that the bias changes, where there is a bias. moe/churn: the share
+            that the update from this micro-batch alone would change, where only the bias selects.
 
-    Source: LongCat-Flash (arXiv 2509.01322) watches the ratio of the gradients; here both are pulled back through
+    Source: LongCat-Flash (arXiv 2509.01322) monitors the ratio of the gradients; here both are pulled back through
     one linearisation.
     """
     micro, key = _first_micro_batch(config, batch, key, state, mesh)
     gradients, details = _gradients(config, state, micro, key, mesh)
     values = {}
-    for name, of in {"": gradients.balance, "z_": gradients.z}.items():
+    for name, gradient in {"": gradients.balance, "z_": gradients.z}.items():
         for place in Places._fields:
-            ours, theirs = getattr(of, place), getattr(gradients.language, place)
+            ours = getattr(gradient, place)
+            theirs = getattr(gradients.language, place)
             values[f"interference/{name}{place}_ratio"] = jax.vmap(gradients_.norm_ratio)(ours, theirs)
             values[f"interference/{name}{place}_cosine"] = jax.vmap(gradients_.cosine)(ours, theirs)
     return values | _choices(config, details)
 
 
 class Places(NamedTuple):
-    """Gradients of one loss in every layer: at the router weight [L, D, E] and the layer's input [L, B, S, D]."""
+    """The gradients of one loss in every layer: at the router weight [L, D, E] and at the input [L, B, S, D]."""
 
     router: Array
     input: Array
 
 
 class Gradients(NamedTuple):
-    """Of the cross-entropy, of the losses that balance, and of z-losses."""
+    """The gradients of the cross-entropy, of the losses that balance, and of z-losses."""
 
     language: Places
     balance: Places
@@ -98,23 +105,24 @@ class Gradients(NamedTuple):
 def _gradients(
     config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None
 ) -> tuple[Gradients, Details]:
-    """One forward pass, linearised once, and pulled back from each of the three losses."""
+    """Linearise one forward pass, and pull back each of the three losses through it."""
     balancer = balance.make(config.balance, config.model)
     z_labels = {e.label for e in config.balance if not getattr(e.options, "balances", True)}
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     router = jnp.concatenate([leaf for _, leaf in routers(state.params)])
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
-        params, steps = with_routers(state.params, router), jnp.full(router.shape[0], state.step)
+        params = with_routers(state.params, router)
+        steps = jnp.full(router.shape[0], state.step)
         per_layer = PerLayer(state.balance, offset=offset, step=steps)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
-        nats, ahead, report = summed_nats(config, params, state.bias, fwd, batch)
+        nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
         assert report is not None  # only models with experts are measured
-        apart = {True: jnp.float32(0.0), False: jnp.float32(0.0)}
+        sums = {True: jnp.float32(0.0), False: jnp.float32(0.0)}  # whether it is a z-loss -> sum of such losses
         for label, value in report.losses.items():
-            apart[label in z_labels] += value.sum()
+            sums[label in z_labels] += value.sum()
         language = language_nats(config, state.step, nats, ahead) / num_tokens
-        return (language, apart[False], apart[True]), report.details
+        return (language, sums[False], sums[True]), report.details
 
     shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
     offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, spec("layers", "batch", "sequence"))
@@ -123,10 +131,13 @@ def _gradients(
 
 
 def _choices(config: Config, details: Details) -> dict[str, Array]:
-    """How the micro-batch chose."""
-    routing, real = details.routing, config.model.num_experts
-    loads, row_loads = routing.loads[:, :real], details.row_loads[..., :real]
-    num_choices, mask = routing.loads.shape[-1], routing.tokens.mask
+    """Violations of the micro-batch's loads, and the shares of choices that the bias and its next update change."""
+    routing = details.routing
+    real = config.model.num_experts  # without zero-computation experts
+    loads = routing.loads[:, :real]
+    row_loads = details.row_loads[..., :real]
+    num_choices = routing.loads.shape[-1]
+    mask = routing.tokens.mask
     changed = jax.vmap(functools.partial(measures.decisions_changed, num_experts=num_choices))
     assert mask is not None
     tokens = at_least_one(mask.sum(-1, dtype=jnp.int32))
@@ -155,14 +166,14 @@ def _first_micro_batch(
 
 
 def routers(params: Tree) -> list[tuple[Any, Array]]:
-    """Path and weight [layers, D, E] of every stack of routers, as they run: multi-token prediction's last."""
+    """(path, weight [layers, D, E]) of every stack of routers in execution order: multi-token prediction's last."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     found = [(path, leaf) for path, leaf in leaves if path[-1] == jax.tree_util.DictKey("router")]
     return sorted(found, key=lambda pair: pair[0][0] == jax.tree_util.DictKey("mtp"))
 
 
 def with_routers(params: Tree, router: Float[Array, "layers embed experts"]) -> Tree:
-    """The parameters with other routers, those of all layers in one array."""
+    """The parameters with the routers replaced by those of `router`, all layers in one array."""
     ends = itertools.accumulate(len(leaf) for _, leaf in routers(params))
     parts = zip(routers(params), jnp.split(router, list(ends)[:-1]), strict=True)
     new = {path: part for (path, _), part in parts}

@@ -1,37 +1,34 @@
-"""A trained model with something taken away, to see what it was worth: nothing is trained, and no model is changed.
+"""Evaluate a trained model with some of its experts removed. Nothing is trained, and no model is changed.
 
-A variant is the same model under another config, with other values, or with another rule of choosing experts.
+A variant is the same model with another config, other values, or another rule of selecting experts.
 
-Source: DeepSeekMoE (arXiv 2401.06066) sec. 4.5: shared experts removed, and Fig. 4, best routed experts masked.
+Source: DeepSeekMoE (arXiv 2401.06066) sec. 4.5, shared experts removed, and Fig. 4, best routed experts masked.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
 from moe_jax.balance import Balancer
 from moe_jax.config import Config, ModelConfig
+from moe_jax.data import Corpus
 from moe_jax.model.abstract import Tree
 from moe_jax.routing import best, limit_groups
 from moe_jax.runtime.signals import Stopped, never
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.state import TrainState
 
-MASKED = (1, 2, 4)  # how many of each token's best routed experts are taken away
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from moe_jax.data import Corpus
+MASKED = (1, 2, 4)  # numbers of each token's best routed experts to remove
 
 
 class Variant(NamedTuple):
-    """What to evaluate in place of the model as it is; a `balancer` of None is the config's own."""
+    """What to evaluate in place of the unchanged model; a `balancer` of None is the config's own."""
 
     config: Config
     state: TrainState
@@ -41,12 +38,12 @@ class Variant(NamedTuple):
 def variants(config: Config, state: TrainState) -> dict[str, Variant]:
     """Every variant that this model has, by name.
 
-    Without its shared experts; without them and with one routed expert more, which is as much computation if there
-    is one; and without each token's best 1, 2 and 4 routed experts, of the others the best k are chosen. Methods that
-    choose experts by a rule of their own know no next best, and have neither of the last two kinds.
+    Without the shared experts; without them and with one routed expert more, which is as much computation if there is
+    one shared expert; and without each token's best 1, 2 and 4 routed experts, with the best k of the others selected.
+    Methods that select experts by a rule of their own do not rank them, so they have neither of the last two kinds.
 
     Raises:
-        ValueError: nothing can be taken away.
+        ValueError: nothing can be removed.
     """
     balancer = balance.make(config.balance, config.model)
     ranked = balancer.select is None or balancer.inference == "top_k"
@@ -56,28 +53,28 @@ def variants(config: Config, state: TrainState) -> dict[str, Variant]:
         found |= {f"without the best {n}": Variant(config, state, without_best(balancer, config, n)) for n in fitting}
     if not found:
         raise ValueError(
-            "--ablate finds nothing to take away: the model has no shared experts, and no token could choose others "
-            "than it does; leave --ablate out."
+            "--ablate finds nothing to remove: the model has no shared experts, and no token could select other "
+            "experts than it does; leave --ablate out."
         )
     return found
 
 
 def _without_shared(config: Config, state: TrainState, ranked: bool) -> dict[str, Variant]:
-    alone = state._replace(params=without_shared(state.params))
-    found = {"without shared": Variant(config, alone)}
+    routed_only = state._replace(params=without_shared(state.params))
+    found = {"without shared": Variant(config, routed_only)}
     if ranked and config.model.top_k < _allowed(config.model):
         more = replace(config, model=replace(config.model, top_k=config.model.top_k + 1))
-        found["without shared, one routed more"] = Variant(more, alone)
+        found["without shared, one routed more"] = Variant(more, routed_only)
     return found
 
 
 def _allowed(model: ModelConfig) -> int:
-    """Among how many routed experts a token chooses."""
+    """The number of routed experts that a token can select from."""
     return model.num_experts // model.num_groups * model.top_groups
 
 
 def without_shared(params: Tree) -> Tree:
-    """The parameters with shared experts whose output is 0."""
+    """The parameters with the output of the shared experts set to 0."""
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
         shared = [getattr(part, "key", None) for part in path[-2:]] == ["shared", "down"]
@@ -87,7 +84,7 @@ def without_shared(params: Tree) -> Tree:
 
 
 def without_best(balancer: Balancer, config: Config, count: int) -> Balancer:
-    """The balancer, choosing as if each token's `count` routed experts of the highest score were not there."""
+    """The balancer, selecting as if each token's `count` routed experts with the highest scores did not exist."""
     m = config.model
 
     def select(
@@ -103,19 +100,17 @@ def without_best(balancer: Balancer, config: Config, count: int) -> Balancer:
 
 def ablate(
     config: Config,
-    state: "TrainState",
-    corpus: "Corpus",
-    mesh: "Mesh",
+    state: TrainState,
+    corpus: Corpus,
+    mesh: Mesh,
     whole: Mapping[str, float | int],
     stopped: Stopped = never,
 ) -> dict[str, dict[str, float | int]]:
-    """Loss and bits per byte of the model as it is, whose evaluation is `whole`, and of its variants.
+    """Loss and bits per byte of the unchanged model, whose evaluation is `whole`, and of its variants.
 
     Raises:
-        ValueError: there is nothing to take away.
+        ValueError: nothing can be removed.
     """
-    pass
-
     found = {"as it is": dict(whole)}
     for name, variant in variants(config, state).items():
         found[name] = evaluate(variant.config, variant.state, corpus, mesh, balancer=variant.balancer, stopped=stopped)

@@ -1,13 +1,12 @@
-"""What a run observes beside its steps, at the intervals of its config: measures for its log, files for commands."""
+"""The hooks that observe a run beside its steps, at the intervals of its config.
 
-import io
+Their methods import what they call, because the train command imports this file before it loads jax.
+"""
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.analysis.survey import store_routing
 from moe_jax.config import Config
-from moe_jax.runtime import processes
-from moe_jax.runtime.files import write_whole
 from moe_jax.training.hooks import Context, Hook, Now
 
 if TYPE_CHECKING:
@@ -15,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def observers(config: Config) -> list[Hook]:
-    """The hooks of `record_scores_every` and `measure_every`; each is left out where its interval is 0."""
+    """The hooks of `record_scores_every` and `measure_every`, each only if its interval is not 0."""
     return [hook for hook in (Record(config.record_scores_every), Measure(config.measure_every)) if hook.every]
 
 
 class Measure(Hook):
-    """Measures interference at a step, and stores at evaluations which experts held-out tokens have."""
+    """Measures interference at a step, and stores the routing of held-out tokens at evaluations."""
 
     key = "measure_every"
 
@@ -28,16 +27,16 @@ class Measure(Hook):
         self.every = every
 
     def before(self, context: Context, now: Now) -> Mapping[str, Any]:
-        """Balancing's gradient against the language model's, at the parameters that the step starts from."""
-        from moe_jax.analysis import interference
-        from moe_jax.training.state import step_key
+        """Compare balancing's gradient with the language model's, at the parameters before the step."""
+        from moe_jax.analysis.interference import measure_next_step
 
         with context.ledger("evaluation"):
-            measure_step = interference.make_measure_step(context.config, context.mesh)
-            return measure_step(now.state, now.batch, step_key(context.config))
+            return measure_next_step(context, now)
 
     def evaluate(self, context: Context, state: "TrainState") -> Mapping[str, float]:
         """Write workdir/routing/<step>.npy."""
+        from moe_jax.analysis.survey import store_routing
+
         where = context.config, state, context.corpus, context.mesh
         store_routing(*where, context.workdir, context.watchdog, stopped=context.stopped)
         return {}
@@ -52,20 +51,9 @@ class Record(Hook):
         self.every = every
 
     def before(self, context: Context, now: Now) -> Mapping[str, Any]:
-        """Write <step>.npz."""
-        import jax
-        import numpy as np
-
-        from moe_jax.analysis.recording import make_recorder
-        from moe_jax.training.state import step_key
+        """Write workdir/scores/<step>.npz."""
+        from moe_jax.analysis.recording import record_next_step
 
         with context.ledger("evaluation"):
-            scores = make_recorder(context.config, context.mesh)(now.state, now.batch, step_key(context.config))
-            arrays = jax.device_get(scores)._asdict()
-            if processes.index() == 0:
-                folder = context.workdir / "scores"
-                folder.mkdir(parents=True, exist_ok=True)
-                packed = io.BytesIO()
-                np.savez_compressed(packed, **arrays)
-                write_whole(folder / f"{now.step:08d}.npz", packed.getvalue())
+            record_next_step(context, now)
         return {}

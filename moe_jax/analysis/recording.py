@@ -1,8 +1,11 @@
-"""Router logits of a step, recorded for the simulator."""
+"""Record the router logits of a step for the simulator."""
 
+import io
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -11,20 +14,35 @@ from moe_jax.analysis.interference import Measure, _first_micro_batch, _jitted
 from moe_jax.config import Config, num_moe_layers
 from moe_jax.data.batches import Batch
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
+from moe_jax.runtime import processes
+from moe_jax.runtime.files import write_whole
 from moe_jax.training.compile import compiled_by
-from moe_jax.training.losses import row_nats
-from moe_jax.training.state import TrainState
+from moe_jax.training.hooks import Context, Now
+from moe_jax.training.losses import model_row_nats
+from moe_jax.training.state import TrainState, step_key
+
+
+def record_next_step(context: Context, now: Now) -> None:
+    """Write the `Scores` of the step that is due to workdir/scores/<step>.npz; process 0 writes."""
+    scores = make_recorder(context.config, context.mesh)(now.state, now.batch, step_key(context.config))
+    arrays = jax.device_get(scores)._asdict()
+    if processes.index() == 0:
+        folder = context.workdir / "scores"
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        write_whole(folder / f"{now.step:08d}.npz", packed.getvalue())
 
 
 def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
-    """(state, batch, key) -> `Scores` of the step's first micro-batch, jitted, whole on every device."""
+    """A jitted (state, batch, key) -> `Scores` of the step's first micro-batch, whole on every device."""
     return _jitted(record, compiled_by(config), mesh)
 
 
 class Scores(NamedTuple):
-    """A recorded piece of the router's stream: float16 logits [L, T, E], and which tokens are valid, and their ids.
+    """Recorded router logits, float16 [L, T, E], with the mask of valid tokens and the tokens' ids.
 
-    Layers of multi-token prediction, which see other tokens, are not in it.
+    The layers of multi-token prediction are left out, because their tokens are different ones.
     """
 
     logits: Float[Array, "layers tokens experts"]
@@ -37,7 +55,7 @@ def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Me
     micro, key = _first_micro_batch(config, batch, key, state, mesh)
     balancer = balance.make(config.balance, config.model)
     fwd = Pass(inputs_of(micro), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
-    report = row_nats(config, state.params, state.bias, fwd, micro)[1]
+    report = model_row_nats(config, state.params, state.bias, fwd, micro)[1]
     assert report is not None  # only models with experts are recorded
     tokens = report.details.routing.tokens
     assert tokens.mask is not None and tokens.ids is not None

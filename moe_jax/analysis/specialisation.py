@@ -1,4 +1,4 @@
-"""Which experts take which tokens: by domain, with which others, and since when.
+"""Which experts take which tokens: by domain, together with which other experts, and from which step on.
 
 D domains, L MoE layers, T tokens, S slots, B sequences, E experts that compute (zero-computation ones are left out).
 """
@@ -24,7 +24,7 @@ from moe_jax.mesh import replicated
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.runtime.files import write_whole
 from moe_jax.training.compile import compiled_by
-from moe_jax.training.losses import row_nats
+from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ MAX_PANELS = 12  # layers in the picture
 
 
 class Choices(NamedTuple):
-    """How one held-out batch is routed: the experts of every token, and what they add up to."""
+    """The routing of one held-out batch: the experts of every token, and counts of them."""
 
     expert_ids: Int32[Array, "layers tokens slots"]
     domain: Int32[Array, "batch"]
@@ -44,19 +44,21 @@ class Choices(NamedTuple):
 
 
 def make_choices_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState, Batch], Choices]:
-    """(state, batch) -> Choices, jitted, whole on every device. Moves nothing."""
+    """A jitted (state, batch) -> Choices, whole on every device; the state is not changed."""
     return _choices_step(compiled_by(config), mesh)
 
 
 @functools.lru_cache(maxsize=4)
 def _choices_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Batch], Choices]:
-    balancer, num_experts = balance.make(config.balance, config.model), config.model.num_experts
+    balancer = balance.make(config.balance, config.model)
+    num_experts = config.model.num_experts
 
     def choices(state: TrainState, batch: Batch) -> Choices:
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), jax.random.key(0), mesh=mesh)
-        _, report = row_nats(config, state.params, state.bias, fwd, batch)
+        _, report = model_row_nats(config, state.params, state.bias, fwd, batch)
         assert report is not None  # callers refuse dense models
-        ids, row_loads = report.details.routing.expert_ids, report.details.row_loads[..., :num_experts]
+        ids = report.details.routing.expert_ids
+        row_loads = report.details.row_loads[..., :num_experts]
         pairs = jax.lax.map(lambda one: counts.pair_counts(one, num_experts), ids)  # a layer at a time: [T, E] is big
         return Choices(ids, jnp.asarray(batch.domain), row_loads.swapaxes(0, 1), pairs)
 
@@ -67,7 +69,7 @@ def _choices_step(config: Config, mesh: Mesh | None) -> Callable[[TrainState, Ba
 
 
 class Survey(NamedTuple):
-    """Counts over the held-out set, int64: loads [D, L, E] by domain, and pairs [L, E, E] chosen together."""
+    """Counts over the held-out set, int64: loads [D, L, E] by domain, and pairs of experts [L, E, E]."""
 
     domains: Sequence[str]
     loads: np.ndarray
@@ -75,11 +77,11 @@ class Survey(NamedTuple):
 
 
 def as_json(survey: Survey) -> dict[str, Any]:
-    """What is written of a survey: lists with layers first.
+    """A survey as written to specialisation.json: lists with layers first.
 
     Returns:
-        domains; relative_load [L][E][D], 1 is as much as other experts; domain_information [L], bits;
-        coactivation [L][E][E], the share of row's tokens that also chose column.
+        domains; relative_load [L][E][D], 1 for a balanced load; domain_information [L], bits; coactivation [L][E][E],
+        the share of the row's tokens that also chose the column.
     """
     loads = survey.loads.swapaxes(0, 1)
     return {
@@ -91,7 +93,7 @@ def as_json(survey: Survey) -> dict[str, Any]:
 
 
 def draw(survey: Survey) -> "Figure":
-    """A heat map: experts across, domains down, a panel for each layer (the first, the last and some between)."""
+    """A heat map with experts across, domains down and a panel a layer: the first, the last and some in between."""
     from matplotlib.figure import Figure
 
     loads = survey.loads.swapaxes(0, 1)
@@ -111,7 +113,8 @@ def draw(survey: Survey) -> "Figure":
 
 
 def _panel(axis: Any, domains: Sequence[str], loads: np.ndarray, title: str) -> Any:
-    matrix, information = counts.domain_matrix(loads).T, measures.mutual_information(loads)
+    matrix = counts.domain_matrix(loads).T
+    information = measures.mutual_information(loads)
     image = axis.imshow(matrix, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
     axis.set_yticks(range(len(domains)), domains, fontsize=8)
     axis.set_xticks(range(0, loads.shape[1], max(1, loads.shape[1] // 16)))
@@ -119,60 +122,61 @@ def _panel(axis: Any, domains: Sequence[str], loads: np.ndarray, title: str) -> 
     return image
 
 
-# --- since when -----------------------------------------------------------------------------------------------
+# --- saturation -----------------------------------------------------------------------------------------------
 
 
 def store_ids(workdir: Path, step: int, expert_ids: np.ndarray, tokens: str) -> None:
-    """Put the expert ids [L, T, S] into workdir/routing/<step>.npy, uint16, whole or not at all.
+    """Write the expert ids [L, T, S] to workdir/routing/<step>.npy, uint16, whole or not at all.
 
-    Files of other tokens, which saturation could not compare with these, are moved into a folder beside them.
+    Earlier files of other tokens, which saturation cannot compare with these, are moved into a subfolder.
 
     Args:
         workdir: of the run.
         step: the steps it has done.
         expert_ids: int [L, T, S].
-        tokens: a name for what was routed, equal for the same tokens only.
+        tokens: a fingerprint of the tokens that were routed.
     """
-    folder, buffer = workdir / "routing", io.BytesIO()
+    folder = workdir / "routing"
     folder.mkdir(parents=True, exist_ok=True)
-    name = folder / "tokens.txt"
-    former = name.read_text() if name.is_file() else tokens
+    fingerprint = folder / "tokens.txt"
+    former = fingerprint.read_text() if fingerprint.is_file() else tokens
     if former != tokens:
         aside = folder / former
         aside.mkdir(exist_ok=True)
         for earlier in stored_steps(workdir):
             (folder / f"{earlier}.npy").rename(aside / f"{earlier}.npy")
-        print(f"the held-out tokens are others than before: their routing was moved to {aside}", flush=True)
-    write_whole(name, tokens)
+        print(f"the held-out tokens have changed: the routing of the former ones was moved to {aside}", flush=True)
+    write_whole(fingerprint, tokens)
+    buffer = io.BytesIO()
     np.save(buffer, np.asarray(expert_ids).astype(np.uint16))
     write_whole(folder / f"{step}.npy", buffer.getvalue())
 
 
 def stored_steps(workdir: Path) -> list[int]:
-    """The steps whose routing the run has stored, rising."""
+    """The steps whose routing the run has stored, in ascending order."""
     folder = workdir / "routing"
     files = folder.iterdir() if folder.is_dir() else []
     return sorted(int(file.stem) for file in files if file.suffix == ".npy" and file.stem.isdigit())
 
 
 def saturation(workdir: Path, num_choices: int) -> dict[str, Any]:
-    """How much of the last stored routing each stored step had already: router saturation by step and layer.
+    """Router saturation by step and layer: the share of the last stored routing that each stored step already had.
 
     Args:
         workdir: of a run with measure_every > 0.
-        num_choices: an id of so much or more is an empty slot.
+        num_choices: ids from this number on are empty slots.
 
     Returns:
-        steps; saturation [steps][L], 0 to 1, of which the last row is 1.
+        steps; saturation [steps][L], 0 to 1; its last row is 1.
 
     Raises:
-        ValueError: fewer than two steps are stored, or they are not of the same tokens.
+        ValueError: fewer than two steps are stored, or their tokens differ.
     """
     steps = stored_steps(workdir)
     if len(steps) < 2:
         raise ValueError(
             f"--workdir={workdir} has stored the routing of {len(steps)} evaluations, and saturation compares two; "
-            "train with measure_every > 0 and an eval_every that is reached twice."
+            "train with measure_every > 0 and an eval_every that gives at least two."
         )
     last = _read(workdir, steps[-1])
     return {"steps": steps, "saturation": [_saturation(workdir, step, last, num_choices).tolist() for step in steps]}
@@ -183,7 +187,7 @@ def _saturation(workdir: Path, step: int, last: np.ndarray, num_choices: int) ->
     if ids.shape[:2] != last.shape[:2]:
         raise ValueError(
             f"{workdir / 'routing'} holds the routing of other tokens at step {step} {ids.shape} than at the last "
-            f"{last.shape}; delete the files of the older run."
+            f"one {last.shape}; delete the files of the older run."
         )
     return measures.saturation(ids, last, num_choices)
 

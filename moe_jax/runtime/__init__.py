@@ -1,1 +1,1 @@
-"""What stands around a run and knows no model: files, processes, checkpoints, logs."""
+"""What surrounds a run and knows no model: files, processes, checkpoints, logs."""

@@ -1,8 +1,8 @@
-"""Compiled programs outlive the process: JAX's persistent cache is on, in the user's cache folder.
+"""Keep compiled programs for later processes: JAX's persistent cache, in the user's cache folder.
 
-Does not import jax, which reads these settings from the environment when it is imported. What the user has set there
-wins. Processes may share the folder, and it may be deleted at any time. JAX writes an entry in place: one that a kill
-or a full disk truncated causes a warning and a new compilation at every start, until the entry is deleted.
+Does not import jax, which reads these settings from the environment when it is imported. Settings of the user take
+precedence. Processes may share the folder, and it may be deleted at any time. JAX writes an entry in place: an entry
+that a kill or a full disk truncated causes a warning and a new compilation at every start, until it is deleted.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ def keep_compiled() -> None:
         prune(folder, MAX_BYTES)
         _set(FOLDER, str(folder))
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        print(f"compiled programs are not kept: {error}; {FOLDER}=... names another folder.", file=sys.stderr)
+        print(f"compiled programs are not kept: {error}; set {FOLDER} to another folder.", file=sys.stderr)
 
 
 def _set(name: str, value: Any) -> None:
-    """Set a flag of JAX, unless the user has, whether jax is still to be imported or a config file has imported it."""
+    """Set a flag of JAX unless the user has set it, whether or not a config file has imported jax already."""
     if name not in os.environ:
         os.environ[name] = str(value)
         if "jax" in sys.modules:
@@ -46,11 +46,11 @@ def _set(name: str, value: Any) -> None:
 
 
 def user_folder(kind: str) -> Path:
-    """The folder for programs compiled on this kind of machine, created if need be; machines may share a home.
+    """The folder for programs compiled on this kind of machine, created if absent; machines may share a home folder.
 
     Raises:
         OSError: it cannot be written.
-        RuntimeError: the user has no home.
+        RuntimeError: the user has no home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "moe_jax" / kind / _machine()
@@ -69,9 +69,10 @@ def _machine() -> str:
 
 
 def prune(folder: Path, max_bytes: int) -> None:
-    """Delete the least recently used files until at most `max_bytes` are left; another process may do the same.
+    """Delete the least recently used files until at most `max_bytes` are left; other processes may do the same.
 
-    JAX's own limit needs another package and a lock. On a file system without access times, the oldest files go.
+    JAX's own limit needs another package and a lock. On a file system without access times the oldest files are
+    deleted.
     """
     entries = []
     for file in files_below(folder):

@@ -1,15 +1,15 @@
 """Checkpoints: asynchronous, complete, verified.
 
 `checkpoints/00000020` is the state after 20 steps: Orbax's arrays, and a `manifest.json` of ours with the
-sha256 of every file, shape and dtype of every leaf, and what else a run needs. The manifest is written last, after
-every leaf was found to be finite and readable. So a folder without one is a save that did not finish: it is never
-restored, and removed when training resumes. Files that are not in the manifest are ignored.
+sha256 of every file, the shape and dtype of every leaf, and further values that a run needs. The manifest is written
+last, after every leaf was found to be finite and readable. So a folder without one is a save that did not finish: it is
+never restored, and is removed when training resumes. Files that are not in the manifest are ignored.
 
-With several processes each one writes its shards and hashes the files it wrote. Process 0 merges the hashes in the
-manifest, and it alone decides, removes and verifies. All processes see the same folder.
+With several processes each writes its shards and hashes the files that it wrote. Process 0 merges the hashes into the
+manifest, and it alone decides, removes and verifies. All processes share the folder.
 
-A checkpoint may hold only weights, which are parameters and bias; then `extra["weights_only"]` is set. It is written
-and read slice by slice (see `slices`), because memory may not hold all weights of a model that is converted.
+A checkpoint may hold only weights, that is parameters and bias; then `extra["weights_only"]` is set. It is written and
+read slice by slice (see `slices`), because memory may not hold all weights of a converted model.
 """
 
 import concurrent.futures
@@ -29,13 +29,13 @@ from moe_jax.runtime.leaves import compare_leaves, describe_leaves, fields_of, f
 from moe_jax.runtime.manifest import MANIFEST, check, hand_in_hashes, is_link, other_files, write_manifest
 from moe_jax.runtime.stored import CHUNK_BYTES, in_one_sentence, orbax_path, tree_handler
 
-MOST_REMOVED = 20  # how often the run may remove the checkpoint that is being read before reading gives up
+MOST_REMOVED = 20  # reading gives up after the run has removed the checkpoint that is being read this many times
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run, at most one at a time, off the step path.
+    """Writes the checkpoints of one run in the background, at most one at a time.
 
-    A save that failed in the background always raises, at the next `save` or at `close`.
+    The error of a background save is always raised, at the next `save` or at `close`.
     With several processes, each has a Checkpointer, and all call the same methods in the same order.
     """
 
@@ -45,7 +45,7 @@ class Checkpointer:
         Args:
             directory: the run's checkpoint folder, created if absent.
             keep: number of newest checkpoints that are not removed.
-            first: the step that the run resumes from. `restore` refused the newer checkpoints, which are renamed.
+            first: the step from which the run resumes. `restore` refused any newer checkpoints, which are renamed.
         """
         self._directory = directory
         self._keep = keep
@@ -61,15 +61,15 @@ class Checkpointer:
                 _rename_damaged(self._directory / f"{step:08d}")
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Copy the state to the host, then write in the background; the state may be donated at once.
+        """Copy the state to the host, then write it in the background; the state may be donated at once.
 
         Args:
-            step: steps the state has done; the folder's name.
+            step: steps done by the state; the folder's name.
             state: pytree of arrays.
             extra: JSON values stored in the manifest (config, tokens seen, versions).
 
         Raises:
-            OSError, ValueError: whatever an earlier background save failed with.
+            OSError, ValueError: the error of an earlier background save.
             FloatingPointError: a leaf is not finite; nothing is written, and earlier checkpoints stay.
         """
         self.wait()
@@ -94,14 +94,14 @@ class Checkpointer:
             _remove(self._directory / f"{old:08d}")
 
     def wait(self) -> None:
-        """Wait until nothing is being written; raises what the background save raised."""
+        """Wait until nothing is being written; raises the error of the background save."""
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Finish the save under way and free the threads."""
+        """Finish the save that is under way, and free the threads."""
         try:
             self.wait()
         finally:
@@ -116,9 +116,9 @@ def restore(
 
     Args:
         directory: the run's checkpoint folder.
-        target: abstract state with `jax.ShapeDtypeStruct` leaves, whose shardings, if any, the arrays get.
-        verify: "full" compares every file's sha256, "sizes" sizes only, "auto" is full below 10 GB.
-        fallback: if the newest is damaged, read the one before it, and print a warning.
+        target: abstract state with `jax.ShapeDtypeStruct` leaves; the arrays get their shardings, if any.
+        verify: "full" compares every file's sha256, "sizes" only sizes, "auto" is full below 10 GB.
+        fallback: if the newest checkpoint is damaged, read the one before it, and print a warning.
 
     Raises:
         ValueError: a damaged checkpoint without fallback, or one whose leaves are not the target's.
@@ -140,7 +140,7 @@ def restore(
 def restore_weights(
     directory: Path, target: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False, cast: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Read parameters and bias of the newest checkpoint, of a run or of weights only, and its `extra` with its step.
+    """Read parameters and bias of the newest checkpoint, of a run or of weights only, and `extra` with its step.
 
     Args:
         directory: the checkpoint folder.
@@ -173,7 +173,7 @@ WEIGHTS = ("params", "bias")
 def shared_leaves(
     manifest: Mapping[str, Any], wanted: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The leaves of the wanted fields, as saved and as wanted: all of them, or those of weights only."""
+    """(saved, wanted) leaves to compare: those of all fields, or only of weights if the checkpoint has no others."""
     names = set(WEIGHTS if manifest["extra"].get("weights_only") else fields)
     saved, here = (
         {name: leaf for name, leaf in leaves.items() if name.split("/")[0] in names}
@@ -183,7 +183,7 @@ def shared_leaves(
 
 
 def _cast(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved leaves, floating parameters with the dtype to which reading casts them."""
+    """The saved leaves, with floating parameters in the dtype to which reading casts them."""
 
     def one(name: str, leaf: list[Any]) -> list[Any]:
         floating = name.startswith("params/") and jax.numpy.issubdtype(leaf[1], jax.numpy.floating)
@@ -193,7 +193,7 @@ def _cast(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]
 
 
 class Found(NamedTuple):
-    """What was read from a checkpoint, its step, and its `extra`."""
+    """The step of a checkpoint, the value that was read from it, and its `extra`."""
 
     step: int
     value: Any
@@ -207,13 +207,13 @@ def read_newest(
     verify: str,
     fallback: bool,
 ) -> Found | None:
-    """Read the newest sound checkpoint, which `compare` may refuse; None if there is none.
+    """Read the newest undamaged checkpoint, which `compare` may refuse; None if there is none.
 
-    A run under way may remove the checkpoint that is being read. Then there is a newer one, which is read instead.
+    A run under way may remove the checkpoint that is being read; then a newer one exists, which is read instead.
 
     Args:
         directory: the checkpoint folder.
-        compare: raises a ValueError for a sound checkpoint of something else.
+        compare: raises a ValueError for an undamaged checkpoint of something else.
         read: (path, `extra`) -> value.
         verify: as in `restore`.
         fallback: as in `restore`.
@@ -244,14 +244,14 @@ def _newest(
     fallback: bool,
     unreadable: Mapping[int, str],
 ) -> tuple[int, dict[str, Any]] | None:
-    """Step and `extra` of the newest sound checkpoint, which `compare` may refuse.
+    """Step and `extra` of the newest undamaged checkpoint, which `compare` may refuse.
 
     Args:
         directory: the checkpoint folder.
-        compare: raises a ValueError for a sound checkpoint of something else.
+        compare: raises a ValueError for an undamaged checkpoint of something else.
         verify: as in `restore`.
         fallback: as in `restore`.
-        unreadable: step -> problem, of checkpoints whose files are sound and which could not be read.
+        unreadable: step -> problem, of checkpoints that match their manifest and could not be read.
     """
     steps = committed(directory)
     problems = []
@@ -265,7 +265,7 @@ def _newest(
             if is_gone(path):
                 return _newest(directory, compare, verify, fallback, unreadable)
             if not fallback:
-                raise ValueError(_advise(str(error), path, steps)) from None
+                raise ValueError(_with_advice(str(error), path, steps)) from None
             problems.append(str(error))
             continue
         compare(path, manifest)
@@ -280,7 +280,7 @@ def _newest(
 
 
 def is_gone(path: Path) -> bool:
-    """Whether a checkpoint was removed since it was listed: its manifest is removed first."""
+    """Whether a checkpoint was removed after it was listed; its manifest is removed first."""
     return not (path / MANIFEST).is_file()
 
 
@@ -297,7 +297,7 @@ def _read(path: Path, target: Any, partial_restore: bool = False) -> Any:
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
-    """Sharding and dtype with which a leaf is read: those of the present mesh, not those it was saved with."""
+    """The sharding and dtype with which a leaf is read: those of the present mesh, not those of the save."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding or here, dtype=leaf.dtype)
 
@@ -310,7 +310,7 @@ def committed(directory: Path) -> list[int]:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what killed saves left behind, folders with our names and without a manifest, and report it."""
+    """Delete what killed saves left behind: folders with our names and without a manifest. Print their names."""
     directory.mkdir(parents=True, exist_ok=True)
     for folder in _inside(directory):
         ours = re.fullmatch(r"\d{8}(\.orbax-checkpoint-tmp.*)?", folder.name)
@@ -321,7 +321,7 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def _rename_damaged(folder: Path) -> None:
-    """Rename a damaged checkpoint, so that its step can be saved again, and report it."""
+    """Rename a damaged checkpoint, so that its step can be saved again, and print its new name."""
     taken = {other.name for other in _inside(folder.parent)}
     names = (f"{folder.name}.damaged{n or ''}" for n in itertools.count())
     target = folder.with_name(next(name for name in names if name not in taken))
@@ -336,7 +336,7 @@ def _remove(folder: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether an earlier process saved this step, whose state is then the same. If not, clears the path."""
+    """Whether an earlier process saved this step, whose state is the same; if not, clears the path."""
     if not path.exists():
         return False
     if not (path / MANIFEST).is_file():
@@ -355,11 +355,11 @@ def _inside(directory: Path) -> list[Path]:
 
 
 def _in_chunks(leaf: Any) -> ocp.SaveArgs:
-    """How a leaf is stored: in chunks, divided first along the axes of layers and experts."""
+    """The chunks in which a leaf is stored: it is divided along the axes of layers and experts first."""
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(max(0, leaf.ndim - 2))))
 
 
-def _advise(problem: str, path: Path, steps: list[int]) -> str:
+def _with_advice(problem: str, path: Path, steps: list[int]) -> str:
     older = [s for s in steps if s < int(path.name)]
     if older:
         return f"{problem} Set checkpoint.fallback=True to resume from step {older[-1]}, or restore the file."

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 GIB = 2**30
 
-# dense bf16 FLOP/s from NVIDIA's data sheets, whose larger figures are for sparse matrices; longer names first
+# dense bf16 FLOP/s; the larger figures in NVIDIA's data sheets are for sparse matrices. Longer names come first.
 GPUS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -17,7 +17,7 @@ GPUS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, by jax's name for it; None where it is not known, as for CPUs.
+    """Peak dense bf16 FLOP/s of a device, by jax's name for it; None where it is unknown, as for CPUs.
 
     Args:
         device_kind: "TPU v5 lite", "TPU v6e", "TPU7x", "NVIDIA H100 80GB HBM3", ...
@@ -32,11 +32,11 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Chip(NamedTuple):
-    """One device as jax sees it; of a tpu7x that is half a chip.
+    """One device as jax sees it; for a tpu7x that is half a chip.
 
     flops: peak bf16 FLOP/s. hbm, hbm_bandwidth: bytes, bytes/s. link: one-way bytes/s of one ICI link. dcn: bytes/s
-    into the data-centre network. dimensions: of the torus, in which a dimension closes to a ring if its size is a
-    multiple of `ring_multiple`. source: of the figures. options: for the compiler.
+    into the data-centre network. dimensions: of the torus; a dimension closes to a ring if its size is a multiple of
+    `ring_multiple`. source: of the figures. options: compiler options.
     """
 
     flops: float

@@ -1,4 +1,4 @@
-"""How far a run is, for a person: a progress bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# name of a value -> how a line shows it: beside the bar, and where there is no bar
+# name of a value -> its format, beside the bar (SHORT) and in plain lines (LONG)
 SHORT = {"bits_per_byte": "bits/byte {:.2f}", "moe/max_violation": "violation {:.2f}"}
 LONG = {
     "loss": "loss {:.3f}",
@@ -76,7 +76,7 @@ class Display:
 
 
 class _Output:
-    """A stream whose reader may leave: a terminal that was closed, or a pipe without a reader, does not end the run."""
+    """A stream whose reader may disappear: a closed terminal or a pipe without a reader does not end the run."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -85,24 +85,24 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write as a file does; once the reader has left, do nothing."""
-        with self._until_reader_leaves():
+        """Write as a file does; once the reader has disappeared, do nothing."""
+        with self._ignoring_lost_reader():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush as a file does; once the reader has left, do nothing."""
-        with self._until_reader_leaves():
+        """Flush as a file does; once the reader has disappeared, do nothing."""
+        with self._ignoring_lost_reader():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _until_reader_leaves(self) -> Iterator[None]:
+    def _ignoring_lost_reader(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # for what the stream still buffers, and all that follows
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # takes what the stream has buffered, and all further output
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 

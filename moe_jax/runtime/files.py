@@ -20,7 +20,7 @@ from typing import Any
 from moe_jax.config.paths import path_of
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # the errors of a file system without locks
-RETRY_SECONDS = 0.01  # between two tries to remove a folder in use
+RETRY_SECONDS = 0.01  # between two attempts to remove a folder in use
 
 
 def is_remote(path: Path) -> bool:
@@ -44,7 +44,7 @@ def sha256_of(path: Path) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, and links, which are not followed."""
+    """All files and links below a folder; links are not followed."""
     if is_remote(folder):
         for path in folder.iterdir():
             yield from files_below(path) if path.is_dir() else [path]
@@ -53,15 +53,15 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, fix: str, name: str = "") -> dict[str, Any]:
-    """The JSON object that a file holds; empty where there is no file.
+    """The JSON object in a file; empty if there is no file.
 
     Args:
         path: of the file.
-        fix: what to do about a damaged one, the end of a sentence.
-        name: the subject of that sentence; "" for the path.
+        fix: the end of the error message: what to do about a damaged file.
+        name: the subject of the error message; "" for the path.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file does not hold a JSON object.
     """
     if not path.is_file():
         return {}
@@ -100,15 +100,15 @@ def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be created in a folder; for a bucket, only the attempt shows it, and the answer is True."""
+    """Whether files can be created in a folder; True for a bucket, where only the attempt shows it."""
     return is_remote(folder) or os.access(folder, os.W_OK)
 
 
 def output_of(text: str, flag: str) -> Path:
-    """The path of a flag that names an output file, checked before the work whose result it will hold.
+    """The path of a flag that names an output file, checked before the work whose result is written to it.
 
     Raises:
-        ValueError: no file can be written there, or as `path_of`.
+        ValueError: no file can be written there; or as in `path_of`.
     """
     path = path_of(text, flag)
     if path.is_dir() or not is_writable(path.absolute().parent):
@@ -117,7 +117,7 @@ def output_of(text: str, flag: str) -> Path:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy the files below a folder to another, which is created if need be."""
+    """Copy the files below a folder to another folder, which is created if absent."""
     for file in files_below(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def remove_tree(folder: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `target` when the block ends and is removed if the block fails.
 
-    What a killed process left behind is removed by the next one with the same target.
+    What a killed process left behind is removed by the next process with the same target.
 
     Raises:
         ValueError: the target is not empty, or another process is writing it.
@@ -165,9 +165,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_in_use(folder: Path, tries: int = 1000) -> None:
-    """Delete a folder in which threads of this process may still be finishing what they write.
+    """Delete a folder into which threads of this process may still be writing.
 
-    Tries are counted, not seconds, because those threads do nothing while the process is stopped.
+    The limit is a number of attempts, not of seconds, because those threads do nothing while the process is stopped.
     """
     for last in range(tries - 1, -1, -1):
         if not folder.exists():
@@ -182,7 +182,7 @@ def lock(file: Any, path: Path, refusal: str) -> None:
     Args:
         file: the open file, or its descriptor.
         path: its path.
-        refusal: the error for a process that comes second.
+        refusal: the error message for the second process.
 
     Raises:
         ValueError: `refusal`, where another process holds the lock.

@@ -14,7 +14,7 @@ def describe_leaves(state: Any) -> dict[str, list[Any]]:
 
 
 def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], most: int = 8) -> None:
-    """Raise a ValueError with the differences if a checkpoint has other leaves than are wanted.
+    """Raise a ValueError with the differences if the leaves of a checkpoint are not those that are wanted.
 
     Orbax would cast dtypes silently, and load 16 layers into 12.
     """
@@ -31,7 +31,7 @@ def compare_leaves(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def first_non_finite(state: Any) -> str | None:
-    """The path of the first leaf with a NaN or an infinity, None if there is none; the same in all processes."""
+    """The path of the first leaf with a NaN or an infinity; None if all are finite. The same in all processes."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fields_of(state))}
     leaves = {name: leaf for name, leaf in leaves.items() if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact)}
     if not leaves:

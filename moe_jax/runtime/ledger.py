@@ -1,4 +1,4 @@
-"""Where a run's wall-clock time goes: every second of all its attempts is charged to one kind of work."""
+"""Account for a run's wall-clock time: every second of all its attempts is charged to one kind of work."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -6,22 +6,22 @@ from contextlib import contextmanager
 from typing import Any
 
 KINDS = ("init", "compile", "data", "step", "evaluation", "checkpoint", "lost")
-Kind = str | Callable[[], str]  # one of KINDS, or what says at the end of a block which one it was
+Kind = str | Callable[[], str]  # one of KINDS, or a function that returns one at the end of a block
 
 
 class Ledger:
     """Charges the time of every block to one kind: `with ledger("evaluation"): ...`.
 
-    A block inside another takes its time away from the one around it, so the kinds always add up to the wall time.
-    Outside all blocks it is `init`. What a block did that an error cut off is lost.
+    The time of a nested block is not charged to the block around it, so the kinds always add up to the wall time. Time
+    outside all blocks is charged to `init`. The time of a block that an error cut off is lost.
 
-    The devices run behind the program that feeds them: a step takes its time where the program waits for its numbers,
-    at a logged step or before a save. So the whole loop is a block of "step", and what is not a step one inside it.
+    The devices lag behind the program that feeds them, so the time of a step passes where the program waits for its
+    numbers, at a logged step or before a save. So the whole loop is a block of "step", and all else is nested in it.
 
-    init: until the first batch is there. compile: until the first step of a start has been done. data: waiting for a
-    batch while no device works. step: the other steps. evaluation: held out, and measures beside steps.
-    checkpoint: of a save, what holds up the steps. lost: steps that had to be done again, time in which the process was
-    stopped, writing the log, and what was cut off.
+    init: until the first batch is loaded. compile: until the first step of a start is done. data: waiting for a batch
+    while no device works. step: all other steps. evaluation: on held-out text, and measures beside steps. checkpoint:
+    the part of a save that delays the steps. lost: repeated steps, time in which the process was stopped, writing the
+    log, and blocks that were cut off.
     """
 
     def __init__(
@@ -31,22 +31,22 @@ class Ledger:
 
         Args:
             now: the time in seconds.
-            stopped_seconds: for how long the process has been stopped so far.
+            stopped_seconds: the seconds for which the process has been stopped so far.
         """
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._now = now
         self._stopped_seconds = stopped_seconds
         self._since = now()
         self._stopped = stopped_seconds()
-        self._around: list[Kind] = ["init"]  # the blocks that are open, the innermost last
+        self._open: list[Kind] = ["init"]  # the kinds of the open blocks, the innermost last
         self._tokens = 0
         self._before = dict(self._seconds)
 
     @contextmanager
     def __call__(self, kind: Kind) -> Iterator[None]:
-        """Charge the time of a block, without that of the blocks in it."""
-        self._charge(self._around[-1])
-        self._around.append(kind)
+        """Charge the time of a block to a kind, without the time of nested blocks."""
+        self._charge(self._open[-1])
+        self._open.append(kind)
         try:
             yield
         except BaseException:
@@ -55,16 +55,16 @@ class Ledger:
         else:
             self._charge(kind)
         finally:
-            self._around.pop()
+            self._open.pop()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Those of each kind, up to now."""
-        self._charge(self._around[-1])
+        """The seconds of each kind up to now."""
+        self._charge(self._open[-1])
         return dict(self._seconds)
 
     def _charge(self, kind: Kind) -> None:
-        """Add the time since the last charge to a kind; time in which the process was stopped is lost."""
+        """Charge the time since the last charge to a kind; time in which the process was stopped is lost."""
         now = self._now()
         lost = min(self._stopped_seconds() - self._stopped, now - self._since)
         self._seconds[kind if isinstance(kind, str) else kind()] += now - self._since - lost
@@ -83,14 +83,14 @@ class Ledger:
         return tokens
 
     def restart(self) -> None:
-        """Measure speed from here on."""
+        """Begin to measure speed."""
         self._tokens = 0
         self._before = self.seconds
 
     def speed(self) -> tuple[float | None, float | None]:
         """(tokens a second, share of the time in which devices waited for data) of the steps since `restart`.
 
-        Evaluation, saves and compilation do not count. Both are None where nothing has been timed.
+        Evaluation, saves and compilation are not counted. Both are None if no step has been timed.
         """
         seconds = self.seconds
         data, step = (seconds[kind] - self._before[kind] for kind in ("data", "step"))
@@ -100,16 +100,16 @@ class Ledger:
 
     @property
     def goodput(self) -> float | None:
-        """The share of all time that was spent on steps that count."""
+        """The share of all time that was spent on steps, without those that were lost."""
         return _goodput(self.seconds)
 
     def columns(self) -> dict[str, float | None]:
-        """For the log: the seconds of each kind so far, as time/<kind>, and goodput."""
+        """The columns of the log: the seconds of each kind so far, as time/<kind>, and goodput."""
         seconds = self.seconds
         return {f"time/{kind}": round(spent, 3) for kind, spent in seconds.items()} | {"goodput": _goodput(seconds)}
 
     def summary(self, step: int) -> dict[str, Any]:
-        """For run.json: the steps done, all seconds, those of each kind, and goodput."""
+        """The entries of run.json: the steps done, all seconds, the seconds of each kind, and goodput."""
         seconds = self.seconds
         time = {kind: round(spent, 3) for kind, spent in seconds.items()}
         return {"step": step, "seconds": round(sum(time.values()), 3), "time": time, "goodput": _goodput(seconds)}
@@ -123,7 +123,7 @@ def _goodput(seconds: Mapping[str, float]) -> float | None:
 def of_earlier_attempts(
     step: int, saved: Mapping[str, float], ended: Mapping[str, Any], logged: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The seconds of the attempts before this one, as far as their files record them; work to be repeated is lost.
+    """The seconds of all earlier attempts, as far as their files record them; work to be repeated is lost.
 
     Args:
         step: the steps done by the checkpoint that this attempt resumes.

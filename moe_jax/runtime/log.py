@@ -20,12 +20,12 @@ from moe_jax.runtime.files import files_below, is_remote, remove_tree, size_of
 METRICS = "metrics.jsonl"
 LAYERS = "layers.jsonl"
 FLUSH_SECONDS = 60.0  # between two copies of the log to a bucket
-PART_BYTES = 8 * 2**20  # in a bucket, about the size at which a log file is continued in another part ...
+PART_BYTES = 8 * 2**20  # in a bucket, about the size after which a log file is continued in another part ...
 BOARD_SCALARS = 10**5  # ... and the number of values after which TensorBoard's file is
-BLOCK_BYTES = 2**16  # read at once
-COPY_BYTES = 2**20  # copied at once
+BLOCK_BYTES = 2**16  # bytes read at once
+COPY_BYTES = 2**20  # bytes copied at once
 STEP = re.compile(rb'\{"step": (\d+)\b')  # the beginning of a line
-STEP_BYTES = 32  # enough for it
+STEP_BYTES = 32  # enough bytes of a line to match STEP
 
 
 class RunLog:
@@ -45,7 +45,7 @@ class RunLog:
         self._there: dict[Path, tuple[int, int]] = {}  # what is in the bucket: size and modification time of each file
 
     def write(self, step: int, values: Mapping[str, Any], layers: Mapping[str, Any] | None = None) -> None:
-        """Write one strict-JSON object for a step; non-finite numbers become null.
+        """Write a line of strict JSON for a step; non-finite numbers become null.
 
         Args:
             step: 0-based.
@@ -60,7 +60,7 @@ class RunLog:
             self.flush()
 
     def amend(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add values to the log of a step, the newest one, that became known only later."""
+        """Add values to the line of the newest step that were not known when it was written."""
         self._files[METRICS].amend(step, {k: plain(v) for k, v in values.items()})
         self._board.write(step, values)
 
@@ -69,7 +69,7 @@ class RunLog:
         return self._files[METRICS].newest()
 
     def flush(self) -> None:
-        """Bring everything logged so far into the workdir; call it before a checkpoint records these steps as done."""
+        """Copy everything logged so far to the workdir; call it before a checkpoint records these steps as done."""
         self._flushed = time.monotonic()
         if self._folder is self._workdir:
             return
@@ -90,10 +90,10 @@ class RunLog:
 
 
 class _StepFile:
-    """A file of JSON lines, one a step: a single file, or in a bucket in parts, of which only the newest changes."""
+    """A log file with a line of JSON for each step; in a bucket it has parts, and only the newest part changes."""
 
     def __init__(self, home: Path, folder: Path, name: str, first_step: int) -> None:
-        """Open it for writing in `folder`, without the lines of first_step and later."""
+        """Open it for writing in `folder`, and remove the lines of first_step and later."""
         self._home = home
         self._folder = folder
         self._most_bytes = _most_bytes(home)
@@ -118,7 +118,7 @@ class _StepFile:
         self._put(self._open().seek(0, os.SEEK_END), {"step": step, **values})
 
     def amend(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add values to the newest line if it is of this step; otherwise append them as a line."""
+        """Add values to the newest line if it is of this step, else append them as a line."""
         file = self._open()
         start, record = next(_records_from_end(file), (0, {}))
         if record.get("step") == step:
@@ -131,7 +131,7 @@ class _StepFile:
         return newest((self._home if self._file is None else self._folder) / self._part)
 
     def close(self) -> None:
-        """Close it; the next line reopens it."""
+        """Close the file; the next line reopens it."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -152,7 +152,7 @@ class _StepFile:
         return self._file
 
     def _put(self, position: int, record: Mapping[str, Any]) -> None:
-        """Replace the file from a position on by a record, in one write, so that a kill loses no other line."""
+        """Replace the file from a position on with a record, in one write, so that a kill loses no other line."""
         file = self._open()
         file.seek(position)
         file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
@@ -168,9 +168,8 @@ def parts(path: Path) -> list[Path]:
     """The files that make up a log file, in order: itself, and in a bucket its later parts (name.00001230.jsonl)."""
     later = re.compile(rf"{re.escape(path.stem)}\.\d{{8,}}{re.escape(path.suffix)}")
     files = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    return [p for p in files if p.name == path.name] + sorted(
-        (p for p in files if later.fullmatch(p.name)), key=_first_step_of
-    )
+    first = [p for p in files if p.name == path.name]
+    return first + sorted((p for p in files if later.fullmatch(p.name)), key=_first_step_of)
 
 
 def _first_step_of(part: Path) -> int:
@@ -186,8 +185,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def lines_from_end(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """(start, end) of every complete line, the last one first; holds one block in memory."""
-    end = None  # of the line whose start is searched; None before the last line break, so half a line is left out
+    """Yield (start, end) of every complete line, the last line first; holds one block in memory."""
+    # of the line whose start is searched; None until the last line break is found, so an incomplete line is skipped
+    end = None
     position = file.seek(0, os.SEEK_END)
     while position:
         begin = max(0, position - BLOCK_BYTES)
@@ -204,7 +204,7 @@ def lines_from_end(file: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _records_from_end(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(start, object) of every readable line, the last one first."""
+    """Yield (start, object) of every readable line, the last line first."""
     for start, end in lines_from_end(file):
         file.seek(start)
         with contextlib.suppress(ValueError):
@@ -214,7 +214,7 @@ def _records_from_end(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _end_before(path: Path, first_step: int) -> int:
-    """The byte at which a log file's lines of `first_step` and later begin; reads only the beginning of lines."""
+    """The position at which a log file's lines of `first_step` and later begin; reads only the beginnings of lines."""
     if first_step == 0:
         return 0
     with path.open("rb") as file:
@@ -241,7 +241,7 @@ def has_evaluation(line: Mapping[str, Any], done: int) -> bool:
 
 
 def set_aside(workdir: Path, first_step: int) -> Path:
-    """Rename the log files (to metrics.jsonl.1, ...), and continue with copies unless `first_step` is 0.
+    """Rename the log files to metrics.jsonl.1, ..., and continue with copies of them unless `first_step` is 0.
 
     Returns:
         the new name of the first file.
@@ -260,7 +260,7 @@ def _renamed(file: Path, number: int) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """A number or array as JSON: ints, floats, nested lists; null where not finite."""
+    """A number or array as JSON: ints, floats, nested lists; None where not finite."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -271,12 +271,12 @@ def plain(value: Any) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log file; a last line cut short by a kill is left out."""
+    """The objects of a log file; lines that are not JSON, such as one truncated by a kill, are left out."""
     return [line for line in lines_of(path) if line is not None]
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Every line of a log file as an object, in order; None for one that is none, as a killed writer leaves."""
+    """Yield every line of a log file as an object, in order; None for a line that is not one, as after a kill."""
     for part in parts(path):
         with part.open("rb") as lines:
             for line in filter(bytes.strip, lines):
@@ -288,7 +288,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 class _Board:
-    """TensorBoard's file of the same numbers, if the `tensorboard` extra is installed; in a bucket also in parts."""
+    """TensorBoard's file of the same numbers, in a bucket in parts; nothing unless the `tensorboard` extra is there."""
 
     def __init__(self, folder: Path, first_step: int, in_parts: bool) -> None:
         self._folder = folder
@@ -297,7 +297,7 @@ class _Board:
         self._writer = _summary_writer(folder, purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add the numbers of a step."""
+        """Write the numbers of a step."""
         if self._writer is None:
             return
         if self._in_parts and self._written > BOARD_SCALARS:
@@ -310,7 +310,7 @@ class _Board:
         self._written += len(values)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         if self._writer is not None:
             self._writer.close()
 

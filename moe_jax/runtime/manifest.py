@@ -14,17 +14,16 @@ from moe_jax.runtime.stored import refuse_unreadable
 MANIFEST = "manifest.json"
 FULL_VERIFY_BYTES = 10 * 10**9  # "auto" hashes below this size, and compares sizes above
 HASHES = "hashes.{}.json"  # of one process's files, until process 0 has merged them into the manifest
-POLL_SECONDS = 0.02  # between two looks for a file of another process
-NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds Orbax's timestamps only
-FOREIGN = re.compile(
-    r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs\w+"
-)  # operating systems put these into any folder
+POLL_SECONDS = 0.02  # between two checks for a file of another process
+NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds only Orbax's timestamps
+# operating systems put these files into any folder
+FOREIGN = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs\w+")
 
 
 def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -> None:
     """Hash every file of the checkpoint and commit it if it can be read: the manifest appears whole or not at all.
 
-    Waits for the hashes of the other processes; the death of one of them ends this process, too.
+    Waits for the hashes of the other processes; if one of them dies, this process ends too.
 
     Raises:
         ValueError: a leaf of the record cannot be opened.
@@ -41,7 +40,7 @@ def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -
 
 
 def hand_in_hashes(path: Path, process: int) -> None:
-    """Contribute the hashes of a process other than 0 to the manifest; returns when it is written."""
+    """Contribute the hashes of a process other than 0 to the manifest; returns when the manifest is written."""
     write_json(path / HASHES.format(process), hash_files(path, process))
     _wait_for(path / MANIFEST)
 
@@ -53,7 +52,7 @@ def hash_files(path: Path, process: int) -> dict[str, list[Any]]:
 
 
 def writer(name: str) -> int:
-    """The process that wrote a file: Orbax gives each a folder for its shards; process 0 writes the rest."""
+    """The process that wrote a file: each has a folder for its shards, and process 0 writes all other files."""
     folder = re.match(r"ocdbt\.process_(\d+)/", name)
     return int(folder[1]) if folder else 0
 
@@ -67,7 +66,7 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
     """The manifest of a checkpoint, after checking that its files are as they were written.
 
     Raises:
-        ValueError: a file is missing, a link, or differs; the first is named.
+        ValueError: a file is missing, is a link, or differs; the first such file is named.
     """
     manifest = _read_manifest(path)
     files = {name: file for name, file in manifest["files"].items() if not FOREIGN.fullmatch(Path(name).name)}
@@ -85,14 +84,14 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
 
 
 def other_files(path: Path, manifest: Mapping[str, Any], most: int = 5) -> list[str]:
-    """Names of the files in a checkpoint's folder that do not belong to it: the first `most`, and how many more."""
+    """Names of the files in a checkpoint's folder that do not belong to it: the first `most`, and a count of others."""
     ours = manifest["files"].keys() | NOT_HASHED
     names = sorted({str(f.relative_to(path)) for f in files_below(path)} - ours)
     return names[:most] + ([f"and {len(names) - most} more"] if names[most:] else [])
 
 
 def _linked(path: Path, name: str) -> str:
-    """What is wrong if the file, or a folder that leads to it, is a link; "" if none is. We write no links."""
+    """A message if the file, or a folder that leads to it, is a link, which no checkpoint contains; else ""."""
     parts = Path(name).parts
     links = ("/".join(parts[: n + 1]) for n in range(len(parts)) if is_link(path.joinpath(*parts[: n + 1])))
     return next((f"{link} is a symbolic link, which no checkpoint contains" for link in links), "")

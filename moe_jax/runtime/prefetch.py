@@ -1,4 +1,4 @@
-"""The next results are computed while the present one is used."""
+"""Compute the next results while the current one is used."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ DEPTH = 2  # with one result ready, the next one is computed without waiting for
 
 
 def prefetched(make: Callable[[int], T], first: int, last: int, depth: int = DEPTH) -> Iterator[tuple[int, T]]:
-    """(n, make(n)) for every n from `first` to before `last`, `depth` of them computed ahead in a separate thread.
+    """Yield (n, make(n)) for every n from `first` to before `last`, computing `depth` of them ahead in another thread.
 
     Args:
         make: called exactly once for every n, in order.
@@ -19,7 +19,7 @@ def prefetched(make: Callable[[int], T], first: int, last: int, depth: int = DEP
         depth: at least 1; the number of results held beside the one in use.
 
     Raises:
-        whatever `make(n)` raises, at that n.
+        the exception that `make(n)` raised, when n is due.
     """
     with ThreadPoolExecutor(1, "data") as pool:
         ahead = collections.deque(pool.submit(make, n) for n in range(first, min(first + depth, last)))

@@ -1,10 +1,11 @@
-"""Many processes, one run: they start together, read separate rows, agree, and end together.
+"""The processes of a run: they start together, read separate rows, agree, and end together.
 
 The environment shows whether there are several processes; on a plain host nothing here has any effect. What must be
-decided once is decided by process 0 and sent to all (`by_first`). What fails in one process is raised in every one
+decided once is decided by process 0 and sent to all (`by_first`). What fails in one process is raised in every process
 (`by_all`), because a process that ends alone leaves the others waiting.
 
-The first part is pure functions of the environment. jax is imported late, so that a mistake is reported before it.
+The first part is pure functions of the environment. Functions import jax themselves, because on a plain host mistakes
+are reported before jax is loaded.
 """
 
 import ctypes
@@ -23,9 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 TEMPORARY = 75  # exit status (EX_TEMPFAIL): not the run's fault, and the same command resumes it
-MOST_CHARACTERS = 400  # of a library's error, quoted in ours
+MOST_CHARACTERS = 400  # the longest quotation of a library's error in ours
 BLOCK_BYTES = 4096  # messages between processes are padded to blocks: few shapes, few compilations
-ENDING_SECONDS = 60.0  # for the thread that ends the process, before another one does
+ENDING_SECONDS = 60.0  # time for the thread that ends the process, before another thread does
 COORDINATOR_LINGERS_SECONDS = 2.0  # process 0 exits this much later, because the others need it as coordinator
 NETWORK = re.compile("gloo|nccl|unavailable|connection|socket|deadline|heartbeat|barrier", re.IGNORECASE)
 FIRST_PORT = 61440  # of Slurm and Open MPI jobs ...
@@ -40,8 +41,8 @@ T = TypeVar("T")
 class Cluster(NamedTuple):
     """The processes of a run: the arguments of `jax.distributed.initialize`.
 
-    launcher: its name in messages. coordinator: "host:port" of process 0; None where JAX takes it and the two numbers
-    from the TPU's own environment. local_devices: the accelerators of this process where its host runs several
+    launcher: its name in messages. coordinator: "host:port" of process 0. It and the two numbers are None where JAX
+    finds them in the TPU's own environment. local_devices: the accelerators of this process if its host runs several
     processes, None for all.
     """
 
@@ -53,7 +54,7 @@ class Cluster(NamedTuple):
 
 
 def find_cluster(environ: Mapping[str, str], on_tpu_vm: bool = False) -> Cluster | None:
-    """The cluster that an environment describes, None on a plain host.
+    """The cluster that an environment describes; None on a plain host.
 
     Looks for, in this order: JAX_NUM_PROCESSES with its two companions, Open MPI, Slurm, Cloud TPU. A job of one task
     is a plain host, and so is a batch script that starts python without `srun`.
@@ -82,7 +83,7 @@ def _explicit(environ: Mapping[str, str], launched: Cluster | None) -> Cluster |
     if missing:
         there = [f"{name}={environ[name]}" for name in names if environ.get(name)]
         raise ValueError(
-            f"{' and '.join(there)} needs {' and '.join(missing)} as well; set all three in every process, "
+            f"{' and '.join(there)} also needs {' and '.join(missing)}; set all three in every process, "
             "or JAX_NUM_PROCESSES=1 for a run of one process."
         )
     count = _integer(environ, "JAX_NUM_PROCESSES")
@@ -136,7 +137,7 @@ def _with_coordinator(cluster: Cluster, environ: Mapping[str, str]) -> Cluster:
     cluster = cluster._replace(coordinator=environ.get("JAX_COORDINATOR_ADDRESS") or cluster.coordinator)
     if cluster.coordinator is None:
         raise ValueError(
-            f"{cluster.launcher} started {cluster.num_processes} processes and does not say where process 0 is; "
+            f"{cluster.launcher} started {cluster.num_processes} processes and does not give the host of process 0; "
             "add -x JAX_COORDINATOR_ADDRESS=HOST:PORT with the host of process 0 and a free port."
         )
     return cluster
@@ -161,7 +162,7 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 
 
 def on_tpu_vm(environ: Mapping[str, str]) -> bool:
-    """Whether this is a Cloud TPU machine, whose metadata show whether it is one of many."""
+    """Whether this is a Cloud TPU machine, whose metadata show whether it is one of several."""
     wanted = "tpu" in environ.get("JAX_PLATFORMS", "tpu") and "TPU_SKIP_MDS_QUERY" not in environ
     chips = any(Path("/dev").glob("accel[0-9]*")) or Path("/dev/vfio/0").exists()
     return wanted and chips and importlib.util.find_spec("libtpu") is not None
@@ -172,14 +173,14 @@ def on_tpu_vm(environ: Mapping[str, str]) -> bool:
 
 @contextmanager
 def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[None]:
-    """Join the cluster's run, if there is a cluster, while the block runs.
+    """Join the processes of the cluster, if there is one, while the block runs.
 
-    An error ends this process at once, and so the others within the heartbeat. Otherwise JAX would wait minutes for
-    them at its shutdown barrier, while they wait for this process in a collective.
+    An error ends this process at once, and thereby the others within the heartbeat. Otherwise JAX would wait minutes
+    for them at its shutdown barrier, while they wait for this process in a collective.
 
     Args:
         heartbeat_seconds: a process that has sent no heartbeat for this long counts as dead, and the run ends.
-        doing: what the run is doing, for the message about a lost process.
+        doing: returns what the run is doing, for the message about a lost process.
 
     Raises:
         ValueError: the environment contradicts itself, or the processes did not find each other.
@@ -191,16 +192,15 @@ def joined(heartbeat_seconds: int, doing: Callable[[], str] = str) -> Iterator[N
     _initialize(cluster, heartbeat_seconds)
     import jax
 
-    if jax.process_count() == 1:  # a TPU host alone
+    if jax.process_count() == 1:  # a single TPU host
         yield
         return
     _on_abort(lambda: end(_lost(doing())))
     try:
         yield
     except SystemExit as stop:
-        if (
-            isinstance(stop.code, int) and 0 < stop.code < 128
-        ):  # below 128: every process stops for the same reason, so nobody waits
+        # below 128 the error is this process's; from 128 on every process ends because of the same signal
+        if isinstance(stop.code, int) and 0 < stop.code < 128:
             _leave(stop.code)
         raise
     except (ValueError, OSError, FloatingPointError) as error:
@@ -240,7 +240,7 @@ def _initialize(cluster: Cluster, heartbeat_seconds: int) -> None:
 def _lost(doing: str) -> str:
     return (
         f"process {index()} of {count()}, at {doing}: another process of the run has died or cannot be reached; "
-        "its own log or the lines around this one say which and why. The same command on all hosts resumes from the "
+        "its own log or the lines around this one show which and why. The same command on all hosts resumes from the "
         "newest checkpoint."
     )
 
@@ -249,7 +249,7 @@ _ending = threading.Lock()
 
 
 def end(message: str) -> NoReturn:
-    """End this process at once with one message and status 75, from whichever thread comes first."""
+    """End this process at once with a message and status 75; only the first thread that calls it prints one."""
     if not _ending.acquire(blocking=False):
         time.sleep(ENDING_SECONDS)  # another thread is ending the process
     os.write(2, f"error: {message}\n".encode())
@@ -266,10 +266,10 @@ def _leave(status: int) -> NoReturn:
 
 
 def _on_abort(handle: Callable[[], NoReturn]) -> None:
-    """Call a function where JAX would abort the process because a peer was lost.
+    """Call a function when JAX would abort the process because another process was lost.
 
     JAX's coordination service aborts from its own thread, where Python's `signal` module runs no handler, so the
-    handler must be a C function. The one from ctypes takes the GIL, which is free while the main thread waits.
+    handler must be a C function. The handler from ctypes takes the GIL, which is free while the main thread waits.
     """
     global _handler
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handle())
@@ -279,14 +279,14 @@ def _on_abort(handle: Callable[[], NoReturn]) -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-_handler: Any = None  # a reference, because C has only the address
+_handler: Any = None  # keeps the handler alive, because C has only its address
 
 
 # --- agreeing -------------------------------------------------------------------------------------------------
 
 
 def index() -> int:
-    """This process's number; process 0 writes the logs and decides."""
+    """The number of this process; process 0 writes the logs and decides."""
     return sys.modules["jax"].process_index() if _initialized() else 0
 
 
@@ -300,7 +300,7 @@ def _initialized() -> bool:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """All-gather a JSON value over processes: call it on the main thread, in the same order in every process."""
+    """All-gather a JSON value over processes; to be called on the main thread, in the same order in every process."""
     if count() == 1:
         return [value]
     import numpy as np
@@ -318,7 +318,7 @@ def by_first(function: Callable[[], T]) -> T:
     """Call a function in process 0 only, and return its result, a JSON value, in every process.
 
     Raises:
-        ValueError, OSError: what `function` raised in process 0; in the others a ValueError with the same text.
+        ValueError, OSError: the error of `function` in process 0; in the others a ValueError with the same text.
     """
     if count() == 1:
         return function()
@@ -352,14 +352,14 @@ def _agreed(result: Any, error: Exception | None) -> Any:
 
 
 def from_rows(load: Callable[[tuple[int, int]], T], num_rows: int, sharding: Any) -> T:
-    """Build a batch on the mesh, of which this process loads only the rows that its own devices hold.
+    """Build a batch on the mesh; this process loads only the rows that its own devices hold.
 
-    Each block of rows is loaded once, whatever the order of the devices and however many share it.
+    Each block of rows is loaded once, whatever the order of the devices and the number that share it.
 
     Args:
-        load: (start, stop) -> a NamedTuple of arrays: these rows of the whole batch.
+        load: (start, stop) -> a NamedTuple of arrays with these rows of the whole batch.
         num_rows: of the whole batch.
-        sharding: splits the rows, and nothing else, over the mesh's devices.
+        sharding: splits only the rows over the mesh's devices.
 
     Returns:
         the same NamedTuple with jax arrays of `num_rows` rows.

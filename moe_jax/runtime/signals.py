@@ -1,4 +1,4 @@
-"""Signals that end a run: noted when they arrive, acted on between two steps."""
+"""Signals that end a run: noted when they arrive, handled between two steps."""
 
 import itertools
 import os
@@ -12,11 +12,11 @@ from moe_jax.runtime import processes
 
 # from clusters, from Ctrl-C, from a terminal that was closed, and from Slurm with --signal=USR1@60
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-Stopped = Callable[[], int | None]  # () -> the signal that ends the run, None while there is none
+Stopped = Callable[[], int | None]  # () -> the signal that ends the run, None while none has arrived
 
 
 class Abandoned(Exception):
-    """Work was left unfinished because a signal ends the run; `number` is the signal."""
+    """Raised where work is left unfinished because a signal ends the run; `number` is the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"left unfinished because of {signal.Signals(number).name}")
@@ -34,7 +34,7 @@ def can_be_noted() -> bool:
 
 @contextmanager
 def noted() -> Iterator[Stopped]:
-    """Note signals instead of dying of them while the block runs; yields `stopped()`, the first signal that arrived.
+    """Note signals while the block runs, instead of ending the process; yields `stopped`, which returns the first one.
 
     Several processes must end after the same step. JAX's preemption service chooses it: the service catches SIGTERM
     (its handler stays), and the other signals are passed on to it as SIGTERM. It counts the calls of `stopped` and

@@ -1,4 +1,4 @@
-"""Checkpoints of weights only, written and read slice by slice, because memory may not hold all of them."""
+"""Checkpoints of weights only, written and read slice by slice, because memory may not hold all weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 
 from moe_jax.runtime.checkpoint import is_gone, read_newest, shared_leaves
@@ -19,7 +20,7 @@ from moe_jax.runtime.stored import CHUNK_BYTES, array_spec, in_one_sentence, orb
 class OnDisk(NamedTuple):
     """An array of a checkpoint, read and written by slices along its first axes. Values are numpy arrays.
 
-    A slice that cannot be read, or is not finite, is a ValueError.
+    A slice that cannot be read, or is not finite, raises a ValueError.
     """
 
     path: Path
@@ -27,7 +28,7 @@ class OnDisk(NamedTuple):
     store: Any
 
     def read(self, index: tuple[int, ...]) -> np.ndarray:
-        """The slice at an index of the first axes; () is all of it."""
+        """Read the slice at an index of the first axes; () for the whole array."""
         try:
             value = in_one_sentence(self.path, lambda: self._at(index).read().result())
         except ValueError:
@@ -40,7 +41,7 @@ class OnDisk(NamedTuple):
         return self._finite(value)
 
     def write(self, index: tuple[int, ...], value: np.ndarray) -> None:
-        """Write such a slice."""
+        """Write the slice at an index of the first axes."""
         self._at(index).write(self._finite(value)).result()
 
     def _at(self, index: tuple[int, ...]) -> Any:
@@ -53,15 +54,15 @@ class OnDisk(NamedTuple):
 
 
 def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) -> dict[str, OnDisk]:
-    """Create a checkpoint, complete once its arrays are written and `commit` is called.
+    """Create a checkpoint, which is complete once its arrays are written and `commit` is called.
 
-    Orbax writes the tree, with a number in place of every array. The arrays proper are then created with tensorstore,
+    Orbax writes the tree, with a scalar in place of every array. The actual arrays are then created with tensorstore,
     as Orbax itself does. They are not in its database of small files, which would grow with every slice.
 
     Args:
         path: the checkpoint, which must not exist yet.
         abstract: tree of `jax.ShapeDtypeStruct`.
-        axes: leaf's path -> number of leading axes that its slices index.
+        axes: leaf's path -> number of leading axes that index its slices.
 
     Returns:
         leaf's path -> the array.
@@ -78,7 +79,7 @@ def create(path: Path, abstract: Mapping[str, Any], axes: Callable[[str], int]) 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence Orbax's warning that there is no database to merge, which `create` does not want."""
+    """Silence Orbax's warning that there is no database to merge; `create` makes none."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -88,9 +89,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) -> Any:
-    """The zarr array of a leaf, in chunks of one slice, or of some rows of one."""
-    import tensorstore
-
+    """Create the zarr array of a leaf, in chunks of one slice, or of some rows of a slice."""
     rows = leaf.shape[axes:]
     row_bytes = int(np.prod(rows[1:])) * leaf.dtype.itemsize
     chunk = [1] * axes + [max(1, min(n, CHUNK_BYTES // row_bytes)) for n in rows[:1]] + list(rows[1:])
@@ -102,7 +101,7 @@ def _make_array(path: Path, name: str, leaf: jax.ShapeDtypeStruct, axes: int) ->
 
 
 def commit(path: Path, abstract: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-    """Finish what `create` began: the manifest, which makes it a checkpoint of step 0 with weights only."""
+    """Write the manifest, which makes the result of `create` a checkpoint of step 0 with weights only."""
     extra = {"weights_only": True, **extra}
     write_manifest(path, {"step": 0, "leaves": describe_leaves(abstract), "extra": extra})
 
@@ -110,7 +109,7 @@ def commit(path: Path, abstract: Mapping[str, Any], extra: Mapping[str, Any]) ->
 def open_newest(
     directory: Path, abstract: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False
 ) -> tuple[int, dict[str, OnDisk]] | None:
-    """Open the newest checkpoint of either kind: its step and its arrays of weights; None if there is none.
+    """Open the newest checkpoint, of a run or of weights only: its step and its weights; None if there is none.
 
     Args:
         directory: the checkpoint folder.
@@ -131,9 +130,7 @@ def open_newest(
 
 
 def _open_arrays(path: Path, names: Iterable[str]) -> dict[str, OnDisk]:
-    """The arrays, with one cache of chunks: a small slice is stored with its neighbours, which are read next."""
-    import tensorstore
-
+    """Open the arrays with a shared cache of chunks: a small slice shares a chunk with those that are read next."""
     memory = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_BYTES}})
     strict = {"fill_missing_data_reads": False}  # a missing chunk is an error, not zeros
     stores = {name: tensorstore.open(array_spec(path, name) | strict, open=True, context=memory) for name in names}

@@ -1,4 +1,4 @@
-"""Arrays as they are stored in a checkpoint: where they are, and whether each can be opened."""
+"""The arrays of a checkpoint on disk: their location, and whether each can be opened."""
 
 import collections
 import glob
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from moe_jax.runtime.files import is_remote
@@ -18,8 +19,8 @@ from moe_jax.runtime.leaves import leaf_text, path_name
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 64 * 2**20  # the largest piece of a leaf on disk, which reading a slice reads whole
-MOST_CHARACTERS = 200  # of a library's error, quoted in ours
+CHUNK_BYTES = 64 * 2**20  # the largest chunk of a leaf on disk; reading a slice reads whole chunks
+MOST_CHARACTERS = 200  # the longest quotation of a library's error in ours
 
 
 def array_spec(path: Path, name: str) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def _stored_name(leaf: str) -> str:
 
 
 def _kvstore(path: Path, inside: str = "") -> dict[str, Any]:
-    """The tensorstore key-value store of the arrays: Orbax's database where the checkpoint has one, else folders."""
+    """The tensorstore key-value store of the arrays: Orbax's database if the checkpoint has one, else folders."""
     if is_remote(path):
         bucket, _, folder = str(path).removeprefix("gs://").partition("/")
         place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
@@ -47,7 +48,7 @@ def _kvstore(path: Path, inside: str = "") -> dict[str, Any]:
 def refuse_unreadable(path: Path, leaves: Mapping[str, list[Any]]) -> None:
     """Raise a ValueError unless every leaf can be opened with its shape and dtype, and all its chunks are stored.
 
-    The chunks are not read: `save` and `OnDisk.write` checked their numbers.
+    The chunks are not read, because `save` and `OnDisk.write` checked that their numbers are finite.
 
     Args:
         path: the checkpoint, whose manifest may still be missing.
@@ -78,8 +79,6 @@ class _Stored(NamedTuple):
 
 def _stored_leaves(path: Path) -> dict[str, _Stored]:
     """Every leaf that Orbax finds in a checkpoint, by its path in `describe_leaves`."""
-    import tensorstore
-
     keys = tensorstore.KvStore.open(_kvstore(path)).result().list().result()
     chunk = re.compile(rb"(.+)/\d+(\.\d+)*")
     chunks = collections.Counter(found[1].decode() for key in keys if (found := chunk.fullmatch(key)))
@@ -93,10 +92,10 @@ def _stored_leaves(path: Path) -> dict[str, _Stored]:
 
 
 class _Literal(type(epath.Path("/"))):  # type: ignore[misc]
-    """A path on this machine for Orbax, whose characters are never taken for a pattern.
+    """A local path for Orbax, whose characters are never interpreted as a pattern.
 
-    Orbax finds the files to merge with `glob`, which reads brackets in the folder's name as a choice of letters, finds
-    nothing, and leaves a checkpoint that cannot be read.
+    Orbax finds the files to merge with `glob`, which interprets brackets in the folder's name as a set of characters,
+    finds nothing, and leaves a checkpoint that cannot be read.
     """
 
     def glob(self, pattern: str) -> Iterator[Any]:
@@ -105,7 +104,7 @@ class _Literal(type(epath.Path("/"))):  # type: ignore[misc]
 
 
 def orbax_path(path: Path) -> Any:
-    """The path in the form that Orbax needs: absolute, and never a pattern."""
+    """The path as Orbax needs it: absolute, and not interpreted as a pattern."""
     return path if is_remote(path) else _Literal(path.absolute())
 
 
@@ -117,10 +116,10 @@ def tree_handler(use_ocdbt: bool = True) -> ocp.PyTreeCheckpointHandler:
 
 
 def in_one_sentence(path: Path, function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, which reads from a checkpoint; what Orbax and TensorStore raise becomes a ValueError."""
+    """Call `function(*args)`, which reads from a checkpoint; errors of Orbax and TensorStore become a ValueError."""
     try:
         return function(*args)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # a fault of this machine, not of the checkpoint
+    except (jax.errors.JaxRuntimeError, MemoryError):  # a failure of this machine, not of the checkpoint
         raise
     except Exception as error:
         text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Ends a run that is stuck: a peer that is alive but does nothing blocks all others, and no heartbeat detects it."""
+"""End a run that is stuck: a live process without progress blocks all others, and no heartbeat detects it."""
 
 import collections
 import faulthandler
@@ -14,8 +14,8 @@ from moe_jax.runtime import processes
 class Awake:
     """Splits time into running and stopped: by SIGSTOP, in a suspended job, in a paused container.
 
-    A process is not notified that it is stopped. But a thread that looks at the clock every `interval` seconds does not
-    look while stopped: of the time between two looks, at most twice the interval counts as running.
+    A process is not notified that it is stopped. But a thread that reads the clock every `interval` seconds does not
+    read it while stopped: of the time between two readings, at most twice the interval counts as running.
     """
 
     def __init__(self, interval: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -37,8 +37,8 @@ class Awake:
             return self._ran, self._stopped
 
 
-class Work:
-    """Work for the devices; `began` is a time of `Awake`, `result` an array that it computes, once there is one."""
+class Watched:
+    """Work dispatched to the devices; `began` is a time of `Awake`, `result` an array that the work computes."""
 
     def __init__(self, name: str, began: float) -> None:
         self.name = name
@@ -46,15 +46,15 @@ class Work:
         self.result: Any = None
 
     def finished(self) -> bool:
-        """Whether it is done; never waits."""
+        """Whether the work is done; never waits."""
         return self.result is not None and self.result.is_ready()
 
 
 class Watchdog:
     """Checks, in a separate thread, that the work under way is finished in time.
 
-    The devices lag behind the program that feeds them, so what counts is when results become ready: the oldest work
-    without a result is what is stuck. Time in which this process was stopped does not count.
+    The devices lag behind the program that feeds them, so the time at which a result becomes ready counts: the oldest
+    work without a result is stuck. Time in which this process was stopped does not count.
     """
 
     def __init__(self, timeout_seconds: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -65,18 +65,18 @@ class Watchdog:
         self._awake = Awake(self._interval, now)
         self._progress = 0.0
         self._kinds: set[str] = set()
-        self._under_way: collections.deque[Work] = collections.deque()
+        self._under_way: collections.deque[Watched] = collections.deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         if timeout_seconds:
             self._thread.start()
 
-    def watch(self, kind: str, number: int) -> Work:
-        """Call before work is dispatched, and set `result` of what this returns afterwards.
+    def watch(self, kind: str, number: int) -> Watched:
+        """Watch work; to be called before it is dispatched, and the `result` of the returned object set afterwards.
 
         The first work of a kind is not timed, because it compiles.
         """
-        work = Work(f"{kind} {number}", self._awake.look()[0])
+        work = Watched(f"{kind} {number}", self._awake.look()[0])
         self.doing = work.name
         if self._timeout and kind in self._kinds:
             self._under_way.append(work)
@@ -84,21 +84,22 @@ class Watchdog:
         return work
 
     def stopped_seconds(self) -> float:
-        """For how long this process has been stopped so far; 0 if nothing is watched."""
+        """The seconds for which this process has been stopped so far; 0 if nothing is watched."""
         return self._awake.look()[1] if self._timeout else 0.0
 
     def overdue(self) -> str | None:
-        """The name of the oldest work under way if it has taken too long; to be called every interval."""
+        """The name of the oldest work under way if it takes too long; to be called every interval."""
         ran, _ = self._awake.look()
         while self._under_way and self._under_way[0].finished():
             self._under_way.popleft()
             self._progress = ran
         oldest = self._under_way[0] if self._under_way else None
-        late = oldest is not None and ran - max(self._progress, oldest.began) > self._timeout
-        return oldest.name if oldest is not None and late else None
+        if oldest is None or ran - max(self._progress, oldest.began) <= self._timeout:
+            return None
+        return oldest.name
 
     def close(self) -> None:
-        """Stop watching, and let go of all results.
+        """Stop watching, and release all results.
 
         A thread that frees an array while the interpreter shuts down aborts the process, so the thread ends first.
         """

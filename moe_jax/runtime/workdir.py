@@ -1,7 +1,7 @@
 """The folder of a run: one command uses it at a time, and its numbers come from one config, one corpus and one start.
 
-The config may change where that changes no number (`config.free_keys`). The corpus and the initial weights are
-identified by fingerprints: the same data may be moved, and other data at the same path are refused.
+Keys of the config may change if that changes no number (`config.free_keys`). The corpus and the initial weights
+are identified by fingerprints: the same data may be moved, and other data at the same path are refused.
 """
 
 import platform
@@ -21,11 +21,11 @@ from moe_jax.runtime import processes
 from moe_jax.runtime.files import is_remote, lock, read_json, write_json
 
 TOKENIZER = "tokenizer"  # subfolder with the tokenizer files and configs of the model's original folder
-LOOK_SECONDS = 0.1  # between two looks for a file of process 0
+LOOK_SECONDS = 0.1  # between two checks for a file of process 0
 
 
 class Identity(NamedTuple):
-    """Fingerprints of what a run reads and what it started from. Stored in run.json and in every checkpoint.
+    """Fingerprints of the data of a run and of its initial weights, stored in run.json and in every checkpoint.
 
     corpus: `data.Corpus.fingerprint`. weights: "step" and "fingerprint" of the checkpoint of `init_from` that the run
     started from; None if its parameters were drawn at random.
@@ -36,7 +36,7 @@ class Identity(NamedTuple):
 
 
 def identity_of(about: Mapping[str, Any]) -> Identity | None:
-    """The identity in a run.json or beside a checkpoint; None if its version recorded none."""
+    """The identity in run.json or in a checkpoint; None if an earlier version wrote it without one."""
     return Identity(**about["identity"]) if "identity" in about else None
 
 
@@ -46,7 +46,7 @@ def check_workdir(workdir: Path, config: Config, corpus: str) -> None:
     Args:
         workdir: a folder; it need not exist.
         config: of the run that is about to start.
-        corpus: fingerprint of the data that it would read.
+        corpus: fingerprint of the data of that run.
     """
     file = workdir / "config.json"
     if file.is_file():
@@ -90,7 +90,7 @@ def _leave_token(workdir: Path) -> str:
 def _find_token(workdir: Path, token: str, tries: int = 100) -> None:
     """Raise a ValueError unless process 0's token appears in the workdir; network file systems take a while.
 
-    Tries are counted, not seconds, because a process that is stopped meanwhile does not look.
+    The limit is a number of attempts, not of seconds, because a process makes none while it is stopped.
     """
     for _ in range(tries):
         if (workdir / ".token").is_file() and (workdir / ".token").read_text() == token:
@@ -113,7 +113,7 @@ def write_run(workdir: Path, about: dict[str, Any]) -> None:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """The content of run.json; empty where there is none yet.
+    """The content of run.json; empty if there is none yet.
 
     Raises:
         ValueError: it is damaged.
@@ -130,11 +130,11 @@ def refuse_another_run(
         workdir: the folder of the run.
         what: "run" or "checkpoint".
         there: its config, as read from JSON.
-        identity: its identity; None if its version recorded none: then data.path is compared instead.
+        identity: its identity; if None, data.path is compared instead.
         config: of the run that is about to start.
-        corpus: fingerprint of the data that it would read.
+        corpus: fingerprint of the data of that run.
     """
-    before = validate(there)  # a key that is newer than the run has its default
+    before = validate(there)  # keys that are newer than the run get their defaults
     if changed := changed_numbers(before, config):
         raise ValueError(
             f"--workdir={workdir} holds a {what} of another config; use another workdir, or the same config. "
@@ -151,14 +151,13 @@ def refuse_another_run(
 
 
 def versions() -> dict[str, Any]:
-    """Library versions, machine, and the git revision of this package if it is in a clone."""
+    """Library versions, the machine, and the git revision of this package if it is in a clone."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = Path(moe_jax.__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     revision = None
-    if (
-        shutil.which("git") and (here.parent / ".git").exists()
-    ):  # an installed package is in another repository, if in any
+    # an installed package may be inside a repository of another project
+    if shutil.which("git") and (here.parent / ".git").exists():
         revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
@@ -168,7 +167,7 @@ def versions() -> dict[str, Any]:
 
 
 def config_of_run(workdir: Path) -> Config:
-    """The config a workdir's run was started with.
+    """The config with which the run in a workdir was started.
 
     Raises:
         ValueError: the workdir holds no run.

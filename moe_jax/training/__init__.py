@@ -1,1 +1,1 @@
-"""How it is trained: state, optimizer, losses, the step, the loop."""
+"""Training: state, optimizer, losses, the step, the loop."""

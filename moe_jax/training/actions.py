@@ -1,38 +1,35 @@
 """The hooks of every run: trace, log, save, evaluate, show, stop."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.config import Config, as_dict
 from moe_jax.model.cost import train_flops
 from moe_jax.runtime import processes
+from moe_jax.runtime.checkpoint import Checkpointer
 from moe_jax.runtime.chips import peak_flops
 from moe_jax.runtime.log import has_evaluation
+from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.hooks import Context, Hook, Now
+from moe_jax.training.state import TrainState
 from moe_jax.training.step import first_non_finite
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from moe_jax.runtime.checkpoint import Checkpointer
-    from moe_jax.runtime.profiling import Profiler
-    from moe_jax.training.state import TrainState
-
-MAX_STUCK = 3  # non-finite steps in a row that end the run: the next would not be finite either
+MAX_STUCK = 3  # this many non-finite steps in a row end the run, because nothing has moved since the first of them
 
 
 class Trace(Hook):
-    """Traces some steps; a run does not fail for it."""
+    """Traces some steps; a trace that cannot be written does not end the run."""
 
-    def __init__(self, profiler: "Profiler") -> None:
+    def __init__(self, profiler: Profiler) -> None:
         self._profiler = profiler
 
     def before(self, context: Context, now: Now) -> Mapping[str, Any]:
-        """Begin the trace at its first step."""
+        """Start the trace before its first step."""
         with context.ledger("lost"):
             self._profiler.before(now.step)
         return {}
@@ -40,11 +37,11 @@ class Trace(Hook):
     def after(self, context: Context, now: Now) -> None:
         """Write the trace when its last step is finished."""
         if self._profiler.is_last(now.step):
-            context.tokens.fetch()  # waits for the steps that were traced
+            context.tokens.fetch()  # waits for the traced steps
             self.close(context)
 
     def close(self, context: Context) -> None:
-        """Write the trace that is under way, if one is."""
+        """Write the trace that is under way, if there is one."""
         if not self._profiler.is_tracing:
             return
         try:
@@ -57,17 +54,17 @@ class Trace(Hook):
 
 
 class Evaluate(Hook):
-    """Evaluates on held-out text, and adds the result to the line of its step.
+    """Evaluates on held-out text, and adds the result to the log line of its step.
 
-    An evaluation may take long, fail or be cut off by a signal; the next start makes up for one that is missing.
+    An evaluation may take long, fail or be cut off by a signal; the next start repeats one that is missing.
     """
 
     key = "eval_every"
 
     def __init__(self, config: Config, beside: Sequence[Hook]) -> None:
-        """Args: beside: hooks that have their own numbers to add."""
+        """Args: beside: hooks that may have numbers of their own to add."""
         self.every = config.eval_every
-        self.found: dict[str, float | int] = {}  # by the newest evaluation
+        self.found: dict[str, float | int] = {}  # the result of the newest evaluation
         self._num_steps = config.num_steps
         self._beside = beside
 
@@ -75,8 +72,8 @@ class Evaluate(Hook):
         """At its interval, and at the end."""
         return done == self._num_steps or super().is_due(done)
 
-    def begin(self, context: Context, state: "TrainState") -> None:
-        """Make up for the evaluation after the steps of the checkpoint, if it was cut off or failed."""
+    def begin(self, context: Context, state: TrainState) -> None:
+        """Repeat the evaluation of the checkpoint's step, if it was cut off or failed."""
         done = int(state.step)
         if done == 0 or not self.is_due(done):
             return
@@ -88,7 +85,7 @@ class Evaluate(Hook):
         """Evaluate the state after the step."""
         self._evaluate(context, now.state, now.done)
 
-    def _evaluate(self, context: Context, state: "TrainState", done: int) -> None:
+    def _evaluate(self, context: Context, state: TrainState, done: int) -> None:
         where = context.config, state, context.corpus, context.mesh
         try:
             with context.ledger("evaluation"):
@@ -96,7 +93,7 @@ class Evaluate(Hook):
                 for hook in self._beside:
                     found |= hook.evaluate(context, state)
         except Abandoned:
-            context.display.say(f"the evaluation after step {done} is left for the next start")
+            context.display.say(f"the evaluation after step {done} is left to the next start")
             return
         self.found = found
         if context.log is not None:
@@ -112,7 +109,7 @@ class Log(Hook):
 
     key = "log_every"
 
-    def __init__(self, config: Config, mesh: "Mesh", evaluation: Evaluate) -> None:
+    def __init__(self, config: Config, mesh: Mesh, evaluation: Evaluate) -> None:
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.every = config.log_every
         self._evaluation = evaluation
@@ -120,7 +117,7 @@ class Log(Hook):
         self._peak = None if peak is None else peak * mesh.size  # FLOP/s of all devices of the mesh
 
     def is_due(self, done: int) -> bool:
-        """An evaluation needs a line to be added to."""
+        """At its interval, and wherever an evaluation needs a line to be added to."""
         return done == 1 or super().is_due(done) or self._evaluation.is_due(done)
 
     def after(self, context: Context, now: Now) -> None:
@@ -144,7 +141,7 @@ class Log(Hook):
         context.ledger.restart()
 
     def _speed(self, context: Context) -> dict[str, float | None]:
-        """What the steps since the last logged one achieved."""
+        """The speed of the steps since the last logged one."""
         tokens_per_second, data_wait = context.ledger.speed()
         flops = None if tokens_per_second is None else tokens_per_second * self._flops_per_token
         numbers = {"tokens_per_second": tokens_per_second, "data_wait": data_wait}
@@ -155,29 +152,29 @@ class Log(Hook):
 
 
 def mean_of_layers(values: Any) -> float | None:
-    """The mean over the layers where the value exists; None where it does in none."""
+    """The mean over the layers with a finite value; None if there is no such layer."""
     exists = values[np.isfinite(values)]
     return float(exists.mean()) if exists.size else None
 
 
 def _why_stuck(context: Context, now: Now, stuck: int) -> str:
-    """Which tensor was not finite; nothing has moved since the first of these steps."""
+    """The error message, which names the first tensor that is not finite; nothing moved since the first such step."""
     before = now.state._replace(step=now.state.step - 1)
     where = first_non_finite(context.config, before, now.batch, context.mesh)
     return (
-        f"step {now.step}: the loss, the gradient or what the update made of them was not finite {stuck} times in a "
-        f"row (first: {where}); the parameters are those before. Lower optimizer.learning_rate="
+        f"step {now.step}: the loss, the gradient or a result of the update was not finite {stuck} times in a row "
+        f"(first: {where}); the parameters are those before these steps. Lower optimizer.learning_rate="
         f"{context.config.optimizer.learning_rate} or look at the data."
     )
 
 
 class Save(Hook):
-    """Begins a checkpoint, which is written in the background."""
+    """Saves checkpoints, which are written in the background."""
 
     key = "save_every"
 
-    def __init__(self, config: Config, checkpoints: "Checkpointer", made_by: Mapping[str, Any]) -> None:
-        """Args: made_by: stored beside the state."""
+    def __init__(self, config: Config, checkpoints: Checkpointer, made_by: Mapping[str, Any]) -> None:
+        """Args: made_by: versions and identity, stored beside the state."""
         self.every = config.save_every
         self._num_steps = config.num_steps
         self._checkpoints = checkpoints
@@ -191,8 +188,8 @@ class Save(Hook):
         """Save the state after the step."""
         self.save(context, now.state, now.done)
 
-    def save(self, context: Context, state: "TrainState", done: int) -> None:
-        """Save the state after `done` steps, unless it is there; the log is in the workdir before."""
+    def save(self, context: Context, state: TrainState, done: int) -> None:
+        """Save the state after `done` steps, unless it is saved already; the log is flushed to the workdir before."""
         with context.ledger("step"):
             context.tokens.fetch()  # waits for the steps
         with context.ledger("checkpoint"):
@@ -202,8 +199,8 @@ class Save(Hook):
             extra["seconds"] = context.ledger.seconds
             self._checkpoints.save(done, state, extra | dict(self._made_by))
 
-    def finish(self, context: Context, state: "TrainState", done: int) -> None:
-        """Save where the run ends, which may be anywhere, and wait until it is written."""
+    def finish(self, context: Context, state: TrainState, done: int) -> None:
+        """Save the last state, after whichever step the run ends, and wait until it is written."""
         self.save(context, state, done)
         with context.ledger("checkpoint"):
             self._checkpoints.wait()
@@ -213,20 +210,20 @@ class Show(Hook):
     """Moves the progress bar."""
 
     def after(self, context: Context, now: Now) -> None:
-        """One step further."""
+        """Show one more step as done."""
         context.display.step(now.done)
 
 
 class Stop(Hook):
-    """Ends the loop between two steps if a signal came; last, so that what is due after a step is done before."""
+    """Ends the loop between two steps if a signal arrived; the last hook, so that all others have acted before."""
 
     def before(self, context: Context, now: Now) -> Mapping[str, Any]:
-        """Leave the step undone."""
+        """Stop before the step, which is not done."""
         _stop(context)
         return {}
 
     def after(self, context: Context, now: Now) -> None:
-        """Do not wait for another batch."""
+        """Stop after the step, without waiting for another batch."""
         _stop(context)
 
 

@@ -1,4 +1,4 @@
-"""What earlier attempts at a run left in its workdir: whether it is finished, the time they spent, lines too many."""
+"""What earlier attempts at a run left in its workdir: a finished log, the time they spent, surplus log lines."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,30 +16,30 @@ def is_finished(config: Config, workdir: Path) -> bool:
 
 
 def why_finished(config: Config, workdir: Path) -> str:
-    """A sentence if the run is finished and its checkpoints are gone; empty for every other."""
+    """A sentence if the run is finished and its checkpoints are gone; "" for every other run."""
     if not is_finished(config, workdir) or checkpoint.committed(workdir / "checkpoints"):
         return ""
     return (
-        f"the log of {workdir} ends with the evaluation after its last step, so the run is finished, though no "
-        "checkpoint is there any more; to train it again, use another workdir or move metrics.jsonl away"
+        f"the log of {workdir} ends with the evaluation after its last step, so the run is finished, although its "
+        "checkpoints are gone; to train it again, use another workdir or move metrics.jsonl away"
     )
 
 
 class Before(NamedTuple):
-    """ended: what run.json says of how the last attempt ended, to be kept until this one ends; remarks: lines."""
+    """ended: how the last attempt ended, kept in run.json until this one ends. remarks: lines to print."""
 
     ended: dict[str, Any]
     remarks: list[str]
 
 
 def take_over(config: Config, workdir: Path, ledger: Ledger, first: int, saved: dict[str, float]) -> Before:
-    """Carry over the time that earlier attempts spent, and set aside a log that no checkpoint accounts for.
+    """Carry over the time that earlier attempts spent, and rename a log whose checkpoints are gone.
 
     Args:
         config: of the run.
-        workdir: the run's.
+        workdir: of the run.
         ledger: of this attempt.
-        first: the steps done by the checkpoint that it resumes from.
+        first: the steps done by the checkpoint that this attempt resumes from.
         saved: seconds by kind in that checkpoint.
     """
     ended = read_run(workdir)
@@ -49,19 +49,19 @@ def take_over(config: Config, workdir: Path, ledger: Ledger, first: int, saved: 
     remarks = []
     if is_unaccounted(done, first, ended.get("step", 0), config.save_every):
         kept = set_aside(workdir, first)
-        remarks.append(f"the log has {done} steps, but the newest checkpoint {first}: it is kept as {kept}")
+        remarks.append(f"the log has {done} steps, but the newest checkpoint has {first}: the log is kept as {kept}")
     return Before({key: ended[key] for key in ("step", "seconds", "time", "goodput") if key in ended}, remarks)
 
 
 def is_unaccounted(logged: int, first: int, ended: int, save_every: int) -> bool:
-    """Whether a log has steps that a checkpoint must have held once, and which the newest one there is does not.
+    """Whether a log has steps that were in a checkpoint once, and are not in the newest one that still exists.
 
-    A crash leaves lines after the newest checkpoint too, at most up to the next save.
+    A crash also leaves lines after the newest checkpoint, but at most up to the next save.
 
     Args:
-        logged: the steps done by its newest line.
-        first: those of the newest checkpoint.
-        ended: those that the last attempt that ended well had saved.
+        logged: the steps done by the newest line.
+        first: the steps done by the newest checkpoint.
+        ended: the steps done by the last attempt that ended normally.
         save_every: of the config; 0 saves at the end only.
     """
     next_save = first // save_every * save_every + save_every if save_every else first

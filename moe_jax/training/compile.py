@@ -1,4 +1,4 @@
-"""The jitted train and evaluation steps, shared by all configs that a step cannot tell apart."""
+"""The jitted train and evaluation steps, shared by all configs that compile to the same step."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from moe_jax.config import DISPATCHERS, Config, MeshConfig, at_defaults
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
-from moe_jax.training.losses import row_nats
+from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import TrainState, read_bias, state_shardings
 from moe_jax.training.step import train_step
 
@@ -24,11 +24,11 @@ TrainStep = Any  # a jitted (TrainState, Batch, key) -> (TrainState, metrics)
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
-    """(state, batch, key) -> (state, metrics), jitted, the state donated.
+    """A jitted (state, batch, key) -> (state, metrics) that donates the state.
 
-    Configs that differ in nothing a step reads share one function, and so one compilation: the seeds of an
-    experiment, for example. Metrics are device arrays, whole on every device; fetching them is the caller's to
-    time. With a mesh the state lies as `state_shardings` says, the batch as `batch_sharding`.
+    Configs that differ only in what no step reads, such as the seeds of an experiment, share one function and so one
+    compilation. Metrics are arrays on the devices, whole on each; the caller decides when to fetch them. With a mesh
+    the state is sharded by `state_shardings`, the batch by `batch_sharding`.
     """
     return _train_step(compiled_by(config), mesh)
 
@@ -36,28 +36,28 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
 def make_eval_step(
     config: Config, mesh: Mesh | None = None, balancer: balance.Balancer | None = None
 ) -> Callable[[TrainState, Batch], "Evaluation"]:
-    """(state, batch) -> sums over the batch, jitted, whole on every device. Moves nothing.
+    """A jitted (state, batch) -> sums over the batch, whole on every device; the state is not changed.
 
-    Experts are chosen as the config's balance says, or by another `balancer` with the same state.
+    Experts are selected by the config's balancer, or by another `balancer` with the same state.
     """
     return _eval_step(compiled_by(config), mesh, balancer)
 
 
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
-    """Shapes and dtypes of a step's batch; with a mesh also where it lies."""
-    place = None if mesh is None else batch_sharding(mesh)
+    """Shapes and dtypes of a step's batch; with a mesh also its sharding."""
+    sharding = None if mesh is None else batch_sharding(mesh)
     sizes = {"batch": config.batch_size, "sequence": config.sequence_length}
 
     def leaf(name: str, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape = tuple(sizes[dim] for dim in dims)
-        return jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32, sharding=place)
+        return jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32, sharding=sharding)
 
     return Batch(**{name: leaf(name, dims) for name, dims in Batch.dims()._asdict().items()})
 
 
 def compiled_by(config: Config) -> Config:
-    """The part of the config that decides a compilation: runs that differ elsewhere share one."""
-    # a step gets its mesh beside the config
+    """The config with every key that no step reads at its default: runs with the same result share a compilation."""
+    # the mesh is a separate argument of a step
     return dataclasses.replace(at_defaults(config, "data", "nothing"), mesh=MeshConfig())
 
 
@@ -66,11 +66,11 @@ def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
     step = functools.partial(train_step, config, mesh=mesh)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    places = state_shardings(config, mesh), replicated(mesh)
+    shardings = state_shardings(config, mesh), replicated(mesh)
     options = compiler_options(config, platform(mesh))
     if options:
         _check_options(options, mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def compiler_options(config: Config, platform: str) -> dict[str, str]:
@@ -80,10 +80,10 @@ def compiler_options(config: Config, platform: str) -> dict[str, str]:
 
 
 def _check_options(options: dict[str, str], mesh: Mesh) -> None:
-    """Try the options on next to nothing, before minutes are spent on the step.
+    """Compile a trivial program with the options, before minutes are spent on the step.
 
     Raises:
-        ValueError: XLA does not know an option, or not its value.
+        ValueError: XLA does not know an option or its value.
     """
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     try:
@@ -94,11 +94,11 @@ def _check_options(options: dict[str, str], mesh: Mesh) -> None:
 
 
 class Evaluation(NamedTuple):
-    """Sums over one held-out batch: of every row, and over all; None where there are no experts, or no bias.
+    """Sums over one held-out batch, by row and over all rows; None without experts, or without a bias.
 
-    nats, tokens, domain, num_bytes: of a row, its valid targets alone. row_loads: of a row's sequence.
-    kept, chosen: how many decisions are the same without the bias, and how many there are. dropped: how many copies no
-    expert saw; None where none can be dropped.
+    nats, tokens, domain, num_bytes: of a row, counting only valid targets. row_loads: of a row's sequence.
+    kept: the number of decisions that are the same without the bias. chosen: the number of decisions. dropped: the
+    number of copies that no expert saw; None where none can be dropped.
     """
 
     nats: Float32[Array, "batch"]
@@ -112,7 +112,7 @@ class Evaluation(NamedTuple):
 
     @property
     def loads(self) -> Int32[Array, "layers experts"] | None:
-        """Of the whole batch."""
+        """The loads of the whole batch."""
         return None if self.row_loads is None else self.row_loads.sum(0, dtype=jnp.int32)
 
 
@@ -125,10 +125,10 @@ def _eval_step(
     can_drop = not DISPATCHERS[config.model.dispatch].dropless or balancer.drop is not None
 
     def evaluate(state: TrainState, batch: Batch) -> Evaluation:
-        # only `random` draws in evaluation: anew for every batch, and the same whenever the batch comes again
+        # only the method `random` draws in evaluation: other experts for every batch, the same for the same batch
         key = jax.random.fold_in(jax.random.key(0), batch.tokens.sum(dtype=jnp.int32))
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, mesh=mesh)
-        nats, report = row_nats(config, state.params, state.bias, fwd, batch)
+        nats, report = model_row_nats(config, state.params, state.bias, fwd, batch)
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
         result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)
@@ -143,9 +143,11 @@ def _eval_step(
 
 
 def _kept_without_bias(state: TrainState, details: Details) -> tuple[Int32[Array, "layers"], Int32[Array, "layers"]]:
-    """How many decisions of each layer its scores alone would make too, and how many there are."""
-    routing, bias = details.routing, read_bias(state.bias)
+    """(number of decisions that the scores alone would make too, number of decisions) of each layer."""
+    routing = details.routing
+    bias = read_bias(state.bias)
     kept, chosen = measures.decisions_kept(routing.expert_ids, details.unbiased_ids, routing.loads.shape[-1])
-    biased = (measures.bias_range(bias) > 0).reshape(len(bias), -1).any(-1)  # else a rule chose, as in layers that hash
-    kept, chosen = kept.astype(jnp.int32), chosen.astype(jnp.int32)
-    return jnp.where(biased, kept, chosen), chosen
+    # without a bias the experts were selected by another rule, as in hash layers
+    biased = (measures.bias_range(bias) > 0).reshape(len(bias), -1).any(-1)
+    chosen = chosen.astype(jnp.int32)
+    return jnp.where(biased, kept.astype(jnp.int32), chosen), chosen

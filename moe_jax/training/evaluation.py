@@ -4,65 +4,63 @@ import collections
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax.balance import Balancer, measures
 from moe_jax.config import Config
+from moe_jax.data import Batch, Corpus, evaluation_batches
+from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.runtime import processes
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.signals import Abandoned, Stopped, never
 from moe_jax.runtime.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from moe_jax.balance import Balancer
-    from moe_jax.data import Batch, Corpus
-    from moe_jax.training.compile import Evaluation
-    from moe_jax.training.state import TrainState
+from moe_jax.training import compile
+from moe_jax.training.compile import Evaluation
+from moe_jax.training.state import TrainState
 
 
 def evaluate(
     config: Config,
-    state: "TrainState",
-    corpus: "Corpus",
-    mesh: "Mesh | None" = None,
+    state: TrainState,
+    corpus: Corpus,
+    mesh: Mesh | None = None,
     watchdog: Watchdog | None = None,
-    balancer: "Balancer | None" = None,
+    balancer: Balancer | None = None,
     stopped: Stopped = never,
 ) -> dict[str, float | int]:
-    """Loss, bits per byte (all and per domain) and balance over the held-out documents.
+    """Evaluate loss, bits per byte (all and per domain) and balance over the held-out documents.
 
-    Bits per byte is nats / (ln 2 x UTF-8 bytes of the targets): comparable across tokenizers. Violations
-    count loads over the whole set (MaxVio_global), per layer, then mean and worst over layers.
+    Bits per byte is nats / (ln 2 x UTF-8 bytes of the targets), which is comparable across tokenizers. Violations are
+    those of the loads of the whole set (MaxVio_global), by layer, then mean and worst over layers.
 
     Args:
         config: of the model and the batches.
         state: on the mesh.
         corpus: its "validation" streams are used.
-        mesh: the config's on all devices if None. With several processes each loads only its rows, and all
+        mesh: None for the config's mesh on all devices. With several processes each loads only its rows, and all
             get the same numbers.
-        watchdog: sees every batch.
-        balancer: chooses experts in place of the config's; it reads the same state.
-        stopped: whether to give up, as in `held_out`.
+        watchdog: watches every batch.
+        balancer: selects experts in place of the config's; it reads the same state.
+        stopped: the signal that ends the evaluation, as in `held_out`.
 
     Returns:
-        eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>; with experts also what `metrics.of_loads` gives
-        of the whole set, as eval/max_violation; eval/max_violation/<domain>, mean over layers;
-        eval/sequence_max_violation, the mean over layers and sequences of a sequence's own, and
-        eval/sequence_violation_floor, what chance would make of it; eval/domain_information, bits that a copy's
-        expert says about its domain, mean over layers; with a bias eval/bias_changed, the share of the decisions
-        that would be others without it; where copies can be dropped eval/drop_rate, their share, mean over layers.
+        eval/loss, eval/bits_per_byte, eval/bits_per_byte/<domain>. With experts also `measures.of_loads` of the whole
+        set, as eval/max_violation; eval/max_violation/<domain>, mean over layers; eval/sequence_max_violation, the
+        violation within a sequence, mean over layers and sequences, and eval/sequence_violation_floor, its value for
+        a random router; eval/domain_information, the bits of information that a copy's expert carries about its
+        domain, mean over layers. With a bias eval/bias_changed, the share of the decisions that would be different
+        without it. Where copies can be dropped eval/drop_rate, their share, mean over layers.
 
     Raises:
         Abandoned: as `held_out`.
     """
-    import jax
-
-    from moe_jax.mesh import make_mesh
-    from moe_jax.training.compile import make_eval_step
-
-    mesh, watchdog = mesh or make_mesh(config.mesh), watchdog or Watchdog(0)
-    eval_step = make_eval_step(config, mesh, balancer)
+    mesh = mesh or make_mesh(config.mesh)
+    watchdog = watchdog or Watchdog(0)
+    eval_step = compile.make_eval_step(config, mesh, balancer)
     totals = Totals(len(corpus.domains), config.model.num_experts)
     for number, batch in enumerate(held_out(config, corpus, mesh, stopped)):
         work = watchdog.watch("evaluation batch", number)
@@ -72,15 +70,12 @@ def evaluate(
     return totals.losses(corpus.domains) | totals.balance(corpus.domains)
 
 
-def held_out(config: Config, corpus: "Corpus", mesh: "Mesh", stopped: Stopped = never) -> Iterator["Batch"]:
-    """The held-out batches on the mesh, of a micro-batch's size; each process loads only its rows.
+def held_out(config: Config, corpus: Corpus, mesh: Mesh, stopped: Stopped = never) -> Iterator[Batch]:
+    """The held-out batches on the mesh, each of a micro-batch's size; each process loads only its rows.
 
     Raises:
-        Abandoned: `stopped()` names a signal when a batch is due; in every process at the same one.
+        Abandoned: `stopped()` returned a signal when a batch was due; in every process at the same batch.
     """
-    from moe_jax.data import evaluation_batches
-    from moe_jax.mesh import batch_sharding
-
     batch_size = config.batch_size // config.micro_batches
     batches = evaluation_batches(
         corpus,
@@ -89,7 +84,7 @@ def held_out(config: Config, corpus: "Corpus", mesh: "Mesh", stopped: Stopped = 
         max_sequences_per_domain=config.data.eval_sequences,
     )
 
-    def load(number: int) -> "Batch":
+    def load(number: int) -> Batch:
         rows = functools.partial(batches.batch_at, number)
         return processes.from_rows(rows, batch_size, batch_sharding(mesh))
 
@@ -100,23 +95,21 @@ def held_out(config: Config, corpus: "Corpus", mesh: "Mesh", stopped: Stopped = 
 
 
 class Totals:
-    """What evaluation adds up on the host, in float64 and int64: by domain, by layer, and over sequences."""
+    """The sums of an evaluation on the host, in float64 and int64: by domain, by layer, and over sequences."""
 
     def __init__(self, num_domains: int, num_experts: int) -> None:
-        import numpy as np
-
         self.num_experts = num_experts  # those that compute; loads of zero-computation experts come after them
-        self.nats, self.num_bytes = np.zeros(num_domains), np.zeros(num_domains, np.int64)
+        self.nats = np.zeros(num_domains)
+        self.num_bytes = np.zeros(num_domains, np.int64)
         self.lengths: collections.Counter[int] = collections.Counter()  # valid tokens of a sequence -> sequences
-        self.by_sequence: dict[str, float] = collections.defaultdict(float)  # of violations over layers, the sums
+        self.by_sequence: dict[str, float] = collections.defaultdict(float)  # measure -> sum of its means over layers
         self.loads: Any = None  # [D, L, E]
-        self.kept = self.chosen = 0  # decisions that the bias does not change, and all
+        self.kept = 0  # decisions that the bias does not change
+        self.chosen = 0  # all decisions
         self.dropped: Any = None  # [L], copies that no expert saw
 
-    def add(self, sums: "Evaluation") -> None:
-        """Count one batch, fetched."""
-        import numpy as np
-
+    def add(self, sums: Evaluation) -> None:
+        """Add one batch, already fetched to the host."""
         real = sums.domain >= 0
         domain = sums.domain[real]
         np.add.at(self.nats, domain, sums.nats[real].astype(np.float64))
@@ -125,15 +118,12 @@ class Totals:
         if sums.row_loads is not None:
             self._add_loads(domain, sums.row_loads[real][..., : self.num_experts])
         if sums.kept is not None and sums.chosen is not None:
-            self.kept, self.chosen = self.kept + int(sums.kept.sum()), self.chosen + int(sums.chosen.sum())
+            self.kept += int(sums.kept.sum())
+            self.chosen += int(sums.chosen.sum())
         if sums.dropped is not None:
             self.dropped = (0 if self.dropped is None else self.dropped) + sums.dropped.astype(np.int64)
 
     def _add_loads(self, domain: Any, row_loads: Any) -> None:
-        import numpy as np
-
-        from moe_jax.balance import measures
-
         if self.loads is None:
             self.loads = np.zeros((len(self.nats), *row_loads.shape[1:]), np.int64)
         np.add.at(self.loads, domain, row_loads)
@@ -142,11 +132,11 @@ class Totals:
 
     @property
     def num_tokens(self) -> int:
-        """The valid targets."""
+        """The number of valid targets."""
         return sum(length * count for length, count in self.lengths.items())
 
     def losses(self, domains: Sequence[str]) -> dict[str, float]:
-        """eval/loss and bits per byte, of all and of each domain with text."""
+        """eval/loss, and eval/bits_per_byte of all text and of each domain that has text."""
         numbers = {
             "eval/loss": float(self.nats.sum()) / self.num_tokens,
             "eval/bits_per_byte": float(self.nats.sum()) / (math.log(2) * int(self.num_bytes.sum())),
@@ -157,9 +147,7 @@ class Totals:
         return numbers
 
     def balance(self, domains: Sequence[str]) -> dict[str, float | int]:
-        """How even loads are, in all, by domain and by sequence; nothing for a dense model."""
-        from moe_jax.balance import measures
-
+        """Measures of balance of the whole set, by domain and by sequence; empty for a dense model."""
         if self.loads is None:
             return {}
         whole = measures.of_loads(self.loads.sum(0), self.num_experts, self.num_tokens)
@@ -174,26 +162,23 @@ class Totals:
         numbers |= self._by_sequence()
         if self.dropped is not None:
             numbers["eval/drop_rate"] = float((self.dropped / self.loads.sum((0, 2))).mean())
-        return numbers | ({"eval/bias_changed": 1.0 - self.kept / self.chosen} if self.chosen else {})
+        if self.chosen:
+            numbers["eval/bias_changed"] = 1.0 - self.kept / self.chosen
+        return numbers
 
     def _by_sequence(self) -> dict[str, float]:
-        import numpy as np
-
-        from moe_jax.balance import measures
-
-        lengths, counts = np.array(list(self.lengths)), np.array(list(self.lengths.values()))
+        lengths = np.array(list(self.lengths))
+        counts = np.array(list(self.lengths.values()))
         floor = np.asarray(measures.violation_floor(lengths, self._copies, self.num_experts), np.float64)
         numbers = {f"eval/sequence_{name}": total / int(counts.sum()) for name, total in self.by_sequence.items()}
         return numbers | {"eval/sequence_violation_floor": float((floor * counts).sum() / counts.sum())}
 
     @property
     def _copies(self) -> float:
-        """How many real experts a token has in a layer, on average."""
+        """The number of computing experts that a token has in a layer, on average."""
         return self.loads.sum() / (self.loads.shape[1] * self.num_tokens)
 
     def _floor(self, loads: Any) -> Any:
-        """The violation floor of loads [L, E]: at as many tokens as made them."""
-        from moe_jax.balance import measures
-
+        """The violation floor of loads [L, E], at the number of tokens behind them."""
         tokens = loads.sum() / (len(loads) * self._copies)
         return measures.violation_floor(tokens, self._copies, self.num_experts)

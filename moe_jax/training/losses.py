@@ -1,4 +1,4 @@
-"""The loss of a batch: next-token cross-entropy, and that of multi-token prediction."""
+"""The loss of a batch: the cross-entropies of next-token and of multi-token prediction."""
 
 import jax
 from flax import nnx
@@ -13,23 +13,26 @@ from moe_jax.model.forward import Pass, Report
 from moe_jax.model.prediction import AheadLoss, ahead_loss
 
 
-def row_nats(
+def model_row_nats(
     config: Config, params: Tree, bias: Tree, fwd: Pass, batch: Batch
 ) -> tuple[Float32[Array, "batch"], Report | None]:
-    """The cross-entropy of every row in nats, summed over its valid targets, and the layers' reports.
+    """Run the model: the cross-entropy of every row in nats, summed over its valid targets, and the layers' reports.
 
     Args:
-        fwd: through the inputs of the batch, `inputs_of(batch)`.
+        fwd: the forward pass of the batch, with `inputs_of(batch)`.
     """
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
     logits, report = model(fwd)
     return head.row_nats(logits, batch.targets, batch.mask), report
 
 
-def summed_nats(
+def model_summed_nats(
     config: Config, params: Tree, bias: Tree, fwd: Pass, batch: Batch
 ) -> tuple[Float32[Array, ""], AheadLoss, Report | None]:
-    """The sum of `row_nats`, which on one device needs no logits in memory, and multi-token prediction's loss."""
+    """Run the model: the sum of `model_row_nats`, multi-token prediction's loss, and the layers' reports.
+
+    On one device the logits of all tokens are never in memory at once.
+    """
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
     x, ahead, report = model.before_head(fwd)
 

@@ -1,4 +1,4 @@
-"""The corpus that a config names, checked against it, and the same in every process."""
+"""Open the corpus of a config, and check that it fits the config and is the same in every process."""
 
 from moe_jax.config import Config
 from moe_jax.data import Corpus, open_corpus
@@ -7,11 +7,11 @@ from moe_jax.runtime import processes
 
 
 def open_data(config: Config) -> Corpus:
-    """The corpus of the config; every process must call it.
+    """Open the corpus of the config; every process must call it.
 
     Raises:
-        ValueError, FileNotFoundError: missing or damaged files, a vocabulary too small, wrong data.weights; in every
-            process what is wrong in one, or that `data.path` leads some of them to other data.
+        ValueError, FileNotFoundError: missing or damaged files, a vocabulary that is too small, wrong data.weights, or
+            a `data.path` with other data in some process. What one process raises is raised in all.
     """
     corpus = processes.by_all(lambda: _open(config))
     first = processes.by_first(lambda: corpus.fingerprint)
@@ -33,9 +33,9 @@ def _open(config: Config) -> Corpus:
 
 
 def _refuse_other_data(config: Config, corpus: Corpus, first: str) -> None:
-    """Raise a ValueError unless this process found the data with the fingerprint of process 0's."""
+    """Raise a ValueError unless the data of this process have the fingerprint of process 0's."""
     if corpus.fingerprint != first:
         raise ValueError(
-            f"data.path={config.data.path!r} leads process {processes.index()} to other data (fingerprint "
-            f"{corpus.fingerprint[:16]}) than process 0 ({first[:16]}); give all hosts the same prepared folder."
+            f"data.path={config.data.path!r} holds other data in process {processes.index()} (fingerprint "
+            f"{corpus.fingerprint[:16]}) than in process 0 ({first[:16]}); give all hosts the same prepared folder."
         )

@@ -17,9 +17,8 @@ from moe_jax.runtime.defaults import jax_defaults
 def make_optimizer(config: OptimizerConfig, dims: Tree) -> optax.GradientTransformation:
     """AdamW without its learning rate, which follows the step number and is applied by the train step.
 
-    It computes in float32: what it returns is stored by `stored`. Weights with two or more logical dimensions decay;
-    scales of norms, which have one, do not. The number of array dimensions would not tell them apart, for layers are
-    stacked.
+    It computes in float32; `stored` converts its results. Weights with two or more logical dimensions decay; scales of
+    norms, which have one, do not. The number of array dimensions does not distinguish them, because layers are stacked.
     """
     parts = [_clip_by_norm(config.clip_norm)] if config.clip_norm > 0 else []
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -30,11 +29,11 @@ def make_optimizer(config: OptimizerConfig, dims: Tree) -> optax.GradientTransfo
     return optax.GradientTransformation(jax_defaults()(chain.init), jax_defaults()(chain.update))
 
 
-def _clip_by_norm(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with one division in all, not one an element, for which XLA:CPU keeps a copy."""
+def _clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with a single division: for one an element XLA:CPU keeps a copy of the gradient."""
 
     def clip(updates: Tree, _: Tree) -> Tree:
-        share = jnp.minimum(1.0, most / optax.tree.norm(updates))
+        share = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
         return jax.tree.map(lambda u: (share * u).astype(u.dtype), updates)
 
     return optax.stateless(clip)
@@ -46,15 +45,17 @@ def decay_mask(dims: Tree) -> Tree:
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """step -> learning rate: a linear warm-up that ends at the peak, then the schedule by name.
+    """step -> learning rate: a linear warm-up that ends at the peak, then the schedule of that name.
 
-    constant; cosine to `end_ratio` of the peak at the last step; wsd (warm-up, stable, decay): linear to the same
-    over the last `decay_fraction`; multistep: times `milestone_ratio` at every milestone. A decay starts from a step
-    at the peak, so one that would fill the run is a step shorter.
+    constant; cosine to `end_ratio` of the peak at the last step; wsd (warm-up, stable, decay): linear to the same value
+    over the last `decay_fraction` of the steps; multistep: times `milestone_ratio` at every milestone. A decay starts
+    from a step at the peak, so a decay over the whole run is a step shorter.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    longest = num_steps - max(1, warmup)  # of the decay
-    decay, fall = 0, optax.constant_schedule(peak)
+    peak = config.learning_rate
+    warmup = config.warmup_steps
+    longest = num_steps - max(1, warmup)  # the largest number of steps of the decay
+    decay = 0
+    fall = optax.constant_schedule(peak)
     if config.schedule == "cosine" and longest:
         decay = max(1, num_steps - 1 - warmup)
         fall = optax.cosine_decay_schedule(peak, decay, config.end_ratio)
@@ -75,7 +76,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def _moments_in(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """`inner` computing in float32 from moments that begin in `dtype`, whatever the parameters' dtype."""
+    """`inner`, computing in float32 from moments whose initial dtype is `dtype`, whatever the parameters' dtype."""
 
     def cast(tree: Tree, to: str) -> Tree:
         return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
@@ -90,10 +91,10 @@ def _moments_in(inner: optax.GradientTransformation, dtype: str) -> optax.Gradie
 
 
 def stored(new: Tree, old: Tree, rounding: str, key: Key[Array, ""]) -> Tree:
-    """What was computed, in the dtypes of `old`: rounded to the nearest, or by chance where that is to bfloat16.
+    """The new values in the dtypes of `old`, rounded to the nearest; to bfloat16 also stochastically.
 
-    To the nearest, what changes a bfloat16 number by less than 2^-8 of it is lost, step after step. By chance, a number
-    goes up or down with the probabilities that keep its mean. The draws are those of `key`, the same on any mesh.
+    Rounding to the nearest loses every update of less than about 2^-8 of a bfloat16 number, step after step. Stochastic
+    rounding rounds up or down with the probabilities that keep the mean. The draws from `key` are the same on any mesh.
 
     Source: stochastic rounding for training, Gupta et al. (arXiv 1502.02551); in bfloat16, Zamirai et al. (2010.06192).
     """
@@ -111,7 +112,7 @@ def stored(new: Tree, old: Tree, rounding: str, key: Key[Array, ""]) -> Tree:
 
 
 def cost_of_rounding(config: Config) -> str | None:
-    """One line on what is lost of small updates to numbers that are kept in bfloat16; None where nothing is."""
+    """One line about small updates that are lost to numbers kept in bfloat16; None if none are lost."""
     model, optimizer = config.model, config.optimizer
     if optimizer.rounding == "stochastic":
         return None
@@ -123,6 +124,6 @@ def cost_of_rounding(config: Config) -> str | None:
     if not kept:
         return None
     return (
-        f"{' and '.join(kept)}='bfloat16' loses every change of a number by less than about 2^-8 of it, as small "
-        "learning rates make them; set 'float32', or optimizer.rounding='stochastic'"
+        f"{' and '.join(kept)}='bfloat16' loses every change of a number by less than about 2^-8 of it, as with small "
+        "learning rates; set 'float32', or optimizer.rounding='stochastic'"
     )

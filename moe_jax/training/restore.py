@@ -1,42 +1,36 @@
-"""The newest checkpoint of a workdir on the devices at hand."""
+"""Restore the newest checkpoint of a workdir on the devices that are present."""
 
 import contextlib
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moe_jax.config import DISPATCHERS, Config, MeshConfig, resolve
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from moe_jax.training.state import TrainState
+from moe_jax.mesh import replicated
+from moe_jax.runtime import checkpoint
+from moe_jax.training.state import TrainState, abstract_state, initial_balance
 
 
-def restore_run(config: Config, workdir: Path, mesh: "Mesh") -> tuple["TrainState", dict[str, Any]] | None:
-    """The newest checkpoint of the workdir as (state, extra), on this mesh; None if there is none."""
-    from moe_jax.runtime import checkpoint
-    from moe_jax.training.state import abstract_state
-
+def restore_run(config: Config, workdir: Path, mesh: Mesh) -> tuple[TrainState, dict[str, Any]] | None:
+    """Restore the newest checkpoint of the workdir on this mesh, as (state, extra); None if there is none."""
     options = config.checkpoint
     target = abstract_state(config, mesh)
     return checkpoint.restore(workdir / "checkpoints", target, verify=options.verify, fallback=options.fallback)
 
 
-def restore_model(config: Config, workdir: Path, mesh: "Mesh") -> "TrainState | None":
-    """The newest checkpoint's model, of a run or converted, on this mesh, without an optimizer; None if there is none.
+def restore_model(config: Config, workdir: Path, mesh: Mesh) -> TrainState | None:
+    """Restore the model of the newest checkpoint on this mesh, without the optimizer; None if there is none.
 
-    Where the checkpoint holds weights only, balancing remembers what it does before step 0.
+    The checkpoint may be of a run or of a converted model. Where it holds weights only, the balancer state is that
+    before step 0.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from moe_jax.mesh import replicated
-    from moe_jax.runtime import checkpoint
-    from moe_jax.training.state import TrainState, abstract_state, initial_balance
-
-    options, target = config.checkpoint, abstract_state(config, mesh)
+    options = config.checkpoint
+    target = abstract_state(config, mesh)
     fields = {name: getattr(target, name) for name in ("step", "params", "bias", "balance")}
     found = checkpoint.restore_weights(
         workdir / "checkpoints", fields, verify=options.verify, fallback=options.fallback
@@ -51,16 +45,15 @@ def restore_model(config: Config, workdir: Path, mesh: "Mesh") -> "TrainState | 
 
 
 def on_these_devices(config: Config) -> Config:
-    """The config with its mesh, or where that does not fit with a data-parallel one of as many devices as can be.
+    """The config with its mesh if that fits, else with a data-parallel mesh of as many devices as possible.
 
     Raises:
-        ValueError: several processes, whose devices the mesh does not fit; or a platform without a collective.
+        ValueError: the mesh does not fit the devices of several processes; or the platform lacks a collective.
     """
-    import jax
-
-    devices, platform = jax.device_count(), jax.devices()[0].platform
+    devices = jax.device_count()
+    platform = jax.devices()[0].platform
     dispatcher = DISPATCHERS[config.model.dispatch]
-    if dispatcher.dropless and not dispatcher.is_oracle:  # another gives the same output
+    if dispatcher.dropless and not dispatcher.is_oracle:  # every dropless dispatcher gives the same output
         config = replace(config, model=replace(config.model, dispatch="auto"))
     try:
         return resolve(config, devices, platform)

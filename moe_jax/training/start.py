@@ -1,4 +1,4 @@
-"""The state that a run begins with: that of its checkpoint, of other weights, or drawn at random."""
+"""The state that a run begins with: from its checkpoint, from other weights, or drawn at random."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from moe_jax.training.tokenizer import carry_tokenizer
 
 
 class Start(NamedTuple):
-    """What a run begins with: its state, what was saved beside it, its identity, and lines for the reader."""
+    """What a run begins with: its state, `extra` of its checkpoint, its identity, and lines to print."""
 
     state: TrainState
     extra: dict[str, Any]
@@ -31,13 +31,13 @@ class Start(NamedTuple):
 
 
 def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
-    """The newest checkpoint of the workdir; without one, the weights of `init_from`; without these, random ones.
+    """Begin from the newest checkpoint of the workdir, else from the weights of `init_from`, else from random weights.
 
     Args:
         config: validated.
-        mesh: where the state will be.
-        workdir: of the run; gets the tokenizer of a new run, if it has one of its own.
-        corpus: what the run reads.
+        mesh: of the state.
+        workdir: of the run; gets the tokenizer of a new run, unless it is that of bytes.
+        corpus: of the run.
 
     Raises:
         ValueError: a damaged checkpoint, one of another run or another model, or weights that this run cannot use.
@@ -47,19 +47,19 @@ def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
 
 
 def _remarks(config: Config, mesh: Mesh, first: int) -> list[str]:
-    """What a reader should know of a run of this config that begins at step `first` on this mesh."""
+    """Lines to print about a run of this config that begins at step `first` on this mesh."""
     lines = []
     if not can_be_noted():
-        lines.append("not in the main thread: signals are left to the program around, and save nothing here")
+        lines.append("not in the main thread: signals are left to the surrounding program, and do not save the run")
     if first:
-        lines.append(f"going on from step {first}")
+        lines.append(f"resuming from step {first}")
     m = config.model
     if m.num_experts and (line := dispatch.kernel_note(m.cpu_kernel, mesh, m.compute_dtype, m.quantization)):
         lines.append(line)
     if line := cost_of_rounding(config):
         lines.append(line)
     if unused := jax.device_count() - mesh.size:
-        lines.append(f"{unused} of {jax.device_count()} devices are not in the mesh and stay unused")
+        lines.append(f"{unused} of {jax.device_count()} devices are not in the mesh and are not used")
     return lines
 
 
@@ -67,7 +67,7 @@ def _remarks(config: Config, mesh: Mesh, first: int) -> list[str]:
 
 
 def _resumed(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start | None:
-    """The newest checkpoint of the workdir; None if there is none. Needs nothing of `init_from`."""
+    """Begin from the newest checkpoint of the workdir, which does not need `init_from`; None if there is none."""
     found = restore_run(config, workdir, mesh)
     if found is None:
         return None
@@ -83,16 +83,17 @@ def _resumed(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start
 
 
 def _refuse_other_weights(workdir: Path, identity: Identity | None, there: Config, config: Config) -> list[str]:
-    """Check `init_from` against the start of the run that is resumed; a line where that can be checked no more.
+    """Check that `init_from` still names the weights that the run started from; return a line if they are gone.
 
-    A run needs nothing of the weights once it has a checkpoint, so they may be gone, moved or left out.
+    A run no longer needs these weights once it has a checkpoint, so they may be moved or deleted, and `init_from` may
+    be empty.
 
     Raises:
         ValueError: `init_from` names other weights than those that the run started from.
     """
     if not config.init_from:
         return []
-    if identity is None:  # older than identities: the weights are those that its config names
+    if identity is None:  # recorded by an earlier version: its weights are those that its config names
         same = config.init_from == there.init_from
     elif identity.weights is None:
         same = False
@@ -110,7 +111,7 @@ def _refuse_other_weights(workdir: Path, identity: Identity | None, there: Confi
 
 
 def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
-    """The fingerprint of the finished checkpoint of a step; None where it is gone or damaged."""
+    """The fingerprint of the finished checkpoint of a step; None if it is gone or damaged."""
     try:
         return manifest.fingerprint(checkpoints / f"{step:08d}")
     except ValueError:
@@ -121,20 +122,23 @@ def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
 
 
 def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
-    """A new run: parameters drawn, or those of `init_from` with what came along."""
-    state, weights = _weights_of(config, mesh) if config.init_from else (init_state(config, mesh), None)
+    """Begin a new run: with random parameters, or with those of `init_from` and its tokenizer."""
+    if config.init_from:
+        state, weights = _weights_of(config, mesh)
+    else:
+        state, weights = init_state(config, mesh), None
     state = _with_hash_tables(config, state, corpus)
     remarks = processes.by_first(lambda: [*_changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
     return Start(state, {}, Identity(corpus.fingerprint, weights), remarks)
 
 
 def _weights_of(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
-    """A start from the newest checkpoint of `config.init_from`: its parameters and bias, and nothing else of it.
+    """The state before step 0 with parameters and bias from the newest checkpoint of `config.init_from`.
 
-    A bias that is zero everywhere says nothing; where balancing starts from is this run's to say.
+    A bias that is zero everywhere carries no information, so the run's own initial bias is used instead.
 
     Returns:
-        the state before step 0; "step" and "fingerprint" of that checkpoint, by which the run will know it.
+        the state; "step" and "fingerprint" of that checkpoint, which identify it.
 
     Raises:
         ValueError: no such checkpoint, a damaged one, of another model, or with a bias that this run cannot use.
@@ -160,17 +164,18 @@ def _weights_of(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]
 
 
 def _changes_of_model(config: Config) -> list[str]:
-    """A line if the model of `init_from` was another than these weights now become, though of the same shapes."""
+    """A line if the model of `init_from` has the same shapes as this one and computes something else."""
     if not config.init_from:
         return []
-    there, here = (as_dict(c)["model"] for c in (config_of_run(workdir_of(config.init_from, "init_from")), config))
-    another = keys_that_change("model")
-    changed = [line for line in differences(there, here) if f"model.{line.partition(':')[0]}" in another]
+    there = as_dict(config_of_run(workdir_of(config.init_from, "init_from")))["model"]
+    here = as_dict(config)["model"]
+    binding = keys_that_change("model")
+    changed = [line for line in differences(there, here) if f"model.{line.partition(':')[0]}" in binding]
     return [f"the weights were trained in another model: {'; '.join(changed)}"] if changed else []
 
 
 def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
-    """Biases that are added to scores and biases that multiply them are not the same numbers."""
+    """Raise a ValueError if one run adds the bias to scores and the other multiplies scores by it."""
     kinds = [
         "is added to scores" if balance.make(c.balance, c.model).combine is None else "multiplies scores"
         for c in (there, config)
@@ -183,9 +188,9 @@ def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
 
 
 def _with_hash_tables(config: Config, state: TrainState, corpus: Corpus) -> TrainState:
-    """The state with the tables of `hash` balanced for the corpus's token frequencies.
+    """The state with the tables of the method `hash` balanced for the token frequencies of the corpus.
 
-    Every layer has the same groups of tokens, and its experts in an order of its own.
+    Every layer has the same groups of tokens, assigned to its experts in an order of its own.
     """
     labels = [e.label for e in config.balance if e.method == "hash"]
     if not labels:

@@ -1,6 +1,6 @@
-"""The train state: everything a run remembers, and how it is initialised.
+"""The train state: everything that a run remembers, and how it is initialised.
 
-Parameters, biases and moments are plain nested dicts of arrays; layers of a kind are stacked, L in front.
+Parameters, biases and moments are plain nested dicts of arrays; layers of a kind are stacked, with L the first axis.
 """
 
 import functools
@@ -26,11 +26,11 @@ Entries = tuple[BalanceEntry, ...]
 
 
 class TrainState(NamedTuple):
-    """What `step` optimizer steps have made. The bias has one home, the model; other balancer state is apart.
+    """The state after `step` optimizer steps. The bias is kept once, in `bias`; other balancer state is in `balance`.
 
-    step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or anything that the update
-    made of them was not finite.
-    stuck: how many of them came last in a row. bias: the RouterBias variables. balance: [L, ...] by label.
+    step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or a result of the update
+    was not finite. stuck: the number of skipped steps since the last finite one. bias: the RouterBias variables.
+    balance: [L, ...] by label.
     """
 
     step: Int32[Array, ""]
@@ -43,13 +43,13 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
-    """The state before step 0, drawn from `config.seed` under jit, straight into its shards: same values anywhere."""
+    """The state before step 0, drawn from `config.seed` under jit into its shards; the same values on any mesh."""
     key = jax.random.fold_in(jax.random.key(config.seed), INIT)
     return _initializer(config.model, config.balance, config.optimizer, mesh)(key)
 
 
 def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
-    """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves; with a mesh also where each lies."""
+    """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves; with a mesh also their shardings."""
     state = _abstract_state(config.model, config.balance, config.optimizer)
     if mesh is None:
         return state
@@ -59,7 +59,7 @@ def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
 
 
 def state_shardings(config: Config, mesh: AnyMesh) -> TrainState:
-    """Where every leaf lies: parameters by the table of `mesh`, their moments with them, the rest whole."""
+    """The sharding of every leaf: parameters by the table in `mesh`, moments like parameters, the rest replicated."""
     return _state_shardings(config.model, config.balance, config.optimizer, mesh)
 
 
@@ -70,7 +70,8 @@ def _abstract_state(model: ModelConfig, entries: Entries, optimizer: OptimizerCo
 
 @functools.lru_cache(maxsize=16)
 def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, mesh: AnyMesh) -> TrainState:
-    abstract, whole = abstract_model(model), replicated(mesh)
+    abstract = abstract_model(model)
+    whole = replicated(mesh)
     params = jax.tree.map(
         lambda a, d: NamedSharding(mesh, parameter_spec(mesh, d.names, a.shape)), abstract.params, abstract.dims
     )
@@ -105,7 +106,7 @@ def _initializer(
     make = jax.jit(functools.partial(_make_state, model, entries, optimizer), out_shardings=places)
     if (jax.default_backend() if mesh is None else platform(mesh)) != "cpu":
         return make
-    # XLA:CPU spends half a second on every shape of random draw unless told that speed does not matter here
+    # XLA:CPU spends half a second on optimising every shape of random draw, whose speed does not matter here
     return make.lower(jax.random.key(0)).compile(FAST_COMPILE)
 
 
@@ -122,17 +123,18 @@ def _make_state(
 def _around(
     model: ModelConfig, entries: Entries, optimizer: OptimizerConfig, params: Tree, bias: Tree | None
 ) -> TrainState:
-    """The state before step 0 with these parameters, and these biases or those that balancing starts from."""
-    zero, abstract = jnp.zeros((), jnp.int32), abstract_model(model)
+    """The state before step 0 with these parameters and biases; None for the balancer's initial biases."""
+    zero = jnp.zeros((), jnp.int32)
+    abstract = abstract_model(model)
     layers = _init_balance(balance.make(entries, model), model)
-    first = layers.pop("bias", None)
+    initial = layers.pop("bias", None)
     if bias is None:
-        bias = abstract.bias if first is None else write_bias(abstract.bias, first)
+        bias = abstract.bias if initial is None else write_bias(abstract.bias, initial)
     return TrainState(zero, zero, zero, params, make_optimizer(optimizer, abstract.dims).init(params), bias, layers)
 
 
 def state_around(config: Config, params: Tree, bias: Tree | None, mesh: Mesh | None = None) -> TrainState:
-    """The state before step 0 with given parameters, donated, and biases; None for those that balancing starts from."""
+    """The state before step 0 with given parameters, donated, and biases; None for the balancer's initial biases."""
     make = functools.partial(_around, config.model, config.balance, config.optimizer)
     places = None if mesh is None else state_shardings(config, mesh)
     return jax.jit(make, donate_argnums=0, out_shardings=places)(params, bias)
@@ -142,15 +144,16 @@ def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
     layers = num_moe_layers(model)
     if not layers:
         return {}
-    experts, classes = model.num_experts + model.num_zero_experts, len(model.class_starts) + 1
+    experts = model.num_experts + model.num_zero_experts
+    classes = len(model.class_starts) + 1
     state = jax.vmap(functools.partial(balancer.init, experts))(jnp.arange(layers))
-    if classes > 1 and state["bias"].ndim == 2:  # no method owns it
+    if classes > 1 and state["bias"].ndim == 2:  # no method moves the bias, so it lacks the axis of classes
         state["bias"] = jnp.zeros((layers, classes, experts), jnp.float32)
     return state
 
 
 def initial_balance(config: Config) -> Tree:
-    """What balancing remembers before step 0, apart from the bias."""
+    """The balancer state before step 0, without the bias."""
     layers = _init_balance(balance.make(config.balance, config.model), config.model)
     return {label: value for label, value in layers.items() if label != "bias"}
 
@@ -170,7 +173,7 @@ def write_bias(bias: Tree, value: Float32[Array, "layers *classes experts"]) -> 
 
 
 def _in_order(bias: Tree) -> list[Tree]:
-    """The parts of the model with biases as they run: the stacks, then multi-token prediction."""
+    """The parts of the model with biases in execution order: the stacks, then multi-token prediction."""
     return [bias[name] for name in sorted(bias, key=_STACKS_FIRST)]
 
 

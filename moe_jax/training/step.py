@@ -1,7 +1,7 @@
-"""The train step and the evaluation step: the only jit boundary.
+"""The train step, a pure function that `compile` jits.
 
-One step: every micro-batch forward and backward, one division, one optimizer update, one bias update, and
-all of it or nothing. N micro-batches, B sequences, S tokens a sequence, L MoE layers, E experts.
+One step: a forward and a backward pass of every micro-batch, one division, one optimizer update and one bias update, of
+which all or none are kept. N micro-batches, B sequences, S tokens a sequence, L MoE layers, E experts.
 """
 
 import functools
@@ -23,7 +23,7 @@ from moe_jax.mesh import constrain, is_sharded, replicated, specs, ways
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import AheadLoss, language_nats
-from moe_jax.training.losses import row_nats, summed_nats
+from moe_jax.training.losses import model_row_nats, model_summed_nats
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
@@ -56,19 +56,21 @@ def train_step(
         state: after `state.step` steps.
         batch: `batch_at(state.step)`, leaves [B, ...].
         key: the run's base key; this step uses `fold_in(key, state.step)`.
-        mesh: where state and batch lie; None for one device.
+        mesh: of state and batch; None for one device.
 
     Returns:
-        the next state (or, if the loss, the gradient or anything in it is not finite, this one with step and skipped
-        advanced), and the step's metrics with per-layer `loads` [L, E] and `bias` [L, E] for a model with experts.
+        the next state (or, if the loss, the gradient or a number of the next state is not finite, this one with step,
+        skipped and stuck advanced), and the step's metrics, with `loads` [L, E] and `bias` [L, E] for a model with
+        experts.
     """
     key = jax.random.fold_in(key, state.step)
     sums, grads = accumulate(config, state, batch, key, mesh)
-    grad_norm, rate = optax.tree.norm(grads), learning_rate(config.optimizer, config.num_steps)(state.step)
+    grad_norm = optax.tree.norm(grads)
+    rate = learning_rate(config.optimizer, config.num_steps)(state.step)
     move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING)
     moved = advance(config, *move)
-    # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is
-    # written in place of the old state. Without the barrier XLA would merge the two, and keep old and new at once.
+    # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is written
+    # in place of the old state. Without the barrier XLA would merge the two, and keep both states at once.
     checked = advance(config, *jax.lax.optimization_barrier(move))
     finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
     after = all_or_nothing(finite, moved, state)
@@ -86,7 +88,7 @@ def accumulate(
     """Sum the loss, its gradient and the reports over the micro-batches, by scan.
 
     Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
-    weighed by their micro-batch's share of them. So N micro-batches give the gradient of one batch.
+    weighted by their micro-batch's share of these tokens. So N micro-batches give the gradient of one batch.
     """
     micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
@@ -97,16 +99,16 @@ def accumulate(
     gradient = _micro_batch_gradient(config, state, statistics, num_tokens, mesh)
     first: tuple[Batch, Array] = jax.tree.map(lambda a: a[0], (micro, keys))
 
-    if config.micro_batches == 1:  # no sum, and no pass over all gradients to add them to zeros
+    if config.micro_batches == 1:  # without a scan, which would add all gradients to zeros
         grads, sums = gradient(state.params, *first, None)
         return sums, _as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
 
-    def add(sofar: tuple[StepSums, Tree], one: tuple[Batch, Array]) -> tuple[tuple[StepSums, Tree], None]:
+    def add(totals: tuple[StepSums, Tree], one: tuple[Batch, Array]) -> tuple[tuple[StepSums, Tree], None]:
         earlier = None
         if balance.needs_running_statistics(config.balance):
-            earlier = sofar[0].statistics
+            earlier = totals[0].statistics
         grads, sums = gradient(state.params, *one, earlier)
-        sums, grads = jax.tree.map(lambda total, new: total + new, sofar, (sums, grads))
+        sums, grads = jax.tree.map(lambda total, new: total + new, totals, (sums, grads))
         return (sums, _as_parameters(config, grads, mesh)), None
 
     grads, sums = jax.eval_shape(gradient, state.params, *first, None)
@@ -117,16 +119,16 @@ def accumulate(
 def _micro_batch_gradient(
     config: Config, state: TrainState, statistics: balance.Statistics | None, num_tokens: Array, mesh: Mesh | None
 ) -> Callable[[Tree, Batch, Array, balance.Statistics | None], tuple[Tree, StepSums]]:
-    """(params, micro-batch, its key, statistics of those before it) -> gradient, and what it adds to the step's sums.
+    """(params, micro-batch, its key, statistics of the earlier ones) -> its gradient, and its part of the step's sums.
 
-    statistics: those of the whole step where a loss reads them, else None. num_tokens: those of the whole step.
+    statistics: of the whole step if a loss reads them, else None. num_tokens: of the whole step.
     """
     balancer = balance.make(config.balance, config.model)
 
     def objective(params: Tree, batch: Batch, key: Array, earlier: Any) -> tuple[Array, StepSums]:
         per_layer = PerLayer(state.balance, statistics, earlier)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
-        nats, ahead, report = summed_nats(config, params, state.bias, fwd, batch)
+        nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
         total = language_nats(config, state.step, nats, ahead) / num_tokens
         share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
         if report is None:
@@ -135,11 +137,11 @@ def _micro_batch_gradient(
         total = sum((value.sum() for value in losses.values()), total)
         return total, StepSums(nats, ahead, total, report.statistics, losses, aux_loss, report.traffic)
 
-    return jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once for all its calls
+    return jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once and not at every call
 
 
 def _as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
-    """Gradients laid out as their parameters, so that no device ever holds all of them."""
+    """Shard gradients like their parameters, so that no device ever holds all of them."""
     if not is_sharded(mesh):
         return tree
     return jax.lax.with_sharding_constraint(tree, state_shardings(config, mesh).params)
@@ -153,12 +155,12 @@ def step_statistics(
 
     def observe(batch: Batch, key: Array) -> balance.Statistics:
         fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
-        report = row_nats(config, state.params, state.bias, fwd, batch)[1]
+        report = model_row_nats(config, state.params, state.bias, fwd, batch)[1]
         assert report is not None  # a config with a balancer has MoE layers
         return report.statistics
 
-    def body(sofar: Tree, one: tuple) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, sofar, observe(*one)), None
+    def body(totals: Tree, one: tuple) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, totals, observe(*one)), None
 
     one = jax.tree.map(lambda a: a[0], (micro, keys))
     zeros = jax.tree.map(_zeros_to_add_to, jax.eval_shape(observe, *one))
@@ -176,7 +178,7 @@ def advance(
     rate: Array,
     key: Key[Array, ""],
 ) -> TrainState:
-    """The optimizer moves the parameters, the balancer moves the bias: each once per step."""
+    """Update the parameters by the optimizer and the bias by the balancer, each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
@@ -187,7 +189,7 @@ def advance(
 
 
 def balance_update(config: Config, state: TrainState, statistics: balance.Statistics) -> TrainState:
-    """`balancer.update` in every MoE layer, from the statistics [L, ...] of the step just trained on."""
+    """Apply `balancer.update` in every MoE layer, with the statistics [L, ...] of this step."""
     balancer = balance.make(config.balance, config.model)
     joined = state.balance | {"bias": read_bias(state.bias)}
     moved = jax.vmap(balancer.update, in_axes=(0, 0, None))(statistics, joined, state.step)
@@ -196,23 +198,24 @@ def balance_update(config: Config, state: TrainState, statistics: balance.Statis
 
 
 def is_finite(state: TrainState) -> Bool[Array, ""]:
-    """Whether every number of the state is finite: a parameter and its moments in one pass over memory."""
-    like: Any = jax.tree.structure(state.params)
+    """Whether every number of the state is finite; reads a parameter and its moments in one pass over memory."""
+    structure: Any = jax.tree.structure(state.params)
 
-    def is_like(tree: Tree) -> bool:
-        return jax.tree.structure(tree) == like
+    def is_by_parameter(tree: Tree) -> bool:
+        return jax.tree.structure(tree) == structure
 
-    parts = jax.tree.leaves((state.params, state.optimizer, state.bias, state.balance), is_leaf=is_like)
-    by_parameter = zip(*(jax.tree.leaves(part) for part in parts if is_like(part)), strict=True)
-    alone = ((part,) for part in parts if not is_like(part))
-    checks = (functools.reduce(jnp.logical_and, map(jnp.isfinite, group)).all() for group in (*by_parameter, *alone))
+    # the parameters, and every tree of moments, stay whole; all else is split into leaves
+    parts = jax.tree.leaves((state.params, state.optimizer, state.bias, state.balance), is_leaf=is_by_parameter)
+    by_parameter = zip(*(jax.tree.leaves(part) for part in parts if is_by_parameter(part)), strict=True)
+    others = ((part,) for part in parts if not is_by_parameter(part))
+    checks = (functools.reduce(jnp.logical_and, map(jnp.isfinite, group)).all() for group in (*by_parameter, *others))
     return functools.reduce(jnp.logical_and, checks)
 
 
 def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
-    """The moved state, or where not finite the old one bit by bit; `step` advances either way.
+    """The moved state if it is finite, else the old one bit by bit; `step` advances in both cases.
 
-    By selection, never by multiplying with zero: 0 x NaN is NaN.
+    The values are selected, not multiplied by zero, because 0 x NaN is NaN.
     """
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     return kept._replace(
@@ -223,7 +226,7 @@ def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState
 
 
 def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
-    """What is logged of every step; `state` is the one after it."""
+    """The metrics that are logged for every step; `state` is the state after it."""
     return {
         "loss": sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32)),
         "total_loss": sums.total_loss,
@@ -237,7 +240,7 @@ def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Arr
 
 
 def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """A number of things to divide by."""
+    """The count as a divisor, float32."""
     return jnp.maximum(count, 1).astype(jnp.float32)
 
 
@@ -249,10 +252,10 @@ def balance_metrics(
     after: TrainState,
     mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-    """What is logged of a step's routing, the same for every method, and `loads` and `bias` layer by layer.
+    """The metrics of a step's routing, the same for every method, and `loads` and `bias` by layer.
 
-    Losses are logged once, as they stand in the total loss, summed over layers. `moe/dropped` are copies, and
-    `moe/drop_rate` is their share.
+    Losses are logged once, as in the total loss, summed over layers. `moe/dropped` counts copies, and `moe/drop_rate`
+    is their share.
     """
     m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum(dtype=jnp.int32)
     statistics, losses, aux_loss, traffic = sums.statistics, sums.losses, sums.aux_loss, sums.traffic
@@ -285,7 +288,7 @@ def balance_metrics(
 
 
 def split_batch(batch: Batch, micro_batches: int) -> Batch:
-    """[B, ...] to [N, B / N, ...]; micro-batch i holds the rows i, i + N, ..., so that rows on one device stay."""
+    """[B, ...] to [N, B / N, ...]; micro-batch i has the rows i, i + N, ..., so that rows stay on their device."""
 
     def split(a: Any) -> Array:
         a = jnp.asarray(a)
@@ -295,7 +298,7 @@ def split_batch(batch: Batch, micro_batches: int) -> Batch:
 
 
 def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:
-    """Zeros of the leaf's shape; gradients of narrower floats are summed in float32."""
+    """Zeros of the leaf's shape, in float32 for narrower floats, whose gradients are summed in float32."""
     return jnp.zeros(leaf.shape, _wide(leaf.dtype))
 
 
@@ -310,9 +313,9 @@ PARTS = (
 
 
 def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh | None = None) -> str:
-    """The first tensor of a step that is not finite: one of PARTS, with its path, in that order.
+    """The first tensor of a step that is not finite, in the order of PARTS: the part and the tensor's path.
 
-    "nothing any more" if there is none.
+    "nothing any more" if all are finite.
     """
 
     def parts(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, ...]:

@@ -1,4 +1,4 @@
-"""The batches and the train step, with their time charged to what the devices did, and under the watchdog."""
+"""The batches and the train step, timed by the ledger and watched by the watchdog."""
 
 import functools
 from collections.abc import Iterator
@@ -10,23 +10,23 @@ from moe_jax.mesh import batch_sharding
 from moe_jax.runtime import processes
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.profiling import named
-from moe_jax.runtime.watchdog import Work
+from moe_jax.runtime.watchdog import Watched
 from moe_jax.training import compile
 from moe_jax.training.hooks import Context, Now
 from moe_jax.training.state import TrainState, step_key
 
 
 class TimedStep:
-    """The train step; the first one compiles, and says nothing about speed."""
+    """The train step; the first one compiles, and is excluded from the measured speed."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._train_step = compile.make_train_step(context.config, context.mesh)
         self._key = step_key(context.config)
-        self._newest: Work | None = None
+        self._newest: Watched | None = None
 
     def __call__(self, now: Now) -> tuple[TrainState, dict[str, Any]]:
-        """Give the step to the devices; waits for the first one only."""
+        """Dispatch the step to the devices; waits for the result of the first step only."""
         context = self._context
         compiles = self._newest is None
         self._newest = context.watchdog.watch("step", now.step)
@@ -40,15 +40,18 @@ class TimedStep:
                 context.ledger.restart()
         return state, values
 
-    def meanwhile(self) -> str:
-        """What the time was until now: the devices still work on the newest step, or have nothing to do."""
+    def kind_of_wait(self) -> str:
+        """The ledger's kind for a wait that ends now: "step" if the devices still work on the newest step, or "data".
+
+        Before the first step it is "init".
+        """
         if self._newest is None:
             return "init"
         return "data" if self._newest.finished() else "step"
 
 
 def timed_batches(context: Context, first: int, last: int, train_step: TimedStep) -> Iterator[tuple[int, Batch]]:
-    """The batches of the steps `first` to before `last`, numbered, on the mesh; each process reads only its rows."""
+    """(step, its batch on the mesh) for the steps from `first` to before `last`; each process reads only its rows."""
     config = context.config
     batch_at = data.training_batches(
         context.corpus,
@@ -64,7 +67,7 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
 
     batches = prefetched(load, first, last)
     while True:
-        with context.ledger(train_step.meanwhile):
+        with context.ledger(train_step.kind_of_wait):
             numbered = next(batches, None)
         if numbered is None:
             return

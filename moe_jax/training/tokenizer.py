@@ -1,4 +1,4 @@
-"""The tokenizer that a workdir keeps, for text and for export."""
+"""The tokenizer that a workdir keeps, for generating text and for export."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,14 +11,15 @@ from moe_jax.runtime.workdir import TOKENIZER
 
 
 def has_another_tokenizer(workdir: Path, corpus: Corpus) -> bool:
-    """Whether the workdir came with a tokenizer, and the corpus is of another."""
+    """Whether the workdir has a tokenizer of its own, and the corpus was made with another."""
     own = workdir / TOKENIZER / "tokenizer.json"
     return own.is_file() and sha256_of(own)[:16] not in corpus.tokenizer.name
 
 
 def carry_tokenizer(config: Config, workdir: Path, corpus: Corpus) -> list[str]:
-    """Keep the tokenizer, for text and for export: that of `init_from`, or the corpus's; a line if they differ."""
-    target, source = workdir / TOKENIZER, workdir_of(config.init_from, "init_from") if config.init_from else workdir
+    """Copy the tokenizer of `init_from`, or of the corpus, into the workdir; return a line if the two differ."""
+    target = workdir / TOKENIZER
+    source = workdir_of(config.init_from, "init_from") if config.init_from else workdir
     if target.exists():
         return []
     differs = has_another_tokenizer(source, corpus)
@@ -30,4 +31,6 @@ def carry_tokenizer(config: Config, workdir: Path, corpus: Corpus) -> list[str]:
             else:
                 publish_tokenizer(config.data.path, corpus.tokenizer, partial)
     name = corpus.tokenizer.name
-    return [f"the weights came with another tokenizer than {name!r}, the corpus's, which counts now"] * differs
+    if differs:
+        return [f"the weights came with another tokenizer; the corpus's, {name!r}, is used now"]
+    return []

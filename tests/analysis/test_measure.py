@@ -1,4 +1,4 @@
-"""What is measured beside the step: interference, what the bias decides, recorded scores."""
+"""Measures beside the step: interference, the effect of the bias, recorded scores."""
 
 import functools
 
@@ -46,7 +46,7 @@ def measured(name):
 
 @pytest.mark.parametrize("name", ["none", "bias"])
 @pytest.mark.parametrize("place", ["router", "input"])
-def test_methods_without_a_loss_interfere_not_at_all_and_it_is_measured(name, place):
+def test_methods_without_a_loss_have_a_measured_interference_of_zero(name, place):
     values = measured(name)
     np.testing.assert_array_equal(values[f"interference/{place}_ratio"], [0.0, 0.0])
     assert np.isnan(values[f"interference/{place}_cosine"]).all()
@@ -62,7 +62,7 @@ def test_the_ratio_of_an_auxiliary_loss_grows_with_its_weight_and_the_angle_stay
     np.testing.assert_allclose(twice[f"interference/{place}_cosine"], cosine, rtol=1e-3, atol=1e-5)
 
 
-def test_z_loss_is_measured_apart_from_losses_that_balance():
+def test_z_loss_is_measured_separately_from_losses_that_balance():
     both = measured("both")
     for name, alone in (("", measured("aux")), ("z_", measured("z"))):
         for what in ("router_ratio", "router_cosine", "input_ratio", "input_cosine"):
@@ -87,7 +87,7 @@ def test_the_gradients_at_the_router_are_those_of_the_step():
 
 
 def test_a_bias_that_pushes_everything_to_one_expert_changes_half_of_two_choices():
-    # with a bias of 10 on expert 3, every token chooses it; who chose it anyway keeps both choices
+    # with a bias of 10 on expert 3, every token chooses it; a token that chose it anyway keeps both choices
     config = config_of("bias")
     state = init_state(config)
     measure, batch = make_measure_step(config), batch_of(config)
@@ -99,7 +99,7 @@ def test_a_bias_that_pushes_everything_to_one_expert_changes_half_of_two_choices
     np.testing.assert_allclose(changed[0], (1 - chosen_before) / 2, atol=1e-6)
 
 
-def test_churn_is_of_the_rate_at_this_step():
+def test_churn_uses_the_rate_of_this_step():
     config = tiny_config(balance=dict(bias_sign=dict(rate=1.0, freeze_step=3)))
     state, measure = init_state(config), make_measure_step(config)
 
@@ -121,7 +121,7 @@ def test_violation_of_the_micro_batch_is_that_of_the_step_with_one_and_of_sequen
         assert here[f"moe/sequence_{name}"] > here[f"moe/microbatch_{name}"]
 
 
-def test_measuring_leaves_the_state_and_is_the_same_on_a_mesh():
+def test_measuring_leaves_the_state_unchanged_and_is_the_same_on_a_mesh():
     config = resolve(config_of("both", mesh=dict(data=2, expert=2)), 8, "cpu")
     mesh = make_mesh(config.mesh)
     state = init_state(config, mesh)
@@ -143,4 +143,5 @@ def test_recorded_scores_are_the_logits_of_the_first_micro_batch():
     loads = np.asarray(make_measure_step(config)(state, batch, step_key(config))["moe/microbatch_max_violation"])
     top = np.argsort(-scores.logits.astype(np.float32), axis=-1)[..., :2]
     counts = np.stack([np.bincount(layer[scores.mask].ravel(), minlength=4) for layer in top])
-    np.testing.assert_allclose((counts.max(1) / counts.mean(1) - 1).mean(), loads, atol=0.05)  # float16 may turn a tie
+    # float16 may break a tie differently
+    np.testing.assert_allclose((counts.max(1) / counts.mean(1) - 1).mean(), loads, atol=0.05)

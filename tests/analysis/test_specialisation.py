@@ -1,4 +1,4 @@
-"""Laws of specialisation: counts become the numbers and the picture they claim, and stored routing is comparable."""
+"""Laws of specialisation: counts become the documented numbers and picture, and stored routing is comparable."""
 
 import numpy as np
 import pytest
@@ -77,16 +77,18 @@ def test_saturation_compares_every_stored_step_with_the_last(tmp_path):
     assert np.load(tmp_path / "routing" / "5.npy").dtype == np.uint16
 
 
-def test_one_stored_step_has_nothing_to_be_compared_with(tmp_path):
+def test_saturation_of_a_single_stored_step_is_refused(tmp_path):
     store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     with pytest.raises(ValueError, match=r"stored the routing of 1 evaluations.*measure_every > 0 and an eval_every"):
         saturation(tmp_path, 4)
 
 
-def test_stored_routing_of_other_tokens_or_damaged_is_refused(tmp_path):
+def test_stored_routing_that_is_damaged_or_of_other_tokens_is_refused(tmp_path):
     store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     store_ids(tmp_path, 6, np.zeros((1, 3, 2), int), "same")
-    with pytest.raises(ValueError, match=r"other tokens at step 5 \(1, 2, 2\) than at the last \(1, 3, 2\); delete"):
+    with pytest.raises(
+        ValueError, match=r"other tokens at step 5 \(1, 2, 2\) than at the last one \(1, 3, 2\); delete"
+    ):
         saturation(tmp_path, 4)
     (tmp_path / "routing" / "6.npy").write_bytes(b"not an array")
     with pytest.raises(ValueError, match=r"6\.npy is damaged .*; delete it"):
@@ -98,4 +100,4 @@ def test_routing_of_other_tokens_is_moved_aside_and_not_compared(tmp_path, capsy
     store_ids(tmp_path, 6, np.ones((1, 2, 2), int), "many")
     assert stored_steps(tmp_path) == [6]
     assert np.load(tmp_path / "routing" / "few" / "5.npy").shape == (1, 2, 2)
-    assert "the held-out tokens are others than before" in capsys.readouterr().out
+    assert "the held-out tokens have changed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Laws of surgery: what is taken away is away, the rest is untouched, and what does not fit is not tried."""
+"""Laws of knock-outs: the right experts are removed, the rest is unchanged, and impossible variants are left out."""
 
 import functools
 
@@ -32,8 +32,8 @@ def test_the_next_best_experts_take_the_place_of_the_masked_ones():
     np.testing.assert_array_equal(chosen(config, 2), [[2, 3], [1, 0]])
 
 
-def test_the_best_are_those_of_the_highest_score_and_the_bias_still_picks_the_others():
-    # the bias lifts expert 3 above 0: by score expert 0 is the first token's best all the same, and is masked
+def test_the_highest_scores_are_masked_and_the_bias_still_selects_among_the_others():
+    # the bias lifts expert 3 above 0, but by score expert 0 is still the first token's best, and is masked
     bias = jnp.asarray([0.0, -0.6, 0.0, 5.0])
     np.testing.assert_array_equal(chosen(tiny_config(), 1, bias), [[3, 2], [2, 0]])
 
@@ -67,7 +67,7 @@ def names(**model):
     return list(variants(config, init_state(config)))
 
 
-def test_only_variants_that_leave_enough_experts_are_tried():
+def test_only_variants_that_leave_enough_experts_are_evaluated():
     shared = ["without shared", "without shared, one routed more"]
     assert names() == [*shared, "without the best 1", "without the best 2"]  # 4 experts, top 2
     assert names(num_experts=8) == [*shared, *(f"without the best {n}" for n in (1, 2, 4))]
@@ -75,8 +75,8 @@ def test_only_variants_that_leave_enough_experts_are_tried():
     assert names(num_shared_experts=0, top_k=3) == ["without the best 1"]
 
 
-def test_a_model_with_nothing_to_take_away_is_refused():
-    with pytest.raises(ValueError, match="--ablate finds nothing to take away"):
+def test_a_model_with_nothing_to_remove_is_refused():
+    with pytest.raises(ValueError, match="--ablate finds nothing to remove"):
         names(num_shared_experts=0, top_k=4)
 
 

@@ -9,13 +9,13 @@ from drills.rig import REPO, drill_config
 
 from moe_jax.config import validate
 from moe_jax.data import open_corpus
-from moe_jax.describe import totals
 from moe_jax.mesh import make_mesh
 from moe_jax.model.cost import AHEAD, parts
 from moe_jax.runtime.checkpoint import restore
 from moe_jax.training.loop import run
 from moe_jax.training.start import start
 from moe_jax.training.state import abstract_state
+from moe_jax.training.summary import totals
 
 # Embedding and head V D each. Latent attention, with or without a latent of queries R_q (its norm is counted with the
 # norms), key-value latent 512, heads of 128 + 64 with and 128 without RoPE:

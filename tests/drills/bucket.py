@@ -19,7 +19,7 @@ OBJECTS = re.compile(r"/(?:upload/)?storage/v1/b/([^/]+)/o")
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """One request; what is stored is shared by all."""
+    """Handles one request; the stored objects are shared by all handlers."""
 
     protocol_version = "HTTP/1.1"
     objects: dict[str, tuple[int, bytes]]  # name -> (generation, data)
@@ -42,7 +42,7 @@ class Bucket(BaseHTTPRequestHandler):
         body = self._body()
         if path.startswith("/batch/"):
             return self._batch(body)
-        if not path.startswith("/upload/"):  # make a bucket
+        if not path.startswith("/upload/"):  # create a bucket
             return self._reply(409, {"error": {"code": 409, "message": "it is there"}})
         if "upload_id" in query:
             return self._continue(query["upload_id"], body)
@@ -177,7 +177,7 @@ class Bucket(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
 
 def _content(part: bytes) -> bytes:
@@ -186,17 +186,17 @@ def _content(part: bytes) -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """Does not mind clients that hang up."""
+    """A server that ignores closed connections."""
 
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """Quiet: the client that needed an answer says so."""
+        """Print nothing: a client that misses an answer reports it."""
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[tuple[dict[str, str], dict[str, tuple[int, bytes]]]]:
-    """An empty bucket called "bucket": the environment that leads to it, and what is in it."""
+    """An empty bucket called "bucket": the environment variables that point to it, and its objects."""
     numbers = itertools.count(1700000000000001)
     objects: dict[str, tuple[int, bytes]] = {}
     shared = {"objects": objects, "uploads": {}, "numbers": numbers, "lock": threading.RLock()}

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def watch_steps(poison_from: int) -> list:
-    """Remember every train step that is made, and spoil the parameters from a step on."""
+    """Record every train step that is made, and make the parameters non-finite from a step on."""
     from moe_jax.training import compile
 
     made, original = [], compile.make_train_step

@@ -44,13 +44,13 @@ def config_of(case, **keys):
 
 
 def model_of(hf):
-    """The family and our config that it means."""
+    """The family and the model config of such a config.json."""
     family, ours = from_hf(hf)
     return family, validate(default(model=ours)).model
 
 
 def make(folder: Path, case: str, dtype: str = "float32", shard_bytes: int = 10**9, change=None, **keys):
-    """Write a folder, and return its tensors by name; `change` may change them before."""
+    """Write a folder, and return its tensors by name, after `change` has changed them."""
     hf, folder = config_of(case, **keys), Path(folder)
     family, config = model_of(hf)
     draw, values = np.random.default_rng(0), {}

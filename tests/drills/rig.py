@@ -55,7 +55,7 @@ class Command:
         environ: Mapping[str, str] | None = None,
         folder: Path = REPO,
     ) -> None:
-        """Args: accident: see driver.py; folder: the current one of the command."""
+        """Args: accident: see driver.py; folder: the working directory of the command."""
         worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
         environment = {**os.environ, "DRILL": accident, "DRILL_CORE": worker, "PYTHONUNBUFFERED": "1"}
         environment |= {"PYTHONPATH": str(REPO)} | dict(environ or {})
@@ -64,7 +64,7 @@ class Command:
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        with open(log, "w") as out:  # written by another process: a limit on the size of files is not one on the log
+        with open(log, "w") as out:  # written by `cat`, so that a limit on the size of files does not apply to it
             self._writer = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=out)
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -77,7 +77,7 @@ class Command:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs; then all that it wrote is in the log."""
+        """Send SIGKILL if it still runs, and wait, so that all its output is in the log."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -85,7 +85,7 @@ class Command:
 
     @property
     def text(self) -> str:
-        """What it wrote so far."""
+        """Its output so far."""
         return self._log.read_text()
 
     @property
@@ -102,7 +102,7 @@ def start_training(file: Path, workdir: Path, *flags: str, accident: str = "") -
 
 
 def cluster_of(processes: int) -> dict[str, str]:
-    """The environment of so many processes on this machine, without their numbers."""
+    """The environment of several processes on this machine, without their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -159,12 +159,12 @@ class Processes:
 
     @property
     def text(self) -> str:
-        """What they wrote so far, one after the other."""
+        """Their output so far, one after the other."""
         return "\n".join(f"--- process {i}:\n{command.text}" for i, command in enumerate(self.all))
 
 
 def train_together(file: Path, workdir: Path, *flags: str, devices: tuple[int, ...]) -> Processes:
-    """A training command of several processes, ended; each must have ended well."""
+    """Run a training command in several processes until they end; each must succeed."""
     with Processes(file, workdir, *flags, devices=devices) as processes:
         statuses = processes.wait()
     assert statuses == [0] * len(devices), processes.text
@@ -172,7 +172,7 @@ def train_together(file: Path, workdir: Path, *flags: str, devices: tuple[int, .
 
 
 def train(file: Path, workdir: Path, *flags: str, accident: str = "") -> Command:
-    """A training command, ended; it must have ended well."""
+    """Run a training command until it ends; it must succeed."""
     command = start_training(file, workdir, *flags, accident=accident)
     assert command.wait() == 0, command.text
     return command
@@ -209,23 +209,23 @@ def curve(workdir: Path) -> list[dict[str, Any]]:
 
 
 def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without what a clock says, which no two runs share."""
+    """A line of metrics.jsonl without its times, which differ between runs."""
     timed = ("tokens_per_second", "gflops_per_second", "mfu", "data_wait", "goodput")
     return {k: v for k, v in record.items() if k not in timed and not k.startswith("time/")}
 
 
 def layers(workdir: Path) -> list[dict[str, Any]]:
-    """What layers.jsonl holds."""
+    """The lines of layers.jsonl."""
     return read_jsonl(workdir / "layers.jsonl")
 
 
 def folders(workdir: Path) -> list[str]:
-    """What lies in the run's checkpoint folder."""
+    """The content of the run's checkpoint folder."""
     return sorted(f.name for f in (workdir / "checkpoints").iterdir())
 
 
 def made_once(tmp_path_factory: Any, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that only the first of the test workers makes; the others wait for it."""
+    """A folder that the first test worker creates; the others wait for it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = base / name
@@ -252,14 +252,14 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
-    """A manifest with other values and a checksum that fits: what an attacker would write."""
+    """A manifest with other values and a matching checksum, as an attacker would write it."""
     manifest = json.loads((folder / manifest_.MANIFEST).read_text())
     body: Mapping[str, Any] = {k: v for k, v in manifest.items() if k != "sha256"} | changes
     (folder / manifest_.MANIFEST).write_text(json.dumps({"sha256": manifest_._digest(body), **body}))
 
 
 def uninterrupted(tmp_path_factory: Any, config: Config) -> Path:
-    """A folder with `config.py`, and with `run`, the workdir of a command that nothing happened to."""
+    """A folder with `config.py`, and with `run`, the workdir of an undisturbed command."""
     return made_once(
         tmp_path_factory,
         "uninterrupted",
@@ -285,12 +285,12 @@ def assert_same_numbers(config: Config, workdir: Path, reference: Path) -> None:
 
 
 def steps_reported(command: Command) -> int:
-    """How many steps this start of a run has got to, by its lines."""
+    """The number of steps that this start of a run has printed."""
     return max(map(int, re.findall(r"train step (\d+)/", command.text)), default=0)
 
 
 def kill_until_done(file: Path, workdir: Path, kills: int, draw: random.Random) -> None:
-    """Start the command, kill it after a random number of steps and milliseconds, again and again; then let it end."""
+    """Repeatedly start the command and kill it after a random number of steps and milliseconds; then let it end."""
     for _ in range(kills):
         last = draw.randrange(NUM_STEPS)
         command = start_training(file, workdir, accident="pace=0.05")

@@ -11,14 +11,14 @@ from moe_jax.config.paths import workdir_of
 CONFIG = rig.drill_config()
 
 
-def test_a_bucket_without_gcsfs_is_told_in_a_sentence(monkeypatch):
+def test_a_bucket_without_gcsfs_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs gcsfs, which is not installed; pip install 'moe_jax\[gcs\]'"):
         workdir_of("gs://bucket/run")
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_stops_goes_on_and_is_evaluated_as_one_in_a_folder(tmp_path_factory, tmp_path):
+def test_a_run_in_a_bucket_stops_resumes_and_is_evaluated_like_one_in_a_folder(tmp_path_factory, tmp_path):
     pytest.importorskip("gcsfs")
     reference = rig.uninterrupted(tmp_path_factory, CONFIG)
     train = [f"--config={reference / 'config.py'}", "--workdir=gs://bucket/runs/one"]

@@ -1,4 +1,4 @@
-"""Drills with two real processes of one run, two devices each, that talk over Gloo."""
+"""Drills with two real processes of one run, with two devices each, that communicate over Gloo."""
 
 import dataclasses
 import os
@@ -67,7 +67,7 @@ def test_killing_the_process_that_coordinates_ends_the_other(one_process, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_ends_both_out_of_the_same_evaluation_which_the_next_start_makes_up_for(tmp_path):
+def test_a_signal_to_one_process_ends_both_in_the_same_evaluation_which_the_next_start_repeats(tmp_path):
     config = dataclasses.replace(CONFIG, eval_every=4, data=dataclasses.replace(CONFIG.data, eval_sequences=64))
     workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
     with rig.Processes(file, workdir, devices=(2, 2), accident="linger=0.5") as processes:
@@ -122,7 +122,7 @@ def test_a_stuck_process_ends_the_run_within_the_limit_and_the_step_is_named(tmp
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_may_change_whenever_a_run_goes_on(one_process, tmp_path):
+def test_the_number_of_processes_may_change_when_a_run_is_resumed(one_process, tmp_path):
     workdir, file = tmp_path / "run", one_process / "config.py"
     for devices, stop in (((4,), 3), ((2, 2), 6), ((4,), 8)):
         rig.train_together(file, workdir, f"--stop_at={stop}", devices=devices)
@@ -130,7 +130,7 @@ def test_the_number_of_processes_may_change_whenever_a_run_goes_on(one_process, 
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_ends_every_process_with_the_sentence(one_process, tmp_path):
+def test_a_damaged_checkpoint_ends_every_process_with_the_same_error(one_process, tmp_path):
     workdir, file = tmp_path / "run", one_process / "config.py"
     rig.train_together(file, workdir, "--stop_at=2", devices=(2, 2))
     damaged = rig.data_files(workdir / "checkpoints" / "00000002")[-1]
@@ -159,7 +159,7 @@ with processes.joined(3, lambda: "step 7"):
 
 
 @pytest.mark.slow
-def test_a_process_in_no_collective_has_its_own_last_word_when_the_heartbeat_stops():
+def test_a_process_outside_a_collective_prints_its_own_message_when_the_heartbeat_stops():
     environ = rig.cluster_of(2) | {"PYTHONUNBUFFERED": "1"}
     both = [
         subprocess.Popen(

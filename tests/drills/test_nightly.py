@@ -19,7 +19,7 @@ KILLS_A_RUN = 5
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The run of the command that nothing happened to: a folder with `run` and `config.py`."""
+    """The run of an undisturbed command: a folder with `run` and `config.py`."""
     return rig.uninterrupted(tmp_path_factory, CONFIG)
 
 
@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_twenty_kills_at_random_times_are_not_noticed(uninterrupted, tmp_path, seed):
+def test_twenty_kills_at_random_times_change_no_number(uninterrupted, tmp_path, seed):
     rig.kill_until_done(uninterrupted / "config.py", tmp_path / "run", KILLS_A_RUN, random.Random(seed))
     rig.assert_same_numbers(CONFIG, tmp_path / "run", uninterrupted / "run")
     assert rig.folders(tmp_path / "run") == ["00000015", "00000020"]

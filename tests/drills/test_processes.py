@@ -1,4 +1,4 @@
-"""Drills with real processes: a training command is killed, told to end, or runs out of disk, and goes on."""
+"""Drills with real processes: a training command is killed, gets a signal, or runs out of disk, and is resumed."""
 
 import os
 import random
@@ -22,12 +22,12 @@ CONFIG = rig.drill_config()
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The run of the command that nothing happened to: a folder with `run` and `config.py`."""
+    """The run of an undisturbed command: a folder with `run` and `config.py`."""
     return rig.uninterrupted(tmp_path_factory, CONFIG)
 
 
 @pytest.mark.parametrize("stop", [10, 7])
-def test_a_stopped_run_goes_on_bit_by_bit(uninterrupted, tmp_path, stop):
+def test_a_stopped_run_resumes_bit_by_bit(uninterrupted, tmp_path, stop):
     workdir, file = tmp_path / "run", uninterrupted / "config.py"
     first = rig.train(file, workdir, f"--stop_at={stop}")
     assert rig.steps_logged(workdir) == stop
@@ -36,7 +36,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(uninterrupted, tmp_path, stop):
     rig.assert_same_numbers(CONFIG, workdir, uninterrupted / "run")
 
 
-def test_a_run_killed_at_random_times_ends_as_if_it_had_not_been(uninterrupted, tmp_path):
+def test_kills_at_random_times_change_no_number_of_a_run(uninterrupted, tmp_path):
     rig.kill_until_done(uninterrupted / "config.py", tmp_path / "run", kills=3, draw=random.Random(0))
     rig.assert_same_numbers(CONFIG, tmp_path / "run", uninterrupted / "run")
     assert rig.folders(tmp_path / "run") == ["00000015", "00000020"]
@@ -54,7 +54,7 @@ def test_a_kill_between_the_rename_and_the_manifest_loses_that_save_only(uninter
     assert [r["step"] for r in rig.curve(workdir)] == list(range(12))
 
 
-def test_sigterm_saves_the_last_finished_step_and_the_same_command_goes_on(uninterrupted, tmp_path):
+def test_sigterm_saves_the_last_finished_step_and_the_same_command_resumes(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     command = signalled(uninterrupted, workdir, signal.SIGTERM)
     assert command.wait() == 143, command.text
@@ -67,7 +67,7 @@ def test_sigterm_saves_the_last_finished_step_and_the_same_command_goes_on(unint
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_other_signals_that_end_a_run_do_as_sigterm_and_end_with_their_own_status(uninterrupted, tmp_path, number):
+def test_other_signals_act_like_sigterm_with_a_status_of_their_own(uninterrupted, tmp_path, number):
     workdir = tmp_path / "run"
     command = signalled(uninterrupted, workdir, number)
     assert command.wait() == 128 + number, command.text
@@ -75,19 +75,19 @@ def test_other_signals_that_end_a_run_do_as_sigterm_and_end_with_their_own_statu
     assert "Traceback" not in command.text
 
 
-def test_a_signal_in_a_long_evaluation_ends_the_command_out_of_it(tmp_path):
+def test_a_signal_during_a_long_evaluation_ends_the_command(tmp_path):
     config = rig.drill_config(eval_every=4, save_every=0, data=dict(eval_sequences=0))
     workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
     command = rig.start_training(file, workdir, accident="linger=1")  # hundreds of batches, a second each
     rig.wait_until(lambda: rig.steps_logged(workdir) >= 4, command)
     command.process.send_signal(signal.SIGTERM)
     assert command.wait() == 143, command.text
-    assert "the evaluation after step 4 is left for the next start" in command.text
+    assert "the evaluation after step 4 is left to the next start" in command.text
     assert committed(workdir / "checkpoints") == [4]
     assert "eval/loss" not in rig.curve(workdir)[-1]
 
 
-# the first terminal that a session's leader opens is the one whose closing ends it
+# the first terminal that a session's leader opens becomes its controlling terminal, whose closing ends it
 ON_TERMINAL = """
 import os, sys
 os.close(os.open(os.ttyname(0), os.O_RDWR))
@@ -104,7 +104,7 @@ def test_a_closed_terminal_ends_a_run_with_a_save(tmp_path):
     with subprocess.Popen(command, cwd=rig.REPO, env=os.environ | {"TERM": "xterm"}, **streams) as process:
         os.close(theirs)
         while rig.steps_logged(workdir) < 7:
-            os.read(ours, 2**16)  # what it draws
+            os.read(ours, 2**16)  # its output
         os.close(ours)
         assert process.wait(HANG_SECONDS) == 128 + signal.SIGHUP
     done = committed(workdir / "checkpoints")[-1]
@@ -131,7 +131,7 @@ def test_a_second_signal_does_not_disturb_the_save_of_the_first(uninterrupted, t
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE of Linux")
-def test_a_full_disk_ends_the_run_with_a_message_and_the_save_before_restores(uninterrupted, tmp_path):
+def test_a_full_disk_ends_the_run_with_a_message_and_the_save_before_can_be_restored(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     command = rig.start_training(uninterrupted / "config.py", workdir, accident="full=10")
     assert command.wait() not in (0, None)
@@ -155,7 +155,7 @@ def test_three_non_finite_steps_in_a_row_end_the_run_with_step_and_tensor(uninte
     assert [r["loss"] is None for r in rig.curve(workdir)] == [False] * 6 + [True] * 3
 
 
-def test_a_training_command_says_what_it_did_and_nothing_else(uninterrupted):
+def test_a_training_command_prints_what_it_did_and_nothing_else(uninterrupted):
     lines = (uninterrupted / "run.0.log").read_text().splitlines()
     assert lines.pop(0).startswith("experts multiply in ")
     assert lines[0].startswith("train step 1/20")

@@ -19,9 +19,10 @@ from configs import from_checkpoint
 from conftest import tiny_config
 from moe_jax import evaluate
 from moe_jax.config import validate
-from moe_jax.convert import run, to_folder, to_workdir
+from moe_jax.convert import run
 from moe_jax.data import open_corpus, prepare, training_batches
 from moe_jax.huggingface import LanguageModel, load_hf, save_hf, shards
+from moe_jax.huggingface.folders import to_folder, to_workdir
 from moe_jax.huggingface.model import positions_in
 from moe_jax.huggingface.shards import open_folder
 from moe_jax.huggingface.weights import abstract_weights, refuse_balance
@@ -411,7 +412,7 @@ def test_an_older_run_takes_its_tokenizer_from_the_corpus_or_says_that_it_has_no
             (spoken / "moved").rename(spoken / "corpus")
     if corpus == "gone":
         said = capsys.readouterr().out.splitlines()[-1]
-        assert said.startswith("no tokenizer.json was written: that of the run is in its corpus, and data.path=")
+        assert said.startswith("no tokenizer.json was written: the run's tokenizer is in its corpus, and data.path=")
         return
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in (tmp_path / "new").iterdir()}

@@ -16,7 +16,7 @@ from moe_jax.data.batches import Batch
 from moe_jax.model.forward import Inputs, Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import ahead_of, ahead_targets, prediction_weight
 from moe_jax.training.compile import make_train_step
-from moe_jax.training.losses import summed_nats
+from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.state import init_state, read_bias, step_key
 from moe_jax.training.step import accumulate
 
@@ -74,7 +74,9 @@ def test_the_bias_moves_in_its_layers_against_their_own_loads():
 
 def test_the_loss_weights_the_mean_over_depths_and_divides_by_the_tokens_of_the_step():
     config, before, (_, values) = stepped(2)
-    nats, ahead, _ = summed_nats(config, before.params, before.bias, pass_through(config, before.balance), packed())
+    nats, ahead, _ = model_summed_nats(
+        config, before.params, before.bias, pass_through(config, before.balance), packed()
+    )
     assert ahead.tokens == 5 + 3
     np.testing.assert_allclose(values["total_loss"], (nats + 0.3 / 2 * ahead.nats) / 7, rtol=1e-6)
     np.testing.assert_allclose(values["loss"], nats / 7, rtol=1e-6)
@@ -106,7 +108,7 @@ def next_token_nats(depth):
     """Nats of the next token, with the same parameters except those of multi-token prediction."""
     config, state = config_with(depth), init_state(config_with(2))
     params, bias = ({k: v for k, v in tree.items() if depth or k != "mtp"} for tree in (state.params, state.bias))
-    return summed_nats(config, params, bias, pass_through(config, init_state(config).balance), packed())[0]
+    return model_summed_nats(config, params, bias, pass_through(config, init_state(config).balance), packed())[0]
 
 
 def test_two_micro_batches_give_the_gradient_of_one_batch():

@@ -1,4 +1,4 @@
-"""Laws of checkpoints: a finished save comes back bit by bit; a damaged or foreign one is never trained on."""
+"""Laws of checkpoints: a finished save is restored bit by bit; a damaged or foreign one is never trained on."""
 
 import json
 import os
@@ -53,12 +53,12 @@ def save_small(directory, *steps, keep=10):
     checkpoints.close()
 
 
-# --- a save comes back ----------------------------------------------------------------------------------------
+# --- a save is restored ---------------------------------------------------------------------------------------
 
 
 def test_a_state_comes_back_bit_by_bit(tmp_path):
     state = init_state(CONFIG)
-    # one mark per field: a restore that mixes fields up cannot return it
+    # a different value in each field, so that a restore that mixes fields up is noticed
     state = state._replace(step=jnp.int32(7), skipped=jnp.int32(2), stuck=jnp.int32(1))
     checkpoints = Checkpointer(tmp_path, 1)
     checkpoints.save(7, state, {"tokens_seen": 3})
@@ -107,7 +107,7 @@ def test_the_state_hash_sees_one_bit_of_any_leaf():
 
 @pytest.mark.parametrize("name", ["lr=[1e-3]", "a[b", "**", "50%20", "#1", "a?b", "ü 模型", "a:b", "tests"])
 def test_checkpoints_can_be_written_and_read_in_a_folder_of_any_name(tmp_path, name):
-    # Orbax takes the folder for a pattern, tensorstore an address for a quoted one
+    # Orbax interprets the folder as a pattern, tensorstore the path as a quoted URL
     save_small(tmp_path / name, 3)
     state, target = small_state(3), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small_state())
     back, _ = restore(tmp_path / name, target)
@@ -117,14 +117,14 @@ def test_checkpoints_can_be_written_and_read_in_a_folder_of_any_name(tmp_path, n
 
 
 def test_a_checkpoint_whose_leaves_cannot_be_opened_is_not_committed(tmp_path):
-    # to tensorstore a\\b is a/b, so what it writes is not where the checkpoint is
+    # to tensorstore a\\b is a/b, so it writes outside the checkpoint
     with pytest.raises(ValueError, match=r"00000001 cannot be read"):
         save_small(tmp_path / "a\\b", 1)
     assert committed(tmp_path / "a\\b") == []
 
 
 def half(name):
-    """Weights of which one slice was never written, or is not what the checkpoint says of it."""
+    """Weights with a slice that was never written, or does not match its record."""
     return {"params": {"experts": jax.ShapeDtypeStruct((2, 3) if name == "slice" else (2, 4), jnp.float32)}, "bias": {}}
 
 
@@ -135,7 +135,7 @@ def half(name):
         ("shape", r"float32\[2, 3\] and should be float32\[2, 4\]"),
     ],
 )
-def test_a_checkpoint_that_is_not_what_it_promises_is_not_committed(tmp_path, what, words):
+def test_a_checkpoint_that_does_not_match_its_record_is_not_committed(tmp_path, what, words):
     path = tmp_path / "00000000"
     arrays = slices.create(path, half("slice"), lambda leaf: 1)
     arrays["params/experts"].write((0,), np.zeros(3, np.float32))
@@ -163,7 +163,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
         arrays["params/experts"].write((0,), np.array([0, np.nan, 0], np.float32))
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
+def test_no_run_resumes_from_a_checkpoint_that_is_not_finite(tmp_path, monkeypatch, capsys):
     save_small(tmp_path, 1)
     with monkeypatch.context() as before:  # as an older version saved them
         before.setattr(checkpoint, "first_non_finite", lambda _: None)
@@ -260,7 +260,7 @@ def test_a_step_whose_save_was_killed_is_saved_again(workdir):
         check(workdir / "checkpoints" / f"{n:08d}", "full")
 
 
-def test_nothing_is_deleted_that_no_save_made(workdir):
+def test_only_what_a_save_made_is_deleted(workdir):
     directory = workdir / "checkpoints"
     for name in ("notes", "00000007.backup", "best", "000000070", "7"):
         (directory / name).mkdir()
@@ -359,7 +359,7 @@ def test_after_a_failed_save_the_one_before_restores(workdir, monkeypatch):
 def test_no_step_is_trained_more_than_one_save_after_a_failed_save(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_manifest", no_space)
     with pytest.raises(OSError, match="No space"):
-        run(CONFIG, tmp_path, quiet=True)  # the save at 5 fails, the save at 10 says so
+        run(CONFIG, tmp_path, quiet=True)  # the save at 5 fails, which the save at 10 reports
     assert rig.steps_logged(tmp_path) <= 10
 
 
@@ -476,14 +476,14 @@ STRAYS = [
 
 
 @pytest.mark.parametrize("name", STRAYS)
-def test_a_file_that_is_not_of_the_checkpoint_does_no_harm_and_is_named(workdir, name, capsys):
+def test_a_foreign_file_in_a_checkpoint_is_ignored_and_named(workdir, name, capsys):
     (newest(workdir) / name).write_text("hello")
     assert run(CONFIG, workdir, stop_at=12, quiet=True).step == 12
     assert f"ignoring files that are not in the manifest of {newest(workdir)}: {name}\n" in capsys.readouterr().out
     assert (newest(workdir) / name).read_text() == "hello"
 
 
-def test_what_a_file_browser_leaves_while_a_checkpoint_is_written_is_not_of_it(tmp_path, monkeypatch):
+def test_files_of_a_file_browser_are_not_part_of_the_checkpoint_being_written(tmp_path, monkeypatch):
     real = manifest_.hash_files
 
     def hash_files(path, process):
@@ -521,14 +521,14 @@ def test_sizes_alone_see_truncation_and_not_a_flipped_bit(workdir):
         check(newest(workdir), "sizes")
 
 
-def test_damage_is_told_before_the_first_step_and_with_the_way_out(workdir, monkeypatch):
+def test_damage_is_reported_before_the_first_step_with_a_remedy(workdir, monkeypatch):
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
     monkeypatch.setattr(compile, "make_train_step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=r"Set checkpoint\.fallback=True to resume from step 5"):
         run(CONFIG, workdir, quiet=True)
 
 
-def test_damage_to_the_only_checkpoint_says_so(workdir):
+def test_damage_to_the_only_checkpoint_is_reported_as_such(workdir):
     shutil.rmtree(workdir / "checkpoints" / "00000005")
     rig.flip_bit(rig.data_files(newest(workdir))[-1], 99)
     for fallback, words in (
@@ -539,7 +539,7 @@ def test_damage_to_the_only_checkpoint_says_so(workdir):
             restore(workdir / "checkpoints", abstract_state(CONFIG), fallback=fallback)
 
 
-def test_fallback_takes_the_checkpoint_before_and_says_so(workdir, capsys):
+def test_fallback_resumes_from_the_checkpoint_before_and_reports_it(workdir, capsys):
     file = rig.data_files(newest(workdir))[-1]
     rig.flip_bit(file, 99)
     state, extra = restore(workdir / "checkpoints", abstract_state(CONFIG), fallback=True)
@@ -559,8 +559,8 @@ def test_the_advice_to_set_fallback_can_be_followed(workdir, capsys):
     assert "resuming from step 5" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_set_aside_as_it_is_where_a_run_falls_back(workdir, capsys):
-    # only a whole reading sees the damage, and saves look at sizes
+def test_a_damaged_checkpoint_is_renamed_unchanged_when_a_run_falls_back(workdir, capsys):
+    # only reading all bytes detects the damage, and a save compares sizes
     config = rig.drill_config(checkpoint=dict(keep=10, fallback=True, verify="full"))
     file = rig.data_files(newest(workdir))[-1]
     rig.flip_bit(file, 99)
@@ -645,7 +645,7 @@ def test_a_python_pickle_in_a_checkpoint_is_ignored(workdir, capsys):
 
 
 def overtaken(monkeypatch, directory, name, times):
-    """The run saves a further step, and so removes the checkpoint that `checkpoint.<name>` is about to read."""
+    """The run saves another step, and thereby removes the checkpoint that `checkpoint.<name>` is about to read."""
     real, left = getattr(checkpoint, name), list(range(times))
 
     def read(path, *args, **kwargs):
@@ -658,13 +658,13 @@ def overtaken(monkeypatch, directory, name, times):
 
 
 @pytest.mark.parametrize("name", ["_read", "check"])
-def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_missed(tmp_path, monkeypatch, name):
+def test_when_the_run_removes_the_checkpoint_being_read_a_newer_one_is_read(tmp_path, monkeypatch, name):
     save_small(tmp_path, 1)
     overtaken(monkeypatch, tmp_path, name, 3)
     assert int(restore(tmp_path, small_state())[0]["step"]) == 4
 
 
-def test_a_run_that_removes_faster_than_can_be_read_is_told_in_a_sentence(tmp_path, monkeypatch):
+def test_a_run_that_removes_checkpoints_faster_than_they_can_be_read_is_reported(tmp_path, monkeypatch):
     save_small(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "MOST_REMOVED", 2)
     overtaken(monkeypatch, tmp_path, "_read", 9)
@@ -672,8 +672,8 @@ def test_a_run_that_removes_faster_than_can_be_read_is_told_in_a_sentence(tmp_pa
         restore(tmp_path, small_state())
 
 
-def test_slices_of_a_checkpoint_that_its_run_removes_end_in_a_sentence(tmp_path):
-    state = {"weights": jnp.arange(1e6)}  # not so small that it comes with the index
+def test_slices_of_a_checkpoint_that_its_run_removes_raise_a_clear_error(tmp_path):
+    state = {"weights": jnp.arange(1e6)}  # too large to be stored in the index
     checkpoints = Checkpointer(tmp_path, 1)
     checkpoints.save(1, state, {})
     checkpoints.wait()
@@ -696,14 +696,14 @@ def test_a_copied_checkpoint_restores(saved, tmp_path, place):
     assert rig.final_hash(CONFIG, there) == rig.final_hash(CONFIG, saved)
 
 
-def test_a_run_goes_on_from_a_relative_path_with_a_trailing_slash(workdir, monkeypatch):
+def test_a_run_resumes_from_a_relative_path_with_a_trailing_slash(workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent)
     outcome = run(CONFIG, type(workdir)("./run/"), stop_at=12, quiet=True)
     assert outcome.step == 12
     assert committed(workdir / "checkpoints") == [5, 10, 12]
 
 
-def test_a_run_goes_on_through_a_link_to_its_workdir(workdir):
+def test_a_run_resumes_through_a_link_to_its_workdir(workdir):
     link = workdir.parent / "link"
     link.symlink_to(workdir)
     assert run(CONFIG, link, stop_at=12, quiet=True).step == 12

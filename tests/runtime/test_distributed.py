@@ -1,4 +1,4 @@
-"""Laws of many processes that one process can check: the environment, and which rows a process loads."""
+"""Laws of several processes that one process can check: the environment, and which rows a process loads."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ OPEN_MPI = {
 TPU = {"TPU_WORKER_HOSTNAMES": "t-0.t,t-1.t", "TPU_WORKER_ID": "1"}
 
 
-def test_a_plain_host_is_no_cluster():
+def test_a_plain_host_is_not_a_cluster():
     assert (
         find_cluster({"PATH": "/bin", "TPU_WORKER_HOSTNAMES": "localhost", "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
         is None
@@ -71,7 +71,7 @@ def test_open_mpi_is_read():
 
 def test_open_mpi_5_needs_the_coordinator_to_be_named():
     newer = {k: v for k, v in OPEN_MPI.items() if "orte" not in k}
-    with pytest.raises(ValueError, match="does not say where process 0 is; add -x JAX_COORDINATOR_ADDRESS=HOST:PORT"):
+    with pytest.raises(ValueError, match="the host of process 0; add -x JAX_COORDINATOR_ADDRESS=HOST:PORT"):
         find_cluster(newer)
     assert find_cluster(newer | {"JAX_COORDINATOR_ADDRESS": "host0:99"}).coordinator == "host0:99"
 
@@ -101,7 +101,7 @@ def test_jax_itself_finds_the_processes_of_a_tpu_slice(environ):
 
 @pytest.mark.parametrize("missing", EXPLICIT)
 def test_a_missing_variable_is_named(missing):
-    with pytest.raises(ValueError, match=f"needs {missing} as well; set all three"):
+    with pytest.raises(ValueError, match=f"also needs {missing}; set all three"):
         find_cluster({k: v for k, v in EXPLICIT.items() if k != missing})
 
 
@@ -116,12 +116,12 @@ def test_a_missing_variable_is_named(missing):
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": ""}, "OMPI_COMM_WORLD_RANK='' must be a whole number"),
     ],
 )
-def test_an_environment_that_contradicts_itself_is_refused_in_a_sentence(environ, words):
+def test_an_environment_that_contradicts_itself_is_refused(environ, words):
     with pytest.raises(ValueError, match=words):
         find_cluster(environ)
 
 
-def test_a_wrong_environment_is_told_by_the_command(tmp_path):
+def test_the_command_reports_a_wrong_environment(tmp_path):
     file = rig.write_config(tmp_path / "config.py", rig.drill_config())
     flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
     command = rig.Command("moe_jax.train", tmp_path / "log", *flags, environ={"JAX_NUM_PROCESSES": "2"})

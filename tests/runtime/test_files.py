@@ -1,4 +1,4 @@
-"""Laws of paths and locks: what a person writes is a path of this machine or is refused, and no lock stops no run."""
+"""Laws of paths and locks: a name is a local path or is refused, and a file system without locks ends no run."""
 
 import errno
 import fcntl
@@ -23,7 +23,7 @@ ADDRESSES = {
 
 
 @pytest.mark.parametrize("text", ADDRESSES)
-def test_an_address_is_refused_with_what_to_write(text):
+def test_an_address_is_refused_with_a_remedy(text):
     for function in (path_of, workdir_of, output_of):
         with pytest.raises(ValueError, match=r"^--here=.* is an address and must be a path of this machine") as caught:
             function(text, "--here")
@@ -33,7 +33,7 @@ def test_an_address_is_refused_with_what_to_write(text):
 @pytest.mark.parametrize(
     "text", ["a:b", "runs/lr:1e-3/x", "x:", "./s3:/bucket", "C:x", "a b", "[x]", "%20", "#1", "..."]
 )
-def test_what_only_looks_like_an_address_is_a_path(text):
+def test_a_path_that_resembles_an_address_is_a_path(text):
     assert str(path_of(text, "--here")) == text.removeprefix("./")
     assert workdir_of(text) == path_of(text, "--workdir")
 
@@ -72,7 +72,7 @@ def test_a_folder_that_orbax_takes_for_a_bucket_is_refused(folder):
 
 
 def without_locks(monkeypatch, number):
-    """A file system whose flock fails so: Lustre without -o flock, NFS without lockd, FUSE."""
+    """A file system whose flock fails with this error: Lustre without -o flock, NFS without lockd, FUSE."""
 
     def flock(*_):
         raise OSError(number, os.strerror(number))
@@ -114,13 +114,13 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["taken.json"]
 
 
-def test_another_failure_of_a_lock_is_none_to_ignore(tmp_path, monkeypatch):
+def test_other_failures_of_a_lock_are_raised(tmp_path, monkeypatch):
     without_locks(monkeypatch, errno.EIO)
     with open(tmp_path / "file", "w") as file, pytest.raises(OSError, match="Input/output"):
         lock(file, tmp_path, "held")
 
 
-def test_who_comes_second_is_refused(tmp_path):
+def test_the_second_process_is_refused(tmp_path):
     with open(tmp_path / "file", "w") as one, open(tmp_path / "file", "w") as two:
         lock(one, tmp_path, "held by the first")
         with pytest.raises(ValueError, match=r"^held by the first$"):

@@ -1,4 +1,4 @@
-"""What makes a run the same run: its numbers, its data and the weights it started from, each by content."""
+"""The identity of a run: its numbers, its data and its initial weights, each by content."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ WORDS = ["a cat sat on a mat", "the dog ran to the sea", "rain fell on the town"
 
 
 def texts(folder, seed=0, domains=("one", "two")):
-    """A prepared corpus of two domains, other text for another seed."""
+    """A prepared corpus of two domains, whose text depends on the seed."""
     draw = np.random.default_rng(seed)
     for domain in domains:
         (folder / "text" / domain).mkdir(parents=True)
@@ -81,7 +81,7 @@ def with_key(config, key, value):
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_only_a_key_that_changes_numbers_binds_a_run(key):
+def test_only_keys_that_change_numbers_are_fixed_for_a_run(key):
     before = config(balance=dict(bias_sign={}))
     after = with_key(before, key, OTHER[key])
     assert before != after
@@ -104,12 +104,12 @@ def test_only_a_key_that_changes_numbers_binds_a_run(key):
         (dict(balance={}, model=dict(dispatch="capacity")), False),
     ],
 )
-def test_micro_batches_bind_a_run_where_something_is_computed_or_drawn_by_them(overrides, binds):
+def test_micro_batches_are_fixed_for_a_run_if_results_depend_on_them(overrides, binds):
     one, two = (config(micro_batches=n, **overrides) for n in (1, 2))
     assert bool(changed_numbers(one, two)) == binds
 
 
-def test_dispatch_and_its_room_bind_a_run_where_tokens_are_dropped():
+def test_dispatch_and_its_capacity_are_fixed_for_a_run_that_drops_tokens():
     dropless = config(model=dict(dispatch="rounds"))
     dropping = config(model=dict(dispatch="capacity"))
     roomier = config(model=dict(dispatch="capacity", capacity_factor=2.0))
@@ -118,7 +118,7 @@ def test_dispatch_and_its_room_bind_a_run_where_tokens_are_dropped():
     assert changed_numbers(dropping, roomier) == ["model.capacity_factor: 1.25 -> 2.0"]
 
 
-def test_a_run_goes_on_with_another_number_of_micro_batches_and_its_loss_moves_by_rounding(tmp_path):
+def test_a_run_resumes_with_another_number_of_micro_batches_up_to_rounding(tmp_path):
     balance = dict(bias_sign=dict(rate=1e-2))
     run(config(balance=balance), tmp_path / "one", quiet=True)
     run(config(balance=balance), tmp_path / "two", stop_at=2, quiet=True)
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_another_number_of_micro_batches_and_its_loss_moves_b
 # --- the data -------------------------------------------------------------------------------------------------
 
 
-def test_other_data_at_the_same_path_are_refused_and_nothing_is_lost(corpora, tmp_path):
+def test_other_data_at_the_same_path_are_refused_and_the_run_is_unchanged(corpora, tmp_path):
     shutil.copytree(corpora[0], tmp_path / "data")
     run(config(tmp_path / "data"), tmp_path / "run", stop_at=2, quiet=True)
     shutil.rmtree(tmp_path / "data")
@@ -140,7 +140,7 @@ def test_other_data_at_the_same_path_are_refused_and_nothing_is_lost(corpora, tm
     assert (rig.folders(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()) == before
 
 
-def test_a_checkpoint_knows_its_data_where_run_json_is_gone(corpora, tmp_path):
+def test_a_checkpoint_identifies_its_data_if_run_json_is_gone(corpora, tmp_path):
     run(config(corpora[0]), tmp_path, stop_at=2, quiet=True)
     for name in ("run.json", "config.json"):
         (tmp_path / name).unlink()
@@ -148,7 +148,7 @@ def test_a_checkpoint_knows_its_data_where_run_json_is_gone(corpora, tmp_path):
         run(config(corpora[1]), tmp_path, quiet=True)
 
 
-def test_the_same_data_elsewhere_go_on(corpora, tmp_path):
+def test_a_run_resumes_when_its_data_were_moved(corpora, tmp_path):
     shutil.copytree(corpora[0], tmp_path / "here")
     run(config(tmp_path / "here"), tmp_path / "run", stop_at=2, quiet=True)
     (tmp_path / "here").rename(tmp_path / "there")
@@ -165,7 +165,7 @@ def test_processes_that_read_different_data_are_refused_before_the_first_step(co
     with rig.Processes(file, tmp_path / "run", devices=(1, 1), folders=folders) as processes:
         statuses = processes.wait()
     assert statuses == [2, 2], processes.text
-    assert "leads process 1 to other data" in processes.text
+    assert "holds other data in process 1" in processes.text
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -181,14 +181,14 @@ def started(tmp_path):
     return there
 
 
-def test_a_run_goes_on_without_the_weights_it_started_from(started, tmp_path, capsys):
+def test_a_run_resumes_without_the_weights_it_started_from(started, tmp_path, capsys):
     (tmp_path / "source").rename(tmp_path / "elsewhere")
     assert run(started, tmp_path / "run").step == 4
     assert "no longer has the weights that this run started from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["", "elsewhere"])
-def test_where_its_weights_once_came_from_does_not_bind_a_run(started, tmp_path, name):
+def test_init_from_may_be_empty_or_gone_when_a_run_is_resumed(started, tmp_path, name):
     (tmp_path / "source").rename(tmp_path / "elsewhere")
     moved = dataclasses.replace(started, init_from=name and str(tmp_path / name))
     assert run(moved, tmp_path / "run", quiet=True).step == 4
@@ -204,13 +204,13 @@ def test_other_weights_than_a_run_started_from_are_refused(started, tmp_path):
         run(drawn, tmp_path / "other", quiet=True)
 
 
-def test_a_run_goes_on_while_the_run_that_it_started_from_trains_on(started, tmp_path):
+def test_a_run_resumes_while_the_run_that_it_started_from_continues(started, tmp_path):
     trained = config(checkpoint=dict(keep=1))
     assert run(trained, tmp_path / "source", quiet=True).step == 4
     assert run(started, tmp_path / "run", quiet=True).step == 4
 
 
-def test_the_command_that_fine_tunes_goes_on_without_the_weights(repo, tmp_path):
+def test_the_fine_tuning_command_resumes_without_the_weights(repo, tmp_path):
     run(config(), tmp_path / "source", stop_at=2, quiet=True)
     flags = ("--config.num_steps=4", "--config.optimizer.warmup_steps=1", "--config.data.eval_sequences=2")
     command = (repo / "configs" / "from_checkpoint.py", tmp_path / "run", *flags)
@@ -235,21 +235,21 @@ def legacy(repo, tmp_path):
     return tmp_path
 
 
-def test_a_run_of_an_earlier_version_goes_on(repo, legacy):
+def test_a_run_of_an_earlier_version_resumes(repo, legacy):
     file = repo / "tests" / "legacy" / "config.py"
     rig.train(file, legacy / "run")
     assert [record["step"] for record in read_jsonl(legacy / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
     assert json.loads((legacy / "run" / "run.json").read_text())["identity"]["corpus"]
 
 
-def test_a_run_of_an_earlier_version_is_bound_to_the_path_of_its_data(corpora, legacy):
+def test_a_run_of_an_earlier_version_is_identified_by_the_path_of_its_data(corpora, legacy):
     there = config_of_run(legacy / "run")
     moved = dataclasses.replace(there, data=dataclasses.replace(there.data, path=str(corpora[0])))
     with pytest.raises(ValueError, match=r"than the run in .* reads, which has ''"):
         run(moved, legacy / "run", quiet=True)
 
 
-def test_a_sweep_of_an_earlier_version_goes_on(repo, legacy):
+def test_a_sweep_of_an_earlier_version_resumes(repo, legacy):
     finished = (legacy / "sweep" / "none" / "seed0" / "metrics.jsonl").read_bytes()
     file = repo / "tests" / "legacy" / "config.py"
     command = rig.Command("experiments.ablate", legacy / "log", f"--config={file}", f"--workdir={legacy / 'sweep'}")
@@ -258,10 +258,10 @@ def test_a_sweep_of_an_earlier_version_goes_on(repo, legacy):
     assert len(read_jsonl(legacy / "sweep" / "bias" / "seed0" / "metrics.jsonl")) == 4
 
 
-# --- what reads a run -----------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_on_other_data_than_the_run_was_trained_on_says_so(corpora, tmp_path, capsys):
+def test_an_evaluation_on_other_data_than_the_run_was_trained_on_reports_it(corpora, tmp_path, capsys):
     run(config(corpora[0]), tmp_path, stop_at=2, quiet=True)
     evaluate.run(config(corpora[0]), tmp_path)
     assert "the text is other data" not in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_an_evaluation_on_other_data_than_the_run_was_trained_on_says_so(corpora
     assert "the text is other data" in capsys.readouterr().out
 
 
-def test_more_held_out_sequences_do_not_bind_a_run_and_its_stored_routing_stays_comparable(corpora, tmp_path):
+def test_the_number_of_held_out_sequences_may_change_and_stored_routing_stays_comparable(corpora, tmp_path):
     measured = dict(measure_every=1, eval_every=2)
     first = config(corpora[0], **measured)
     run(first, tmp_path, hooks=observers(first), stop_at=2, quiet=True)

@@ -1,4 +1,4 @@
-"""Laws of the ledger: every second is charged once, over all attempts, and what was done twice is lost."""
+"""Laws of the ledger: every second is charged once, over all attempts, and the time of repeated work is lost."""
 
 import contextlib
 
@@ -43,7 +43,7 @@ def test_the_seconds_are_those_up_to_now_in_the_middle_of_a_block(clock):
     assert ledger.seconds["step"] == 10.0
 
 
-def test_what_a_block_was_can_be_known_at_its_end(clock):
+def test_the_kind_of_a_block_may_be_determined_at_its_end(clock):
     ledger = Ledger(clock)
     works = True
     with ledger(lambda: "step" if works else "data"):
@@ -52,7 +52,7 @@ def test_what_a_block_was_can_be_known_at_its_end(clock):
     assert (ledger.seconds["data"], ledger.seconds["step"]) == (3.0, 0.0)
 
 
-def test_what_an_error_cut_off_is_lost_and_the_block_around_it_is_charged_as_before(clock):
+def test_a_block_cut_off_by_an_error_is_lost_and_the_block_around_it_is_charged_as_before(clock):
     ledger = Ledger(clock)
     with ledger("step"):
         with contextlib.suppress(MemoryError), ledger("evaluation"):
@@ -62,7 +62,7 @@ def test_what_an_error_cut_off_is_lost_and_the_block_around_it_is_charged_as_bef
     assert (ledger.seconds["evaluation"], ledger.seconds["lost"], ledger.seconds["step"]) == (0.0, 5.0, 1.0)
 
 
-def test_speed_is_of_steps_and_of_waits_for_their_data_only(clock):
+def test_speed_counts_only_steps_and_waits_for_their_data(clock):
     ledger = Ledger(clock)
     spend(ledger, clock, ("init", 5.0), ("compile", 10.0))
     ledger.count(1000)  # of the step that compiled
@@ -72,7 +72,7 @@ def test_speed_is_of_steps_and_of_waits_for_their_data_only(clock):
     assert ledger.speed() == (200.0, 0.25)  # 800 tokens in 4 s, 1 of them without a batch
 
 
-def test_nothing_timed_has_no_speed_and_no_goodput(clock):
+def test_without_a_timed_step_there_is_no_speed_and_no_goodput(clock):
     ledger = Ledger(clock)
     assert ledger.speed() == (None, None)
     assert ledger.goodput is None
@@ -81,7 +81,7 @@ def test_nothing_timed_has_no_speed_and_no_goodput(clock):
     assert ledger.speed() == (None, None)
 
 
-def test_what_is_logged_and_what_is_written_at_the_end_are_the_same_seconds(clock):
+def test_the_log_and_run_json_have_the_same_seconds(clock):
     ledger = Ledger(clock)
     spend(ledger, clock, ("init", 1.5), ("step", 4.5))
     columns, summary = ledger.columns(), ledger.summary(7)
@@ -101,35 +101,35 @@ def test_a_first_attempt_has_nothing_before_it():
     assert of_earlier_attempts(0, {}, {}, {}) == dict.fromkeys(KINDS, 0.0)
 
 
-def test_steps_that_are_done_again_are_lost():
-    # killed 4 s of steps after its checkpoint, of which the log knows
+def test_time_of_repeated_steps_is_lost():
+    # killed after 4 s of steps since its checkpoint, which are in the log
     before = of_earlier_attempts(50, SAVED, {}, logged(init=2.0, step=14.0))
     assert before == dict.fromkeys(KINDS, 0.0) | SAVED | {"lost": 4.0}
 
 
-def test_all_of_an_attempt_without_a_checkpoint_is_lost():
+def test_the_whole_time_of_an_attempt_without_a_checkpoint_is_lost():
     assert of_earlier_attempts(0, {}, {}, logged(init=2.0, step=14.0))["lost"] == 16.0
 
 
-def test_nothing_is_lost_of_an_attempt_that_ended_well():
-    # run.json also has the second that the last save took, which no checkpoint can know of itself
+def test_no_time_is_lost_of_an_attempt_that_ended_normally():
+    # run.json also has the second of the last save, which cannot be in that checkpoint
     ended = {"step": 50, "time": SAVED | {"checkpoint": 1.0}}
     assert of_earlier_attempts(50, SAVED, ended, logged(**SAVED)) == dict.fromkeys(KINDS, 0.0) | ended["time"]
 
 
-def test_a_crash_after_an_attempt_that_ended_well_loses_only_its_own_time():
-    # ended at step 50 after 13 s; the next attempt got to 20 s, and has no checkpoint of its own
+def test_a_crash_after_an_attempt_that_ended_normally_loses_only_its_own_time():
+    # ended at step 50 after 13 s; the next attempt was killed at 20 s, without a checkpoint of its own
     ended = {"step": 50, "time": SAVED | {"checkpoint": 1.0}}
     assert of_earlier_attempts(50, SAVED, ended, logged(**SAVED, checkpoint=1.0, compile=7.0))["lost"] == 7.0
 
 
 def test_losses_add_up_over_attempts():
-    # the checkpoint of the second attempt knows what the first one lost
+    # the checkpoint of the second attempt includes the time that the first one lost
     saved = SAVED | {"lost": 4.0}
     assert of_earlier_attempts(60, saved, {"step": 20, "time": {"step": 5.0}}, logged(step=17.0))["lost"] == 5.0
 
 
-def test_seconds_carried_over_belong_to_the_whole_and_not_to_the_speed(clock):
+def test_carried_seconds_count_in_the_total_and_not_in_the_speed(clock):
     ledger = Ledger(clock)
     ledger.carry({"step": 30.0, "lost": 10.0})
     ledger.restart()

@@ -1,4 +1,4 @@
-"""Laws of the logs: strict JSON, every key, every step once, whatever was killed when."""
+"""Laws of the logs: strict JSON, every key, every step once, also after kills."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ def test_log_every_logs_the_first_step_and_every_nth(tmp_path):
     assert [r["step"] for r in rig.curve(tmp_path)] == [0, 2, 5]
 
 
-def test_the_config_and_what_made_the_run_are_written(logged):
+def test_the_config_versions_and_identity_of_the_run_are_written(logged):
     assert json.loads((logged / "config.json").read_text())["num_steps"] == 20
     assert json.loads((logged / "run.json").read_text()).keys() >= {"versions", "git", "machine"}
 
@@ -127,7 +127,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
         (True, True),
     ],
 )
-def test_plain_values_are_what_json_holds(value, expected):
+def test_plain_values_are_json_values(value, expected):
     assert plain(value) == expected
 
 
@@ -138,7 +138,7 @@ def test_a_dense_model_has_no_layers_to_log(tmp_path):
     assert (tmp_path / "layers.jsonl").read_text() == ""
 
 
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+def test_a_line_truncated_by_a_kill_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     whole = '{"step": 0, "loss": 5.5}\n{"step": 1, "loss": 5.4}\n'
     for end in range(len(whole) // 2 + 1, len(whole)):
@@ -150,7 +150,7 @@ def test_a_log_file_that_is_absent_is_empty(tmp_path):
     assert read_jsonl(tmp_path / "nothing") == []
 
 
-def test_steps_that_are_done_again_are_in_the_log_once(tmp_path):
+def test_repeated_steps_are_in_the_log_once(tmp_path):
     run_log = RunLog(tmp_path, 0)
     for n in range(5):
         run_log.write(n, {"loss": float(n)}, {"loads": np.array([[n]])})
@@ -174,7 +174,7 @@ def test_lines_are_found_from_the_end_whatever_the_size_of_a_block(tmp_path, mon
     assert found == [line for line in reversed(text.splitlines(keepends=True)) if line.endswith("\n")]
 
 
-def test_a_log_is_opened_again_without_being_read_or_written_anew(tmp_path):
+def test_a_log_is_reopened_without_reading_or_rewriting_it(tmp_path):
     line = '{{"step": {}, "loads": "{}"}}\n'
     with open(tmp_path / "layers.jsonl", "w") as file:
         file.writelines(line.format(n, "x" * 100_000) for n in range(200))
@@ -184,17 +184,17 @@ def test_a_log_is_opened_again_without_being_read_or_written_anew(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000  # of 20 MB
-    assert (tmp_path / "layers.jsonl").stat().st_ino == node  # cut, not copied
+    assert (tmp_path / "layers.jsonl").stat().st_ino == node  # truncated, not copied
     assert [r["step"] for r in read_jsonl(tmp_path / "layers.jsonl")] == list(range(150))
 
 
-def test_only_the_newest_line_says_what_was_logged_last_and_half_a_line_says_nothing(tmp_path):
+def test_the_newest_line_is_the_last_complete_one(tmp_path):
     assert newest(tmp_path / "metrics.jsonl") == {}
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 2.0}\n[1]\nno json\n{"step": 2, "lo')
     assert newest(tmp_path / "metrics.jsonl") == {"step": 1, "loss": 2.0}
 
 
-def test_what_is_known_later_is_added_to_the_newest_line(tmp_path):
+def test_values_that_are_known_later_are_added_to_the_newest_line(tmp_path):
     run_log = RunLog(tmp_path, 0)
     run_log.write(0, {"loss": 2.0, "time": 10.25})
     run_log.write(1, {"loss": 1.0, "time": 11.75})
@@ -202,7 +202,7 @@ def test_what_is_known_later_is_added_to_the_newest_line(tmp_path):
     run_log.write(2, {"loss": 0.5})
     run_log.close()
     run_log = RunLog(tmp_path, 2)
-    run_log.amend(1, {"note": 7})  # the newest line of a log that is opened again
+    run_log.amend(1, {"note": 7})  # the newest line of a reopened log
     run_log.amend(5, {"eval/loss": 0.25})  # of a step that is not in the log
     run_log.close()
     assert strict(tmp_path / "metrics.jsonl") == [
@@ -217,7 +217,7 @@ def test_what_is_known_later_is_added_to_the_newest_line(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """A folder that is reached as a bucket is, by etils' paths; a part holds about four lines."""
+    """A folder that is accessed like a bucket, by etils' paths; a part holds about four lines."""
     monkeypatch.setattr(log, "PART_BYTES", 1000)
     return epath.Path(str(tmp_path / "bucket"))
 
@@ -232,7 +232,7 @@ def logged_in(bucket, first, last, flush=True):
     return run_log
 
 
-def test_a_bucket_gets_a_log_in_parts_and_of_them_only_what_changed(bucket, monkeypatch):
+def test_a_bucket_gets_the_log_in_parts_and_only_changed_parts_are_copied(bucket, monkeypatch):
     sent = []
     real = log._copy
     monkeypatch.setattr(
@@ -240,7 +240,7 @@ def test_a_bucket_gets_a_log_in_parts_and_of_them_only_what_changed(bucket, monk
     )
     run_log = logged_in(bucket, 0, 40)
     sizes = [size for name, size in sent if name.startswith("layers")]
-    assert len(sizes) >= 40 and max(sizes) < 1500  # never the whole, which has 10 kB
+    assert len(sizes) >= 40 and max(sizes) < 1500  # never the whole log, which has 10 kB
     sent.clear()
     run_log.flush()
     assert sent == []
@@ -254,14 +254,14 @@ def test_a_bucket_gets_a_log_in_parts_and_of_them_only_what_changed(bucket, monk
 
 
 @pytest.mark.parametrize("first", [0, 1, 3, 4, 5, 17, 39, 40])
-def test_a_log_in_parts_is_cut_where_the_run_resumes(bucket, first):
+def test_a_log_in_parts_is_truncated_at_the_step_where_the_run_resumes(bucket, first):
     logged_in(bucket, 0, 40).close()
     logged_in(bucket, first, 42).close()
     for name in ("metrics.jsonl", "layers.jsonl"):
         assert [r["step"] for r in read_jsonl(bucket / name)] == list(range(42))
 
 
-def test_a_killed_process_leaves_in_a_bucket_what_was_flushed(bucket):
+def test_after_a_kill_a_bucket_has_the_flushed_lines(bucket):
     killed = logged_in(bucket, 0, 10)
     killed.write(10, {"loss": 10.0}, {"loads": np.ones((2, 50))})
     assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(10))
@@ -271,7 +271,7 @@ def test_a_killed_process_leaves_in_a_bucket_what_was_flushed(bucket):
         file.close()
 
 
-def test_a_whole_log_of_an_earlier_version_goes_on_in_parts(bucket):
+def test_a_single_log_file_of_an_earlier_version_is_continued_in_parts(bucket):
     Path(bucket).mkdir()
     logged_in(Path(bucket), 0, 20).close()
     assert [p.name for p in parts(bucket / "layers.jsonl")] == ["layers.jsonl"]
@@ -290,7 +290,7 @@ def test_the_newest_line_in_a_bucket_can_be_added_to_wherever_it_is(bucket):
     assert [r.get("eval/loss") for r in read_jsonl(bucket / "metrics.jsonl")] == [None] * 19 + [2.5]
 
 
-def test_a_log_in_parts_is_set_aside_as_a_whole(bucket):
+def test_all_parts_of_a_log_are_renamed_together(bucket):
     logged_in(bucket, 0, 20).close()
     kept = [p.name for p in parts(bucket / "layers.jsonl")]
     before = {name: (bucket / name).read_bytes() for name in kept}
@@ -319,7 +319,7 @@ def test_the_display_prints_plain_lines_where_there_is_no_terminal(capsys):
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])  # a pipe without a reader, a terminal that was closed
-def test_a_person_who_left_ends_no_run(monkeypatch, tmp_path, number):
+def test_a_lost_reader_does_not_end_the_run(monkeypatch, tmp_path, number):
     with open(tmp_path / "out", "w") as out:
 
         class Left:
@@ -336,7 +336,7 @@ def test_a_person_who_left_ends_no_run(monkeypatch, tmp_path, number):
             display.say("hello")
 
 
-def test_an_output_that_fails_otherwise_is_no_reader_who_left(monkeypatch):
+def test_other_errors_of_the_output_are_raised(monkeypatch):
     def write(text):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -353,5 +353,5 @@ def test_a_quiet_display_prints_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_number_that_is_missing_is_left_out_of_the_line():
+def test_missing_numbers_are_left_out_of_the_line():
     assert summary_line({"loss": 2.0, "tokens_per_second": None}, LONG) == "loss 2.000"

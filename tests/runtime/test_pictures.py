@@ -1,11 +1,11 @@
-"""Laws of what pictures share."""
+"""Laws of smoothing in pictures."""
 
 import numpy as np
 
 from moe_jax.runtime.pictures import smooth
 
 
-def test_a_drawn_mean_does_not_smear_the_start():
+def test_smoothing_keeps_a_steep_start_steep():
     # over steps 0, 1, 1 to 3, 2 to 4 and, where there is no later one, 2 to 4
     drawn = smooth(np.asarray([1.0, 2, 6, 4, 0]), 4)
     np.testing.assert_allclose(drawn, [1, 2, 4, 10 / 3, 10 / 3])

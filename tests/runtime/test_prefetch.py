@@ -1,4 +1,4 @@
-"""Laws of prefetching: the same results in the same order, made ahead, and nothing beyond the end."""
+"""Laws of prefetching: the same results in the same order, computed ahead, and none beyond the end."""
 
 import threading
 
@@ -10,7 +10,7 @@ from moe_jax.runtime.prefetch import prefetched
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 3), (0, 1), (2, 9)])
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_every_number_is_made_once_and_in_order(first, last, depth):
+def test_every_result_is_computed_once_and_in_order(first, last, depth):
     asked = []
 
     def make(n):
@@ -22,7 +22,7 @@ def test_every_number_is_made_once_and_in_order(first, last, depth):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_so_many_are_made_while_one_is_used(depth):
+def test_depth_results_are_computed_while_one_is_used(depth):
     made = threading.Semaphore(0)
     numbers = prefetched(lambda n: made.release(), 0, 100, depth)
     next(numbers)
@@ -32,7 +32,7 @@ def test_so_many_are_made_while_one_is_used(depth):
     assert not made.acquire(blocking=False)  # and no more
 
 
-def test_a_failure_is_told_when_its_number_is_due():
+def test_a_failure_is_raised_when_its_number_is_due():
     def make(n):
         return 1 / (2 - n)
 

@@ -1,4 +1,4 @@
-"""Laws of the watchdog: it bites when the oldest work is not finished in time, names it, and at nothing else."""
+"""Laws of the watchdog: it ends the process if and only if the oldest work is not finished in time, and names it."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ TIMEOUT = 10.0
 
 
 class Result:
-    """As much of a jax.Array as the watchdog looks at."""
+    """The part of a jax.Array that the watchdog reads."""
 
     def __init__(self, ready):
         self.ready = ready
@@ -40,7 +40,7 @@ def begin(watchdog, kind, number, ready):
 
 
 def after(watchdog, clock, seconds):
-    """What is overdue when so many seconds have passed, looked at every second."""
+    """The work that is overdue after a number of seconds, checked every second."""
     for _ in range(seconds):
         clock.time += 1.0
         name = watchdog.overdue()
@@ -58,7 +58,7 @@ def test_the_oldest_unfinished_step_is_named(watchdog, clock, ready):
     assert after(watchdog, clock, 1) == "step 2"
 
 
-def test_the_process_ends_with_a_sentence(monkeypatch):
+def test_the_process_ends_with_a_message(monkeypatch):
     event = threading.Event()
 
     def end(message):
@@ -113,7 +113,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(watchdog, clock):
     begin(watchdog, "step", 0, True)
     begin(watchdog, "step", 1, False)
     assert after(watchdog, clock, 7) is None
-    clock.time += 1000.0  # two of them count, for one look may come late
+    clock.time += 1000.0  # two of them count, because one reading of the clock may be late
     assert watchdog.overdue() is None
     assert watchdog.stopped_seconds() == 998.0
     assert after(watchdog, clock, 1) is None

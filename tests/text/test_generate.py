@@ -27,6 +27,7 @@ from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.runtime import leaves, slices
 from moe_jax.text import decoding
 from moe_jax.text import model as model_
+from moe_jax.text.colours import printable
 from moe_jax.text.decoding import Growing, check_model, check_prompts, complete, notice_of_drops, score, trace
 from moe_jax.text.model import Model, encode, known_length, tokenizer_of
 from moe_jax.text.sampling import Sampling
@@ -397,7 +398,7 @@ def test_the_command_prints_the_texts_that_the_library_makes(workdir, tmp_path):
     prompts = [[256, *b"The"], [256, *b"A <b>"]]
     found = complete(model, prompts, BYTES, max_new_tokens=8, key=jax.random.key(3))
     for one, prompt in zip(found, ("The", "A <b>"), strict=True):
-        assert f"{prompt}{generate.printable(one.text)}" in command.text
+        assert f"{prompt}{printable(one.text)}" in command.text
     assert f"step {step}" in command.text and step == 20
     page = (tmp_path / "x.html").read_text()
     data = json.loads(re.search(r'id="data">(.*)</script>', page)[1])

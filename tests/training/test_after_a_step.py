@@ -1,4 +1,4 @@
-"""Laws of the loop: what is due after a step comes in one order, and what fails or is cut off takes nothing along."""
+"""Laws of the loop: actions after a step have a fixed order, and one that fails or is cut off loses nothing else."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from moe_jax.runtime.display import Display
 from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned, noted
-from moe_jax.training import actions, compile, evaluation, loop
+from moe_jax.training import actions, compile, evaluation, session
 from moe_jax.training.attempts import is_unaccounted
 from moe_jax.training.evaluation import Totals, held_out
 from moe_jax.training.hooks import Hook
@@ -40,7 +40,7 @@ def evaluated(workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Makes the curve of a run that nothing happens to."""
+    """A function that returns the curve of an undisturbed run."""
     curves = {}
 
     def curve(config):
@@ -57,7 +57,7 @@ def undisturbed(tmp_path_factory):
 
 
 class Events(list):
-    """Words with the number of steps done, in the order in which they happened."""
+    """Events of a run, each with the number of steps done, in order."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -87,13 +87,13 @@ class Events(list):
         self._monkeypatch.setattr(compile, "make_train_step", make)
 
     def spy_on_signals(self):
-        """Add every question whether to stop; processes must put it equally often and in the same places."""
+        """Add every check for a signal; processes must check equally often and in the same places."""
 
         @contextmanager
         def noted():
             yield lambda: self.append("stop?")
 
-        self._monkeypatch.setattr(loop, "noted", noted)
+        self._monkeypatch.setattr(session, "noted", noted)
 
     def spy_on_files(self):
         """Add log lines, saves, evaluations."""
@@ -105,7 +105,7 @@ class Events(list):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What a run does, in order; nothing before it is spied on."""
+    """The events of a run, in order; a test selects what is recorded."""
     return Events(monkeypatch)
 
 
@@ -113,10 +113,11 @@ def test_after_a_step_come_its_line_then_its_save_then_its_evaluation_which_is_a
     events.spy_on_files()
     run(SHORT, tmp_path, quiet=True)
     due = ["log 1", "log 2", "save 2", "evaluate 2", "amend 2", "log 3", "log 4", "save 4", "evaluate 4", "amend 4"]
-    assert events == [*due, "save 4"]  # at the end once more, for a run that is stopped anywhere; it is there already
+    # saved once more at the end, as in a run that is stopped anywhere; that checkpoint exists already
+    assert events == [*due, "save 4"]
 
 
-def test_whether_to_stop_is_asked_before_and_after_every_step_and_between_held_out_batches(tmp_path, events):
+def test_signals_are_checked_before_and_after_every_step_and_between_held_out_batches(tmp_path, events):
     config = rig.drill_config(num_steps=2, save_every=2, measure_every=2, data=dict(eval_sequences=1))
     events.spy_on_files()
     events.spy_on_steps()
@@ -147,11 +148,11 @@ def test_a_line_has_its_evaluation_and_every_step_one_line(tmp_path):
     assert evaluated(tmp_path) == [1, 3]
 
 
-# --- hooks of one's own ---------------------------------------------------------------------------------------
+# --- custom hooks ---------------------------------------------------------------------------------------------
 
 
 class Spy(Hook):
-    """A hook that says when it is called, and has numbers to add."""
+    """A hook that records its calls, and has numbers to add."""
 
     every = 2
 
@@ -177,7 +178,9 @@ class Spy(Hook):
         self.events.append("close")
 
 
-def test_a_hook_is_called_at_its_interval_last_of_what_is_due_and_its_numbers_are_logged(tmp_path, events, undisturbed):
+def test_a_hook_is_called_at_its_interval_after_the_built_in_ones_and_its_numbers_are_logged(
+    tmp_path, events, undisturbed
+):
     events.spy_on_files()
     events.spy_on_steps()
     run(SHORT, tmp_path, hooks=[Spy(events)], stop_at=2, quiet=True)
@@ -190,7 +193,7 @@ def test_a_hook_is_called_at_its_interval_last_of_what_is_due_and_its_numbers_ar
     assert [{k: v for k, v in line.items() if k != "mine/norm"} for line in lines] == undisturbed(SHORT)[:2]
 
 
-def test_a_hook_that_fails_takes_no_line_save_or_evaluation_with_it_and_every_hook_is_closed(tmp_path, events):
+def test_a_hook_that_fails_loses_no_line_save_or_evaluation_and_every_hook_is_closed(tmp_path, events):
     class Fails(Hook):
         def after(self, context, now):
             if now.done == 2:
@@ -215,13 +218,13 @@ def test_an_interval_of_the_config_that_no_hook_has_is_refused(tmp_path, key):
 # --- an evaluation that fails ---------------------------------------------------------------------------------
 
 
-def test_an_evaluation_that_raises_takes_no_save_with_it_and_is_made_up_for(tmp_path, monkeypatch, undisturbed):
+def test_an_evaluation_that_raises_loses_no_save_and_is_repeated_by_the_next_start(tmp_path, monkeypatch, undisturbed):
     def too_large(*_, **__):
         raise MemoryError("too large")
 
     real = actions.evaluate
     monkeypatch.setattr(actions, "evaluate", too_large)
-    for _ in range(2):  # the start after it fails at what it makes up for
+    for _ in range(2):  # the next start fails in the evaluation that it repeats
         with pytest.raises(MemoryError):
             run(SHORT, tmp_path, quiet=True)
         assert committed(tmp_path / "checkpoints") == [2]
@@ -230,7 +233,7 @@ def test_an_evaluation_that_raises_takes_no_save_with_it_and_is_made_up_for(tmp_
     assert rig.curve(tmp_path) == undisturbed(SHORT)
 
 
-def test_a_final_evaluation_that_is_missing_is_made_up_for_by_the_same_command_once(tmp_path, monkeypatch, undisturbed):
+def test_a_missing_final_evaluation_is_repeated_once_by_the_same_command(tmp_path, monkeypatch, undisturbed):
     def fail_at_the_end(config, state, *rest, **options):
         if int(state.step) == 4:
             raise MemoryError("too large")
@@ -250,7 +253,7 @@ def test_a_final_evaluation_that_is_missing_is_made_up_for_by_the_same_command_o
     assert run(SHORT, tmp_path, quiet=True).step == 4  # nothing is missing any more
 
 
-def test_a_trace_that_cannot_be_written_is_said_and_takes_no_save_with_it(tmp_path, monkeypatch, capsys):
+def test_a_trace_that_cannot_be_written_is_reported_and_loses_no_save(tmp_path, monkeypatch, capsys):
     def close(self):
         if self._local is not None:
             self._local = None
@@ -280,7 +283,7 @@ def test_a_checkpoint_that_fails_in_the_background_does_not_keep_the_log_open(tm
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_signal_in_an_evaluation_saves_and_ends_before_the_next_batch(tmp_path, monkeypatch, undisturbed, number):
+def test_a_signal_during_an_evaluation_saves_and_ends_before_the_next_batch(tmp_path, monkeypatch, undisturbed, number):
     batches = []
 
     def add(self, sums):
@@ -299,7 +302,7 @@ def test_a_signal_in_an_evaluation_saves_and_ends_before_the_next_batch(tmp_path
     assert rig.curve(tmp_path) == undisturbed(LONG_EVALUATION)
 
 
-def test_a_signal_while_an_evaluation_is_made_up_for_ends_it_too(tmp_path, monkeypatch):
+def test_a_signal_while_a_missing_evaluation_is_repeated_ends_it(tmp_path, monkeypatch):
     def add(self, sums):
         signal.raise_signal(signal.SIGTERM)
 
@@ -337,7 +340,7 @@ def test_a_signal_while_a_step_is_measured_comes_before_the_step(tmp_path, monke
     assert committed(tmp_path / "checkpoints") == [2]
 
 
-def test_whatever_reads_the_held_out_set_leaves_it_between_two_batches():
+def test_every_reader_of_the_held_out_set_stops_between_two_batches():
     config, corpus = LONG_EVALUATION, open_corpus()
     mesh = make_mesh(config.mesh)
     state, answers = init_state(config), [None, signal.SIGTERM]
@@ -367,7 +370,7 @@ def test_a_hangup_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_outside_the_main_thread_a_run_works_without_signals_and_says_so_once(tmp_path, capsys):
+def test_outside_the_main_thread_a_run_works_without_signals_and_reports_it_once(tmp_path, capsys):
     # ray-project/ray#18920: a trainer in a worker's thread
     outcomes = []
     thread = threading.Thread(target=lambda: outcomes.append(run(SHORT, tmp_path)))
@@ -395,7 +398,7 @@ def test_a_finished_run_stays_finished_when_its_checkpoints_are_gone(tmp_path, c
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_log_that_no_checkpoint_accounts_for_is_kept_aside_and_that_is_said(tmp_path, capsys):
+def test_a_log_whose_checkpoints_are_gone_is_renamed_and_this_is_reported(tmp_path, capsys):
     config = rig.drill_config(save_every=10)
     for number in (1, 2):
         run(config, tmp_path, stop_at=3, quiet=True)
@@ -403,12 +406,12 @@ def test_a_log_that_no_checkpoint_accounts_for_is_kept_aside_and_that_is_said(tm
         before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "layers.jsonl")}
         capsys.readouterr()
         run(config, tmp_path, stop_at=2)
-        assert f"it is kept as {tmp_path / 'metrics.jsonl'}.{number}" in capsys.readouterr().out
+        assert f"the log is kept as {tmp_path / 'metrics.jsonl'}.{number}" in capsys.readouterr().out
         assert {name: (tmp_path / f"{name}.{number}").read_bytes() for name in before} == before
         assert lines(tmp_path / "metrics.jsonl") == lines(tmp_path / "layers.jsonl") == [0, 1]
 
 
-def test_what_precedes_the_checkpoint_stays_in_the_log_when_the_rest_is_kept_aside(tmp_path):
+def test_lines_before_the_checkpoint_stay_in_the_log_when_it_is_renamed(tmp_path):
     run(SHORT, tmp_path, quiet=True)
     shutil.rmtree(tmp_path / "checkpoints" / "00000004")
     run(SHORT, tmp_path, stop_at=3, quiet=True)
@@ -420,15 +423,15 @@ def test_what_precedes_the_checkpoint_stays_in_the_log_when_the_rest_is_kept_asi
     ("logged", "first", "ended", "save_every", "expected"),
     [
         (0, 0, 0, 5, False),  # a new run
-        (5, 5, 5, 5, False),  # ended well
+        (5, 5, 5, 5, False),  # ended normally
         (9, 5, 0, 5, False),  # killed before the save at 10
         (9, 7, 7, 5, False),  # stopped at 7, then killed before the save at 10
-        (10, 5, 0, 5, False),  # killed in that save
-        (12, 5, 0, 5, True),  # the save at 10 was begun, and is not there
+        (10, 5, 0, 5, False),  # killed during that save
+        (12, 5, 0, 5, True),  # the save at 10 was started, and is gone
         (4, 0, 4, 5, True),  # had ended at 4, with a save
         (3, 0, 0, 0, True),  # nothing saves before the end
         (20, 20, 20, 0, False),
     ],
 )
-def test_lines_after_the_checkpoint_are_accounted_for_up_to_the_next_save(logged, first, ended, save_every, expected):
+def test_lines_after_the_checkpoint_are_expected_up_to_the_next_save(logged, first, ended, save_every, expected):
     assert is_unaccounted(logged, first, ended, save_every) == expected

@@ -17,7 +17,7 @@ from moe_jax.runtime import checkpoint
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import abstract_state, init_state, read_bias, state_shardings, step_key
 
-# family -> balance, model: with all that makes a state larger than one vector of an expert
+# family -> balance, model: with every option that makes a state larger than one vector over experts
 FAMILIES = {
     "bias with momentum, by class, in one layer": (
         dict(bias_smebu=dict(rate=1e-2, num_classes=2, layers=(1, 2), ema=0.5)),
@@ -47,12 +47,12 @@ FAMILIES = {
     ),
     "capacity of devices": (
         dict(device_capacity=dict(num_devices=2), aux_loss=dict(level="communication", num_devices=2)),
-        dict(num_layers=1),  # a layer behind would choose by what the first one dropped
+        dict(num_layers=1),  # a second layer would route by what the first one dropped
     ),
 }
-# the counts that a loss reads are those so far, so that the gradient, but nothing else, depends on the split
+# a loss reads the counts so far, so the gradient, and only the gradient, depends on the split
 GRADIENT_DEPENDS_ON_THE_SPLIT = {"running counts"}
-# which copies are dropped depends on all that travel together
+# which copies are dropped depends on all copies that are dispatched together
 LOADS_ONLY = {"capacity of devices"}
 every_family = pytest.mark.parametrize("family", FAMILIES, scope="module")
 
@@ -118,7 +118,7 @@ def test_micro_batches_remat_and_a_mesh_together_change_nothing(family):
 
 
 @every_family
-def test_a_checkpoint_has_all_of_the_state_and_the_run_goes_on_as_if_nothing_had_been(family, tmp_path):
+def test_a_checkpoint_has_the_whole_state_and_the_resumed_run_is_the_same(family, tmp_path):
     config, (state, _) = config_of(family), plain(family)
     saver = checkpoint.Checkpointer(tmp_path, 1)
     saver.save(1, jax.tree.map(jnp.asarray, state), {})
@@ -126,7 +126,8 @@ def test_a_checkpoint_has_all_of_the_state_and_the_run_goes_on_as_if_nothing_had
     mesh = make_mesh(config.mesh)
     restored, _ = checkpoint.restore(tmp_path, abstract_state(config, mesh))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state)
-    state = jax.device_put(state, state_shardings(config, mesh))  # as restored, so that nothing compiles anew
+    # sharded as after a restore, so that nothing is compiled again
+    state = jax.device_put(state, state_shardings(config, mesh))
     (on, on_values), (off, off_values) = (stepped(config, s, first=1) for s in (restored, state))
     np.testing.assert_array_equal(on_values["loads"], off_values["loads"])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), on, off)

@@ -1,4 +1,4 @@
-"""Laws of evaluation: the whole held-out set, once; nothing moves; numbers that can be checked by hand."""
+"""Laws of evaluation: the whole held-out set once, an unchanged state, and numbers that can be checked by hand."""
 
 import json
 import math
@@ -13,11 +13,12 @@ from drills import rig
 from state_hash import state_hash
 
 from conftest import tiny_config
+from moe_jax.analysis.results import report_saturation
 from moe_jax.analysis.specialisation import store_ids
 from moe_jax.analysis.survey import store_routing
 from moe_jax.balance import measures
 from moe_jax.data import evaluation_batches, make_corpus, open_corpus
-from moe_jax.evaluate import config_of_run, report_saturation, run
+from moe_jax.evaluate import config_of_run, run
 from moe_jax.mesh import make_mesh
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.training import compile
@@ -122,9 +123,9 @@ def spread_step(config, mesh, balancer=None):
     return eval_step
 
 
-def test_loads_are_told_apart_by_domain_and_by_sequence(monkeypatch):
+def test_loads_are_counted_by_domain_and_by_sequence(monkeypatch):
     # four windows of each of four domains: half of all on expert 0, half on 1, so (T/2 - T/4) / (T/4) = 1 in all,
-    # 3 within any domain or sequence; the expert tells one of two halves: 1 bit
+    # 3 within any domain or sequence; the expert identifies one of two halves: 1 bit
     monkeypatch.setattr(compile, "make_eval_step", spread_step)
     result = evaluate(CONFIG, None, CORPUS)
     assert result["eval/max_violation"] == 1.0
@@ -156,8 +157,8 @@ def test_a_bias_that_is_the_same_for_all_changes_no_decision(state):
     assert evaluate(CONFIG, biased(state, 3.0), CORPUS)["eval/bias_changed"] == 0.0
 
 
-def test_decisions_that_the_bias_changes_are_those_that_the_scores_would_not_make(state):
-    # with 9 on experts 0 and 1 all tokens choose them: what the first layer's scores send elsewhere is changed
+def test_decisions_changed_by_the_bias_are_those_that_the_scores_alone_do_not_make(state):
+    # with 9 on experts 0 and 1 all tokens choose them: every choice of another expert by the first layer is changed
     eval_step, batch = compile.make_eval_step(CONFIG), next(iter(evaluation_batches(CORPUS, **SIZES)))
     forced, free = (eval_step(biased(state, bias), batch) for bias in ([9.0, 9.0, 0.0, 0.0], [0.0] * 4))
     assert forced.loads[:, 2:].sum() == 0 < free.loads[0, 2:].sum()
@@ -169,7 +170,7 @@ def test_a_model_without_a_bias_has_no_decisions_changed_by_it(state):
     assert "eval/bias_changed" not in evaluate(config, init_state(config), CORPUS)
 
 
-def test_a_model_that_knows_nothing_pays_log_v_for_every_token(state):
+def test_a_model_with_uniform_predictions_has_a_loss_of_log_v(state):
     # a head of zeros: every logit is 0, every token costs ln 264 nats = log2 264 bits
     uniform = state._replace(params=state.params | {"head": jnp.zeros_like(state.params["head"])})
     result = evaluate(CONFIG, uniform, CORPUS)
@@ -203,7 +204,7 @@ def test_padding_rows_change_nothing(state):
     assert np.all(np.asarray(nats[5:]) == 0)
 
 
-def test_the_command_gives_the_numbers_that_the_run_logged(uninterrupted, tmp_path):
+def test_the_command_prints_the_numbers_that_the_run_logged(uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted / "run", tmp_path / "run")
     command = rig.Command("moe_jax.evaluate", tmp_path / "log", f"--workdir={workdir}", "--eval_sequences=4")
     assert command.wait() == 0, command.text
@@ -239,12 +240,13 @@ def test_specialisation_is_written_for_every_layer_expert_and_domain(dissected):
     assert (dissected / "specialisation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_ablation_tells_what_every_variant_costs(dissected):
+def test_an_ablation_reports_the_loss_of_every_variant(dissected):
     written, whole = read(dissected, "ablation"), read(dissected, "evaluation")
     assert written.pop("as it is") == {key: whole[f"eval/{key}"] for key in ("loss", "bits_per_byte")}
     expected = ["without shared", "without shared, one routed more", "without the best 1", "without the best 2"]
     assert list(written) == expected
-    assert len({values["loss"] for values in written.values()} | {whole["eval/loss"]}) == 5  # each is another model
+    # each variant is another model
+    assert len({values["loss"] for values in written.values()} | {whole["eval/loss"]}) == 5
 
 
 def test_routing_is_that_of_the_first_held_out_batch(dissected):
@@ -255,7 +257,7 @@ def test_routing_is_that_of_the_first_held_out_batch(dissected):
     np.testing.assert_array_equal([np.bincount(layer.ravel(), minlength=4) for layer in stored], loads)
 
 
-def test_saturation_is_told_of_every_stored_step(dissected):
+def test_saturation_is_reported_for_every_stored_step(dissected):
     written = read(dissected, "saturation")
     assert written["steps"] == [0, 20]
     then, now = (np.load(dissected / "routing" / f"{n}.npy") for n in (0, 20))
@@ -268,7 +270,7 @@ def test_routing_is_not_stored_unless_the_run_measures(state, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_stored_its_routing_once_is_told_what_is_missing(tmp_path, capsys):
+def test_a_run_that_stored_its_routing_once_prints_what_is_missing(tmp_path, capsys):
     store_ids(tmp_path, 5, np.zeros((1, 2, 2), int), "same")
     report_saturation(CONFIG, tmp_path)
     assert "no router saturation: " in capsys.readouterr().out
@@ -291,7 +293,7 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(run_of_somebody, tmp_path,
     assert not list(workdir.glob("*.tmp"))
 
 
-def test_a_folder_that_cannot_be_written_is_known_before_the_work(run_of_somebody, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(run_of_somebody, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     monkeypatch.setattr("moe_jax.training.restore.restore_model", lambda *_: None)
     with pytest.raises(ValueError, match="no finished checkpoint"):
@@ -304,8 +306,8 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(run_of_somebod
 # --- dropped copies -------------------------------------------------------------------------------------------
 
 
-def test_evaluation_says_how_many_copies_capacity_drops(state):
-    # room for a tenth of the balanced load: of an expert's tokens at least some are dropped, and none without a limit
+def test_evaluation_reports_the_share_of_copies_that_capacity_drops(state):
+    # with a capacity of a tenth of the balanced load some tokens are dropped, and none without a limit
     rates = {}
     for factor in (0.1, 4.0):
         config = rig.drill_config(model=dict(dispatch="capacity", capacity_factor=factor))
@@ -325,14 +327,14 @@ def test_the_drop_rate_is_of_the_copies_of_every_layer(monkeypatch):
     assert totals.balance(["a"])["eval/drop_rate"] == 0.25
 
 
-def test_a_method_that_drops_says_how_many_in_evaluation_too(state):
+def test_a_method_that_drops_reports_the_share_in_evaluation_too(state):
     config = rig.drill_config(balance=dict(device_capacity={}), model=dict(num_groups=2, top_groups=2))
     found = evaluate(config, init_state(config), CORPUS)
     assert 0.0 <= found["eval/drop_rate"] < 1.0
 
 
 @pytest.mark.parametrize("flag", ["specialisation", "ablation"])
-def test_a_dense_model_is_not_asked_about_experts(flag, tmp_path):
+def test_flags_about_experts_are_refused_for_a_dense_model(flag, tmp_path):
     dense = rig.drill_config(model=dict(num_experts=0), balance={})
     with pytest.raises(ValueError, match=r"model\.num_experts=0 has none; leave --\w+ out"):
         run(dense, tmp_path, **{flag: True})
@@ -343,8 +345,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         config_of_run(tmp_path)
 
 
-def test_a_mesh_that_does_not_fit_here_becomes_the_largest_data_parallel_one_that_does():
-    # 4 rows do not split over 8 devices, and 3 neither; a dropless exchange is the same whatever it was trained with
+def test_a_mesh_that_does_not_fit_becomes_the_largest_data_parallel_one_that_does():
+    # 4 rows split over neither 8 nor 3 devices; every dropless dispatch computes the same as that of training
     config = on_these_devices(tiny_config(batch_size=4, mesh=dict(data=-1), model=dict(dispatch="ragged")))
     assert (config.mesh.data, config.model.dispatch) == (4, "auto")
     fits = tiny_config(mesh=dict(data=2, expert=4), model=dict(dispatch="capacity"))

@@ -40,11 +40,11 @@ def interrupted(tmp_path, *command):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_ctrl_c_while_a_command_is_imported_is_answered_in_one_line(tmp_path, name):
+def test_ctrl_c_while_a_command_is_imported_prints_one_line(tmp_path, name):
     ended = interrupted(tmp_path, "-m", name)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
-def test_a_program_that_imports_the_package_keeps_its_own_answer(tmp_path):
+def test_a_program_that_imports_the_package_keeps_its_own_handling(tmp_path):
     ended = interrupted(tmp_path, "-c", "import moe_jax, numpy")
     assert "KeyboardInterrupt" in ended.stderr and "interrupted" not in ended.stderr

@@ -1,4 +1,4 @@
-"""The train state: what decays, what the learning rate does, what is drawn."""
+"""The train state: weight decay, the learning rate, initial values and rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_weight_decay_shrinks_exactly_the_leaves_of_the_mask():
         np.testing.assert_array_equal(update, 0.0 if path.endswith("scale") else 0.5, err_msg=path)
 
 
-def test_the_bias_is_no_parameter_and_has_no_moments():
+def test_the_bias_is_not_a_parameter_and_has_no_moments():
     state = abstract_state(CONFIG)
     assert not any("bias" in path for path in leaves((state.params, state.optimizer)))
     assert [a.shape for a in jax.tree.leaves(state.bias)] == [(2, 4)]  # two MoE layers, four experts
@@ -131,7 +131,7 @@ def test_a_wsd_that_decays_nothing_is_constant():
 
 
 def test_a_wsd_that_fills_the_run_falls_in_equal_steps_from_one_at_the_peak():
-    # without a warm-up the first step is the one at the peak, after one its last is
+    # the step at the peak is the first without a warm-up, and the last of the warm-up with one
     rate = rates(num_steps=10, schedule="wsd", decay_fraction=1.0, end_ratio=0.1)
     np.testing.assert_allclose(rate, np.linspace(1.0, 0.1, 10), rtol=1e-6)
     rate = rates(num_steps=10, schedule="wsd", warmup_steps=5, decay_fraction=0.5, end_ratio=0.1)
@@ -189,7 +189,7 @@ def test_stacked_layers_differ_from_each_other():
 
 
 def test_stochastic_rounding_keeps_the_mean_where_the_nearest_loses_a_small_update():
-    # 1 + 2^-10 lies an eighth of the way from 1 to the next bfloat16, 1 + 2^-7
+    # 1 + 2^-10 is an eighth of the way from 1 to the next bfloat16, 1 + 2^-7
     old = jnp.ones(2**16, jnp.bfloat16)
     new = old.astype(jnp.float32) + 2.0**-10
     assert (stored(new, old, "nearest", jax.random.key(0)) == old).all()
@@ -200,7 +200,7 @@ def test_stochastic_rounding_keeps_the_mean_where_the_nearest_loses_a_small_upda
     np.testing.assert_allclose((rounded > 1).mean(dtype=jnp.float32), 1 / 8, atol=0.006)
 
 
-def test_stochastic_rounding_leaves_what_needs_none_and_what_is_not_finite():
+def test_stochastic_rounding_leaves_exact_and_non_finite_values_alone():
     key = jax.random.key(0)
     exact = jnp.asarray([0.0, -0.0, 1.5, -(2.0**-126), 3.0e38, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16)
     rounded = stored(exact.astype(jnp.float32), exact, "stochastic", key)
@@ -212,7 +212,7 @@ def test_stochastic_rounding_leaves_what_needs_none_and_what_is_not_finite():
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all() and a.dtype == b.dtype, same, wide))
 
 
-def test_draws_of_a_key_are_the_same_again_and_others_for_every_leaf_and_key():
+def test_a_key_repeats_its_draws_and_every_leaf_and_key_has_others():
     old = {"a": jnp.ones(256, jnp.bfloat16), "b": jnp.ones(256, jnp.bfloat16)}
     new = jax.tree.map(lambda a: a.astype(jnp.float32) + 2.0**-8, old)
     one, again, other = (stored(new, old, "stochastic", jax.random.key(seed)) for seed in (0, 0, 1))
@@ -230,14 +230,14 @@ def test_draws_do_not_depend_on_the_mesh():
     np.testing.assert_array_equal(round_it(split, old), round_it(new, new.astype(jnp.bfloat16)))
 
 
-def test_what_rounding_costs_is_said_where_it_costs_something():
+def test_updates_lost_by_rounding_are_reported_where_there_are_any():
     assert cost_of_rounding(tiny_config()) is None
     kept = tiny_config(model=dict(param_dtype="bfloat16"))
     assert "model.param_dtype='bfloat16' loses" in cost_of_rounding(kept)
     assert "set 'float32', or optimizer.rounding='stochastic'" in cost_of_rounding(kept)
     by_chance = tiny_config(model=dict(param_dtype="bfloat16"), optimizer=dict(rounding="stochastic"))
     assert cost_of_rounding(by_chance) is None
-    # a second moment of which 0.999 stay does not fall: 0.001 of it is less than half a step of bfloat16
+    # a second moment that decays by 0.999 does not fall: 0.001 of it is less than half a step of bfloat16
     stays = tiny_config(optimizer=dict(moment_dtype="bfloat16", b2=0.999))
     assert "optimizer.moment_dtype='bfloat16' loses" in cost_of_rounding(stays)
     assert cost_of_rounding(tiny_config(optimizer=dict(moment_dtype="bfloat16", b2=0.95))) is None

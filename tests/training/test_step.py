@@ -13,7 +13,7 @@ from moe_jax.data.batches import Batch
 from moe_jax.model.abstract import abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.training.compile import make_eval_step, make_train_step
-from moe_jax.training.losses import row_nats
+from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import abstract_state, init_state, read_bias, step_key, write_bias
 from moe_jax.training.step import accumulate, advance, balance_update, first_non_finite, split_batch
 
@@ -48,7 +48,7 @@ def random_batch(seed=0, rows=8, length=16, padding=()) -> Batch:
 
 @functools.cache
 def state_of(name: str):
-    """A start with weights large enough that routing is decided and gradients are not tiny."""
+    """An initial state with weights so large that routing has no near ties and gradients are not tiny."""
     config = tiny_config(balance=METHODS[name])
     state = init_state(config)
     return state._replace(params=jax.tree.map(lambda a: a * 3.0, state.params))
@@ -135,7 +135,7 @@ def test_accumulation_moves_the_bias_once_not_once_a_micro_batch(micro_batches):
 def observed(config, state, bias, batch):
     """Nats of every row and reports of a forward pass with this bias."""
     fwd = Pass(inputs_of(batch), balance.make(config.balance), PerLayer(state.balance), jax.random.key(0), train=True)
-    return row_nats(config, state.params, bias, fwd, batch)
+    return model_row_nats(config, state.params, bias, fwd, batch)
 
 
 def test_the_bias_has_no_gradient():
@@ -147,7 +147,7 @@ def test_the_bias_has_no_gradient():
     assert (read_bias(jax.jit(jax.grad(loss))(state.bias)) == 0).all()
 
 
-def test_a_bias_changes_who_is_selected_and_through_that_the_loss():
+def test_a_bias_changes_the_selection_and_thereby_the_loss():
     config, state = tiny_config(balance=METHODS["bias"]), state_of("bias")
     pushed = write_bias(state.bias, jnp.zeros((2, 4)).at[:, 3].set(10.0))
     run = jax.jit(lambda bias: observed(config, state, bias, random_batch()))
@@ -242,14 +242,14 @@ def sick_in_head(moment, value):
 
 
 SMEBU = dict(bias_smebu=dict(rate=0.01))
-UPDATES = {  # loss and gradient are finite; what the update makes of them is not
+UPDATES = {  # loss and gradient are finite; a result of the update is not
     "a step beyond float32": (
         dict(learning_rate=3e38, weight_decay=1e3),
         lambda state: state,
         "moved parameter embedding",
     ),
     "a first moment": ({}, sick_in_head("mu", np.nan), "moved parameter head"),
-    "a second moment": ({}, sick_in_head("nu", np.inf), "moved moment 1/nu/head"),  # of a parameter that would stand
+    "a second moment": ({}, sick_in_head("nu", np.inf), "moved moment 1/nu/head"),  # of a parameter that would not move
     "a balancer's momentum": (
         {},
         lambda state: state._replace(balance=state.balance | {"bias_smebu": jnp.full((2, 4), jnp.nan)}),
@@ -272,13 +272,13 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_named(what):
     assert (int(after.step), int(after.skipped), int(after.stuck)) == (1, 1, 1)
 
 
-def test_a_healthy_step_has_no_culprit():
+def test_a_finite_step_has_no_non_finite_tensor():
     config = tiny_config(balance=SMEBU)
     assert first_non_finite(config, init_state(config), random_batch()) == "nothing any more"
 
 
 def moved_by(rate, model=None, **optimizer):
-    """Every parameter before and after a step at a tiny rate, as float32; weights are of bfloat16 from the start."""
+    """Every parameter before and after a step at a tiny rate, as float32; initial weights are bfloat16 numbers."""
     config = tiny_config(model=model or {}, optimizer=optimizer | dict(learning_rate=rate, weight_decay=0.0))
     narrow = init_state(tiny_config(model=dict(param_dtype="bfloat16"))).params
     state = init_state(config)
@@ -295,7 +295,7 @@ NARROW = dict(param_dtype="bfloat16")
 def test_at_a_tiny_rate_float32_parameters_move_and_bfloat16_ones_only_by_chance():
     # the same gradients, and no weight decay: steps of 1e-5 from weights of 0.02, where bfloat16 has steps of 1e-4
     before, wide = moved_by(1e-5)
-    seen = wide != before  # rows of bytes that do not occur stay
+    seen = wide != before  # rows of bytes that do not occur do not move
     assert seen.mean() > 0.8
     _, lost = moved_by(1e-5, NARROW)
     assert (lost != before)[seen].mean() < 0.2
@@ -373,7 +373,7 @@ def test_experts_that_no_token_reaches_have_gradients_of_exactly_zero():
         assert (experts[name][:, 1:] != 0).any()
 
 
-def test_compile_time_structure_does_not_grow_with_depth():
+def test_the_compiled_program_does_not_grow_with_depth():
     def operations(num_layers):
         config = tiny_config(model=dict(num_layers=num_layers))
         state = abstract_state(config)

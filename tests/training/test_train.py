@@ -1,4 +1,4 @@
-"""Reliability drills of a training run: it may stop, be killed or be told to end, and the curve does not notice."""
+"""Reliability of a training run: stops, kills and signals change no number of its curve."""
 
 import gzip
 import hashlib
@@ -74,7 +74,7 @@ def test_every_batch_is_trained_on_exactly_once_over_crashes(tmp_path, monkeypat
     assert [r["tokens_seen"] for r in rig.curve(tmp_path)] == list(tokens)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_a_finished_run_is_left_unchanged(tmp_path):
     run(CONFIG, tmp_path, quiet=True)
     before, curve = rig.final_hash(CONFIG, tmp_path), rig.curve(tmp_path)
     outcome = run(CONFIG, tmp_path, quiet=True)
@@ -107,7 +107,7 @@ def test_a_resumed_step_counts_like_the_first(tmp_path):
         assert np.abs(record["bias"]).max() <= (n + 1) * 0.01 + 1e-6
 
 
-def test_a_run_puts_the_signal_handlers_back(tmp_path):
+def test_a_run_restores_the_signal_handlers(tmp_path):
     before = [signal.getsignal(number) for number in ENDING]
     run(CONFIG, tmp_path, stop_at=1, quiet=True)
     assert [signal.getsignal(number) for number in ENDING] == before
@@ -190,7 +190,7 @@ def test_a_skipped_step_is_logged_as_null_and_counted(first_batch, tmp_path, mon
     assert records[2]["moe/bias_range"] == records[1]["moe/bias_range"]
 
 
-def test_what_was_not_finite_is_named_even_if_only_the_norm_overflowed(first_batch):
+def test_the_non_finite_tensor_is_named_even_if_only_the_norm_overflowed(first_batch):
     state = exploding(init_state(CONFIG))
     assert "gradient" in step.first_non_finite(CONFIG, state, first_batch)
 
@@ -215,7 +215,7 @@ def test_a_workdir_in_use_by_another_process_is_refused(tmp_path):
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="in use by another process; wait for it"):
             run(CONFIG, tmp_path, quiet=True)
-        other.kill()  # a killed process holds nothing any more
+        other.kill()  # a killed process no longer holds the lock
         other.wait()
         assert run(CONFIG, tmp_path, stop_at=1, quiet=True).step == 1
 
@@ -235,14 +235,14 @@ def test_a_longer_run_is_another_config(tmp_path):
         run(rig.drill_config(num_steps=30), tmp_path, quiet=True)
 
 
-def test_how_often_a_run_saves_may_change_when_it_goes_on(tmp_path):
+def test_the_save_interval_may_change_when_a_run_is_resumed(tmp_path):
     run(CONFIG, tmp_path, stop_at=2, quiet=True)
     config = rig.drill_config(save_every=2, checkpoint=dict(keep=5))
     run(config, tmp_path, stop_at=6, quiet=True)
     assert committed(tmp_path / "checkpoints") == [2, 4, 6]
 
 
-def test_a_checkpoint_of_another_config_is_refused_where_config_json_is_lost(tmp_path):
+def test_a_checkpoint_of_another_config_is_refused_if_config_json_is_lost(tmp_path):
     run(CONFIG, tmp_path, stop_at=2, quiet=True)
     (tmp_path / "config.json").unlink()
     other = rig.drill_config(optimizer=dict(learning_rate=2e-3))
@@ -272,7 +272,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("balance", [rig.BALANCE, dict(aux_loss=dict(weight=1e-2)), dict(hash={}), {}])
-def test_a_run_from_other_weights_has_their_parameters_and_bias_and_nothing_else_of_them(trained, tmp_path, balance):
+def test_a_run_from_other_weights_takes_only_their_parameters_and_bias(trained, tmp_path, balance):
     config = rig.drill_config(init_from=str(trained), balance=balance)
     mesh = make_mesh(config.mesh)
     state = start(config, mesh, tmp_path, open_corpus()).state
@@ -284,10 +284,10 @@ def test_a_run_from_other_weights_has_their_parameters_and_bias_and_nothing_else
     assert int(state.step) == 0 and any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.bias))
 
 
-def test_a_run_from_other_weights_goes_on_from_its_own_checkpoint(trained, tmp_path):
+def test_a_run_from_other_weights_resumes_from_its_own_checkpoint(trained, tmp_path):
     config = rig.drill_config(init_from=str(trained))
     run(config, tmp_path, stop_at=2, quiet=True)
-    assert run(config, tmp_path, stop_at=3, quiet=True).step == 3  # at init_from is no step 2
+    assert run(config, tmp_path, stop_at=3, quiet=True).step == 3  # the checkpoint of init_from has no step 2
     first = read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"]
     assert first < read_jsonl(trained / "metrics.jsonl")[0]["loss"] - 0.01
 
@@ -307,7 +307,7 @@ def test_weights_that_do_not_fit_are_refused(trained, tmp_path, overrides, words
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_tokenizer_goes_along_with_the_weights_if_the_corpus_is_of_it(tmp_path, same):
+def test_the_tokenizer_of_the_weights_is_copied_if_the_corpus_uses_it(tmp_path, same):
     (tmp_path / "from" / "tokenizer").mkdir(parents=True)
     (tmp_path / "from" / "tokenizer" / "tokenizer.json").write_text("{}")
     trained = SimpleNamespace(name="BPE " + hashlib.sha256(b"{}").hexdigest()[:16])
@@ -319,7 +319,7 @@ def test_a_tokenizer_goes_along_with_the_weights_if_the_corpus_is_of_it(tmp_path
     assert said == [] if same else "another tokenizer than 'bytes'" in said[0]
 
 
-def test_weights_of_another_tokenizer_get_that_of_the_corpus(tmp_path):
+def test_weights_with_another_tokenizer_get_that_of_the_corpus(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text('{"text": "the cat"}\n{"text": "the hat"}\n')
     folder = vocabularies.write(tmp_path / "v", vocabularies.byte_level(), tokenizer_config=dict(eos_token="<|end|>"))
@@ -334,7 +334,7 @@ def test_weights_of_another_tokenizer_get_that_of_the_corpus(tmp_path):
     assert kept.opens_text and not given.opens_text  # in training every document is opened
 
 
-def test_a_model_of_other_numbers_but_the_same_shapes_is_told(trained, tmp_path):
+def test_weights_of_a_model_with_the_same_shapes_and_other_numbers_are_reported(trained, tmp_path):
     same = rig.drill_config(init_from=str(trained), model=dict(remat="full"))
     other = rig.drill_config(init_from=str(trained), model=dict(gate_scale=2.5))
     said = [start(c, make_mesh(c.mesh), tmp_path, open_corpus()).remarks for c in (same, other)]
@@ -374,7 +374,7 @@ def test_a_config_that_does_not_fit_the_data_is_refused(tmp_path, changes, words
     assert not (tmp_path / "run").exists()
 
 
-def test_the_data_module_is_asked_for_every_step_in_order(tmp_path, monkeypatch):
+def test_the_batch_of_every_step_is_loaded_in_order(tmp_path, monkeypatch):
     asked = []
     real = data.training_batches
 
@@ -432,7 +432,7 @@ def test_a_run_saved_on_one_mesh_continues_on_every_other_and_back(two_by_four, 
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
-def test_a_measured_run_has_the_curve_of_one_that_is_not_and_its_measures_at_their_interval(tmp_path):
+def test_measuring_changes_no_number_of_a_run_and_is_logged_at_its_interval(tmp_path):
     plain, measured = tmp_path / "plain", tmp_path / "measured"
     config = rig.drill_config(measure_every=5, record_scores_every=10)
     run(CONFIG, plain, stop_at=10, quiet=True)
@@ -451,7 +451,7 @@ def test_a_measured_run_has_the_curve_of_one_that_is_not_and_its_measures_at_the
         assert (scores["mask"].shape, scores["ids"].shape) == ((8 * 16,), (8 * 16,))
 
 
-def test_a_run_made_before_a_key_existed_goes_on(tmp_path):
+def test_a_run_from_before_a_key_existed_resumes(tmp_path):
     run(CONFIG, tmp_path, stop_at=2, quiet=True)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
@@ -489,7 +489,7 @@ def total(about):
     return sum(about["time"].values())
 
 
-def test_run_json_and_the_log_say_where_the_time_went_over_all_attempts(tmp_path):
+def test_run_json_and_the_log_account_for_the_time_of_all_attempts(tmp_path):
     config = rig.drill_config(eval_every=5)
     run(config, tmp_path, stop_at=6, quiet=True)
     first = json.loads((tmp_path / "run.json").read_text())
@@ -502,11 +502,11 @@ def test_run_json_and_the_log_say_where_the_time_went_over_all_attempts(tmp_path
     assert all(second["time"][kind] >= spent for kind, spent in first["time"].items())
     lines = read_jsonl(tmp_path / "metrics.jsonl")
     totals = [sum(v for k, v in line.items() if k.startswith("time/")) for line in lines]
-    assert totals == sorted(totals)  # the second attempt went on counting
+    assert totals == sorted(totals)  # the second attempt continued the totals
     assert totals[-1] <= total(second) + 0.01  # what came after the last line, and rounding
 
 
-def test_the_steps_that_a_crash_makes_the_next_attempt_do_again_are_lost(tmp_path, monkeypatch):
+def test_time_of_steps_that_are_repeated_after_a_crash_is_lost(tmp_path, monkeypatch):
     def make(config, mesh=None):
         def train_step(state, batch, key):
             if int(state.step) == 8:
@@ -521,26 +521,26 @@ def test_the_steps_that_a_crash_makes_the_next_attempt_do_again_are_lost(tmp_pat
         run(CONFIG, tmp_path, quiet=True)  # saved at 5, logged steps 5, 6 and 7
     monkeypatch.setattr(compile, "make_train_step", real)
     crashed = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r["step"] >= 5]
-    again = crashed[-1]["time/step"] - crashed[0]["time/step"]  # two of the three, to be done again
+    again = crashed[-1]["time/step"] - crashed[0]["time/step"]  # of two of the three steps, which are repeated
     run(CONFIG, tmp_path, stop_at=6, quiet=True)
     assert json.loads((tmp_path / "run.json").read_text())["time"]["lost"] >= again > 0
 
 
-def test_a_start_without_a_step_to_do_leaves_the_account_as_it_was(tmp_path):
+def test_a_start_without_a_step_to_do_leaves_the_account_unchanged(tmp_path):
     run(CONFIG, tmp_path, stop_at=2, quiet=True)
     before = json.loads((tmp_path / "run.json").read_text())
     run(CONFIG, tmp_path, stop_at=2, quiet=True)
     assert json.loads((tmp_path / "run.json").read_text()) == before
 
 
-def test_a_logged_steps_rate_is_its_tokens_at_the_models_flops(tmp_path):
+def test_the_logged_flop_rate_is_the_token_rate_times_the_flops_of_a_token(tmp_path):
     run(CONFIG, tmp_path, stop_at=3, quiet=True)
     first, *others = read_jsonl(tmp_path / "metrics.jsonl")
     assert first["tokens_per_second"] is first["gflops_per_second"] is first["data_wait"] is None  # it compiled
     for line in others:
         assert line["gflops_per_second"] == pytest.approx(line["tokens_per_second"] * train_flops(CONFIG) / 1e9)
         assert 0 <= line["data_wait"] < 1
-        assert "mfu" not in line  # a CPU's peak is not known
+        assert "mfu" not in line  # the peak of a CPU is unknown
 
 
 # --- a trace --------------------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def trace_of(workdir):
     return json.loads(gzip.decompress(file.read_bytes()))
 
 
-def test_a_trace_of_so_many_steps_after_compilation_is_written_for_perfetto_and_xprof(tmp_path):
+def test_a_trace_of_the_requested_steps_is_written_for_perfetto_and_xprof(tmp_path):
     run(CONFIG, tmp_path, stop_at=6, quiet=True, profile=2)
     steps = [e["args"] for e in trace_of(tmp_path)["traceEvents"] if e.get("name") == "train"]
     assert [int(arguments["step_num"]) for arguments in steps] == [2, 3]
@@ -559,7 +559,7 @@ def test_a_trace_of_so_many_steps_after_compilation_is_written_for_perfetto_and_
     assert rig.steps_logged(tmp_path) == 6
 
 
-def test_a_trace_that_the_steps_left_are_too_few_for_is_refused(tmp_path):
+def test_a_trace_longer_than_the_remaining_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--profile=3 must leave 2 steps before it, and this start has 4 to do"):
         run(CONFIG, tmp_path, stop_at=4, quiet=True, profile=3)
 
