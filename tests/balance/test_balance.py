@@ -549,7 +549,7 @@ REFUSED = {
         r"balance\.z_loss\.weight=nan must be a finite number",
     ),
     "unknown word": ({"aux_loss": {"scope": "globl"}}, r"must be one of .*did you mean 'global'\?"),
-    "shared label": ({"bias": {"method": "z_loss"}}, r"a label is one word, not 'bias' or 'loads'"),
+    "shared label": ({"bias": {"method": "z_loss"}}, r"a label must be one word other than 'bias', 'loads'"),
     "options that are none": ({"z_loss": 0.1}, r"balance\.z_loss=0\.1 must be a dict of options"),
     "no mapping": ("bias_sign", r"balance='bias_sign' must be a mapping"),
     "schedule without an end": (
