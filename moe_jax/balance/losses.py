@@ -303,7 +303,7 @@ def _summed(groups: Groups, values: Shaped[Array, "*rest experts"]) -> Shaped[Ar
 
 
 def _frequencies(groups: Groups, counts: Int32[Array, "*rows counts"]) -> Float32[Array, "*rows groups"]:
-    """f: slots relative to an equal share of all, or visits relative to an equal share of the largest possible number."""
+    """f: slots relative to an equal share of all, or visits relative to an equal share of the most possible."""
     if not groups.most:
         return relative_counts(counts)
     visits = counts[..., :-1].astype(jnp.float32)
@@ -346,7 +346,7 @@ def _kth_excluding(values: Float32[Array, "tokens choices"], k: int) -> Float32[
 
 
 def _at(values: Float32[Array, "tokens choices"], ids: Int32[Array, "tokens"]) -> Float32[Array, "tokens"]:
-    """Each row's value at its id, computed as a sum, whose gradient keeps the sharding of the rows; a gather's may not."""
+    """Each row's value at its id, as a sum, because its gradient keeps the sharding of the rows; a gather's may not."""
     return jnp.where(jax.nn.one_hot(ids, values.shape[1], dtype=bool), values, 0.0).sum(1)
 
 

@@ -128,7 +128,7 @@ def load_entropy(loads: Any) -> Any:
 
 
 def effective_experts(loads: Any) -> Any:
-    """exp(entropy of the load shares): the number of equally loaded experts with this entropy, 1 to E. float32 [...]."""
+    """exp(entropy of the load shares): how many equally loaded experts have this entropy, 1 to E. float32 [...]."""
     xp = loads.__array_namespace__()
     return xp.exp(_entropy(_shares(loads)))
 

@@ -115,11 +115,10 @@ def bip(options: Bip, model: ModelConfig) -> Balancer:
     """BIP: q is the vector of prices of a binary integer program over the micro-batch.
 
     From q = 0, `iterations` times: p_t = max(0, (k+1)-th largest_j of s_tj - q_j), then
-    q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), with T the number of valid tokens and kT/E rounded down. This is
-    coordinate descent in the dual of "the highest sum of scores with at most k experts per token and at most kT/E
+    q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), with T the number of valid tokens and kT/E rounded down. This
+    is coordinate descent in the dual of "the highest sum of scores with at most k experts per token and at most kT/E
     tokens per expert". Prices are never negative, so they lower crowded experts but cannot raise starved ones. They are
-    computed from the whole micro-batch before routing, so the method is not causal, and evaluation routes by top-k
-    instead.
+    computed from the whole micro-batch, so the method is not causal, and evaluation routes by top-k instead.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -205,8 +204,8 @@ def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Arra
 def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
     """Hash: a fixed table from token ids to k experts; gates are still learned.
 
-    The table int32 [V, K] is state under "table". `init` gives each layer a different one, in which the experts' numbers
-    of entries differ by at most 1, which suits tokens of equal frequency; `balanced_table` makes one for given
+    The table int32 [V, K] is state under "table". `init` gives each layer a different one, in which the experts occur
+    equally often (to within 1), which suits tokens of equal frequency; `balanced_table` makes one for given
     frequencies. Ids from V on are taken modulo V. Without a state, expert i of a token is (id k + i) mod E. It is
     causal, and evaluation routes the same way.
 
@@ -355,8 +354,8 @@ def rank_in_group(
 def leak_bits(num_experts: int, top_k: int, num_layers: int = 1) -> float:
     """A lower bound on the bits per token that expert choice can leak about the future.
 
-    It is the information in the experts' choice of tokens: `layers x K log2((1 - R) / R)` with R = K/E; 0 if R is a half
-    or more, where the bound is void.
+    It is the information in the experts' choice of tokens: `layers x K log2((1 - R) / R)` with R = K/E; 0 for R of a
+    half or more, where the bound is void.
 
     Source: Loss-Free Balancing (arXiv 2408.15664) eq. 7: 16 experts, 2 per token and 9 layers leak more than 50 bits.
     """

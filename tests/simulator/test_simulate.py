@@ -340,7 +340,7 @@ BAD = [
     (["--balance=bias_sgn"], "did you mean 'bias_sign'"),
     (["--balance=bias_sign:rat=1"], "did you mean 'rate'"),
     (["--balance=bias_sign:rate"], "must have option=value after its colon, not 'rate'"),
-    (["--balance=bias_sign+bias_sign"], "'bias_sign' is there twice"),
+    (["--balance=bias_sign+bias_sign"], "'bias_sign' occurs twice"),
     (["--balance=bias_sign+bias_rms"], "only one method may own the bias"),
     (["--balance=quantile", "--rates=1"], "--rates sets the rate of one method"),
     (["--balance=bias_sign", "--rates=x"], "--rates=x must have a number"),
