@@ -66,7 +66,7 @@ DOTS_PER_INCH = 130
 
 
 def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: Path) -> None:
-    """Draw max violation over steps: a thick line for the mean over a window and seeds, a thin one for the first seed."""
+    """Draw max violation over steps: thick lines are means over a window and seeds, thin ones the first seed."""
     import matplotlib
     from matplotlib.figure import Figure
 

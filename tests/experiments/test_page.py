@@ -83,7 +83,7 @@ def test_a_folder_whose_name_is_no_text_is_named_on_the_page_and_the_terminal(tm
     strict = os.environ | {"PYTHONIOENCODING": "utf-8"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=strict, cwd=rig.REPO)
     assert run.returncode == 0, run.stderr
-    assert r"stray\udce9/seed0 is not named in sweep.json" in (directory / "report.html").read_text()
+    assert r"stray\udce9/seed0 is not listed in sweep.json" in (directory / "report.html").read_text()
     assert run.stdout.splitlines()[-1] == rf"Wrote {tmp_path}/caf\udce9/report.html"
 
 
