@@ -130,7 +130,7 @@ def limits(sweep: Sweep) -> dict[str, str]:
     found = {
         "Scale": "this is one model, one data set and one length of training, as given below. An order of arms at "
         "this size may change with more experts, more steps or more data.",
-        "Seeds": f"at most {seeds_text(finished)} per arm. With few seeds the t-interval is wide, and it cannot show an "
+        "Seeds": f"at most {seeds_text(finished)} per arm. With few seeds the t-interval is wide, and cannot show an "
         "effect smaller than its half-width: not distinguishable does not mean equal.",
         "Spread": "the intervals hold only for other seeds of this setting. They do not cover other settings, or "
         "arms whose options were not tuned equally well.",

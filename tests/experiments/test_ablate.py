@@ -86,7 +86,7 @@ def test_a_setting_without_an_arm_is_refused():
 
 
 def test_two_runs_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="arm 'a' with seed 0 twice; name the arms apart"):
+    with pytest.raises(ValueError, match="arm 'a' with seed 0 twice; give the arms two names"):
         plan(BASE, [{"arm": "a"}, {"arm": "a", "model.top_k": 1, "model.normalize_gates": False}])
 
 
@@ -104,7 +104,7 @@ def test_an_arm_whose_name_is_not_a_folder_name_is_refused(name):
 
 @pytest.mark.parametrize("name", ["sweep.json", "report.html", "figures"])
 def test_an_arm_named_as_a_file_of_the_sweep_is_refused_before_any_run_starts(name):
-    with pytest.raises(ValueError, match=f"arm '{name}', as a file of the sweep is named; choose another"):
+    with pytest.raises(ValueError, match=f"arm '{name}', like a file of the sweep; choose another"):
         plan(BASE, [{"arm": name}])
 
 
