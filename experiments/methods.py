@@ -66,8 +66,8 @@ PICTURES = (
     Picture(
         "simulate_rules",
         "Rules at their default rates, with a shift in the middle: bias_proportional, bias_rms and bias_pi settle "
-        "sooner than the sign rule, and bias_smebu, at half its rate, later. The quantile rule has no rate and needs one "
-        "or two steps; it ends slightly above the others, because it follows the noise of every batch.",
+        "sooner than the sign rule, and bias_smebu, at half its rate, later. The quantile rule has no rate and needs "
+        "one or two steps; it ends slightly above the others, because it follows the noise of every batch.",
         (
             *(f"--balance={name}" for name in ("bias_sign", "bias_proportional", "bias_rms", "bias_smebu", "bias_pi")),
             *("--balance=quantile", *SIZE, "--tokens=4096", "--steps=1000", "--stream=shift"),
@@ -75,8 +75,8 @@ PICTURES = (
     ),
     Picture(
         "simulate_flipped",
-        "The sign rule, the sign rule reversed, and no balancing: positive feedback collapses onto the experts with the "
-        "highest loads at the start.",
+        "The sign rule, the sign rule reversed, and no balancing: positive feedback collapses onto the experts with "
+        "the highest loads at the start.",
         ("--balance=none", "--balance=bias_sign", "--sign=1,-1", *SIZE, "--tokens=4096", "--steps=500"),
     ),
 )
@@ -211,7 +211,7 @@ def is_causal(name: str) -> bool:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; pipes within a cell, which would end it, become the Unicode bars of norms and absolute values."""
+    """A Markdown table; a pipe in a cell, which would end it, becomes the Unicode bar of a norm or absolute value."""
 
     def escaped(cell: str) -> str:
         return cell.replace("||", "\N{DOUBLE VERTICAL LINE}").replace("|", "\N{DIVIDES}")

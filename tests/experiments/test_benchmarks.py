@@ -165,7 +165,7 @@ def test_peers_that_are_not_installed_are_named_with_their_command():
     result = layer.measure(TINY, dtype="float32", skew="uniform", rounds=2)
     assert set(result["absent"]) == {"transformers_deepseek_v3", "transformers_qwen3_moe", "torchtitan", "maxtext"}
     assert "torch is not installed; pip install torch==" in result["absent"]["torchtitan"]
-    text = layer.shown("tiny", result)
+    text = layer.as_text("tiny", result)
     assert "torchtitan is absent: torch is not installed" in text
     assert [line.split()[0] for line in text.splitlines()[2:3]] == ["moe_jax"]
 
@@ -224,7 +224,7 @@ def test_a_step_without_peers_tells_its_speed(monkeypatch):
     assert set(result["seconds"]) == set(step.OURS.values())
     seconds = result["seconds"][step.OURS[step.QWEN]]
     assert result["tokens_per_second"][step.OURS[step.QWEN]]["high"] == pytest.approx(16 / min(seconds))
-    assert f"{step.QWEN} is absent" in step.shown(result)
+    assert f"{step.QWEN} is absent" in step.as_text(result)
 
 
 def test_the_same_model_trains_alike_in_both_frameworks():
@@ -260,7 +260,7 @@ def test_costs_are_relative_to_the_first():
     assert result["over_one"]["one"]["median"] == 1.0
     expected = [b / a for a, b in zip(result["seconds"]["one"], result["seconds"]["two"], strict=True)]
     assert result["over_one"]["two"]["median"] == pytest.approx(sum(expected) / 2)
-    assert scaling.shown("x", result).splitlines()[1].split() == ["ms", "over", "one"]
+    assert scaling.as_text("x", result).splitlines()[1].split() == ["ms", "over", "one"]
 
 
 def test_a_layer_with_more_experts_is_measured():
@@ -283,7 +283,7 @@ def test_devices_send_to_each_other(monkeypatch):
     monkeypatch.setattr(scaling, "MODEL", SIZES)
     result = scaling.devices_here([2], 1)
     assert result["bytes_sent_per_device"]["2 devices"] > 0
-    assert "MiB sent a device" in scaling.shown("devices", result)
+    assert "MiB sent per device" in scaling.as_text("devices", result)
 
 
 def test_a_warm_start_finds_what_the_cold_one_of_its_round_left(monkeypatch):
