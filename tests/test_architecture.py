@@ -101,7 +101,7 @@ def test_a_library_is_imported_only_at_its_place(library):
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if is_in(f, WITHOUT_JAX)], ids=name)
-def test_what_is_checked_before_jax_is_loaded_does_not_import_it(file):
+def test_files_that_run_before_jax_is_loaded_do_not_import_it(file):
     assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 

@@ -45,7 +45,7 @@ def test_a_tied_embedding_is_counted_once_and_multiplies_once():
     assert found["embedding"].flops == 2 * 264 * 16
 
 
-def test_the_sums_are_those_with_and_without_multi_token_prediction_and_embedding():
+def test_sums_are_given_with_and_without_multi_token_prediction_and_embedding():
     rows = parts(tiny_config(model=dict(mtp_depth=1)))
     ahead, embedding = (next(r for r in rows if r.name == name) for name in (AHEAD, "embedding"))
     every, model, rest = totals(rows)
@@ -71,7 +71,7 @@ def test_the_command_prints_the_table(repo):
         assert word in result.stdout
 
 
-def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_what_a_device_holds():
+def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_its_part_on_a_device():
     config = resolve(tiny_config(mesh=dict(data=2, expert=4)), 8)
     rows = {row.path: row for row in leaves(config, 8)}
     assert len(rows) == len(jax.tree.leaves(abstract_state(config)))

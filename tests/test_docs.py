@@ -249,7 +249,7 @@ def test_every_folder_has_a_page_of_reference():
     assert all(f"api/{page}.md" in nav for page in pages)
 
 
-def test_the_site_asks_nothing_of_the_network():
+def test_the_site_needs_no_network():
     text = (ROOT / "mkdocs.yml").read_text()
     assert re.search(r"^  font: false\b", text, re.M)
     assert not re.search(r"https?://|^repo_url|analytics|extra_javascript|extra_css", text, re.M)

@@ -87,5 +87,5 @@ def test_a_limit_is_seen(text):
 @pytest.mark.parametrize(
     "text", ["process.wait()", "event.wait(HANG_SECONDS)", "','.join(str(i) for i in range(3))", "run(steps=3)"]
 )
-def test_what_is_no_limit_is_none(text):
+def test_other_calls_are_not_limits(text):
     assert limits(ast.parse(text)) == []

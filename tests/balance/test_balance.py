@@ -517,7 +517,7 @@ def test_one_kind_may_appear_twice_under_labels():
     assert set(statistics) == {"loads", "far"}
 
 
-def test_statistics_of_a_method_lie_under_its_label_and_reach_its_loss():
+def test_statistics_of_a_method_are_under_its_label_and_reach_its_loss():
     # the loss of the step's counts, not of this routing's: f = (4, 0, 0, 0) gives 4 x P_0
     loss = measured(
         "softmax",
@@ -564,13 +564,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_a_mistake_is_refused_with_a_sentence_that_says_the_fix(mistake):
+def test_a_mistake_is_refused_with_a_sentence_that_names_the_fix(mistake):
     mapping, sentence = REFUSED[mistake]
     with pytest.raises(ValueError, match=sentence):
         balance_entries(mapping)
 
 
-def test_what_the_schema_refuses_make_refuses():
+def test_make_refuses_the_same_mappings_as_the_schema():
     with pytest.raises(ValueError, match="did you mean 'bias_sign'"):
         balance.make({"bias_sing": {}})
 
@@ -624,7 +624,7 @@ def test_a_composition_within_another_does_what_it_does_alone():
     np.testing.assert_array_equal(its_state["inner"]["bias_smebu"], state["bias_smebu"])
 
 
-def test_what_wraps_a_method_wraps_a_composition():
+def test_a_wrapper_of_methods_wraps_a_composition():
     inner = balance.make({"bias_sign": {"rate": 0.5}, "aux_loss": {"weight": 1.0}})
     balancer = chain({"both": wrappers.within(inner, (1, 2))})
     for layer in (0, 1):

@@ -106,7 +106,7 @@ def test_rms_rule_moves_nothing_in_balance():
     np.testing.assert_array_equal(moved("bias_rms", LEVEL, rate=0.5, bias=TILT), TILT)
 
 
-def test_rms_rule_does_not_blow_up_what_float32_rounds():
+def test_rms_rule_does_not_amplify_rounding_of_float32():
     # targets of 0.9 x 90 / 3 = 27 are not quite 27 in float32, and errors of 1e-7 over their own size would be 1
     model = (("num_experts", 3), ("num_zero_experts", 1), ("zero_share", 0.1))
     loads = np.asarray([27, 27, 27, 9], np.int32)
@@ -129,7 +129,7 @@ def test_gain_adds_the_last_error_alone_to_the_sum_of_all():
     np.testing.assert_allclose(second["bias"], 0.2 * error, rtol=1e-6, atol=1e-8)
 
 
-def test_a_bias_set_from_outside_is_where_the_pi_rule_goes_on():
+def test_the_pi_rule_continues_from_a_bias_set_from_outside():
     # an imported bias has no history here: TILT + (0.2 + 0.4) e
     error = np.asarray([3, 1, 0, -4]) / 12
     after = moved("bias_pi", SKEWED, rate=0.2, gain=0.4, bias=TILT)
@@ -159,7 +159,7 @@ def test_smebu_equals_the_published_order_of_operations_over_many_steps():
 
 
 @pytest.mark.parametrize(("method", "start"), [("bias_sign", 0.0), ("bias_multiplicative", 1.0)])
-def test_signs_are_right_where_float32_cannot_tell_the_loads_apart(method, start):
+def test_signs_are_right_where_float32_cannot_distinguish_the_loads(method, start):
     # float32 rounds 2^25 + 1 to 2^25
     many = 2**25
     loads = np.asarray([many - 1, many, many, many + 1], np.int32)
@@ -180,7 +180,7 @@ WITH_ZERO_MOVES = {
 
 
 @pytest.mark.parametrize("method", BY_LOADS)
-def test_real_experts_share_what_zero_computation_experts_leave_whose_bias_stays(method):
+def test_real_experts_share_the_remaining_copies_and_the_bias_of_zero_computation_experts_stays(method):
     options = {"zero_mean": False} if method == "bias_smebu" else {}
     after = moved(method, ZERO_LOADS, rate=0.5, model=WITH_ZERO, **options)
     np.testing.assert_allclose(after, WITH_ZERO_MOVES[method], rtol=1e-5)
@@ -232,7 +232,7 @@ def test_warm_up_takes_a_quarter_of_the_first_step(method):
 
 
 @pytest.mark.parametrize("method", BY_LOADS)
-def test_a_frozen_bias_stands_still_whatever_its_method_remembers(method):
+def test_a_frozen_bias_does_not_move_whatever_its_method_remembers(method):
     # two steps up to step 9 leave a momentum, an average and a last error behind; steps 10 and 11 are frozen
     options = {"gain": 0.5} if method == "bias_pi" else {}
     states = step_by_step(
@@ -465,7 +465,7 @@ def skewed_stream(method: str) -> np.ndarray:
     return np.asarray(jax.jit(lambda: jax.lax.scan(step, balancer.init(8), keys))()[1])
 
 
-def test_quantile_balances_within_three_steps_what_takes_the_sign_hundreds():
+def test_quantile_balances_within_three_steps_where_the_sign_takes_hundreds():
     # the floor of 2048 tokens is about sqrt(2 ln 8 (1 - 2/8) 8 / (2048 x 2)) = 0.08
     by_quantile, by_sign = skewed_stream("quantile"), skewed_stream("bias_sign")
     assert by_quantile[0] == by_sign[0] > 1.0

@@ -200,7 +200,7 @@ def test_running_frequencies_are_of_the_micro_batch_first_and_of_the_step_last(l
     assert abs(by_scope["microbatch"][0] - by_scope["global"][0]) > 1e-3  # or the two could not be told apart
 
 
-def test_what_a_step_must_know_beyond_loads_is_observed_by_hand():
+def test_statistics_beyond_loads_are_observed_by_hand():
     # visits of device 0 and 1, and the number of tokens; the padded third token is nowhere
     logits, mask = log([*TWO_TOKENS, [0.1, 0.2, 0.3, 0.4]]), [True, True, False]
     visits = run("aux_loss", logits, mask=mask, **VISITS, scope="global")[1]

@@ -121,7 +121,7 @@ def test_bias_range_is_the_largest_difference_that_selection_sees(measure):
 
 
 @KINDS
-def test_layers_stay_apart(measured):
+def test_layers_stay_separate(measured):
     # balanced, collapsed and unloaded layers side by side, none pooled with another
     loads = [[4, 4], [8, 0], [0, 0]]
     np.testing.assert_allclose(measured("max_violation", loads), [0.0, 1.0, 0.0], atol=1e-6)
@@ -312,7 +312,7 @@ def test_a_bias_for_each_class_has_a_range_for_each_class():
     np.testing.assert_allclose(measures.bias_std(bias), [[0.25, 0.125]])
 
 
-def test_flip_rate_counts_biases_that_turned_round_and_not_those_that_rest():
+def test_flip_rate_counts_biases_that_reversed_and_not_those_that_rest():
     before = np.asarray([[1, -1, 1, 0], [1, 1, 1, 1]], np.int8)
     after = np.asarray([[-1, 1, 1, 1], [1, 1, 0, 1]], np.int8)
     np.testing.assert_allclose(measures.flip_rate(before, after), [2 / 3, 0.0], rtol=1e-6)
@@ -376,7 +376,7 @@ def test_coactivation_is_the_share_of_an_experts_tokens_that_another_has_too(pai
     np.testing.assert_allclose(counts_.coactivation(counts), expected, rtol=1e-6)
 
 
-def test_counts_of_pairs_add_up_over_batches_and_stay_apart_by_layer():
+def test_counts_of_pairs_add_up_over_batches_and_stay_separate_by_layer():
     ids = np.asarray(list(itertools.permutations(range(3), 2)))[None].repeat(2, 0)
     whole = counts_.pair_counts(ids, 3)
     assert whole.shape == (2, 3, 3)

@@ -75,7 +75,7 @@ def test_padding_is_not_chosen_and_leaves_no_room():
     assert experts(chosen("expert_choice", FOUR, tokens=Tokens(mask=mask)), 2) == [[], [0, 1], [], []]
 
 
-def test_experts_choose_within_each_sequence_if_so_told():
+def test_experts_choose_within_each_sequence_if_that_is_the_scope():
     # two sequences of two: C = 1, so expert 0 takes .9 | .3 and expert 1 takes .7 | .6
     row = np.asarray([0, 0, 1, 1])
     expected = [[0], [1], [0, 1], []]
@@ -104,7 +104,7 @@ def test_the_leak_of_expert_choice_is_the_bound_of_equation_7():
     assert leak_bits(4, 2) == leak_bits(4, 3) == leak_bits(4, 4) == 0.0
 
 
-def test_what_experts_can_choose_tells_more_bits_than_the_bound():
+def test_the_choices_of_experts_carry_more_bits_than_the_bound():
     # E experts choose K T / E of T tokens: log2 C(T, KT/E)^E / T bits per token, exactly
     for num_tokens in (64, 1024):
         ways = math.comb(num_tokens, num_tokens * 2 // 16)

@@ -135,13 +135,13 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(overrides, devices, pla
     assert fix in str(caught.value)
 
 
-def test_resolve_fills_in_what_the_other_axes_leave():
+def test_resolve_fills_in_the_remaining_devices():
     config = resolve(validate(dict(model=EXPERTS, mesh=dict(expert=2))), 8, "tpu")
     assert config.mesh == MeshConfig(replica=1, data=4, expert=2, tensor=1)
 
 
 @pytest.mark.parametrize("config", [None, 3, "text", [1], [("num_steps", 3)]])
-def test_what_is_no_config_at_all_is_refused(config):
+def test_a_value_that_is_not_a_config_is_refused(config):
     with pytest.raises(ValueError, match="config"):
         validate(config)
 
@@ -296,7 +296,7 @@ def test_a_wrong_config_file_is_refused(tmp_path, kind, overrides):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_what_a_sweep_wants_is_refused_with_its_line(good, tmp_path):
+def test_an_error_in_get_hyper_is_refused_with_its_line(good, tmp_path):
     good.write_text(good.read_text() + "\n\ndef get_hyper(h):\n    return h.arms({'a': 1})\n")
     line = len(good.read_text().splitlines())
     refusal = Refusal("experiments.ablate", f"--config={good}", f"--workdir={tmp_path / 'sweep'}")
@@ -434,7 +434,7 @@ def test_the_evaluation_of_an_empty_folder_is_refused(tmp_path):
     assert_refused(Refusal("moe_jax.evaluate", f"--workdir={tmp_path}"), "holds no config.json")
 
 
-def test_a_sweep_that_is_none_is_refused(good, tmp_path):
+def test_a_config_without_a_sweep_is_refused(good, tmp_path):
     refusal = Refusal("experiments.ablate", f"--config={good}", f"--workdir={tmp_path / 'sweep'}")
     assert_refused(refusal, "defines no get_hyper")
     assert not (tmp_path / "sweep").exists()

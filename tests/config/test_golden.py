@@ -48,7 +48,7 @@ def test_there_is_no_golden_file_without_a_config():
 
 
 @pytest.mark.parametrize("file", ALL, ids=name_of)
-def test_a_config_file_says_what_it_is_whence_and_how_to_run_it(file):
+def test_the_header_of_a_config_file_has_its_source_and_its_command(file):
     header = (load(file).__doc__ or "").strip()
     assert "Source:" in header
     assert "Command:" in header

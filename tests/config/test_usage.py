@@ -38,7 +38,7 @@ def test_help_has_the_commands_own_flags_and_no_others(command):
         assert flags[0] == "config" and "--config.optimizer.learning_rate=1e-3" in done.stdout
 
 
-def test_help_says_what_must_be_given_and_what_is_taken_otherwise():
+def test_help_marks_required_flags_and_shows_defaults():
     words = [sys.executable, "-m", "moe_jax.generate", "--help"]
     text = subprocess.run(words, cwd=rig.REPO, capture_output=True, text=True, check=True).stdout
     assert re.search(r"--workdir=TEXT .*\(required\)", text)

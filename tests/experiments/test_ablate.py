@@ -132,7 +132,7 @@ def test_every_arm_of_a_seed_reads_the_same_batches():
 # --- the folder of a sweep ------------------------------------------------------------------------------------
 
 
-def test_a_sweep_record_tells_the_arms_apart(tmp_path):
+def test_a_sweep_record_distinguishes_the_arms(tmp_path):
     record = sweep_record(plan(BASE, SETTINGS), BASE, SOURCE, "the command")
     assert (record["arms"], record["seeds"], record["baseline"]) == (["bias", "none"], [0, 1], "bias")
     assert record["arms_config"]["bias"] == {}
@@ -170,12 +170,12 @@ GROWN = {
 
 
 @pytest.mark.parametrize("change", GROWN)
-def test_a_sweep_grows_and_changes_what_changes_no_number(begun, change):
+def test_a_sweep_may_grow_and_change_keys_that_change_no_number(begun, change):
     said = claimed(begun, **GROWN[change])
     assert said == ([f"arm none is in {begun} but no longer in the sweep"] if change == "an arm less" else [])
 
 
-def test_a_sweep_goes_on_where_a_key_is_younger_than_it(begun):
+def test_a_sweep_resumes_where_a_key_is_newer_than_it(begun):
     for file in (begun / "sweep.json", begun / "bias" / "seed0" / "config.json"):
         older = json.loads(file.read_text())
         del older.get("config", older)["step_timeout_seconds"]
@@ -228,7 +228,7 @@ def test_shards_do_every_run_once(trained, tmp_path, count):
 
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "", "1/2/3"])
-def test_a_shard_that_is_none_is_refused(text):
+def test_an_invalid_shard_is_refused(text):
     with pytest.raises(ValueError, match="must be i/n with 0 <= i < n; 0/1 does every run"):
         parse_shard(text)
 
@@ -286,7 +286,7 @@ def failing(monkeypatch):
     "error", [FloatingPointError("step 2"), ValueError("bad data"), FileNotFoundError("gone"), MemoryError("too large")]
 )
 @pytest.mark.parametrize("shard", [slice(None), slice(0, None, 2)])
-def test_one_run_that_fails_takes_no_other_with_it_and_is_named(failing, tmp_path, error, shard):
+def test_a_failed_run_is_named_and_does_not_affect_the_others(failing, tmp_path, error, shard):
     done, errors = failing
     errors["bias"] = error
     runs = plan(BASE, SETTINGS)[shard]
@@ -297,7 +297,7 @@ def test_one_run_that_fails_takes_no_other_with_it_and_is_named(failing, tmp_pat
     assert failed == expected
 
 
-def test_a_full_disk_ends_the_sweep_for_it_would_end_every_run(failing, tmp_path):
+def test_a_full_disk_ends_the_sweep_because_it_would_end_every_run(failing, tmp_path):
     done, errors = failing
     errors["bias"] = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
@@ -318,7 +318,7 @@ def get_hyper(h):
 """
 
 
-def test_a_run_that_diverges_is_noted_and_named_and_left_out_when_the_command_is_repeated(tmp_path):
+def test_a_run_that_diverges_is_noted_and_named_and_skipped_when_the_command_is_repeated(tmp_path):
     file, folder = tmp_path / "wild.py", tmp_path / "sweep"
     file.write_text(WILD.format(base=BASE))
     wild = folder / "wild" / "seed0"

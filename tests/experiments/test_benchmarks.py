@@ -84,7 +84,7 @@ def test_a_file_without_a_folder_is_refused_before_anything_is_measured(tmp_path
     assert "cannot be written; name a file in an existing folder" in done.stderr
 
 
-def test_a_busy_machine_is_told():
+def test_a_busy_machine_is_reported():
     facts = timing.about(3)
     idle, busy = ({**facts["machine"], "load": load * facts["machine"]["threads"]} for load in (0.1, 2.0))
     assert "busy" in timing.heading(facts | {"machine": busy})
@@ -102,12 +102,12 @@ def test_every_tokens_choice_is_clear(skew, dtype):
     assert (logits[:, -2] - logits[:, -3] >= problem.MARGIN[dtype]).all()
 
 
-def test_bfloat16_problems_hold_what_bfloat16_represents():
+def test_bfloat16_problems_hold_only_bfloat16_values():
     for values in problem.draw(TINY, "zipf", "bfloat16"):
         assert (values == values.astype(ml_dtypes.bfloat16)).all()
 
 
-def test_skews_are_what_they_are_called():
+def test_skews_match_their_names():
     def loads(skew):
         drawn = problem.draw(TINY, skew, "float32")
         return np.bincount(np.argsort(drawn.x @ drawn.router, -1)[:, -2:].ravel(), minlength=8)
@@ -123,19 +123,19 @@ def outcome(**changes):
     return problem.Outcome(**(drawn | changes))
 
 
-def test_another_outcome_is_refused_by_name():
+def test_a_different_outcome_is_refused_by_name():
     wrong = outcome().up.copy()
     wrong[7] = wrong[8]  # one row of fifty
     with pytest.raises(ValueError, match=r"peer and moe_jax differ in the gradient of up by .*, more than 1e-05"):
         problem.check("peer", outcome(up=wrong), outcome(), "float32")
 
 
-def test_nan_is_another_outcome():
+def test_nan_is_a_different_outcome():
     with pytest.raises(ValueError, match="differ in y by nan"):
         problem.check("peer", outcome(y=np.full((50, 4), np.nan, np.float32)), outcome(), "float32")
 
 
-def test_rounding_is_no_other_outcome():
+def test_rounding_is_not_a_different_outcome():
     expected = outcome()
     rounded = problem.Outcome(*(a * np.float32(1 + 2e-7) for a in expected))
     assert 0 < problem.check("peer", rounded, expected, "float32") < 1e-6
@@ -217,7 +217,7 @@ def test_latent_attention_has_as_many_parameters_as_ours():
 
 
 @pytest.mark.usefixtures("without_peers")
-def test_a_step_without_peers_tells_its_speed(monkeypatch):
+def test_a_step_without_peers_reports_its_speed(monkeypatch):
     monkeypatch.setattr(step, "trainer", lambda config: step.Trainer(lambda: 3.0, 100, {}))
     result = step.measure(SIZES, BATCH, rounds=2)
     assert set(result["absent"]) == {step.QWEN, step.DEEPSEEK}
@@ -234,13 +234,13 @@ def test_the_same_model_trains_alike_in_both_frameworks():
     assert losses[0][0] != pytest.approx(losses[2][0], rel=1e-3)  # it does train
 
 
-def test_other_losses_are_refused():
+def test_different_losses_are_refused():
     ours, theirs = step.Trainer(lambda: 3.0, 100, None), step_peers.Peer(lambda: 3.1, 100)
     with pytest.raises(ValueError, match="not the same training"):
         step.compare(step.QWEN, ours, theirs, 32)
 
 
-def test_another_size_is_refused():
+def test_a_different_size_is_refused():
     ours, theirs = step.Trainer(lambda: 3.0, 100, None), step_peers.Peer(lambda: 3.0, 102)
     with pytest.raises(ValueError, match="102 parameters and moe_jax 100"):
         step.compare(step.QWEN, ours, theirs, 32)
@@ -286,7 +286,7 @@ def test_devices_send_to_each_other(monkeypatch):
     assert "MiB sent per device" in scaling.as_text("devices", result)
 
 
-def test_a_warm_start_finds_what_the_cold_one_of_its_round_left(monkeypatch):
+def test_a_warm_start_finds_the_programs_of_the_cold_start_of_its_round(monkeypatch):
     seen = []
 
     def fake(cache, sizes, batch):
@@ -301,7 +301,7 @@ def test_a_warm_start_finds_what_the_cold_one_of_its_round_left(monkeypatch):
     assert result["ratio_warm_to_cold"] == 0.25
 
 
-def test_a_start_tells_the_seconds_of_its_parts(capsys):
+def test_a_start_reports_the_seconds_of_its_parts(capsys):
     start.run(SIZES, BATCH)
     told = json.loads(capsys.readouterr().out)
     assert set(told) == {"import", "init", "first_step", "second_step", "done"}

@@ -104,7 +104,7 @@ def test_nothing_finished_is_a_sentence_and_no_file(tmp_path: Path, capsys: pyte
     assert "! none, seed 0: not started (no metrics)." in capsys.readouterr().out
 
 
-def test_the_page_shows_where_the_time_went_if_any_run_says_so(tmp_path: Path) -> None:
+def test_the_page_shows_where_the_time_went_if_a_run_logged_it(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0, 1.2]})
     assert "Where the time went" not in report.write(report.read_sweep(tmp_path)).read_text()
     keep_account(tmp_path / "none" / "seed0", 10.0, init=1, step=3)
@@ -119,7 +119,7 @@ def test_the_page_shows_which_data_the_runs_read(tmp_path: Path) -> None:
     assert "aaaa / bbbb" in report.write(report.read_sweep(folder)).read_text()
 
 
-def test_a_column_of_ones_own_is_on_the_page(tmp_path: Path) -> None:
+def test_an_added_column_is_on_the_page(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0, 1.2]})
     example = rig.REPO / "docs" / "examples" / "column.py"
     command = [sys.executable, str(example), str(tmp_path)]

@@ -149,7 +149,7 @@ def test_domains_are_paired_too(tmp_path: Path) -> None:
     assert rows[1] == ["aux_loss", "0.9000 ± 1.2706\n-0.1000 ± 0.0000 *"]
 
 
-def test_answer_says_what_the_intervals_say(tmp_path: Path) -> None:
+def test_the_answer_agrees_with_the_intervals(tmp_path: Path) -> None:
     bits = {"none": [1.0, 1.2, 1.4], "aux_loss": [0.9, 1.0, 1.1], "worse": [1.1, 1.3, 1.5]}
     sweep = read_sweep(tiny_sweep(tmp_path, bits))
     balance, quality, certainty = answer(sweep).values()
@@ -237,7 +237,7 @@ def test_unfinished_is_seen_without_a_step_count(tmp_path: Path) -> None:
     assert remarks(read_sweep(tmp_path)) == expected
 
 
-def test_skipped_steps_and_partial_lines_are_said(tmp_path: Path) -> None:
+def test_skipped_steps_and_partial_lines_are_reported(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0]})
     path = tmp_path / "none/seed0/metrics.jsonl"
     path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 2') + '{"step": 751, "lo')

@@ -44,7 +44,7 @@ def test_the_plan_names_what_it_compiled(report):
     assert report["compile_seconds"] > 0
 
 
-def test_bytes_of_the_state_follow_from_where_it_lies(report):
+def test_bytes_of_the_state_follow_from_its_sharding(report):
     memory = report["bytes_per_chip"]
     # two float32 moments for a float32 parameter, lying where it lies, and Adam's count
     assert memory["optimizer"] == 2 * memory["parameters"] + 4
@@ -77,7 +77,7 @@ def test_roofs_are_not_known_without_a_chip(report):
     assert "roofs: not known" in report["printed"]
 
 
-def test_what_is_assumed_is_told(report):
+def test_assumptions_are_reported(report):
     assert any("balanced" in line for line in report["assumptions"])
     assert report["not_counted"]["untaken_branches"]["flops_per_chip"] > 0  # further rounds
     assert report["not_counted"]["loops_of_unknown_length"] == []

@@ -130,7 +130,7 @@ def test_domains_change_at_the_end_of_a_period_only_and_return():
     assert len(np.unique(values, axis=0)) == 3
 
 
-def test_shift_draws_popularity_anew_once():
+def test_shift_draws_popularity_again_once():
     values = popularity(streams.shift(EXPERTS, 1.0, 30))
     assert (values[:30] == values[0]).all()
     assert (values[30:] == values[39]).all()
