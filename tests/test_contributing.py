@@ -1,4 +1,4 @@
-"""The first example of docs/extending.md works as it stands there: one line and one function are a balancing method."""
+"""The first example of docs/extending.md works as written: one line and one function are a balancing method."""
 
 import re
 

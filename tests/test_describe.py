@@ -1,4 +1,4 @@
-"""The model summary adds up."""
+"""The describe command: its parts add up, and equal numbers computed by hand."""
 
 import math
 import subprocess
@@ -79,7 +79,7 @@ def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_its_part_on_a_device()
     assert gate.axes == ((), ("expert",), ("data",), ())
     assert (gate.part, gate.bytes) == ((2, 1, 8, 8), 4 * 2 * 8 * 8)
     assert rows["bias/stacks/1/blocks/0/ffw/bias"].axes == ((), ())
-    # what has one dimension is whole everywhere, all else is in 8 parts
+    # parameters with one dimension are whole on every device, all others are in 8 parts
     whole = sum(math.prod(r.shape) for r in rows.values() if r.path.startswith("params/") and r.part == r.shape)
     total = sum(p.total for p in parts(config))
     assert memory(config, 8).gradients == 4 * (whole + (total - whole) // 8)

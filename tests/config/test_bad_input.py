@@ -1,4 +1,4 @@
-"""Bad input is refused early, with a sentence that has the key, the value, the rule and a way out."""
+"""Bad input is refused early, with a sentence that has the key, the value, the rule and a fix."""
 
 import ast
 import json
@@ -168,7 +168,7 @@ sys.exit(status)
 
 
 class Refusal:
-    """How a command ended that should have refused its input."""
+    """The outcome of a command that should refuse its input."""
 
     def __init__(self, name, *flags):
         arguments = [sys.executable, "-c", COMMAND, name, *map(str, flags)]
@@ -180,7 +180,7 @@ class Refusal:
 
 
 def assert_refused(refusal, *words):
-    """Status 2, one line that begins with error:, no traceback, before jax is loaded, which takes seconds."""
+    """Status 2 and one line that begins with error:, without a traceback, and before jax is loaded."""
     assert refusal.status == 2, refusal.err
     assert "Traceback" not in refusal.err
     first, *more = refusal.err.splitlines()
@@ -193,7 +193,7 @@ def assert_refused(refusal, *words):
 
 @pytest.fixture
 def good(tmp_path):
-    """A config file that is right."""
+    """A valid config file."""
     return rig.write_config(tmp_path / "config.py", CONFIG)
 
 
@@ -242,7 +242,7 @@ def test_a_missing_workdir_is_refused(good):
 
 
 def test_an_empty_workdir_is_refused(good):
-    # with a bad flag beside it, so that a command that takes it ends before it writes anything
+    # with another bad flag, so that a command that accepts the workdir ends before it writes anything
     refusal = Refusal("moe_jax.train", f"--config={good}", "--workdir=", "--config.data.path=/no/such/folder")
     assert_refused(refusal, "--workdir")
 
@@ -440,7 +440,7 @@ def test_a_config_without_a_sweep_is_refused(good, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-# --- nothing that is read can run -----------------------------------------------------------------------------
+# --- no data that is read is executed -------------------------------------------------------------------------
 
 SOURCES = sorted(f for folder in ("moe_jax", "experiments") for f in (rig.REPO / folder).rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml"}

@@ -113,7 +113,7 @@ print(json.dumps(as_dict(validate(flags.FLAGS.config))))
 
 
 def read(folder, *arguments):
-    """What a command that is given these arguments in a folder takes for its config."""
+    """The config that a command reads from these arguments in a folder."""
     result = subprocess.run(
         [sys.executable, "-c", READ, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Laws of `--help`: a command's own flags, `--config` first with an example, and none of the libraries'."""
+"""Laws of `--help`: it shows a command's own flags, `--config` first with an example, and none of the libraries'."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 from drills import rig
 
-# the flags that each has beside others
+# some of the flags of each command
 COMMANDS = {
     "moe_jax.train": ["config", "workdir", "stop_at", "profile"],
     "moe_jax.evaluate": ["config", "workdir", "data", "specialisation"],

@@ -149,7 +149,7 @@ def claimed(folder, base=BASE, settings=SETTINGS, source=SOURCE, command="the co
 
 @pytest.fixture
 def begun(tmp_path):
-    """A sweep whose first run is under way, as far as files tell."""
+    """A sweep whose first run is in progress, according to its files."""
     claimed(tmp_path)
     folder = tmp_path / "bias" / "seed0"
     folder.mkdir(parents=True)
@@ -171,8 +171,8 @@ GROWN = {
 
 @pytest.mark.parametrize("change", GROWN)
 def test_a_sweep_may_grow_and_change_keys_that_change_no_number(begun, change):
-    said = claimed(begun, **GROWN[change])
-    assert said == ([f"arm none is in {begun} but no longer in the sweep"] if change == "an arm less" else [])
+    lines = claimed(begun, **GROWN[change])
+    assert lines == ([f"arm none is in {begun} but no longer in the sweep"] if change == "an arm less" else [])
 
 
 def test_a_sweep_resumes_where_a_key_is_newer_than_it(begun):
@@ -207,7 +207,7 @@ def test_a_sweep_without_a_common_arm_is_another(begun):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """`train.run` replaced by a recorder."""
+    """`loop.run` replaced by a recorder."""
     done = []
 
     def fake(config, folder, hooks, name):
@@ -237,7 +237,7 @@ def test_a_finished_run_is_not_run_again(trained, tmp_path):
     runs = plan(BASE, SETTINGS)
     evaluation = {"eval/loss": 5.0, "eval/bits_per_byte": 7.0}
     for name, last in {"bias/seed1": {"step": 19} | evaluation, "none/seed0": {"step": 9} | evaluation}.items():
-        (tmp_path / name).mkdir(parents=True)  # no checkpoints: they were deleted for room
+        (tmp_path / name).mkdir(parents=True)  # without checkpoints, which were deleted for space
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(last) + "\n")
     execute(runs, tmp_path)
     assert ("bias", "seed1") not in trained
@@ -269,7 +269,7 @@ def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """`train.run` replaced by a recorder that fails as the dict says, arm -> what is raised."""
+    """`loop.run` replaced by a recorder that raises the errors in a dict, arm -> error."""
     done, errors = [], {}
 
     def fake(config, folder, hooks, name):

@@ -1,4 +1,4 @@
-"""Laws of the benchmarks: rounds are fair, ratios are of a round, unequal work is refused, the absent are named."""
+"""Laws of the benchmarks: rounds are fair, ratios are within a round, unequal work is refused, absent peers are named."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def _no_pause(monkeypatch):
 
 @pytest.fixture
 def without_peers(monkeypatch):
-    """As where no other project is installed."""
+    """As if no other project were installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in peers.INSTALL else find(name))
 
@@ -303,8 +303,8 @@ def test_a_warm_start_finds_the_programs_of_the_cold_start_of_its_round(monkeypa
 
 def test_a_start_reports_the_seconds_of_its_parts(capsys):
     start.run(SIZES, BATCH)
-    told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"import", "init", "first_step", "second_step", "done"}
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"import", "init", "first_step", "second_step", "done"}
 
 
 # --- the command line -------------------------------------------------------------------------------------------

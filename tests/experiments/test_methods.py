@@ -1,4 +1,4 @@
-"""The table of methods: what it reads from the code, and what it finds by running it."""
+"""The table of methods: the facts that it reads from the code, and those that it measures."""
 
 import re
 

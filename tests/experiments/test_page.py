@@ -133,7 +133,7 @@ def test_an_added_column_is_on_the_page(tmp_path: Path) -> None:
 # --- in a browser -----------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# a frame of the page's own origin: it may be read, it is as narrow as a phone, and the page itself stays as it is
+# a frame of the page's own origin can be read and be as narrow as a phone, and leaves the page itself unchanged
 FRAME = """<!DOCTYPE html><iframe srcdoc="{page}" style="width:{width}px;height:800px;border:0"></iframe><script>
 onload = () => {{
   const view = document.querySelector("iframe").contentWindow, page = view.document;
@@ -151,7 +151,7 @@ onload = () => {{
 
 
 def opened(html: str, width: int, folder: Path) -> dict[str, Any]:
-    """What a browser says of the page in a window of this width."""
+    """The facts that a browser reports of the page in a window of this width."""
     if BROWSER is None:
         pytest.skip("no chromium here (Debian: apt-get install chromium)")
     (folder / "frame.html").write_text(FRAME.format(page=escape(html), width=width))

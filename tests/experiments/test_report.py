@@ -1,4 +1,4 @@
-"""Laws of the report: numbers equal hand-computed ones, nothing is hidden."""
+"""Laws of the report: numbers equal those computed by hand, and nothing is hidden."""
 
 import json
 import math

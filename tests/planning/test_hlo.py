@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text, against arithmetic by hand."""
+"""The costs read from a compiled program's text, against arithmetic by hand."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from moe_jax.planning import collectives, hlo, loops, products
 from moe_jax.planning import cost as cost_
 
-# Eight local devices as data 2 x expert 4; every program's text by name, from one process of its own.
+# Eight local devices as data 2 x expert 4; one separate process writes every program's text by name.
 PROGRAMS = """
     import json
     import jax, jax.numpy as jnp
@@ -125,8 +125,8 @@ def test_a_conditional_counts_as_its_cheapest_branch_and_the_rest_is_reported():
 
 
 def test_a_kernel_is_counted_by_its_own_estimate():
-    told = '"custom_call_config":{"body":"...","cost_estimate":{"flops":"4096","transcendentals":"0"}}'
-    cost = cost_.analyze(KERNEL.format(config=told))
+    estimate = '"custom_call_config":{"body":"...","cost_estimate":{"flops":"4096","transcendentals":"0"}}'
+    cost = cost_.analyze(KERNEL.format(config=estimate))
     assert cost.flops.total() == 4096
     assert cost.kernels == {"grouped": 1}
     assert cost.uncosted == frozenset()
@@ -218,7 +218,7 @@ def test_a_group_of_one_device_exchanges_nothing():
 def test_an_asynchronous_exchange_in_three_fusions_counts_once():
     cost = cost_.analyze(ASYNC)
     assert [(c.kind, c.asynchronous, n) for c, n in cost.collectives.items()] == [("all-gather", True, 1)]
-    # start reads 8 floats; the part that runs meanwhile reads and writes 8 others and hands the buffers on
+    # start reads 8 floats; the part that runs meanwhile reads and writes 8 others and passes the buffers on
     assert cost.hbm == 4 * 8 + 4 * 16 + 2 * 4 * 8
 
 
