@@ -1,4 +1,4 @@
-"""Laws of the benchmarks: rounds are fair, ratios are within a round, unequal work is refused, absent peers are named."""
+"""Laws of the benchmarks: rounds are fair, ratios are within a round, unequal work is refused, absent peers named."""
 
 import importlib.util
 import json
