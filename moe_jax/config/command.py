@@ -179,7 +179,8 @@ def run_own(file: Path, function: Callable[[], T]) -> T:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         text = str(error)
         if isinstance(error, SyntaxError) and error.filename == str(file):
-            lines, text = [error.lineno], error.msg
+            lines = [error.lineno]
+            text = error.msg
         text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())  # the text of a KeyError is quoted
         if dotted := re.match(r"ConfigDict does not accept dots in field names .* the key (\S+) ", text):
             text = f"the name {dotted[1]!r} has a dot; put its dict into moe_jax.config.named({{...}})."

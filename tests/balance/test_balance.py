@@ -78,7 +78,8 @@ def top(biased: np.ndarray) -> list[list[int]]:
 def deepseek_moe(logits: np.ndarray) -> float:
     """DeepSeekMoE (2401.06066) eq. 12-14, with softmax s: f_i = N / (K T) sum_t 1(t selects i), P_i = mean s."""
     s = softmax(logits)
-    chosen, total = top(s), 0.0
+    chosen = top(s)
+    total = 0.0
     for i in range(EXPERTS):
         f = EXPERTS / (TOP_K * len(s)) * sum(1 for ids in chosen if i in ids)
         total += f * sum(s[t, i] for t in range(len(s))) / len(s)
@@ -88,7 +89,8 @@ def deepseek_moe(logits: np.ndarray) -> float:
 def loss_free_eq2(logits: np.ndarray, bias: np.ndarray) -> float:
     """Loss-Free Balancing (2408.15664) eq. 2 for one sequence, with raw sigmoids and the selected experts."""
     s = sigmoid(logits)
-    chosen, total = top(s + bias), 0.0
+    chosen = top(s + bias)
+    total = 0.0
     for i in range(EXPERTS):
         f = EXPERTS / (TOP_K * len(s)) * sum(1 for ids in chosen if i in ids)
         total += f * sum(s[t, i] for t in range(len(s))) / len(s)
@@ -98,7 +100,8 @@ def loss_free_eq2(logits: np.ndarray, bias: np.ndarray) -> float:
 def deepseek_v3(logits: np.ndarray) -> float:
     """DeepSeek-V3 (2412.19437) eq. 17-20 for one sequence: f counts by the unbiased s, P uses s over its sum."""
     s = sigmoid(logits)
-    chosen, total = top(s), 0.0
+    chosen = top(s)
+    total = 0.0
     for i in range(EXPERTS):
         f = EXPERTS / (TOP_K * len(s)) * sum(1 for ids in chosen if i in ids)
         total += f * sum(s[t, i] / s[t].sum() for t in range(len(s))) / len(s)
@@ -203,7 +206,8 @@ def test_z_loss_equals_st_moe_eq_5_over_valid_tokens():
 
 def accumulated(logits, mask, statistics, **options) -> tuple[float, np.ndarray]:
     """The sum over two micro-batches of (share of the valid tokens x loss), and its gradient."""
-    total, gradients = 0.0, []
+    total = 0.0
+    gradients = []
     for half in (slice(0, 6), slice(6, 12)):
         share = mask[half].sum() / mask.sum()
         row = ROWS[half] - ROWS[half][0]
@@ -233,7 +237,8 @@ def test_losses_of_micro_batches_weighed_by_their_tokens_are_the_loss_of_the_bat
 
 def test_a_mean_of_micro_batch_means_would_be_wrong_under_uneven_padding():
     # 5 and 3 valid tokens, which is why the losses above are weighted
-    logits, options = random_logits(5), ADDITIVE["sequence"]
+    logits = random_logits(5)
+    options = ADDITIVE["sequence"]
     loss, statistics, _ = measured("sigmoid", logits, TILT, UNEVEN, **options)
     halves = [
         measured("sigmoid", logits[h], TILT, UNEVEN[h], ROWS[h] - ROWS[h][0], statistics, **options)[0]
@@ -243,13 +248,15 @@ def test_a_mean_of_micro_batch_means_would_be_wrong_under_uneven_padding():
 
 
 def test_microbatch_scope_depends_on_the_split_and_says_so_by_its_name():
-    logits, options = random_logits(5), {"weight": 1.0, "scope": "microbatch"}
+    logits = random_logits(5)
+    options = {"weight": 1.0, "scope": "microbatch"}
     loss, statistics, _ = measured("sigmoid", logits, TILT, **options)
     assert abs(accumulated(logits, EVERYWHERE, statistics, **options)[0] - loss) > 1e-3 * loss
 
 
 def test_sequence_scope_does_not_depend_on_the_order_of_sequences():
-    logits, order = random_logits(6), np.asarray([9, 10, 11, 3, 4, 5, 0, 1, 2, 6, 7, 8])
+    logits = random_logits(6)
+    order = np.asarray([9, 10, 11, 3, 4, 5, 0, 1, 2, 6, 7, 8])
     values = [
         measured("sigmoid", logits[o], TILT, UNEVEN[o], ROWS[o], **ADDITIVE["sequence"])[0]
         for o in (np.arange(TOKENS), order)
@@ -258,7 +265,8 @@ def test_sequence_scope_does_not_depend_on_the_order_of_sequences():
 
 
 def test_a_batch_of_one_sequence_has_one_loss_in_every_scope():
-    logits, one = random_logits(6), np.zeros(TOKENS, np.int32)
+    logits = random_logits(6)
+    one = np.zeros(TOKENS, np.int32)
     values = [
         measured("sigmoid", logits, TILT, UNEVEN, one, weight=1.0, scope=scope)[0]
         for scope in ("sequence", "microbatch", "global")
@@ -608,7 +616,8 @@ def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
 def passed(balancer, steps: int = 2, layer: int = 0):
     """The loss of one routing, and the state after some steps with it."""
     routing = route(jnp.asarray(random_logits(0)), RouterConfig(top_k=TOP_K))
-    statistics, state = balancer.observe(routing), balancer.init(EXPERTS, layer)
+    statistics = balancer.observe(routing)
+    state = balancer.init(EXPERTS, layer)
     loss = balancer.loss(routing, statistics, state, jnp.zeros((1, EXPERTS)))
     for step in range(steps):
         state = balancer.update(statistics, state, jnp.int32(step))

@@ -148,7 +148,9 @@ def test_smebu_is_a_centred_momentum_of_soft_clamped_errors():
 
 def test_smebu_equals_the_published_order_of_operations_over_many_steps():
     # v, tanh, rate, mean, momentum, bias: one after the other in float64
-    rng, momentum, bias = np.random.default_rng(0), np.zeros(4), np.zeros(4)
+    rng = np.random.default_rng(0)
+    momentum = np.zeros(4)
+    bias = np.zeros(4)
     all_loads = [rng.integers(0, 20, 4).astype(np.int32) for _ in range(20)]
     for loads in all_loads:
         delta = 0.05 * np.tanh(3.0 * (loads.mean() - loads) / loads.mean())
@@ -273,7 +275,8 @@ def test_layers_name_the_moe_layers_in_which_a_method_acts(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_without_tokens_changes_nothing_that_a_method_keeps(method):
     options = {} if method == "quantile" else {"ema": 0.5}
-    run, observe = compiled(method, **options), observer(method)
+    run = compiled(method, **options)
+    observe = observer(method)
     tokens, nobody = (Tokens(mask=np.full(12, valid)) for valid in (True, False))
     some = observe(routed(random_logits(0), top_k=2, tokens=tokens))
     state = run(some, fresh(method, **options), np.int32(0))
@@ -284,7 +287,8 @@ def test_a_step_without_tokens_changes_nothing_that_a_method_keeps(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_class_is_balanced_by_its_own_tokens_and_an_absent_one_stays(method):
     # class 0 has tokens 0, 3, 6, ...; class 1 the others; class 2 none
-    logits, kind = random_logits(2), (np.arange(12) % 3 > 0).astype(np.int32)
+    logits = random_logits(2)
+    kind = (np.arange(12) % 3 > 0).astype(np.int32)
     bias = np.stack([TILT, TILT[::-1], TILT + 1.0])
     statistics = observer(method, num_classes=3)(routed(logits, bias, top_k=2, tokens=Tokens(kind=kind)))
     state = fresh(method, num_classes=3) | {"bias": bias}
@@ -416,7 +420,8 @@ def test_tokens_that_select_every_expert_have_nothing_to_balance():
 
 def test_repeated_quantiles_of_the_same_tokens_end_in_balance():
     # the fixed point: 240 tokens with 2 of 4 experts are 120 each, except for tokens whose r is in the bin of the edge
-    bias, logits = np.zeros(4, np.float32), random_logits(8, 240) + np.asarray([1.0, 0.5, -0.5, -1.0], np.float32)
+    bias = np.zeros(4, np.float32)
+    logits = random_logits(8, 240) + np.asarray([1.0, 0.5, -0.5, -1.0], np.float32)
     balancer = made("quantile", bins=100_000)
 
     @jax.jit
@@ -454,7 +459,8 @@ def test_damping_and_schedule_go_a_share_of_the_way(options, share):
 @functools.cache
 def skewed_stream(method: str) -> np.ndarray:
     """max_violation in each of 300 steps, with 2048 new tokens whose sigmoids prefer the last of 8 experts."""
-    balancer, skew = made(method), jnp.linspace(-0.6, 0.6, 8)
+    balancer = made(method)
+    skew = jnp.linspace(-0.6, 0.6, 8)
 
     def step(state, key):
         noise = 0.5 * jax.random.normal(key, (2048, 8))

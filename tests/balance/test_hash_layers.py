@@ -105,7 +105,8 @@ def trained(steps: int = 3):
     """The states before and after a few steps on text."""
     data = training_batches(open_corpus(""), seed=0, batch_size=8, sequence_length=16)
     before = init_state(CONFIG)
-    step, state = make_train_step(CONFIG), before
+    step = make_train_step(CONFIG)
+    state = before
     for number in range(steps):
         state, _ = step(jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, data(number)), step_key(CONFIG))
     return before, state

@@ -152,7 +152,8 @@ TILT = [0.4, 0.0, -0.1, -0.3]
 
 def in_halves(logits, statistics, **options) -> tuple[float, np.ndarray]:
     """The losses of two micro-batches, weighted by their shares of the valid tokens, and the gradient of their sum."""
-    total, gradients = 0.0, []
+    total = 0.0
+    gradients = []
     for half, seen in zip(HALVES, statistics, strict=True):
         share = UNEVEN[half].sum() / UNEVEN.sum()
         row = ROW[half] - ROW[half][0]
@@ -171,7 +172,8 @@ def of_halves(logits, **options) -> list:
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 @pytest.mark.parametrize("level", ["device", "communication"])
 def test_losses_of_micro_batches_weighed_by_their_tokens_are_the_loss_of_the_batch_at_every_level(level, scope, counts):
-    logits, options = random_logits(1), LEVELS[level] | {"scope": scope, "counts": counts}
+    logits = random_logits(1)
+    options = LEVELS[level] | {"scope": scope, "counts": counts}
     loss, statistics, (gradient, _) = run("aux_loss", logits, bias=TILT, mask=UNEVEN, row=ROW, **options)
     added = jax.tree.map(np.add, *of_halves(logits, **options))
     jax.tree.map(np.testing.assert_array_equal, added, statistics)
@@ -182,7 +184,8 @@ def test_losses_of_micro_batches_weighed_by_their_tokens_are_the_loss_of_the_bat
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_running_frequencies_are_of_the_micro_batch_first_and_of_the_step_last(level):
-    logits, running = random_logits(1), LEVELS[level] | {"scope": "global_running"}
+    logits = random_logits(1)
+    running = LEVELS[level] | {"scope": "global_running"}
     first, second = of_halves(logits, **running)
     total, _ = in_halves(logits, (first, jax.tree.map(np.add, first, second)), **running)
     by_scope = {
@@ -202,7 +205,8 @@ def test_running_frequencies_are_of_the_micro_batch_first_and_of_the_step_last(l
 
 def test_statistics_beyond_loads_are_observed_by_hand():
     # visits of device 0 and 1, and the number of tokens; the third token is padding and not counted
-    logits, mask = log([*TWO_TOKENS, [0.1, 0.2, 0.3, 0.4]]), [True, True, False]
+    logits = log([*TWO_TOKENS, [0.1, 0.2, 0.3, 0.4]])
+    mask = [True, True, False]
     visits = run("aux_loss", logits, mask=mask, **VISITS, scope="global")[1]
     np.testing.assert_array_equal(visits["aux_loss"], [2, 1, 2])
     # a bias sends all to experts 2 and 3, but unbiased counts are those of experts (0, 1) and (0, 2)
@@ -467,7 +471,8 @@ def test_the_weight_of_a_loss_follows_its_schedule_through_the_updates(name):
         loss = balancer.loss(routing, statistics, state, jnp.asarray(NO_ROUTER))
         return loss, balancer.update(statistics, state, index)
 
-    state, losses = balancer.init(4), []
+    state = balancer.init(4)
+    losses = []
     for index in range(len(factors)):
         loss, state = step(state, np.int32(index))
         losses.append(float(loss))
@@ -529,7 +534,8 @@ def test_the_violation_is_of_the_experts_that_compute():
 def test_the_factor_multiplies_the_loss_it_controls_and_no_other():
     both = balance.make({"near": {"method": "aux_loss"}, "z_loss": {}, "target_violation": {"controls": "near"}})
     routing = route(jnp.asarray(random_logits(9)), RouterConfig(top_k=2))
-    statistics, state = both.observe(routing), both.init(4)
+    statistics = both.observe(routing)
+    state = both.init(4)
     before, after = (
         both.losses(routing, statistics, state | {"target_violation": jnp.float32(x)}, jnp.asarray(NO_ROUTER))
         for x in (0.0, np.log(3.0))
@@ -548,7 +554,8 @@ def held(target: float) -> np.ndarray:
     The logits are skew + offset + noise; the offset descends PULL x offset^2 / 2 and the controlled loss.
     """
     methods = {"aux_loss": {"weight": 1e-2}, "target_violation": {"target": target, "rate": 0.02}}
-    balancer, skew = balance.make(methods), jnp.asarray([0.6, 0.2, -0.2, -0.6])
+    balancer = balance.make(methods)
+    skew = jnp.asarray([0.6, 0.2, -0.2, -0.6])
 
     def step(carry, key):
         offset, state = carry

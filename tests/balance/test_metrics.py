@@ -218,7 +218,8 @@ def test_without_the_number_of_tokens_there_is_no_floor():
 
 def test_training_and_evaluation_log_the_same_numbers():
     loads = np.random.default_rng(0).integers(0, 50, (3, 8))
-    ours, theirs = measures.of_loads(loads, 8, 77, 2), jax.jit(measures.of_loads, static_argnums=1)(loads, 8, 77, 2)
+    ours = measures.of_loads(loads, 8, 77, 2)
+    theirs = jax.jit(measures.of_loads, static_argnums=1)(loads, 8, 77, 2)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
 
@@ -234,7 +235,8 @@ def test_no_tokens_give_finite_numbers():
 
 def simulated_max_violation(tokens, top_k, experts, repeats):
     """Mean MaxVio of `repeats` batches whose tokens choose at random, and its standard error."""
-    draw, violations = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    violations = []
     for _ in range(repeats):
         if top_k == 1:
             loads = draw.multinomial(tokens, np.full(experts, 1 / experts))

@@ -159,7 +159,8 @@ def test_sinkhorn_balances_the_exponentials_of_the_logits_whatever_the_score(sco
 
 
 def test_sinkhorn_leaves_padding_out_of_the_masses():
-    scores, mask = random_scores(4, 48, 4), np.arange(48) % 3 > 0
+    scores = random_scores(4, 48, 4)
+    mask = np.arange(48) % 3 > 0
     alone = chosen("sinkhorn", scores[mask], 2)
     np.testing.assert_array_equal(chosen("sinkhorn", scores, 2, Tokens(mask=mask))[mask], alone)
 
@@ -201,7 +202,8 @@ def test_bip_with_as_many_experts_a_token_as_there_are_needs_no_price():
 
 
 def test_bip_leaves_padding_out_of_the_prices():
-    scores, mask = random_scores(7, 48, 4), np.arange(48) % 3 > 0
+    scores = random_scores(7, 48, 4)
+    mask = np.arange(48) % 3 > 0
     np.testing.assert_array_equal(chosen("bip", scores, 2, Tokens(mask=mask))[mask], bip_reference(scores[mask], 2, 4))
 
 
@@ -475,7 +477,8 @@ def test_protected_sequences_are_drawn_whole_and_first_of_the_budget():
     # 200 sequences of two tokens, affinity falling; all 400 copies on device 0, whose budget is 200
     affinity = np.zeros((400, 4))
     affinity[:, 0] = np.linspace(1.0, 0.1, 400)
-    row, choice = np.repeat(np.arange(200, dtype=np.int32), 2), np.zeros((400, 1))
+    row = np.repeat(np.arange(200, dtype=np.int32), 2)
+    choice = np.zeros((400, 1))
     how = {"num_devices": 2, "protected": 0.1}
     kept = sent(affinity, choice, Tokens(row=jnp.asarray(row)), **how)[:, 0]
     assert kept.sum() == 200

@@ -175,7 +175,9 @@ class Refusal:
         done = subprocess.run(
             arguments, cwd=rig.REPO, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
         )
-        self.status, self.err, self.out = done.returncode, done.stderr, done.stdout
+        self.status = done.returncode
+        self.err = done.stderr
+        self.out = done.stdout
         self.loaded_jax = done.stdout.split()[-1] == "True" if done.stdout.strip() else None
 
 

@@ -270,7 +270,8 @@ def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
 @pytest.fixture
 def failing(monkeypatch):
     """`loop.run` replaced by a recorder that raises the errors in a dict, arm -> error."""
-    done, errors = [], {}
+    done = []
+    errors = {}
 
     def fake(config, folder, hooks, name):
         done.append((folder.parent.name, folder.name))
@@ -319,7 +320,8 @@ def get_hyper(h):
 
 
 def test_a_run_that_diverges_is_noted_and_named_and_skipped_when_the_command_is_repeated(tmp_path):
-    file, folder = tmp_path / "wild.py", tmp_path / "sweep"
+    file = tmp_path / "wild.py"
+    folder = tmp_path / "sweep"
     file.write_text(WILD.format(base=BASE))
     wild = folder / "wild" / "seed0"
     for attempt in ("first", "second"):

@@ -40,7 +40,8 @@ def test_every_contestant_leads_a_round_and_the_circle_is_kept():
 
 
 def test_rounds_are_interleaved_and_the_first_is_not_counted():
-    now, calls = [0.0], []
+    now = [0.0]
+    calls = []
 
     def contestant(name, seconds):
         def run():
@@ -235,13 +236,15 @@ def test_the_same_model_trains_alike_in_both_frameworks():
 
 
 def test_different_losses_are_refused():
-    ours, theirs = step.Trainer(lambda: 3.0, 100, None), step_peers.Peer(lambda: 3.1, 100)
+    ours = step.Trainer(lambda: 3.0, 100, None)
+    theirs = step_peers.Peer(lambda: 3.1, 100)
     with pytest.raises(ValueError, match="not the same training"):
         step.compare(step.QWEN, ours, theirs, 32)
 
 
 def test_a_different_size_is_refused():
-    ours, theirs = step.Trainer(lambda: 3.0, 100, None), step_peers.Peer(lambda: 3.0, 102)
+    ours = step.Trainer(lambda: 3.0, 100, None)
+    theirs = step_peers.Peer(lambda: 3.0, 102)
     with pytest.raises(ValueError, match="102 parameters and moe_jax 100"):
         step.compare(step.QWEN, ours, theirs, 32)
 

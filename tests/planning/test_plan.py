@@ -163,7 +163,9 @@ def test_axes_are_those_along_which_a_group_differs():
 
 
 def test_the_longest_roof_bounds_mfu():
-    topology, chips, ideal = Topology("v5p", (2, 2, 1)), 4, 4 * V5P.flops  # one second of useful FLOPs
+    topology = Topology("v5p", (2, 2, 1))
+    chips = 4
+    ideal = 4 * V5P.flops  # one second of useful FLOPs
     cost = SimpleNamespace(flops=SimpleNamespace(total=lambda: 2 * V5P.flops), hbm=V5P.hbm_bandwidth)
     report = {"collectives": [{"seconds": 1.5}, {"seconds": 2.5}], "flops_per_step": {"ideal": ideal}}
     seconds, slowest, bound = report_._roofs(report, cost, topology, chips)
