@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
-from moe_jax.config.balance import at_most_one
+from moe_jax.config.balance_rules import at_most_one
 from moe_jax.routing import Routing
 
 State = dict[str, Any]  # {"bias": float32 [E] or [C, E], <label>: own state}
