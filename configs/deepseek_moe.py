@@ -1,7 +1,7 @@
-"""DeepSeekMoE: 16 fine-grained experts, 4 a token, and 1 shared expert; softmax gate, not normalised; no drops.
+"""DeepSeekMoE: 16 fine-grained experts, 4 per token, and 1 shared expert; softmax gate, not normalised; no drops.
 
 Source: DeepSeekMoE (arXiv 2401.06066), equations 9-14, expert-level loss at the weight of its 2B model.
-Weights are drawn with deviation 0.02, which suits this width; the papers' models have 0.006.
+Weights are drawn with standard deviation 0.02, which suits this width; the papers' models have 0.006.
 Command: python -m moe_jax.train --config=configs/deepseek_moe.py --workdir=/tmp/deepseek_moe
 Result: 0.95M parameters, 0.45M active; after 200 steps, seed 0, 3.484 bits per byte held out, max violation 0.31.
 """

@@ -1,11 +1,11 @@
-"""DeepSeekMoE 16B at full size: 28 layers, the first dense, 64 fine-grained experts, 6 a token, 2 shared.
+"""DeepSeekMoE 16B at full size: 28 layers, the first dense, 64 fine-grained experts, 6 per token, 2 shared.
 
-16.4B parameters, of which a token uses 2.8B; multi-head attention (as many key-value heads as heads). The paper's
+16.4B parameters; a token uses 2.8B; multi-head attention (as many key-value heads as heads). The paper's
 batch is 4.5K sequences; 4608 divides by the chips.
 Source: DeepSeekMoE (arXiv 2401.06066), section 5.1, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/deepseek_moe_16b.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_moe_16b.py --topology=v5p:4x8x8
-Result of the plan: fits, 8.5 of 95 GiB a chip; 1.46 x the ideal FLOPs and those of attention, of which its kernel
+Result of the plan: fits, 8.5 of 95 GiB per chip; 1.46 x the ideal FLOPs without those of attention, whose kernel
 gives no estimate; bound on MFU 64.8 %, by the interconnect.
 """
 
@@ -44,6 +44,6 @@ def get_config(arg: str = ""):
         balance=dict(aux_loss=dict(weight=1e-3, scope="sequence")),
         optimizer=dict(learning_rate=4.2e-4, schedule="multistep", warmup_steps=2000, moment_dtype="bfloat16"),
         mesh=dict(data=-1, expert=8),
-        # or XLA would wait for every all_to_all; with it shared experts compute while tokens travel
+        # without it XLA waits for every all_to_all; with it, shared experts compute while tokens travel
         compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
     )

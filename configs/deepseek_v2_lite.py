@@ -1,11 +1,11 @@
-"""DeepSeek-V2-Lite at full size: 27 layers, the first dense, 64 experts, 6 a token, 2 shared; latent attention.
+"""DeepSeek-V2-Lite at full size: 27 layers, the first dense, 64 experts, 6 per token, 2 shared; latent attention.
 
-15.7B parameters, of which a token uses 2.66B with its embedding and 2.45B without (the paper's 2.4B). YaRN came after
-pre-training. Assumed: weights drawn with deviation 0.006, as DeepSeek-V2's.
+15.7B parameters; a token uses 2.66B with its embedding and 2.45B without (the paper's 2.4B). YaRN came after
+pre-training. Assumed: weights drawn with standard deviation 0.006, like those of DeepSeek-V2.
 Source: DeepSeek-V2 (arXiv 2405.04434), appendix B, and the configuration published with the Lite weights.
 Command: python -m moe_jax.train --config=configs/deepseek_v2_lite.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v2_lite.py --topology=v5p:4x8x8
-Result of the plan: fits, 8.5 of 95 GiB a chip; 1.46 x the ideal FLOPs and those of attention, of which its kernel
+Result of the plan: fits, 8.5 of 95 GiB per chip; 1.46 x the ideal FLOPs without those of attention, whose kernel
 gives no estimate; bound on MFU 63.1 %, by the interconnect.
 """
 
@@ -47,6 +47,6 @@ def get_config(arg: str = ""):
         balance=dict(aux_loss=dict(weight=1e-3, scope="sequence")),
         optimizer=dict(learning_rate=4.2e-4, schedule="multistep", warmup_steps=2000, moment_dtype="bfloat16"),
         mesh=dict(data=-1, expert=8),
-        # or XLA would wait for every all_to_all; with it shared experts compute while tokens travel
+        # without it XLA waits for every all_to_all; with it, shared experts compute while tokens travel
         compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
     )

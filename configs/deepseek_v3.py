@@ -1,13 +1,13 @@
-"""DeepSeek-V3 at full size: 61 layers, 256 experts, 8 a token from the best 4 of 8 groups, 1 shared; 2048 chips.
+"""DeepSeek-V3 at full size: 61 layers, 256 experts, 8 per token from the best 4 of 8 groups, 1 shared; 2048 chips.
 
-671B parameters, of which a token uses 37.6B with its embedding and 36.6B without (37B in the paper), and 11.6B more for
+671B parameters; a token uses 37.6B with its embedding and 36.6B without (37B in the paper), and 11.6B more for
 multi-token prediction, one token ahead, which shares embedding and head. YaRN came after pre-training. The paper's
-batch grows from 3072 to 15360 sequences; here it is one sequence a chip. Its learning rate falls by a cosine over the
-last third; here linearly.
+batch grows from 3072 to 15360 sequences; here it is one sequence per chip. The paper's learning rate falls along a
+cosine over the last third, here linearly.
 Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
-Result of the plan: fits, 32.2 of 95 GiB a chip; 1.49 x the ideal FLOPs and those of attention, of which its kernel
+Result of the plan: fits, 32.2 of 95 GiB per chip; 1.49 x the ideal FLOPs without those of attention, whose kernel
 gives no estimate; bound on MFU 43.6 %, by the interconnect.
 """
 
@@ -61,6 +61,6 @@ def get_config(arg: str = ""):
             moment_dtype="bfloat16",
         ),
         mesh=dict(data=-1, expert=64),
-        # or XLA would wait for every all_to_all; with it shared experts compute while tokens travel
+        # without it XLA waits for every all_to_all; with it, shared experts compute while tokens travel
         compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
     )

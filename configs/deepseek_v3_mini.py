@@ -1,9 +1,9 @@
-"""DeepSeek-V3 in small: latent attention, biased selection inside the best 2 of 4 groups, prediction one token ahead.
+"""A small DeepSeek-V3: latent attention, biased selection within the best 2 of 4 groups, prediction one token ahead.
 
-The first layer is dense; gates are normalised sigmoids; balance by the bias, and a small sequence-wise loss on the
-unbiased top-k. Multi-token prediction weighs 0.3, and 0.1 in the last third.
-Source: DeepSeek-V3 (arXiv 2412.19437), equations 1-25; rate 5e-3 for a run of 200 steps (1e-3 there).
-Weights are drawn with deviation 0.02, which suits this width; the papers' models have 0.006.
+The first layer is dense; gates are normalised sigmoids. The bias balances, with a small sequence-wise loss on the
+unbiased top-k. Multi-token prediction has the weight 0.3, and 0.1 in the last third.
+Source: DeepSeek-V3 (arXiv 2412.19437), equations 1-25; rate 5e-3 for a run of 200 steps (the paper's is 1e-3).
+Weights are drawn with standard deviation 0.02, which suits this width; the papers' models have 0.006.
 Command: python -m moe_jax.train --config=configs/deepseek_v3_mini.py --workdir=/tmp/deepseek_v3_mini
 Result: 0.96M parameters, 0.46M active, and 0.29M for prediction ahead; after 200 steps, seed 0, 3.453 bits per byte
 held out, max violation 0.23.

@@ -1,9 +1,9 @@
-"""DeepSeek-V4's routing in small: sqrt-softplus affinity, the first three layers by a hash of the token, no groups.
+"""DeepSeek-V4's routing in a small model: sqrt-softplus affinity, three layers routed by token id, no groups.
 
 Every layer is MoE. The first three route by a table from token ids, balanced for the tokens of the corpus; the others
-by the biased scores of all experts. Gates are the learned scores everywhere, normalised, times 1.5.
+by the biased scores of all experts. Gates are always the learned scores, normalised and multiplied by 1.5.
 Source: DeepSeek-V4's technical report and configuration: 3 hash layers, scale 1.5 (V4-Flash), loss weight 1e-4, bias
-rate 1e-3, here 5e-3 for a run of 200 steps. Weights are drawn with deviation 0.02, which suits this width.
+rate 1e-3, here 5e-3 for a run of 200 steps. Weights are drawn with standard deviation 0.02, which suits this width.
 Command: python -m moe_jax.train --config=configs/deepseek_v4_mini.py --workdir=/tmp/deepseek_v4_mini
 Result: 1.37M parameters, 0.54M active; after 200 steps, seed 0, 3.445 bits per byte held out, max violation 0.09 (0.24
 in the worst layer); the biases of the three hash layers are still 0.

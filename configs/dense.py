@@ -1,4 +1,4 @@
-"""The dense transformer layer: attention and a SwiGLU feed-forward layer. The reference every MoE is compared with.
+"""The dense transformer: attention and SwiGLU feed-forward layers. The reference for every MoE model.
 
 Source: Vaswani et al. (arXiv 1706.03762) with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 Command: python -m moe_jax.train --config=configs/dense.py --workdir=/tmp/dense

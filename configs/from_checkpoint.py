@@ -1,8 +1,8 @@
-"""Training on from given weights, converted ones or another run's: the same model, a fresh optimizer, any balance.
+"""Continued training from converted weights or those of another run: the same model, a new optimizer, any balance.
 
-Source: the config of the workdir that is named.
+Source: the config of the given workdir.
 Command: python -m moe_jax.train --config=configs/from_checkpoint.py:WORKDIR --workdir=/tmp/on
-Result: none of its own; the first step's routing is that of the weights and the bias in WORKDIR.
+Result: depends on WORKDIR; the first step routes by the weights and the bias in it.
 """
 
 import json
@@ -12,7 +12,7 @@ from moe_jax.config.paths import workdir_of
 
 
 def get_config(arg: str = ""):
-    """`arg` is a workdir of `moe_jax.convert` or of a run. Its own balance stays, or is the classic loss."""
+    """`arg` is a workdir of `moe_jax.convert` or of a run. Its `balance` is kept; if empty, it is an auxiliary loss."""
     file = workdir_of(arg, "configs/from_checkpoint.py:WORKDIR") / "config.json"
     if not arg or not file.is_file():
         raise SourceGone(

@@ -1,6 +1,6 @@
 """GShard: every second feed-forward layer has 8 experts, a softmax gate picks 2, capacity drops the overflow.
 
-The second expert is used at random, in proportion to its gate; groups of the capacity are sequences.
+The second expert is used at random, in proportion to its gate; capacity is per sequence.
 Source: GShard (arXiv 2006.16668), Algorithm 1, with SwiGLU experts.
 Command: python -m moe_jax.train --config=configs/gshard.py --workdir=/tmp/gshard
 Result: 0.90M parameters, 0.46M active; after 200 steps, seed 0, 3.465 bits per byte held out, max violation 0.26,

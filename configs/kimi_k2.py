@@ -1,14 +1,14 @@
-"""Kimi K2 at full size: DeepSeek-V3's layer with 384 experts, 8 a token without groups, half of the heads; 2048 chips.
+"""Kimi K2 at full size: DeepSeek-V3's layer with 384 experts, 8 per token without groups, half the heads; 2048 chips.
 
-1.03T parameters (61 layers, the first dense, as published; 61 MoE layers would have the report's 1.04T), of which a
-token uses 32.9B with its embedding and 31.7B without (32.6B in the report). The report's batch is 67M tokens, held:
-16384 sequences, here in 8 micro-batches of one sequence a chip. It trains with MuonClip, here with AdamW; its learning
-rate falls by a cosine over the last third, here linearly. Not published and assumed: DeepSeek-V3's balancing rates and
-deviation of the weights.
+1.03T parameters (61 layers, the first dense, as published; 61 MoE layers would have the report's 1.04T); a token uses
+32.9B with its embedding and 31.7B without (32.6B in the report). The report's batch is constant at 67M tokens, 16384
+sequences, here in 8 micro-batches of one sequence per chip. The report trains with MuonClip, here it is AdamW; its
+learning rate falls along a cosine over the last third, here linearly. Not published and assumed: DeepSeek-V3's
+balancing rates and standard deviation of the initial weights.
 Source: Kimi K2 (arXiv 2507.20534), sections 2.3 and 2.5, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/kimi_k2.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/kimi_k2.py --topology=v5p:8x16x16
-Result of the plan: fits, 35.9 of 95 GiB a chip; 1.53 x the ideal FLOPs and those of attention, of which its kernel
+Result of the plan: fits, 35.9 of 95 GiB per chip; 1.53 x the ideal FLOPs without those of attention, whose kernel
 gives no estimate; bound on MFU 36.3 %, by the interconnect.
 """
 
@@ -58,6 +58,6 @@ def get_config(arg: str = ""):
             moment_dtype="bfloat16",
         ),
         mesh=dict(data=-1, expert=64),
-        # or XLA would wait for every all_to_all; with it shared experts compute while tokens travel
+        # without it XLA waits for every all_to_all; with it, shared experts compute while tokens travel
         compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
     )

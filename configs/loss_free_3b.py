@@ -1,14 +1,14 @@
-"""Loss-Free Balancing, the 3B model: 11 MoE layers after a dense one, 64 experts, 6 a token, 2 shared.
+"""Loss-Free Balancing, the 3B model: 11 MoE layers after a dense one, 64 experts, 6 per token, 2 shared.
 
 Source: Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), Table 5 and appendix; rate 1e-3 as for 1B. The paper
 gives the granularity d_ff / d_expert = 4 and no widths. Assumed: d_ff = 8/3 x 1280 as in DeepSeekMoE, whose 16B model
 rounds experts up to a multiple of 128: d_expert = 896 and 2.67B parameters in all. Also assumed: untied embeddings,
 weight decay 0.1, betas 0.9 and 0.95, clipping at 1. Text: the corpus inside the package unless data.path is given;
 its bytes use 257 of the paper's vocabulary of 32,064.
-Batch 1792 is 7 sequences a chip of a v5e:16x16; the paper's 1728 does not divide by 256 chips.
+Batch 1792 is 7 sequences per chip of a v5e:16x16; the paper's 1728 does not divide by 256 chips.
 Command: python -m moe_jax.train --config=configs/loss_free_3b.py --workdir=/tmp/loss_free_3b --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/loss_free_3b.py --topology=v5e:16x16
-Result of the plan: fits, 5.2 of 16 GiB a chip; 1.45 x the ideal FLOPs and those of attention, of which its kernel
+Result of the plan: fits, 5.2 of 16 GiB per chip; 1.45 x the ideal FLOPs without those of attention, whose kernel
 gives no estimate; bound on MFU 27 %, by the interconnect.
 """
 

@@ -1,15 +1,15 @@
-"""Qwen3-30B-A3B at full size: 48 layers, 128 experts, 8 a token, none shared; every head's queries and keys normed.
+"""Qwen3-30B-A3B at full size: 48 layers, 128 experts, 8 per token, none shared; queries and keys normed per head.
 
-30.5B parameters, of which a token uses 3.35B with its embedding (3.3B in the report). Balanced by the global-batch
-loss. Not published and assumed: batch, learning rate, schedule and steps, here 4M tokens a step for one trillion of
+30.5B parameters; a token uses 3.35B with its embedding (3.3B in the report). Balanced by the global-batch
+loss. Not published and assumed: batch, learning rate, schedule and steps, here 4M tokens per step for one trillion of
 the 36 trillion tokens; the weight 1e-3 is that of its published configuration.
 Source: Qwen3 technical report (arXiv 2505.09388), section 2, and the configuration published with its weights; the
 loss: arXiv 2501.11873.
 Command: python -m moe_jax.train --config=configs/qwen3_30b_a3b.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/qwen3_30b_a3b.py --topology=v5p:4x8x8
-Result of the plan: fits, 19.0 of 95 GiB a chip; 1.50 x the ideal FLOPs and those of attention, of which its kernel
+Result of the plan: fits, 19.0 of 95 GiB per chip; 1.50 x the ideal FLOPs without those of attention, whose kernel
 gives no estimate; bound on MFU 34.6 %, by the interconnect. In 4 micro-batches it is 1.85 x and 21.9 %, because
-the global loss then needs another forward pass, to count.
+the global loss then needs another forward pass for its counts.
 """
 
 from moe_jax.config import default
@@ -44,6 +44,6 @@ def get_config(arg: str = ""):
         balance=dict(aux_loss=dict(weight=1e-3, scope="global")),
         optimizer=dict(learning_rate=4e-4, warmup_steps=2000, moment_dtype="bfloat16"),
         mesh=dict(data=-1, expert=8),
-        # or XLA would wait for every all_to_all
+        # without it XLA waits for every all_to_all
         compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
     )

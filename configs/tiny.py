@@ -1,4 +1,4 @@
-"""DeepSeek-V3 in miniature, to see that everything works: 20 steps on the embedded text.
+"""A miniature DeepSeek-V3, to check that everything works: 20 steps on the embedded text.
 
 Source: the layer of DeepSeek-V3 (arXiv 2412.19437), balanced by its bias and its small sequence-wise loss.
 Command: python -m moe_jax.train --config=configs/tiny.py --workdir=/tmp/tiny

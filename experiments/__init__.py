@@ -1,4 +1,4 @@
-"""Experiments: sweeps of runs, and the report that turns them into a claim with intervals and pictures."""
+"""Experiments: sweeps of runs, the report on a sweep, the table of balancing methods, and benchmarks."""
 
-# a command of this package, too, answers Ctrl-C in one line from its first import on
+# imported first, so that the commands of this package also end on Ctrl-C with one line, even during their imports
 import moe_jax  # noqa: F401

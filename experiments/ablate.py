@@ -1,15 +1,15 @@
-"""`python -m experiments.ablate --config=configs/ablation/demo.py --workdir=DIR`: a sweep, arms x seeds.
+"""`python -m experiments.ablate --config=configs/ablation/demo.py --workdir=DIR`: train a sweep of arms x seeds.
 
 From a wheel: `python -m moe_jax.experiments.ablate --config=ablation/demo --workdir=DIR`.
 
-Seeds are paired: seed k of every arm starts from the same weights and reads the same batches. The runs of an
-arm share one compilation. The same command goes on where it stopped; `--shard=i/n` does every n-th run from
-the i-th, so that n machines with a common DIR share the work. Ends with a table and the path of the report.
+Seeds are paired: seed k of every arm starts from the same weights and reads the same batches. The runs of an arm share
+one compilation. Repeating the command resumes the sweep. `--shard=i/n` trains every n-th run from the i-th, so that n
+machines with a common DIR share the work. The command ends with a table and the path of the report.
 
-A run that fails takes no other with it: the others are done, and the command ends with a sentence on each that failed
-and status 1. One that diverged would diverge again: the same command leaves it out, until its folder is deleted. Runs
-that failed otherwise are tried again. Only a full disk or one that cannot be written ends the sweep, for it would end
-every run.
+A failed run does not affect the others: they are trained, and the command ends with a sentence on each failed run and
+status 1. When the command is repeated, it skips a run that diverged, which would diverge again, until its folder is
+deleted, and retries runs that failed for other reasons. Only a disk that is full or not writable ends the sweep,
+because it would end every run.
 """
 
 import copy
@@ -43,15 +43,15 @@ class Run(NamedTuple):
     config: Config
 
 
-OURS = ("sweep.json", "report.html", "figures")  # beside the folders of the arms
+OURS = ("sweep.json", "report.html", "figures")  # what a sweep's folder holds beside the folders of its arms
 
 
 def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
-    """Every run of the sweep, validated before the first starts.
+    """Every run of the sweep, validated before the first one starts.
 
     Args:
-        base: the config the settings override, as nested dicts.
-        settings: from `get_hyper`.
+        base: the config that the settings override, as nested dicts.
+        settings: the list that `get_hyper` returned.
 
     Raises:
         ValueError: a setting without an arm, an invalid config, or two runs of one arm and seed.
@@ -65,18 +65,18 @@ def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
         if not re.fullmatch(r"\w[\w.-]*", str(arm)):
             raise ValueError(f"get_hyper names an arm {arm!r}, which cannot be a folder; use letters, digits, _ . -")
         if arm in OURS:
-            raise ValueError(f"get_hyper names an arm {arm!r}, as a file of the sweep is named; choose another name.")
+            raise ValueError(f"get_hyper names an arm {arm!r}, like a file of the sweep; choose another name.")
         config = validate(override(base, overrides))
         runs.append(Run(arm, config.seed, config))
     names = [(run.arm, run.seed) for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"get_hyper wants arm {name[0]!r} with seed {name[1]} twice; name the arms apart.")
+            raise ValueError(f"get_hyper lists arm {name[0]!r} with seed {name[1]} twice; give the arms two names.")
     return runs
 
 
 def override(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested dicts with dotted keys set; a key that is not there is an error."""
+    """A copy of nested dicts with dotted keys set; a ValueError for a key that does not exist."""
     result = copy.deepcopy(base)
     for dotted, value in values.items():
         *parents, last = dotted.split(".")
@@ -90,7 +90,7 @@ def override(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def sweep_record(runs: list[Run], base: dict[str, Any], source: Any, command: str) -> dict[str, Any]:
-    """What sweep.json holds: all that the report must know besides the runs' own files."""
+    """The content of sweep.json: everything that the report needs besides the runs' own files."""
     names = list(dict.fromkeys(run.arm for run in runs))
     first = {arm: next(r.config for r in runs if r.arm == arm) for arm in names}
     return {
@@ -108,17 +108,17 @@ def sweep_record(runs: list[Run], base: dict[str, Any], source: Any, command: st
 def _changed(base: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     before, after = (flatten(c) for c in (base, config))
     keys = (k for k in before | after if k != "seed" and before.get(k) != after.get(k))
-    return {k: after.get(k) for k in keys}  # None: the arm does without it
+    return {k: after.get(k) for k in keys}  # None: the arm does not have the key
 
 
 def claim(workdir: Path, record: dict[str, Any], runs: list[Run]) -> list[str]:
-    """Write sweep.json; a line for every arm that was in it and is not in the sweep any more.
+    """Write sweep.json; return a line for every arm that was in it and is no longer in the sweep.
 
-    A sweep may grow and shrink by arms and seeds, and change every key that changes no number: what counts is that
-    each run that is there trains what the sweep now wants of it.
+    Arms and seeds may be added and removed, and keys may change that affect no number, as long as every existing run
+    trains to the numbers of the present sweep.
 
     Raises:
-        ValueError: the folder holds another sweep, a run of another config, or one that read other data.
+        ValueError: the folder holds another sweep, or a run of another config or other data.
     """
     file = workdir / "sweep.json"
     there = read_json(file, "restore it, or use another folder.").get("arms", [])
@@ -138,30 +138,30 @@ def claim(workdir: Path, record: dict[str, Any], runs: list[Run]) -> list[str]:
 
 
 def folder_of(workdir: Path, run: Run) -> Path:
-    """Where a run of a sweep lives."""
+    """The folder of a run of the sweep."""
     return workdir / run.arm / f"seed{run.seed}"
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "i/n" as (i, n), 0 <= i < n."""
+    """Parse `i/n` as (i, n), with 0 <= i < n."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ValueError(f"--shard={text} must be i/n with 0 <= i < n; 0/1 does every run.")
     return int(index), int(count)
 
 
-FOR_ALL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of the operating system that no other run would be spared
+FOR_ALL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of the operating system that would end every run
 
 
 def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
     """Train the runs that are not finished, one after the other.
 
     Returns:
-        the signal that stopped them, if one did, and a sentence for every run that failed, now or before.
+        the signal that stopped them, or None, and a sentence for every run that failed, now or earlier.
 
     Raises:
-        ValueError: one of the runs does not fit the devices; none was started.
-        OSError: the disk is full, or cannot be written.
+        ValueError: a run does not fit the devices; no run was started.
+        OSError: the disk is full or not writable.
     """
     import jax
 
@@ -179,25 +179,25 @@ def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
             try:
                 name = f"[{number}/{len(runs)}] {run.arm} seed {run.seed}"
                 outcome = loop.run(run.config, folder, hooks=observers(run.config), name=name)
-            except Exception as error:  # whatever it is, the other runs are not to pay for it
+            except Exception as error:  # no error of one run may end the others
                 if isinstance(error, OSError) and error.errno in FOR_ALL:
                     raise
                 if not isinstance(error, (ValueError, OSError, FloatingPointError)):
-                    traceback.print_exc()  # nothing that the input can cause
+                    traceback.print_exc()  # an error that no input should cause
                 why = str(error) or type(error).__name__
             else:
                 if outcome.signal:
                     return outcome.signal, failed
                 continue
-        if said := diverged(folder):
-            why = f"diverged: {said} Delete the folder to try it again."
+        if reason := diverged(folder):
+            why = f"diverged: {reason} Delete the folder to try it again."
         failed.append(f"{run.arm}, seed {run.seed} ({folder}): {why}")
         print(f"! {failed[-1]}", flush=True)
     return None, failed
 
 
 def diverged(folder: Path) -> str:
-    """What a run says of its divergence; empty if it did not diverge."""
+    """The reason for a run's divergence from its run.json; empty if it did not diverge."""
     return str(read_run(folder).get("diverged", ""))
 
 
@@ -208,12 +208,12 @@ def main(_: list[str]) -> None:
     try:
         workdir = workdir_of(flag.workdir)
         if is_remote(workdir):
-            raise ValueError(f"--workdir={flag.workdir} is in a bucket, where a sweep cannot be; name a folder.")
+            raise ValueError(f"--workdir={flag.workdir} is in a bucket, which cannot hold a sweep; give a folder.")
         index, count = parse_shard(flag.shard)
         if cluster := processes.find_cluster(os.environ):
             raise ValueError(
-                f"{cluster.launcher} started this as one process of many, but a sweep's runs are of one process each; "
-                "start it once a machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
+                f"{cluster.launcher} started this as one process of many, but each run of a sweep uses one process; "
+                "start it once per machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
             )
         file, source = config_source()
         if not hasattr(source, "get_hyper"):
@@ -240,7 +240,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_config_flag("A file with get_config() and get_hyper(h).")
-    flags.DEFINE_string("workdir", None, "Where the runs and the report go; made if absent.")
-    flags.DEFINE_string("shard", "0/1", "i/n: do every n-th run, from the i-th (0-based).")
+    flags.DEFINE_string("workdir", None, "The folder for the runs and the report; created if it does not exist.")
+    flags.DEFINE_string("shard", "0/1", "i/n: train every n-th run, from the i-th (0-based).")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

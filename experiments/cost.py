@@ -1,7 +1,7 @@
-"""`python -m experiments.cost --config=configs/balance_cost.py`: what each way of balancing adds to the compiled step.
+"""`python -m experiments.cost --config=configs/balance_cost.py`: the cost that each method adds to the compiled step.
 
-The train step of the config is compiled with every method and without any, which reports loads too, and XLA's
-count of FLOPs and bytes is compared: exact, and the same on any machine of a platform. `--methods=a,b` takes some.
+Compiles the config's train step with each method and without any (which still reports loads), and compares XLA's
+counts of FLOPs and bytes, which are exact and the same on every machine of a platform. `--methods=a,b` selects some.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ class Cost(NamedTuple):
 
 
 def compiled_cost(config: Config) -> Cost:
-    """The cost of the config's train step on one device of this machine, by the compiler's own count."""
+    """The cost of the config's train step on one device of this machine, as counted by the compiler."""
     import jax
 
     from moe_jax.training.compile import abstract_batch, make_train_step
@@ -36,14 +36,14 @@ def compiled_cost(config: Config) -> Cost:
 
 
 def costs(config: Config, methods: Iterable[str]) -> Iterator[tuple[str, Cost]]:
-    """(method, cost), one compilation after the other."""
+    """Yield (method, cost), one compilation after the other."""
     for method in methods:
         entries = {} if method == "none" else smallest(method, num_devices=2)
         yield method, compiled_cost(validate(as_dict(config) | {"balance": entries}))
 
 
 def main(_: list[str]) -> None:
-    """Check the flags, compile, print a row as soon as it is known."""
+    """Check the flags, compile, and print each row when it is known."""
     flag = flags.FLAGS
     try:
         config = validate(flag.config)

@@ -1,6 +1,6 @@
-"""How a sweep config says which runs it wants: `get_hyper(h)` gets this module and returns a list of settings.
+"""Functions with which a sweep config lists its runs: `get_hyper(h)` gets this module and returns a list of settings.
 
-A setting is a dict from dotted config key to value, with "arm" naming the arm it belongs to.
+A setting is a dict from dotted config key to value; its key "arm" names the arm to which it belongs.
 """
 
 import itertools
@@ -21,5 +21,5 @@ def sweep(key: str, values: Iterable[Any]) -> list[Setting]:
 
 
 def product(*settings: list[Setting]) -> list[Setting]:
-    """Every combination, the first list slowest."""
+    """Every combination of the settings; the first list varies slowest."""
     return [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*settings)]

@@ -1,10 +1,10 @@
-"""`python -m experiments.methods`: what every balancing method is and does, as a table that nobody writes by hand.
+"""`python -m experiments.methods`: generate the table of all balancing methods.
 
-Writes methods.md and its pictures into `--folder`. Names, equations and sources are those of the code; state,
-statistics and causality are found by running it, and speed and level by `moe_jax.simulate`. The pictures reproduce
-in the simulator what was published of the rules: the chatter of the sign follows its rate (Loss-Free Balancing,
-arXiv 2408.15664, figure 4), rules whose step shrinks with the error end below it (table 3), and an update of the
-wrong sign collapses. The commands that draw them are printed with them. It takes some minutes on two cores.
+Writes methods.md and its pictures into `--folder`. Names, equations and sources come from the code; state, statistics
+and causality are measured by running the methods, and speed and level by `moe_jax.simulate`. The pictures reproduce
+published results in the simulator: the chatter of the sign rule grows with its rate (Loss-Free Balancing, arXiv
+2408.15664, figure 4), rules whose step shrinks with the error end lower (table 3), and an update of the wrong sign
+collapses. The page shows the commands that draw them. The command takes several minutes on two cores.
 """
 
 import concurrent.futures
@@ -39,15 +39,16 @@ from moe_jax.simulator.settings import Settings
 
 T = TypeVar("T")
 SETTINGS = Settings(experts=64, top_k=6, tokens=4096, steps=400)
-FEW_STEPS = 40
-SMALL = Settings(experts=24, top_k=2, tokens=64)  # for what is seen in one step
-SHAPES = Settings(experts=72, top_k=6, tokens=96)  # sizes that tell one dimension from another
+FEW_STEPS = 40  # for methods that do not change from step to step
+SMALL = Settings(experts=24, top_k=2, tokens=64)  # for the test of causality
+EVERY = 7  # it changes the tokens from every seventh one on
+SHAPES = Settings(experts=72, top_k=6, tokens=96)  # sizes that are all different
 DIMENSIONS = {72: "E", 6: "K", 96: "T", settings.VOCAB_SIZE: "V"}
 FAMILIES = ("bias", "loss", "control", "selector")
 
 
 class Picture(NamedTuple):
-    """A simulation to be drawn: the name of its file, what to see in it, and the flags."""
+    """A picture of a simulation: the name of its file, its caption, and the flags of the command."""
 
     name: str
     caption: str
@@ -58,15 +59,15 @@ SIZE = ("--experts=64", "--top_k=6")
 PICTURES = (
     Picture(
         "simulate_rates",
-        "The sign rule at four rates, with so many tokens that chance is small: a rate that is low is slow, and one "
-        "that is high chatters, well above chance in proportion to the rate.",
+        "The sign rule at four rates, with enough tokens that the floor is low: a low rate is slow, and a high rate "
+        "chatters, well above the floor in proportion to the rate.",
         ("--balance=bias_sign", "--rates=1e-4,1e-3,1e-2,1e-1", *SIZE, "--tokens=16384", "--steps=600"),
     ),
     Picture(
         "simulate_rules",
-        "Rules at their own default rates, and a shift in the middle: bias_proportional, bias_rms and bias_pi come "
-        "down sooner than the sign, bias_smebu, at half the sign's rate, later. The quantile has no rate and needs a "
-        "step or two; it ends a little above the others, for it answers the noise of every batch.",
+        "Rules at their default rates, with a shift in the middle: bias_proportional, bias_rms and bias_pi settle "
+        "sooner than the sign rule, and bias_smebu, at half its rate, later. The quantile rule has no rate and needs "
+        "one or two steps; it ends slightly above the others, because it follows the noise of every batch.",
         (
             *(f"--balance={name}" for name in ("bias_sign", "bias_proportional", "bias_rms", "bias_smebu", "bias_pi")),
             *("--balance=quantile", *SIZE, "--tokens=4096", "--steps=1000", "--stream=shift"),
@@ -74,18 +75,18 @@ PICTURES = (
     ),
     Picture(
         "simulate_flipped",
-        "The sign rule, the same with its sign turned round, and none: positive feedback collapses onto the experts "
-        "that were ahead.",
+        "The sign rule, the sign rule reversed, and no balancing: positive feedback collapses onto the experts with "
+        "the highest loads at the start.",
         ("--balance=none", "--balance=bias_sign", "--sign=1,-1", *SIZE, "--tokens=4096", "--steps=500"),
     ),
 )
 
 
-# --- what the code says -----------------------------------------------------------------------------------------
+# --- facts from the code ----------------------------------------------------------------------------------------
 
 
 def composition(name: str) -> dict[str, dict[str, Any]]:
-    """The method with what it cannot do without, and a target within reach."""
+    """The smallest `config.balance` with the method, and with a target that it can reach."""
     mapping = smallest(name, num_devices=8)
     if hasattr(BALANCE_METHODS[name](), "target"):
         mapping[name]["target"] = round(loop.threshold(SETTINGS), 2)
@@ -93,24 +94,24 @@ def composition(name: str) -> dict[str, dict[str, Any]]:
 
 
 def arm_of(name: str) -> Arm:
-    """The method as the simulator runs it."""
+    """The method as an arm of the simulator."""
     mapping = composition(name)
     return Arm(arms.write_balance(mapping), balance_entries(mapping))
 
 
-def made(name: str, s: Settings) -> Balancer:
-    """The method and what it needs, for one layer of these sizes."""
+def balancer_of(name: str, s: Settings) -> Balancer:
+    """The method's composition, for one layer with the sizes of the settings."""
     config = settings.config_of(s, arm_of(name).entries)
     return balance.make(config.balance, config.model)
 
 
 def method_of(name: str) -> Balancer:
-    """The functions that the method has, at its default options."""
+    """The method alone, with its default options."""
     return REGISTRY[name].build(BALANCE_METHODS[name](), ModelConfig())
 
 
 def family(name: str) -> str:
-    """By what the method has: a factor on a loss, a selection of its own, a bias to move, a loss."""
+    """The method's family, by its functions: a factor on a loss, a selection of its own, a bias, or a loss."""
     method = method_of(name)
     if method.factors is not None:
         return "control"
@@ -120,23 +121,23 @@ def family(name: str) -> str:
 
 
 def equation(name: str) -> str:
-    """The method's formulas, each as code."""
+    """The method's equations, each as code."""
     return "; ".join(f"`{formula}`" for formula in REGISTRY[name].equation.split("; "))
 
 
 def source(name: str) -> str:
-    """The papers and essays that the method's source names, linked, or its first clause where it names none."""
+    """Links to the papers and essays in the method's source; its first clause if there are none."""
     text = REGISTRY[name].source
     papers = [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"\b\d{4}\.\d{5}\b", text)]
     essays = [f"[kexue {n}](https://kexue.fm/archives/{n})" for n in re.findall(r"kexue\.fm\D{1,10}?(\d{4,5})", text)]
     return ", ".join(dict.fromkeys(papers + essays)) or re.split(r"[,.;] ", text)[0]
 
 
-# --- what running it shows --------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------
 
 
 def shapes(tree: Mapping[str, Any], name: str) -> str:
-    """Names, dtypes and shapes, with letters for the sizes of `SHAPES`; what is under the method's label is its own."""
+    """Names, dtypes and shapes, with letters for the sizes of `SHAPES`; the method's own entries are called "own"."""
     tree = {"own" if key == name else key: value for key, value in tree.items()}
     cells = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -147,8 +148,9 @@ def shapes(tree: Mapping[str, Any], name: str) -> str:
 
 
 def forward(balancer: Balancer, s: Settings, logits: Any, state: Any, ids: Any) -> tuple[Any, Any]:
-    """Experts [T, S] of one layer's tokens, where a dropped copy is an empty slot, and statistics."""
-    tokens, key = streams.rows_of(s.sequences, s.tokens)._replace(ids=ids), jax.random.key(0)
+    """Route one layer's tokens: experts [T, S], where a dropped copy is an empty slot, and statistics."""
+    tokens = streams.rows_of(s.sequences, s.tokens)._replace(ids=ids)
+    key = jax.random.key(0)
     routing = loop.routed(balancer, s, logits, tokens, state, key)
     if balancer.drop is None:
         return routing.expert_ids, balancer.observe(routing)
@@ -157,8 +159,9 @@ def forward(balancer: Balancer, s: Settings, logits: Any, state: Any, ids: Any) 
 
 
 def state_and_statistics(name: str) -> tuple[str, str]:
-    """Shapes of what the method keeps from step to step, and of what it sums over a step."""
-    balancer, s = made(name, SHAPES), SHAPES
+    """The shapes of the method's state and of its statistics."""
+    s = SHAPES
+    balancer = balancer_of(name, s)
 
     def run(logits: Any, ids: Any) -> tuple[Any, Any]:
         state = balancer.init(s.experts)
@@ -172,15 +175,16 @@ def state_and_statistics(name: str) -> tuple[str, str]:
 
 
 def settings_of(name: str) -> Settings:
-    """Fewer steps for a method that changes nothing from one step to the next: to it they are all alike."""
+    """The settings of a method's simulation: fewer steps if it changes nothing from one step to the next."""
     method = method_of(name)
     learns = any(f is not None for f in (method.initial_bias, method.own_loss, method.factors))
     return SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS)
 
 
 def is_causal(name: str) -> bool:
-    """Whether no token's experts change when later tokens of the batch do, at a state that three steps have moved."""
-    balancer, s = made(name, SMALL), SMALL
+    """Whether changes of later tokens of a batch leave a token's experts unchanged, in a state after three steps."""
+    s = SMALL
+    balancer = balancer_of(name, s)
     run = jax.jit(functools.partial(forward, balancer, s))
     random = np.random.default_rng(0)
 
@@ -193,8 +197,9 @@ def is_causal(name: str) -> bool:
         state = balancer.update(run(draw(), state, ids)[1], state, jnp.int32(step))
     logits = draw()
     before = np.asarray(run(logits, state, ids)[0])
-    for t in range(1, s.tokens, 7):
-        changed, other_ids = logits.copy(), ids.copy()
+    for t in range(1, s.tokens, EVERY):
+        changed = logits.copy()
+        other_ids = ids.copy()
         changed[t:] = 3.0 * draw()[t:]
         other_ids[t:] = random.integers(0, settings.VOCAB_SIZE, s.tokens - t)
         if (np.asarray(run(changed, state, other_ids)[0])[:t] != before[:t]).any():
@@ -206,14 +211,13 @@ def is_causal(name: str) -> bool:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; a pipe within a cell would end it, so norms get the bars that mathematics has for them."""
+    """A Markdown table; a pipe in a cell, which would end it, becomes the Unicode bar of a norm or absolute value."""
+
+    def escaped(cell: str) -> str:
+        return cell.replace("||", "\N{DOUBLE VERTICAL LINE}").replace("|", "\N{DIVIDES}")
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(cell.replace("||", "\N{DOUBLE VERTICAL LINE}").replace("|", "\N{DIVIDES}") for cell in cells)
-            + " |"
-        )
+        return f"| {' | '.join(map(escaped, cells))} |"
 
     return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])
 
@@ -233,28 +237,28 @@ HEADER = (
 
 
 def row(name: str, result: Result, low: float) -> list[str]:
-    """What is known of one method."""
+    """The table's row for one method."""
     state, statistics = state_and_statistics(name)
     causal = "yes" if is_causal(name) else "no"
-    inference = made(name, SETTINGS).inference
+    inference = balancer_of(name, SETTINGS).inference
     about = [f"`{name}`", family(name), equation(name), source(name), state, statistics, causal, inference]
     return about + speed_and_level(result, low)
 
 
 def speed_and_level(result: Result, low: float) -> list[str]:
-    """Steps until it settled, and the final level over the floor."""
+    """The number of steps until the method settled, and its final level over the floor."""
     settled = show.cell([summary.settled for summary in result.summaries], steps=True)
     return [settled, show.cell([summary.final / low for summary in result.summaries], steps=False)]
 
 
 def two_at_a_time(function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-    """The function of every item, in order; compiled loops and commands hold no lock of ours."""
+    """The function's results for the items, in order; two threads suffice, as compiled loops release Python's lock."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(function, items))
 
 
 def methods_table(seeds: int) -> str:
-    """Every registered method, family by family, after no balancing at all."""
+    """A row without balancing, then one for every registered method, by family."""
     names = sorted(REGISTRY, key=lambda name: (FAMILIES.index(family(name)), name))
 
     def run(name: str) -> Result:
@@ -262,31 +266,31 @@ def methods_table(seeds: int) -> str:
 
     results = two_at_a_time(run, names)
     low = loop.floor(SETTINGS)
-    free = loop.simulate(Arm("none", ()), SETTINGS, seeds)
-    nothing = ["none", *"-------", *speed_and_level(free, low)]
+    unbalanced = loop.simulate(Arm("none", ()), SETTINGS, seeds)
+    first = ["none", *"-------", *speed_and_level(unbalanced, low)]
     rows = [row(name, result, low) for name, result in zip(names, results, strict=True)]
-    return markdown_table(HEADER, [nothing, *rows])
+    return markdown_table(HEADER, [first, *rows])
 
 
-def drawn(picture: Picture, folder: Path) -> str:
-    """The picture, drawn by the very command that is shown with it, and its numbers."""
+def draw(picture: Picture, folder: Path) -> str:
+    """Draw a picture by the command that the page shows with it; return its part of the page, with its numbers."""
     command = ["-m", "moe_jax.simulate", *picture.flags]
     with tempfile.TemporaryDirectory() as scratch:
         numbers = Path(scratch) / "numbers.json"
         files = [f"--out={folder / picture.name}.png", f"--json={numbers}"]
         subprocess.run([sys.executable, *command, *files], check=True, stdout=subprocess.DEVNULL)
-        told = json.loads(numbers.read_text())
+        results = json.loads(numbers.read_text())
     text = " ".join(["python", *command, f"--out={picture.name}.png"])
-    shown = f"![max violation over steps]({picture.name}.png)\n\n{picture.caption}"
-    return f"{shown}\n\n```\n{text}\n```\n\n{numbers_table(told)}"
+    image = f"![max violation over steps]({picture.name}.png)\n\n{picture.caption}"
+    return f"{image}\n\n```\n{text}\n```\n\n{numbers_table(results)}"
 
 
-def numbers_table(told: Mapping[str, Any]) -> str:
-    """What the simulator printed: a row for every arm."""
-    shifted = told["settings"]["stream"] == "shift"
+def numbers_table(results: Mapping[str, Any]) -> str:
+    """The simulator's table as Markdown, with a row for every arm."""
+    shifted = results["settings"]["stream"] == "shift"
     columns = {k: v for k, v in show.COLUMNS.items() if shifted or k not in ("recovered", "peak")}
     rows = []
-    for arm in told["methods"]:
+    for arm in results["methods"]:
         values = ([seed[key] for seed in arm["seeds"]] for key in columns)
         cells = (show.cell(v, key in show.STEPS) for key, v in zip(columns, values, strict=True))
         rows.append([f"`{arm['balance']}`", *cells])
@@ -295,33 +299,33 @@ def numbers_table(told: Mapping[str, Any]) -> str:
 
 PAGE = """# Ways to balance experts
 
-Written by `python -m experiments.methods`; nothing here is written by hand.
+Generated by `python -m experiments.methods`; do not edit.
 
-E experts, K experts a token, T tokens a step, V token ids. *State* is what a method keeps from step to step, of which
-`bias` is the selection bias; *statistics* are summed over micro-batches and devices. *Causal*: changing later tokens of
-a batch changed no earlier token's experts (measured). *Inference*: evaluation selects by biased top-k, or the same way.
+E experts, K experts per token, T tokens per step, V token ids. *State* is kept from step to step; its entry `bias` is
+the selection bias. *Statistics* are summed over micro-batches and devices. *Causal*: changing later tokens of a batch
+changed no earlier token's experts (measured). *Inference*: evaluation selects by biased top-k, or the same way.
 
 The last two columns are measured in the simulator at default options, as mean ± standard deviation over {seeds} seeds,
 with {what}.
-*Settled*: the mean of max violation over {window} steps stays below {limit:.3g}, which is {within:g} above the floor
-{floor:.3g} of a uniform random router. *Final*: the mean of max violation over the last fifth of {steps} steps.
-A loss moves an offset of each expert's logits by `router_rate x E x gradient` a step, router_rate={router_rate:g}. No
-language model pulls against it: any loss that is lower for smaller differences in popularity comes to balance here, and
-what it costs is not seen; a loss on the router's weights alone has nothing to move. A method that changes nothing from
-step to step is run for {few} steps.
+*Settled*: the first step from which on the mean of max violation over {window} steps stays below {limit:.3g}, which is
+{within:g} above the floor {floor:.3g} of a uniform random router. *Final*: the mean of max violation over the last
+fifth of {steps} steps. A loss moves an offset of each expert's logits by `router_rate x E x gradient` per step, with
+router_rate={router_rate:g}. No language model counteracts it: any loss that is lower for smaller differences in
+popularity reaches balance here, and its cost to the language model is not visible; a loss that reads only the router's
+weights has no effect. A method that changes nothing from step to step is run for {few} steps.
 
 {table}
 
-Run with other than default options, which could do nothing here: {others}.
+Methods run with options other than the defaults, which would have no effect here: {others}.
 
-## What was published, in the simulator
+## Published results, in the simulator
 
 {pictures}
 """
 
 
 def page(folder: Path, seeds: int) -> str:
-    """The whole page; its pictures are drawn into the folder."""
+    """The text of the whole page; draws its pictures into the folder."""
     s = SETTINGS
     others = [f"`{arm_of(n).name}`" for n in sorted(REGISTRY) if arm_of(n).name != n]
     return PAGE.format(
@@ -336,7 +340,7 @@ def page(folder: Path, seeds: int) -> str:
         router_rate=s.router_rate,
         others=", ".join(others) or "none",
         table=methods_table(seeds),
-        pictures="\n\n".join(two_at_a_time(functools.partial(drawn, folder=folder), PICTURES)),
+        pictures="\n\n".join(two_at_a_time(functools.partial(draw, folder=folder), PICTURES)),
     )
 
 
@@ -347,13 +351,13 @@ def main(_: list[str]) -> None:
     except ValueError as error:
         fail(str(error))
     if not folder.is_dir():
-        fail(f"--folder={folder} must be a folder that is there; make it first.")
+        fail(f"--folder={folder} must be an existing folder; create it first.")
     if flags.FLAGS.seeds < 1:
         fail(f"--seeds={flags.FLAGS.seeds} must be at least 1; raise it.")
     write_whole(folder / "methods.md", page(folder, flags.FLAGS.seeds))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("folder", "experiments/results", "Where methods.md and its pictures go.")
-    flags.DEFINE_integer("seeds", 3, "Runs of every method.")
+    flags.DEFINE_string("folder", "experiments/results", "The folder for methods.md and its pictures.")
+    flags.DEFINE_integer("seeds", 3, "Number of seeds with which each method is run.")
     app.run(main, flags_parser=parse_flags)

@@ -1,4 +1,4 @@
-"""The tree keeps to the reading order of docs/reading.md, and each library to its place."""
+"""Imports follow the reading order of docs/reading.md, and each library is imported only at its place."""
 
 import ast
 import subprocess
@@ -36,7 +36,7 @@ ALLOWED = {
     "lm_eval": {"text", "harness"},
     "qwix": {"kernels/quantize"},
 }
-# in which no file imports jax, so that a mistake is reported before it is loaded
+# files and folders that do not import jax, so that a mistake is reported before it is loaded
 WITHOUT_JAX = {"config", "data", "runtime/files", "runtime/cache", "runtime/ledger", "runtime/prefetch", "runtime/log"}
 WITHOUT_JAX |= {"runtime/chips", "runtime/workdir", "huggingface/shards", "planning/hlo", "planning/cost"}
 WITHOUT_JAX |= {"planning/loops", "planning/products", "planning/traffic", "planning/collectives"}
@@ -44,7 +44,7 @@ WITHOUT_JAX |= {"planning/topology", "text/colours", "runtime/display"}
 
 
 def name(file: Path) -> str:
-    """A file as the page names it, without its ending."""
+    """The name of a file on the page, without its extension."""
     return str(file.relative_to(ROOT / "moe_jax")).removesuffix(".py")
 
 
@@ -59,7 +59,7 @@ def is_in(file: Path, places: set[str]) -> bool:
 
 
 def rank(dotted: str) -> tuple[int, int] | None:
-    """Where a module of ours stands in the reading order: its layer, and its place in the folder; None for others."""
+    """The position of our module in the reading order, as its layer and its place in the folder; None for others."""
     first, _, rest = dotted.removeprefix("moe_jax.").partition(".")
     if not dotted.startswith("moe_jax.") or first not in LAYERS:
         return None
@@ -89,7 +89,7 @@ def test_every_file_has_a_layer():
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_no_file_imports_upward_not_even_within_its_folder(file):
     if file.name == "__init__.py":
-        return  # packages export what their files have
+        return  # a package exports names of its files
     own = rank(f"moe_jax.{name(file).replace('/', '.')}")
     assert own is not None
     upward = [n for n in imports(file) if (there := rank(n)) and there > own]
@@ -103,7 +103,7 @@ def test_a_library_is_imported_only_at_its_place(library):
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if is_in(f, WITHOUT_JAX)], ids=name)
-def test_what_is_checked_before_jax_is_loaded_does_not_import_it(file):
+def test_files_that_run_before_jax_is_loaded_do_not_import_it(file):
     assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 
@@ -122,7 +122,7 @@ SPECS_BY_HAND = {"mesh"}  # where an axis may be named in a PartitionSpec
 
 
 def test_no_partition_spec_names_an_axis_outside_the_mesh():
-    # others name dims, `spec("batch", "sequence")`, so that the table alone says what an axis splits
+    # others name dims, `spec("batch", "sequence")`, so that only the table determines what an axis splits
     def names_an_axis(node: ast.AST) -> bool:
         if not isinstance(node, ast.Call):
             return False
@@ -155,5 +155,5 @@ def test_no_collective_names_an_axis():
 
 
 def test_check_vma_is_switched_off_around_kernels_only():
-    # `per_shard(kernel=True)` and `around_kernel`, whose laws are in the tests of their users
+    # in `per_shard(kernel=True)` and `around_kernel`, whose laws are in the tests of their users
     assert {name(f) for f in FILES if "check_vma=" in f.read_text()} == {"mesh"}

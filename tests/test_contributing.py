@@ -1,4 +1,4 @@
-"""The first example of docs/extending.md works as it stands there: one line and one function are a balancing method."""
+"""The first example of docs/extending.md works as written: one line and one function are a balancing method."""
 
 import re
 
@@ -32,7 +32,7 @@ def test_the_example_moves_the_bias_by_the_cube_of_the_relative_error(example):
     np.testing.assert_allclose(state["bias"], [0.1, 0.0125, 0.0, -0.3375], atol=1e-6)
 
 
-def test_the_example_has_the_options_that_all_share_and_stands_in_a_config(example):
+def test_the_example_has_the_shared_options_and_works_in_a_config(example):
     config = tiny_config(balance={example: dict(rate=0.1, freeze_step=1, layers=(0, 1)), "z_loss": {}})
     balancer = balance.make(config.balance, config.model)
     loads = {"loads": jnp.asarray([0, 2, 4, 10])}

@@ -1,4 +1,4 @@
-"""The model summary adds up."""
+"""The describe command: its parts add up, and equal numbers computed by hand."""
 
 import math
 import subprocess
@@ -45,7 +45,7 @@ def test_a_tied_embedding_is_counted_once_and_multiplies_once():
     assert found["embedding"].flops == 2 * 264 * 16
 
 
-def test_the_sums_are_those_with_and_without_multi_token_prediction_and_embedding():
+def test_sums_are_given_with_and_without_multi_token_prediction_and_embedding():
     rows = parts(tiny_config(model=dict(mtp_depth=1)))
     ahead, embedding = (next(r for r in rows if r.name == name) for name in (AHEAD, "embedding"))
     every, model, rest = totals(rows)
@@ -71,7 +71,7 @@ def test_the_command_prints_the_table(repo):
         assert word in result.stdout
 
 
-def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_the_part_of_a_device():
+def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_its_part_on_a_device():
     config = resolve(tiny_config(mesh=dict(data=2, expert=4)), 8)
     rows = {row.path: row for row in leaves(config, 8)}
     assert len(rows) == len(jax.tree.leaves(abstract_state(config)))
@@ -79,7 +79,7 @@ def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_the_part_of_a_device()
     assert gate.axes == ((), ("expert",), ("data",), ())
     assert (gate.part, gate.bytes) == ((2, 1, 8, 8), 4 * 2 * 8 * 8)
     assert rows["bias/stacks/1/blocks/0/ffw/bias"].axes == ((), ())
-    # leaves with one dimension are replicated, all others are in 8 parts
+    # parameters with one dimension are whole on every device, all others are in 8 parts
     whole = sum(math.prod(r.shape) for r in rows.values() if r.path.startswith("params/") and r.part == r.shape)
     total = sum(p.total for p in parts(config))
     assert memory(config, 8).gradients == 4 * (whole + (total - whole) // 8)

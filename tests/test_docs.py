@@ -1,6 +1,6 @@
-"""README and docs/ say what is true: their blocks run, and the files, links, flags, keys and tests in them exist.
+"""README and docs/ are true: their blocks run, and the files, links, flags, keys and tests that they name exist.
 
-A block is run unless a comment above it says why not, or which test runs it:
+A block is run unless a comment above it gives a reason, or the test that runs it:
 
     <!-- not run: needs a cluster -->      <!-- run by: test_contributing.py -->
 """
@@ -54,7 +54,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def distinct(language: str) -> list[pytest.param]:
-    """The blocks to run here; one that stands on two pages is run once."""
+    """The blocks to run here; a block that is on two pages is run once."""
     kept = {block.text: block for block in BLOCKS if block.language == language and block.is_run_here}
     return [pytest.param(block, id=f"{block.page}:{block.text.split(maxsplit=3)[:3]}") for block in kept.values()]
 
@@ -112,14 +112,14 @@ def test_commands_run(block, tmp_path):
 
 @functools.cache
 def help_of(module: str) -> str:
-    """What a command says of its flags."""
+    """The output of a command's `--help`."""
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
 def commands() -> dict[str, set[str]]:
-    """module -> the flags that pages give it, in blocks and in sentences."""
+    """module -> the flags with which pages use it, in blocks and in sentences."""
     found: dict[str, set[str]] = {}
     for page in PAGES:
         for module, rest in COMMAND.findall(page.read_text().replace("\\\n", " ").replace("`", "\n")):
@@ -130,7 +130,7 @@ def commands() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(("module", "given"), commands().items(), ids=commands())
 def test_a_command_and_every_flag_of_it_exist(module, given):
-    here = module.removeprefix("moe_jax.") if ".experiments." in module else module  # a wheel has them inside
+    here = module.removeprefix("moe_jax.") if ".experiments." in module else module  # a wheel has them inside moe_jax
     assert importlib.util.find_spec(here) is not None
     keys = flatten(default().to_dict())
     for flag in given - {"help"}:
@@ -142,7 +142,7 @@ def test_a_command_and_every_flag_of_it_exist(module, given):
             assert re.search(rf"--(\[no\])?{flag}\b", help_of(module)), f"{module} has no --{flag}"
 
 
-# --- what pages name ------------------------------------------------------------------------------------------
+# --- names on the pages ---------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_one_page():
@@ -150,7 +150,7 @@ def test_the_readme_is_one_page():
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as mkdocs and GitHub make it."""
+    """The anchor of a heading, as computed by mkdocs and GitHub."""
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
@@ -199,7 +199,7 @@ def test_every_dispatcher_has_a_row_on_the_page_of_devices():
 
 @functools.cache
 def functions_by_name() -> dict[str, set[str]]:
-    """Every test function -> the files that have one of that name."""
+    """Name of a test function -> the files that have one of that name."""
     found: dict[str, set[str]] = {}
     for file in ROOT.glob("tests/**/test_*.py"):
         for node in ast.parse(file.read_text()).body:
@@ -229,7 +229,7 @@ def test_every_bug_has_a_test():
 
 
 def named_in(note: str) -> list[str]:
-    """The first word of every line of the block of docs/reading.md below a comment that begins so."""
+    """The first word of every line of the block of docs/reading.md below a comment that begins with the note."""
     (block,) = (b for b in blocks_of(ROOT / "docs/reading.md") if b.note.startswith(note))
     return [line.split()[0] for line in block.text.splitlines()]
 
@@ -249,7 +249,7 @@ def test_every_folder_has_a_page_of_reference():
     assert all(f"api/{page}.md" in nav for page in pages)
 
 
-def test_the_site_asks_nothing_of_the_network():
+def test_the_site_needs_no_network():
     text = (ROOT / "mkdocs.yml").read_text()
     assert re.search(r"^  font: false\b", text, re.M)
     assert not re.search(r"https?://|^repo_url|analytics|extra_javascript|extra_css", text, re.M)

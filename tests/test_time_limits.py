@@ -1,4 +1,4 @@
-"""A limit of time in a test detects what hangs, and nothing else: there is one, and no test reads a clock."""
+"""Tests have one common time limit, which only detects hangs, and no test reads a clock."""
 
 import ast
 from pathlib import Path
@@ -11,16 +11,18 @@ FOLDER = Path(__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 WAITS = {"wait", "join", "communicate", "acquire", "result", "wait_until"}
 CLOCKS = {"time", "monotonic", "perf_counter", "time_ns", "monotonic_ns", "perf_counter_ns", "process_time"}
-READS_CLOCK = {"drills/rig.py": 2}  # wait_until, which all use that wait for another process
+READS_CLOCK = {"drills/rig.py": 2}  # wait_until, used by all tests that wait for another process
 
 
 def name_of(node: ast.expr) -> str:
     """The last word of a name, dotted or not."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def is_a_number(node: ast.expr) -> bool:
-    """Whether an expression is one of numbers and constants, without the one limit."""
+    """Whether an expression consists of numbers and constants other than the common limit."""
     if isinstance(node, ast.BinOp):
         return is_a_number(node.left) or is_a_number(node.right)
     if isinstance(node, ast.Constant):
@@ -29,7 +31,7 @@ def is_a_number(node: ast.expr) -> bool:
 
 
 def limits(tree: ast.AST) -> list[int]:
-    """The lines with a limit of time that is not the one."""
+    """The lines with a time limit other than the common one."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -87,5 +89,5 @@ def test_a_limit_is_seen(text):
 @pytest.mark.parametrize(
     "text", ["process.wait()", "event.wait(HANG_SECONDS)", "','.join(str(i) for i in range(3))", "run(steps=3)"]
 )
-def test_what_is_no_limit_is_none(text):
+def test_other_calls_are_not_limits(text):
     assert limits(ast.parse(text)) == []

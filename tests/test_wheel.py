@@ -1,4 +1,4 @@
-"""Who installs the wheel has every command and every config; who installs a clone gets no module but moe_jax."""
+"""An installed wheel has every command and every config; an installed clone provides no module except moe_jax."""
 
 import os
 import subprocess
@@ -40,9 +40,9 @@ def wheel(repo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """The interpreter of an environment with the wheel and, of this interpreter's, what it depends on.
+    """The interpreter of an environment with the wheel and with the dependencies of this interpreter.
 
-    It lies in the repository of the project that it is for, as environments do.
+    The environment is inside the repository of another project, as environments usually are.
     """
     project = tmp_path_factory.mktemp("project")
     somebody = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]

@@ -1,7 +1,7 @@
-"""Which balances experts best: nothing, an auxiliary loss, or the loss-free bias? One small DeepSeekMoE, three ways.
+"""Which method balances experts best: none, an auxiliary loss, or the loss-free bias? A small DeepSeekMoE with each.
 
 Source: the comparison of Loss-Free Balancing (arXiv 2408.15664, Table 2), in miniature.
-Weights are drawn with deviation 0.02, which suits this width; the papers' models have 0.006.
+Weights are drawn with standard deviation 0.02, which suits this width; the papers' models have 0.006.
 Command: make demo, or python -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
 Result: held-out max violation 2.75 +- 0.11 (none), 0.24 +- 0.12 (aux_loss), 0.14 +- 0.04 (bias_sign); no dead experts
 in the last two; bits per byte 3.471, 3.459, 3.458, every paired interval over the 3 seeds includes 0.
@@ -11,7 +11,7 @@ from moe_jax.config import default
 
 
 def get_config(arg: str = ""):
-    """The common part: 16 fine-grained experts, 4 a token, 1 shared; `arg` is unused."""
+    """The common part: 16 fine-grained experts, 4 per token, 1 shared; `arg` is unused."""
     return default(
         num_steps=200,
         batch_size=8,

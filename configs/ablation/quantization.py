@@ -1,7 +1,7 @@
-"""What eight bits cost: one small DeepSeekMoE with its routed experts in bfloat16, in int8 and in fp8.
+"""The cost of eight bits: a small DeepSeekMoE with its routed experts in bfloat16, in int8 and in fp8.
 
-All three compute in bfloat16 outside of the experts and keep float32 weights; `float32` computes in it throughout, by
-which the noise of such small runs can be judged.
+All three compute in bfloat16 outside the experts and keep float32 weights. The arm `float32` computes in float32
+throughout, and shows the noise of such small runs.
 Source: DeepSeek-V3 (arXiv 2412.19437) section 3.3, which trains in FP8 within 0.25 % of the loss in BF16.
 Command: python -m experiments.ablate --config=configs/ablation/quantization.py --workdir=runs/quantization
 Result: held-out bits per byte over 3 seeds, and the difference to bfloat16 paired by seed with its 95 % interval:
@@ -9,16 +9,16 @@ Result: held-out bits per byte over 3 seeds, and the difference to bfloat16 pair
     float32   3.4535  +0.0147 +- 0.0235
     int8      3.4496  +0.0107 +- 0.0093 (excludes 0)
     fp8       3.4471  +0.0083 +- 0.0357
-So int8 costs 0.3 % of the loss here, and fp8 nothing that 3 seeds can tell from 0. The float32 arm, which should be no
-worse than bfloat16, differs by as much: of these runs no difference below 0.02 is to be believed. Balance is the same
-(held-out max violation 0.12 to 0.16). On CPUs eight bits are slower, not faster.
+So int8 costs 0.3 % of the loss here, and the cost of fp8 is indistinguishable from 0 with 3 seeds. The float32 arm,
+which should be no worse than bfloat16, differs by as much: differences below 0.02 in these runs are not reliable.
+Balance is the same (held-out max violation 0.12 to 0.16). On CPUs eight bits are slower, not faster.
 """
 
 from moe_jax.config import default
 
 
 def get_config(arg: str = ""):
-    """The common part: 16 fine-grained experts, 4 a token, 1 shared, balanced by the bias; `arg` is unused."""
+    """The common part: 16 fine-grained experts, 4 per token, 1 shared, balanced by the bias; `arg` is unused."""
     return default(
         num_steps=200,
         batch_size=8,

@@ -3,7 +3,7 @@
 from experiments.report import COLUMNS, Column, main
 from experiments.report.numbers import tail
 
-loss = Column("train_loss", "loss in the last quarter", 3, tail("loss"))  # finished run -> number
+loss = Column("loss in the last quarter", 3, tail("loss"))  # finished run -> number
 
 if __name__ == "__main__":
     main(columns=[*COLUMNS, loss])

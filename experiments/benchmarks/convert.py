@@ -1,13 +1,13 @@
 """`python -m experiments.benchmarks.convert`: memory and speed of `moe_jax.convert`, both ways, on a synthetic model.
 
-    --gigabytes=5                 how large the model is, in bfloat16: Qwen3-MoE with many experts, in shards
+    --gigabytes=5                 the size of the model in bfloat16: Qwen3-MoE with many experts, in shards
     --embed_dim=1024 --expert_ffw_dim=512 --num_experts=64 --vocab_size=32000
-    --folder=DIR                  where its files lie for a while, three times its size; a temporary folder without
+    --folder=DIR                  the folder for its temporary files, three times its size; default: the system's
     --json=FILE
 
-Every conversion is a process of its own. peak: the most memory that was resident in it; above: that without the
-largest tensor; idle: the peak of the same command on a model of two small layers, which is libraries. The way back
-gives the same tensors, bit by bit, or the benchmark fails.
+Every conversion runs in a process of its own. peak: its largest resident memory; above: the peak without the largest
+tensor; idle: the peak of the same command on a small model, which is mostly libraries. Converting back must give the
+same tensors, bit for bit, or the benchmark fails.
 """
 
 import json
@@ -33,7 +33,7 @@ SIZES = ("embed_dim", "expert_ffw_dim", "num_experts", "vocab_size")
 
 
 def model_of(num_bytes: int, sizes: dict[str, int]) -> ModelConfig:
-    """A Qwen3-MoE of about so many bytes in bfloat16."""
+    """A Qwen3-MoE config of about this many bytes in bfloat16."""
     head = 64
     heads = sizes["embed_dim"] // head
     keys = dict(num_heads=heads, num_kv_heads=heads, head_dim=head, qk_norm="head", score="softmax", top_k=8)
@@ -45,7 +45,7 @@ def model_of(num_bytes: int, sizes: dict[str, int]) -> ModelConfig:
 
 
 def write_model(folder: Path, config: ModelConfig) -> dict[str, int]:
-    """config.json and the tensors, one after the other; how many bytes in all, and in the largest."""
+    """Write config.json and the tensors, one after the other; return bytes in all, bytes of the largest, and number."""
     import ml_dtypes
 
     from moe_jax.huggingface.config_out import choose, to_hf
@@ -64,10 +64,10 @@ def write_model(folder: Path, config: ModelConfig) -> dict[str, int]:
 
 
 def convert(source: Path, target: Path) -> dict[str, float]:
-    """Run the command; its seconds, and the most bytes that were resident.
+    """Run the command; return its seconds and its largest resident memory in bytes.
 
     Raises:
-        ValueError: it failed; its own error stands above.
+        ValueError: the command failed; its own error is printed above.
     """
     command = [sys.executable, "-m", "moe_jax.convert", f"--input={source}", f"--output={target}"]
     start = time.perf_counter()
@@ -81,10 +81,10 @@ def convert(source: Path, target: Path) -> dict[str, float]:
 
 
 def measure(home: Path, num_bytes: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """Both ways, of a model of so many bytes; its tensors come back the same.
+    """Convert a model of about this many bytes in both directions, and check that its tensors are unchanged.
 
     Raises:
-        ValueError: a conversion failed, or a tensor came back another.
+        ValueError: a conversion failed, or a tensor changed.
     """
     about: dict[str, Any] = write_model(home / "hf", model_of(num_bytes, sizes))
     for way, source, target in (("in", "hf", "run"), ("out", "run", "back")):
@@ -94,22 +94,24 @@ def measure(home: Path, num_bytes: int, sizes: dict[str, int]) -> dict[str, Any]
             "megabytes_per_second": about["bytes"] / 10**6 / about[way]["seconds"],
         }
     for name in differing(home / "hf", home / "back"):
-        raise ValueError(f"tensor {name} came back another.")
+        raise ValueError(f"tensor {name} is not the same after both conversions.")
     return about
 
 
 def differing(one: Path, other: Path) -> Iterator[str]:
-    """The tensors that are not the same in both folders."""
-    first, second = open_folder(one), open_folder(other)
+    """The names of tensors that are not the same in both folders."""
+    first = open_folder(one)
+    second = open_folder(other)
     for name in first.keys() | second.keys():
         if name not in first or name not in second or digest(first[name]) != digest(second[name]):
             yield name
 
 
-def tell(found: dict[str, Any]) -> None:
-    """The figures as lines."""
-    size, largest = found["bytes"] / GIGABYTE, found["largest"] / 10**6
-    print(f"{size:.2f} GB in {found['tensors']} tensors, the largest of {largest:.1f} MB; equal after both ways")
+def report(found: dict[str, Any]) -> None:
+    """Print the figures."""
+    size = found["bytes"] / GIGABYTE
+    largest = found["largest"] / 10**6
+    print(f"{size:.2f} GB in {found['tensors']} tensors, the largest of {largest:.1f} MB; equal after both conversions")
     for way in ("in", "out"):
         f = found[way]
         print(
@@ -126,7 +128,7 @@ def main(flag: Any) -> None:
         small = measure(Path(home) / "small", 1, dict.fromkeys(SIZES, 128))
         found = measure(Path(home) / "large", int(flag.gigabytes * GIGABYTE), sizes)
     found["idle"] = {way: small[way] for way in ("in", "out")}
-    tell(found)
+    report(found)
     timing.save(flag.json, found | {"sizes": sizes})
 
 
@@ -134,6 +136,6 @@ if __name__ == "__main__":
     flags.DEFINE_float("gigabytes", 5.0, "Size of the model in bfloat16.", lower_bound=0.0)
     for key, value in zip(SIZES, (1024, 512, 64, 32000), strict=True):
         flags.DEFINE_integer(key, value, f"model.{key}", lower_bound=64)
-    flags.DEFINE_string("folder", None, "Where the files lie for a while.")
+    flags.DEFINE_string("folder", None, "The folder for temporary files.")
     flags.DEFINE_string("json", "", "A file to write the figures to.")
     app.run(main, flags_parser=parse_flags)

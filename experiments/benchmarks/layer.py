@@ -4,15 +4,15 @@
     --dtype=float32     or bfloat16 (the default on an accelerator): activations and expert weights; the router's
                         logits and scores are float32
     --skew=uniform      of the experts' loads; zipf; collapsed (every token chooses the same k)
-    --peers=...         some of the peers only: transformers_deepseek_v3, transformers_qwen3_moe, torchtitan, maxtext
-                        (whose dropless layer takes minutes a call on a CPU, for `lax.ragged_dot` multiplies densely)
-    --eager             transformers' loop over experts too
+    --peers=...         only some of the peers: transformers_deepseek_v3, transformers_qwen3_moe, torchtitan, maxtext
+                        (whose dropless layer takes minutes per call on a CPU: `lax.ragged_dot` multiplies densely)
+    --eager             also transformers' loop over experts
     --rounds=8 --json=FILE
 
-Ours is `moe_jax.moe.MoE` under `jax.jit`: y and the gradients of x, router and expert weights by a given dy. Every
-contestant gets the same numbers and its outcome is compared with ours before anything is timed. The limit is the
-useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch in the same round: on a CPU in float32,
-whatever the dtype, else in the same dtype. Peers that are not installed are said to be absent;
+Ours is `moe_jax.model.moe.MoE` under `jax.jit`: y and the gradients of x, router and expert weights for a given dy.
+Every contestant gets the same numbers, and its outcome is compared with ours before anything is timed. The limit is
+the useful FLOPs, 18 T k d h, over the best rate of a matmul of jax or torch in the same round, on a CPU in float32
+whatever the dtype, elsewhere in the same dtype. Peers that are not installed are listed as absent;
 `experiments.benchmarks.peers.INSTALL` has the command for each.
 """
 
@@ -37,16 +37,16 @@ SHAPES = {
 }
 Score = Literal["sigmoid", "softmax"]
 OURS = "moe_jax"
-WITH_SOFTMAX = ("transformers_qwen3_moe", "maxtext")  # the others' scores are sigmoids
+WITH_SOFTMAX = ("transformers_qwen3_moe", "maxtext")  # the others have sigmoid scores
 
 
 def ours(shape: Shape, numbers: Problem, dtype: DType, score: Score) -> Contestant:
-    """Our layer as a contestant; compiled here."""
+    """Our layer as a contestant, compiled by this call."""
     return layer_peers.in_jax(_forward_and_backward(), _module(shape, numbers, dtype, score), dtype)
 
 
 def _module(shape: Shape, numbers: Problem, dtype: DType, score: Score) -> tuple[Any, Any, Any]:
-    """The layer with the problem's weights, x and dy [1, T, d]."""
+    """The layer with the problem's weights, then x and dy, [1, T, d] each."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -74,7 +74,7 @@ def _forward_and_backward() -> Callable[..., tuple]:
     from moe_jax.model.forward import Pass, PerLayer
     from moe_jax.routing import Tokens
 
-    no_inputs: Any = None  # a layer alone reads none
+    no_inputs: Any = None  # a single layer reads none
     fwd = Pass(no_inputs, balance.make({}), PerLayer({}), jax.random.key(0), train=True)
 
     def run(layer: Any, x: Any, dy: Any) -> tuple:
@@ -92,7 +92,7 @@ def _forward_and_backward() -> Callable[..., tuple]:
 
 
 def matmuls(shape: Shape, dtype: DType, platform: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """Matmuls by jax and torch that show what the machine can do, and the FLOPs of each: layer-like, and square."""
+    """Matmuls by jax and torch that measure the machine's limit, like a layer's and square; and the FLOPs of each."""
     side, repeats, dtype = (2048, 1, "float32") if platform == "cpu" else (8192, 10, dtype)
     sizes = {"layer": (shape.tokens, shape.embed, 4 * shape.ffw), "square": (side, side, side)}
     runs: dict[str, Callable[[], Any]] = {}
@@ -138,10 +138,10 @@ def measure(
     names: Collection[str] = layer_peers.PEERS,
     platform: str = "cpu",
 ) -> dict[str, Any]:
-    """Everything about one shape against the peers named, ready for JSON.
+    """Measure one shape against the named peers; the result is ready for JSON.
 
     Raises:
-        ValueError: a peer computes something else.
+        ValueError: a peer's outcome differs from ours.
     """
     numbers = problem.draw(shape, skew, dtype)
     task = layer_peers.Task(shape, numbers, dtype, platform)
@@ -157,7 +157,7 @@ def measure(
 
 
 def compare(entries: dict[str, Contestant], with_softmax: Callable[[], Contestant]) -> dict[str, float]:
-    """Every peer's largest relative difference from ours, by the same scores."""
+    """Every peer's largest relative difference from our layer with the same scores."""
     outcomes = {"sigmoid": entries[OURS].read(entries[OURS].run())}
     found = {}
     for name, entry in entries.items():
@@ -171,7 +171,7 @@ def compare(entries: dict[str, Contestant], with_softmax: Callable[[], Contestan
 
 
 def summary(shape: Shape, times: timing.Times, work: dict[str, float], rivals: list[str]) -> dict[str, Any]:
-    """The ratios, the rate of the limit, and every time."""
+    """The ratios, the rate at the limit, and every time."""
     limit = timing.best_rates(times, work)
     to_limit = {name: timing.ratio_to_limit(times, name, shape.flops, limit) for name in (OURS, *rivals)}
     to_peer = {name: timing.ratio(times, OURS, name) for name in rivals}
@@ -186,8 +186,8 @@ def summary(shape: Shape, times: timing.Times, work: dict[str, float], rivals: l
     }
 
 
-def shown(name: str, result: dict[str, Any]) -> str:
-    """One shape as text."""
+def as_text(name: str, result: dict[str, Any]) -> str:
+    """The results of one shape as text."""
     shape = Shape(**result["shape"])
     limit = timing.Spread(**result["limit_gflops"])
     rows = []
@@ -217,28 +217,28 @@ def chosen(names: list[str]) -> dict[str, Shape]:
     """
     unknown = [name for name in names if name not in SHAPES]
     if unknown or not names:
-        asked = ",".join(unknown or names)
-        raise ValueError(f"--shapes={asked} must be a list from {', '.join(SHAPES)}; write --shapes=a,b.")
+        wrong = ",".join(unknown or names)
+        raise ValueError(f"--shapes={wrong} must be a list from {', '.join(SHAPES)}; write --shapes=a,b.")
     return {name: SHAPES[name] for name in names}
 
 
 def rivals_of_flags() -> list[str]:
-    """The peers that `--peers` and `--eager` ask for.
+    """The peers that `--peers` and `--eager` select.
 
     Raises:
         ValueError: an unknown name.
     """
-    asked = [*flags.FLAGS.peers, *([layer_peers.EAGER] if flags.FLAGS.eager else [])]
-    unknown = [name for name in asked if name not in (*layer_peers.PEERS, layer_peers.EAGER)]
+    names = [*flags.FLAGS.peers, *([layer_peers.EAGER] if flags.FLAGS.eager else [])]
+    unknown = [name for name in names if name not in (*layer_peers.PEERS, layer_peers.EAGER)]
     if unknown:
         raise ValueError(f"--peers={unknown[0]} must be a list from {', '.join(layer_peers.PEERS)}.")
-    return asked
+    return names
 
 
 @timing.command
 def main(flag: Any) -> None:
-    """Check the flags, measure shape by shape, print each as soon as it is known."""
-    # jax and torch share the card
+    """Check the flags, measure shape by shape, and print each result when it is known."""
+    # jax and torch share the GPU's memory
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     names = rivals_of_flags()
     chosen(flag.shapes or ["a"])
@@ -253,15 +253,15 @@ def main(flag: Any) -> None:
     for name, shape in shapes.items():
         result = measure(shape, dtype=dtype, skew=flag.skew, rounds=flag.rounds, names=names, platform=platform)
         results[name] = result | {key: facts[key] for key in ("rounds", "versions")}
-        print(shown(name, result) + "\n", flush=True)
+        print(as_text(name, result) + "\n", flush=True)
         timing.save(flag.json, facts | {"shapes": results})
 
 
 if __name__ == "__main__":
     timing.define_flags()
-    flags.DEFINE_list("shapes", None, f"Of {', '.join(SHAPES)}.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of activations and expert weights.")
-    flags.DEFINE_enum("skew", "uniform", ["uniform", "zipf", "collapsed"], "Of the experts' loads.")
-    flags.DEFINE_list("peers", list(layer_peers.PEERS), "Which to time.")
-    flags.DEFINE_bool("eager", False, "Time transformers' loop over experts too.")
+    flags.DEFINE_list("shapes", None, f"The shapes to measure: {', '.join(SHAPES)}.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The dtype of activations and expert weights.")
+    flags.DEFINE_enum("skew", "uniform", ["uniform", "zipf", "collapsed"], "The skew of the experts' loads.")
+    flags.DEFINE_list("peers", list(layer_peers.PEERS), "The peers to time.")
+    flags.DEFINE_bool("eager", False, "Also time transformers' loop over experts.")
     app.run(main, flags_parser=parse_flags)

@@ -14,7 +14,7 @@ from experiments.benchmarks.problem import Contestant, DType, Outcome, Problem, 
 
 
 class Task(NamedTuple):
-    """What a peer is asked for; platform "cpu" or "gpu"."""
+    """The problem and the setting for a peer; the platform is "cpu" or "gpu"."""
 
     shape: Shape
     problem: Problem
@@ -23,7 +23,7 @@ class Task(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer in torch: its parameters' gradients, in order, with x's first, and how they are laid out for us."""
+    """A layer in torch: its forward pass, its parameters, and a function that turns their gradients into our layout."""
 
     forward: Callable[[Any], Any]
     parameters: list[Any]
@@ -35,7 +35,7 @@ EAGER = "transformers_deepseek_v3_eager"
 
 
 def builders(task: Task) -> dict[str, Callable[[], Contestant]]:
-    """Every peer by name; building one raises Absent where it cannot take part."""
+    """Every peer by name; building one raises Absent if it cannot take part."""
     return {
         "transformers_deepseek_v3": lambda: transformers_deepseek_v3(task, "grouped_mm"),
         "transformers_qwen3_moe": lambda: transformers_qwen3_moe(task, "grouped_mm"),
@@ -46,8 +46,9 @@ def builders(task: Task) -> dict[str, Callable[[], Contestant]]:
 
 
 def transformers_deepseek_v3(task: Task, implementation: str) -> Contestant:
-    """transformers' DeepseekV3MoE, sigmoid scores: its router and its experts, without the shared expert."""
-    torch, _ = torch_here(task.platform), _transformers()
+    """transformers' DeepseekV3MoE, with sigmoid scores: its router and its experts, without the shared expert."""
+    torch = torch_here(task.platform)
+    _transformers()
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
     t, d, e, h, k = task.shape
@@ -56,7 +57,7 @@ def transformers_deepseek_v3(task: Task, implementation: str) -> Contestant:
         moe_intermediate_size=h,
         n_routed_experts=e,
         num_experts_per_tok=k,
-        n_shared_experts=1,  # not run: there may be none in the class
+        n_shared_experts=1,  # not run, but the class requires one
         n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
@@ -75,8 +76,9 @@ def transformers_deepseek_v3(task: Task, implementation: str) -> Contestant:
 
 
 def transformers_qwen3_moe(task: Task, implementation: str) -> Contestant:
-    """transformers' Qwen3MoeSparseMoeBlock: softmax scores, gates normalised."""
-    torch, _ = torch_here(task.platform), _transformers()
+    """transformers' Qwen3MoeSparseMoeBlock, with softmax scores and normalised gates."""
+    torch = torch_here(task.platform)
+    _transformers()
     from transformers.models.qwen3_moe import modeling_qwen3_moe as theirs
 
     _, d, e, h, k = task.shape
@@ -92,15 +94,15 @@ def transformers_qwen3_moe(task: Task, implementation: str) -> Contestant:
 
 
 def torchtitan(task: Task) -> Contestant:
-    """torchtitan's MoE, sigmoid scores. It casts to bfloat16 to multiply; equal work in float32 is without the cast."""
+    """torchtitan's MoE, with sigmoid scores. It multiplies in bfloat16; in float32 it runs without the casts."""
     torch = torch_here(task.platform)
     need("torchtitan")
-    warnings.filterwarnings("ignore", "In CPU autocast")  # its router asks for float32, which float32 is already
+    warnings.filterwarnings("ignore", "In CPU autocast")  # its router casts to float32, which changes nothing here
     try:
         from torchtitan.models.common import moe as theirs
         from torchtitan.models.common.linear import Linear
         from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
-    except Exception as error:  # its modules import what only some builds of torch have
+    except Exception as error:  # its modules import parts that only some builds of torch have
         raise Absent(f"torchtitan's MoE does not import here: {type(error).__name__}: {error}") from error
     _, d, e, h, k = task.shape
     config = theirs.MoE.Config(
@@ -118,15 +120,16 @@ def torchtitan(task: Task) -> Contestant:
     zeros = np.zeros(e, np.float32)
     _fill(torch, task, block, expert_bias_E=zeros, tokens_per_expert_E=zeros)
     _fill(torch, task, block.router.gate, weight=task.problem.router.T)
-    experts, p = block.routed_experts.inner_experts, task.problem
-    _fill(torch, task, experts, w1_EFD=_turned(p.gate), w3_EFD=_turned(p.up), w2_EDF=_turned(p.down))
+    experts = block.routed_experts.inner_experts
+    p = task.problem
+    _fill(torch, task, experts, w1_EFD=_transposed(p.gate), w3_EFD=_transposed(p.up), w2_EDF=_transposed(p.down))
     parameters = [block.router.gate.weight, experts.w1_EFD, experts.w3_EFD, experts.w2_EDF]
     forward = block if task.dtype == "bfloat16" else _without_casts(torch, block)
-    return _in_torch(torch, task, _Layer(forward, parameters, lambda r, *experts: (r.T, *map(_turned, experts))))
+    return _in_torch(torch, task, _Layer(forward, parameters, lambda r, *experts: (r.T, *map(_transposed, experts))))
 
 
 def _without_casts(torch: ModuleType, block: Callable) -> Callable[[Any], Any]:
-    """The block, where `.bfloat16()` gives the tensor itself."""
+    """The block, with `.bfloat16()` replaced by the identity."""
     from torch.overrides import TorchFunctionMode
 
     class KeepDtype(TorchFunctionMode):
@@ -141,13 +144,13 @@ def _without_casts(torch: ModuleType, block: Callable) -> Callable[[Any], Any]:
 
 
 def maxtext(task: Task) -> Contestant:
-    """MaxText's RoutedMoE where nothing is dropped (`sparse_matmul`), softmax scores; without Pallas kernels."""
+    """MaxText's RoutedMoE with softmax scores, without drops (`sparse_matmul`) and without Pallas kernels."""
     need("maxtext")
     try:
         from flax import nnx
         from maxtext.layers.initializers import nd_dense_init
         from maxtext.layers.moe import RoutedMoE
-    except Exception as error:  # its wheel names none of the packages that it imports
+    except Exception as error:  # its wheel does not list the packages that it imports as dependencies
         raise Absent(f"maxtext's MoE does not import here: {type(error).__name__}: {error}") from error
     config, mesh = _maxtext_config(task)
     _, _, e, h, k = task.shape
@@ -167,7 +170,7 @@ def maxtext(task: Task) -> Contestant:
 
 
 def _maxtext_config(task: Task) -> tuple[Any, Any]:
-    """Its configuration of a run with such a layer, and a mesh of one device."""
+    """MaxText's configuration of a run with this layer, and a mesh of one device."""
     import jax
     import maxtext as package
     from jax.sharding import Mesh
@@ -203,7 +206,7 @@ def _maxtext_config(task: Task) -> tuple[Any, Any]:
 
 
 def _maxtext_contestant(task: Task, layer: Any, mesh: Any) -> Contestant:
-    """The layer with our weights, as one jitted function of them, x and dy."""
+    """The layer with our weights as a contestant: a jitted function of the weights, x and dy."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -226,7 +229,7 @@ def _maxtext_contestant(task: Task, layer: Any, mesh: Any) -> Contestant:
 
 
 def in_jax(run: Callable[..., tuple], arguments: tuple, dtype: DType) -> Contestant:
-    """A function that returns y and the gradients of x, router, gate, up and down, compiled for its arguments."""
+    """A contestant that compiles and runs `run`, which returns y and the gradients of x, router, gate, up and down."""
     import jax
 
     compiled = jax.jit(run).lower(*arguments).compile()
@@ -250,23 +253,24 @@ def _transformers() -> ModuleType:
 
 
 def _hugging_face(task: Task, forward: Callable, block: Any) -> _Layer:
-    """A layer whose experts have gate and up in one array [E, 2 h, d], as both of transformers' have."""
-    h, experts = task.shape.ffw, block.experts
+    """A layer whose experts have gate and up in one array [E, 2 h, d], like both layers of transformers."""
+    h = task.shape.ffw
+    experts = block.experts
 
     def read(router: Any, gate_up: Any, down: Any) -> tuple:
-        return router.T, _turned(gate_up[:, :h]), _turned(gate_up[:, h:]), _turned(down)
+        return router.T, _transposed(gate_up[:, :h]), _transposed(gate_up[:, h:]), _transposed(down)
 
     return _Layer(forward, [block.gate.weight, experts.gate_up_proj, experts.down_proj], read)
 
 
 def _fill_experts(torch: ModuleType, task: Task, experts: Any) -> None:
     p = task.problem
-    gate_up = np.concatenate([_turned(p.gate), _turned(p.up)], 1)
-    _fill(torch, task, experts, gate_up_proj=gate_up, down_proj=_turned(p.down))
+    gate_up = np.concatenate([_transposed(p.gate), _transposed(p.up)], 1)
+    _fill(torch, task, experts, gate_up_proj=gate_up, down_proj=_transposed(p.down))
 
 
 def _fill(torch: ModuleType, task: Task, module: Any, **values: np.ndarray) -> None:
-    """Give a module made without memory its parameters, in the dtype of the task, and buffers, in float32."""
+    """Set the parameters of a module on torch's meta device, in the dtype of the task, and its buffers, in float32."""
     for name, value in values.items():
         if name in dict(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(_tensor(torch, task, value)))
@@ -283,13 +287,13 @@ def _device(task: Task) -> str:
     return "cuda" if task.platform == "gpu" else "cpu"
 
 
-def _turned(weights: Any) -> Any:
-    """[E, in, out] to [E, out, in] and back."""
+def _transposed(weights: Any) -> Any:
+    """[E, in, out] as [E, out, in], or the reverse."""
     return weights.swapaxes(1, 2)
 
 
 def _in_torch(torch: ModuleType, task: Task, layer: _Layer) -> Contestant:
-    """Forward + backward by autograd, of y and the gradients of x and all weights by dy."""
+    """A contestant that computes y, and by autograd the gradients of x and all weights for dy."""
     x = _tensor(torch, task, task.problem.x)[None].requires_grad_()
     dy = _tensor(torch, task, task.problem.dy)[None]
     inputs = [x, *layer.parameters]
@@ -310,7 +314,7 @@ def _in_torch(torch: ModuleType, task: Task, layer: _Layer) -> Contestant:
 
 
 def _peak(torch: ModuleType, task: Task, run: Callable[[], tuple], held: int) -> int | None:
-    """Bytes on the card at most while the layer runs, without what the others hold; None on a CPU."""
+    """The peak of GPU memory in bytes while the layer runs, without that of other contestants; None on a CPU."""
     if task.platform != "gpu":
         return None
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Peers are optional: what to install for each, and a sentence where one is absent. Imports no torch by itself."""
+"""Optional peers: the command that installs each, and a sentence if one is absent. Importing this imports no torch."""
 
 import importlib
 import importlib.util
@@ -14,16 +14,17 @@ INSTALL = {
     "torch": "pip install torch==2.13.0",
     "transformers": "pip install torch==2.13.0 transformers==5.23.0",
     "torchtitan": "pip install torch==2.13.0 torchtitan==0.3.0 triton==3.9.0",
-    # its wheel needs Python 3.12, and names none of the packages that the layer imports
+    # its wheel needs Python 3.12, and lists none of the packages that the layer imports as dependencies
     "maxtext": "pip install maxtext==0.2.5 aqtp qwix tokamax drjax transformers pathwaysutils tensorboardX gcsfs "
     "google-cloud-storage google-cloud-mldiagnostics jinja2 omegaconf psutil pydantic",
 }
 
 T = TypeVar("T")
+MOST_CHARACTERS = 200  # of another project's error
 
 
 class Absent(Exception):
-    """A peer that cannot take part, and why, in one sentence."""
+    """A peer cannot take part; the message is a sentence with the reason."""
 
 
 def need(package: str) -> ModuleType:
@@ -41,10 +42,10 @@ def need(package: str) -> ModuleType:
 
 
 def torch_here(platform: str) -> ModuleType:
-    """torch with as many threads as jax has, able to use the platform that jax uses ("cpu" or "gpu").
+    """Import torch, with as many threads as jax, for the platform that jax uses ("cpu" or "gpu").
 
     Raises:
-        Absent: not installed, or built for another platform.
+        Absent: it is not installed, or built for another platform.
     """
     torch = need("torch")
     if platform not in ("cpu", "gpu"):
@@ -57,8 +58,9 @@ def torch_here(platform: str) -> ModuleType:
 
 
 def gather(builders: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
-    """The peers that are here, by name, and why the others are not."""
-    here, absent = {}, {}
+    """Build the peers that are installed, by name; also return why each of the others is absent."""
+    here = {}
+    absent = {}
     for name, build in builders.items():
         try:
             here[name] = build()
@@ -68,10 +70,10 @@ def gather(builders: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[
 
 
 def quiet() -> None:
-    """No look-ups on a hub, no telemetry: a benchmark needs neither."""
+    """Switch off look-ups on the Hugging Face Hub and telemetry."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:MOST_CHARACTERS]

@@ -1,6 +1,6 @@
-"""What every contestant of `layer` computes: the same numbers in, the same numbers out.
+"""The problem that every contestant of `layer` computes, and the comparison of their outcomes.
 
-T tokens, d embed, E experts, h expert ffw, k experts a token. Imports numpy alone.
+T tokens, d embed, E experts, h expert ffw, k experts per token. Imports no framework.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,16 @@ import numpy as np
 DType = Literal["float32", "bfloat16"]
 Skew = Literal["uniform", "zipf", "collapsed"]
 
-# Relative difference of two correct outputs: rounding and the order of sums. One token of 4,096 with a wrong
-# expert would be 1e-2.
+# Largest relative difference between two correct outputs, from rounding and the order of sums. One token of 4,096 with
+# a wrong expert would give 1e-2.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
-# A token whose k-th and next logit are closer is drawn again, for there rounding chooses the expert: some peers
+# A token whose k-th and next logits are closer is drawn again, because rounding could choose its expert: some peers
 # round a logit, and then its sigmoid, to the 8 bits of bfloat16.
 MARGIN = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 class Shape(NamedTuple):
-    """Of one MoE layer without shared experts."""
+    """The shape of an MoE layer without shared experts."""
 
     tokens: int
     embed: int
@@ -31,16 +31,16 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Useful FLOPs of SwiGLU experts, forward + backward: nine matmuls of T k rows, 2 d h each a row."""
+        """Useful FLOPs of SwiGLU experts, forward + backward: nine matmuls of T k rows, with 2 d h per row."""
         return 18.0 * self.tokens * self.top_k * self.embed * self.ffw
 
     def text(self) -> str:
-        """For a heading."""
+        """The shape as text, for a heading."""
         return "T {}, d {}, E {}, h {}, k {}".format(*self)
 
 
 class Problem(NamedTuple):
-    """Float32 values that the dtype represents: x, dy [T, d], router [d, E], gate, up [E, d, h], down [E, h, d]."""
+    """Float32 values that the dtype can represent: x, dy [T, d], router [d, E], gate, up [E, d, h], down [E, h, d]."""
 
     x: np.ndarray
     dy: np.ndarray
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The output and its gradients by dy, float32, each of the shape that it has in `Problem`."""
+    """The output y [T, d], and the gradients for dy, with the shapes in `Problem`; all float32."""
 
     y: np.ndarray
     x: np.ndarray
@@ -62,10 +62,10 @@ class Outcome(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """A layer, ready to be timed.
+    """A layer that is ready to be timed.
 
-    run: forward + backward, done when it returns. read: what it returned as an Outcome. memory: its peak in bytes,
-    asked after a run; None where it is not known. tolerance: as which dtype its numbers are to be judged.
+    run: forward + backward, finished when it returns. read: converts the result of `run` to an Outcome. memory: returns
+    its peak in bytes after a run; None if unknown. tolerance: the dtype by which its numbers are judged.
     """
 
     run: Callable[[], Any]
@@ -75,7 +75,7 @@ class Contestant(NamedTuple):
 
 
 def draw(shape: Shape, skew: Skew, dtype: DType, seed: int = 0) -> Problem:
-    """Normal inputs and weights; the router's first row, whose input is the constant 1, skews the choice."""
+    """Draw normal inputs and weights; the router's first row, whose input is the constant 1, skews the choice."""
     rng = np.random.default_rng(seed)
     t, d, e, h, k = shape
 
@@ -96,14 +96,16 @@ def draw(shape: Shape, skew: Skew, dtype: DType, seed: int = 0) -> Problem:
 
 
 def rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """The nearest values of the dtype, as float32."""
-    return values.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else values.astype(np.float32)
+    """The values rounded to the dtype, as float32."""
+    if dtype == "bfloat16":
+        values = values.astype(ml_dtypes.bfloat16)
+    return values.astype(np.float32)
 
 
 def offsets(skew: Skew, experts: int, top_k: int) -> np.ndarray:
-    """Added to the logits, which vary by 1: nothing, the logarithm of 1 / rank, or -10 for all but the first k.
+    """Offsets of the logits, whose standard deviation is 1: 0, log(1 / rank), or -10 for all but the first k experts.
 
-    Never much above 0, where a sigmoid saturates and its gradient is rounding.
+    None is above 0, because a sigmoid saturates there and its gradient is lost in rounding.
     """
     rank = np.arange(experts)
     return {"uniform": 0.0 * rank, "zipf": -np.log(rank + 1.0), "collapsed": -10.0 * (rank >= top_k)}[skew]
@@ -112,7 +114,7 @@ def offsets(skew: Skew, experts: int, top_k: int) -> np.ndarray:
 def decided(
     x: np.ndarray, router: np.ndarray, top_k: int, margin: float, redraw: Callable[[int], np.ndarray]
 ) -> np.ndarray:
-    """x with the constant feature, where every token's choice is clear by `margin`; the unclear ones drawn again."""
+    """x with the constant feature; tokens whose choice is not clear by `margin` are drawn again until it is."""
     x[:, 0] = 1.0
     unclear = np.arange(len(x))
     while unclear.size and top_k < router.shape[1]:
@@ -124,7 +126,7 @@ def decided(
 
 
 def difference(got: Outcome, expected: Outcome) -> dict[str, float]:
-    """For every array |got - expected| / |expected|, Euclidean."""
+    """|got - expected| / |expected| in the Euclidean norm, for every array."""
     return {name: _relative(a, b) for name, a, b in zip(Outcome._fields, got, expected, strict=True)}
 
 
@@ -136,12 +138,15 @@ def check(name: str, got: Outcome, expected: Outcome, dtype: DType) -> float:
     """The largest difference between a contestant's outcome and ours.
 
     Raises:
-        ValueError: they did not compute the same, so that their times could not be compared.
+        ValueError: the outcomes differ, so that the times cannot be compared.
     """
     worst, error = max(
         difference(got, expected).items(), key=lambda item: float("inf") if item[1] != item[1] else item[1]
     )
     if not error <= TOLERANCE[dtype]:
-        name = f"{name} and moe_jax differ in {'y' if worst == 'y' else 'the gradient of ' + worst}"
-        raise ValueError(f"{name} by {error:.1e}, more than {TOLERANCE[dtype]:.0e}; their times compare nothing.")
+        where = "y" if worst == "y" else f"the gradient of {worst}"
+        raise ValueError(
+            f"{name} and moe_jax differ in {where} by {error:.1e}, more than {TOLERANCE[dtype]:.0e}; "
+            "their times cannot be compared."
+        )
     return error

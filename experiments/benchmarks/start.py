@@ -1,12 +1,12 @@
-"""`python -m experiments.benchmarks.start`: from the start of the process to the first step, cold and warm.
+"""`python -m experiments.benchmarks.start`: the time from the start of a process to its first step, cold and warm.
 
     --num_layers=8 --embed_dim=256 ...    the model and the batch, as in `experiments.benchmarks.step`
     --rounds=3 --json=FILE
 
-Every figure is of a fresh process. Cold has an empty folder for jax's persistent cache of compiled programs, warm
-the folder that the cold start of the same round has filled. import: jax, flax, optax and ours. init: the state,
-drawn under jit. first_step: trace, compile (or read) and run it. second_step: what running it alone takes. total:
-from the start of the process to the end of the first step, the interpreter's own start included.
+Every figure is of a fresh process. A cold start has an empty folder for jax's persistent cache of compiled programs, a
+warm one the folder that the cold start of the same round filled. import: jax, flax, optax and ours. init: the initial
+state, drawn under jit. first_step: trace, compile (or read from the cache) and run. second_step: only run. total: from
+the start of the process to the end of the first step, including the start of the interpreter.
 """
 
 import json
@@ -27,7 +27,7 @@ PARTS = ("import", "init", "first_step", "second_step", "total")
 
 
 def run(sizes: dict[str, int], batch: dict[str, int]) -> None:
-    """What the fresh process does: print the seconds of every part but `total`, and when the first step was done."""
+    """The work of the fresh process: print the seconds of every part except `total`, and the end of the first step."""
     stamps = [time.time()]
     import jax
 
@@ -39,7 +39,8 @@ def run(sizes: dict[str, int], batch: dict[str, int]) -> None:
     config = config_like(DEEPSEEK, sizes, batch)
     data: Batch = jax.device_put(random_batch(config))
     stamps.append(time.time())
-    state, key = jax.block_until_ready(init_state(config)), step_key(config)
+    state = jax.block_until_ready(init_state(config))
+    key = step_key(config)
     stamps.append(time.time())
     step = make_train_step(config)
     for _ in range(2):
@@ -53,7 +54,7 @@ def start(cache: str, sizes: dict[str, int], batch: dict[str, int]) -> dict[str,
     """Seconds of every part in a fresh process whose cache of compiled programs is the folder `cache`.
 
     Raises:
-        ValueError: the process failed; its own error stands above.
+        ValueError: the process failed; its own error is printed above.
     """
     settings = {
         "JAX_COMPILATION_CACHE_DIR": cache,
@@ -66,13 +67,13 @@ def start(cache: str, sizes: dict[str, int], batch: dict[str, int]) -> dict[str,
     command = [sys.executable, "-c", code]
     child = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
     if child.returncode:
-        raise ValueError("the process that was to start a run failed; its error stands above.")
+        raise ValueError("the process that should start a run failed; see its error above.")
     seconds = json.loads(child.stdout.splitlines()[-1])
     return seconds | {"total": seconds.pop("done") - began}
 
 
 def measure(sizes: dict[str, int], batch: dict[str, int], rounds: int) -> dict[str, Any]:
-    """Every figure, ready for JSON: `seconds[cold or warm][part]` in each round."""
+    """Measure cold and warm starts; the result is ready for JSON, with `seconds[cold or warm][part]` of each round."""
     seconds: dict[str, timing.Times] = {kind: {part: [] for part in PARTS} for kind in ("cold", "warm")}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
@@ -85,7 +86,7 @@ def measure(sizes: dict[str, int], batch: dict[str, int], rounds: int) -> dict[s
     return {"ratio_warm_to_cold": warm.median, "warm_over_cold": warm._asdict(), "seconds": seconds}
 
 
-def shown(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
     """The result as text."""
     seconds = result["seconds"]
     rows = [[part, *(timing.Spread.of(seconds[kind][part]).text() for kind in seconds)] for part in PARTS]
@@ -95,13 +96,13 @@ def shown(result: dict[str, Any]) -> str:
 
 @timing.command
 def main(flag: Any) -> None:
-    """Check the flags, start processes, tell."""
+    """Check the flags, start the processes, and print the result."""
     sizes, batch = sizes_of_flags()
     config_like(DEEPSEEK, sizes, batch)
     facts = timing.about(flag.rounds) | {"sizes": sizes | batch}
     print(f"{timing.heading(facts)}\n", flush=True)
     result = measure(sizes, batch, flag.rounds)
-    print(shown(result))
+    print(as_text(result))
     timing.save(flag.json, facts | result)
 
 

@@ -1,22 +1,22 @@
-"""`python -m experiments.benchmarks.step`: a whole train step against transformers on torch, in tokens per second.
+"""`python -m experiments.benchmarks.step`: a train step against transformers on torch, in tokens per second.
 
     --num_layers=8 --embed_dim=256 --num_heads=8 --num_experts=16 --top_k=2 --expert_ffw_dim=256 --vocab_size=8192
     --batch_size=8 --sequence_length=256     the model (31M parameters with these) and the batch, float32
-    --attribute                              where our step spends its time, instead of the peers
+    --attribute                              the time of the parts of our step, instead of the peers
     --rounds=8 --json=FILE
 
-Forward, backward, clipping by the norm of the gradient, AdamW (torch's fused), the loss read. Each peer has its own
-opponent, our model with the same work:
+A step is forward, backward, clipping by the norm of the gradient, AdamW (torch's fused one), and reading the loss. Each
+peer is compared with a config of ours that does the same work:
 
 * `transformers_qwen3_moe` is the same model: softmax scores, grouped-query attention with normalised queries and
   keys, no shared expert. It gets our weights, and the losses of the first three steps must agree.
-* `transformers_deepseek_v3` has sigmoid scores and one shared expert, as ours has then, but multi-head latent
-  attention where ours is grouped-query: heads as wide, and a latent that gives attention as many parameters (all
-  but the norm of the latent) and the same FLOPs of scores and mixing. The losses can only be compared as those of
-  two random models: both near ln V.
+* `transformers_deepseek_v3` has sigmoid scores and one shared expert, like our config for it, but multi-head latent
+  attention where ours is grouped-query. Its heads have the same width, and its latent gives attention the same number
+  of parameters (except for the norm of the latent) and the same FLOPs of scores and mixing. The losses can only be
+  compared as those of two random models, both near ln V.
 
-Neither side balances its experts. Ours also checks that everything is finite and reports loads and the rest of its
-metrics; the peers mask nothing and know no documents.
+Neither side balances its experts. Our step also checks that everything is finite and reports loads and its other
+metrics; the peers have no masks and no document boundaries.
 """
 
 import functools
@@ -37,14 +37,14 @@ SIZES = dict(
 BATCH = dict(batch_size=8, sequence_length=256)
 QWEN, DEEPSEEK = "transformers_qwen3_moe", "transformers_deepseek_v3"
 OURS = {QWEN: "moe_jax_like_qwen3_moe", DEEPSEEK: "moe_jax_like_deepseek_v3"}
-SAME_LOSS = 1e-4  # relative, of the first steps of the same model in two frameworks
-SAME_SIZE = 1e-2  # relative, of the numbers of parameters: the latent is a whole number
-NEAR_RANDOM = 0.05  # relative to ln V
+SAME_LOSS = 1e-4  # relative difference allowed in the first steps of the same model in two frameworks
+SAME_SIZE = 1e-2  # relative difference allowed in the numbers of parameters, because the latent's width is an integer
+NEAR_RANDOM = 0.05  # relative difference from ln V allowed in the losses of random models
 CHECKED_STEPS = 3
 
 
 class Trainer(NamedTuple):
-    """Our model in training: one step, which returns its loss; its number of parameters; its first parameters."""
+    """Our model in training: a step that returns its loss, its number of parameters, and its initial parameters."""
 
     step: Callable[[], float]
     num_params: int
@@ -52,10 +52,10 @@ class Trainer(NamedTuple):
 
 
 def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int]) -> Config:
-    """Our config with the peer's work.
+    """Our config that does the same work as the peer.
 
     Raises:
-        ValueError: sizes that make no model.
+        ValueError: the sizes do not fit together.
     """
     likes: dict[str, dict[str, Any]] = {
         QWEN: dict(score="softmax", qk_norm="head"),
@@ -74,10 +74,11 @@ def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int]) -> Conf
 
 
 def random_batch(config: Config, seed: int = 0) -> Any:
-    """A batch of one document a row, its tokens drawn alike; every target counts."""
+    """A batch with one document per row, whose tokens are drawn uniformly; every target counts."""
     from moe_jax.data.batches import Batch
 
-    rows, length = config.batch_size, config.sequence_length
+    rows = config.batch_size
+    length = config.sequence_length
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, config.model.vocab_size, (rows, length + 1), np.int32)
     return Batch(
@@ -92,13 +93,14 @@ def random_batch(config: Config, seed: int = 0) -> Any:
 
 
 def trainer(config: Config) -> Trainer:
-    """Our train step as a user runs it: jitted, the state donated."""
+    """Our train step as a user runs it, jitted with a donated state."""
     import jax
 
     from moe_jax.training.compile import make_train_step
     from moe_jax.training.state import init_state, step_key
 
-    state, key = init_state(config), step_key(config)
+    state = init_state(config)
+    key = step_key(config)
     batch = jax.device_put(random_batch(config))
     params = jax.tree.map(np.asarray, state.params)
     run = make_train_step(config)
@@ -113,7 +115,7 @@ def trainer(config: Config) -> Trainer:
 
 
 def opponents(sizes: dict[str, int], batch: dict[str, int], platform: str) -> tuple[dict, dict, dict[str, str]]:
-    """Our trainers, the peers that are here, both by the peer's name, and why the others are absent."""
+    """Our trainers and the installed peers, both by the peer's name, and why each of the other peers is absent."""
     configs = {peer: config_like(peer, sizes, batch) for peer in OURS}
     ours = {peer: trainer(config) for peer, config in configs.items()}
     data = random_batch(configs[QWEN])
@@ -128,29 +130,31 @@ def opponents(sizes: dict[str, int], batch: dict[str, int], platform: str) -> tu
 
 
 def compare(peer: str, ours: Trainer, theirs: step_peers.Peer, vocab_size: int) -> dict[str, Any]:
-    """Parameters and losses of both, from the steps that are run here.
+    """Take a few steps of both; return their numbers of parameters and their losses.
 
     Raises:
         ValueError: the two do not do the same work.
     """
     losses = [(ours.step(), theirs.step()) for _ in range(CHECKED_STEPS)]
     if abs(theirs.num_params / ours.num_params - 1) > SAME_SIZE:
-        told = f"{theirs.num_params:,} parameters and moe_jax {ours.num_params:,}"
-        raise ValueError(f"{peer} has {told}, which must be alike; choose other sizes.")
+        raise ValueError(
+            f"{peer} has {theirs.num_params:,} parameters and moe_jax {ours.num_params:,}, which must be nearly equal; "
+            "choose other sizes."
+        )
     worst = max(abs(a / b - 1) for a, b in losses)
     if peer == DEEPSEEK:
         worst = max(abs(loss / math.log(vocab_size) - 1) for loss in losses[0])
     if not worst <= (NEAR_RANDOM if peer == DEEPSEEK else SAME_LOSS):
-        told = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in losses)
-        raise ValueError(f"the losses of moe_jax and {peer} are {told}: not the same training, nothing is timed.")
+        pairs = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in losses)
+        raise ValueError(f"the losses of moe_jax and {peer} are {pairs}: not the same training, nothing is timed.")
     return {"losses": losses, "params": {"moe_jax": ours.num_params, peer: theirs.num_params}}
 
 
 def measure(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, platform: str = "cpu") -> dict[str, Any]:
-    """Every figure, ready for JSON.
+    """Compare and time everything; the result is ready for JSON.
 
     Raises:
-        ValueError: a peer trains something else.
+        ValueError: a peer does not do the same work.
     """
     ours, here, absent = opponents(sizes, batch, platform)
     checked = {peer: compare(peer, ours[peer], theirs, sizes["vocab_size"]) for peer, theirs in here.items()}
@@ -171,7 +175,7 @@ def measure(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, platfo
     }
 
 
-def shown(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
     """The result as text."""
     rows = []
     for name, speed in result["tokens_per_second"].items():
@@ -182,15 +186,15 @@ def shown(result: dict[str, Any]) -> str:
     return "\n".join([f"parameters: {params}", timing.table(["", "tokens/s", "ours over theirs"], rows), *absent])
 
 
-# --- where our step spends its time -----------------------------------------------------------------------------
+# --- the parts of our step --------------------------------------------------------------------------------------
 
 
 def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int) -> dict[str, Any]:
-    """Seconds of our step's parts, each timed as a program of its own in the same rounds as the whole step.
+    """Seconds of the parts of our step, each timed as a separate program in the same rounds as the whole step.
 
-    attention, moe: one layer's module forward + backward, times the layers. head: logits and cross-entropy forward +
-    backward. optimizer: clipping, AdamW and the new parameters. rest: the step without these: norms, residual sums,
-    embedding, metrics, and whatever a program apart does better or worse than as a part of the whole; so it may be
+    attention, moe: one layer's module forward + backward, times the number of layers. head: logits and cross-entropy,
+    forward + backward. optimizer: clipping, AdamW and the new parameters. rest: the step minus these, which is norms,
+    residual sums, embedding, metrics, and the difference between a separate program and a part of the whole; it may be
     negative.
     """
     config = config_like(DEEPSEEK, sizes, batch)
@@ -210,7 +214,7 @@ def _shares(seconds: timing.Times) -> dict[str, dict[str, float]]:
 
 
 def _hidden(config: Config, seed: int = 0) -> Any:
-    """Random vectors [B, S, d], as wide as what a norm gives."""
+    """Random vectors [B, S, d] with the scale of a norm's output."""
     import jax
 
     shape = config.batch_size, config.sequence_length, config.model.embed_dim
@@ -218,7 +222,7 @@ def _hidden(config: Config, seed: int = 0) -> Any:
 
 
 def _timed(forward: Callable, *arguments: Any) -> Callable[[], Any]:
-    """Forward + backward of a function of arrays: its value, and its gradients by all arguments."""
+    """A compiled call of a function's forward + backward: its value, and its gradients by all arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -232,7 +236,7 @@ def _timed(forward: Callable, *arguments: Any) -> Callable[[], Any]:
 
 
 def _module(make: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
-    """(graph, parameters, other variables) of a module."""
+    """A module as (graph, parameters, other variables)."""
     from flax import nnx
 
     split: Any = nnx.split(nnx.jit(make)(nnx.Rngs(0)), nnx.Param, ...)
@@ -261,7 +265,7 @@ def _moe(config: Config) -> Callable[[], Any]:
     from moe_jax.routing import Tokens
 
     graph, params, rest = _module(functools.partial(MoE, config.model))
-    no_inputs: Any = None  # a layer alone reads none
+    no_inputs: Any = None  # a single layer reads none
     fwd = Pass(no_inputs, balance.make({}), PerLayer({}), jax.random.key(0), train=True)
     return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, Tokens(), fwd)[0], params, _hidden(config))
 
@@ -271,7 +275,8 @@ def _head(config: Config) -> Callable[[], Any]:
     import jax.numpy as jnp
     import optax
 
-    m, targets = config.model, jnp.asarray(random_batch(config).targets)
+    m = config.model
+    targets = jnp.asarray(random_batch(config).targets)
     weight = m.init_std * jax.random.normal(jax.random.key(1), (m.embed_dim, m.vocab_size))
 
     def loss(weight: Any, x: Any) -> Any:
@@ -290,7 +295,8 @@ def _optimizer(config: Config) -> Callable[[], Any]:
 
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
     state = init_state(config)
-    params, moments = state.params, state.optimizer
+    params = state.params
+    moments = state.optimizer
     grads = jax.tree.map(lambda a: 1e-3 * a, params)
 
     def move(params: Any, moments: Any, grads: Any) -> tuple[Any, Any]:
@@ -307,28 +313,28 @@ def _optimizer(config: Config) -> Callable[[], Any]:
     return once
 
 
-def shown_parts(result: dict[str, Any]) -> str:
+def parts_as_text(result: dict[str, Any]) -> str:
     """The attribution as text."""
     milliseconds = {n: timing.Spread.of([1e3 * s for s in t]).text(1) for n, t in result["seconds"].items()}
     share = {n: timing.Spread(**s).text() for n, s in result["share"].items()}
-    return timing.table(["", "ms a step", "of the step"], [[n, t, share.get(n, "")] for n, t in milliseconds.items()])
+    return timing.table(["", "ms per step", "of the step"], [[n, t, share.get(n, "")] for n, t in milliseconds.items()])
 
 
 def define_size_flags() -> None:
-    """A flag for every entry of SIZES and BATCH."""
+    """Define a flag for every entry of SIZES and BATCH."""
     for name, value in (SIZES | BATCH).items():
         flags.DEFINE_integer(name, value, f"The model's or the batch's {name}.", lower_bound=1)
 
 
 def sizes_of_flags() -> tuple[dict[str, int], dict[str, int]]:
-    """SIZES and BATCH as the command line has them."""
+    """SIZES and BATCH with the values of their flags."""
     flag = flags.FLAGS
     return {name: getattr(flag, name) for name in SIZES}, {name: getattr(flag, name) for name in BATCH}
 
 
 @timing.command
 def main(flag: Any) -> None:
-    """Check the flags, compare, time, tell."""
+    """Check the flags, compare, time, and print the result."""
     sizes, batch = sizes_of_flags()
     config_like(QWEN, sizes, batch)
     import jax
@@ -338,10 +344,10 @@ def main(flag: Any) -> None:
     print(f"{timing.heading(facts)}\n", flush=True)
     if flag.attribute:
         result = attribute(sizes, batch, rounds=flag.rounds)
-        print(shown_parts(result))
+        print(parts_as_text(result))
     else:
         result = measure(sizes, batch, rounds=flag.rounds, platform=platform)
-        print(shown(result))
+        print(as_text(result))
     timing.save(flag.json, facts | result)
 
 

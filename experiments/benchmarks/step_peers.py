@@ -1,7 +1,7 @@
-"""Whole language models of transformers, trained by torch's fused AdamW: contestants of `step`.
+"""Language models of transformers trained by torch's fused AdamW, as contestants of `step`.
 
-L layers, d embed, H heads, V vocabulary. As many parameters and FLOPs as our model in the same setting: the torch
-side clips the norm of the gradient and decays the same weights, as our step does.
+They have as many parameters and FLOPs as our model in the same setting, and clip the norm of the gradient and decay the
+same weights as our step.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ IMPLEMENTATIONS = dict(attn_implementation="sdpa", experts_implementation="group
 
 
 class Peer(NamedTuple):
-    """A model to train: one step on the batch, which returns its loss; and its number of parameters."""
+    """A model in training: a step on the batch, which returns its loss, and its number of parameters."""
 
     step: Callable[[], float]
     num_params: int
 
 
 def deepseek_v3(config: Config, tokens: np.ndarray, targets: np.ndarray, platform: str) -> Peer:
-    """transformers' DeepseekV3ForCausalLM from its own random weights."""
+    """transformers' DeepseekV3ForCausalLM with its own random weights."""
     torch, theirs = _torch_and(platform, "deepseek_v3")
     m = config.model
     settings = theirs.DeepseekV3Config(
@@ -44,8 +44,9 @@ def deepseek_v3(config: Config, tokens: np.ndarray, targets: np.ndarray, platfor
 
 
 def latent_sizes(m: ModelConfig) -> dict[str, int | None]:
-    """Multi-head latent attention with heads as wide as ours and a latent that gives it as many parameters."""
-    nope, rope = m.head_dim - m.head_dim // 2, m.head_dim // 2
+    """Sizes of multi-head latent attention with our head width, and with as many parameters as our attention."""
+    nope = m.head_dim - m.head_dim // 2
+    rope = m.head_dim // 2
     ours = 2 * m.embed_dim * m.num_kv_heads * m.head_dim
     latent = (ours - m.embed_dim * rope) / (m.embed_dim + m.num_heads * (nope + m.head_dim))
     sizes = dict(qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=m.head_dim, kv_lora_rank=round(latent))
@@ -72,7 +73,7 @@ def qwen3_moe(
 
 
 def as_qwen3_moe(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters, layers stacked [L, ...], under Qwen3-MoE's names and in its layout."""
+    """Our parameters, with layers stacked [L, ...], under Qwen3-MoE's names and in its layout."""
     stacked = params["stacks"][0]["blocks"][0]
     layers = len(np.asarray(stacked["attention_norm"]["scale"]))
     named = {
@@ -87,11 +88,14 @@ def as_qwen3_moe(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _slice(tree: Any, i: int) -> Any:
-    return {k: _slice(v, i) for k, v in tree.items()} if isinstance(tree, Mapping) else np.asarray(tree)[i]
+    if isinstance(tree, Mapping):
+        return {key: _slice(value, i) for key, value in tree.items()}
+    return np.asarray(tree)[i]
 
 
 def _as_qwen3_layer(block: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    attention, experts = block["attention"], block["ffw"]
+    attention = block["attention"]
+    experts = block["ffw"]
     width = block["attention_norm"]["scale"].shape[0]
     gate_up = np.concatenate([experts["gate"], experts["up"]], -1)  # [E, d, 2 h]
     return {
@@ -140,11 +144,12 @@ def _torch_and(platform: str, family: str) -> tuple[ModuleType, ModuleType]:
 def _trained(
     torch: ModuleType, model: Any, config: Config, tokens: np.ndarray, targets: np.ndarray, platform: str
 ) -> Peer:
-    """One step of AdamW on the batch, as `moe_jax.step` does it: clipped, decayed, and the loss read."""
+    """A model whose step is like that of `moe_jax.training.step`: clipping, AdamW with decay, and reading the loss."""
     device = "cuda" if platform == "gpu" else "cpu"
     model = model.to(device, torch.float32).train()
     inputs, labels = (torch.tensor(a, dtype=torch.long, device=device) for a in (tokens, targets))
-    optimizer, o = _adamw(torch, model, config), config.optimizer
+    optimizer = _adamw(torch, model, config)
+    o = config.optimizer
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)

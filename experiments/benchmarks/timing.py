@@ -1,7 +1,7 @@
-"""Timing contestants against each other: interleaved rounds, ratios within a round, a table and a JSON file.
+"""Times contestants against each other: interleaved rounds, ratios within a round, a table and a JSON file.
 
-Other work on the machine slows everybody alike only if everybody runs at the same time: so each round runs every
-contestant once, and a ratio is the median over rounds of the ratio in one round. Imports neither jax nor torch.
+Other work on the machine slows all contestants equally only if they run at about the same time. So each round runs
+every contestant once, and a ratio is the median over rounds of the ratio in one round. Imports neither jax nor torch.
 """
 
 import importlib.metadata
@@ -18,9 +18,8 @@ from moe_jax.config.command import fail
 from moe_jax.runtime.files import output_of, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "torchtitan", "maxtext")
-PAUSE_SECONDS = 0.01  # the threads of the one before may still spin, waiting for work
-
-BUSY = 0.5  # load per thread above which a reader is told
+PAUSE_SECONDS = 0.01  # threads of the previous contestant may still spin, waiting for work
+BUSY = 0.5  # load per thread above which the heading warns
 
 Times = dict[str, list[float]]  # contestant -> seconds in each round
 
@@ -34,7 +33,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, digits: int = 2) -> str:
@@ -43,7 +42,7 @@ class Spread(NamedTuple):
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:
-    """Who runs after whom: every round begins one further, so that nobody always follows the same noise."""
+    """The order of a round: each round begins with the next contestant, so that none always follows the same one."""
     start = turn % len(names)
     return [*names[start:], *names[:start]]
 
@@ -51,15 +50,15 @@ def order(names: Sequence[str], turn: int) -> list[str]:
 def interleave(
     contestants: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> Times:
-    """Seconds of every contestant in every round, after one round of all that is not counted.
+    """Time every contestant in every round, after one uncounted round.
 
     Args:
-        contestants: what to call, by name; a call returns when its work is done, not when it is queued.
+        contestants: name -> function, which returns when its work is done, not when it is queued.
         rounds: counted rounds, at least 1.
-        clock: seconds.
+        clock: returns seconds.
 
     Returns:
-        name -> `rounds` values, in the contestants' order.
+        name -> seconds of each of the `rounds`, in the contestants' order.
     """
     times: Times = {name: [] for name in contestants}
     for turn in range(-1, rounds):
@@ -71,7 +70,7 @@ def interleave(
 
 
 def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Of one call; what it returns is freed after the clock was read."""
+    """The seconds of one call; its result is freed after the clock is read."""
     time.sleep(PAUSE_SECONDS)
     start = clock()
     result = run()
@@ -81,26 +80,26 @@ def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 
 def ratio(times: Times, ours: str, theirs: str) -> Spread:
-    """Our speed over theirs: above 1 we are faster."""
+    """Our speed over theirs, which is above 1 if ours is faster."""
     return Spread.of([b / a for a, b in zip(times[ours], times[theirs], strict=True)])
 
 
 def best_rates(times: Times, work: Mapping[str, float]) -> list[float]:
-    """Work per second of the fastest in each round; `work` names the contestants that count, and how much each does."""
+    """Work per second of the fastest contestant of each round; `work` is the work of each contestant to consider."""
     rates = ([amount / seconds for seconds in times[name]] for name, amount in work.items())
     return [max(several) for several in zip(*rates, strict=True)]
 
 
 def ratio_to_limit(times: Times, name: str, work: float, limit: Sequence[float]) -> Spread:
-    """A contestant's useful work per second over what the machine could do in the same round."""
+    """A contestant's useful work per second over the limit of the machine in the same round."""
     return Spread.of([work / seconds / best for seconds, best in zip(times[name], limit, strict=True)])
 
 
-# --- what is told -----------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need, the first to the left, numbers to the right."""
+    """A text table with columns of minimal width; the first is aligned left, the others right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
@@ -112,7 +111,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def about(rounds: int) -> dict[str, Any]:
-    """What a figure is worth nothing without: command, machine, versions, rounds."""
+    """The facts without which a figure means nothing: command, machine, versions, rounds."""
     return {
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "machine": machine(),
@@ -122,7 +121,7 @@ def about(rounds: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package here that takes part; one that is not installed is left out."""
+    """The versions of Python and of every installed package in `PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -133,16 +132,16 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name, how many threads jax and torch may use, and how many others wanted to run just now.
+    """The processor's name, the number of threads for jax and torch, and the load of the machine.
 
-    load: processes running or waiting, over the last minute; on a machine for ourselves near 0 at the start.
+    load: mean number of processes running or waiting over the last minute; near 0 at the start on an idle machine.
     """
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"cpu": _cpu_model(), "threads": num_threads(), "load": load}
 
 
 def num_threads() -> int:
-    """The processors that this process may run on: the threads that every contestant gets."""
+    """The number of processors that this process may use, which is the number of threads of every contestant."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -154,17 +153,17 @@ def _cpu_model() -> str:
 
 
 def heading(facts: Mapping[str, Any]) -> str:
-    """`about` as two lines of text, and a third where others use the machine."""
+    """The facts of `about` as two lines of text, and a third as a warning if the machine is busy."""
     here = facts["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [f"{here['cpu']}, {here['threads']} threads, {facts['rounds']} rounds", packages]
     if here["load"] and here["load"] > BUSY * here["threads"]:
-        lines.append(f"the machine is busy (load {here['load']}): threads that wait for each other lose most by that")
+        lines.append(f"the machine is busy (load {here['load']}), which slows threads that wait for each other most")
     return "\n".join(lines)
 
 
 def command(measure: Callable[[Any], None]) -> Callable[[list[str]], None]:
-    """The `main` of a benchmark: `--json` is checked before minutes are spent, and a mistake ends in one sentence.
+    """Decorator for the `main` of a benchmark: checks `--json` first, and ends on bad input with one sentence.
 
     Args:
         measure: takes the flags; measures, prints and writes.
@@ -184,14 +183,14 @@ def command(measure: Callable[[Any], None]) -> Callable[[list[str]], None]:
 
 
 def save(path: str, content: Mapping[str, Any]) -> None:
-    """The figures as JSON; nothing where no path was given."""
+    """Write the figures as JSON, if there is a path."""
     if path:
         write_json(Path(path), content)
 
 
 def define_flags(rounds: int = 8, least: int = 1) -> None:
-    """`--rounds` and `--json`, which every benchmark has."""
+    """Define `--rounds` and `--json`, which every benchmark has."""
     from absl import flags
 
-    flags.DEFINE_integer("rounds", rounds, "How often each contestant is timed.", lower_bound=least)
+    flags.DEFINE_integer("rounds", rounds, "The number of times that each contestant is timed.", lower_bound=least)
     flags.DEFINE_string("json", "", "A file to write the figures to.")

@@ -1,9 +1,9 @@
-"""Runs become a claim: one self-contained page with the answer first, then tables, pictures and their limits.
+"""Turns the runs of a sweep into a report: one self-contained page with the answer, tables, pictures and their limits.
 
     python -m experiments.report DIR [--output=DIR/report.html] [--baseline=ARM] [--figures]
 
-Read in this order: `sweep` (a folder becomes finished runs), `numbers` (a run becomes numbers, seeds an interval),
-`columns` (what is shown), `settings`, `answer` (sentences), `drawing`, `experts` and `figures` (pictures), `terminal`,
+Read in this order: `sweep` (the finished runs of a folder), `numbers` (the numbers of a run, and intervals over seeds),
+`columns` (the tables), `settings`, `answer` (sentences), `drawing`, `experts` and `figures` (pictures), `terminal`,
 `page`.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.report DIR [--output=FILE] [--baseline=ARM] [--figures]`: a sweep's page."""
+"""`python -m experiments.report DIR [--output=FILE] [--baseline=ARM] [--figures]`: the report of a sweep."""
 
 from .command import main
 

@@ -1,4 +1,4 @@
-"""The answer of a sweep in a few sentences: each is made from an interval and says no more than it."""
+"""The answer of a sweep in a few sentences, each of which states no more than its interval allows."""
 
 import math
 
@@ -13,7 +13,7 @@ def answer(sweep: Sweep) -> dict[str, str]:
     """The sweep's result: "Balance", "Quality" and "Certainty", a few sentences each, plain text.
 
     Args:
-        sweep: with at least one finished run.
+        sweep: must have at least one finished run.
     """
     quality = measure(sweep, QUALITY)
     return {
@@ -37,7 +37,7 @@ def _quality(sweep: Sweep, measured: dict[str, Measured]) -> str:
 
 
 def _comparison(sweep: Sweep, measured: dict[str, Measured], digits: int) -> str:
-    """One sentence that sorts the arms by what their paired interval allows to say."""
+    """One sentence that groups the arms by the verdict that their paired intervals allow."""
     groups: dict[str, list[str]] = {}
     for arm, (value, difference) in measured.items():
         if arm != sweep.baseline:
@@ -93,11 +93,11 @@ def seeds_text(n: int) -> str:
     return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
-# --- what stands apart ----------------------------------------------------------------------------------
+# --- remarks and limits ---------------------------------------------------------------------------------
 
 
 def remarks(sweep: Sweep) -> list[str]:
-    """Sentences about what stands apart: runs not counted, unequal lengths, skipped steps, dropped tokens."""
+    """Sentences about irregularities: runs not counted, unequal lengths, skipped steps, dropped tokens."""
     found = list(sweep.problems) + _unequal_lengths(sweep)
     for run in sweep.finished:
         name = f"{run.arm}, seed {run.seed}"
@@ -110,7 +110,7 @@ def remarks(sweep: Sweep) -> list[str]:
 
 
 def _unequal_lengths(sweep: Sweep) -> list[str]:
-    """A sentence where arms were trained for different numbers of steps."""
+    """A sentence if the arms were trained for different numbers of steps."""
     planned = {arm: {planned_steps(run.config) for run in runs.values()} for arm, runs in sweep.runs.items() if runs}
     if len(set().union(*planned.values())) < 2:
         return []
@@ -124,22 +124,22 @@ def _largest(run: Run, key: str) -> float:
 
 
 def limits(sweep: Sweep) -> dict[str, str]:
-    """What the report does not show, a subject and a sentence or two each."""
+    """What the report does not show: subject -> a sentence or two."""
     finished = max(len(runs) for runs in sweep.runs.values())
     pairs = [one for one in measure(sweep, QUALITY).values() if one.difference.n]
     found = {
         "Scale": "this is one model, one data set and one length of training, as given below. An order of arms at "
         "this size may change with more experts, more steps or more data.",
-        "Seeds": f"at most {seeds_text(finished)} an arm. With few seeds the t-interval is wide, and an effect smaller "
-        "than its half-width cannot be seen here: not distinguishable does not mean equal.",
-        "Spread": "the intervals hold for other seeds of this setting only. They do not cover other settings, nor "
-        "arms whose own options were not tuned equally well.",
-        "Many looks": f"{len(pairs)} arms are compared with one baseline on several measures, without correction. Of "
-        "intervals with no effect behind them about 1 in 20 excludes 0 by chance.",
-        "Speed": "tokens per second belongs to the machine and to what else ran on it; it is not paired.",
+        "Seeds": f"at most {seeds_text(finished)} per arm. With few seeds the t-interval is wide, and cannot show an "
+        "effect smaller than its half-width: not distinguishable does not mean equal.",
+        "Spread": "the intervals hold only for other seeds of this setting. They do not cover other settings, or "
+        "arms whose options were not tuned equally well.",
+        "Many comparisons": f"{len(pairs)} arms are compared with one baseline on several measures, without "
+        "correction. If there is no effect, about 1 interval in 20 still excludes 0 by chance.",
+        "Speed": "tokens per second depends on the machine and on what else ran on it; it is not paired.",
         "Noise": "even a perfectly uniform random router has some max violation in a finite batch (dashed in the "
         "picture) and on a finite held-out set; differences near that mean little.",
     }
     if len(pairs) < 2:
-        del found["Many looks"]
+        del found["Many comparisons"]
     return found

@@ -1,6 +1,6 @@
-"""The tables of a report as text: ONE row of `COLUMNS` for each number that is shown, and where.
+"""The tables of a report as text: each row of `COLUMNS` is a number that the report shows, and where it shows it.
 
-A column of your own is one more row: `main(columns=[*COLUMNS, Column(...)])`, see docs/examples/column.py.
+To add a column, pass one more row: `main(columns=[*COLUMNS, Column(...)])`, as in docs/examples/column.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,25 +13,23 @@ from .numbers import NOTHING, Interval, dead_at_end, interval, last, middle, pai
 from .sweep import DOMAIN_PREFIX, EVALUATED, Run, Sweep, domain_keys
 
 PAGE = ("page",)
-EVERYWHERE = ("page", "terminal")  # a terminal has room for few
+EVERYWHERE = ("page", "terminal")  # a terminal has room for only a few
 TIME = ("time",)  # the page's table of where the time went
 
 
 @dataclass(frozen=True)
 class Column:
-    """One number of every finished run, and how its seeds become a cell of the tables.
+    """A number of every finished run, and how a cell of a table shows it for the seeds of an arm.
 
     Attributes:
-        key: its name in code.
-        title: its heading.
+        title: the heading, which is unique.
         digits: decimals.
-        of: finished run -> number, nan where the run did not log it.
+        of: finished run -> number, nan if the run did not log it.
         shown: any of "page", "terminal" and "time".
-        compared: a mean with its interval, and under it the paired difference to the baseline; False gives the
-            median alone, as suits what depends on the machine.
+        compared: show the mean with its interval, and below it the paired difference to the baseline; if False, show
+            only the median, for numbers that depend on the machine.
     """
 
-    key: str
     title: str
     digits: int
     of: Callable[[Run], float]
@@ -39,28 +37,28 @@ class Column:
     compared: bool = True
 
 
-QUALITY = Column("bits_per_byte", "bits per byte, held out", 4, last(EVALUATED), EVERYWHERE)
-BALANCE = Column("max_violation", "max violation, held out", 3, last("eval/max_violation"), EVERYWHERE)
+QUALITY = Column("bits per byte, held out", 4, last(EVALUATED), EVERYWHERE)
+BALANCE = Column("max violation, held out", 3, last("eval/max_violation"), EVERYWHERE)
 COLUMNS = (
     QUALITY,
     BALANCE,
-    Column("train_max_violation", "max violation, training", 3, tail("moe/max_violation")),
-    Column("worst_layer", "worst layer, held out", 3, last("eval/max_violation_worst")),
-    Column("dead_experts", "dead experts, end of training", 1, dead_at_end, EVERYWHERE),
-    Column("eval_dead_experts", "dead experts, held out", 1, last("eval/dead_experts")),
-    Column("aux_loss", "aux loss (1 = even)", 3, tail("moe/aux_loss")),
-    Column("tokens_per_second", "tokens/s", 0, typical("tokens_per_second"), EVERYWHERE, compared=False),
-    Column("gflops_per_second", "GFLOP/s", 1, typical("gflops_per_second"), TIME, compared=False),
-    Column("mfu", "MFU, %", 1, typical("mfu", 100.0), TIME, compared=False),
+    Column("max violation, training", 3, tail("moe/max_violation")),
+    Column("worst layer, held out", 3, last("eval/max_violation_worst")),
+    Column("dead experts, end of training", 1, dead_at_end, EVERYWHERE),
+    Column("dead experts, held out", 1, last("eval/dead_experts")),
+    Column("aux loss (1 = even)", 3, tail("moe/aux_loss")),
+    Column("tokens/s", 0, typical("tokens_per_second"), EVERYWHERE, compared=False),
+    Column("GFLOP/s", 1, typical("gflops_per_second"), TIME, compared=False),
+    Column("MFU, %", 1, typical("mfu", 100.0), TIME, compared=False),
 )
 
 
 class Measured(NamedTuple):
-    """What a column says of an arm.
+    """A column's number for one arm.
 
     Attributes:
-        value: mean or median over its seeds; n = 0 when no seed has the number.
-        difference: paired, arm minus baseline; n = 0 for the baseline itself and for what is not compared.
+        value: mean or median over its seeds; n = 0 if no seed has the number.
+        difference: paired, arm minus baseline; n = 0 for the baseline itself and for columns without comparison.
     """
 
     value: Interval
@@ -68,7 +66,7 @@ class Measured(NamedTuple):
 
 
 def measure(sweep: Sweep, column: Column) -> dict[str, Measured]:
-    """What a column says of every arm."""
+    """A column's number for every arm."""
     numbers = {arm: {seed: column.of(run) for seed, run in runs.items()} for arm, runs in sweep.runs.items()}
     if not column.compared:
         return {arm: Measured(middle(own.values()), NOTHING) for arm, own in numbers.items()}
@@ -99,7 +97,7 @@ def show(value: Interval, digits: int, signed: bool = False) -> str:
 
 
 def cell(column: Column, measured: Measured) -> str:
-    """One or two lines: the value, and below it the paired difference where there is one."""
+    """One or two lines: the value, and below it the paired difference, if any."""
     value, difference = measured
     if not column.compared:
         return f"{value.mean:,.{column.digits}f}" if value.n else "-"
@@ -108,7 +106,7 @@ def cell(column: Column, measured: Measured) -> str:
 
 
 class Table(NamedTuple):
-    """A table as text: a row an arm, its name first; a line break within a cell separates value and difference."""
+    """A table as text, with a row per arm that starts with its name; a line break separates value and difference."""
 
     headers: list[str]
     rows: list[list[str]]
@@ -122,25 +120,25 @@ def _table(sweep: Sweep, columns: Iterable[Column]) -> Table:
 
 
 def main_table(sweep: Sweep, columns: Iterable[Column], place: str) -> Table:
-    """The arms in the columns shown at a place, "page" or "terminal", behind their numbers of finished seeds."""
+    """The number of finished seeds of every arm, and the columns for `place`, which is "page" or "terminal"."""
     headers, rows = _table(sweep, (column for column in columns if place in column.shown))
     seeds = {arm: str(len(runs)) for arm, runs in sweep.runs.items()}
     return Table([headers[0], "seeds", *headers[1:]], [[row[0], seeds[row[0]], *row[1:]] for row in rows])
 
 
 def domain_columns(sweep: Sweep) -> list[Column]:
-    """Held-out bits per byte, a column a domain."""
+    """Held-out bits per byte, with a column per domain."""
     names = {key.removeprefix(DOMAIN_PREFIX): key for key in domain_keys(sweep)}
-    return [Column(name, name, QUALITY.digits, last(key)) for name, key in names.items()]
+    return [Column(name, QUALITY.digits, last(key)) for name, key in names.items()]
 
 
 def domain_table(sweep: Sweep) -> Table:
-    """Held-out bits per byte by domain; only the arms' names when no run logged any."""
+    """Held-out bits per byte by domain; only the arms' names if no run logged any."""
     return _table(sweep, domain_columns(sweep))
 
 
 def time_table(sweep: Sweep, columns: Iterable[Column]) -> Table:
-    """Where each arm's wall-clock time went, and the columns shown beside; arms that kept no account are left out."""
+    """Each arm's wall-clock time by kind of work, and the columns for "time"; arms without a ledger are left out."""
     headers, rows = _table(sweep, (column for column in columns if "time" in column.shown))
     spent = {arm: seconds_of(runs.values()) for arm, runs in sweep.runs.items()}
     kept = [[row[0], *_time_cells(spent[row[0]]), *row[1:]] for row in rows if sum(spent[row[0]].values())]

@@ -1,4 +1,4 @@
-"""The command: reads a sweep, prints its table, writes its page."""
+"""The command: reads a sweep, prints its main table and writes its page."""
 
 import argparse
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from .terminal import print_table
 
 
 def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> None:
-    """Bad input ends the command with a sentence on standard error and status 2.
+    """Run the command. Bad input ends it with a sentence on standard error and status 2.
 
     Args:
         argv: DIR and flags; None takes them from the command line.
-        columns: of the tables.
+        columns: the columns of the tables.
     """
     options = _parser().parse_args(argv)
     print_any_name()
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> 
         output = write(sweep, output, options.figures, columns)
     except ValueError as error:
         fail(str(error))
-    except OSError as error:  # a colleague's sweep, say
+    except OSError as error:  # for example, the sweep belongs to another user
         print_table(sweep, columns)
         fail(f"{error.filename} cannot be written ({error.strerror}); --output=FILE names another file.")
     print_table(sweep, columns)
@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> 
 
 
 def _parser() -> argparse.ArgumentParser:
-    package = __name__.rpartition(".")[0]  # of a wheel, or of a clone
+    package = __name__.rpartition(".")[0]  # moe_jax.experiments.report in a wheel, experiments.report in a clone
     parser = argparse.ArgumentParser(
         prog=f"python -m {package}",
-        description="Runs become a claim: one self-contained page with the answer first, then tables, pictures and "
-        "their limits.",
+        description="Turns the runs of a sweep into a report: one self-contained page with the answer, tables, "
+        "pictures and their limits.",
     )
     parser.add_argument("directory", metavar="DIR", help="folder with sweep.json and the runs")
     parser.add_argument("--output", metavar="FILE", help="the page to write (DIR/report.html)")

@@ -1,4 +1,4 @@
-"""What the pictures of a report share: the look of an arm, figures, legends, curves on common steps.
+"""Functions shared by the pictures of a report: the look of an arm, figures, legends, curves on common steps.
 
 An arm keeps its colour and marker in every picture. Figures are built without pyplot, so nothing global is touched and
 no display is needed.
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 10.0  # inches; about 1000 pixels on the page, so that 10 points read as 14 pixels
-HALF = 5.2  # of a picture beside another; a phone shows it as wide as its screen
-LEGEND_CHARACTERS = 11.5  # that fit into an inch of a legend's row
+WIDTH = 10.0  # inches; about 1000 pixels on the page, so that 10 points look like 14 pixels
+HALF = 5.2  # width of a picture beside another; a phone shows it at the width of its screen
+LEGEND_CHARACTERS = 11.5  # characters per inch of a legend's row
 MARKERS = ("s", "^", "D", "v", "P", "p", "<", ">")
 BASELINE = ("#222222", "o")
-CHANCE = "#555555"  # the line of a uniform random router
+CHANCE = "#555555"  # colour of the line for a uniform random router
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -47,11 +47,11 @@ class Picture(NamedTuple):
 
     Attributes:
         name: file name without suffix.
-        title: one line, says what is seen.
-        caption: one sentence, says what to look for.
-        alt: for readers who do not see it.
+        title: one line that names what it shows.
+        caption: one sentence that says what to look for.
+        alt: a description for readers who do not see it.
         figure: the matplotlib figure.
-        leads: it carries the answer, so it comes with it; such figures are `HALF` wide.
+        leads: whether it supports the answer and comes with it; such figures are `HALF` wide.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Picture(NamedTuple):
 
 
 def looks(sweep: Sweep) -> dict[str, tuple[str, str]]:
-    """Arm -> (colour, marker): the baseline is dark grey, the others take the palette in order."""
+    """Arm -> (colour, marker): dark grey for the baseline, the colours of the palette in order for the others."""
     others = [arm for arm in sweep.arms if arm != sweep.baseline]
     found = {arm: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, arm in enumerate(others)}
     return {sweep.baseline: BASELINE} | found
 
 
 def literal(name: str) -> str:
-    """A name as matplotlib text: `$` would start mathematics, a leading `_` hides a legend entry."""
+    """A name as matplotlib text, escaped because `$` starts mathematics and a leading `_` hides a legend entry."""
     escaped = name.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 
@@ -83,7 +83,7 @@ def wrapped(text: str, width: int = 46) -> str:
 def new_figure(
     height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **kwargs: Any
 ) -> "tuple[Figure, np.ndarray]":
-    """A figure and its axes [rows, columns]; width and height in inches."""
+    """Create a figure and its axes [rows, columns]; width and height are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -91,7 +91,7 @@ def new_figure(
 
 
 def arm_legend(figure: "Figure", sweep: Sweep, arms: Iterable[str], extra: Iterable[Any] = ()) -> None:
-    """A legend below the panels, where it covers no data."""
+    """Add a legend below the panels, where it covers no data."""
     from matplotlib.lines import Line2D
 
     look = looks(sweep)
@@ -107,15 +107,15 @@ def arm_legend(figure: "Figure", sweep: Sweep, arms: Iterable[str], extra: Itera
 
 
 def plot_arm(axes: "Axes", sweep: Sweep, arm: str, steps: np.ndarray, values: np.ndarray, **kwargs: Any) -> None:
-    """A curve, or several, in the arm's colour."""
+    """Plot one or more curves in the arm's colour."""
     axes.plot(steps, values, color=looks(sweep)[arm][0], **kwargs)
 
 
 def aligned(runs: Iterable[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """One value of several seeds on common steps.
+    """The curves of several seeds on common steps.
 
     Returns:
-        (steps int64[N], values float64[seeds, N]) over every step any run logged; nan where one did not.
+        (steps int64[N], values float64[seeds, N]) over every step that any run logged; nan where a run did not.
     """
     curves = [found for found in (run.curve(key) for run in runs) if found[0].size]
     if not curves:
@@ -135,7 +135,7 @@ def mean_over_seeds(values: np.ndarray) -> np.ndarray:
 
 
 def window_of(steps: np.ndarray) -> int:
-    """How many logged steps a smoothed curve averages."""
+    """The number of logged steps that a smoothed curve averages."""
     return max(3, steps.size // 25)
 
 
@@ -145,5 +145,5 @@ def with_runs(sweep: Sweep) -> list[str]:
 
 
 def first_run(sweep: Sweep, arm: str) -> Run:
-    """The finished run with the lowest seed: the one that pictures of single experts show."""
+    """The finished run with the lowest seed, which the pictures of single experts show."""
     return sweep.runs[arm][min(sweep.runs[arm])]

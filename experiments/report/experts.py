@@ -1,4 +1,4 @@
-"""Pictures of single experts: the load and the bias of each over the run, of an arm's first seed."""
+"""Pictures of single experts: the load and the bias of each over the run, for an arm's first seed."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # as `layer_arrays` r
 
 
 def load_heatmaps(sweep: Sweep) -> Picture | None:
-    """Load of every expert over time: a row an arm, a column a layer, one colour scale for all."""
+    """The load of every expert over time: one row per arm, one column per layer, with a common colour scale."""
     from matplotlib.figure import Figure
 
     arrays = {arm: found for arm in with_runs(sweep) if (found := layer_arrays(first_run(sweep, arm)))}
@@ -39,16 +39,16 @@ def load_heatmaps(sweep: Sweep) -> Picture | None:
     return Picture(
         "expert_loads",
         "Load of every expert over training",
-        "Look for rows that stay red (overloaded), blue (starved) or black (dead: not one token): white is a "
+        "Look for rows that stay red (overloaded), blue (starved) or black (dead: not one token); white is a "
         f"fair share; {_which_layers(arrays.values())}experts are numbered upwards, steps run to the right.",
         "Heatmaps of the load of each expert relative to the mean load over training steps, one row of "
-        "panels an arm and one column a layer, on a diverging scale centred at a fair share.",
+        "panels per arm and one column per layer, on a diverging scale centred at a fair share.",
         figure,
     )
 
 
 def bias_trajectories(sweep: Sweep) -> Picture | None:
-    """Selection bias of every expert over time, for the arms that have one."""
+    """The selection bias of every expert over time, for the arms that use one."""
     from matplotlib.figure import Figure
 
     arrays = {}
@@ -62,7 +62,7 @@ def bias_trajectories(sweep: Sweep) -> Picture | None:
     figure = Figure(figsize=(WIDTH, 2.1 * len(arrays)), layout="constrained", facecolor="white")
     rows = figure.subfigures(len(arrays), 1, squeeze=False)[:, 0]
     for row, (arm, (steps, loads, bias)) in zip(rows, arrays.items(), strict=True):
-        assert bias is not None  # chosen above
+        assert bias is not None  # only such arms are in `arrays`
         axes = _layer_row(row, sweep, arm, loads.shape[1], columns)
         for axis, layer in zip(axes, shown_layers(loads.shape[1]), strict=False):
             _bias_panel(axis, steps, bias[:, layer])
@@ -71,18 +71,18 @@ def bias_trajectories(sweep: Sweep) -> Picture | None:
     return Picture(
         "bias",
         "Selection bias of every expert",
-        "Look whether the lines settle (the bias has found its place), keep climbing (the rate is too low to "
-        f"catch up) or saw up and down (too high); {_which_layers(arrays.values())}darker lines end lower.",
-        "Bias of each expert over training steps, one panel a layer and one row an arm with a bias.",
+        "Look whether the lines settle (the bias has converged), keep climbing (the rate is too low) or oscillate "
+        f"(it is too high); {_which_layers(arrays.values())}darker lines end lower.",
+        "Bias of each expert over training steps, one panel per layer and one row per arm with a bias.",
         figure,
     )
 
 
-# --- rows of panels, one a layer ------------------------------------------------------------------------
+# --- rows of panels, one per layer ----------------------------------------------------------------------
 
 
 def shown_layers(number: int) -> list[int]:
-    """All layers when they fit, else MAX_LAYERS spread evenly, first and last among them."""
+    """All layers if they fit, else MAX_LAYERS evenly spread ones, including the first and the last."""
     if number <= MAX_LAYERS:
         return list(range(number))
     return sorted({round(i * (number - 1) / (MAX_LAYERS - 1)) for i in range(MAX_LAYERS)})
@@ -94,7 +94,7 @@ def _which_layers(arrays: Iterable[Arrays]) -> str:
 
 
 def _layer_row(row: Any, sweep: Sweep, arm: str, layers: int, columns: int) -> "list[Axes]":
-    """A titled row of panels, one a shown layer; columns that this arm does not fill stay blank."""
+    """A titled row of panels, one per shown layer; columns beyond the arm's layers stay blank."""
     title = f"{arm} (seed {first_run(sweep, arm).seed})"
     colour, _ = looks(sweep)[arm]
     row.suptitle(literal(title), x=0.008, ha="left", fontsize=11, fontweight="bold", color=colour)
@@ -110,13 +110,13 @@ def _layer_row(row: Any, sweep: Sweep, arm: str, layers: int, columns: int) -> "
 
 
 def _steps_below(rows: Iterable[Any]) -> None:
-    """Names the step axis once, in the last row."""
+    """Label the step axis once, in the last row."""
     for axis in list(rows)[-1].axes:
         axis.set_xlabel("step", fontsize=9)
 
 
 def _heatmap(axes: "Axes", steps: np.ndarray, loads: np.ndarray) -> None:
-    """One layer: loads float64[N, E] -> an image with experts upwards and steps to the right."""
+    """Draw one layer's loads, float64[N, E], as an image with experts upwards and steps to the right."""
     from matplotlib.ticker import MaxNLocator
 
     parts = np.array_split(loads, min(len(loads), MAX_COLUMNS))
@@ -140,7 +140,7 @@ def _heatmap(axes: "Axes", steps: np.ndarray, loads: np.ndarray) -> None:
 
 
 def _load_colours() -> Any:
-    """Blue, white, red, with black for an expert that got nothing; the ends stay clear of black."""
+    """Blue, white and red, with black for an expert without tokens; the ends are not as dark as black."""
     import matplotlib
     from matplotlib.colors import ListedColormap
 
@@ -149,7 +149,7 @@ def _load_colours() -> Any:
 
 
 def _load_scale(row: Any) -> None:
-    """The colour scale shared by all panels, and the meaning of black."""
+    """Draw the colour scale shared by all panels, and the meaning of black."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch
@@ -164,7 +164,7 @@ def _load_scale(row: Any) -> None:
 
 
 def _bias_panel(axes: "Axes", steps: np.ndarray, bias: np.ndarray) -> None:
-    """One layer: bias float64[N, E], a line an expert, coloured by its rank at the end."""
+    """Draw one layer's bias, float64[N, E], with a line per expert, coloured by its rank at the end."""
     import matplotlib
 
     order = np.argsort(np.nan_to_num(bias[-1]))

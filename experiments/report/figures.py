@@ -1,6 +1,6 @@
 """The pictures of a report that compare arms: each is a function of a sweep, with a caption that says what to look for.
 
-A picture of your own is one more function in `MAKERS`.
+To add a picture, add its function to `MAKERS`.
 """
 
 import math
@@ -36,14 +36,16 @@ from .sweep import EVALUATED, Sweep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-START = 0.25  # part of the run that loss panels may cut off
+START = 0.25  # share of the run, from its start, that loss panels may cut off
+LOG_RATIO = 3.0  # of the largest to the smallest mean, above which an axis is logarithmic
+SAME_LEVEL = 0.01  # relative difference up to which two levels of chance are drawn as one
 
 
-# --- the two that carry the answer ----------------------------------------------------------------------
+# --- the two pictures that support the answer -----------------------------------------------------------
 
 
 def violation_curves(sweep: Sweep) -> Picture | None:
-    """Max violation of the training batches over steps, seeds faint, above the floor of a uniform router."""
+    """Max violation of the training batches over steps, seeds faint, with the floor of a uniform router."""
     from matplotlib.lines import Line2D
 
     found = {arm: aligned(sweep.runs[arm].values(), "moe/max_violation") for arm in with_runs(sweep)}
@@ -69,10 +71,9 @@ def violation_curves(sweep: Sweep) -> Picture | None:
     return Picture(
         "max_violation",
         "How uneven the experts' loads are, batch by batch",
-        "Look how fast each arm comes down and where it settles: near the dashed line, which a perfectly "
-        "uniform random router has by chance, differences mean little (thick: mean over seeds, smoothed; "
-        "thin: each seed).",
-        "Max violation over training steps on a log axis, a line an arm, with the noise floor of a uniform "
+        "Look how fast each arm falls and where it settles; near the dashed line, the level of a perfectly "
+        "uniform random router, differences mean little (thick: mean over seeds, smoothed; thin: each seed).",
+        "Max violation over training steps on a log axis, one line per arm, with the noise floor of a uniform "
         "router dashed.",
         figure,
         leads=True,
@@ -80,21 +81,21 @@ def violation_curves(sweep: Sweep) -> Picture | None:
 
 
 def chance_levels(sweep: Sweep, arms: list[str]) -> list[float]:
-    """Max violation of a uniform random router, as the runs logged it: one value where the arms agree within 1 %."""
+    """The logged max violation of a uniform random router; one value for arms that agree within `SAME_LEVEL`."""
     levels: list[float] = []
     for arm in arms:
         _, values = first_run(sweep, arm).curve("moe/violation_floor")
         known = values[np.isfinite(values) & (values > 0)]
         level = float(np.median(known)) if known.size else math.nan
-        if math.isfinite(level) and not any(abs(level - other) <= 0.01 * other for other in levels):
+        if math.isfinite(level) and not any(abs(level - other) <= SAME_LEVEL * other for other in levels):
             levels.append(level)
     return sorted(levels)
 
 
 def trade_off(sweep: Sweep) -> Picture | None:
-    """Bits per byte, or their paired difference to the baseline, against max violation: a point a run, a cross an arm.
+    """Held-out bits per byte, or their paired difference to the baseline, against held-out max violation.
 
-    All of the held-out set.
+    A point for each run, a cross for each arm.
     """
     balance = measure(sweep, BALANCE)
     quality = measure(sweep, QUALITY)
@@ -120,9 +121,9 @@ def trade_off(sweep: Sweep) -> Picture | None:
         "trade_off",
         "Quality against balance",
         f"Look whether an arm moves left (more even) without moving up (worse): held-out bits per byte {words}"
-        "over held-out max violation; small a run, large an arm's mean with 95 % t-intervals over seeds"
+        "over held-out max violation; small marks are runs, large ones an arm's mean with 95 % t-intervals over seeds"
         + ("; a vertical bar that crosses the dashed line shows no difference in quality." if paired else "."),
-        "Scatter of held-out bits per byte, as a paired difference to the baseline where there is one, against "
+        "Scatter of held-out bits per byte, as a paired difference to the baseline if there is one, against "
         "held-out max violation for every run, with mean and 95 % interval of each arm.",
         figure,
         leads=True,
@@ -130,13 +131,13 @@ def trade_off(sweep: Sweep) -> Picture | None:
 
 
 def _heights(sweep: Sweep, quality: dict[str, Measured]) -> dict[str, Interval]:
-    """Paired differences; the baseline's own is 0."""
+    """Arm -> paired difference in quality, which is 0 for the baseline."""
     own = {sweep.baseline: Interval(0.0, None, quality[sweep.baseline].value.n)}
     return {arm: one.difference for arm, one in quality.items()} | own
 
 
 def _points(sweep: Sweep, arm: str, paired: bool) -> tuple[list[float], list[float]]:
-    """Max violation and height of every run; of pairs only where the baseline has the seed."""
+    """Max violation and height of every run; if paired, only of runs whose seed the baseline has."""
     base = sweep.runs[sweep.baseline]
     seeds = [seed for seed in sweep.runs[arm] if seed in base or not paired]
     below = [QUALITY.of(base[seed]) if paired else 0.0 for seed in seeds]
@@ -146,7 +147,7 @@ def _points(sweep: Sweep, arm: str, paired: bool) -> tuple[list[float], list[flo
 
 
 def _cross(axes: "Axes", x: Interval, y: Interval, colour: str, marker: str) -> None:
-    left = min(_half(x), 0.9 * x.mean) if x.mean > 0 else 0.0  # never below zero; a log axis has no zero
+    left = min(_half(x), 0.9 * x.mean) if x.mean > 0 else 0.0  # stays above zero, for a log axis
     axes.errorbar(
         x.mean,
         y.mean,
@@ -166,8 +167,8 @@ def _half(value: Interval) -> float:
 
 
 def _violation_axis(axes: "Axes", means: list[float]) -> None:
-    """Log where every mean is positive and they differ much; plain numbers as ticks either way."""
-    if min(means) > 0 and max(means) / min(means) > 3:
+    """Label the x axis; it is logarithmic if the means are positive and their ratio is above `LOG_RATIO`."""
+    if min(means) > 0 and max(means) / min(means) > LOG_RATIO:
         axes.set_xscale("log")
         plain_log_ticks(axes.xaxis)
     axes.set_xlabel("held-out max violation (0 = even)")
@@ -177,7 +178,7 @@ def _violation_axis(axes: "Axes", means: list[float]) -> None:
 
 
 def loss_curves(sweep: Sweep) -> Picture | None:
-    """Training loss, held-out bits per byte, and its paired difference to the baseline, over steps."""
+    """Training loss, held-out bits per byte, and their paired difference to the baseline, over steps."""
     arms = with_runs(sweep)
     compared = [arm for arm, one in measure(sweep, QUALITY).items() if one.difference.n]
     figure, grid = new_figure(4.2, 1, 3 if compared else 2)
@@ -205,8 +206,8 @@ def loss_curves(sweep: Sweep) -> Picture | None:
         ("Look in the last panel, paired by seed, whether an arm's" if compared else "Look whether the")
         + " band (95 % t-interval over seeds) "
         + ("stays on one side of zero at the end" if compared else "is narrow at the end")
-        + "; the first quarter of the run leaves the top of the panels with absolute values.",
-        "Curves over training steps, a line an arm: training loss, held-out bits per byte with a band of the "
+        + "; in the panels with absolute values, the first quarter of the run may be cut off at the top.",
+        "Curves over training steps, one line per arm: training loss, held-out bits per byte with a band of the "
         "95 % interval over seeds, and the paired difference of the latter to the baseline.",
         figure,
     )
@@ -222,7 +223,7 @@ def _train_panel(axes: "Axes", sweep: Sweep, arm: str) -> None:
 
 
 def _paired_panel(axes: "Axes", sweep: Sweep, arm: str) -> None:
-    """Difference to the baseline at every evaluation both made, after the first quarter of the run."""
+    """Draw the difference to the baseline at every evaluation of both, after the first `START` of the run."""
     common = sorted(sweep.runs[arm].keys() & sweep.runs[sweep.baseline].keys())
     runs = [sweep.runs[name][seed] for name in (arm, sweep.baseline) for seed in common]
     steps, values = aligned(runs, EVALUATED)
@@ -231,7 +232,7 @@ def _paired_panel(axes: "Axes", sweep: Sweep, arm: str) -> None:
 
 
 def _banded(axes: "Axes", sweep: Sweep, arm: str, steps: np.ndarray, values: np.ndarray) -> None:
-    """Mean of values[seeds, N] with its interval, at the steps where every seed has a value."""
+    """Draw the mean of values[seeds, N] with its interval, at the steps where every seed has a value."""
     colour, marker = looks(sweep)[arm]
     everywhere = np.isfinite(values).all(axis=0)
     mean, half = _band(values[:, everywhere])
@@ -248,7 +249,7 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cut_start(axes: "Axes", curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Lets the start of the run leave the top of the panel, or the end would be one flat line."""
+    """Cut off the start of the run at the top of the panel, because the end would otherwise be a flat line."""
     kept = [values[:, steps >= START * steps[-1]] for steps, values in curves if steps.size]
     numbers = np.concatenate([values[np.isfinite(values)] for values in kept]) if kept else np.empty(0)
     if numbers.size > 1 and numbers.max() > numbers.min():
@@ -282,15 +283,17 @@ def domain_bars(sweep: Sweep) -> Picture | None:
     )
 
 
+BAND = 0.8  # height of a domain's band, of 1
+BARS = 0.72  # of it, together, the bars of the arms
 _DOMAINS_COMPARED = (
-    "Look in the right panel for domains whose interval stays clear of zero: left of the dashed line the arm "
+    "Look in the right panel for domains whose interval excludes zero: left of the dashed line the arm "
     "compresses that domain better than the baseline, right of it worse."
 )
 
 
 def _offsets(number: int) -> np.ndarray:
-    """Vertical places of the arms within a domain's band of height 0.8, first arm on top."""
-    return (np.arange(number) - (number - 1) / 2) * 0.8 / number
+    """The vertical positions of the arms within a domain's band of height `BAND`, with the first arm on top."""
+    return (np.arange(number) - (number - 1) / 2) * BAND / number
 
 
 def _bars(axes: "Axes", sweep: Sweep, shown: list[str], domains: dict[str, dict[str, Measured]]) -> None:
@@ -299,7 +302,7 @@ def _bars(axes: "Axes", sweep: Sweep, shown: list[str], domains: dict[str, dict[
         axes.barh(
             np.arange(len(domains)) + offset,
             [value.mean for value in values],
-            height=0.72 / len(shown),
+            height=BARS / len(shown),
             xerr=[_half(value) for value in values],
             color=looks(sweep)[arm][0],
             error_kw={"elinewidth": 1, "ecolor": CHANCE},
@@ -346,10 +349,10 @@ MAKERS: tuple[Callable[[Sweep], Picture | None], ...] = (
 
 
 def pictures(sweep: Sweep) -> list[Picture]:
-    """Every picture that the logs of a sweep can fill, in reading order; those without data are left out.
+    """Draw every picture for which a sweep has data, in reading order.
 
     Args:
-        sweep: with at least one finished run.
+        sweep: must have at least one finished run.
     """
     import matplotlib
 
@@ -357,5 +360,5 @@ def pictures(sweep: Sweep) -> list[Picture]:
         made = [picture for make in MAKERS if (picture := make(sweep)) is not None]
         for picture in made:
             picture.figure.draw_without_rendering()
-            picture.figure.set_layout_engine("none")  # laid out once, not again for every file format
+            picture.figure.set_layout_engine("none")  # the layout is computed once, not for every file format
     return made

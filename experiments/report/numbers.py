@@ -1,7 +1,7 @@
-"""One run becomes numbers, and the numbers of several seeds an interval.
+"""Numbers of one run, and intervals over the numbers of several seeds.
 
-An arm is compared with the baseline on the seeds both have finished (same initial weights, same batches), so what
-the seeds share cancels; the interval is the 95 % t-interval of those differences.
+An arm is compared with the baseline over the seeds that both have finished (same initial weights, same batches), so
+effects common to both runs of a seed cancel; the interval is the 95 % t-interval of those differences.
 """
 
 import math
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     """A mean over seeds with its 95 % t-interval.
 
     Attributes:
-        mean: mean over seeds; nan when no seed has the value.
+        mean: mean over seeds; nan if no seed has the value.
         half: half-width, in the unit of the mean; None with fewer than two seeds.
         n: number of seeds.
     """
@@ -33,7 +33,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """True when 0 is outside the interval; False when there is no interval."""
+        """Whether 0 is outside the interval; False without an interval."""
         return self.half is not None and abs(self.mean) > self.half
 
 
@@ -44,10 +44,10 @@ NOTHING = Interval(math.nan, None, 0)
 
 
 def interval(values: Iterable[float]) -> Interval:
-    """Mean and 95 % t-interval of a few numbers, one a seed; non-finite ones are left out.
+    """Mean and 95 % t-interval of a few numbers, one per seed; non-finite ones are left out.
 
     Args:
-        values: one number a seed, any unit.
+        values: one number per seed, any unit.
 
     Returns:
         `Interval(mean, half, n)`; half = t(0.975, n - 1) * standard deviation (n - 1) / sqrt(n).
@@ -62,20 +62,20 @@ def interval(values: Iterable[float]) -> Interval:
 
 
 def middle(values: Iterable[float]) -> Interval:
-    """The median of a few numbers, one a seed, as an `Interval` without a width; non-finite ones are left out."""
+    """The median of a few numbers, one per seed, as an `Interval` without a width; non-finite ones are left out."""
     finite = _finite(values)
     return Interval(float(np.median(finite)), None, int(finite.size)) if finite.size else NOTHING
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
-    """Mean difference to the baseline over the seeds both have, with its interval.
+    """Mean difference to the baseline over the seeds that both have, with its interval.
 
     Args:
         values: seed -> number of the arm.
         baseline: seed -> number of the baseline, same unit.
 
     Returns:
-        The interval of `values[seed] - baseline[seed]`; n = 0 when they share no seed.
+        The interval of `values[seed] - baseline[seed]`; n = 0 if they share no seed.
     """
     return interval(values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys()))
 
@@ -96,12 +96,12 @@ def _finite(values: Iterable[float]) -> np.ndarray:
 
 
 def last(key: str) -> Callable[[Run], float]:
-    """The value in the last line of a run that has the key; nan when none has it."""
+    """A function that returns the value in a run's last line with the key; nan if no line has it."""
     return lambda run: run.final(key)
 
 
 def tail(key: str) -> Callable[[Run], float]:
-    """The mean over the last quarter of a run's lines that have the key; nan when not finite there."""
+    """A function that returns the mean over the last quarter of a run's lines with the key; nan if none is finite."""
 
     def mean(run: Run) -> float:
         finite = _finite(last_quarter(run.curve(key)[1]))
@@ -111,7 +111,7 @@ def tail(key: str) -> Callable[[Run], float]:
 
 
 def typical(key: str, factor: float = 1.0) -> Callable[[Run], float]:
-    """The median over a run's lines that have the key, times a factor; nan when never finite."""
+    """A function that returns the median over a run's lines with the key, times a factor; nan if none is finite."""
 
     def median(run: Run) -> float:
         finite = _finite(run.curve(key)[1])
@@ -121,12 +121,12 @@ def typical(key: str, factor: float = 1.0) -> Callable[[Run], float]:
 
 
 def last_quarter(values: np.ndarray) -> np.ndarray:
-    """The last quarter of the rows, rounded up, so at least one when there is one."""
+    """The last quarter of the rows, rounded up, so that it has at least one row if there is one."""
     return values[len(values) - math.ceil(len(values) / 4) :]
 
 
 def dead_at_end(run: Run) -> float:
-    """Experts, summed over layers, that got no token in the last quarter of logged steps; nan if dense."""
+    """The number of experts, over all layers, without a token in the last quarter of logged steps; nan if dense."""
     arrays = layer_arrays(run)
     if arrays is None:
         return math.nan
@@ -138,8 +138,8 @@ def layer_arrays(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] |
     """Loads and biases of every expert over the run, read from layers.jsonl.
 
     Returns:
-        (steps int64[N], loads float64[N, L, E], bias float64[N, L, E] or None when not logged), or None for
-        a run without MoE layers. Lines whose shape differs from the last line's are left out.
+        (steps int64[N], loads float64[N, L, E], bias float64[N, L, E] or None if not logged), or None for a run
+        without MoE layers. Lines whose shape differs from the last line's are left out.
     """
     lines, _ = by_step(run.directory / LAYERS)
     loads = [_array(line.get("loads")) for line in lines]
@@ -160,6 +160,6 @@ def _array(nested: Any) -> np.ndarray:
 
 
 def seconds_of(runs: Iterable[Run]) -> dict[str, float]:
-    """Kind of work -> seconds of all runs together, as their ledgers say; empty when none says."""
+    """Kind of work -> seconds of all runs together, from their ledgers; empty if no run has one."""
     times = [time for run in runs if isinstance(time := run.info.get("time"), Mapping)]
     return {kind: sum(as_number(time.get(kind, 0.0)) for time in times) for kind in KINDS} if times else {}

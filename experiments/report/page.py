@@ -1,4 +1,4 @@
-"""The page: one HTML file that opens offline. The answer first, then what carries it, then everything else."""
+"""The page: one HTML file that opens offline. The answer comes first, then its evidence, then everything else."""
 
 import base64
 import io
@@ -19,30 +19,30 @@ from .terminal import TABLE_NOTE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 144  # of pixels, and of the heatmaps inside drawings
+DPI = 144  # of PNG files, and of the heatmaps in SVG drawings
 STYLESHEET = Path(__file__).with_name("page.css")
 TIME_NOTE = (
-    "Wall-clock time of all finished runs, every attempt counted; the share of step is the goodput. compile: until the "
-    "first step of a start is done; lost: steps done again after a crash, and all else. Data wait: the share of the "
-    "time of steps in which no device had a batch. GFLOP/s: the model's own FLOPs, forward and backward, of the median "
-    "logged step; MFU: their share of the devices' bf16 peak, where that is known."
+    "Wall-clock time of all finished runs, including every attempt; the share of step is the goodput. compile: until "
+    "the first step after a start is done; lost: steps repeated after a crash, and all other time. Data wait: the "
+    "share of the stepping time in which the devices had no batch. GFLOP/s: the model's own FLOPs, forward and "
+    "backward, in the median logged step; MFU: their share of the devices' bf16 peak, where that is known."
 )
 
 
 def write(sweep: Sweep, output: Path | None = None, figures: bool = False, columns: Iterable[Column] = COLUMNS) -> Path:
-    """Writes the page and, with `figures`, the pictures as PNG files.
+    """Write the page and, with `figures`, the pictures as PNG files.
 
     Args:
         sweep: as `read_sweep` returns it.
         output: the page; None is report.html in the sweep's folder.
         figures: also write <sweep folder>/figures/<name>.png.
-        columns: of the tables.
+        columns: the columns of the tables.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        SweepError: no run is finished; nothing is written then.
+        SweepError: no run is finished, in which case nothing is written.
     """
     if not sweep.finished:
         raise SweepError(
@@ -53,7 +53,7 @@ def write(sweep: Sweep, output: Path | None = None, figures: bool = False, colum
     page = render(sweep, list(columns), shown)
     output = output or sweep.directory / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8", errors="backslashreplace")  # a folder's name may be no text
+    output.write_text(page, encoding="utf-8", errors="backslashreplace")  # a folder's name may not be valid text
     if figures:
         folder = sweep.directory / "figures"
         folder.mkdir(exist_ok=True)
@@ -63,11 +63,11 @@ def write(sweep: Sweep, output: Path | None = None, figures: bool = False, colum
 
 
 def render(sweep: Sweep, columns: list[Column], shown: list[Picture]) -> str:
-    """The whole page as one string of HTML that refers to nothing outside itself.
+    """Render the whole page as one string of HTML without external references.
 
     Args:
-        sweep: with at least one finished run.
-        columns: of the tables.
+        sweep: must have at least one finished run.
+        columns: the columns of the tables.
         shown: pictures to embed.
     """
     sections = [
@@ -139,12 +139,12 @@ def _limits(sweep: Sweep) -> str:
 
 
 def _settings(sweep: Sweep) -> str:
-    """What the arms change, what the sweep changes from the defaults, and folded away every key."""
+    """The keys that the arms change, those that the sweep changes from the defaults, and, collapsed, every key."""
     rows = [[arm, settings_text(arm_settings(sweep, arm)) or "the base config"] for arm in sweep.arms]
     html = "<h2>Settings</h2><h3>What the arms change</h3>" + _table(sweep, Table(["arm", "settings"], rows), "words")
     changed = [list(row) for row in changed_settings(sweep)]
     if changed:
-        html += "<h3>What all have in common that is not the default</h3>"
+        html += "<h3>Settings common to all arms that are not defaults</h3>"
         html += _table(sweep, Table(["setting", "value", "default"], changed), "words")
     everything = {"config": sweep.config, "arms": sweep.arms_config}
     text = json.dumps(everything, indent=2, ensure_ascii=False, default=str)
@@ -152,7 +152,7 @@ def _settings(sweep: Sweep) -> str:
 
 
 def _provenance(sweep: Sweep) -> str:
-    """What the runs say about themselves; several values are all named, for then arms may not compare."""
+    """Facts from the runs; different values are all listed, because the arms may then not be comparable."""
     infos = [run.info for run in sweep.finished]
     facts = {
         "versions": _distinct(settings_text(_mapping(info.get("versions"))) for info in infos),
@@ -184,7 +184,7 @@ def _distinct(texts: Iterable[str]) -> str:
 
 
 def _table(sweep: Sweep, table: Table, kind: str = "numbers") -> str:
-    """A table; on a narrow screen a row is a card, and every cell names its column."""
+    """A table as HTML; on a narrow screen each row is a card, and every cell names its column."""
     head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
     body = ""
     for first, *others in table.rows:
@@ -200,7 +200,7 @@ def _table(sweep: Sweep, table: Table, kind: str = "numbers") -> str:
 
 
 def _lines(cell: str) -> str:
-    """A cell's value, and below it the difference."""
+    """The HTML of a cell: its value and, below it, the difference."""
     value, line_break, below = cell.partition("\n")
     text = f"<span>{escape(value)}"
     if line_break:
@@ -219,11 +219,7 @@ def _figure(picture: Picture) -> str:
 
 
 def embedded(figure: "Figure") -> str:
-    """A figure as a data address: drawing or pixels, whichever is smaller.
-
-    Args:
-        figure: a matplotlib figure.
-    """
+    """A matplotlib figure as a data URL, as SVG or PNG, whichever is smaller."""
     kinds: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
         ("svg", "image/svg+xml", {"dpi": DPI, "metadata": {"Date": None}}),
         ("png", "image/png", {"dpi": DPI, "metadata": {"Software": None}}),

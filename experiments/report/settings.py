@@ -1,4 +1,4 @@
-"""Which settings an arm changes, and which all have in common that are not the defaults."""
+"""The settings that an arm changes, and the settings common to all arms that differ from the defaults."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from .sweep import Sweep
 def arm_settings(sweep: Sweep, arm: str) -> dict[str, Any]:
     """The dotted settings in which an arm differs from the sweep's base config.
 
-    Options of a balancing method that have their defaults are left out; a method without other options is
+    Options of a balancing method at their defaults are left out; a method with only such options is
     `balance.<label>: "defaults"`.
     """
     base = flatten(sweep.config)
@@ -23,7 +23,7 @@ def arm_settings(sweep: Sweep, arm: str) -> dict[str, Any]:
 
 
 def changed_settings(sweep: Sweep) -> list[tuple[str, str, str]]:
-    """(key, value, default) of every setting of the base config that differs from the defaults of today."""
+    """(key, value, default) of every setting of the base config that differs from today's defaults."""
     defaults = {key: text_of(value) for key, value in flatten(default().to_dict()).items()}
     settings = _without_defaults(flatten(sweep.config))
     texts = {key: text_of(value) for key, value in settings.items()}
@@ -46,7 +46,7 @@ def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method_options(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a balancing method at their defaults, if the section is that of one; else nothing."""
+    """The default options of a balancing method if the section belongs to one; otherwise empty."""
     parent, _, label = section.rpartition(".")
     method = settings.get(f"{section}.method", label)
     if parent != "balance" or method not in BALANCE_METHODS:
@@ -55,7 +55,7 @@ def _method_options(section: str, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def text_of(value: Any) -> str:
-    """A value of a setting: text as it is, all else as JSON."""
+    """The text of a setting's value: strings as they are, everything else as JSON."""
     return value if isinstance(value, str) and value else json.dumps(value, default=str, ensure_ascii=False)
 
 

@@ -1,7 +1,7 @@
-"""A sweep's folder becomes finished runs; every other run is named.
+"""Reads the finished runs of a sweep's folder, and reports every other run.
 
-A run is finished when it was evaluated at the last step that its own config plans. The others, and what else stands
-apart, are sentences in `Sweep.problems`.
+A run is finished if it was evaluated at the last step of its own config. The other runs, and other irregularities, are
+sentences in `Sweep.problems`.
 """
 
 import math
@@ -17,7 +17,7 @@ from moe_jax.runtime.files import read_json
 from moe_jax.runtime.log import METRICS, lines_of
 
 STEPS_KEY = "num_steps"
-EVALUATED = "eval/bits_per_byte"  # the line of a step that has it was evaluated
+EVALUATED = "eval/bits_per_byte"  # a step was evaluated if its line has this key
 DOMAIN_PREFIX = "eval/bits_per_byte/"
 DAMAGED = "write it again or delete it."
 
@@ -33,7 +33,7 @@ class Run:
     Attributes:
         config: nested, or with dotted keys for a run without config.json.
         info: run.json; empty where there is none.
-        metrics: the lines of metrics.jsonl by step.
+        metrics: the lines of metrics.jsonl, sorted by step.
     """
 
     arm: str
@@ -44,24 +44,24 @@ class Run:
     metrics: list[dict[str, Any]]
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """One logged value over the run.
+        """A logged value over the run.
 
         Returns:
-            (steps int64[N], values float64[N]) of the lines that have the key; null is nan.
+            (steps int64[N], values float64[N]) of the lines with the key; null is nan.
         """
         lines = [line for line in self.metrics if key in line]
         steps = np.asarray([line["step"] for line in lines], dtype=np.int64)
         return steps, np.asarray([as_number(line[key]) for line in lines], dtype=np.float64)
 
     def final(self, key: str) -> float:
-        """The value in the last line that has the key; nan when none has it."""
+        """The value in the last line with the key; nan if no line has it."""
         _, values = self.curve(key)
         return float(values[-1]) if values.size else math.nan
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep was to be, and the finished runs it has so far.
+    """The plan of a sweep, and its finished runs so far.
 
     Attributes:
         runs: arm -> seed -> finished run; every arm has an entry, possibly an empty one.
@@ -94,13 +94,13 @@ def as_number(value: Any) -> float:
 
 
 def by_step(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a log file by step; a killed run leaves a partial line, a resumed one may repeat steps.
+    """The lines of a log file by step; a killed run leaves a partial line, and a resumed one may repeat steps.
 
     Args:
-        path: one JSON object a line, each with an integer `step`; may be missing.
+        path: one JSON object per line, each with an integer `step`; may be missing.
 
     Returns:
-        The lines sorted by step, of equal steps the last written; and how many lines were unreadable.
+        The lines sorted by step, with only the last line of repeated steps; and the number of unreadable lines.
     """
     lines: dict[int, dict[str, Any]] = {}
     unreadable = 0
@@ -116,17 +116,17 @@ def by_step(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_sweep(directory: str | Path, baseline: str | None = None) -> Sweep:
-    """Reads sweep.json and every run it names.
+    """Read sweep.json and every run that it lists.
 
     Args:
         directory: holds sweep.json and <arm>/seed<k>/metrics.jsonl.
-        baseline: arm to compare with; None takes the one in sweep.json.
+        baseline: the arm to compare with; None takes the one in sweep.json.
 
     Returns:
-        The sweep with its finished runs, and a sentence for each run that is not.
+        The sweep with its finished runs, and a sentence for each run that is not finished.
 
     Raises:
-        SweepError: no such folder, no sweep.json, or one without arms or seeds or with an unknown baseline.
+        SweepError: the folder or its sweep.json is missing, or has no arms or seeds, or the baseline is unknown.
     """
     directory = Path(directory)
     spec = _read_spec(directory, baseline)
@@ -172,7 +172,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_runs(directory: Path, spec: Mapping[str, Any]) -> list[tuple[Run, int]]:
-    """Every run that is named, with the number of its unreadable lines."""
+    """Every run of the sweep, with the number of its unreadable lines."""
     runs = []
     for arm in spec["arms"]:
         for seed in spec["seeds"]:
@@ -184,7 +184,7 @@ def _read_runs(directory: Path, spec: Mapping[str, Any]) -> list[tuple[Run, int]
 
 
 def _overridden(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """The config that the sweep gives an arm, with dotted keys: what a run without config.json is judged by."""
+    """An arm's config according to sweep.json, with dotted keys, for a run without config.json."""
     return flatten(spec.get("config") or {}) | flatten((spec.get("arms_config") or {}).get(arm) or {})
 
 
@@ -192,7 +192,7 @@ def _overridden(spec: Mapping[str, Any], arm: str) -> dict[str, Any]:
 
 
 def _finished(read: list[tuple[Run, int]], spec: Mapping[str, Any]) -> tuple[dict[str, dict[int, Run]], list[str]]:
-    """Splits what was read into finished runs and sentences about the others."""
+    """Split the runs into the finished ones and sentences about the others."""
     ends = [steps - 1 for run, _ in read if (steps := planned_steps(run.config)) is not None]
     evaluations = [evaluated[-1] for run, _ in read if (evaluated := _evaluated(run))]
     last = max(ends or evaluations, default=-1)
@@ -211,11 +211,11 @@ def _finished(read: list[tuple[Run, int]], spec: Mapping[str, Any]) -> tuple[dic
 
 
 def _problem(run: Run, last: int) -> str | None:
-    """Why a run is not counted; None if it was evaluated at the last step that its own config plans.
+    """Why a run is not counted; None if it was evaluated at the last step of its own config.
 
     Args:
-        run: what there is of it.
-        last: of other runs, for one whose config does not say how many steps it has.
+        run: the run, finished or not.
+        last: the last step of the other runs, for a run whose config lacks the number of steps.
     """
     if not run.metrics:
         return "not started (no metrics)."
@@ -235,7 +235,7 @@ def _problem(run: Run, last: int) -> str | None:
 
 
 def planned_steps(config: Mapping[str, Any]) -> int | None:
-    """The number of steps of a config, or None when it does not say."""
+    """The number of steps in a config, or None if it is missing."""
     steps = as_number(config.get(STEPS_KEY))
     return int(steps) if math.isfinite(steps) else None
 
@@ -245,7 +245,7 @@ def _evaluated(run: Run) -> list[int]:
 
 
 def _other_data(runs: Mapping[str, Mapping[int, Run]], baseline: str) -> list[str]:
-    """A sentence for every run that read other data than the baseline's run of its seed, with which it is paired."""
+    """A sentence for every run that read other data than the baseline's run with the same seed."""
     problems = []
     for arm, by_seed in runs.items():
         for seed, run in by_seed.items():
@@ -253,27 +253,27 @@ def _other_data(runs: Mapping[str, Mapping[int, Run]], baseline: str) -> list[st
             pair = [corpus_of(one.info) for one in (run, other) if one is not None]
             if all(pair) and len(set(pair)) > 1:
                 problems.append(
-                    f"{arm}, seed {seed}: read other data than {baseline}; their difference is not of the arms."
+                    f"{arm}, seed {seed}: read other data than {baseline}; their difference is not due to the arms."
                 )
     return problems
 
 
 def _strangers(directory: Path, spec: Mapping[str, Any]) -> list[str]:
-    """A sentence for every run in the folder that sweep.json does not name."""
+    """A sentence for every run in the folder that is not in sweep.json."""
     named = {(arm, f"seed{seed}") for arm in spec["arms"] for seed in spec["seeds"]}
     found = sorted(path.parent for path in directory.glob(f"*/seed*/{METRICS}"))
     return [
-        f"{folder.parent.name}/{folder.name} is not named in sweep.json and was not read."
+        f"{folder.parent.name}/{folder.name} is not listed in sweep.json and was not read."
         for folder in found
         if (folder.parent.name, folder.name) not in named
     ]
 
 
-# --- what a sweep says of itself ------------------------------------------------------------------------
+# --- facts about the runs -------------------------------------------------------------------------------
 
 
 def corpus_of(info: Mapping[str, Any]) -> str:
-    """The fingerprint of the data that a run read, from its run.json; empty where it is older than fingerprints."""
+    """The fingerprint of the data that a run read, from its run.json; empty if the run is older than fingerprints."""
     identity = info.get("identity")
     return str(identity.get("corpus", "")) if isinstance(identity, Mapping) else ""
 

@@ -1,4 +1,4 @@
-"""The main table in a terminal, and a line for each run that is not counted."""
+"""Prints the main table in a terminal, and a line for each run that is not counted."""
 
 import sys
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from .sweep import Sweep
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 110  # characters when the output is a file or a pipe, where rich would assume 80
+WIDTH = 110  # characters, if the output is a file or a pipe, for which rich would assume 80
 TABLE_NOTE = (
     "Mean over seeds ± half-width of the 95 % t-interval; second line: arm minus baseline, paired by seed; "
     "* the interval excludes 0; - not logged or not comparable."
@@ -19,11 +19,11 @@ TABLE_NOTE = (
 
 
 def print_table(sweep: Sweep, columns: Iterable[Column] = COLUMNS, console: "Console | None" = None) -> None:
-    """Prints the columns that are shown in a terminal, and a line for each run that is not counted.
+    """Print the columns for the terminal, and a line for each run that is not counted.
 
     Args:
         sweep: as `read_sweep` returns it.
-        columns: of which those with "terminal" in `shown` are printed.
+        columns: those with "terminal" in `shown` are printed.
         console: where to print; None is standard output.
     """
     from rich.console import Console

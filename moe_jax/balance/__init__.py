@@ -1,4 +1,4 @@
-"""Ways to balance experts: `make(config.balance)` gives one `Balancer`; `names()` lists the methods."""
+"""Methods that balance experts: `make(config.balance)` builds one `Balancer`; `names()` lists the methods."""
 
 from moe_jax.balance import bias, losses, selectors
 from moe_jax.balance.protocol import Balancer, Seen, State, Statistics, chain

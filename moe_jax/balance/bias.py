@@ -1,9 +1,9 @@
-"""Methods that move the selection bias against the load just seen: state, and no gradient.
+"""Methods that move the selection bias against the last step's loads: state, without gradients.
 
-E real experts come first, then Z zero-computation experts (`model.num_zero_experts`), which are to get the share
-`model.zero_share` of the copies; without them every expert's target is the mean load. The bias of a
-zero-computation expert stays, but for the common shift of `zero_mean`: where the real ones have their targets, it
-has its own. T tokens, S slots, N bins.
+E real experts come first, then Z zero-computation experts (`model.num_zero_experts`), whose target is the share
+`model.zero_share` of the copies. Without them every expert's target is the mean load. The bias of a zero-computation
+expert does not move, except by the common shift of `zero_mean`: when the real experts reach their targets, the
+zero-computation experts together reach theirs. T tokens, S slots, N bins.
 """
 
 import jax
@@ -26,6 +26,9 @@ from moe_jax.config.balance import (
 )
 from moe_jax.routing import Routing
 
+ROUNDING = 1e-6  # relative errors of loads below this come from float32
+PARTS = 2**15  # the resolution of a share in integer arithmetic
+
 
 @register(
     "bias_sign",
@@ -33,10 +36,10 @@ from moe_jax.routing import Routing
     source="arXiv 2408.15664, Algorithm 1; zero-mean as in Moonlight (`b += u (sign(e) - mean sign(e))`)",
 )
 def bias_sign(options: BiasSign, model: ModelConfig) -> Balancer:
-    """Loss-Free Balancing, after every step and effective on the next.
+    """Loss-Free Balancing: the bias moves after every step and affects the next.
 
-    An overloaded expert's bias falls. `zero_mean` subtracts the mean of the increments, which changes no
-    selection but keeps the biases from drifting together.
+    The bias of an overloaded expert falls. `zero_mean` subtracts the mean of the increments, which changes no
+    selection but keeps all biases from drifting together.
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
@@ -51,11 +54,12 @@ def bias_sign(options: BiasSign, model: ModelConfig) -> Balancer:
     source="arXiv 2408.15664, Table 3 (u = 0.01 has the best balance) and Table 6 (u = 0.001 with softmax scores)",
 )
 def bias_proportional(options: BiasProportional, model: ModelConfig) -> Balancer:
-    """Proportional rule, where e_i = mean load - load_i in the unit that `error` names.
+    """Proportional rule: the bias moves by the error e_i = mean load - load_i, in the unit that `error` selects.
 
-    "relative" to the mean load, in [1 - E, 1]; a "fraction" of all copies, E times smaller; or a "count" of copies,
-    which grows with the batch. The paper names no unit, but its rates of 1e-4 to 1e-2 for a batch of 2 million
-    tokens leave only the relative one: by counts, an error of 10 % would move a bias by 2 or more in one step.
+    The error is "relative" to the mean load, in [1 - E, 1]; a "fraction" of all copies, E times smaller; or a "count"
+    of copies, which grows with the batch. The paper does not name the unit, but its rates of 1e-4 to 1e-2 for a batch
+    of 2 million tokens fit only the relative one: with counts, an error of 10 % would move a bias by 2 or more in one
+    step.
     """
     errors = {"relative": relative_error, "fraction": share_error, "count": copies_error}
 
@@ -73,7 +77,7 @@ def bias_proportional(options: BiasProportional, model: ModelConfig) -> Balancer
 def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Balancer:
     """Multiplicative bias, which starts at 1.
 
-    Selection sees ratios of biases, not differences, so that `zero_mean` does change it: it holds their mean at 1.
+    Selection depends on ratios of biases, not on differences, so `zero_mean` does change it: it holds their mean at 1.
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
@@ -91,16 +95,17 @@ def bias_multiplicative(options: BiasMultiplicative, model: ModelConfig) -> Bala
     source="Su, kexue.fm/archives/10757 (the improved version)",
 )
 def bias_rms(options: BiasRms, model: ModelConfig) -> Balancer:
-    """Normalised gradient descent, with F the shares of copies, Q the targets.
+    """Normalised gradient descent, with F the shares of copies and Q their targets.
 
-    As long a step as the sign's at the same rate, so rates carry over, but an expert near its target moves little.
-    Errors that are all below a millionth of the load are the rounding of float32, and move nothing.
+    A step is as long as that of `bias_sign` at the same rate, so rates carry over, but the bias of an expert near its
+    target moves little. Errors that are all below `ROUNDING` of the load are rounding errors of float32, and move
+    nothing.
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
         error = relative_error(seen.loads, model)
         rms = jnp.sqrt((error**2).sum() / (seen.loads.shape[0] - model.num_zero_experts))
-        return moved(options, seen, jnp.where(rms > 1e-6, error / jnp.maximum(rms, 1e-6), 0.0)), None
+        return moved(options, seen, jnp.where(rms > ROUNDING, error / jnp.maximum(rms, ROUNDING), 0.0)), None
 
     return Balancer(own_update=update, initial_bias=zeros)
 
@@ -111,17 +116,19 @@ def bias_rms(options: BiasRms, model: ModelConfig) -> Balancer:
     source="arXiv 2509.01322 (LongCat-Flash), expert bias under 'computational budget control'; the P is ours",
 )
 def bias_pi(options: BiasPi, model: ModelConfig) -> Balancer:
-    """LongCat-Flash's controller: a target share less the share had.
+    """LongCat-Flash's controller: the error is the target share of copies minus the actual share.
 
-    N real experts are to get K_e of a token's K slots, `1 - model.zero_share` of all. The sum of such errors is the
-    I of a PID controller; `gain` adds the P, gain x the last error, shaped over steps as the rate is. Own state:
-    that P, float32 [E + Z]. Errors are of order 1 / N: rate / N is the rate of `bias_proportional`.
+    The target of the N real experts is K_e of a token's K slots, which is the share `1 - model.zero_share`. The sum of
+    these errors is the I term of a PID controller; `gain` adds the P term, gain x the last error, with the warmup and
+    schedule of the rate. Own state: the P term, float32 [E + Z]. Errors are of order 1 / N, so a rate here acts as
+    rate / N does in `bias_proportional`.
     """
 
     def update(seen: Seen) -> tuple[Array, Array]:
-        error, last = share_error(seen.loads, model), seen.state
+        error = share_error(seen.loads, model)
+        last = seen.state
         factor = factor_at(options, seen.step)
-        now = jnp.where(factor > 0, options.gain * factor * error, last)  # what is frozen keeps its P
+        now = jnp.where(factor > 0, options.gain * factor * error, last)  # a frozen bias keeps its P term
         return moved(options, seen._replace(bias=seen.bias + (now - last)), error), now
 
     return Balancer(own_state=zeros, own_update=update, initial_bias=zeros)
@@ -133,10 +140,11 @@ def bias_pi(options: BiasPi, model: ModelConfig) -> Balancer:
     source="arXiv 2602.17004 (Arcee Trinity Large): u = 5e-4, kappa = 2, beta = 0.5",
 )
 def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Balancer:
-    """Soft-clamped momentum, e the relative error.
+    """Soft-clamped momentum of the relative error e.
 
-    Near balance the step shrinks, where a sign would chatter. Own state: the momentum of v, float32 [E + Z], in
-    [-1, 1]; rate and mean are taken on the way to the bias, which is the same sum, and stands still when frozen.
+    Near balance the step shrinks, where that of a sign would oscillate. Own state: the momentum of v, float32
+    [E + Z], in [-1, 1]. Rate and mean are applied when the bias moves rather than to v: the sum is the same, and the
+    bias does not move once it is frozen.
     """
 
     def update(seen: Seen) -> tuple[Array, Array]:
@@ -153,15 +161,16 @@ def bias_smebu(options: BiasSmebu, model: ModelConfig) -> Balancer:
     source="Su, kexue.fm/archives/11619; range and bins as in Kimi K3 (arXiv 2607.24653), appendix D",
 )
 def quantile(options: Quantile, _: ModelConfig) -> Balancer:
-    """Quantile balancing: no rate to choose.
+    """Quantile balancing: computes the balanced bias directly, without a rate.
 
-    alpha is a token's (K + 1)-th biased score, the best one it did not select, so it selects expert j where
-    `s_j + b_j > alpha`, or `r_j < b_j`. Balance is that of all tokens' r_j a share K / E lies below b_j. alpha depends
-    on the bias, so this is one step of a descent that takes few; `damping` g goes `b <- (1 - g) b + g quantile`.
+    alpha is a token's (K + 1)-th biased score, the best one that it did not select, so the token selects expert j
+    where `s_j + b_j > alpha`, which is `r_j < b_j`. At balance, the share K / E of all tokens has r_j below b_j.
+    Because alpha depends on the bias, this is one step of a descent that needs only a few; `damping` g makes it
+    `b <- (1 - g) b + g quantile`.
 
-    Statistics: a histogram of r, int32 [E, N]. With scores in (0, 1), r lies in [min b - 1, max b + 1], which the
-    bins divide: a quantile is exact to (max b - min b + 2) / N, 0.002 for small biases, and linear within a bin.
-    A token that selects every expert has no alpha and is not counted; an expert never counted keeps its bias.
+    Statistics: a histogram of r, int32 [E, N]. With scores in (0, 1), r is in [min b - 1, max b + 1], which the bins
+    divide evenly: a quantile is exact to (max b - min b + 2) / N, 0.002 for small biases, and linear within a bin.
+    A token that selects every expert has no alpha and is not counted; an expert without a count keeps its bias.
     """
 
     def histogram(routing: Routing) -> Int32[Array, "experts bins"]:
@@ -179,9 +188,9 @@ def quantile(options: Quantile, _: ModelConfig) -> Balancer:
 
 
 def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts bins"]:
-    """How many valid tokens would need which bias to be on the edge of selecting an expert: counts of r_tj.
+    """For each expert, a histogram of r_tj: the bias at which a valid token t would just select expert j.
 
-    One scatter of T x E ones; the comparison with [T, S, E] is fused and never in memory.
+    One scatter of T x E ones; the comparison of shape [T, S, E] is fused and never held in memory.
     """
     num_experts = routing.scores.shape[1]
     experts = jnp.arange(num_experts, dtype=jnp.int32)
@@ -193,15 +202,16 @@ def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts 
     if routing.tokens.mask is not None:
         counted &= routing.tokens.mask[:, None]
     empty = jnp.zeros(num_experts * bins, jnp.int32)
-    place = jnp.where(counted, place, len(empty))  # one past the end, which is dropped
+    place = jnp.where(counted, place, len(empty))  # an index past the end, which the scatter drops
     return empty.at[place].add(1, mode="drop", wrap_negative_indices=False).reshape(num_experts, bins)
 
 
 def balanced_bias(
     loads: Int32[Array, "experts"], counts: Int32[Array, "experts bins"], bias: Float32[Array, "experts"]
 ) -> Float32[Array, "experts"]:
-    """The bias below which each expert's histogram has the mean load: exact ranks, linear within the bin."""
-    total, num_experts = loads.sum(dtype=jnp.int32), loads.shape[0]
+    """The bias below which each expert's histogram contains the mean load: exact ranks, linear within the bin."""
+    total = loads.sum(dtype=jnp.int32)
+    num_experts = loads.shape[0]
     rank, rest = jnp.divmod(total, num_experts)  # the mean load, K / E of all tokens, without rounding
     below = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
     place = (below >= rank + (rest > 0).astype(jnp.int32)).argmax(1)[:, None].astype(jnp.int32)
@@ -214,21 +224,22 @@ def balanced_bias(
 
 
 def bin_range(bias: Float32[Array, "experts"], bins: int) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """Where the histogram of `bias` starts, and how wide a bin is."""
+    """The lower end of the histogram for a bias, and the width of a bin."""
     return bias.min() - 1.0, (bias.max() - bias.min() + 2.0) / bins
 
 
 def moved(options: BiasOptions, seen: Seen, direction: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
-    """The bias after an increment of `rate x direction`, the rate shaped over steps, centred under `zero_mean`."""
+    """The bias after an increment of `rate x direction`, with the rate's schedule; centred if `zero_mean`."""
     increment = jnp.float32(options.rate) * factor_at(options, seen.step) * direction
     return seen.bias + (increment - increment.mean() if options.zero_mean else increment)
 
 
 def load_sign(loads: Shaped[Array, "experts"], model: ModelConfig = ModelConfig()) -> Float32[Array, "experts"]:
-    """sign(target - load): -1 overloaded, +1 underloaded, 0 exactly at it, and for zero-computation experts.
+    """sign(target - load): -1 overloaded, +1 underloaded, 0 exactly on target and for zero-computation experts.
 
-    By integer arithmetic alone where loads are integers: float32 cannot tell 2^25 from 2^25 + 1, and E x load
-    overflows int32 at the batch of DeepSeek-V3; a quotient and a remainder do neither. Loads sum to less than 2^31.
+    Uses only integer arithmetic where loads are integers: float32 does not distinguish 2^25 from 2^25 + 1, and E x load
+    overflows int32 at DeepSeek-V3's batch size; a quotient and a remainder avoid both. Loads must sum to less than
+    2^31.
     """
     zero = model.num_zero_experts
     real = loads.shape[0] - zero
@@ -243,7 +254,7 @@ def load_sign(loads: Shaped[Array, "experts"], model: ModelConfig = ModelConfig(
 
 
 def target_loads(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
-    """How many copies each expert is to have, float32 [E + Z]."""
+    """The target number of copies of each expert, float32 [E + Z]."""
     total = _total(loads)
     zero = model.num_zero_experts
     real = loads.shape[0] - zero
@@ -254,7 +265,7 @@ def target_loads(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32
 
 
 def relative_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
-    """(target - load) / target for the real experts, 1 for one without load; 0 for zero-computation experts."""
+    """(target - load) / target for the real experts, which is 1 without load; 0 for zero-computation experts."""
     target = target_loads(loads, model)
     return jnp.where(target > 0, copies_error(loads, model) / jnp.where(target > 0, target, 1.0), 0.0)
 
@@ -266,17 +277,17 @@ def copies_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32
 
 
 def share_error(loads: Shaped[Array, "experts"], model: ModelConfig) -> Float32[Array, "experts"]:
-    """The target's share of all copies less the load's; 0 for zero-computation experts."""
+    """The target share of all copies minus the actual share; 0 for zero-computation experts."""
     return copies_error(loads, model) / jnp.maximum(_total(loads), 1.0)
 
 
 def _total(loads: Shaped[Array, "experts"]) -> Float32[Array, ""]:
-    """All copies; counts are summed as the integers they are."""
+    """The sum of the loads; integer loads are summed as integers."""
     counts = jnp.issubdtype(loads.dtype, jnp.integer)
     return loads.sum(dtype=jnp.int32 if counts else jnp.float32).astype(jnp.float32)
 
 
 def _part(total: Array, share: float) -> Array:
-    """A share, in parts of 2^15, of an int32 below 2^31, without overflow."""
-    parts = round(2**15 * share)
-    return total // 2**15 * parts + total % 2**15 * parts // 2**15
+    """The share of an int32 `total` below 2^31, computed in int32 without overflow; rounded to `PARTS` parts."""
+    parts = round(PARTS * share)
+    return total // PARTS * parts + total % PARTS * parts // PARTS

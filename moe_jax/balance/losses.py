@@ -1,7 +1,7 @@
-"""Methods that balance by a differentiable loss on the router, averaged over the valid tokens.
+"""Balancing methods that add an auxiliary loss: a differentiable loss on the router, averaged over the valid tokens.
 
-T tokens, S slots of a token, E experts that compute, which come first, D logical devices. Without a valid token
-every loss and its gradient are 0.
+The language model's own loss is in `training/losses.py`. T tokens, S slots of a token, E experts that compute, which
+come before the zero-computation experts, D logical devices. Without a valid token every loss and its gradient are 0.
 """
 
 import math
@@ -26,6 +26,9 @@ from moe_jax.config.balance import (
 )
 from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normalized_scores
 
+SMALLEST_SQUARE = 1e-20  # the squared length of a row below which its normalisation would have an infinite gradient
+SMALLEST_MEAN = 1e-30  # a mean gate below this counts as 0: dividing by it would have an infinite gradient
+
 
 @register(
     "aux_loss",
@@ -36,26 +39,26 @@ from moe_jax.routing import Routing, Tokens, best, count, counts_by_row, normali
     ),
 )
 def aux_loss(options: AuxLoss, model: ModelConfig) -> Balancer:
-    """Auxiliary loss, over experts, over devices, or over visits to devices.
+    """Auxiliary loss over experts, over devices, or over visits to devices.
 
-    P_i is the mean over valid tokens of the score of expert i, or of the summed scores of the experts of device i:
-    scores divided by each token's sum (`normalize=True`, as in DeepSeek-V3), or raw (as in Loss-Free Balancing
-    eq. 2). f has no gradient and is counted before any dropping:
+    P_i is the mean over valid tokens of the score of expert i, or of the summed scores of the experts of device i.
+    Scores are divided by each token's sum (`normalize=True`, as in DeepSeek-V3), or raw (as in Loss-Free Balancing
+    eq. 2). f has no gradient and is counted before any copy is dropped:
 
     - `level="expert"`: f_i = E x (share of the chosen slots that went to expert i);
     - `level="device"`: f_i = mean f of the experts of device i, that is D x (its share of the chosen slots);
-    - `level="communication"`: f_i = D / (M T) x (number of tokens sent to device i). M is the most devices that a
-      token may be sent to: `model.top_groups` where the devices are the model's groups, otherwise min(S, D).
+    - `level="communication"`: f_i = D / (M T) x (number of tokens sent to device i). M is the largest number of devices
+      to which a token may be sent: `model.top_groups` if the devices are the model's groups, otherwise min(S, D).
 
-    The D devices (`num_devices`, by default `model.num_groups`) are consecutive experts, and have nothing to do with
-    the mesh. At perfect balance the loss is weight x 1 for experts and for devices, and weight x m / M for
-    communication where a token visits m devices in the mean; with raw scores times the sum of the mean scores.
+    The D devices (`num_devices`, by default `model.num_groups`) are groups of consecutive experts, independent of the
+    mesh. At perfect balance the loss is weight x 1 for experts and for devices, and weight x m / M for communication
+    where a token visits m devices on average; with raw scores, it is multiplied by the sum of the mean scores.
 
-    `scope` says over which tokens f and P belong together: each `sequence` (averaged by token), the `microbatch`,
-    or P of the micro-batch and f of the optimizer step: all of it (`global`), or as far as it has come, this
-    micro-batch included (`global_running`). `counts="unbiased"` counts the top-k of the scores without the bias and
-    without a group limit, which is what DeepSeek-V3 eq. 18 writes. Zero-computation experts have no part in f and P,
-    and scores are normalised without theirs.
+    `scope` selects the tokens over which f and P are computed: each `sequence` (averaged by token); the `microbatch`;
+    or the micro-batch for P and the optimizer step for f, either the whole step (`global`) or its micro-batches up to
+    and including this one (`global_running`). `counts="unbiased"` counts the top-k of the scores without the bias and
+    without a group limit, as in DeepSeek-V3 eq. 18. Zero-computation experts are left out of f and P, and scores are
+    normalised without theirs.
     """
     of_step = options.scope in ("global", "global_running")
     from_loads = options.counts == "biased" and options.level != "communication"
@@ -87,7 +90,7 @@ def aux_loss(options: AuxLoss, model: ModelConfig) -> Balancer:
     source="ST-MoE (arXiv 2202.08906) eq. 5",
 )
 def z_loss(options: ZLoss, model: ModelConfig) -> Balancer:
-    """Router z-loss: keeps logits small, and does not balance."""
+    """Router z-loss: keeps logits small; does not balance."""
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         squared = jax.nn.logsumexp(routing.logits, axis=-1) ** 2
@@ -102,20 +105,20 @@ def z_loss(options: ZLoss, model: ModelConfig) -> Balancer:
     source="Shazeer et al. (arXiv 1701.06538) eq. 6-7",
 )
 def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Balancer:
-    """Importance loss: makes the experts' summed gates equal.
+    """Importance loss: equalises the experts' summed gates.
 
     g_ti is the gate of expert i for token t, 0 where it was not chosen; CV is the standard deviation over experts
-    divided by their mean, so the factor on the gates cancels. 0 where all experts weigh the same, E - 1 where one
-    has everything. Equal importance may still be unequal load: few large gates weigh as much as many small ones.
+    divided by their mean, so a factor on the gates cancels. CV^2 is 0 if all experts have the same sum and E - 1 if one
+    has everything. Equal importance can still be unequal load: a few large gates sum to as much as many small ones.
 
-    Not linear in the gates: under accumulation each micro-batch has its own value, these are averaged by tokens, and
-    the result depends on the number of micro-batches (small ones look less balanced than they are together).
-    Zero-computation experts have no part in it.
+    The loss is not linear in the gates. Under accumulation, the values of the micro-batches are averaged by tokens, so
+    the result depends on the number of micro-batches: small ones look less balanced than their union. Zero-computation
+    experts are left out.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         num_experts = routing.loads.shape[0] - model.num_zero_experts
-        # a comparison instead of a scatter over the whole batch, which may lie on many devices
+        # a comparison instead of a scatter over the whole batch, which may be sharded over many devices
         chosen = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=bool)
         at_experts = jnp.where(chosen, routing.gates[:, :, None], 0.0)
         return options.weight * squared_variation(at_experts.sum((0, 1)))
@@ -129,22 +132,23 @@ def importance_loss(options: ImportanceLoss, model: ModelConfig) -> Balancer:
     source="Shazeer et al. (arXiv 1701.06538) eq. 8-11; V-MoE (2106.05974) appendix A.2",
 )
 def load_loss(options: LoadLoss, model: ModelConfig) -> Balancer:
-    """Load loss: equalises smooth loads.
+    """Load loss: equalises a smooth estimate of the loads.
 
-    Phi(...) is the probability that expert i would be among the k best logits x of token t if noise were added to
-    its logit alone; kth_excluding is the k-th best of the others, and k the number of slots. With logits that already
-    carry noise it is the chance that the expert stays chosen when its noise is drawn again. Our routing has no noise,
-    so this is the limit in which none has been drawn, and `noise_std` (0 means 1 / number of choices, as in V-MoE)
-    only says how far from the threshold a token still counts in part. As it goes to 0 the sums become the loads of
-    top-k routing by logits, without gradient. Neither the bias nor a group limit is seen.
+    Phi(...) is the probability that expert i would be among the k largest logits x of token t if noise were added to
+    its logit alone; kth_excluding is the k-th largest of the other logits, and k is the number of slots. With noisy
+    logits, as in the paper, it is the probability that the expert stays chosen when its noise is drawn again. Our
+    routing adds no noise, so `noise_std` (0 means 1 / number of choices, as in V-MoE) only sets the distance from the
+    threshold within which a token counts partly. As it approaches 0, the sums become the loads of top-k routing by
+    logits, without a gradient. The loss ignores the bias and any group limit.
 
-    Not linear in the probabilities: under accumulation each micro-batch has its own value, these are averaged by
-    tokens, and the result depends on the number of micro-batches. Zero-computation experts compete for slots, but
-    have no part in the sums. V-MoE has the k-th best of all, expert i included, as the threshold.
+    The loss is not linear in the probabilities. Under accumulation, the values of the micro-batches are averaged by
+    tokens, so the result depends on the number of micro-batches. Zero-computation experts compete for slots, but are
+    left out of the sums. V-MoE's threshold is instead the k-th largest of all logits, including that of expert i.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
-        choices, slots = routing.logits.shape[1], routing.expert_ids.shape[1]
+        choices = routing.logits.shape[1]
+        slots = routing.expert_ids.shape[1]
         if slots >= choices:  # every expert is certain
             return jnp.zeros((), jnp.float32)
         distance = routing.logits - _kth_excluding(routing.logits, slots)
@@ -164,16 +168,17 @@ def load_loss(options: LoadLoss, model: ModelConfig) -> Balancer:
     ),
 )
 def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Balancer:
-    """Router orthogonalisation, of the router's normalised rows w.
+    """Router orthogonalisation: makes the router's normalised rows w orthogonal.
 
-    Rows that point apart send the same token to fewer experts at once; loads are not seen. The diagonal is 0, or 1
-    for a row of zeros. 0 needs as many dimensions as experts: E unit rows in d < E dimensions cost E^2 / d - E or more.
-    It reads nothing but the router's weight, so it is the same however a batch is split.
+    The more the rows differ in direction, the fewer experts have high scores for the same token. The loss ignores
+    loads. A diagonal term is 0, or 1 for a row of zeros. A loss of 0 needs as many dimensions as experts: E unit rows
+    in d < E dimensions cost at least E^2 / d - E. Only the router's weight enters, so the loss does not depend on how
+    a batch is split.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
         squared = (router_weight**2).sum(0, keepdims=True)
-        rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, 1e-20))  # less would have an infinite gradient
+        rows = router_weight * jax.lax.rsqrt(jnp.maximum(squared, SMALLEST_SQUARE))
         return _unless_no_token(routing, options.weight * (_gram_minus_identity(rows) ** 2).sum())
 
     return Balancer(own_loss=loss)
@@ -185,12 +190,12 @@ def orthogonal_loss(options: OrthogonalLoss, model: ModelConfig) -> Balancer:
     source="SimBal (arXiv 2506.14038), the loss L_orth and its listing in the appendix; weight 0.1",
 )
 def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Balancer:
-    """SimBal: the sum of absolute entries, of the router's weight R.
+    """SimBal: makes the router's weight R orthonormal; ||.||_1 is the sum of absolute entries.
 
-    An orthonormal router keeps the angles between tokens, so that similar tokens go to similar experts, and no expert
-    is favoured by its length; loads are not seen. The paper starts from an orthogonal router, and finds little
-    difference between weights of 0.01, 0.1 and 1. It reads nothing but the router's weight, so it is the same however
-    a batch is split.
+    An orthonormal router preserves the angles between tokens, so that similar tokens go to similar experts, and favours
+    no expert by the length of its row. The loss ignores loads. The paper starts from an orthogonal router, and finds
+    little difference between weights of 0.01, 0.1 and 1. Only the router's weight enters, so the loss does not depend
+    on how a batch is split.
     """
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
@@ -205,15 +210,15 @@ def similarity_loss(options: SimilarityLoss, model: ModelConfig) -> Balancer:
     source="this project, after ReMoE (arXiv 2412.14711) eq. 7; MaxVio: Loss-Free Balancing (2408.15664) eq. 4",
 )
 def target_violation(options: TargetViolation, model: ModelConfig) -> Balancer:
-    """Held balance, where factor multiplies another loss.
+    """Holds balance at a target by a factor on the weight of another loss.
 
-    Methods can be compared at the same balance only if their strength is what gives it. After every step the weight
-    of the loss labelled `controls` rises where the step's MaxVio over the experts that compute was above the target,
-    and falls where it was below; the factor starts at 1 and stays between 1 / limit and limit. A target below what
-    sampling alone makes of a step's loads cannot be held: the factor then stays at its limit.
+    It lets losses be compared at the same balance. After every step, the weight of the loss labelled `controls` rises
+    if the step's MaxVio over the experts that compute was above the target, and falls if it was below. The factor
+    starts at 1 and stays between 1 / limit and limit. A target below the MaxVio that random sampling alone causes
+    cannot be held: the factor then stays at its limit.
 
-    In the spirit of ReMoE's adaptive coefficient, lambda x alpha^sign(target sparsity - sparsity), with the size of
-    the error instead of its sign alone, so that the weight comes to rest, and with balance instead of sparsity.
+    Similar to ReMoE's adaptive coefficient, lambda x alpha^sign(target sparsity - sparsity), but with the size of the
+    error instead of only its sign, so that the weight converges, and with balance instead of sparsity.
     """
     limit = math.log(options.limit)
 
@@ -233,17 +238,17 @@ def target_violation(options: TargetViolation, model: ModelConfig) -> Balancer:
 
 
 def squared_variation(sums: Float32[Array, "experts"]) -> Float32[Array, ""]:
-    """The square of standard deviation over mean; 0 where the mean is."""
+    """The square of the standard deviation over the mean; 0 where the mean is 0."""
     mean = sums.mean()
-    some = mean > 1e-30  # gates that underflow would have infinite gradients
+    some = mean > SMALLEST_MEAN
     relative = sums / jnp.where(some, mean, 1.0)
     return jnp.where(some, ((relative - 1.0) ** 2).mean(), 0.0)
 
 
 class Groups(NamedTuple):
-    """What an auxiliary loss balances: `number` groups of consecutive experts, of `num_experts` that compute.
+    """The groups that an auxiliary loss balances: `number` groups of consecutive experts of `num_experts` that compute.
 
-    most: the most groups a token may visit where visits are balanced, 0 where slots are.
+    most: where visits are balanced, the largest number of groups that a token may visit; 0 where slots are balanced.
     """
 
     num_experts: int
@@ -252,7 +257,7 @@ class Groups(NamedTuple):
 
     @property
     def num_counts(self) -> int:
-        """Visits have one count more than groups, of the tokens themselves: f is relative to it."""
+        """The number of counts; for visits one more than groups, the count of tokens to which f is relative."""
         return self.number + (self.most > 0)
 
 
@@ -268,7 +273,7 @@ def _groups(options: AuxLoss, model: ModelConfig, routing: Routing) -> Groups:
 
 
 def _counted_ids(options: AuxLoss, groups: Groups, routing: Routing) -> Int32[Array, "tokens slots"]:
-    """What f counts of every token: ids of groups, `groups.num_counts` for nothing."""
+    """The ids of the groups that f counts for every token; `groups.num_counts` is counted nowhere."""
     ids = routing.expert_ids
     if options.counts == "unbiased":
         ids = best(routing.scores, ids.shape[1])
@@ -278,7 +283,7 @@ def _counted_ids(options: AuxLoss, groups: Groups, routing: Routing) -> Int32[Ar
 
 
 def _visits(groups: Groups, group_ids: Array, is_token: Array) -> Int32[Array, "tokens columns"]:
-    """Each group that a token visits, once, and group `number` for the token itself."""
+    """The ids of the groups that a token visits, each once, then id `groups.number` to count the token itself."""
     each = jnp.arange(groups.number, dtype=jnp.int32)[None]
     visited = jax.nn.one_hot(group_ids, groups.number, dtype=bool).any(1)
     ids = jnp.where(visited, each, groups.num_counts)
@@ -298,10 +303,11 @@ def _summed(groups: Groups, values: Shaped[Array, "*rest experts"]) -> Shaped[Ar
 
 
 def _frequencies(groups: Groups, counts: Int32[Array, "*rows counts"]) -> Float32[Array, "*rows groups"]:
-    """f: of slots relative to an equal share of them, of visits to an equal share of the most there can be."""
+    """f: slots relative to an equal share of all, or visits relative to an equal share of the most possible."""
     if not groups.most:
         return relative_counts(counts)
-    visits, tokens = counts[..., :-1].astype(jnp.float32), counts[..., -1:].astype(jnp.float32)
+    visits = counts[..., :-1].astype(jnp.float32)
+    tokens = counts[..., -1:].astype(jnp.float32)
     return groups.number * visits / (groups.most * jnp.maximum(tokens, 1.0))
 
 
@@ -318,26 +324,29 @@ def _sequence_value(
 
 
 def _by_row(tokens: Tokens, ids: Array, scores: Array, num_counts: int) -> tuple[Array, Array]:
-    """For every row how often each id occurs, int32 [B, C], and the sum of its scores [B, G]."""
+    """For every row, the count of each id, int32 [B, C], and the sum of its scores, float32 [B, G]."""
     num_tokens = scores.shape[0]
-    if tokens.rows is not None:  # no scatter over the whole batch, which may lie on many devices
+    if tokens.rows is not None:  # no scatter over the whole batch, which may be sharded over many devices
         num_rows = tokens.rows.count
         return counts_by_row(ids, num_rows, num_counts), scores.reshape(num_rows, -1, scores.shape[1]).sum(1)
     row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
-    # a batch has at most as many rows as tokens, so [T, C] is always room enough
+    # a batch has at most as many rows as tokens, so [T, C] is always large enough
     counts = jnp.zeros((num_tokens, num_counts + 1), jnp.int32).at[row[:, None], ids].add(1)[:, :-1]
     return counts, jax.ops.segment_sum(scores, row, num_segments=num_tokens)
 
 
 def _kth_excluding(values: Float32[Array, "tokens choices"], k: int) -> Float32[Array, "tokens choices"]:
-    """For every column of a row the k-th largest of the others: one of the row's own k best has the next to pass."""
+    """For every column of a row, the k-th largest value of the other columns.
+
+    That is the row's k-th largest value, or the next one for a column which is itself among the k largest.
+    """
     order = best(values, k + 1)
     kth, following = (_at(values, order[:, i])[:, None] for i in (k - 1, k))
     return jnp.where(values >= kth, following, kth)
 
 
 def _at(values: Float32[Array, "tokens choices"], ids: Int32[Array, "tokens"]) -> Float32[Array, "tokens"]:
-    """Each row's value at its id; a sum, whose gradient stays where the rows are, as a gather's might not."""
+    """Each row's value at its id, as a sum, because its gradient keeps the sharding of the rows; a gather's may not."""
     return jnp.where(jax.nn.one_hot(ids, values.shape[1], dtype=bool), values, 0.0).sum(1)
 
 

@@ -1,7 +1,7 @@
-"""Measures of balance, of choice and of interference: pure functions, the same for every method.
+"""Measures of balance, of the experts chosen and of the auxiliary loss: pure functions, the same for every method.
 
-Loads are token copies per expert, any integer dtype, with experts last; leading dimensions (layers) stay. numpy and
-jax arrays alike, so that training, evaluation and simulation report the same numbers under the same names.
+Loads are token copies per expert, any integer dtype, with experts last; leading dimensions (layers) are kept. Arrays
+may be numpy's or jax's, so that training, evaluation and simulation report the same numbers under the same names.
 
 Legend: T tokens, K top_k, S slots, E experts, L layers, B sequences, D domains.
 """
@@ -16,28 +16,35 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax.routing import Routing, normalized_scores
 
-STARVED = 0.1  # of the mean load: an expert with less has next to nothing to learn from
+STARVED = 0.1  # of the mean load: an expert with less gets almost no gradient
+
+# of `violation_floor`
+BINS = 64  # ranges of loads over which the probabilities are summed
+BINS_PER_STD = 6.0  # at most this many to a standard deviation, and never narrower than one copy
+ROUNDING = 1e-6  # relative: a mean load that rounding puts just above an integer is not rounded up
+SMALLEST_REST = 1e-6  # keeps a denominator above 0 where a load is all tokens
 
 
 # --- loads ----------------------------------------------------------------------------------------------------
 
 
 def of_loads(loads: Any, num_real_experts: int, num_tokens: Any = None, top_k: Any = None) -> dict[str, Any]:
-    """Every number that loads give, under the names they are logged by.
+    """Every measure that is computed from loads, under its name in the log.
 
-    Means over layers, but for those named `_worst` and `max_expert_share`, which are of the worst layer, and
-    `dead_experts`, a count over all layers.
+    Means over layers, except for the names with `_worst` and `max_expert_share`, which are of the worst layer, and
+    `dead_experts`, which is summed over layers.
 
     Args:
         loads: int [L, E].
-        num_real_experts: the first so many columns count; zero-computation experts come after them.
-        num_tokens: how many valid tokens made these loads: adds `violation_floor`. Scalar; may be traced.
-        top_k: copies a token; None measures them, as the real experts' loads over the tokens.
+        num_real_experts: only this many first columns are measured; zero-computation experts come after them.
+        num_tokens: how many valid tokens were routed; adds `violation_floor`. Scalar; may be traced.
+        top_k: copies per token; None computes it from the real experts' loads and the number of tokens.
 
     Returns:
-        name -> scalar, float32 or (dead_experts) int.
+        name -> scalar, float32, or int for dead_experts.
     """
-    xp, loads = loads.__array_namespace__(), loads[..., :num_real_experts]
+    xp = loads.__array_namespace__()
+    loads = loads[..., :num_real_experts]
     measured = {
         "load_cv": coefficient_of_variation(loads),
         "load_entropy": load_entropy(loads),
@@ -67,7 +74,7 @@ def violations(loads: Any) -> dict[str, Any]:
 
 
 def over_layers(values: dict[str, Any]) -> dict[str, Any]:
-    """The mean of each over the layers [L] and, named `_worst`, the one farthest from 0."""
+    """The mean of each value over the layers [L] and, with `_worst` added to its name, the value farthest from 0."""
     xp = next(iter(values.values())).__array_namespace__()
     means = {name: xp.mean(value) for name, value in values.items()}
     worst = {f"{name}_worst": (xp.min if "min_" in name else xp.max)(value) for name, value in values.items()}
@@ -112,7 +119,7 @@ def coefficient_of_variation(loads: Any) -> Any:
 
 
 def load_entropy(loads: Any) -> Any:
-    """Entropy of the load shares over log E: 1 is uniform, 0 one expert only. float32 [...]."""
+    """Entropy of the load shares, divided by log E: 1 if uniform, 0 if one expert has everything. float32 [...]."""
     xp = loads.__array_namespace__()
     if loads.shape[-1] == 1:
         return xp.ones(loads.shape[:-1], dtype=jnp.float32)
@@ -121,41 +128,42 @@ def load_entropy(loads: Any) -> Any:
 
 
 def effective_experts(loads: Any) -> Any:
-    """exp(entropy of the load shares): how many equally loaded experts are as even, 1 to E. float32 [...]."""
+    """exp(entropy of the load shares): how many equally loaded experts have this entropy, 1 to E. float32 [...]."""
     xp = loads.__array_namespace__()
     return xp.exp(_entropy(_shares(loads)))
 
 
 def gini(loads: Any) -> Any:
-    """The Gini coefficient sum_ij |F_i - F_j| / (2 E) of the shares F: 0 is uniform, 1 - 1 / E one expert only.
+    """The Gini coefficient sum_ij |F_i - F_j| / (2 E) of the shares F: 0 if uniform, 1 - 1 / E for one expert only.
 
-    Sorted, x_1 <= ... <= x_E: sum_i (2 i - E - 1) x_i / E. int [..., E] -> float32 [...].
+    Computed from the sorted shares x_1 <= ... <= x_E as sum_i (2 i - E - 1) x_i / E. int [..., E] -> float32 [...].
     """
-    xp, num_experts = loads.__array_namespace__(), loads.shape[-1]
+    xp = loads.__array_namespace__()
+    num_experts = loads.shape[-1]
     rank = 2 * xp.arange(1, num_experts + 1, dtype=jnp.float32) - (num_experts + 1)
     return xp.sum(xp.broadcast_to(rank, loads.shape) * xp.sort(_shares(loads), axis=-1), axis=-1) / num_experts
 
 
 def dead_experts(loads: Any) -> Any:
-    """How many experts had no token at all: int [...]."""
+    """The number of experts without a token: int [...]."""
     xp = loads.__array_namespace__()
     return xp.sum(loads == 0, axis=-1, dtype=jnp.int32)
 
 
 def starved_experts(loads: Any) -> Any:
-    """The share of experts with less than a tenth of the mean load, dead ones included: 0 to 1, float32 [...]."""
+    """The share of experts with less than `STARVED` of the mean load, dead ones included: 0 to 1, float32 [...]."""
     xp = loads.__array_namespace__()
     return xp.mean(xp.astype(_shares(loads) * loads.shape[-1] < STARVED, jnp.float32), axis=-1)
 
 
 def max_expert_share(loads: Any) -> Any:
-    """The share of all copies that the busiest expert has: 1 / E to 1, float32 [...]."""
+    """The busiest expert's share of all copies: 1 / E to 1, float32 [...]."""
     xp = loads.__array_namespace__()
     return xp.max(_shares(loads), axis=-1)
 
 
 def device_violation(loads: Any, num_devices: int) -> Any:
-    """MaxVio of groups of E / num_devices consecutive experts, as if each lay on a device: 0 to num_devices - 1.
+    """MaxVio of groups of E / num_devices consecutive experts, as if each were on a device: 0 to num_devices - 1.
 
     Raises:
         ValueError: num_devices does not divide E.
@@ -168,7 +176,7 @@ def device_violation(loads: Any, num_devices: int) -> Any:
 
 
 def sequence_violations(row_loads: Any) -> dict[str, Any]:
-    """The means over sequences of their own `violations`: float32 [...]; sequences without tokens do not count.
+    """The mean over sequences of each of their `violations`: float32 [...]; sequences without tokens do not count.
 
     Args:
         row_loads: int [..., B, E], the loads of each sequence.
@@ -177,7 +185,7 @@ def sequence_violations(row_loads: Any) -> dict[str, Any]:
 
 
 def sequence_floor(row_loads: Any, top_k: Any) -> Any:
-    """The max of `sequence_violations` under uniform random choice: the `violation_floor` of each sequence's tokens."""
+    """The mean over sequences of the `violation_floor` of their tokens: their expected MaxVio under random choice."""
     xp = row_loads.__array_namespace__()
     copies, per_token = (xp.asarray(n, dtype=jnp.float32) for n in (xp.sum(row_loads, axis=-1), top_k))
     floor = violation_floor(copies / per_token, per_token, row_loads.shape[-1])
@@ -206,30 +214,32 @@ def _entropy(share: Any) -> Any:
     return 0.0 - xp.sum(terms, axis=-1)
 
 
-# --- what chance alone gives ----------------------------------------------------------------------------------
+# --- the MaxVio of random choice ------------------------------------------------------------------------------
 
 
 def violation_floor(num_tokens: Any, top_k: Any, num_experts: int) -> Float32[Array, "..."]:
-    """The MaxVio to expect of a perfectly uniform router: each token picks K of E experts at random, on its own.
+    """The expected MaxVio of a uniform router: each token independently chooses K of E experts at random.
 
-    No balancing is better than this on a batch of so many tokens, and tokens of a text, which resemble each other,
-    keep real batches above it. A load is binomial(T, K / E), by Camp and Paulson's normal score z; the loads add up
-    to T K, so that their scores correlate by -1 / (E - 1) and E of them all stay below m with the probability
-    Phi(z(m) sqrt((E - 1) / E))^E. The largest load's mean is the sum over m of the probability that one is above.
+    A balanced router is not expected to do better on a batch of this many tokens, and real batches stay above it,
+    because tokens of a text resemble each other. Each load is binomial(T, K / E), approximated by Camp and Paulson's
+    normal score z. The loads add up to T K, so their scores have the correlation -1 / (E - 1), and all E loads are at
+    most m with the probability Phi(z(m) sqrt((E - 1) / E))^E. The mean of the largest load is the sum over m of the
+    probability that it is above m.
 
-    Within 1 % of simulation where the mean load is 4 or more, 3 % at 1, 8 % at 1/4 (of 256 experts).
+    Within 1 % of simulation for a mean load of 4 or more, 3 % at 1, 8 % at 1/4 (with 256 experts).
 
     Args:
-        num_tokens: T, a number or array, may be traced; 0 gives 0.
-        top_k: K, 1 to E, or copies a token where that is no constant; broadcasts against T.
+        num_tokens: T, a number or array, may be traced; the result is 0 where it is 0.
+        top_k: K, 1 to E, or the mean number of copies per token; broadcasts against T.
         num_experts: E.
 
     Returns:
         float32 of T's and K's joint shape, 0 to E - 1; 0 where K is E.
 
-    Source: Camp (1951) and Paulson (1942) for the score; the rest is ours.
+    Source: Camp (1951) and Paulson (1942) for the score; the rest is this project's.
     """
-    tokens, top_k = jnp.asarray(num_tokens, jnp.float32), jnp.asarray(top_k, jnp.float32)
+    tokens = jnp.asarray(num_tokens, jnp.float32)
+    top_k = jnp.asarray(top_k, jnp.float32)
     if num_experts == 1:
         return jnp.zeros(jnp.broadcast_shapes(tokens.shape, top_k.shape), jnp.float32)
     return _violation_floor(tokens, top_k, num_experts)
@@ -237,12 +247,14 @@ def violation_floor(num_tokens: Any, top_k: Any, num_experts: int) -> Float32[Ar
 
 @functools.partial(jax.jit, static_argnums=2)
 def _violation_floor(tokens: Array, top_k: Array, num_experts: int) -> Array:
-    chosen, some = top_k / num_experts, (tokens > 0) & (top_k > 0) & (top_k < num_experts)
-    tokens, p = jnp.where(some, tokens, 1.0)[..., None], jnp.where(some, chosen, 0.5)[..., None]
+    chosen = top_k / num_experts
+    some = (tokens > 0) & (top_k > 0) & (top_k < num_experts)
+    tokens = jnp.where(some, tokens, 1.0)[..., None]
+    p = jnp.where(some, chosen, 0.5)[..., None]
     mean = tokens * p
-    first = jnp.ceil(mean * (1.0 - 1e-6))  # the largest load is never below the mean
-    width = jnp.maximum(1.0, jnp.sqrt(mean * (1.0 - p)) / 6.0)  # loads lumped together where they are many
-    number = jax.lax.broadcasted_iota(jnp.float32, (*mean.shape[:-1], 64), mean.ndim - 1)
+    first = jnp.ceil(mean * (1.0 - ROUNDING))  # the largest load is never below the mean
+    width = jnp.maximum(1.0, jnp.sqrt(mean * (1.0 - p)) / BINS_PER_STD)  # several loads to a bin where they are many
+    number = jax.lax.broadcasted_iota(jnp.float32, (*mean.shape[:-1], BINS), mean.ndim - 1)
     load = first + width * number + (width - 1.0) / 2.0
     score = _binomial_score(load, tokens, p) * math.sqrt(1.0 - 1.0 / num_experts)
     below = jnp.where(load < tokens, jax.scipy.special.ndtr(score) ** num_experts, 1.0)
@@ -251,9 +263,10 @@ def _violation_floor(tokens: Array, top_k: Array, num_experts: int) -> Array:
 
 
 def _binomial_score(load: Array, tokens: Array, p: Array) -> Array:
-    """z with Phi(z) = P(binomial(tokens, p) <= load), nearly: the cube root of an F ratio is almost normal."""
-    rest = jnp.maximum(tokens - load, 1e-6)
-    a, b = 1.0 / (9.0 * rest), 1.0 / (9.0 * (load + 1.0))
+    """z with Phi(z) close to P(binomial(tokens, p) <= load), because the cube root of an F ratio is nearly normal."""
+    rest = jnp.maximum(tokens - load, SMALLEST_REST)
+    a = 1.0 / (9.0 * rest)
+    b = 1.0 / (9.0 * (load + 1.0))
     root = jnp.cbrt((load + 1.0) * (1.0 - p) / (rest * p))
     return ((1.0 - b) * root - (1.0 - a)) / jnp.sqrt(b * root**2 + a)
 
@@ -262,9 +275,9 @@ def _binomial_score(load: Array, tokens: Array, p: Array) -> Array:
 
 
 def bias_range(bias: Any) -> Any:
-    """Largest minus smallest bias: float32 [...]; selection only sees differences.
+    """The largest minus the smallest bias, float32 [...]; selection depends only on differences.
 
-    With a bias for each class of tokens, [..., C, E], one range a class: a token sees those of its own class only.
+    With a bias for each class of tokens, [..., C, E], the result has one range per class.
     """
     xp = bias.__array_namespace__()
     return xp.max(bias, axis=-1) - xp.min(bias, axis=-1)
@@ -283,9 +296,9 @@ def bias_std(bias: Any) -> Any:
 
 
 def flip_rate(direction_before: Any, direction_after: Any) -> Any:
-    """The share of the biases that moved whose move turned round: up in one and down in the next, or the reverse.
+    """Of the biases that moved in two consecutive steps, the share that changed direction.
 
-    1 is a bias that only chatters around its place, 0 one that still travels, or rests.
+    1 if every bias only oscillates, 0 if all move on in one direction or none moves.
 
     Args:
         direction_before, direction_after: signs of two consecutive moves, int8 [..., E].
@@ -294,20 +307,19 @@ def flip_rate(direction_before: Any, direction_after: Any) -> Any:
         float32 [...], 0 to 1.
     """
     xp = direction_before.__array_namespace__()
-    turned = direction_before * direction_after < 0
-    moved = direction_before * direction_after != 0
-    counts = xp.sum(turned, axis=-1), xp.maximum(xp.sum(moved, axis=-1), 1)
-    return xp.astype(counts[0], jnp.float32) / xp.astype(counts[1], jnp.float32)
+    turned = xp.sum(direction_before * direction_after < 0, axis=-1)
+    moved = xp.sum(direction_before * direction_after != 0, axis=-1)
+    return xp.astype(turned, jnp.float32) / xp.astype(xp.maximum(moved, 1), jnp.float32)
 
 
-# --- the choices ----------------------------------------------------------------------------------------------
+# --- the chosen experts ---------------------------------------------------------------------------------------
 
 
 def decisions_changed(ids: Any, other_ids: Any, num_experts: int, mask: Any = None) -> Any:
-    """The share of the decisions `ids` that `other_ids` does not make: 0 (none) to 1, float32 [...].
+    """The share of the decisions `ids` that are not in `other_ids`: 0 to 1, float32 [...].
 
-    Of the biased ids against the best k unbiased scores: how much the bias changes. Of this step's ids against
-    those under the next bias: churn. The order within a token does not matter. 0 where nothing is chosen.
+    With the biased ids against the best k unbiased scores, it measures how much the bias changes. With a step's ids
+    against those under the next bias, it is churn. The order within a token does not matter. 0 if nothing is chosen.
 
     Args:
         ids: int [..., T, S]; num_experts or more is an empty slot.
@@ -329,13 +341,14 @@ def decisions_kept(ids: Any, other_ids: Any, num_experts: int, mask: Any = None)
 
 
 def saturation(ids_then: Any, ids_now: Any, num_experts: int) -> Any:
-    """Router saturation: the mean over tokens of |experts then and now| / K; 1 is a router that has settled.
+    """Router saturation: the mean over tokens of |experts then and now| / K; 1 if the router no longer changes.
 
     Args:
-        ids_then, ids_now: int [..., T, K], the same tokens routed early and at the end; num_experts is empty.
+        ids_then, ids_now: int [..., T, K], the same tokens routed early and at the end; num_experts is an empty slot.
+        num_experts: E.
 
     Returns:
-        float32 [...], 0 to 1; K / E by chance.
+        float32 [...], 0 to 1; K / E for random choices.
 
     Source: OLMoE (arXiv 2409.02060) sec. 5.1, as its run_moe_analysis.py computes it.
     """
@@ -343,9 +356,9 @@ def saturation(ids_then: Any, ids_now: Any, num_experts: int) -> Any:
 
 
 def mutual_information(loads: Any) -> Any:
-    """I(expert; domain) in bits: what the expert of a copy tells about its domain. 0 to log2 min(D, E), float32 [...].
+    """I(expert; domain) in bits, between the expert of a copy and its domain: 0 to log2 min(D, E), float32 [...].
 
-    Few copies look like information: independence gives about (D - 1)(E - 1) / (2 ln 2 N) bits for N copies.
+    Biased upwards for few copies: if independent, it is about (D - 1)(E - 1) / (2 ln 2 N) bits for N copies.
 
     Args:
         loads: int [..., D, E], by domain.
@@ -353,19 +366,19 @@ def mutual_information(loads: Any) -> Any:
     xp = loads.__array_namespace__()
     total = xp.maximum(xp.sum(loads, axis=(-2, -1), keepdims=True), 1)
     joint = xp.astype(loads, jnp.float32) / xp.astype(total, jnp.float32)
-    apart = xp.sum(joint, axis=-1, keepdims=True) * xp.sum(joint, axis=-2, keepdims=True)
-    ratio = xp.where(joint > 0, joint / xp.where(joint > 0, apart, 1.0), 1.0)
+    independent = xp.sum(joint, axis=-1, keepdims=True) * xp.sum(joint, axis=-2, keepdims=True)
+    ratio = xp.where(joint > 0, joint / xp.where(joint > 0, independent, 1.0), 1.0)
     return xp.maximum(xp.sum(joint * xp.log2(ratio), axis=(-2, -1)), 0.0)
 
 
-# --- the auxiliary loss, and what it does to the gradient -----------------------------------------------------
+# --- the auxiliary loss ---------------------------------------------------------------------------------------
 
 
 def aux_loss_value(routing: Routing, num_experts: int | None = None) -> Float32[Array, ""]:
-    """The expert-level auxiliary loss of this micro-batch, weight 1, scores normalised: 1.0 at balance.
+    """The expert-level auxiliary loss of this micro-batch, with weight 1 and normalised scores: 1.0 at balance.
 
-    Of the first `num_experts`, where zero-computation experts come after them. Measured without back-propagation, so
-    that methods which do not use it can be compared by it.
+    Over the first `num_experts`, if zero-computation experts come after them. It is a measure, without
+    back-propagation, by which methods that do not use the loss can be compared too.
     """
     logits, scores, loads = (a[..., :num_experts] for a in (routing.logits, routing.scores, routing.loads))
     routing = routing._replace(logits=logits, scores=scores, loads=loads)
@@ -373,12 +386,12 @@ def aux_loss_value(routing: Routing, num_experts: int | None = None) -> Float32[
 
 
 def relative_counts(counts: Int32[Array, "*rows experts"]) -> Float32[Array, "*rows experts"]:
-    """f_i = E x counts_i / sum counts, 1 at balance; 0 without any count."""
+    """f_i = E x counts_i / sum of counts, 1 at balance; 0 if all counts are 0."""
     total = counts.sum(-1, keepdims=True).astype(jnp.float32)
     return counts.shape[-1] * counts.astype(jnp.float32) / jnp.maximum(total, 1.0)
 
 
 def mean_over_tokens(values: Float32[Array, "tokens columns"], routing: Routing) -> Float32[Array, "columns"]:
-    """The mean over valid tokens; 0 if there is none."""
+    """The mean over the valid tokens; 0 if there is none."""
     weight = routing.is_token.astype(jnp.float32)
     return (weight[:, None] * values).sum(0) / jnp.maximum(weight.sum(), 1.0)

@@ -1,7 +1,7 @@
-"""The balancing protocol: a method is a few pure functions, and several methods chained by label are one again.
+"""The balancing protocol: a method is a few pure functions, and several methods chained by label are again a method.
 
-As in optax, whatever takes a method takes a composition of methods too. A method sees one MoE layer, and in it only
-what is its own; `loads` and `bias` are shared. Nothing is mutated in the forward pass.
+As in optax, a composition of methods has the type of a method. A method sees one MoE layer, and only its own state and
+statistics there; `loads` and `bias` are shared. The forward pass mutates nothing.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
-from moe_jax.config.balance import at_most_one
+from moe_jax.config.balance_rules import at_most_one
 from moe_jax.routing import Routing
 
 State = dict[str, Any]  # {"bias": float32 [E] or [C, E], <label>: own state}
@@ -20,10 +20,10 @@ Statistics = dict[str, Any]  # {"loads": int32 [E], <label>: own statistics}
 
 
 class Seen(NamedTuple):
-    """What a method sees of its layer. E counts zero-computation experts too.
+    """The inputs of a method, from one layer. E includes zero-computation experts.
 
-    loads: of the optimizer step; float32 where they are smoothed. own: the method's own statistics of the step.
-    bias: the selection bias [E]. state: the method's own state. step: of the optimizer.
+    loads: those of the optimizer step; float32 if smoothed. own: the method's own statistics of the step.
+    bias: the selection bias [E]. state: the method's own state. step: the optimizer step.
     """
 
     loads: Shaped[Array, "experts"]
@@ -33,28 +33,28 @@ class Seen(NamedTuple):
     step: Any = 0
 
     def by(self, label: str) -> "Seen":
-        """What one method of a composition sees."""
+        """The inputs of one method of a composition."""
         return self._replace(own=self.own.get(label), state=self.state.get(label))
 
 
 class Balancer(NamedTuple):
-    """One way of balancing experts: the functions that a method has, the others left out.
+    """A balancing method as its functions; those that it does not need keep their defaults.
 
     own_state: (num_experts, layer) -> own state, a pytree of arrays.
     own_statistics: (Routing) -> own statistics, a pytree of arrays, ADDITIVE over micro-batches and shards.
     own_loss: (Routing, Seen, router_weight [D, E]) -> float32 [], or a dict of them; differentiable, averaged over the
         valid tokens of the Routing.
-    factors: (own state) -> {label: float32 []}, times the losses of other methods in the composition.
+    factors: (own state) -> {label: float32 []}, factors on the losses of other methods in the composition.
     own_update: (Seen) -> (bias, own state), once per optimizer step; only the method that owns the bias moves it.
-    initial_bias: (num_experts) -> the bias before step 0, of the method that owns it.
-    combine: (scores, bias) -> biased scores [T, E]; their sum if None.
+    initial_bias: (num_experts) -> the bias before step 0; only the method that owns the bias has it.
+    combine: (scores, bias) -> biased scores [T, E]; None is their sum.
     select: (scores, biased scores, *, top_k, tokens, key, train, state) -> int32 [T, S]; id == E is an empty slot.
-    inference: how a method that selects does so in evaluation: the "same", or by biased "top_k".
-    by_token: whether a token's experts in evaluation depend on that token alone, not on which others are with it.
-    drop: (Routing, own state, key, train) -> bool [T, S], the copies that travel; loads count the others too.
+    inference: how a selector routes in evaluation: the "same" way, or by biased "top_k".
+    by_token: whether a token's experts in evaluation depend on that token alone, not on the other tokens in the batch.
+    drop: (Routing, own state, key, train) -> bool [T, S], False for dropped copies, which loads still count.
 
-    A composition's own state, statistics and losses are dicts by label. Its four verbs `init`, `observe`, `losses` and
-    `update` put beside them what the methods share, and are what a train step calls.
+    A composition's own state, statistics and losses are dicts by label. A train step calls the methods `init`,
+    `observe`, `losses` and `update`, which add the shared entries to those dicts.
     """
 
     own_state: Callable[[int, Any], Any] = lambda num_experts, layer: None
@@ -78,14 +78,14 @@ class Balancer(NamedTuple):
         return {"bias": bias, "direction": jnp.zeros(bias.shape, jnp.int8)} | own
 
     def observe(self, routing: Routing) -> Statistics:
-        """What a forward pass adds to the statistics of the step; always has `loads` int32 [E]."""
+        """The statistics of one forward pass, which are summed over the step; always with `loads`, int32 [E]."""
         return jax.lax.stop_gradient({"loads": routing.loads} | self.own_statistics(routing))
 
     def losses(
         self, routing: Routing, statistics: Statistics, state: State, router_weight: Float32[Array, "embed experts"]
     ) -> dict[str, Any]:
         """The losses by label, float32 [] each, from the statistics of the whole optimizer step."""
-        assert self.own_loss is not None, "a composition has losses, if none of them"
+        assert self.own_loss is not None, "a composition always has own_loss, which may return no loss"
         return self.own_loss(routing, Seen(statistics["loads"], statistics, state["bias"], state), router_weight)
 
     def loss(self, routing: Routing, statistics: Statistics, state: State, router_weight: Array) -> Float32[Array, ""]:
@@ -94,7 +94,7 @@ class Balancer(NamedTuple):
         return sum(losses, jnp.zeros((), jnp.float32))
 
     def update(self, statistics: Statistics, state: State, step: Array) -> State:
-        """A layer's state after an optimizer step; one without tokens teaches nothing."""
+        """A layer's state after an optimizer step; a step without tokens leaves it unchanged."""
         loads = statistics["loads"]
         bias, own = self.own_update(Seen(loads, statistics, state["bias"], state, step))
         new = {**state, **own, "bias": bias}
@@ -104,10 +104,10 @@ class Balancer(NamedTuple):
 
 
 def chain(methods: Mapping[str, Balancer]) -> Balancer:
-    """The methods as one, each with its own state, statistics and loss under its label; their order never matters.
+    """Combine methods into one, each with its own state, statistics and loss under its label, in any order.
 
     Raises:
-        ValueError: two methods both own the bias, select, drop or combine.
+        ValueError: more than one method owns the bias, selects, drops or combines.
     """
     owner = _only(methods, "initial_bias", "own the bias")
     selector = _only(methods, "select", "select experts")
@@ -129,17 +129,17 @@ def chain(methods: Mapping[str, Balancer]) -> Balancer:
 
 
 def zeros(num_experts: int, layer: Any = 0) -> Float32[Array, "experts"]:
-    """Where a bias, or an own state of one number per expert, mostly starts."""
+    """Zeros [E]: the usual initial bias, or initial own state with one number per expert."""
     return jnp.zeros(num_experts, jnp.float32)
 
 
 def choose(condition: Array, new: Any, old: Any) -> Any:
-    """Leaf by leaf `new` where the condition holds, else `old`."""
+    """The leaves of `new` if the condition is true, otherwise those of `old`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _only(methods: Mapping[str, Balancer], function: str, what: str) -> str:
-    """The label of the one method that has the function, or ""."""
+    """The label of the only method that has the function, or ""."""
     found = [label for label, m in methods.items() if getattr(m, function) is not None]
     at_most_one(what, found)
     return "".join(found)
@@ -197,5 +197,5 @@ def _drop(label: str, method: Balancer, routing: Routing, state: State, key: Arr
 
 
 def _present(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the methods that keep nothing, so that a pytree holds arrays only."""
+    """The entries that are not None, so that a pytree contains only arrays."""
     return {label: value for label, value in tree.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Methods by name: `config.balance` becomes one Balancer."""
+"""The registry of methods by name, and `make`, which turns `config.balance` into one Balancer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ Build = Callable[[Any, ModelConfig], Balancer]
 
 
 class Entry(NamedTuple):
-    """A method: how its Balancer is built, its equations, of which "; " parts several, and where it is from."""
+    """A method: the function that builds its Balancer, its equations, separated by "; ", and its source."""
 
     build: Build
     equation: str
@@ -23,7 +23,7 @@ REGISTRY: dict[str, Entry] = {}
 
 
 def register(name: str, *, equation: str, source: str) -> Callable[[Build], Build]:
-    """Decorator: `name` in a config builds its Balancer by the decorated function of (options, model config)."""
+    """Decorator that registers a function (options, model config) -> Balancer as the method `name`."""
     assert name in BALANCE_METHODS, f"{name} needs an options dataclass in moe_jax.config.balance.BALANCE_METHODS"
 
     def add(build: Build) -> Build:
@@ -41,12 +41,12 @@ def names() -> tuple[str, ...]:
 def make(
     mapping: Mapping[str, Any] | tuple[BalanceEntry, ...] | None = None, model: ModelConfig = ModelConfig()
 ) -> Balancer:
-    """The composition that `config.balance` names; `make({})` does not balance, but counts loads.
+    """Build the composition that `config.balance` describes; `make({})` does not balance, but counts loads.
 
     Args:
-        mapping: label -> options, as `dict(bias_sign=dict(rate=1e-3), aux_loss=dict(weight=1e-4))`; the
-            label is the method's name, or any word with `method=` when one kind appears twice.
-        model: what some methods must know: groups, zero experts, the vocabulary.
+        mapping: label -> options, such as `dict(bias_sign=dict(rate=1e-3), aux_loss=dict(weight=1e-4))`; the
+            label is the method's name, or any word with `method=`, so that one method can appear twice.
+        model: the model's config, from which some methods take groups, zero-computation experts or the vocabulary.
 
     Raises:
         ValueError: an unknown method or option, or two methods that both own the bias or both select.
@@ -56,17 +56,17 @@ def make(
 
 
 def needs_step_statistics(entries: tuple[BalanceEntry, ...]) -> bool:
-    """True if a loss reads the statistics of the whole optimizer step, so that accumulation must count first."""
+    """Whether a loss reads the statistics of the whole optimizer step, so that accumulation must count first."""
     return any(getattr(e.options, "scope", None) == "global" for e in entries)
 
 
 def needs_running_statistics(entries: tuple[BalanceEntry, ...]) -> bool:
-    """True if a loss reads the statistics of the micro-batches so far."""
+    """Whether a loss reads the statistics of the micro-batches so far."""
     return any(getattr(e.options, "scope", None) == "global_running" for e in entries)
 
 
 def _wrapped(method: Balancer, options: Any) -> Balancer:
-    """The method under the options that all share."""
+    """The method wrapped according to the options that many methods share."""
     if getattr(options, "ema", 0.0) and isinstance(options, BiasOptions):
         method = wrappers.smoothed(method, options.ema)
     if getattr(options, "num_classes", 1) > 1:

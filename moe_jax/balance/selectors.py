@@ -1,6 +1,6 @@
-"""Methods that choose experts otherwise than by the k best biased scores, and the one that drops copies.
+"""Methods that choose experts other than by the k best biased scores, and a method that drops copies.
 
-A selector's ids are int32 [T, S]; id == E is an empty slot. Padding is chosen by nobody and influences nobody.
+A selector's ids are int32 [T, S]; id == E is an empty slot. Padding is never chosen and never affects a choice.
 """
 
 import heapq
@@ -26,11 +26,12 @@ from moe_jax.routing import Routing, Tokens, best, count
     source="arXiv 2202.09368 eq. 1, whose c is capacity_factor k; the leak: arXiv 2408.15664, section 5.2",
 )
 def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
-    """Expert Choice: an expert takes its C best tokens.
+    """Expert Choice: each expert takes its C best tokens.
 
-    T are the valid tokens among which an expert chooses: those of the micro-batch, or of each sequence apart. Loads
-    are equal at once; a token has 0 to E experts (so E slots), equal scores go to the earlier token. It is not causal:
-    whether a token is chosen depends on later ones (`leak_bits`), so evaluation routes by top-k instead.
+    T is the number of valid tokens from which an expert chooses: those of the micro-batch, or of each sequence
+    separately. Loads are equal from the first step; a token has 0 to E experts (so S = E), and of equal scores the
+    earlier token wins. It is not causal: whether a token is chosen depends on later ones (`leak_bits`), so evaluation
+    routes by top-k instead.
     """
 
     def choose(scores: Array, valid: Array, row: Array, num_rows: int, top_k: int) -> Bool[Array, "tokens experts"]:
@@ -43,8 +44,9 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
         return valid[:, None] & (rank.reshape(scores.shape) < capacity[row][:, None])
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens experts"]:
-        scores, valid = lax.stop_gradient(scores), tokens.valid(len(scores))
-        if options.scope == "sequence" and tokens.rows is not None:  # apart from each other, so rows stay in place
+        scores = lax.stop_gradient(scores)
+        valid = tokens.valid(len(scores))
+        if options.scope == "sequence" and tokens.rows is not None:  # a vmap, so that sharded rows stay in place
             rows = tokens.rows.count
             alone = jnp.zeros(len(scores) // rows, jnp.int32)
             split = scores.reshape(rows, -1, scores.shape[1]), valid.reshape(rows, -1)
@@ -62,17 +64,17 @@ def expert_choice(options: ExpertChoice, model: ModelConfig) -> Balancer:
     "sinkhorn",
     equation="top-k of u_t s_tj v_j",
     source=(
-        "Megatron-LM's `sinkhorn`, which iterates until v stands still; Sinkhorn-BASE (arXiv 2202.01169), which "
+        "Megatron-LM's `sinkhorn`, which iterates until v converges; Sinkhorn-BASE (arXiv 2202.01169), which "
         "relaxes the linear assignment of BASE layers (2103.16716)"
     ),
 )
 def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Balancer:
-    """Sinkhorn, where u and v give every token the mass 1/T and every expert 1/E.
+    """Sinkhorn: factors u and v give every token the mass 1/T and every expert the mass 1/E.
 
-    `iterations` rounds of u, then v, from v = 1, by logarithms. The factor u_t ranks nothing, so the choice is the
-    top-k of log s_tj + log v_j. The matrix s is exp(logits), found back from the scores (up to u, for softmax). It is
-    not causal, for v is of the whole micro-batch, so evaluation routes by top-k instead. No gradient passes u and v;
-    gates are the scores.
+    Starting from v = 1, each of `iterations` rounds computes u, then v, as logarithms. The factor u_t does not affect
+    the ranking, so the choice is the top-k of log s_tj + log v_j. The matrix s is exp(logits), recovered from the
+    scores (up to u, for softmax). It is not causal, because v is computed from the whole micro-batch, so evaluation
+    routes by top-k instead. No gradient passes through u and v; gates are the scores.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -83,7 +85,7 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Balancer:
         def balance(_: Any, v: Float32[Array, "experts"]) -> Float32[Array, "experts"]:
             u = jnp.where(valid, -jax.nn.logsumexp(log_scores + v[None], axis=1), -jnp.inf)
             mass = jax.nn.logsumexp(log_scores + u[:, None], axis=0)
-            return jnp.where(valid.any(), -mass, 0.0)  # up to a constant, which ranks nothing
+            return jnp.where(valid.any(), -mass, 0.0)  # up to a constant, which does not affect the ranking
 
         v = lax.fori_loop(0, options.iterations, balance, jnp.zeros(num_experts, jnp.float32))
         return best(log_scores + v[None], top_k)
@@ -92,15 +94,15 @@ def sinkhorn(options: Sinkhorn, model: ModelConfig) -> Balancer:
 
 
 def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
-    """The logits that gave these scores, up to a constant of each token for softmax.
+    """The logits that gave these scores, for softmax up to a constant per token.
 
-    As far as float32 knows them: a sigmoid of 17 and more is 1, and a score below 1e-38 is taken for that.
+    Limited by float32: a sigmoid of 17 or more is 1, and a score below 1e-38 counts as 1e-38.
     """
     scores = jnp.maximum(scores, jnp.finfo(jnp.float32).tiny)
     if score == "sigmoid":
         return jnp.log(scores) - jnp.log(jnp.maximum(1.0 - scores, 2.0**-25))
     if score == "sqrt_softplus":
-        return jnp.log(jnp.expm1(jnp.clip(scores**2, 1e-30, 80.0)))
+        return jnp.log(jnp.expm1(jnp.clip(scores**2, 1e-30, 80.0)))  # so that expm1 is neither 0 nor infinite
     return jnp.log(scores)
 
 
@@ -110,13 +112,13 @@ def logits_of(scores: Float32[Array, "tokens experts"], score: str) -> Float32[A
     source="arXiv 2502.15451; the update as kexue.fm 11619 restates it",
 )
 def bip(options: Bip, model: ModelConfig) -> Balancer:
-    """BIP: q are the prices of a binary integer program over the micro-batch.
+    """BIP: q is the vector of prices of a binary integer program over the micro-batch.
 
     From q = 0, `iterations` times: p_t = max(0, (k+1)-th largest_j of s_tj - q_j), then
-    q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), T the valid tokens and kT/E rounded down: coordinate descent
-    in the dual of "at most k experts a token, at most kT/E tokens an expert, the highest sum of scores". Prices are
-    never negative, so they press crowded experts down but cannot lift starved ones. They are found before routing,
-    so it is not causal, and evaluation routes by top-k instead.
+    q_j = max(0, (kT/E + 1)-th largest_t of s_tj - p_t), with T the number of valid tokens and kT/E rounded down. This
+    is coordinate descent in the dual of "the highest sum of scores with at most k experts per token and at most kT/E
+    tokens per expert". Prices are never negative, so they lower crowded experts but cannot raise starved ones. They are
+    computed from the whole micro-batch, so the method is not causal, and evaluation routes by top-k instead.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -133,7 +135,7 @@ def bip(options: Bip, model: ModelConfig) -> Balancer:
         return best(scores - q[None], top_k)
 
     def nth_largest(values: Float32[Array, "items columns"], n: Array | int) -> Float32[Array, "columns"]:
-        """Of each column the value above which n lie, at least 0; 0 where there are no more than n."""
+        """The (n + 1)-th largest value of each column, or 0 if it is negative or there are at most n values."""
         falling = -jnp.sort(-values, axis=0)
         return jnp.maximum(jnp.take(falling, n, axis=0, mode="fill", fill_value=-jnp.inf), 0.0)
 
@@ -148,11 +150,11 @@ def bip(options: Bip, model: ModelConfig) -> Balancer:
 def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Balancer:
     """Expert Threshold: c_j is a moving average of expert choice's cutoffs.
 
-    The cutoff of a step is the score above which lie k T / E of expert j's scores, read from a histogram over [0, 1].
-    It moves the threshold for the next step, so this is causal expert choice: k experts a token on average, 0 to E
-    (or `slots`) for each, and evaluation routes the same. The bias is -c. All zero it says that no cutoff was seen:
-    then a token uses its k best scores, and the first cutoff becomes the threshold at once. (The paper instead warms
-    up by expert choice, which is not causal.)
+    The cutoff of a step is the score that k T / E of expert j's scores exceed, read from a histogram over [0, 1]. It
+    moves the threshold for the next step, so this is causal expert choice: k experts per token on average, 0 to E (or
+    `slots`) for each, and evaluation routes the same way. The bias is -c. While it is all zero, no cutoff has been
+    computed yet: a token uses its k best scores, and the first cutoff becomes the threshold as it is. (The paper
+    instead warms up by expert choice, which is not causal.)
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -180,13 +182,13 @@ def expert_threshold(options: ExpertThreshold, model: ModelConfig) -> Balancer:
 
 
 def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Array, "experts"]:
-    """Of each expert the score, 0 to 1, above which lie k T / E of its T scores: its 1 - k/E quantile.
+    """The 1 - k/E quantile of each expert's T scores: the score, 0 to 1, that k T / E of them exceed.
 
-    Scores are taken to lie evenly within a bin, so the value is right to a bin's width.
+    Scores are assumed to be uniform within a bin, so the result is exact to a bin's width.
     """
     num_experts, bins = histogram.shape
     target = top_k / num_experts * histogram.sum(1).astype(jnp.float32)
-    at_least = jnp.cumsum(histogram[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]  # how many lie in this bin or above
+    at_least = jnp.cumsum(histogram[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]  # counts of this bin and above
     reaches = at_least.astype(jnp.float32) >= target[:, None]
     place = jnp.maximum(reaches.sum(1, dtype=jnp.int32) - 1, 0)  # the highest bin that reaches the target
     here = (jnp.take_along_axis(a, place[:, None], axis=1)[:, 0] for a in (histogram, at_least))
@@ -200,12 +202,12 @@ def cutoffs(histogram: Int32[Array, "experts bins"], top_k: int) -> Float32[Arra
     source="Hash Layers (arXiv 2106.04426); DeepSeek-V4's `tid2eid` in the first layers",
 )
 def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
-    """Hash: a fixed table from token ids to k experts; gates stay learned.
+    """Hash: a fixed table from token ids to k experts; gates are still learned.
 
-    The table int32 [V, K] is state under "table". `init` gives each layer another one, in which all experts stand
-    equally often (to 1), as fits tokens of equal frequency; `balanced_table` makes one for given frequencies. Ids
-    from V on are taken modulo V. Without a state, expert i of a token is (id k + i) mod E. It is causal, and evaluation
-    routes the same.
+    The table int32 [V, K] is state under "table". `init` gives each layer a different one, in which the experts occur
+    equally often (to within 1), which suits tokens of equal frequency; `balanced_table` makes one for given
+    frequencies. Ids from V on are taken modulo V. Without a state, expert i of a token is (id k + i) mod E. It is
+    causal, and evaluation routes the same way.
 
     Raises:
         ValueError: the tokens have no ids.
@@ -229,10 +231,11 @@ def hash_routing(options: Hash, model: ModelConfig) -> Balancer:
 
 
 def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
-    """A table int32 [V, K] for `hash` whose experts have nearly equal loads under these token frequencies.
+    """A table int32 [V, K] for `hash` whose experts have nearly equal loads at these token frequencies.
 
-    Greedy: tokens by falling frequency, each to the K experts with the least load so far. Tokens that never occur are
-    spread as if each occurred half as often as the rarest. Where a token is more frequent than K / E no table balances.
+    Greedy: tokens are taken in order of falling frequency, and each gets the K experts with the least load so far.
+    Tokens that never occur are assigned as if each occurred half as often as the rarest. If a token's share of all
+    tokens is above K / E, no table can balance the loads.
 
     Args:
         frequencies: [V], counts or shares, at least 0.
@@ -245,14 +248,14 @@ def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0
     """
     weights = np.asarray(frequencies, np.float64)
     if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError("frequencies must be one finite number of at least 0 for every token id; count them anew.")
+        raise ValueError("frequencies must be one finite number of at least 0 for every token id; count them again.")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} must be from 1 to num_experts={num_experts}; change one.")
     seen = weights[weights > 0]
     weights = np.where(weights > 0, weights, seen.min() / 2 if len(seen) else 1.0)
     ties = np.random.default_rng(seed).random((len(weights), top_k))
     table = np.zeros((len(weights), top_k), np.int32)
-    least = [(0.0, float(expert), expert) for expert in range(num_experts)]  # a heap of (load, tie, expert)
+    least = [(0.0, float(expert), expert) for expert in range(num_experts)]  # a heap of (load, tie-break, expert)
     for token in np.argsort(-weights, kind="stable"):
         experts = [heapq.heappop(least) for _ in range(top_k)]
         table[token] = [expert for *_, expert in experts]
@@ -267,10 +270,10 @@ def balanced_table(frequencies: Any, num_experts: int, top_k: int, seed: int = 0
     source="a control, as Megatron-LM's --moe-router-force-load-balancing",
 )
 def random(options: Random, model: ModelConfig) -> Balancer:
-    """Random, drawn for every token: the control without any router.
+    """Random experts for every token: the control without a router.
 
-    Loads are those of a uniform router, the noise floor of max_violation. It is causal, and evaluation draws too, by
-    the key it is given.
+    Loads are those of a uniform router, the noise floor of max_violation. It is causal, and evaluation draws too, with
+    the key that it gets.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, key: Any, **_: Any) -> Int32[Array, "tokens slots"]:
@@ -287,16 +290,16 @@ def random(options: Random, model: ModelConfig) -> Balancer:
     source="a control of our own",
 )
 def forced(options: Forced, model: ModelConfig) -> Balancer:
-    """Forced: the control in perfect balance, whatever the scores.
+    """Forced: the control with perfect balance, which ignores the scores.
 
-    Loads differ by at most 1. It is causal, and evaluation routes the same.
+    Loads differ by at most 1. It is causal, and evaluation routes the same way.
     """
 
     def select(scores: Array, biased: Array, *, top_k: int, tokens: Tokens, **_: Any) -> Int32[Array, "tokens slots"]:
         number = jnp.cumsum(tokens.valid(len(scores)), dtype=jnp.int32) - 1
         return _in_turn(number, top_k, scores.shape[1])
 
-    return Balancer(select=select, by_token=False)  # it counts the tokens before
+    return Balancer(select=select, by_token=False)  # it counts the tokens before a token
 
 
 @register(
@@ -305,16 +308,18 @@ def forced(options: Forced, model: ModelConfig) -> Balancer:
     source="DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2",
 )
 def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
-    """Device capacity: what is beyond is dropped.
+    """Device capacity: in training, the copies beyond a device's capacity are dropped.
 
-    What is beyond is dropped in training: it travels nowhere and adds nothing, but loads count it. A device is a
-    logical group of consecutive experts: `num_devices`, else model.num_groups, else (in no config) one expert. The
-    sequences of a share `protected`, drawn anew each time, keep all copies, first of their devices' budgets.
-    It is not causal, for copies of later tokens compete; evaluation drops nothing.
+    A dropped copy is not dispatched and adds nothing to the output, but loads count it. A device is a logical group of
+    consecutive experts; their number is `num_devices`, or model.num_groups if that is 0, or (never in a config) the
+    number of experts. A random share `protected` of the sequences, drawn in every forward pass, keeps all its copies,
+    which are the first to use their devices' budgets. It is not causal, because copies of later tokens compete, but
+    evaluation drops nothing.
     """
 
     def drop(routing: Routing, state: None, key: Array, train: bool) -> Bool[Array, "tokens slots"]:
-        ids, num_experts = routing.expert_ids, routing.loads.shape[0]
+        ids = routing.expert_ids
+        num_experts = routing.loads.shape[0]
         travels = ids < num_experts
         if not train:
             return travels
@@ -330,7 +335,7 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
 
     def _devices(num_experts: int) -> int:
         devices = options.num_devices or (model.num_groups if model.num_groups > 1 else num_experts)
-        assert num_experts % devices == 0, "the config checks that experts divide among devices"
+        assert num_experts % devices == 0, "the config's rules require that num_devices divides num_experts"
         return devices
 
     return Balancer(drop=drop)
@@ -339,7 +344,7 @@ def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
 def rank_in_group(
     values: Float32[Array, "items"], group: Int32[Array, "items"], num_groups: int
 ) -> Int32[Array, "items"]:
-    """Each item's place in its group by falling value, from 0; equal values in their order."""
+    """Each item's rank in its group by falling value, from 0; equal values keep their order."""
     order = jnp.lexsort((-values, group))
     place = jnp.zeros_like(group).at[order].set(jnp.arange(len(group), dtype=group.dtype))
     sizes = count(group, num_groups)
@@ -347,18 +352,21 @@ def rank_in_group(
 
 
 def leak_bits(num_experts: int, top_k: int, num_layers: int = 1) -> float:
-    """How many bits on the future expert choice can leak per token, at least: `layers x K log2((1 - R) / R)`, R = K/E.
+    """A lower bound on the bits per token that expert choice can leak about the future.
 
-    So much information lies in which tokens the experts choose. 0 where R is a half or more and the bound says nothing.
+    It is the information in the experts' choice of tokens: `layers x K log2((1 - R) / R)` with R = K/E; 0 for R of a
+    half or more, where the bound is void.
 
-    Source: Loss-Free Balancing (arXiv 2408.15664) eq. 7: 16 experts, 2 a token, 9 layers leak more than 50 bits.
+    Source: Loss-Free Balancing (arXiv 2408.15664) eq. 7: 16 experts, 2 per token and 9 layers leak more than 50 bits.
     """
     share = top_k / num_experts
-    return num_layers * top_k * max(0.0, math.log2((1.0 - share) / share)) if share < 1.0 else 0.0
+    if share >= 1.0:
+        return 0.0
+    return num_layers * top_k * max(0.0, math.log2((1.0 - share) / share))
 
 
 def _in_turn(number: Int32[Array, "tokens"], top_k: int, num_experts: int) -> Int32[Array, "tokens slots"]:
-    """Experts in turn: number n gets n k to n k + k - 1, modulo E."""
+    """Experts in rotation: number n gets experts n k to n k + k - 1, modulo E."""
     return (number[:, None] * top_k + _ids(top_k)) % num_experts
 
 
@@ -368,7 +376,7 @@ def _ids(number: int) -> Int32[Array, "1 ids"]:
 
 
 def _uniform_table(vocab_size: int, num_experts: int, top_k: int, layer: Any) -> Int32[Array, "vocab slots"]:
-    """Experts in turn, in an order that is drawn anew each time all have had the same number of ids."""
+    """Experts in rotation, in an order that is drawn again each time all have had the same number of ids."""
     ids = jnp.arange(vocab_size, dtype=jnp.int32)
     period = num_experts // math.gcd(num_experts, top_k)
     key = jax.random.fold_in(jax.random.key(0), layer)
@@ -377,7 +385,7 @@ def _uniform_table(vocab_size: int, num_experts: int, top_k: int, layer: Any) ->
 
 
 def _drawn_sequences(tokens: Tokens, num_tokens: int, key: Array, share: float) -> Bool[Array, "tokens"]:
-    """True for the tokens of a random share of the sequences."""
+    """A mask that is true for the tokens of a random share of the sequences."""
     if tokens.rows is not None:
         drawn = jax.random.uniform(key, (tokens.rows.count,), jnp.float32) < share
         return jnp.repeat(drawn, num_tokens // tokens.rows.count)

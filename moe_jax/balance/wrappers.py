@@ -1,4 +1,4 @@
-"""Options that many methods share, as functions from a Balancer to a Balancer."""
+"""Options that many methods share, implemented as functions from a Balancer to a Balancer."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moe_jax.routing import Routing, best, count
 
 
 def factor_at(options: Any, step: Int32[Array, ""] | int) -> Float32[Array, ""]:
-    """What shapes a rate or weight at `step`: a linear warm-up, then 1, or falling to 0 at `freeze_step`; 0 after."""
+    """The factor on a rate or weight at `step`: a linear warmup to 1, then the schedule; 0 from `freeze_step` on."""
     step = jnp.asarray(step, jnp.float32)
     factor = jnp.minimum(1.0, (step + 1.0) / max(1, options.warmup_steps))
     if options.freeze_step is not None:
@@ -26,9 +26,9 @@ def factor_at(options: Any, step: Int32[Array, ""] | int) -> Float32[Array, ""]:
 
 
 def smoothed(method: Balancer, ema: float) -> Balancer:
-    """A method that owns the bias and sees a moving average of the loads, float32, in place of the last ones.
+    """A method that owns the bias, with an exponential moving average of the loads, float32, instead of the last loads.
 
-    The average is of the steps so far, without the pull to 0 that starting from nothing would have.
+    The average is corrected for its start at 0, as Adam's moments are.
     """
 
     def own_state(num_experts: int, layer: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def smoothed(method: Balancer, ema: float) -> Balancer:
 
 
 def scheduled(method: Balancer, options: Any) -> Balancer:
-    """A loss whose weight changes over steps: the factor of the next step is state, for a loss knows no step."""
+    """A loss whose weight changes over steps; the next step's factor is state, because a loss does not get the step."""
 
     def own_state(num_experts: int, layer: Any) -> dict[str, Any]:
         return {"factor": factor_at(options, 0), "own": method.own_state(num_experts, layer)}
@@ -63,9 +63,9 @@ def scheduled(method: Balancer, options: Any) -> Balancer:
 
 
 def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
-    """The method in the MoE layers start <= layer < stop; the others are as if it did not exist.
+    """The method in the MoE layers start <= layer < stop; other layers behave as if it did not exist.
 
-    Layers are scanned, so all run the same program: what is inactive computes, and is not used.
+    Layers are scanned and run the same program, so the method is computed in every layer and unused where inactive.
     """
     start, stop = layers
 
@@ -83,7 +83,7 @@ def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
         if state is None:
             return method.select(scores, biased, top_k=top_k, state=None, **how)
         ids = method.select(scores, biased, top_k=top_k, state=state["own"], **how)
-        usual = best(biased, top_k)  # no top_k, which would gather the scores of a sharded batch
+        usual = best(biased, top_k)  # not lax.top_k, which would gather the scores of a sharded batch
         slots = max(ids.shape[1], top_k)
         ids, usual = (_with_slots(a, slots, scores.shape[1]) for a in (ids, usual))
         return jnp.where(state["active"], ids, usual)
@@ -107,9 +107,9 @@ def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
 
 
 def per_class(method: Balancer, num_classes: int) -> Balancer:
-    """A method that owns the bias, with one bias [C, E] and one state for every class of tokens (DeepSeek-V4.1).
+    """A method that owns the bias, with a separate bias (together [C, E]) and state for every class of tokens.
 
-    A class is balanced by its own tokens alone; one without tokens keeps what it has.
+    A class is balanced by its own tokens alone; one without tokens keeps its bias and state. Source: DeepSeek-V4.1.
     """
 
     def of_every_class(tree: Any) -> Any:
@@ -148,7 +148,7 @@ def per_class(method: Balancer, num_classes: int) -> Balancer:
 
 
 def _inside(seen: Seen) -> Seen:
-    """What the wrapped method sees, whose own state is under "own"."""
+    """The inputs of the wrapped method, whose own state is under "own"."""
     return seen._replace(state=seen.state["own"])
 
 

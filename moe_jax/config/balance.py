@@ -1,7 +1,6 @@
-"""The options of every balancing method: what may be written under `config.balance`, without jax.
+"""The balancing methods' names and options, with type, range and default: what `config.balance` may contain.
 
-`moe_jax.balance` implements the methods. Here stand their names, their options with type, range and default,
-and what a method's options must fulfil by themselves.
+`moe_jax.balance` implements the methods; `config/balance_rules.py` checks their options.
 """
 
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Options:
-    """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () is all.
+    """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () means all.
 
-    The class says what is so whatever the options: whether the method moves the bias; selects experts itself; gives
-    every token `top_k` of them; treats all experts alike, without groups or zero-computation experts; needs scores
-    between 0 and 1.
+    The class variables hold whatever the options: whether the method moves the bias (`moves_bias`); selects experts
+    itself (`selects`); gives every token exactly `top_k` of them (`fixed_slots`); treats all experts alike, without
+    groups or zero-computation experts (`all_alike`); needs scores between 0 and 1 (`bounded_scores`).
     """
 
     layers: tuple[int, ...] = ()
@@ -31,22 +30,22 @@ class Options:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The labels of the methods that it needs beside it."""
+        """The labels of other methods that this one requires."""
         return ()
 
     @property
     def by_device(self) -> bool:
-        """Whether it needs logical devices: `num_devices` groups of consecutive experts."""
+        """Whether the method needs logical devices, which are `num_devices` groups of consecutive experts."""
         return False
 
     @property
     def reads_top_k(self) -> bool:
-        """Whether it reads which experts would be a token's k best."""
+        """Whether the method uses each token's top k experts without the bias."""
         return False
 
     @property
     def by_micro_batch(self) -> bool:
-        """Whether the numbers depend on how a step is split into micro-batches: what is computed is not additive."""
+        """Whether the numbers depend on the split of a step into micro-batches, because they are not additive."""
         return False
 
 
@@ -57,9 +56,9 @@ class Options:
 class BiasOptions(Options):
     """Options of every method that moves the selection bias by a rate.
 
-    The rate warms up over `warmup_steps` and is 0 from `freeze_step` on, to which `schedule` leads. `ema` > 0
-    smooths loads over steps. `zero_mean` takes the mean from each increment. `num_classes` > 1 keeps one bias for
-    every class of tokens (`model.class_starts`).
+    The rate warms up over `warmup_steps`, then follows `schedule` down to 0 at `freeze_step`. `ema` > 0 smooths loads
+    over steps. `zero_mean` subtracts the mean from each increment. `num_classes` > 1 keeps a separate bias for each
+    class of tokens (`model.class_starts`).
     """
 
     moves_bias = True
@@ -80,7 +79,7 @@ class BiasSign(BiasOptions):
 
 @dataclass(frozen=True)
 class BiasProportional(BiasOptions):
-    """Options of `bias_proportional`; `error` is the unit: of the mean load, of all copies, or copies."""
+    """Options of `bias_proportional`; `error` is the unit: relative to the mean load, to all copies, or in copies."""
 
     rate: float = number(1e-2, 0.0)
     error: Literal["relative", "fraction", "count"] = "relative"
@@ -98,7 +97,7 @@ class BiasRms(BiasOptions):
 
 @dataclass(frozen=True)
 class BiasPi(BiasOptions):
-    """Options of `bias_pi`; `gain` weighs the last error itself beside the sum of all (0 in LongCat-Flash)."""
+    """Options of `bias_pi`; `gain` weighs the last error, which is added to the sum of all (0 in LongCat-Flash)."""
 
     rate: float = number(1e-1, 0.0)
     gain: float = number(0.0, 0.0)
@@ -116,7 +115,7 @@ class BiasSmebu(BiasOptions):
 
 @dataclass(frozen=True)
 class Quantile(Options):
-    """Options of `quantile`: a step goes the share `damping` of the way to the balanced bias."""
+    """Options of `quantile`; each step moves the bias by the share `damping` of its distance to the balanced bias."""
 
     moves_bias = True
     all_alike = True
@@ -136,7 +135,7 @@ class Quantile(Options):
 
 @dataclass(frozen=True)
 class LossOptions(Options):
-    """Options of every loss; its weight is shaped over steps as the rate of a bias is."""
+    """Options of every loss; its weight follows the same warmup and schedule as the rate of a bias."""
 
     balances: ClassVar[bool] = True
 
@@ -148,7 +147,7 @@ class LossOptions(Options):
 
 @dataclass(frozen=True)
 class AuxLoss(LossOptions):
-    """Options of `aux_loss`; the levels device and communication need `num_devices` or `model.num_groups`."""
+    """Options of `aux_loss`; the levels "device" and "communication" need `num_devices` or `model.num_groups`."""
 
     level: Literal["expert", "device", "communication"] = "expert"
     scope: Literal["sequence", "microbatch", "global", "global_running"] = "microbatch"
@@ -158,17 +157,17 @@ class AuxLoss(LossOptions):
 
     @property
     def by_device(self) -> bool:
-        """What is balanced is devices, or visits to them."""
+        """Devices, or visits to them, are balanced."""
         return self.level != "expert"
 
     @property
     def reads_top_k(self) -> bool:
-        """The counts without the bias."""
+        """The unbiased counts are of the top k."""
         return self.counts == "unbiased"
 
     @property
     def by_micro_batch(self) -> bool:
-        """A product of counts and scores of the scope; those of a sequence or of the step know no micro-batch."""
+        """Counts are multiplied by scores; counts of a sequence or of the step do not depend on the micro-batch."""
         return self.scope in ("microbatch", "global_running")
 
 
@@ -193,13 +192,13 @@ class ImportanceLoss(LossOptions):
 
 @dataclass(frozen=True)
 class LoadLoss(LossOptions):
-    """Options of `load_loss`; `noise_std` is in units of the logits, 0 means 1 / number of experts."""
+    """Options of `load_loss`; `noise_std` is in units of the logits, and 0 means 1 / number of experts."""
 
     noise_std: float = number(0.0, 0.0)
 
     @property
     def reads_top_k(self) -> bool:
-        """Probabilities of being among them."""
+        """The loss estimates each expert's probability of being among the top k."""
         return True
 
     @property
@@ -224,16 +223,16 @@ class SimilarityLoss(LossOptions):
 
 @dataclass(frozen=True)
 class TargetViolation(Options):
-    """Options of `target_violation`: the loss labelled `controls` gets the weight that holds `target`."""
+    """Options of `target_violation`, which adjusts the weight of the loss labelled `controls` to hold `target`."""
 
     controls: str = "aux_loss"
     target: float = number(0.1, 1e-6)
     rate: float = number(0.05, 0.0, 10.0)  # largest change of log(weight) in a step
-    limit: float = number(1e4, 1.0)  # the weight stays within this factor of the loss's own, either way
+    limit: float = number(1e4, 1.0)  # largest factor between the adjusted weight and the loss's own, up or down
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The loss that it controls."""
+        """The label of the controlled loss."""
         return (self.controls,)
 
 
@@ -250,7 +249,7 @@ class SelectorOptions(Options):
 
 @dataclass(frozen=True)
 class ExpertChoice(SelectorOptions):
-    """Options of `expert_choice`; the scope says among which tokens an expert chooses."""
+    """Options of `expert_choice`; `scope` is the set of tokens from which an expert chooses."""
 
     fixed_slots = False
 
@@ -259,7 +258,7 @@ class ExpertChoice(SelectorOptions):
 
     @property
     def by_micro_batch(self) -> bool:
-        """Experts choose among the tokens of the scope."""
+        """Experts choose from the tokens of the scope."""
         return self.scope == "microbatch"
 
 
@@ -271,7 +270,7 @@ class Sinkhorn(SelectorOptions):
 
     @property
     def by_micro_batch(self) -> bool:
-        """The factors are of the whole micro-batch."""
+        """The factors are computed from the whole micro-batch."""
         return True
 
 
@@ -283,13 +282,13 @@ class Bip(SelectorOptions):
 
     @property
     def by_micro_batch(self) -> bool:
-        """The prices are of the whole micro-batch."""
+        """The prices are computed from the whole micro-batch."""
         return True
 
 
 @dataclass(frozen=True)
 class ExpertThreshold(SelectorOptions):
-    """Options of `expert_threshold`; a token has at most `slots` experts, the best ones (0: as many as want it)."""
+    """Options of `expert_threshold`; a token gets at most its `slots` best experts (0: every expert that passes)."""
 
     moves_bias = True
     fixed_slots = False
@@ -312,7 +311,7 @@ class Random(SelectorOptions):
 
     @property
     def by_micro_batch(self) -> bool:
-        """Draws by the number of the token in the micro-batch."""
+        """The draw depends on the index of the token in the micro-batch."""
         return True
 
 
@@ -322,13 +321,13 @@ class Forced(SelectorOptions):
 
     @property
     def by_micro_batch(self) -> bool:
-        """Takes turns by the number of the token in the micro-batch."""
+        """The expert depends on the index of the token in the micro-batch."""
         return True
 
 
 @dataclass(frozen=True)
 class DeviceCapacity(Options):
-    """Options of `device_capacity`; `protected` is the share of sequences that are never dropped."""
+    """Options of `device_capacity`; `protected` is the share of sequences from which nothing is dropped."""
 
     num_devices: int = number(0, 0)  # logical groups of consecutive experts; 0: model.num_groups
     capacity_factor: float = number(1.0, 0.01)
@@ -336,12 +335,12 @@ class DeviceCapacity(Options):
 
     @property
     def by_device(self) -> bool:
-        """A device has a budget."""
+        """Each device has a budget."""
         return True
 
     @property
     def by_micro_batch(self) -> bool:
-        """Copies compete for budgets of the whole micro-batch."""
+        """The copies of a micro-batch compete for its budgets."""
         return True
 
 
@@ -372,7 +371,7 @@ BALANCE_METHODS: dict[str, type[Options]] = {
 
 
 class BalanceEntry(NamedTuple):
-    """One line of `config.balance`: `label` names its state and statistics, `method` what it does."""
+    """One entry of `config.balance`: `label` names its state and statistics, `method` selects the implementation."""
 
     label: str
     method: str
@@ -380,107 +379,7 @@ class BalanceEntry(NamedTuple):
 
 
 def smallest(method: str, num_devices: int) -> dict[str, dict[str, Any]]:
-    """The method with what it cannot do without: the loss that it controls, and logical devices."""
+    """The smallest `config.balance` that contains the method, with the loss that it controls and logical devices."""
     options = BALANCE_METHODS[method]()
     own = {"num_devices": num_devices} if options.by_device else {}
     return {method: own} | {label: {} for label in options.beside}
-
-
-def check_options(path: str, options: Options) -> None:
-    """Raise a ValueError where a method's options contradict each other."""
-    o: Any = options
-    if o.layers and (len(o.layers) != 2 or not 0 <= o.layers[0] < o.layers[1]):
-        raise ValueError(
-            f"{path}.layers={o.layers} must be (start, stop), MoE layers counted from 0 with start < stop; "
-            "write (0, 3) for the first three, or () for all."
-        )
-    schedule, freeze = getattr(o, "schedule", "constant"), getattr(o, "freeze_step", None)
-    if schedule != "constant" and freeze is None:
-        raise ValueError(f"{path}.schedule={schedule!r} must know where it reaches 0; set {path}.freeze_step.")
-    if freeze is not None and getattr(o, "warmup_steps", 0) > freeze:
-        raise ValueError(
-            f"{path}.warmup_steps={o.warmup_steps} must be at most {path}.freeze_step={freeze}; "
-            "lower the first or raise the second."
-        )
-    if isinstance(options, BiasPi) and options.rate == 0 and options.gain > 0:
-        raise ValueError(
-            f"{path}.gain={options.gain} would move the bias at {path}.rate=0, which means that it rests; "
-            "set gain=0, or a small rate."
-        )
-    if getattr(o, "num_devices", 0) == 1:
-        raise ValueError(f"{path}.num_devices=1 is one group, which is always in balance; set 2 or more, or 0.")
-    if isinstance(options, AuxLoss) and options.level == "expert" and options.num_devices:
-        raise ValueError(
-            f"{path}.num_devices={options.num_devices} is read by level='device' and 'communication' only; "
-            f"set {path}.level, or num_devices=0."
-        )
-
-
-def check_together(entries: tuple[BalanceEntry, ...]) -> None:
-    """Raise a ValueError where methods of one composition contradict each other, whatever the model."""
-    at_most_one("own the bias", [e.label for e in entries if e.options.moves_bias])
-    selectors = [e for e in entries if e.options.selects]
-    at_most_one("select experts", [e.label for e in selectors])
-    for e in entries:
-        if e.options.beside:
-            _check_controlled(e, entries)
-    for selector in selectors:
-        for owner in entries:
-            if owner.options.moves_bias and owner != selector and overlap(selector.options, owner.options):
-                raise ValueError(
-                    f"balance.{selector.label} selects without the bias, which balance.{owner.label} would move for "
-                    "nothing; remove one, or give them different layers=(start, stop)."
-                )
-    for e in entries:
-        free = [s.label for s in selectors if not s.options.fixed_slots and overlap(s.options, e.options)]
-        if e.options.reads_top_k and free:
-            raise ValueError(
-                f"balance.{e.label} reads who would be among a token's k best, but under balance.{free[0]} a token has "
-                "no fixed number of experts; remove one, or give them different layers=(start, stop)."
-            )
-    scopes = {e.options.scope for e in entries if isinstance(e.options, AuxLoss)}
-    if {"global", "global_running"} <= scopes:
-        raise ValueError(
-            "balance has auxiliary losses of scope 'global' and of 'global_running', but a step's counts are either "
-            "collected beforehand or run along; give all of them one of the two."
-        )
-
-
-def overlap(a: Options, b: Options) -> bool:
-    """True if there may be a layer in which both act."""
-    if not a.layers or not b.layers:
-        return True
-    return max(a.layers[0], b.layers[0]) < min(a.layers[1], b.layers[1])
-
-
-def at_most_one(what: str, labels: list[str]) -> None:
-    """Raise a ValueError where several methods would do what only one can."""
-    if len(labels) > 1:
-        raise ValueError(f"balance has {' and '.join(labels)}, but only one method may {what}; remove all but one.")
-
-
-def _check_controlled(entry: BalanceEntry, entries: tuple[BalanceEntry, ...]) -> None:
-    losses = [e.label for e in entries if isinstance(e.options, LossOptions)]
-    if entry.options.controls not in losses:
-        raise ValueError(
-            f"balance.{entry.label}.controls={entry.options.controls!r} must be the label of a loss in the same "
-            f"balance, of which there {'is ' + ', '.join(losses) if losses else 'is none'}; "
-            "add aux_loss=dict() or name another."
-        )
-    (controlled,) = (e for e in entries if e.label == entry.options.controls)
-    if not controlled.options.balances or controlled.options.weight == 0:
-        raise ValueError(
-            f"balance.{entry.label}.controls={controlled.label!r} must be a loss that balances, with a weight above 0, "
-            "or its weight can reach no target; name another, or raise its weight."
-        )
-    if not overlap(entry.options, controlled.options):
-        raise ValueError(
-            f"balance.{entry.label}.layers={entry.options.layers} must meet balance.{controlled.label}.layers="
-            f"{controlled.options.layers}, whose loss it controls; change one."
-        )
-    rivals = [e for e in entries if e.options.beside == entry.options.beside]
-    if len(rivals) > 1:
-        raise ValueError(
-            f"balance has {' and '.join(e.label for e in rivals)}, which control the same loss "
-            f"{entry.options.controls!r}; remove one."
-        )

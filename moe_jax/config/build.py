@@ -1,4 +1,4 @@
-"""A `ConfigDict` or mapping becomes a typed `Config`, or one clear sentence; and a `Config` a mapping again."""
+"""Turns a `ConfigDict` or mapping into a typed `Config`, or into one clear sentence, and a `Config` into a mapping."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
-from moe_jax.config.balance import BALANCE_METHODS, BalanceEntry, check_options, check_together
+from moe_jax.config.balance import BALANCE_METHODS, BalanceEntry
+from moe_jax.config.balance_rules import check_options, check_together
 from moe_jax.config.rules import RULES
 from moe_jax.config.schema import Config
 
@@ -18,9 +19,9 @@ T = TypeVar("T")
 
 
 class SourceGone(ValueError):
-    """What a config file reads its values from is gone. `source` is the workdir that the run starts from.
+    """The workdir from which a config file reads its values, `source`, no longer exists.
 
-    A run that started from it has a config of its own by now, and resumes with that.
+    A run that has already started from it keeps its own config, and resumes with that.
     """
 
     def __init__(self, source: str, sentence: str) -> None:
@@ -29,10 +30,10 @@ class SourceGone(ValueError):
 
 
 def default(**overrides: Any) -> Any:
-    """A complete `ConfigDict`: every key with its default, then `overrides`, nested dicts merged.
+    """A complete `ConfigDict`, which a config file returns: every key at its default, with `overrides` merged in.
 
-    What a config file returns. Being complete, every key of it can be overridden from the command line,
-    the options of the named balancing methods included.
+    Because it is complete, every key can be overridden from the command line, including the options of the balancing
+    methods in it.
 
     Args:
         **overrides: top-level keys; `model=dict(num_layers=2)` changes that one key of `model`.
@@ -54,17 +55,17 @@ def default(**overrides: Any) -> Any:
 
 
 def named(values: Mapping[str, Any]) -> Any:
-    """A `ConfigDict` of the values, whose names may have dots in them, as those of domains: `{"wiki.en": 2.0}`."""
+    """A `ConfigDict` of the values, whose names may contain dots, like those of domains: `{"wiki.en": 2.0}`."""
     from ml_collections import ConfigDict
 
     return ConfigDict(dict(values), allow_dotted_keys=True)
 
 
 def validate(config: Any) -> Config:
-    """Turn a ConfigDict (or nested dict) into a frozen `Config`, or raise one sentence.
+    """Turn a ConfigDict or nested dict into a frozen `Config` that keeps every rule.
 
     Args:
-        config: `ml_collections.ConfigDict` or mapping; absent keys take their default.
+        config: `ml_collections.ConfigDict` or mapping; absent keys take their defaults.
 
     Raises:
         ValueError: the first broken rule, with key, value, rule and fix.
@@ -89,7 +90,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys: how a difference is shown. An empty dict has no keys."""
+    """Nested dicts as one dict with dotted keys. An empty nested dict leaves no key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -101,12 +102,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `key: old -> new` for every dotted key whose value differs."""
-    a, b = flatten(old), flatten(new)
+    a = flatten(old)
+    b = flatten(new)
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 def balance_entries(mapping: Mapping[str, Any] | None) -> tuple[BalanceEntry, ...]:
-    """Check `config.balance` and give its entries, sorted by label, so that order never matters.
+    """Check `config.balance` and return its entries, sorted by label so that their order never matters.
 
     Args:
         mapping: label -> options; the label is the method's name unless `method=` names another.
@@ -138,7 +140,7 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
         )
     if label in SHARED or not re.fullmatch(r"\w+", label):
         raise ValueError(
-            f"{path}: a label is one word, not 'bias' or 'loads' or 'direction', which all methods share; "
+            f"{path}: a label must be one word other than 'bias', 'loads' and 'direction', which all methods share; "
             "choose another."
         )
     entry = BalanceEntry(label, method, _build(BALANCE_METHODS[method], options, path + "."))
@@ -146,14 +148,14 @@ def _balance_entry(label: str, options: Any) -> BalanceEntry:
     return entry
 
 
-SHARED = ("bias", "direction", "loads")  # names in a balancer's state and statistics that no label may take
+SHARED = ("bias", "direction", "loads")  # names in a balancer's state and statistics, which no label may use
 
 
 # --- building typed sections from mappings ------------------------------------------------------------------
 
 
 def _build(cls: type[T], mapping: Mapping[str, Any], path: str) -> T:
-    """An instance of the dataclass `cls` from a mapping: unknown keys, wrong types and ranges are sentences."""
+    """An instance of the dataclass `cls` from a mapping; a ValueError for an unknown key, a wrong type or range."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values = {}
@@ -171,7 +173,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], path: str) -> T:
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type, or a sentence."""
+    """`value` converted to the annotated type, or a ValueError."""
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
@@ -196,12 +198,12 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     return _scalar(hint, value, path)
 
 
-FORMER = {"model.qk_norm": {False: "none", True: "head"}}  # values of keys that once were booleans, in old workdirs
+FORMER = {"model.qk_norm": {False: "none", True: "head"}}  # keys that were booleans when old workdirs were written
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1000 else math.inf
+        value = float(value) if abs(value) < 2**1000 else math.inf  # float() of a longer integer may overflow
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(
             f"{path}={value!r} must be {article(hint)}, not {type(value).__name__}; write it as {hint.__name__}."
@@ -212,7 +214,7 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
 
 
 def article(hint: type) -> str:
-    """What a value of the type is called in a sentence."""
+    """The name of a type in an error message, with its article."""
     names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
     return names.get(hint, hint.__name__)
 
@@ -225,12 +227,13 @@ def _check_is_among(choices: Collection[str], value: Any, path: str) -> None:
 
 
 def _check_limits(limits: Mapping[str, Any], value: Any, path: str) -> None:
-    """What a field says of its values beside their type."""
+    """Raise a ValueError for a value outside the range or the names that its field declares."""
     if limits.get("among") is not None:
         _check_is_among(limits["among"], value, path)
-    low, high = limits.get("low"), limits.get("high")
     if value is None:
         return
+    low = limits.get("low")
+    high = limits.get("high")
     if low is not None and value < low:
         raise ValueError(f"{path}={value} must be at least {low}; raise it.")
     if high is not None and value > high:
@@ -238,20 +241,20 @@ def _check_limits(limits: Mapping[str, Any], value: Any, path: str) -> None:
 
 
 def did_you_mean(word: str, known: Any) -> str:
-    """A hint at the closest known word, or nothing."""
+    """A hint at the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses to dicts, tuples kept: what ConfigDict holds."""
+    """Dataclasses as dicts, with tuples kept: the values that a ConfigDict holds."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return value
 
 
 def _with_lists(value: Any) -> Any:
-    """Tuples become lists, and dicts are copied."""
+    """A copy with lists for tuples."""
     if isinstance(value, dict):
         return {key: _with_lists(v) for key, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -263,7 +266,7 @@ def _entry_as_dict(entry: BalanceEntry) -> dict[str, Any]:
 
 
 def _with_placeholders(value: Any) -> Any:
-    """None becomes a typed placeholder, for ConfigDict could not override it otherwise."""
+    """Replace None by a typed placeholder, because ConfigDict could not override it otherwise."""
     from ml_collections import config_dict
 
     if isinstance(value, dict):
@@ -272,7 +275,7 @@ def _with_placeholders(value: Any) -> Any:
 
 
 def complete(config: Any) -> Any:
-    """The ConfigDict (or dict) of a config file with every key; what is no mapping is left for `validate`."""
+    """The ConfigDict or dict of a config file, completed with every key; `validate` refuses what is not a mapping."""
     from ml_collections import ConfigDict, FrozenConfigDict
 
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
@@ -286,7 +289,7 @@ def complete(config: Any) -> Any:
 
 
 def _fill(config: Any, full: Any) -> None:
-    """Add what `config` lacks of `full`, in place, so that references between keys stay."""
+    """Add the keys of `full` that `config` lacks, in place, so that references between keys stay."""
     for key in full:
         if key not in config:
             config[key] = full.get_ref(key) if full.get(key) is None else full[key]

@@ -1,6 +1,6 @@
-"""The command line: flags for a config file and its keys, and one sentence for whatever is wrong with them.
+"""The command line: flags for a config file and its keys, with one sentence for every mistake in them.
 
-Imports no jax, as `config`: a mistake is reported in well under a second.
+Imports no jax, so that a mistake is reported in well under a second.
 """
 
 import ast
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 def define_config_flag(help_text: str) -> None:
-    """The flag `--config=FILE` with `--config.key=value` for every key of the schema.
+    """Define the flag `--config=FILE`, and `--config.key=value` for every key of the schema.
 
-    FILE is a path, or the name of a config that comes with this package, as `tiny`. `FILE:ARGUMENT` gives its
-    get_config the argument. Keys that the file leaves out have their defaults, so that each can be overridden.
+    FILE is a path, or the name of a config that comes with this package, such as `tiny`. `FILE:ARGUMENT` passes the
+    argument to its get_config. Keys that the file omits have their defaults, so that each can be overridden.
     """
-    example = "Its keys are flags, as --config.optimizer.learning_rate=1e-3."
+    example = "Its keys are flags, such as --config.optimizer.learning_rate=1e-3."
     config_flags.DEFINE_config_file("config", None, f"{help_text} {example}")
     flags.FLAGS["config"].parser = _Reader()
     config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
@@ -42,15 +42,15 @@ def define_config_flag(help_text: str) -> None:
 
 
 class _Reader(flags.ArgumentParser):
-    """Reads a config file once, and remembers what it said, which errors about overrides refer to."""
+    """Reads a config file once, and keeps its values, to which errors about overrides refer."""
 
-    text = ""  # of the flag
+    text = ""  # the flag's value
     file = Path()
     module = types.ModuleType("none")
     values: Mapping[str, Any] | None = None  # dotted key -> value, sections included
 
     def parse(self, path: str) -> Any:
-        """The complete, locked ConfigDict of the file; ends the command where the file is wrong."""
+        """The complete, locked ConfigDict of the file; ends the command if the file is wrong."""
         self.text = path
         self.file, argument = locate(path)
         self.module = run_own(self.file, lambda: load(self.file))
@@ -65,7 +65,7 @@ class _Reader(flags.ArgumentParser):
         return config
 
     def _get_config(self, argument: list[str]) -> Any:
-        """What the file says; or the config of the run in --workdir, if it started from weights that are gone."""
+        """The config that the file returns, or that of the run in --workdir if it started from weights now gone."""
         try:
             return self.module.get_config(*argument)
         except SourceGone as gone:
@@ -79,18 +79,18 @@ class _Reader(flags.ArgumentParser):
 
 
 class _IntegerOrNone(flags.IntegerParser):
-    """An int, or None for the keys that may be left open; what may not be None is for `validate` to say."""
+    """Parses an int or None; `validate` refuses None for a key that does not allow it."""
 
     def parse(self, argument: Any) -> Any:
-        """The number of a text."""
+        """The integer, or None."""
         return None if argument in (None, "None") else super().parse(argument)
 
 
 class _Dict(flags.ArgumentParser):
-    """A dict on the command line; the library's own takes no names with dots."""
+    """Parses a dict on the command line; the library's own parser refuses names with dots."""
 
     def parse(self, argument: Any) -> Any:
-        """The ConfigDict of a literal; a default is one already."""
+        """The ConfigDict of a literal; a default is already a ConfigDict."""
         if isinstance(argument, ConfigDict):
             return argument
         try:
@@ -103,7 +103,7 @@ class _Dict(flags.ArgumentParser):
 
 
 def _nodes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of nested dicts with its value, those of dicts included."""
+    """Every dotted key of nested dicts with its value, including the keys whose values are dicts."""
     for key, value in tree.items():
         yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
@@ -114,14 +114,15 @@ def _nodes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def locate(text: str) -> tuple[Path, list[str]]:
-    """The file that `--config=FILE[:ARGUMENT]` means, and the argument if it has one; ends the command where none is.
+    """The file named by `--config=FILE[:ARGUMENT]`, and a list with the argument if there is one.
 
-    A path that is there wins; then come the names of the configs of this package.
+    An existing path has precedence over the name of a config of this package. Ends the command if neither exists.
     """
     colons = [n for n, letter in enumerate(text) if letter == ":"]
     ours = shipped()
     for end in (*colons, len(text)):
-        name, argument = text[:end], [text[end + 1 :]] if end < len(text) else []
+        name = text[:end]
+        argument = [text[end + 1 :]] if end < len(text) else []
         file = Path(os.path.expanduser(name))
         if file.is_file():
             return file, argument
@@ -135,12 +136,12 @@ def locate(text: str) -> tuple[Path, list[str]]:
     close = did_you_mean(name.removeprefix("configs/").removesuffix(".py"), ours)
     fail(
         f"--config={name} does not exist"
-        + (close or f"; give a Python file with get_config(), or a config of moe_jax's: {', '.join(ours)}.")
+        + (close or f"; give a Python file with get_config(), or one of moe_jax's configs: {', '.join(ours)}.")
     )
 
 
 def config_source() -> tuple[Path, types.ModuleType]:
-    """The file of `--config` that was read, and its module."""
+    """The file that `--config` read, and its module."""
     reader: Any = flags.FLAGS["config"].parser
     return reader.file, reader.module
 
@@ -153,33 +154,34 @@ def shipped() -> dict[str, Path]:
 
 
 def load(file: Path) -> types.ModuleType:
-    """A config file as a module.
+    """Load a config file as a module.
 
     Raises:
-        ValueError: it is no Python file, or has no get_config().
-        Exception: whatever it raises.
+        ValueError: it is not a Python file, or has no get_config().
+        Exception: any exception that the file raises.
     """
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))
     spec = importlib.util.spec_from_loader("config_file", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what they need
+    sys.modules[spec.name] = module  # dataclasses defined in it look up their module here
     loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError("there is no get_config(); write one that returns moe_jax.config.default(...).")
+        raise ValueError("get_config() is missing; write one that returns moe_jax.config.default(...).")
     return module
 
 
 def run_own(file: Path, function: Callable[[], T]) -> T:
-    """What a function of the user's file returns; whatever it raises ends the command with the file and the line."""
+    """Call a function of the user's file; any exception ends the command with the file and the line."""
     try:
         return function()
     except Exception as error:  # a config file is the user's program: it may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         text = str(error)
         if isinstance(error, SyntaxError) and error.filename == str(file):
-            lines, text = [error.lineno], error.msg
-        text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())  # KeyErrors quote what they say
+            lines = [error.lineno]
+            text = error.msg
+        text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())  # the text of a KeyError is quoted
         if dotted := re.match(r"ConfigDict does not accept dots in field names .* the key (\S+) ", text):
             text = f"the name {dotted[1]!r} has a dot; put its dict into moe_jax.config.named({{...}})."
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
@@ -190,9 +192,9 @@ def run_own(file: Path, function: Callable[[], T]) -> T:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """A parser for `absl.app.run(main, flags_parser=parse_flags)` that answers a mistake with one sentence.
+    """Parse flags for `absl.app.run(main, flags_parser=parse_flags)`, with one sentence for a mistake.
 
-    For a wrong `--config.key` it has the closest key; the process ends with status 2 and no traceback.
+    For a wrong `--config.key` it suggests the closest key. The process ends with status 2 and without a traceback.
     """
     print_any_name()
     if usage.is_wanted(argv):
@@ -200,26 +202,27 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise SystemExit(0)
     try:
         rest = flags.FLAGS(argv, known_only=False)
-    except BrokenPipeError:  # whoever read our --help has seen enough
+    except BrokenPipeError:  # the reader of --helpfull closed the pipe early, as `head` does
         raise
     except Exception as error:
         fail(_explain(argv, error))
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # the libraries' info lines hide ours
+        logging.set_verbosity(logging.WARNING)  # the libraries' info lines would hide ours
     if rest[1:]:
         fail(f"{rest[1]!r} is not a flag; write --flag=value.")
     return rest
 
 
 def _explain(argv: list[str], error: Exception) -> str:
-    """One sentence for what went wrong while flags were read; the config file was read by then, or not named."""
+    """One sentence for an error in parsing flags; by then the config file has been read, unless none was named."""
     text = " ".join(str(error).split())
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} is missing; give --{missing[1]}=..."
     reader: Any = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     given = list(_overrides(argv))
     if reader is None or reader.values is None:
-        return "--config is missing; give --config=FILE before its keys." if given and reader else text
+        missing_config = "--config is missing; give --config=FILE before its keys."
+        return missing_config if given and reader else text
     for key, _ in given:
         if key not in reader.values:
             close = did_you_mean(key, reader.values) or "; the keys are those of the config file and the defaults."
@@ -234,13 +237,13 @@ def _explain(argv: list[str], error: Exception) -> str:
 
 
 def _rule(now: Any) -> str:
-    """What a key must be whose value in the config is `now`."""
+    """The rule for the type of a key whose value in the config is `now`."""
     kind = article(type(now)) if isinstance(now, (bool, int, float, str)) else "of the type of the default"
     return f"must be {kind}; it is {now!r} in the config, write it like that."
 
 
 def _overrides(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """Key and value of every `--config.key=value`, or `--config.key value`."""
+    """Key and value of every `--config.key=value` or `--config.key value`."""
     for number, argument in enumerate(argv):
         if found := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL):
             following = argv[number + 1] if number + 1 < len(argv) else ""
@@ -248,12 +251,12 @@ def _overrides(argv: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def print_any_name() -> None:
-    """Let standard output escape what its encoding does not have, as standard error does: names may be any bytes."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # a notebook's is something else
+    """Make standard output escape characters outside its encoding, as standard error does: names may be any bytes."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # a notebook replaces sys.stdout
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(message: str, status: int = 2) -> typing.NoReturn:
-    """End the command with one sentence on standard error; status 2 says that the input is wrong."""
+    """End the command with one sentence on standard error; status 2 means that the input is wrong."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)

@@ -1,7 +1,7 @@
-"""What is known of every dispatcher before anything runs: one row for each value of `model.dispatch`.
+"""The static facts of every dispatcher: one row for each value of `model.dispatch`.
 
-What it does is the function that `moe_jax.dispatch` registers under the same name. Rules, evaluation, resuming and the
-law suites read these rows and name no dispatcher.
+The implementation is the function that `moe_jax.dispatch` registers under the same name. Rules, evaluation, resuming
+and the law suites read these rows instead of naming dispatchers.
 """
 
 from typing import NamedTuple
@@ -10,10 +10,10 @@ from typing import NamedTuple
 class Dispatcher(NamedTuple):
     """The facts of one dispatcher.
 
-    dropless: every copy reaches its expert, so that the choice changes the speed and no number.
-    splits_experts: runs where the mesh splits the experts over devices; else every device must have all of them.
+    dropless: every copy reaches its expert, so the choice affects the speed but no number.
+    splits_experts: works on a mesh that splits the experts over devices; otherwise every device must hold all of them.
     needs, not_on: the collective that it calls, and the platforms ("cpu", "gpu", "tpu") that lack it.
-    is_oracle: is given whole arrays, which XLA splits, and not a device's part: what others are compared with.
+    is_oracle: takes whole arrays, which XLA splits, instead of one device's part; the others are compared with it.
     """
 
     dropless: bool = True

@@ -1,4 +1,4 @@
-"""What a change of a config key changes: another model, other numbers, the speed, or nothing."""
+"""What changing a config key affects: the model, the numbers, the speed, or nothing."""
 
 import dataclasses
 import typing
@@ -13,9 +13,9 @@ from moe_jax.config.schema import Config
 
 
 def keys_that_change(*effects: Effect) -> set[str]:
-    """The dotted keys of `Config` whose other value has one of the effects; `balance` changes numbers.
+    """The dotted keys of `Config` for which a change has one of the effects; `balance` affects numbers.
 
-    What a key says is about itself alone: `free_keys` knows where it depends on another.
+    A key's declared effect considers that key alone; `free_keys` considers how it depends on others.
     """
     return set(_keys_that_change(effects, Config, "", "numbers"))
 
@@ -31,13 +31,14 @@ def _keys_that_change(effects: tuple[Effect, ...], cls: type, path: str, inherit
 
 
 def at_defaults(config: Config, *effects: Effect) -> Config:
-    """The config with the default of every key whose other value has one of the effects."""
+    """The config with every key at its default for which a change has one of the effects."""
     keys = keys_that_change(*effects)
 
     def reset(section: Any, plain: Any, path: str) -> Any:
         values = {}
         for f in fields(section):
-            own, default = getattr(section, f.name), getattr(plain, f.name)
+            own = getattr(section, f.name)
+            default = getattr(plain, f.name)
             if dataclasses.is_dataclass(own):
                 values[f.name] = reset(own, default, f"{path}{f.name}.")
             elif path + f.name in keys:
@@ -50,7 +51,7 @@ def at_defaults(config: Config, *effects: Effect) -> Config:
 def free_keys(config: Config) -> set[str]:
     """The dotted keys that may change while a run is under way: no number of its training depends on them.
 
-    The number of micro-batches is not free where routing or a loss is computed by micro-batch, or draws by it.
+    The number of micro-batches is not free where routing, a loss or a random draw depends on the micro-batch.
     """
     free = keys_that_change("speed", "nothing")
     m = config.model
@@ -63,7 +64,7 @@ def free_keys(config: Config) -> set[str]:
 
 
 def changed_numbers(there: Config, here: Config) -> list[str]:
-    """Lines `key: there -> here` for every key by which two configs train other numbers; empty for one run's."""
+    """Lines `key: there -> here` for every key that makes two configs train to different numbers."""
     free = free_keys(there) & free_keys(here)
     lines = differences(as_dict(there), as_dict(here))
     keys = (line.partition(":")[0] for line in lines)

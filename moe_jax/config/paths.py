@@ -1,4 +1,4 @@
-"""What a flag or a config key that names a file means: a path of this machine, or a workdir in a bucket."""
+"""Resolves a flag or a config key that names a file: a path on this machine, or a workdir in a bucket."""
 
 import importlib.util
 import os
@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)")
-
-
-BUCKETS = {"gs", "s3", "az", "hf"}  # what Orbax takes for a bucket, wherever it stands in a path
+BUCKETS = {"gs", "s3", "az", "hf"}  # names that Orbax takes for a bucket's scheme, wherever they are in a path
 
 
 def path_of(text: str, flag: str) -> Path:
-    """The file or folder of this machine that a flag or a config key names; `~` is the home folder, as in a shell.
+    """The file or folder on this machine that a flag or a config key names; `~` is the home folder, as in a shell.
 
     Args:
-        text: its value.
-        flag: how an error calls it, as "--output" or "data.path".
+        text: the value of the flag or key.
+        flag: its name in error messages, such as "--output" or "data.path".
 
     Raises:
-        ValueError: it is an address, which would be taken for a folder here, or names a user who does not exist.
+        ValueError: the value is an address, which would be taken for a folder here, or names the home folder of a user
+            who does not exist.
     """
     scheme = SCHEME.match(text)
     if scheme and (scheme[2] or scheme[1] in {*BUCKETS, "file"}):
@@ -42,30 +41,30 @@ def workdir_of(text: str, flag: str = "--workdir") -> Path:
     """The folder of checkpoints that a flag or a config key names, on this machine or `gs://bucket/folder`.
 
     Raises:
-        ValueError: as `path_of`, no checkpoint can be in such a folder, or what reads buckets is not installed.
+        ValueError: as in `path_of`; or the folder's name cannot hold checkpoints; or gcsfs is not installed.
     """
     if not text.startswith("gs://"):
         path = path_of(text, flag)
-        _refuse_names_of_something_else(path, flag)
+        _refuse_ambiguous_names(path, flag)
         return path
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{flag}={text} needs gcsfs, which is not installed; pip install 'moe_jax[gcs]'.")
     import fsspec
     from etils import epath
 
-    # other processes write there too: a listing that is remembered is a listing that is wrong
+    # other processes write there too, so a cached listing may be out of date
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     remote: Any = epath.Path(text)
     return remote
 
 
-def _refuse_names_of_something_else(path: Path, flag: str) -> None:
-    """Raise a ValueError for a folder that Orbax and tensorstore, which write checkpoints, take for something else."""
+def _refuse_ambiguous_names(path: Path, flag: str) -> None:
+    """Raise a ValueError for a path that Orbax or tensorstore, which write checkpoints, would not read as a folder."""
     root, *names = path.absolute().parts
     wrong = [f"{root}{name}" for name in names[:1] if name in BUCKETS]
     wrong += [n for n in names if "\\" in n or n.endswith("gs:") or n.encode("utf-8", "ignore").decode() != n]
     if wrong:
         raise ValueError(
-            f"{flag}={str(path)!r} cannot hold checkpoints, for what writes them mistakes {wrong[0]!r} for something "
-            "else; use another folder, or a link to this one by another name."
+            f"{flag}={str(path)!r} cannot hold checkpoints, because the libraries that write them do not read "
+            f"{wrong[0]!r} as a folder; use another folder, or a link to this one by another name."
         )

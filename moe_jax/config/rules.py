@@ -1,4 +1,4 @@
-"""What must hold across the keys of a config, and on the devices that it runs on."""
+"""Rules across the keys of a config, and rules on the devices that it runs on."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from moe_jax.config.axes import AXES, BATCH, TABLE
 from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
 
-Text = str | Callable[[Config], str]  # in which `{key}` becomes `key=value`
+Text = str | Callable[[Config], str]  # `{key}` in it is replaced by `key=value`
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule on one config, and its sentence, `must; fix.`; it is about the configs for which `when` holds."""
+    """A rule for the configs for which `when` is true, and the sentence where it is broken: `must; fix.`"""
 
     must: Text
     fix: Text
@@ -25,7 +25,7 @@ class Rule:
     when: Callable[[Config], bool] = lambda c: True
 
     def __call__(self, c: Config) -> None:
-        """Raise a ValueError with the sentence where the rule is broken."""
+        """Raise a ValueError with the sentence if the config breaks the rule."""
         if not self.when(c) or self.holds(c):
             return
         sentence = "; ".join(text if isinstance(text, str) else text(c) for text in (self.must, self.fix))
@@ -33,16 +33,19 @@ class Rule:
 
 
 def _rises_within(values: tuple[float, ...], end: float) -> bool:
-    """Whether the values rise strictly between 0 and the end."""
+    """Whether the values increase strictly and are all between 0 and `end`."""
     return list(values) == sorted(set(values)) and all(0 < value < end for value in values)
 
 
-# --- rules of several cases -----------------------------------------------------------------------------------
+# --- rules with several cases ---------------------------------------------------------------------------------
 
 
 def check_groups(num_experts: int, router: Any, path: str = "") -> None:
     """Raise a ValueError where `top_k`, `num_groups`, `top_groups` and `group_top` of a router do not fit together."""
-    top_k, num_groups, top_groups, group_top = router.top_k, router.num_groups, router.top_groups, router.group_top
+    top_k = router.top_k
+    num_groups = router.num_groups
+    top_groups = router.top_groups
+    group_top = router.group_top
     if num_experts % num_groups:
         raise ValueError(
             f"{path}num_experts={num_experts} must be divisible by {path}num_groups={num_groups}; "
@@ -71,10 +74,12 @@ def _check_groups(c: Config) -> None:
 
 
 def _check_balance_fits(c: Config) -> None:
-    """What a balancing method asks of the model."""
-    m, layers = c.model, num_moe_layers(c.model)
+    """Raise a ValueError where the model lacks something that a balancing method requires."""
+    m = c.model
+    layers = num_moe_layers(m)
     for e in c.balance:
-        path, o = f"balance.{e.label}", e.options
+        path = f"balance.{e.label}"
+        o = e.options
         if o.layers and o.layers[1] > layers:
             raise ValueError(
                 f"{path}.layers={o.layers} must end within the {layers} MoE layers of the model; lower its stop."
@@ -82,8 +87,8 @@ def _check_balance_fits(c: Config) -> None:
         classes = getattr(o, "num_classes", 1)
         if o.moves_bias and classes != len(m.class_starts) + 1:
             raise ValueError(
-                f"{path} has num_classes={classes}, which must be the number of classes that model.class_starts="
-                f"{m.class_starts} makes, {len(m.class_starts) + 1} (expert_threshold knows one only); change one."
+                f"{path} has num_classes={classes}, which must be the {len(m.class_starts) + 1} of "
+                f"model.class_starts={m.class_starts} (expert_threshold supports only one); change one."
             )
         if o.bounded_scores and m.score == "sqrt_softplus":
             raise ValueError(
@@ -92,12 +97,12 @@ def _check_balance_fits(c: Config) -> None:
             )
         if o.all_alike and m.num_groups > 1 and m.top_groups < m.num_groups:
             raise ValueError(
-                f"{path} knows no group limit, but model.top_groups={m.top_groups} of model.num_groups="
+                f"{path} supports no group limit, but model.top_groups={m.top_groups} of model.num_groups="
                 f"{m.num_groups}; set model.top_groups={m.num_groups}, or another method."
             )
         if o.selects and m.random_second:
             raise ValueError(
-                f"{path} does not rank a token's experts, so that model.random_second=True has no second to drop; "
+                f"{path} does not rank a token's experts, so model.random_second=True has no second one to drop; "
                 "set model.random_second=False."
             )
         if o.by_device:
@@ -151,13 +156,17 @@ DIVISIBLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
 
 
 def _check_mesh(c: Config) -> None:
-    """What must hold on the mesh, as far as its sizes are known; `resolve` knows them all."""
+    """Raise a ValueError where the mesh does not fit the model or the batch, as far as its sizes are known.
+
+    `resolve` calls it again when all of them are known.
+    """
     m = c.model
     sizes = {axis: getattr(c.mesh, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size == 0:
-            raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all devices left; set mesh.{axis}=1.")
-    if (unknown := [axis for axis, size in sizes.items() if size == -1])[1:]:
+            raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all remaining devices; set mesh.{axis}=1.")
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    if len(unknown) > 1:
         raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
     for key, dim, is_used in DIVISIBLE:
         value, axis = attrgetter(key)(c), TABLE[dim][0]
@@ -184,7 +193,12 @@ def _check_mesh(c: Config) -> None:
 
 
 def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
-    """The config with the mesh's sizes on `num_devices` devices ("cpu", "gpu", "tpu"), every rule on them checked.
+    """The config with the sizes of its mesh on `num_devices` devices, checked by every rule about them.
+
+    Args:
+        config: a config whose mesh may have an axis of -1.
+        num_devices: the number of devices.
+        platform: "cpu", "gpu" or "tpu"; "" checks nothing that depends on it.
 
     Raises:
         ValueError: the sizes do not fit the devices, the model or the batch; the platform lacks a collective.
@@ -205,7 +219,7 @@ def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
 
 
 def _nearby(value: int, divisor: int) -> str:
-    """The multiples of `divisor` on either side of `value`, as advice."""
+    """The positive multiples of `divisor` on either side of `value`, as text."""
     below = value // divisor * divisor
     return f"{below} or {below + divisor}" if below else f"{divisor}"
 
@@ -224,7 +238,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
         when=lambda c: c.model.attention == "mla",
     ),
     Rule(
-        "{model.qk_norm} is of grouped-query attention, but {model.attention} norms its latents",
+        "{model.qk_norm} belongs to grouped-query attention, but {model.attention} normalizes its latents",
         "set model.qk_norm='none'",
         holds=lambda c: c.model.qk_norm == "none",
         when=lambda c: c.model.attention == "mla",
@@ -248,12 +262,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ),
     # multi-token prediction
     Rule(
-        "{model.mtp_depth} must be below {sequence_length}, or nothing is left to predict",
+        "{model.mtp_depth} must be below {sequence_length}, so that there is a token to predict",
         "lower it",
         holds=lambda c: c.model.mtp_depth < c.sequence_length,
     ),
     Rule(
-        "{mtp_weights} must be one weight >= 0 more than {mtp_milestones}",
+        "{mtp_weights} must have one weight more than {mtp_milestones}, each at least 0",
         "write (0.3,) and (), or (0.3, 0.1) and (0.676,)",
         holds=lambda c: len(c.mtp_weights) == len(c.mtp_milestones) + 1 and all(w >= 0 for w in c.mtp_weights),
     ),
@@ -282,20 +296,20 @@ RULES: tuple[Callable[[Config], None], ...] = (
         when=lambda c: c.model.num_experts > 0,
     ),
     Rule(
-        "{model.normalize_gates} with {model.top_k} makes every gate the constant gate_scale, and the router would "
-        "learn nothing from the language model",
+        "{model.normalize_gates} with {model.top_k} makes every gate the constant gate_scale, so that the router would "
+        "get no gradient from the language model",
         "set model.normalize_gates=False",
         holds=lambda c: c.model.num_experts <= 1 or c.model.top_k > 1 or not c.model.normalize_gates,
     ),
     _check_groups,
     Rule(
-        "{model.quantization} narrows the products of routed experts, but {model.num_experts} has none",
+        "{model.quantization} quantizes the products of routed experts, but {model.num_experts} has none",
         "set model.quantization='none'",
         holds=lambda c: c.model.num_experts > 0,
         when=lambda c: c.model.quantization != "none",
     ),
     Rule(
-        "{model.cpu_kernel} computes in float32 and bfloat16, not {model.quantization}",
+        "{model.cpu_kernel} computes in float32 and bfloat16 but not in {model.quantization}",
         "set model.cpu_kernel='auto', or model.quantization='none'",
         holds=lambda c: c.model.cpu_kernel != "native",
         when=lambda c: c.model.quantization != "none",
@@ -362,7 +376,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
         holds=lambda c: c.optimizer.eps >= 2**-126,
     ),
     Rule(
-        "{optimizer.rounding} is of parameters or moments in bfloat16, but {model.param_dtype} and "
+        "{optimizer.rounding} rounds parameters or moments in bfloat16, but {model.param_dtype} and "
         "{optimizer.moment_dtype}",
         "set one of them to 'bfloat16', or optimizer.rounding='nearest'",
         holds=lambda c: "bfloat16" in (c.model.param_dtype, c.optimizer.moment_dtype),

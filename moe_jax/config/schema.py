@@ -1,6 +1,6 @@
-"""Every key of a config: its type, its default, its range, and what another value of it changes.
+"""Every key of a config: its type, its default, its range, and what changing it affects.
 
-Imports no jax: a mistake is reported before jax could be loaded.
+Imports no jax, so that a mistake is reported before jax is loaded.
 """
 
 import math
@@ -18,9 +18,9 @@ DType = Literal["float32", "bfloat16"]
 class YarnConfig:
     """YaRN: RoPE for contexts `factor` times the `original_length` of training; 1 scales nothing.
 
-    A pair that turns more than `beta_fast` times over the original length keeps its frequency, one that turns less
-    than `beta_slow` times has it divided by the factor. `mscale` and `mscale_all_dim` sharpen the softmax, as in
-    DeepSeek's code (`model.attention.rope`). Source: arXiv 2309.00071.
+    A pair of dimensions that rotates more than `beta_fast` times over the original length keeps its frequency; the
+    frequency of a pair that rotates fewer than `beta_slow` times is divided by the factor. `mscale` and
+    `mscale_all_dim` sharpen the softmax, as in DeepSeek's code (`model.attention.rope`). Source: arXiv 2309.00071.
     """
 
     factor: float = number(1.0, 1.0)
@@ -33,20 +33,20 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One transformer. `num_experts=0` is a dense one; what is said of experts is then unused."""
+    """One transformer. With `num_experts=0` it is dense, and the keys about experts are unused."""
 
     vocab_size: int = number(264, 1)  # bytes + separator = 257, rounded up so that it divides by 8
     num_layers: int = number(4, 1)
     embed_dim: int = number(128, 1)
     attention: Literal["gqa", "mla"] = "gqa"  # grouped-query, or multi-head latent
     num_heads: int = number(4, 1)
-    num_kv_heads: int = number(2, 1)  # gqa, as are the next two
+    num_kv_heads: int = number(2, 1)  # gqa, like the next two keys
     head_dim: int = number(32, 2)
     qk_norm: Literal["none", "head", "projection"] = "none"  # RMSNorm of queries and keys: of each head, or of all
-    q_lora_rank: int = number(0, 0)  # mla: width of the queries' latent; 0: queries are projected at once
+    q_lora_rank: int = number(0, 0)  # mla: width of the queries' latent; 0: queries are projected directly
     kv_lora_rank: int = number(64, 1)  # mla: width of the latent of keys and values, which decoding caches
-    qk_nope_head_dim: int = number(32, 1)  # mla: of a head's query and key, the part without RoPE ...
-    qk_rope_head_dim: int = number(16, 2)  # ... and the part with it, whose key all heads share
+    qk_nope_head_dim: int = number(32, 1)  # mla: width of the part of a head's query and key without RoPE ...
+    qk_rope_head_dim: int = number(16, 2)  # ... and of the part with RoPE, whose key all heads share
     v_head_dim: int = number(32, 1)  # mla
     rope_theta: float = number(10000.0, 1.0)
     yarn: YarnConfig = field(default_factory=YarnConfig)
@@ -56,14 +56,14 @@ class ModelConfig:
     init_std: float = number(0.02, 0.0, changes="numbers")
     param_dtype: DType = choice("float32", "numbers")
     compute_dtype: DType = choice("float32", "numbers")
-    # what a layer keeps for backward: all, matmuls, input
+    # what a layer keeps for the backward pass: all activations, the matrix products, or only its input
     remat: Literal["none", "dots", "full"] = choice("none", "speed")
     # Mixture of experts
     num_experts: int = number(0, 0)
     top_k: int = number(2, 1)
     num_shared_experts: int = number(0, 0)
     expert_ffw_dim: int = number(128, 1)  # hidden width of one expert, routed or shared
-    first_dense: int = number(0, 0)  # the first layers keep a dense feed-forward
+    first_dense: int = number(0, 0)  # how many layers, from the first, have a dense feed-forward
     moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
     normalize_gates: bool = True
@@ -76,15 +76,15 @@ class ModelConfig:
     dispatch: str = choice("auto", "speed", among=DISPATCHERS)  # how copies reach their experts
     cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # on CPUs experts multiply in C++, or in XLA
     quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
-    # room over the balanced load: of an expert ("capacity", which drops the rest), of a round ("rounds", "ragged")
+    # over the balanced load: of an expert ("capacity", which drops the rest), or of a round ("rounds", "ragged")
     capacity_factor: float = number(1.25, 0.01, changes="speed")
     # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
     num_zero_experts: int = number(0, 0)
     zero_share: float = number(0.25, 0.0, 0.99)  # share of all copies that a method with a bias gives to them
     class_starts: tuple[int, ...] = ()  # token ids at which class 1, 2, ... begins, each with a bias of its own
-    # compile every layer apart: for reading the program, for it costs compile time
+    # compile every layer separately: the program is easier to read, but takes longer to compile
     unroll_layers: bool = choice(False, "speed")
-    mtp_depth: int = number(0, 0)  # multi-token prediction: modules that predict the token after the next, and so on
+    mtp_depth: int = number(0, 0)  # modules of multi-token prediction; the first predicts the token after the next
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,25 @@ class OptimizerConfig:
     learning_rate: float = number(1e-3, 0.0)
     schedule: Literal["constant", "cosine", "wsd", "multistep"] = "cosine"
     warmup_steps: int = number(0, 0)
-    end_ratio: float = number(0.1, 0.0, 1.0)  # last learning rate over the peak (cosine, wsd)
-    decay_fraction: float = number(0.2, 0.0, 1.0)  # wsd: the last share of the run, decaying
+    end_ratio: float = number(0.1, 0.0, 1.0)  # cosine, wsd: the last learning rate, as a share of the peak
+    decay_fraction: float = number(0.2, 0.0, 1.0)  # wsd: the share of the run, at its end, in which the rate decays
     milestones: tuple[float, ...] = (0.8, 0.9)  # multistep: shares of the run at which the rate drops ...
     milestone_ratio: float = number(0.316, 0.0, 1.0)  # ... by this factor
     b1: float = number(0.9, 0.0, 1.0)
     b2: float = number(0.95, 0.0, 1.0)
     eps: float = number(1e-8, 0.0)
     weight_decay: float = number(0.1, 0.0)
-    clip_norm: float = number(1.0, 0.0)  # 0 clips nothing
+    clip_norm: float = number(1.0, 0.0)  # 0: no clipping
     moment_dtype: DType = "float32"
-    rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters and moments that are kept in bfloat16
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters and moments in bfloat16
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
 
-    path: str = choice("", "nothing")  # what is there changes numbers, and is known by its fingerprint
-    weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: as large as it is
+    path: str = choice("", "nothing")  # the contents change numbers, and are identified by a fingerprint
+    weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: in proportion to size
     verify: Literal["auto", "full", "sizes"] = choice("auto", "nothing")  # auto: sha256 below 10 GB
     # held-out sequences per domain while training; 0: all of them
     eval_sequences: int = number(0, 0, changes="nothing")
@@ -120,9 +120,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh's axes; one of them may be -1, which takes the devices that the others leave.
+    """Sizes of the device mesh's axes; one of them may be -1, which takes all remaining devices.
 
-    The batch is split over replica, data and expert, experts over expert, widths and heads over tensor.
+    The batch is split over replica, data and expert; experts over expert; widths and heads over tensor.
     """
 
     replica: int = number(1, -1)
@@ -133,7 +133,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`keep` newest checkpoints stay; `fallback` may restore an older one when the newest is damaged."""
+    """The newest `keep` checkpoints are kept; `fallback` restores an older one if the newest is damaged."""
 
     keep: int = number(2, 1)
     verify: Literal["auto", "full", "sizes"] = "auto"  # auto: sha256 below 10 GB
@@ -142,7 +142,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Hashable, and equal configs make equal runs."""
+    """A training run. Hashable; equal configs make equal runs."""
 
     seed: int = number(0, 0, 2**31 - 1, changes="data")
     num_steps: int = number(1000, 1)
@@ -156,12 +156,12 @@ class Config:
     measure_every: int = number(0, 0, changes="nothing")
     # router logits of a step's first micro-batch, into scores/; 0: never
     record_scores_every: int = number(0, 0, changes="nothing")
-    heartbeat_seconds: int = number(100, 1, changes="nothing")  # a process of the run not heard of for so long is dead
+    heartbeat_seconds: int = number(100, 1, changes="nothing")  # a process silent for this long counts as dead
     # a step that takes longer is stuck and ends the run; 0: never
     step_timeout_seconds: int = number(1800, 0, changes="nothing")
-    mtp_weights: tuple[float, ...] = (0.3,)  # of the loss of multi-token prediction, one after the other ...
-    mtp_milestones: tuple[float, ...] = ()  # ... from these shares of the run on
-    # a workdir whose newest checkpoint gives a new run its parameters and its bias
+    mtp_weights: tuple[float, ...] = (0.3,)  # weights of the loss of multi-token prediction, one after the other ...
+    mtp_milestones: tuple[float, ...] = ()  # ... the next one from each of these shares of the run on
+    # a workdir: a new run starts with the parameters and the bias of its newest checkpoint
     init_from: str = choice("", "nothing")
     model: ModelConfig = section(ModelConfig, "model")
     balance: tuple[BalanceEntry, ...] = ()
@@ -169,7 +169,7 @@ class Config:
     data: DataConfig = section(DataConfig, "data")
     mesh: MeshConfig = section(MeshConfig, "speed")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")
-    # XLA's, for the train step; those named xla_tpu_... (gpu, cpu) are read on that platform only
+    # XLA's options for the train step; xla_tpu_..., xla_gpu_... and xla_cpu_... apply on that platform only
     compiler_options: dict[str, str] = section(dict, "speed")
 
     def __hash__(self) -> int:
@@ -177,15 +177,17 @@ class Config:
 
 
 def num_moe_layers(m: ModelConfig) -> int:
-    """L: how many layers route tokens to experts, those of multi-token prediction last."""
-    return (m.num_layers - m.first_dense) // m.moe_every + m.mtp_depth if m.num_experts else 0
+    """L, the number of layers that route tokens to experts, including those of multi-token prediction."""
+    if m.num_experts == 0:
+        return 0
+    return (m.num_layers - m.first_dense) // m.moe_every + m.mtp_depth
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """(replica, data, expert, tensor) on `num_devices`, with -1 filled in; without -1 some may be left over.
+    """(replica, data, expert, tensor) on `num_devices`, with -1 filled in; without -1 some devices may be unused.
 
     Raises:
-        ValueError: there are too few devices, or their number does not divide.
+        ValueError: there are too few devices, or the other sizes do not divide their number.
     """
     sizes = tuple(getattr(mesh, f.name) for f in fields(MeshConfig))
     known = math.prod(s for s in sizes if s != -1)
@@ -199,6 +201,6 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
     if known > num_devices:
         raise ValueError(
             f"mesh ({written}) needs {known} devices, but there are {num_devices}; "
-            "change the sizes, or set one to -1, which takes all that are left."
+            "change the sizes, or set one to -1, which takes all remaining devices."
         )
     return sizes

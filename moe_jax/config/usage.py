@@ -1,4 +1,4 @@
-"""The answer to `--help`: what a command does, and its own flags; `--helpfull` adds those of the libraries."""
+"""The text of `--help`: what a command does, and its own flags; `--helpfull` adds those of the libraries."""
 
 import re
 import sys
@@ -9,13 +9,13 @@ from absl import flags
 
 WORDS = ("--help", "-help", "-h", "-?")
 OURS = re.compile(r"(moe_jax|experiments)\b")  # modules whose flags are the command's
-INDENT = 28  # where the sentences begin
-WIDTH = 112
+INDENT = 28  # columns before the sentence of a flag
+WIDTH = 112  # columns of a line
 VALUES = {"int": "N", "float": "X", "string": "TEXT", "comma separated list of strings": "A,B", "multi string": "TEXT"}
 
 
 def is_wanted(argv: Sequence[str]) -> bool:
-    """Whether a command line has a flag that wants help."""
+    """Whether a command line has a help flag."""
     return any(word in WORDS for word in argv[1:])
 
 
@@ -23,8 +23,8 @@ def text(values: flags.FlagValues, script: str) -> str:
     """The main module's docstring, and a line or more for every flag of the command, `--config` first.
 
     Args:
-        values: all flags that are defined, not parsed yet.
-        script: the file of the main module, under which absl files its flags.
+        values: all defined flags, not yet parsed.
+        script: the file of the main module, by which absl groups its flags.
     """
     by_module = values.flags_by_module_dict()
     own = [flag for module, defined in by_module.items() if module == script or OURS.match(module) for flag in defined]
@@ -46,14 +46,14 @@ def _lines(flag: flags.Flag) -> Iterator[str]:
 
 
 def _value(flag: flags.Flag) -> str:
-    """What stands for a flag's value."""
+    """The placeholder for a flag's value."""
     if values := getattr(flag.parser, "enum_values", None):
         return "|".join(values)
     return "FILE" if flag.name == "config" else VALUES.get(flag.flag_type(), "VALUE")
 
 
 def _about(flag: flags.Flag) -> str:
-    """A flag's sentence, without what absl adds to it."""
+    """A flag's sentence, without the parts that absl adds."""
     about = " ".join((flag.help or "").split())
     return re.sub(r"^<[^>]*>: |; repeat this option to specify a list of values$", "", about)
 

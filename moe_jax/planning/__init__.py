@@ -1,1 +1,1 @@
-"""What a step costs on machines that are not here."""
+"""Plans a step for machines that are not available: what it costs, and which mesh is best."""

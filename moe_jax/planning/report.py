@@ -30,11 +30,9 @@ ASSUMPTIONS = (
     "routing is balanced: a conditional takes its cheapest branch, one round of dispatch",
     "HBM traffic is the operands and results of every scheduled instruction, without those that XLA keeps on the chip: "
     "an estimate, too high if a kernel keeps data on the chip, too low if it reads an operand twice",
-    "collectives run one after another at link speed over all links they can use, without latency",
+    "collectives run one after another at link speed over all links that they can use, without latency",
     "the bound on MFU is the time of the ideal FLOPs at peak over the longest of the three times",
 )
-
-
 CPU_LOOP = (
     'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is assumed to process every row once'
 )
@@ -132,19 +130,24 @@ def _phase(op_name: str) -> str:
     """The part of a step that an instruction belongs to; XLA drops some names in its rewrites."""
     if "/" not in op_name:
         return "unnamed"
-    return "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"
+    if "rematted_computation" in op_name:
+        return "recomputed"
+    return "backward" if "transpose(" in op_name else "forward"
 
 
 def _origins(cost: cost_.Cost, chips: int) -> Counter[str]:
-    """FLOPs by the last word of their op_name: dot_general, ragged_dot_general, a kernel's name."""
+    """FLOPs by the last word of their op_name (dot_general, a kernel's name), or the last two of a ragged product's."""
     found: Counter[str] = Counter()
     for name, n in cost.flops.items():
-        found["/".join(name.split("/")[-2:]) if "ragged" in name else name.rpartition("/")[2] or "unnamed"] += n * chips
+        origin = name.rpartition("/")[2] or "unnamed"
+        if "ragged" in name:
+            origin = "/".join(name.split("/")[-2:])
+        found[origin] += n * chips
     return found
 
 
 def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
-    """By kind and mesh axes: number a step, input bytes of a chip, bytes that leave it, seconds if alone."""
+    """By kind and mesh axes: the number per step, a chip's input bytes, the bytes that leave it, seconds if alone."""
     rows: dict[tuple, dict[str, Any]] = {}
     for c, n in cost.collectives.items():
         axes = group_axes(c.group, mesh)
@@ -164,7 +167,7 @@ def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topolo
 
 
 def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
-    """The exchanges that send most, with shape and origin: what to look at first."""
+    """The exchanges that send most bytes, with shape and origin."""
     rows = sorted(cost.collectives.items(), key=lambda item: -item[0].sent * item[1])[:MOST_EXCHANGES]
     return [
         dict(
@@ -182,7 +185,7 @@ def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: 
 def _roofs(
     report: dict[str, Any], cost: cost_.Cost, topology: Topology, chips: int
 ) -> tuple[dict[str, float] | None, str | None, float | None]:
-    """Seconds a step by compute, memory and links, the longest of them, and the bound on MFU; None without a chip."""
+    """Seconds per step by compute, memory and links, the longest of them, and the bound on MFU; None without a chip."""
     chip = topology.chip
     if chip is None:
         return None, None, None
@@ -197,7 +200,7 @@ def _roofs(
 
 
 def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:
-    """The number of tiles in the CPU's loop over tiles of rows, which depends on the routing: that of all rows once."""
+    """The trip count of the CPU's loop over tiles of rows, as if it processed every row once; it depends on routing."""
     tiles = [
         i.leaves[0].dims[0]
         for i in body.instructions.values()

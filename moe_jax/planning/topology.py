@@ -22,7 +22,7 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip | None:
-        """Its figures; None for cpu."""
+        """The published figures of the family's chip; None for cpu."""
         return CHIPS.get(self.family)
 
 
@@ -32,7 +32,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
         ValueError: the text has another form, or names no known family of chips.
     """
-    example = "write FAMILY:SHAPE, as v5e:16x16, v5p:8x16x16, 2xv5e:16x16 (two slices) or cpu:8"
+    example = "write FAMILY:SHAPE, such as v5e:16x16, v5p:8x16x16, 2xv5e:16x16 (two slices) or cpu:8"
     found = re.fullmatch(r"(?:(\d+)x)?([A-Za-z]\w*):([\dx]+)", text.strip().lower())
     if not found:
         raise ValueError(f"--topology={text} is not a topology; {example}.")
@@ -65,8 +65,10 @@ def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology)
     the data-centre network, and the rest inside. Latency is not counted, nor other traffic.
     """
     chip = topology.chip
-    if chip is None or len(c.group) < 2:
-        return None if chip is None else 0.0
+    if chip is None:
+        return None
+    if len(c.group) < 2:
+        return 0.0
     members = [places[i] for i in c.group]
     slices = len({m.slice for m in members})
     inside = [m for m in members if m.slice == members[0].slice]

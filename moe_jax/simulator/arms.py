@@ -30,7 +30,7 @@ def parse_balance(text: str) -> dict[str, dict[str, Any]]:
         if not label or label in mapping:
             raise ValueError(
                 f"--balance={text} must name each part once, as method or label:method=...; "
-                f"{f'{label!r} is there twice' if label else 'a name is missing'}."
+                f"{f'{label!r} occurs twice' if label else 'a name is missing'}."
             )
         pairs = re.split(r",(?![^()]*\))", options) if options else []  # but not at the comma of (0, 3)
         mapping[label] = dict(_option(pair, text) for pair in pairs)
@@ -84,7 +84,7 @@ def _with_rate(mapping: dict[str, dict[str, Any]], rate: float) -> dict[str, dic
     rated = [e.label for e in entries if hasattr(e.options, "rate")]
     if len(rated) != 1:
         raise ValueError(
-            f"--rates sets the rate of one method, and here {' and '.join(rated) or 'none'} has one; "
+            f"--rates sets the rate of one method, but the methods with a rate are {', '.join(rated) or 'none'}; "
             "write the rates into --balance instead."
         )
     return {label: {**o, "rate": rate} if label == rated[0] else o for label, o in mapping.items()}

@@ -185,11 +185,12 @@ def settling(violation: np.ndarray, limit: float, window: int) -> int | None:
 
 
 def summarize(trace: Trace, s: Settings, limit: float) -> Summary:
-    """A run in numbers."""
-    shifted = s.stream == "shift"
-    before, after = (
-        (trace.violation[: s.shift_step], trace.violation[s.shift_step :]) if shifted else (trace.violation, None)
-    )
+    """The summary of a trace; `limit` is the level below which it counts as settled."""
+    before = trace.violation
+    after = None
+    if s.stream == "shift":
+        before = trace.violation[: s.shift_step]
+        after = trace.violation[s.shift_step :]
     end = slice(-max(2, round(FINAL * s.steps)), None)
     return Summary(
         settled=settling(before, limit, s.window),

@@ -20,12 +20,11 @@ STREAMS = {
     "adversarial": ("skew", "drift", "bound"),
 }
 
-
 VOCAB_SIZE = 4096  # of synthetic token ids
 
 
 def setting(default: Any, help_text: str, low: float = 1) -> Any:
-    """A field of `Settings`, which is also a flag; `low` is the least value."""
+    """A field of `Settings`, which is also a flag; `low` is its minimum."""
     return field(default=default, metadata={"help": help_text, "low": low})
 
 
@@ -33,9 +32,9 @@ def setting(default: Any, help_text: str, low: float = 1) -> Any:
 class Settings:
     """One simulation. Every field is a flag of its name."""
 
-    experts: int = setting(256, "E, experts of the layer.", 2)
-    top_k: int = setting(8, "Experts a token.")
-    tokens: int = setting(4096, "T, tokens a step.")
+    experts: int = setting(256, "E, experts in the layer.", 2)
+    top_k: int = setting(8, "Experts per token.")
+    tokens: int = setting(4096, "T, tokens per step.")
     sequences: int = setting(8, "Number of sequences into which the tokens of a step are split.")
     steps: int = setting(2000, "Steps to simulate.", 10)
     seed: int = setting(0, "Seed of the first run; --seeds=N runs this one and the next N - 1.", 0)
@@ -51,8 +50,10 @@ class Settings:
     domains: int = setting(4, "How many domains there are.", 2)
     bound: float = setting(2.0, "Largest popularity under --stream=adversarial, in units of --noise.", 0)
     router_rate: float = setting(10.0, "How fast losses move the router.", 0)
-    within: float = setting(0.1, "Settled is a moving mean of max violation at most this above the floor.", 0)
-    window: int = setting(20, "How many steps that mean is over.")
+    within: float = setting(
+        0.1, "A run counts as settled if a moving mean of max violation is at most this above the floor.", 0
+    )
+    window: int = setting(20, "Number of steps of that moving mean.")
 
     @property
     def shift_step(self) -> int:
@@ -90,7 +91,7 @@ def config_of(s: Settings, entries: tuple[BalanceEntry, ...], num_layers: int = 
     """The settings as a config, whose rules check what a method needs of its model.
 
     Raises:
-        ValueError: the method needs something else.
+        ValueError: a rule of the config is broken.
     """
     model = dict(
         num_experts=s.experts,
@@ -113,12 +114,12 @@ def read_scores(folder: Path, layer: int) -> Recording:
         layer: 0 <= layer < L.
 
     Raises:
-        ValueError: no files, or one that has not this form.
+        ValueError: there are no files, or one has another form.
     """
     files = sorted((f for f in folder.glob("*.npz") if f.stem.isdigit()), key=lambda f: int(f.stem))
     if not files:
         raise ValueError(
-            f"--scores={folder} must be a folder with <step>.npz, and has none; "
+            f"--scores={folder} must be a folder with files <step>.npz, but has none; "
             "set config.record_scores_every in a training run, which writes WORKDIR/scores."
         )
     steps = [_read_step(file) for file in files]
@@ -142,7 +143,9 @@ def _read_step(file: Path) -> dict[str, np.ndarray]:
             step = {key: arrays[key] for key in ("logits", "mask", "ids")}
     except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise ValueError(f"{file} must hold logits, mask and ids; it could not be read: {error}.") from None
-    logits, mask, ids = step["logits"], step["mask"], step["ids"]
+    logits = step["logits"]
+    mask = step["mask"]
+    ids = step["ids"]
     kinds = logits.dtype.kind, mask.dtype.kind, ids.dtype.kind
     if kinds != ("f", "b", "i") or logits.ndim != 3 or not mask.shape == ids.shape == logits.shape[1:2]:
         raise ValueError(

@@ -28,8 +28,6 @@ COLUMNS = {
     "dead": "dead",
     "bias_range": "bias range",
 }
-
-
 STEPS = ("settled", "recovered")  # the columns with numbers of steps
 
 
@@ -38,9 +36,12 @@ def cell(values: Sequence[float | None], steps: bool, spread: bool = True) -> st
     known = np.asarray([v for v in values if v is not None], float)
     if not known.size:
         return "never" if steps else "-"
-    mean = f"{known.mean():.0f}" if steps else f"{known.mean():.3g}"
-    more = f" ± {known.std(ddof=1):.{'0f' if steps else '1g'}}" if spread and known.size > 1 else ""
-    return mean + more + (f" ({known.size} of {len(values)})" if known.size < len(values) else "")
+    text = f"{known.mean():.0f}" if steps else f"{known.mean():.3g}"
+    if spread and known.size > 1:
+        text += f" ± {known.std(ddof=1):.{'0f' if steps else '1g'}}"
+    if known.size < len(values):
+        text += f" ({known.size} of {len(values)})"
+    return text
 
 
 def make_table(results: Sequence[Result], s: Settings, title: str) -> "Table":
@@ -65,7 +66,7 @@ DOTS_PER_INCH = 130
 
 
 def draw(results: Sequence[Result], s: Settings, low: float, title: str, file: Path) -> None:
-    """Draw max violation over steps: thick the mean over steps and seeds, thin the steps of the first seed."""
+    """Draw max violation over steps: thick lines are means over a window and seeds, thin ones the first seed."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Balancing methods against the papers' equations, written out by loops, and against numbers by hand."""
+"""Balancing methods against the papers' equations, written as loops, and against numbers computed by hand."""
 
 import functools
 
@@ -59,7 +59,7 @@ def measured(score: str, logits, bias=None, mask=EVERYWHERE, row=ROWS, statistic
     return float(loss), own, np.asarray(gradient)
 
 
-# --- the papers, by loops in float64 ------------------------------------------------------------------------
+# --- the papers' equations, as loops in float64 -------------------------------------------------------------
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -76,9 +76,10 @@ def top(biased: np.ndarray) -> list[list[int]]:
 
 
 def deepseek_moe(logits: np.ndarray) -> float:
-    """DeepSeekMoE (2401.06066) eq. 12-14: softmax s, f_i = N / (K T) sum_t 1(t selects i), P_i = mean s."""
+    """DeepSeekMoE (2401.06066) eq. 12-14, with softmax s: f_i = N / (K T) sum_t 1(t selects i), P_i = mean s."""
     s = softmax(logits)
-    chosen, total = top(s), 0.0
+    chosen = top(s)
+    total = 0.0
     for i in range(EXPERTS):
         f = EXPERTS / (TOP_K * len(s)) * sum(1 for ids in chosen if i in ids)
         total += f * sum(s[t, i] for t in range(len(s))) / len(s)
@@ -86,9 +87,10 @@ def deepseek_moe(logits: np.ndarray) -> float:
 
 
 def loss_free_eq2(logits: np.ndarray, bias: np.ndarray) -> float:
-    """Loss-Free Balancing (2408.15664) eq. 2 of one sequence: raw sigmoids, the experts really selected."""
+    """Loss-Free Balancing (2408.15664) eq. 2 for one sequence, with raw sigmoids and the selected experts."""
     s = sigmoid(logits)
-    chosen, total = top(s + bias), 0.0
+    chosen = top(s + bias)
+    total = 0.0
     for i in range(EXPERTS):
         f = EXPERTS / (TOP_K * len(s)) * sum(1 for ids in chosen if i in ids)
         total += f * sum(s[t, i] for t in range(len(s))) / len(s)
@@ -96,9 +98,10 @@ def loss_free_eq2(logits: np.ndarray, bias: np.ndarray) -> float:
 
 
 def deepseek_v3(logits: np.ndarray) -> float:
-    """DeepSeek-V3 (2412.19437) eq. 17-20 of one sequence: f counts the unbiased s, P is of s over its sum."""
+    """DeepSeek-V3 (2412.19437) eq. 17-20 for one sequence: f counts by the unbiased s, P uses s over its sum."""
     s = sigmoid(logits)
-    chosen, total = top(s), 0.0
+    chosen = top(s)
+    total = 0.0
     for i in range(EXPERTS):
         f = EXPERTS / (TOP_K * len(s)) * sum(1 for ids in chosen if i in ids)
         total += f * sum(s[t, i] / s[t].sum() for t in range(len(s))) / len(s)
@@ -106,7 +109,7 @@ def deepseek_v3(logits: np.ndarray) -> float:
 
 
 def by_scope(logits, bias, mask, scope: str, normalised: bool, unbiased: bool) -> float:
-    """sum_i f_i P_i of each sequence, averaged by its valid tokens, or of all valid tokens together."""
+    """sum_i f_i P_i of each sequence, weighted by its valid tokens, or of all valid tokens together."""
     s = sigmoid(logits)
     chosen = top(s if unbiased else s + bias)
     shares = s / s.sum(1, keepdims=True) if normalised else s
@@ -166,7 +169,7 @@ BALANCED = np.tile(3.0 * np.eye(4) + 1.5 * np.roll(np.eye(4), 1, axis=1), (3, 1)
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
 def test_normalised_loss_at_perfect_balance_is_the_weight(score):
-    # f_i = 1 and sum_i P_i = 1; f is divided by top_k (OLMoE #45), or this would be 2 x weight
+    # f_i = 1 and sum_i P_i = 1; without division of f by top_k (OLMoE #45) this would be 2 x weight
     loss, statistics, _ = measured(score, BALANCED, weight=0.5)
     np.testing.assert_array_equal(statistics["loads"], [6, 6, 6, 6])
     np.testing.assert_allclose(loss, 0.5, rtol=1e-6)
@@ -202,8 +205,9 @@ def test_z_loss_equals_st_moe_eq_5_over_valid_tokens():
 
 
 def accumulated(logits, mask, statistics, **options) -> tuple[float, np.ndarray]:
-    """Sum over two micro-batches of (share of the valid tokens x loss), and its gradient."""
-    total, gradients = 0.0, []
+    """The sum over two micro-batches of (share of the valid tokens x loss), and its gradient."""
+    total = 0.0
+    gradients = []
     for half in (slice(0, 6), slice(6, 12)):
         share = mask[half].sum() / mask.sum()
         row = ROWS[half] - ROWS[half][0]
@@ -232,8 +236,9 @@ def test_losses_of_micro_batches_weighed_by_their_tokens_are_the_loss_of_the_bat
 
 
 def test_a_mean_of_micro_batch_means_would_be_wrong_under_uneven_padding():
-    # 5 and 3 valid tokens: what the shares above are for
-    logits, options = random_logits(5), ADDITIVE["sequence"]
+    # 5 and 3 valid tokens, which is why the losses above are weighted
+    logits = random_logits(5)
+    options = ADDITIVE["sequence"]
     loss, statistics, _ = measured("sigmoid", logits, TILT, UNEVEN, **options)
     halves = [
         measured("sigmoid", logits[h], TILT, UNEVEN[h], ROWS[h] - ROWS[h][0], statistics, **options)[0]
@@ -243,13 +248,15 @@ def test_a_mean_of_micro_batch_means_would_be_wrong_under_uneven_padding():
 
 
 def test_microbatch_scope_depends_on_the_split_and_says_so_by_its_name():
-    logits, options = random_logits(5), {"weight": 1.0, "scope": "microbatch"}
+    logits = random_logits(5)
+    options = {"weight": 1.0, "scope": "microbatch"}
     loss, statistics, _ = measured("sigmoid", logits, TILT, **options)
     assert abs(accumulated(logits, EVERYWHERE, statistics, **options)[0] - loss) > 1e-3 * loss
 
 
 def test_sequence_scope_does_not_depend_on_the_order_of_sequences():
-    logits, order = random_logits(6), np.asarray([9, 10, 11, 3, 4, 5, 0, 1, 2, 6, 7, 8])
+    logits = random_logits(6)
+    order = np.asarray([9, 10, 11, 3, 4, 5, 0, 1, 2, 6, 7, 8])
     values = [
         measured("sigmoid", logits[o], TILT, UNEVEN[o], ROWS[o], **ADDITIVE["sequence"])[0]
         for o in (np.arange(TOKENS), order)
@@ -258,7 +265,8 @@ def test_sequence_scope_does_not_depend_on_the_order_of_sequences():
 
 
 def test_a_batch_of_one_sequence_has_one_loss_in_every_scope():
-    logits, one = random_logits(6), np.zeros(TOKENS, np.int32)
+    logits = random_logits(6)
+    one = np.zeros(TOKENS, np.int32)
     values = [
         measured("sigmoid", logits, TILT, UNEVEN, one, weight=1.0, scope=scope)[0]
         for scope in ("sequence", "microbatch", "global")
@@ -294,7 +302,7 @@ def test_the_gradient_pushes_tokens_away_from_the_overloaded_expert():
 
 
 def normalised_balance(score: str, logits: np.ndarray, ids: np.ndarray) -> float:
-    """The loss in float64, from logarithms, so that nothing underflows."""
+    """The loss in float64, from logarithms so that nothing underflows."""
     wide = logits.astype(np.float64)
     log_scores = -np.logaddexp(0.0, -wide) if score == "sigmoid" else wide
     if score == "sqrt_softplus":
@@ -303,8 +311,8 @@ def normalised_balance(score: str, logits: np.ndarray, ids: np.ndarray) -> float
     return float(f @ softmax(log_scores).mean(0))
 
 
-# how far below zero logits can lie with exact values: sqrt_softplus underflows float32 at -174, and from there
-# normalises as softmax(logits) instead of softmax(logits / 2)
+# the lowest shift of the logits with exact values: sqrt_softplus underflows float32 at -174, and below that
+# normalises like softmax(logits) instead of softmax(logits / 2)
 LOWEST = {"sigmoid": -200, "softmax": -200, "sqrt_softplus": -150}
 
 
@@ -312,7 +320,7 @@ LOWEST = {"sigmoid": -200, "softmax": -200, "sqrt_softplus": -150}
 @pytest.mark.parametrize("score", LOWEST)
 def test_driving_all_scores_to_zero_does_not_move_the_normalised_loss(score, shift):
     # an epsilon in the denominator would let the loss fall to 0 with the scores (Megatron-LM #1545); the
-    # selection is held, and from -30 on the exact value does not depend on the shift
+    # selection is fixed, and from -30 on the exact value does not depend on the shift
     logits = random_logits(8) + np.float32(shift)
     ids = np.asarray(top(random_logits(8)), np.int32)
     loss, _, gradient = measured(score, logits, ids=ids, weight=1.0)
@@ -323,7 +331,7 @@ def test_driving_all_scores_to_zero_does_not_move_the_normalised_loss(score, shi
 
 @pytest.mark.parametrize("score", LOWEST)
 def test_the_gradient_of_the_normalised_loss_does_not_vanish_with_the_scores(score):
-    # a router that has driven its scores to zero can still be balanced
+    # a router whose scores are driven to zero can still be balanced
     ids = np.asarray(top(random_logits(8)), np.int32)
     shifts = (-30, -60, LOWEST[score])
     gradients = [measured(score, random_logits(8) + np.float32(shift), ids=ids, weight=1.0)[2] for shift in shifts]
@@ -411,7 +419,7 @@ def moved(loads, step: int = 0, bias=None, **options) -> np.ndarray:
 
 
 def test_update_equals_algorithm_1_from_the_loads_alone():
-    # the mean is 3: +u below, -u above, nothing at it; no routing is in sight
+    # the mean is 3: +u below, -u above, nothing at it; the update uses no routing
     np.testing.assert_allclose(moved([0, 2, 3, 7], rate=0.5), [0.5, 0.5, 0.0, -0.5])
 
 
@@ -517,7 +525,7 @@ def test_one_kind_may_appear_twice_under_labels():
     assert set(statistics) == {"loads", "far"}
 
 
-def test_statistics_of_a_method_lie_under_its_label_and_reach_its_loss():
+def test_statistics_of_a_method_are_under_its_label_and_reach_its_loss():
     # the loss of the step's counts, not of this routing's: f = (4, 0, 0, 0) gives 4 x P_0
     loss = measured(
         "softmax",
@@ -549,7 +557,7 @@ REFUSED = {
         r"balance\.z_loss\.weight=nan must be a finite number",
     ),
     "unknown word": ({"aux_loss": {"scope": "globl"}}, r"must be one of .*did you mean 'global'\?"),
-    "shared label": ({"bias": {"method": "z_loss"}}, r"a label is one word, not 'bias' or 'loads'"),
+    "shared label": ({"bias": {"method": "z_loss"}}, r"a label must be one word other than 'bias', 'loads'"),
     "options that are none": ({"z_loss": 0.1}, r"balance\.z_loss=0\.1 must be a dict of options"),
     "no mapping": ("bias_sign", r"balance='bias_sign' must be a mapping"),
     "schedule without an end": (
@@ -564,13 +572,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_a_mistake_is_refused_with_a_sentence_that_says_the_fix(mistake):
+def test_a_mistake_is_refused_with_a_sentence_that_names_the_fix(mistake):
     mapping, sentence = REFUSED[mistake]
     with pytest.raises(ValueError, match=sentence):
         balance_entries(mapping)
 
 
-def test_what_the_schema_refuses_make_refuses():
+def test_make_refuses_the_same_mappings_as_the_schema():
     with pytest.raises(ValueError, match="did you mean 'bias_sign'"):
         balance.make({"bias_sing": {}})
 
@@ -591,7 +599,7 @@ def test_two_methods_that_select_are_refused_and_one_is_used(monkeypatch):
 
 
 def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
-    # a method that keeps its own number of updates beside bias_sign's bias
+    # a method that counts its updates in its own state, combined with bias_sign
     counting = balance.Balancer(
         own_state=lambda experts, layer: jnp.zeros((), jnp.int32),
         own_update=lambda seen: (seen.bias, seen.state + 1),
@@ -606,9 +614,10 @@ def test_methods_meet_in_one_state_and_share_only_bias_and_loads(monkeypatch):
 
 
 def passed(balancer, steps: int = 2, layer: int = 0):
-    """The loss, and the state after some steps, of one routing."""
+    """The loss of one routing, and the state after some steps with it."""
     routing = route(jnp.asarray(random_logits(0)), RouterConfig(top_k=TOP_K))
-    statistics, state = balancer.observe(routing), balancer.init(EXPERTS, layer)
+    statistics = balancer.observe(routing)
+    state = balancer.init(EXPERTS, layer)
     loss = balancer.loss(routing, statistics, state, jnp.zeros((1, EXPERTS)))
     for step in range(steps):
         state = balancer.update(statistics, state, jnp.int32(step))
@@ -624,7 +633,7 @@ def test_a_composition_within_another_does_what_it_does_alone():
     np.testing.assert_array_equal(its_state["inner"]["bias_smebu"], state["bias_smebu"])
 
 
-def test_what_wraps_a_method_wraps_a_composition():
+def test_a_wrapper_of_methods_wraps_a_composition():
     inner = balance.make({"bias_sign": {"rate": 0.5}, "aux_loss": {"weight": 1.0}})
     balancer = chain({"both": wrappers.within(inner, (1, 2))})
     for layer in (0, 1):

@@ -1,4 +1,4 @@
-"""The methods that move the bias: the arithmetic their papers publish, worked by hand, and the options they share."""
+"""The methods that move the bias: their papers' arithmetic computed by hand, and the options that they share."""
 
 import functools
 from typing import Any
@@ -16,11 +16,11 @@ from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.routing import RouterConfig, Tokens, route
 
 METHODS = sorted(name for name, o in BALANCE_METHODS.items() if o.moves_bias and not o.selects)
-BY_LOADS = [name for name in METHODS if name != "quantile"]  # these see loads alone
-SKEWED = np.asarray([0, 2, 3, 7], np.int32)  # mean 3, errors 3 1 0 -4, of which the mean is 3: 1 1/3 0 -4/3
+BY_LOADS = [name for name in METHODS if name != "quantile"]  # they read only loads
+SKEWED = np.asarray([0, 2, 3, 7], np.int32)  # mean 3, errors 3 1 0 -4, relative to the mean: 1 1/3 0 -4/3
 LEVEL = np.asarray([3, 3, 3, 3], np.int32)
 TILT = np.asarray([0.4, 0.0, -0.1, -0.3], np.float32)
-# two real experts and a zero-computation expert that is to have a quarter: of 24 copies 9, 9 and 6
+# two real experts and a zero-computation expert whose target is a quarter: of 24 copies 9, 9 and 6
 WITH_ZERO = (("num_experts", 2), ("num_zero_experts", 1), ("zero_share", 0.25))
 ZERO_LOADS = np.asarray([12, 3, 9], np.int32)
 
@@ -40,7 +40,7 @@ def fresh(method: str, num_experts: int = 4, layer: int = 0, **options: Any) -> 
 
 
 def step_by_step(method: str, *all_loads: np.ndarray, start: int = 0, bias=None, **options: Any) -> list[balance.State]:
-    """The state after each step, from the loads of that step alone."""
+    """The state after each step, from the loads of these steps."""
     state = fresh(method, len(all_loads[0]), **options)
     state |= {} if bias is None else {"bias": np.asarray(bias, np.float32)}
     states = []
@@ -106,7 +106,7 @@ def test_rms_rule_moves_nothing_in_balance():
     np.testing.assert_array_equal(moved("bias_rms", LEVEL, rate=0.5, bias=TILT), TILT)
 
 
-def test_rms_rule_does_not_blow_up_what_float32_rounds():
+def test_rms_rule_does_not_amplify_rounding_of_float32():
     # targets of 0.9 x 90 / 3 = 27 are not quite 27 in float32, and errors of 1e-7 over their own size would be 1
     model = (("num_experts", 3), ("num_zero_experts", 1), ("zero_share", 0.1))
     loads = np.asarray([27, 27, 27, 9], np.int32)
@@ -129,8 +129,8 @@ def test_gain_adds_the_last_error_alone_to_the_sum_of_all():
     np.testing.assert_allclose(second["bias"], 0.2 * error, rtol=1e-6, atol=1e-8)
 
 
-def test_a_bias_set_from_outside_is_where_the_pi_rule_goes_on():
-    # an imported bias has no history here: TILT + (0.2 + 0.4) e
+def test_the_pi_rule_continues_from_a_bias_set_from_outside():
+    # an imported bias has no history: TILT + (0.2 + 0.4) e
     error = np.asarray([3, 1, 0, -4]) / 12
     after = moved("bias_pi", SKEWED, rate=0.2, gain=0.4, bias=TILT)
     np.testing.assert_allclose(after, TILT + 0.6 * error, rtol=1e-6, atol=1e-7)
@@ -148,7 +148,9 @@ def test_smebu_is_a_centred_momentum_of_soft_clamped_errors():
 
 def test_smebu_equals_the_published_order_of_operations_over_many_steps():
     # v, tanh, rate, mean, momentum, bias: one after the other in float64
-    rng, momentum, bias = np.random.default_rng(0), np.zeros(4), np.zeros(4)
+    rng = np.random.default_rng(0)
+    momentum = np.zeros(4)
+    bias = np.zeros(4)
     all_loads = [rng.integers(0, 20, 4).astype(np.int32) for _ in range(20)]
     for loads in all_loads:
         delta = 0.05 * np.tanh(3.0 * (loads.mean() - loads) / loads.mean())
@@ -159,7 +161,7 @@ def test_smebu_equals_the_published_order_of_operations_over_many_steps():
 
 
 @pytest.mark.parametrize(("method", "start"), [("bias_sign", 0.0), ("bias_multiplicative", 1.0)])
-def test_signs_are_right_where_float32_cannot_tell_the_loads_apart(method, start):
+def test_signs_are_right_where_float32_cannot_distinguish_the_loads(method, start):
     # float32 rounds 2^25 + 1 to 2^25
     many = 2**25
     loads = np.asarray([many - 1, many, many, many + 1], np.int32)
@@ -180,7 +182,7 @@ WITH_ZERO_MOVES = {
 
 
 @pytest.mark.parametrize("method", BY_LOADS)
-def test_real_experts_share_what_zero_computation_experts_leave_whose_bias_stays(method):
+def test_real_experts_share_the_remaining_copies_and_the_bias_of_zero_computation_experts_stays(method):
     options = {"zero_mean": False} if method == "bias_smebu" else {}
     after = moved(method, ZERO_LOADS, rate=0.5, model=WITH_ZERO, **options)
     np.testing.assert_allclose(after, WITH_ZERO_MOVES[method], rtol=1e-5)
@@ -195,7 +197,7 @@ def test_loads_at_the_targets_of_zero_computation_experts_move_nothing(method):
 
 @pytest.mark.parametrize("method", ["bias_sign", "bias_smebu"])
 def test_zero_mean_keeps_the_differences_to_a_zero_computation_expert(method):
-    # they hold the budget; all biases shift together, which no selection sees
+    # the differences hold the budget; all biases shift together, which changes no selection
     plain, centred = (
         moved(method, ZERO_LOADS, ZERO_LOADS + 1, rate=0.5, model=WITH_ZERO, zero_mean=z) for z in (False, True)
     )
@@ -203,14 +205,14 @@ def test_zero_mean_keeps_the_differences_to_a_zero_computation_expert(method):
     np.testing.assert_allclose(centred.sum(), 0.0, atol=1e-6)
 
 
-# --- options that all share ---------------------------------------------------------------------------------
+# --- shared options -----------------------------------------------------------------------------------------
 
 OTHER = np.asarray([6, 2, 3, 1], np.int32)
 
 
 @pytest.mark.parametrize("method", BY_LOADS)
 def test_the_first_smoothed_step_is_that_of_its_loads(method):
-    # an average that started from nothing would see a tenth of the loads; a count is where that would show
+    # an uncorrected average that starts at 0 would be a tenth of the loads, which an error in copies would show
     options = {"error": "count"} if method == "bias_proportional" else {}
     smoothed = moved(method, SKEWED, rate=0.5, ema=0.9, **options)
     np.testing.assert_allclose(smoothed, moved(method, SKEWED, rate=0.5, **options), rtol=1e-5, atol=1e-7)
@@ -232,8 +234,8 @@ def test_warm_up_takes_a_quarter_of_the_first_step(method):
 
 
 @pytest.mark.parametrize("method", BY_LOADS)
-def test_a_frozen_bias_stands_still_whatever_its_method_remembers(method):
-    # two steps up to step 9 leave a momentum, an average and a last error behind; steps 10 and 11 are frozen
+def test_a_frozen_bias_does_not_move_whatever_its_method_remembers(method):
+    # the two steps before step 10 leave a momentum, an average and a last error; steps 10 and 11 are frozen
     options = {"gain": 0.5} if method == "bias_pi" else {}
     states = step_by_step(
         method, SKEWED, SKEWED, OTHER, SKEWED, start=8, bias=TILT, rate=0.5, ema=0.5, freeze_step=10, **options
@@ -273,7 +275,8 @@ def test_layers_name_the_moe_layers_in_which_a_method_acts(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_without_tokens_changes_nothing_that_a_method_keeps(method):
     options = {} if method == "quantile" else {"ema": 0.5}
-    run, observe = compiled(method, **options), observer(method)
+    run = compiled(method, **options)
+    observe = observer(method)
     tokens, nobody = (Tokens(mask=np.full(12, valid)) for valid in (True, False))
     some = observe(routed(random_logits(0), top_k=2, tokens=tokens))
     state = run(some, fresh(method, **options), np.int32(0))
@@ -284,7 +287,8 @@ def test_a_step_without_tokens_changes_nothing_that_a_method_keeps(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_class_is_balanced_by_its_own_tokens_and_an_absent_one_stays(method):
     # class 0 has tokens 0, 3, 6, ...; class 1 the others; class 2 none
-    logits, kind = random_logits(2), (np.arange(12) % 3 > 0).astype(np.int32)
+    logits = random_logits(2)
+    kind = (np.arange(12) % 3 > 0).astype(np.int32)
     bias = np.stack([TILT, TILT[::-1], TILT + 1.0])
     statistics = observer(method, num_classes=3)(routed(logits, bias, top_k=2, tokens=Tokens(kind=kind)))
     state = fresh(method, num_classes=3) | {"bias": bias}
@@ -337,7 +341,7 @@ def test_quantile_bias_by_hand():
     # three tokens of one expert each, all choose expert 0; alpha is their second score: 0.5 0.6 0.4
     scores = np.asarray([[0.9, 0.5, 0.11], [0.8, 0.25, 0.6], [0.7, 0.4, 0.32]])
     # r = alpha - s of expert 0: -0.4 -0.2 -0.3, of 1: 0 0.35 0, of 2: 0.39 0 0.08
-    # each is to have one of three tokens: the smallest r of each, -0.4 0 0, here the one bin of 1e-5 above it
+    # the target is one of three tokens each: the smallest r of each, -0.4 0 0, here up to one bin of 1e-5 above it
     statistics = observer("quantile", bins=200_000)(routed(logit(scores), top_k=1))
     plain, centred = (
         compiled("quantile", bins=200_000, zero_mean=z)(statistics, fresh("quantile", 3), np.int32(0))["bias"]
@@ -348,7 +352,7 @@ def test_quantile_bias_by_hand():
 
 
 def order_statistic(scores: np.ndarray, bias: np.ndarray, top_k: int) -> np.ndarray:
-    """The bias that each expert needs for K / E of the tokens, by sorting in float64."""
+    """The bias with which each expert gets K / E of the tokens, by sorting in float64."""
     tokens, experts = scores.shape
     biased = scores.astype(np.float64) + bias
     alpha = -np.sort(-biased, axis=1)[:, top_k]
@@ -356,7 +360,7 @@ def order_statistic(scores: np.ndarray, bias: np.ndarray, top_k: int) -> np.ndar
     return needed[int(np.ceil(top_k * tokens / experts)) - 1]
 
 
-@pytest.mark.parametrize("tokens", [64, 61])  # 64 x 3 / 8 = 24 exactly; 61 x 3 / 8 = 22.875 lies before the 23rd
+@pytest.mark.parametrize("tokens", [64, 61])  # 64 x 3 / 8 = 24 exactly; 61 x 3 / 8 = 22.875 is just below the 23rd
 @pytest.mark.parametrize(("middle", "spread"), [(0.0, 0.0), (0.0, 0.1), (40.0, 3.0), (-40.0, 3.0)])
 def test_quantile_is_the_order_statistic_within_one_bin_wherever_the_biases_are(tokens, middle, spread):
     # around 40, a fixed range of [-1, 1] or [-2, 2] would clip all of them
@@ -415,8 +419,9 @@ def test_tokens_that_select_every_expert_have_nothing_to_balance():
 
 
 def test_repeated_quantiles_of_the_same_tokens_end_in_balance():
-    # the fixed point: 240 tokens with 2 of 4 experts are 120 each, but for those whose r is in the very bin
-    bias, logits = np.zeros(4, np.float32), random_logits(8, 240) + np.asarray([1.0, 0.5, -0.5, -1.0], np.float32)
+    # the fixed point: 240 tokens with 2 of 4 experts are 120 each, except for tokens whose r is in the bin of the edge
+    bias = np.zeros(4, np.float32)
+    logits = random_logits(8, 240) + np.asarray([1.0, 0.5, -0.5, -1.0], np.float32)
     balancer = made("quantile", bins=100_000)
 
     @jax.jit
@@ -453,8 +458,9 @@ def test_damping_and_schedule_go_a_share_of_the_way(options, share):
 
 @functools.cache
 def skewed_stream(method: str) -> np.ndarray:
-    """max_violation in each of 300 steps of 2048 new tokens, whose sigmoids prefer the last of 8 experts."""
-    balancer, skew = made(method), jnp.linspace(-0.6, 0.6, 8)
+    """max_violation in each of 300 steps, with 2048 new tokens whose sigmoids prefer the last of 8 experts."""
+    balancer = made(method)
+    skew = jnp.linspace(-0.6, 0.6, 8)
 
     def step(state, key):
         noise = 0.5 * jax.random.normal(key, (2048, 8))
@@ -465,7 +471,7 @@ def skewed_stream(method: str) -> np.ndarray:
     return np.asarray(jax.jit(lambda: jax.lax.scan(step, balancer.init(8), keys))()[1])
 
 
-def test_quantile_balances_within_three_steps_what_takes_the_sign_hundreds():
+def test_quantile_balances_within_three_steps_where_the_sign_takes_hundreds():
     # the floor of 2048 tokens is about sqrt(2 ln 8 (1 - 2/8) 8 / (2048 x 2)) = 0.08
     by_quantile, by_sign = skewed_stream("quantile"), skewed_stream("bias_sign")
     assert by_quantile[0] == by_sign[0] > 1.0

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's routing: the first layers by a table of token ids, the others by biased scores, in one scan."""
+"""DeepSeek-V4's routing in one scan: a table of token ids in the first layers, biased scores in the others."""
 
 import functools
 
@@ -37,7 +37,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, 256)
 
 @functools.cache
 def built():
-    """The model with biases far from zero in every layer, those of the hash layers too; its state."""
+    """The model, with biases far from zero in every layer, including the hash layers; and its state."""
     state = init_state(CONFIG)
     bias = jnp.linspace(-3.0, 3.0, LAYERS * EXPERTS).reshape(LAYERS, EXPERTS)
     state = state._replace(bias=write_bias(state.bias, bias))
@@ -52,7 +52,7 @@ def passing(inputs, train=False) -> Pass:
 
 @functools.cache
 def routing(train: bool):
-    """Of the whole batch, leaves [L, T, ...]."""
+    """The routing of the whole batch, with leaves [L, T, ...]."""
     module, _ = built()
     inputs = Inputs(TOKENS, jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape), jnp.ones_like(TOKENS))
     run = jax.jit(lambda inputs: module(passing(inputs, train)))
@@ -105,7 +105,8 @@ def trained(steps: int = 3):
     """The states before and after a few steps on text."""
     data = training_batches(open_corpus(""), seed=0, batch_size=8, sequence_length=16)
     before = init_state(CONFIG)
-    step, state = make_train_step(CONFIG), before
+    step = make_train_step(CONFIG)
+    state = before
     for number in range(steps):
         state, _ = step(jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, data(number)), step_key(CONFIG))
     return before, state

@@ -1,4 +1,4 @@
-"""Balancing losses: published arithmetic worked by hand, scopes, what they ignore, and a balance that is held."""
+"""Auxiliary losses: published arithmetic computed by hand, scopes, ignored inputs, and balance held at a target."""
 
 import functools
 
@@ -37,7 +37,7 @@ def compiled(method: str, model: ModelConfig, how: tuple, options: tuple):
 
 
 def run(method, logits, *, model=PLAIN, top_k=2, bias=None, mask=None, row=None, statistics=None, router=None, **rest):
-    """(loss, statistics, (gradient in the logits, in the router)); weight 1 and softmax if not said otherwise."""
+    """(loss, statistics, (gradient in the logits, in the router)), by default with weight 1 and softmax."""
     how = {"top_k": top_k, "score": rest.pop("score", "softmax")}
     how |= {name: rest.pop(name) for name in ("normalize_gates", "gate_scale") if name in rest}
     if model.num_groups > 1:
@@ -106,7 +106,7 @@ def test_devices_are_by_default_the_groups_of_the_model():
         assert by_default == value("aux_loss", random_logits(0), level=level, num_devices=2)
 
 
-APART = [[0.4, 0.3, 0.2, 0.1], [0.2, 0.1, 0.4, 0.3]]  # each token on one device, both devices used alike
+APART = [[0.4, 0.3, 0.2, 0.1], [0.2, 0.1, 0.4, 0.3]]  # each token on one device, with equal use of both devices
 ACROSS = [[0.4, 0.1, 0.3, 0.2], [0.1, 0.4, 0.2, 0.3]]  # each token on both devices
 CONSTANTS = {
     "expert": ({}, APART, 1.0),
@@ -151,8 +151,9 @@ TILT = [0.4, 0.0, -0.1, -0.3]
 
 
 def in_halves(logits, statistics, **options) -> tuple[float, np.ndarray]:
-    """The losses of two micro-batches, weighed by their shares of the valid tokens, and the gradient of their sum."""
-    total, gradients = 0.0, []
+    """The losses of two micro-batches, weighted by their shares of the valid tokens, and the gradient of their sum."""
+    total = 0.0
+    gradients = []
     for half, seen in zip(HALVES, statistics, strict=True):
         share = UNEVEN[half].sum() / UNEVEN.sum()
         row = ROW[half] - ROW[half][0]
@@ -163,7 +164,7 @@ def in_halves(logits, statistics, **options) -> tuple[float, np.ndarray]:
 
 
 def of_halves(logits, **options) -> list:
-    """What each of the two micro-batches observes."""
+    """The statistics of each of the two micro-batches."""
     return [run("aux_loss", logits[h], bias=TILT, mask=UNEVEN[h], **options)[1] for h in HALVES]
 
 
@@ -171,7 +172,8 @@ def of_halves(logits, **options) -> list:
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 @pytest.mark.parametrize("level", ["device", "communication"])
 def test_losses_of_micro_batches_weighed_by_their_tokens_are_the_loss_of_the_batch_at_every_level(level, scope, counts):
-    logits, options = random_logits(1), LEVELS[level] | {"scope": scope, "counts": counts}
+    logits = random_logits(1)
+    options = LEVELS[level] | {"scope": scope, "counts": counts}
     loss, statistics, (gradient, _) = run("aux_loss", logits, bias=TILT, mask=UNEVEN, row=ROW, **options)
     added = jax.tree.map(np.add, *of_halves(logits, **options))
     jax.tree.map(np.testing.assert_array_equal, added, statistics)
@@ -182,7 +184,8 @@ def test_losses_of_micro_batches_weighed_by_their_tokens_are_the_loss_of_the_bat
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_running_frequencies_are_of_the_micro_batch_first_and_of_the_step_last(level):
-    logits, running = random_logits(1), LEVELS[level] | {"scope": "global_running"}
+    logits = random_logits(1)
+    running = LEVELS[level] | {"scope": "global_running"}
     first, second = of_halves(logits, **running)
     total, _ = in_halves(logits, (first, jax.tree.map(np.add, first, second)), **running)
     by_scope = {
@@ -197,12 +200,13 @@ def test_running_frequencies_are_of_the_micro_batch_first_and_of_the_step_last(l
     }
     # 4 of the 6 valid tokens are in the first half
     np.testing.assert_allclose(total, (4 * by_scope["microbatch"][0] + 2 * by_scope["global"][1]) / 6, rtol=1e-6)
-    assert abs(by_scope["microbatch"][0] - by_scope["global"][0]) > 1e-3  # or the two could not be told apart
+    assert abs(by_scope["microbatch"][0] - by_scope["global"][0]) > 1e-3  # otherwise the two would be indistinguishable
 
 
-def test_what_a_step_must_know_beyond_loads_is_observed_by_hand():
-    # visits of device 0 and 1, and the number of tokens; the padded third token is nowhere
-    logits, mask = log([*TWO_TOKENS, [0.1, 0.2, 0.3, 0.4]]), [True, True, False]
+def test_statistics_beyond_loads_are_observed_by_hand():
+    # visits of device 0 and 1, and the number of tokens; the third token is padding and not counted
+    logits = log([*TWO_TOKENS, [0.1, 0.2, 0.3, 0.4]])
+    mask = [True, True, False]
     visits = run("aux_loss", logits, mask=mask, **VISITS, scope="global")[1]
     np.testing.assert_array_equal(visits["aux_loss"], [2, 1, 2])
     # a bias sends all to experts 2 and 3, but unbiased counts are those of experts (0, 1) and (0, 2)
@@ -264,14 +268,14 @@ def test_importance_is_about_the_experts_that_compute():
 
 
 def test_load_is_about_the_experts_that_compute():
-    # tokens prefer 0, the zero expert, 0: loads (2, 0) where noise is next to nothing
+    # tokens prefer 0, the zero expert, 0: loads (2, 0) for noise near 0
     loss = value("load_loss", log(WITH_ZERO), model=ZERO, top_k=1, noise_std=1e-3)
     np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
 
 
 # --- importance and load ------------------------------------------------------------------------------------
 
-# Phi at these places, from a table
+# values of Phi from a table
 PHI = {-2: 0.0227501, -1: 0.1586553, 1: 0.8413447, 2: 0.9772499}
 
 
@@ -337,7 +341,7 @@ def test_load_of_tokens_that_use_every_expert_is_zero():
 
 
 def test_load_does_not_change_with_a_constant_added_to_the_logits_of_a_token():
-    # the threshold has its gradient too, so that the gradients of a token add up to nothing
+    # the threshold has a gradient too, so the gradients of a token sum to 0
     gradient = run("load_loss", random_logits(5), noise_std=1.0)[2][0]
     assert abs(gradient).max() > 1e-3
     np.testing.assert_allclose(gradient.sum(1), 0.0, atol=1e-6)
@@ -359,7 +363,7 @@ def test_variation_of_nothing_is_nothing_and_has_no_gradient():
 
 # --- losses of the router's weight --------------------------------------------------------------------------
 
-ANY = np.zeros((2, 2), np.float32)  # logits of two tokens, for what does not read them
+ANY = np.zeros((2, 2), np.float32)  # logits of two tokens, for losses that do not read them
 
 
 def of_router(method, *rows, **options):
@@ -467,14 +471,15 @@ def test_the_weight_of_a_loss_follows_its_schedule_through_the_updates(name):
         loss = balancer.loss(routing, statistics, state, jnp.asarray(NO_ROUTER))
         return loss, balancer.update(statistics, state, index)
 
-    state, losses = balancer.init(4), []
+    state = balancer.init(4)
+    losses = []
     for index in range(len(factors)):
         loss, state = step(state, np.int32(index))
         losses.append(float(loss))
     np.testing.assert_allclose(losses, 1.25 * np.asarray(factors), atol=1e-6)
 
 
-# --- a held balance -----------------------------------------------------------------------------------------
+# --- balance held at a target -------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -504,7 +509,7 @@ def test_the_factor_rises_above_the_target_and_falls_below_it():
 
 
 def test_one_step_changes_the_factor_by_no_more_than_the_rate():
-    # MaxVio 3 is 299 targets too many
+    # MaxVio 3 is 300 times the target
     np.testing.assert_allclose(log_factor([12, 0, 0, 0], target=0.01, rate=0.3), 0.3, rtol=1e-5)
 
 
@@ -529,7 +534,8 @@ def test_the_violation_is_of_the_experts_that_compute():
 def test_the_factor_multiplies_the_loss_it_controls_and_no_other():
     both = balance.make({"near": {"method": "aux_loss"}, "z_loss": {}, "target_violation": {"controls": "near"}})
     routing = route(jnp.asarray(random_logits(9)), RouterConfig(top_k=2))
-    statistics, state = both.observe(routing), both.init(4)
+    statistics = both.observe(routing)
+    state = both.init(4)
     before, after = (
         both.losses(routing, statistics, state | {"target_violation": jnp.float32(x)}, jnp.asarray(NO_ROUTER))
         for x in (0.0, np.log(3.0))
@@ -543,12 +549,13 @@ STEPS, TOKENS, PULL = 1500, 512, 0.02
 
 @functools.cache
 def held(target: float) -> np.ndarray:
-    """MaxVio of every step of a router that its task draws to its skew, and the auxiliary loss away from it.
+    """MaxVio of every step of a router that its task pulls towards a skew and the auxiliary loss away from it.
 
     The logits are skew + offset + noise; the offset descends PULL x offset^2 / 2 and the controlled loss.
     """
     methods = {"aux_loss": {"weight": 1e-2}, "target_violation": {"target": target, "rate": 0.02}}
-    balancer, skew = balance.make(methods), jnp.asarray([0.6, 0.2, -0.2, -0.6])
+    balancer = balance.make(methods)
+    skew = jnp.asarray([0.6, 0.2, -0.2, -0.6])
 
     def step(carry, key):
         offset, state = carry

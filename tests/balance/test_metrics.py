@@ -1,4 +1,4 @@
-"""Laws of the measures: hand-computed values, the same for numpy and jax arrays, leading dimensions kept."""
+"""Laws of the measures: values computed by hand, the same for numpy and jax arrays, with leading dimensions kept."""
 
 import functools
 import itertools
@@ -112,7 +112,7 @@ def test_even_or_no_loads_are_in_balance_by_every_measure(measured, loads):
 
 @pytest.mark.parametrize("measure", [measures.bias_range, jax.jit(measures.bias_range)], ids=["numpy", "jax"])
 def test_bias_range_is_the_largest_difference_that_selection_sees(measure):
-    # 0.5 - (-0.25); adding 10 to all changes nothing; a single expert has none; layers stay apart
+    # 0.5 - (-0.25); adding 10 to all changes nothing; a single expert has a range of 0; layers stay separate
     bias = np.asarray([0.5, -0.25, 0.0], np.float32)
     np.testing.assert_allclose(measure(bias), 0.75)
     np.testing.assert_allclose(measure(bias + np.float32(10.0)), 0.75)
@@ -121,8 +121,8 @@ def test_bias_range_is_the_largest_difference_that_selection_sees(measure):
 
 
 @KINDS
-def test_layers_stay_apart(measured):
-    # balanced, collapsed and unloaded layers side by side, none pooled with another
+def test_layers_stay_separate(measured):
+    # balanced, collapsed and unloaded layers, none pooled with another
     loads = [[4, 4], [8, 0], [0, 0]]
     np.testing.assert_allclose(measured("max_violation", loads), [0.0, 1.0, 0.0], atol=1e-6)
     np.testing.assert_allclose(measured("load_entropy", loads), [1.0, 0.0, 1.0], atol=1e-6)
@@ -181,7 +181,7 @@ def test_aux_loss_value_does_not_see_padding():
     np.testing.assert_allclose(padded, alone, rtol=1e-6)
 
 
-# --- one dictionary for training, evaluation and simulation ---------------------------------------------------
+# --- the same measures for training, evaluation and simulation ------------------------------------------------
 
 
 LOADS = np.asarray([[4, 4, 4, 4, 9], [8, 8, 0, 0, 9]])  # the fifth column is a zero-computation expert
@@ -218,7 +218,8 @@ def test_without_the_number_of_tokens_there_is_no_floor():
 
 def test_training_and_evaluation_log_the_same_numbers():
     loads = np.random.default_rng(0).integers(0, 50, (3, 8))
-    ours, theirs = measures.of_loads(loads, 8, 77, 2), jax.jit(measures.of_loads, static_argnums=1)(loads, 8, 77, 2)
+    ours = measures.of_loads(loads, 8, 77, 2)
+    theirs = jax.jit(measures.of_loads, static_argnums=1)(loads, 8, 77, 2)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
 
@@ -229,12 +230,13 @@ def test_no_tokens_give_finite_numbers():
     assert values["violation_floor"] == values["max_violation"] == 0
 
 
-# --- what chance alone gives ----------------------------------------------------------------------------------
+# --- the MaxVio of random choice ------------------------------------------------------------------------------
 
 
 def simulated_max_violation(tokens, top_k, experts, repeats):
     """Mean MaxVio of `repeats` batches whose tokens choose at random, and its standard error."""
-    draw, violations = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    violations = []
     for _ in range(repeats):
         if top_k == 1:
             loads = draw.multinomial(tokens, np.full(experts, 1 / experts))
@@ -277,7 +279,7 @@ def test_where_every_expert_is_chosen_or_none_the_floor_is_zero():
 
 
 def test_the_floor_falls_with_the_square_root_of_tokens_however_many():
-    # float32 must not run out: a quarter of the violation for sixteen times the tokens, to 2^40 of them
+    # float32 must be precise enough: a quarter of the violation for sixteen times the tokens, up to 2^40 tokens
     tokens = 2.0 ** np.arange(16, 41, 4)
     floors = jax.jit(measures.violation_floor, static_argnums=2)(tokens.astype(np.float32), 2, 64)
     np.testing.assert_allclose(floors[:-1] / floors[1:], 4.0, rtol=0.02)
@@ -294,7 +296,7 @@ def test_device_violation_is_that_of_consecutive_blocks():
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_sequence_violations_average_sequences_that_have_tokens(kind):
-    # 0 and 1; the third sequence is padding. Pooled, (12, 4) would give 0.5 as well: the second layer tells
+    # 0 and 1; the third sequence is padding. Pooled, (12, 4) would also give 0.5; the second layer differs
     rows = kind([[[4, 4], [8, 0], [0, 0]], [[8, 0], [0, 8], [0, 0]]])
     np.testing.assert_allclose(measures.sequence_violations(rows)["max_violation"], [0.5, 1.0], rtol=1e-6)
     floor = measures.violation_floor(8, 1, 2)
@@ -305,20 +307,20 @@ def test_sequence_violations_average_sequences_that_have_tokens(kind):
 
 
 def test_a_bias_for_each_class_has_a_range_for_each_class():
-    # between the classes' biases lies 10, which no token ever compares
+    # the classes' biases differ by 10, but no token compares them
     bias = np.asarray([[[0.0, 0.5], [10.0, 10.25]]], np.float32)
     np.testing.assert_allclose(measures.bias_range(bias), [[0.5, 0.25]])
     np.testing.assert_allclose(measures.bias_mean(bias), [[0.25, 10.125]])
     np.testing.assert_allclose(measures.bias_std(bias), [[0.25, 0.125]])
 
 
-def test_flip_rate_counts_biases_that_turned_round_and_not_those_that_rest():
+def test_flip_rate_counts_biases_that_reversed_and_not_those_that_rest():
     before = np.asarray([[1, -1, 1, 0], [1, 1, 1, 1]], np.int8)
     after = np.asarray([[-1, 1, 1, 1], [1, 1, 0, 1]], np.int8)
     np.testing.assert_allclose(measures.flip_rate(before, after), [2 / 3, 0.0], rtol=1e-6)
 
 
-# --- the choices ----------------------------------------------------------------------------------------------
+# --- the chosen experts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
@@ -356,7 +358,7 @@ def test_the_domain_matrix_is_the_load_over_the_balanced_load():
 @pytest.mark.parametrize(
     ("loads", "bits"),
     [
-        ([[5, 0], [0, 5]], 1.0),  # the expert tells which of two equal domains
+        ([[5, 0], [0, 5]], 1.0),  # the expert determines which of two equal domains
         ([[2, 6], [1, 3]], 0.0),  # independent
         ([[0, 0], [0, 0]], 0.0),
         ([[3, 4]], 0.0),  # one domain
@@ -376,7 +378,7 @@ def test_coactivation_is_the_share_of_an_experts_tokens_that_another_has_too(pai
     np.testing.assert_allclose(counts_.coactivation(counts), expected, rtol=1e-6)
 
 
-def test_counts_of_pairs_add_up_over_batches_and_stay_apart_by_layer():
+def test_counts_of_pairs_add_up_over_batches_and_stay_separate_by_layer():
     ids = np.asarray(list(itertools.permutations(range(3), 2)))[None].repeat(2, 0)
     whole = counts_.pair_counts(ids, 3)
     assert whole.shape == (2, 3, 3)

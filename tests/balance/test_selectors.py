@@ -1,4 +1,4 @@
-"""Selectors: the published arithmetic by hand, balance, padding, and what expert choice tells of the future."""
+"""Selectors: published arithmetic computed by hand, balance, padding, and what expert choice leaks of the future."""
 
 import functools
 import math
@@ -75,7 +75,7 @@ def test_padding_is_not_chosen_and_leaves_no_room():
     assert experts(chosen("expert_choice", FOUR, tokens=Tokens(mask=mask)), 2) == [[], [0, 1], [], []]
 
 
-def test_experts_choose_within_each_sequence_if_so_told():
+def test_experts_choose_within_each_sequence_if_that_is_the_scope():
     # two sequences of two: C = 1, so expert 0 takes .9 | .3 and expert 1 takes .7 | .6
     row = np.asarray([0, 0, 1, 1])
     expected = [[0], [1], [0, 1], []]
@@ -104,7 +104,7 @@ def test_the_leak_of_expert_choice_is_the_bound_of_equation_7():
     assert leak_bits(4, 2) == leak_bits(4, 3) == leak_bits(4, 4) == 0.0
 
 
-def test_what_experts_can_choose_tells_more_bits_than_the_bound():
+def test_the_choices_of_experts_carry_more_bits_than_the_bound():
     # E experts choose K T / E of T tokens: log2 C(T, KT/E)^E / T bits per token, exactly
     for num_tokens in (64, 1024):
         ways = math.comb(num_tokens, num_tokens * 2 // 16)
@@ -118,7 +118,7 @@ def test_the_last_token_reroutes_earlier_ones_under_expert_choice_but_not_under_
     scores[-1], changed[-1] = 0.0, 1.0
     before, after = (experts(chosen("expert_choice", s, 2), 4)[:-1] for s in (scores, changed))
     rerouted = [set(b) - set(a) for b, a in zip(before, after, strict=True)]
-    assert sorted(e for lost in rerouted for e in lost) == [0, 1, 2, 3]  # each expert lets one earlier token go
+    assert sorted(e for lost in rerouted for e in lost) == [0, 1, 2, 3]  # each expert drops one earlier token
     top = [route(jnp.asarray(s), RouterConfig(top_k=2)).expert_ids[:-1] for s in (scores, changed)]
     np.testing.assert_array_equal(*top)
 
@@ -133,7 +133,7 @@ def test_rank_in_group_counts_the_better_ones_of_the_same_group():
 
 
 def balanced(matrix: np.ndarray, rounds: int) -> np.ndarray:
-    """Sinkhorn in float64, as Megatron-LM writes it."""
+    """Sinkhorn in float64, as in Megatron-LM."""
     v = np.ones(matrix.shape[1])
     for _ in range(rounds):
         u = 1 / len(matrix) / (matrix * v).sum(1)
@@ -159,7 +159,8 @@ def test_sinkhorn_balances_the_exponentials_of_the_logits_whatever_the_score(sco
 
 
 def test_sinkhorn_leaves_padding_out_of_the_masses():
-    scores, mask = random_scores(4, 48, 4), np.arange(48) % 3 > 0
+    scores = random_scores(4, 48, 4)
+    mask = np.arange(48) % 3 > 0
     alone = chosen("sinkhorn", scores[mask], 2)
     np.testing.assert_array_equal(chosen("sinkhorn", scores, 2, Tokens(mask=mask))[mask], alone)
 
@@ -201,7 +202,8 @@ def test_bip_with_as_many_experts_a_token_as_there_are_needs_no_price():
 
 
 def test_bip_leaves_padding_out_of_the_prices():
-    scores, mask = random_scores(7, 48, 4), np.arange(48) % 3 > 0
+    scores = random_scores(7, 48, 4)
+    mask = np.arange(48) % 3 > 0
     np.testing.assert_array_equal(chosen("bip", scores, 2, Tokens(mask=mask))[mask], bip_reference(scores[mask], 2, 4))
 
 
@@ -209,7 +211,7 @@ def test_bip_leaves_padding_out_of_the_prices():
 
 
 def test_a_cutoff_leaves_the_share_k_of_e_above():
-    # half of four scores: two lie in the last quarter, so 3/4; and with two of each expert in the second: 1/4
+    # half of four scores: two are in the last quarter, so 3/4; and with two of each expert in the second: 1/4
     histogram = jnp.asarray([[0, 2, 0, 2], [2, 2, 0, 0]], jnp.int32)
     np.testing.assert_allclose(cutoffs(histogram, 1), [0.75, 0.25])
     # a quarter is one score, half of the two in the last bin that has any
@@ -218,7 +220,7 @@ def test_a_cutoff_leaves_the_share_k_of_e_above():
 
 
 def test_a_cutoff_is_right_for_more_tokens_than_float32_counts():
-    # 2^27 + 2^27 + 2^28 scores in three bins of four: half lies above 1/4
+    # 2^27 + 2^27 + 2^28 scores in three bins of four: half are above 1/4
     histogram = jnp.asarray([[2**28, 0, 2**27, 2**27]] * 2, jnp.int32)
     np.testing.assert_allclose(cutoffs(histogram, 1), [0.5, 0.5])
 
@@ -260,7 +262,7 @@ def test_a_token_uses_every_expert_whose_threshold_it_passes():
     scores = [[0.9, 0.9, 0.9], [0.6, 0.5, 0.7], [0.1, 0.2, 0.3]]
     state = {"bias": jnp.asarray([-0.5, -0.6, -0.7])}
     assert experts(chosen("expert_threshold", scores, state=state), 3) == [[0, 1, 2], [0], []]
-    # in one slot the expert that is passed by most: .4 .3 .2
+    # with one slot, the expert whose threshold is exceeded most: .4 .3 .2
     ids = chosen("expert_threshold", scores, state=state, slots=1)
     assert ids.tolist() == [[0], [0], [3]]
 
@@ -280,7 +282,7 @@ def test_the_histogram_counts_valid_scores_only_and_keeps_both_ends():
     assert histogram.tolist() == [[1, 0, 0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]]
 
 
-def test_thresholds_of_one_batch_give_the_next_k_experts_a_token_on_average():
+def test_thresholds_of_one_batch_give_the_next_k_experts_per_token_on_average():
     balancer = balance.make({"expert_threshold": {}}, ModelConfig(top_k=2))
 
     @jax.jit
@@ -418,7 +420,7 @@ def test_random_experts_depend_on_the_key_alone():
 
 
 def test_forced_experts_come_in_turn_over_the_valid_tokens():
-    # valid tokens 0 1 2 get 0 1 2 | 3 0 1 | 2 3 0; what padding gets is of no account
+    # valid tokens 0 1 2 get 0 1 2 | 3 0 1 | 2 3 0; the experts of padding do not matter
     mask = np.asarray([True, False, True, True])
     ids = chosen("forced", random_scores(0, 4, 4), 3, Tokens(mask=mask))
     assert ids[mask].tolist() == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
@@ -475,11 +477,12 @@ def test_protected_sequences_are_drawn_whole_and_first_of_the_budget():
     # 200 sequences of two tokens, affinity falling; all 400 copies on device 0, whose budget is 200
     affinity = np.zeros((400, 4))
     affinity[:, 0] = np.linspace(1.0, 0.1, 400)
-    row, choice = np.repeat(np.arange(200, dtype=np.int32), 2), np.zeros((400, 1))
+    row = np.repeat(np.arange(200, dtype=np.int32), 2)
+    choice = np.zeros((400, 1))
     how = {"num_devices": 2, "protected": 0.1}
     kept = sent(affinity, choice, Tokens(row=jnp.asarray(row)), **how)[:, 0]
     assert kept.sum() == 200
-    late = kept[200:].reshape(-1, 2)  # these would be dropped but for their protection
+    late = kept[200:].reshape(-1, 2)  # these would be dropped without protection
     np.testing.assert_array_equal(late[:, 0], late[:, 1])
     # a tenth of 100 sequences, with a standard deviation of 3
     assert 1 <= late[:, 0].sum() <= 22

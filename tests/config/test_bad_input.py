@@ -1,4 +1,4 @@
-"""Bad input is refused early, with a sentence that has the key, the value, the rule and a way out."""
+"""Bad input is refused early, with a sentence that has the key, the value, the rule and a fix."""
 
 import ast
 import json
@@ -135,13 +135,13 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(overrides, devices, pla
     assert fix in str(caught.value)
 
 
-def test_resolve_fills_in_what_the_other_axes_leave():
+def test_resolve_fills_in_the_remaining_devices():
     config = resolve(validate(dict(model=EXPERTS, mesh=dict(expert=2))), 8, "tpu")
     assert config.mesh == MeshConfig(replica=1, data=4, expert=2, tensor=1)
 
 
 @pytest.mark.parametrize("config", [None, 3, "text", [1], [("num_steps", 3)]])
-def test_what_is_no_config_at_all_is_refused(config):
+def test_a_value_that_is_not_a_config_is_refused(config):
     with pytest.raises(ValueError, match="config"):
         validate(config)
 
@@ -168,19 +168,21 @@ sys.exit(status)
 
 
 class Refusal:
-    """How a command ended that should have refused its input."""
+    """The outcome of a command that should refuse its input."""
 
     def __init__(self, name, *flags):
         arguments = [sys.executable, "-c", COMMAND, name, *map(str, flags)]
         done = subprocess.run(
             arguments, cwd=rig.REPO, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
         )
-        self.status, self.err, self.out = done.returncode, done.stderr, done.stdout
+        self.status = done.returncode
+        self.err = done.stderr
+        self.out = done.stdout
         self.loaded_jax = done.stdout.split()[-1] == "True" if done.stdout.strip() else None
 
 
 def assert_refused(refusal, *words):
-    """Status 2, one line that begins with error:, no traceback, before jax is loaded, which takes seconds."""
+    """Status 2 and one line that begins with error:, without a traceback, and before jax is loaded."""
     assert refusal.status == 2, refusal.err
     assert "Traceback" not in refusal.err
     first, *more = refusal.err.splitlines()
@@ -193,7 +195,7 @@ def assert_refused(refusal, *words):
 
 @pytest.fixture
 def good(tmp_path):
-    """A config file that is right."""
+    """A valid config file."""
     return rig.write_config(tmp_path / "config.py", CONFIG)
 
 
@@ -242,7 +244,7 @@ def test_a_missing_workdir_is_refused(good):
 
 
 def test_an_empty_workdir_is_refused(good):
-    # with a bad flag beside it, so that a command that takes it ends before it writes anything
+    # with another bad flag, so that a command that accepts the workdir ends before it writes anything
     refusal = Refusal("moe_jax.train", f"--config={good}", "--workdir=", "--config.data.path=/no/such/folder")
     assert_refused(refusal, "--workdir")
 
@@ -296,7 +298,7 @@ def test_a_wrong_config_file_is_refused(tmp_path, kind, overrides):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_what_a_sweep_wants_is_refused_with_its_line(good, tmp_path):
+def test_an_error_in_get_hyper_is_refused_with_its_line(good, tmp_path):
     good.write_text(good.read_text() + "\n\ndef get_hyper(h):\n    return h.arms({'a': 1})\n")
     line = len(good.read_text().splitlines())
     refusal = Refusal("experiments.ablate", f"--config={good}", f"--workdir={tmp_path / 'sweep'}")
@@ -434,13 +436,13 @@ def test_the_evaluation_of_an_empty_folder_is_refused(tmp_path):
     assert_refused(Refusal("moe_jax.evaluate", f"--workdir={tmp_path}"), "holds no config.json")
 
 
-def test_a_sweep_that_is_none_is_refused(good, tmp_path):
+def test_a_config_without_a_sweep_is_refused(good, tmp_path):
     refusal = Refusal("experiments.ablate", f"--config={good}", f"--workdir={tmp_path / 'sweep'}")
     assert_refused(refusal, "defines no get_hyper")
     assert not (tmp_path / "sweep").exists()
 
 
-# --- nothing that is read can run -----------------------------------------------------------------------------
+# --- no data that is read is executed -------------------------------------------------------------------------
 
 SOURCES = sorted(f for folder in ("moe_jax", "experiments") for f in (rig.REPO / folder).rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml"}

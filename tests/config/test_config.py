@@ -113,7 +113,7 @@ print(json.dumps(as_dict(validate(flags.FLAGS.config))))
 
 
 def read(folder, *arguments):
-    """What a command that is given these arguments in a folder takes for its config."""
+    """The config that a command reads from these arguments in a folder."""
     result = subprocess.run(
         [sys.executable, "-c", READ, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -151,7 +151,7 @@ def test_a_config_file_runs_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a b", "ü", "[x]", "a%20b", "#1", "a.b", "a:b", "tests", "configs", "~"])
-def test_a_config_file_may_lie_in_a_folder_of_any_name(tmp_path, name):
+def test_a_config_file_may_be_in_a_folder_of_any_name(tmp_path, name):
     write(tmp_path / name / "c.py", "default(num_steps=int(arg or 1))")
     assert read(tmp_path, f"--config=./{name}/c.py")["num_steps"] == 1
     assert read(tmp_path, f"--config=./{name}/c.py:5")["num_steps"] == 5

@@ -1,4 +1,4 @@
-"""The configs at full size build the published models: to the parameter, where their checkpoints were counted."""
+"""The configs of published models have their exact numbers of parameters, as counted in their checkpoints."""
 
 import importlib.util
 
@@ -26,7 +26,7 @@ K2_ATTENTION = 7168 * 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 * 64 * 256 + 64 
 LITE_ATTENTION = 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048
 V3_LAYER = V3_ATTENTION + 257 * 3 * 7168 * 2048 + 7168 * 256 + 2 * 7168 + 1536 + 512
 EXPERT = 3 * 2048 * 1408  # of DeepSeekMoE 16B and V2-Lite
-EXACT = {  # all parameters but multi-token prediction's
+EXACT = {  # all parameters except those of multi-token prediction
     "deepseek_v3": 2 * 129280 * 7168
     + 61 * (V3_ATTENTION + 2 * 7168 + 1536 + 512)
     + 3 * 3 * 7168 * 18432
@@ -53,7 +53,7 @@ EXACT = {  # all parameters but multi-token prediction's
     + 48 * (128 * 3 * 2048 * 768 + 2048 * 128)
     + 2048,
 }
-# In billions, as published in papers and model cards: total, active, and the step to which active is rounded
+# In billions, as published in papers and model cards: total, active, and the step to which active was rounded
 PUBLISHED = {
     "deepseek_v3": (671, 36.7, 0.1),  # active: the README of its weights; 37 in the paper
     "kimi_k2": (1040, 32, 1),
@@ -76,7 +76,7 @@ def config_of(name):
 
 
 def sums_of(name):
-    """All but multi-token prediction; of these all but the embedding."""
+    """The sums without multi-token prediction, and those also without the embedding."""
     *_, model, without_embedding = totals(parts(config_of(name)))
     return model, without_embedding
 
@@ -97,20 +97,20 @@ def test_the_total_is_the_published_one_within_half_a_percent(name):
 
 @every_model
 def test_active_parameters_round_to_the_published_ones_with_or_without_the_embedding(name):
-    # papers say neither which they count nor whether they round down, so within one step of either sum's last digit
+    # papers do not state which parameters they count or how they round: within one step of the last digit of either sum
     _, active, step = PUBLISHED[name]
     assert any(abs(s.active / 1e9 - active) < step for s in sums_of(name))
 
 
 def test_multi_token_prediction_is_one_more_layer_and_two_halves_of_a_projection():
-    # the card's 11.5B leave out the projection; embedding and head are the model's: 685B is 671 + 11.6 + 2 x 0.93
+    # the card's 11.5B exclude the projection; 685B counts embedding and head again: 671 + 11.6 + 2 x 0.93
     found = {p.name: p for p in parts(config_of("deepseek_v3"))}[AHEAD]
     assert found.total == V3_LAYER + 2 * 7168 * 7168 + 3 * 7168
     assert abs((found.total + EXACT["deepseek_v3"] + 2 * 129280 * 7168) / 684.5e9 - 1) < 0.005
 
 
 def test_training_on_from_bfloat16_weights_moves_nearly_every_parameter(tmp_path, capsys):
-    # at its learning rate of 1e-5 bfloat16 parameters would stand still, all but one in twenty
+    # at its learning rate of 1e-5 only one in twenty bfloat16 parameters would move
     narrow = drill_config(model=dict(param_dtype="bfloat16"))
     run(narrow, tmp_path / "lite", stop_at=2)
     assert "model.param_dtype='bfloat16' loses every change" in capsys.readouterr().out

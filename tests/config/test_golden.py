@@ -1,4 +1,4 @@
-"""Every config file of the repository, as it is understood: a change shows as a difference of a file here."""
+"""The meaning of every config file of the repository: a change shows as a difference in a golden file."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from moe_jax.config import as_dict, differences, validate
 from moe_jax.config.command import load
 
 ALL = sorted((REPO / "configs").rglob("*.py"))
-FILES = [file for file in ALL if file.stem != "from_checkpoint"]  # which means what the workdir it is given says
+FILES = [file for file in ALL if file.stem != "from_checkpoint"]  # its meaning depends on a workdir
 GOLDEN = REPO / "tests" / "golden"
 UPDATE = "UPDATE_GOLDEN=1 python -m pytest tests/config/test_golden.py"
 
@@ -21,7 +21,7 @@ def name_of(file):
 
 
 def text_of(file):
-    """The config of a file, and the changes of its arms if it has any, as JSON."""
+    """The config of a file as JSON, with the changes of its arms if it has any."""
     namespace = load(file)
     config = as_dict(validate(namespace.get_config()))
     golden = {"config": config}
@@ -48,7 +48,7 @@ def test_there_is_no_golden_file_without_a_config():
 
 
 @pytest.mark.parametrize("file", ALL, ids=name_of)
-def test_a_config_file_says_what_it_is_whence_and_how_to_run_it(file):
+def test_the_header_of_a_config_file_has_its_source_and_its_command(file):
     header = (load(file).__doc__ or "").strip()
     assert "Source:" in header
     assert "Command:" in header

@@ -1,4 +1,4 @@
-"""Laws of `--help`: a command's own flags, `--config` first with an example, and none of the libraries'."""
+"""Laws of `--help`: it shows a command's own flags, `--config` first with an example, and none of the libraries'."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 from drills import rig
 
-# the flags that each has beside others
+# some of the flags of each command
 COMMANDS = {
     "moe_jax.train": ["config", "workdir", "stop_at", "profile"],
     "moe_jax.evaluate": ["config", "workdir", "data", "specialisation"],
@@ -38,7 +38,7 @@ def test_help_has_the_commands_own_flags_and_no_others(command):
         assert flags[0] == "config" and "--config.optimizer.learning_rate=1e-3" in done.stdout
 
 
-def test_help_says_what_must_be_given_and_what_is_taken_otherwise():
+def test_help_marks_required_flags_and_shows_defaults():
     words = [sys.executable, "-m", "moe_jax.generate", "--help"]
     text = subprocess.run(words, cwd=rig.REPO, capture_output=True, text=True, check=True).stdout
     assert re.search(r"--workdir=TEXT .*\(required\)", text)

@@ -86,7 +86,7 @@ def test_a_setting_without_an_arm_is_refused():
 
 
 def test_two_runs_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="arm 'a' with seed 0 twice; name the arms apart"):
+    with pytest.raises(ValueError, match="arm 'a' with seed 0 twice; give the arms two names"):
         plan(BASE, [{"arm": "a"}, {"arm": "a", "model.top_k": 1, "model.normalize_gates": False}])
 
 
@@ -104,7 +104,7 @@ def test_an_arm_whose_name_is_not_a_folder_name_is_refused(name):
 
 @pytest.mark.parametrize("name", ["sweep.json", "report.html", "figures"])
 def test_an_arm_named_as_a_file_of_the_sweep_is_refused_before_any_run_starts(name):
-    with pytest.raises(ValueError, match=f"arm '{name}', as a file of the sweep is named; choose another"):
+    with pytest.raises(ValueError, match=f"arm '{name}', like a file of the sweep; choose another"):
         plan(BASE, [{"arm": name}])
 
 
@@ -132,7 +132,7 @@ def test_every_arm_of_a_seed_reads_the_same_batches():
 # --- the folder of a sweep ------------------------------------------------------------------------------------
 
 
-def test_a_sweep_record_tells_the_arms_apart(tmp_path):
+def test_a_sweep_record_distinguishes_the_arms(tmp_path):
     record = sweep_record(plan(BASE, SETTINGS), BASE, SOURCE, "the command")
     assert (record["arms"], record["seeds"], record["baseline"]) == (["bias", "none"], [0, 1], "bias")
     assert record["arms_config"]["bias"] == {}
@@ -149,7 +149,7 @@ def claimed(folder, base=BASE, settings=SETTINGS, source=SOURCE, command="the co
 
 @pytest.fixture
 def begun(tmp_path):
-    """A sweep whose first run is under way, as far as files tell."""
+    """A sweep whose first run is in progress, according to its files."""
     claimed(tmp_path)
     folder = tmp_path / "bias" / "seed0"
     folder.mkdir(parents=True)
@@ -170,12 +170,12 @@ GROWN = {
 
 
 @pytest.mark.parametrize("change", GROWN)
-def test_a_sweep_grows_and_changes_what_changes_no_number(begun, change):
-    said = claimed(begun, **GROWN[change])
-    assert said == ([f"arm none is in {begun} but no longer in the sweep"] if change == "an arm less" else [])
+def test_a_sweep_may_grow_and_change_keys_that_change_no_number(begun, change):
+    lines = claimed(begun, **GROWN[change])
+    assert lines == ([f"arm none is in {begun} but no longer in the sweep"] if change == "an arm less" else [])
 
 
-def test_a_sweep_goes_on_where_a_key_is_younger_than_it(begun):
+def test_a_sweep_resumes_where_a_key_is_newer_than_it(begun):
     for file in (begun / "sweep.json", begun / "bias" / "seed0" / "config.json"):
         older = json.loads(file.read_text())
         del older.get("config", older)["step_timeout_seconds"]
@@ -207,7 +207,7 @@ def test_a_sweep_without_a_common_arm_is_another(begun):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """`train.run` replaced by a recorder."""
+    """`loop.run` replaced by a recorder."""
     done = []
 
     def fake(config, folder, hooks, name):
@@ -228,7 +228,7 @@ def test_shards_do_every_run_once(trained, tmp_path, count):
 
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "", "1/2/3"])
-def test_a_shard_that_is_none_is_refused(text):
+def test_an_invalid_shard_is_refused(text):
     with pytest.raises(ValueError, match="must be i/n with 0 <= i < n; 0/1 does every run"):
         parse_shard(text)
 
@@ -237,7 +237,7 @@ def test_a_finished_run_is_not_run_again(trained, tmp_path):
     runs = plan(BASE, SETTINGS)
     evaluation = {"eval/loss": 5.0, "eval/bits_per_byte": 7.0}
     for name, last in {"bias/seed1": {"step": 19} | evaluation, "none/seed0": {"step": 9} | evaluation}.items():
-        (tmp_path / name).mkdir(parents=True)  # no checkpoints: they were deleted for room
+        (tmp_path / name).mkdir(parents=True)  # without checkpoints, which were deleted for space
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(last) + "\n")
     execute(runs, tmp_path)
     assert ("bias", "seed1") not in trained
@@ -269,8 +269,9 @@ def test_a_signal_ends_the_sweep_after_the_run_under_way(monkeypatch, tmp_path):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """`train.run` replaced by a recorder that fails as the dict says, arm -> what is raised."""
-    done, errors = [], {}
+    """`loop.run` replaced by a recorder that raises the errors in a dict, arm -> error."""
+    done = []
+    errors = {}
 
     def fake(config, folder, hooks, name):
         done.append((folder.parent.name, folder.name))
@@ -286,7 +287,7 @@ def failing(monkeypatch):
     "error", [FloatingPointError("step 2"), ValueError("bad data"), FileNotFoundError("gone"), MemoryError("too large")]
 )
 @pytest.mark.parametrize("shard", [slice(None), slice(0, None, 2)])
-def test_one_run_that_fails_takes_no_other_with_it_and_is_named(failing, tmp_path, error, shard):
+def test_a_failed_run_is_named_and_does_not_affect_the_others(failing, tmp_path, error, shard):
     done, errors = failing
     errors["bias"] = error
     runs = plan(BASE, SETTINGS)[shard]
@@ -297,7 +298,7 @@ def test_one_run_that_fails_takes_no_other_with_it_and_is_named(failing, tmp_pat
     assert failed == expected
 
 
-def test_a_full_disk_ends_the_sweep_for_it_would_end_every_run(failing, tmp_path):
+def test_a_full_disk_ends_the_sweep_because_it_would_end_every_run(failing, tmp_path):
     done, errors = failing
     errors["bias"] = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
@@ -318,8 +319,9 @@ def get_hyper(h):
 """
 
 
-def test_a_run_that_diverges_is_noted_and_named_and_left_out_when_the_command_is_repeated(tmp_path):
-    file, folder = tmp_path / "wild.py", tmp_path / "sweep"
+def test_a_run_that_diverges_is_noted_and_named_and_skipped_when_the_command_is_repeated(tmp_path):
+    file = tmp_path / "wild.py"
+    folder = tmp_path / "sweep"
     file.write_text(WILD.format(base=BASE))
     wild = folder / "wild" / "seed0"
     for attempt in ("first", "second"):

@@ -1,4 +1,4 @@
-"""Laws of the benchmarks: rounds are fair, ratios are of a round, unequal work is refused, the absent are named."""
+"""Laws of the benchmarks: rounds are fair, ratios are within a round, unequal work is refused, absent peers named."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def _no_pause(monkeypatch):
 
 @pytest.fixture
 def without_peers(monkeypatch):
-    """As where no other project is installed."""
+    """As if no other project were installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in peers.INSTALL else find(name))
 
@@ -40,7 +40,8 @@ def test_every_contestant_leads_a_round_and_the_circle_is_kept():
 
 
 def test_rounds_are_interleaved_and_the_first_is_not_counted():
-    now, calls = [0.0], []
+    now = [0.0]
+    calls = []
 
     def contestant(name, seconds):
         def run():
@@ -84,7 +85,7 @@ def test_a_file_without_a_folder_is_refused_before_anything_is_measured(tmp_path
     assert "cannot be written; name a file in an existing folder" in done.stderr
 
 
-def test_a_busy_machine_is_told():
+def test_a_busy_machine_is_reported():
     facts = timing.about(3)
     idle, busy = ({**facts["machine"], "load": load * facts["machine"]["threads"]} for load in (0.1, 2.0))
     assert "busy" in timing.heading(facts | {"machine": busy})
@@ -102,12 +103,12 @@ def test_every_tokens_choice_is_clear(skew, dtype):
     assert (logits[:, -2] - logits[:, -3] >= problem.MARGIN[dtype]).all()
 
 
-def test_bfloat16_problems_hold_what_bfloat16_represents():
+def test_bfloat16_problems_hold_only_bfloat16_values():
     for values in problem.draw(TINY, "zipf", "bfloat16"):
         assert (values == values.astype(ml_dtypes.bfloat16)).all()
 
 
-def test_skews_are_what_they_are_called():
+def test_skews_match_their_names():
     def loads(skew):
         drawn = problem.draw(TINY, skew, "float32")
         return np.bincount(np.argsort(drawn.x @ drawn.router, -1)[:, -2:].ravel(), minlength=8)
@@ -123,19 +124,19 @@ def outcome(**changes):
     return problem.Outcome(**(drawn | changes))
 
 
-def test_another_outcome_is_refused_by_name():
+def test_a_different_outcome_is_refused_by_name():
     wrong = outcome().up.copy()
     wrong[7] = wrong[8]  # one row of fifty
     with pytest.raises(ValueError, match=r"peer and moe_jax differ in the gradient of up by .*, more than 1e-05"):
         problem.check("peer", outcome(up=wrong), outcome(), "float32")
 
 
-def test_nan_is_another_outcome():
+def test_nan_is_a_different_outcome():
     with pytest.raises(ValueError, match="differ in y by nan"):
         problem.check("peer", outcome(y=np.full((50, 4), np.nan, np.float32)), outcome(), "float32")
 
 
-def test_rounding_is_no_other_outcome():
+def test_rounding_is_not_a_different_outcome():
     expected = outcome()
     rounded = problem.Outcome(*(a * np.float32(1 + 2e-7) for a in expected))
     assert 0 < problem.check("peer", rounded, expected, "float32") < 1e-6
@@ -165,7 +166,7 @@ def test_peers_that_are_not_installed_are_named_with_their_command():
     result = layer.measure(TINY, dtype="float32", skew="uniform", rounds=2)
     assert set(result["absent"]) == {"transformers_deepseek_v3", "transformers_qwen3_moe", "torchtitan", "maxtext"}
     assert "torch is not installed; pip install torch==" in result["absent"]["torchtitan"]
-    text = layer.shown("tiny", result)
+    text = layer.as_text("tiny", result)
     assert "torchtitan is absent: torch is not installed" in text
     assert [line.split()[0] for line in text.splitlines()[2:3]] == ["moe_jax"]
 
@@ -217,14 +218,14 @@ def test_latent_attention_has_as_many_parameters_as_ours():
 
 
 @pytest.mark.usefixtures("without_peers")
-def test_a_step_without_peers_tells_its_speed(monkeypatch):
+def test_a_step_without_peers_reports_its_speed(monkeypatch):
     monkeypatch.setattr(step, "trainer", lambda config: step.Trainer(lambda: 3.0, 100, {}))
     result = step.measure(SIZES, BATCH, rounds=2)
     assert set(result["absent"]) == {step.QWEN, step.DEEPSEEK}
     assert set(result["seconds"]) == set(step.OURS.values())
     seconds = result["seconds"][step.OURS[step.QWEN]]
     assert result["tokens_per_second"][step.OURS[step.QWEN]]["high"] == pytest.approx(16 / min(seconds))
-    assert f"{step.QWEN} is absent" in step.shown(result)
+    assert f"{step.QWEN} is absent" in step.as_text(result)
 
 
 def test_the_same_model_trains_alike_in_both_frameworks():
@@ -234,14 +235,16 @@ def test_the_same_model_trains_alike_in_both_frameworks():
     assert losses[0][0] != pytest.approx(losses[2][0], rel=1e-3)  # it does train
 
 
-def test_other_losses_are_refused():
-    ours, theirs = step.Trainer(lambda: 3.0, 100, None), step_peers.Peer(lambda: 3.1, 100)
+def test_different_losses_are_refused():
+    ours = step.Trainer(lambda: 3.0, 100, None)
+    theirs = step_peers.Peer(lambda: 3.1, 100)
     with pytest.raises(ValueError, match="not the same training"):
         step.compare(step.QWEN, ours, theirs, 32)
 
 
-def test_another_size_is_refused():
-    ours, theirs = step.Trainer(lambda: 3.0, 100, None), step_peers.Peer(lambda: 3.0, 102)
+def test_a_different_size_is_refused():
+    ours = step.Trainer(lambda: 3.0, 100, None)
+    theirs = step_peers.Peer(lambda: 3.0, 102)
     with pytest.raises(ValueError, match="102 parameters and moe_jax 100"):
         step.compare(step.QWEN, ours, theirs, 32)
 
@@ -260,7 +263,7 @@ def test_costs_are_relative_to_the_first():
     assert result["over_one"]["one"]["median"] == 1.0
     expected = [b / a for a, b in zip(result["seconds"]["one"], result["seconds"]["two"], strict=True)]
     assert result["over_one"]["two"]["median"] == pytest.approx(sum(expected) / 2)
-    assert scaling.shown("x", result).splitlines()[1].split() == ["ms", "over", "one"]
+    assert scaling.as_text("x", result).splitlines()[1].split() == ["ms", "over", "one"]
 
 
 def test_a_layer_with_more_experts_is_measured():
@@ -283,10 +286,10 @@ def test_devices_send_to_each_other(monkeypatch):
     monkeypatch.setattr(scaling, "MODEL", SIZES)
     result = scaling.devices_here([2], 1)
     assert result["bytes_sent_per_device"]["2 devices"] > 0
-    assert "MiB sent a device" in scaling.shown("devices", result)
+    assert "MiB sent per device" in scaling.as_text("devices", result)
 
 
-def test_a_warm_start_finds_what_the_cold_one_of_its_round_left(monkeypatch):
+def test_a_warm_start_finds_the_programs_of_the_cold_start_of_its_round(monkeypatch):
     seen = []
 
     def fake(cache, sizes, batch):
@@ -301,10 +304,10 @@ def test_a_warm_start_finds_what_the_cold_one_of_its_round_left(monkeypatch):
     assert result["ratio_warm_to_cold"] == 0.25
 
 
-def test_a_start_tells_the_seconds_of_its_parts(capsys):
+def test_a_start_reports_the_seconds_of_its_parts(capsys):
     start.run(SIZES, BATCH)
-    told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"import", "init", "first_step", "second_step", "done"}
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"import", "init", "first_step", "second_step", "done"}
 
 
 # --- the command line -------------------------------------------------------------------------------------------

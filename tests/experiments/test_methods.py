@@ -1,4 +1,4 @@
-"""The table of methods: what it reads from the code, and what it finds by running it."""
+"""The table of methods: the facts that it reads from the code, and those that it measures."""
 
 import re
 
@@ -9,7 +9,7 @@ from moe_jax import balance
 
 
 @pytest.mark.parametrize("name", balance.names())
-def test_every_method_tells_its_equation_and_its_source(name):
+def test_every_method_has_an_equation_and_a_source(name):
     assert re.fullmatch(r"`[^`]+ [^`]+`(; `[^`]+ [^`]+`)*", methods.equation(name))
     assert methods.source(name)
     assert methods.family(name) in methods.FAMILIES
@@ -20,7 +20,7 @@ def test_a_source_is_shortened_to_its_identifiers():
     assert methods.source("bias_rms") == "[kexue 10757](https://kexue.fm/archives/10757)"
 
 
-def test_state_and_statistics_are_told_in_letters():
+def test_state_and_statistics_are_shown_in_letters():
     assert methods.state_and_statistics("bias_sign") == ("bias float32[E]", "loads int32[E]")
     assert methods.state_and_statistics("quantile") == ("bias float32[E]", "loads int32[E], own int32[E, 1000]")
     assert methods.state_and_statistics("aux_loss") == ("none", "loads int32[E]")
@@ -32,7 +32,7 @@ def test_causality_is_found_by_changing_later_tokens():
     assert methods.is_causal("bias_sign")
 
 
-def test_what_a_method_needs_is_added():
+def test_other_methods_that_a_method_needs_are_added():
     assert set(methods.composition("target_violation")) == {"target_violation", "aux_loss"}
     assert methods.composition("device_capacity") == {"device_capacity": {"num_devices": 8}}
     assert methods.composition("bias_sign") == {"bias_sign": {}}

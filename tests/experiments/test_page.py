@@ -83,7 +83,7 @@ def test_a_folder_whose_name_is_no_text_is_named_on_the_page_and_the_terminal(tm
     strict = os.environ | {"PYTHONIOENCODING": "utf-8"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=strict, cwd=rig.REPO)
     assert run.returncode == 0, run.stderr
-    assert r"stray\udce9/seed0 is not named in sweep.json" in (directory / "report.html").read_text()
+    assert r"stray\udce9/seed0 is not listed in sweep.json" in (directory / "report.html").read_text()
     assert run.stdout.splitlines()[-1] == rf"Wrote {tmp_path}/caf\udce9/report.html"
 
 
@@ -104,7 +104,7 @@ def test_nothing_finished_is_a_sentence_and_no_file(tmp_path: Path, capsys: pyte
     assert "! none, seed 0: not started (no metrics)." in capsys.readouterr().out
 
 
-def test_the_page_shows_where_the_time_went_if_any_run_says_so(tmp_path: Path) -> None:
+def test_the_page_shows_where_the_time_went_if_a_run_logged_it(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0, 1.2]})
     assert "Where the time went" not in report.write(report.read_sweep(tmp_path)).read_text()
     keep_account(tmp_path / "none" / "seed0", 10.0, init=1, step=3)
@@ -119,7 +119,7 @@ def test_the_page_shows_which_data_the_runs_read(tmp_path: Path) -> None:
     assert "aaaa / bbbb" in report.write(report.read_sweep(folder)).read_text()
 
 
-def test_a_column_of_ones_own_is_on_the_page(tmp_path: Path) -> None:
+def test_an_added_column_is_on_the_page(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0, 1.2]})
     example = rig.REPO / "docs" / "examples" / "column.py"
     command = [sys.executable, str(example), str(tmp_path)]
@@ -133,7 +133,7 @@ def test_a_column_of_ones_own_is_on_the_page(tmp_path: Path) -> None:
 # --- in a browser -----------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# a frame of the page's own origin: it may be read, it is as narrow as a phone, and the page itself stays as it is
+# a frame of the page's own origin can be read and be as narrow as a phone, and leaves the page itself unchanged
 FRAME = """<!DOCTYPE html><iframe srcdoc="{page}" style="width:{width}px;height:800px;border:0"></iframe><script>
 onload = () => {{
   const view = document.querySelector("iframe").contentWindow, page = view.document;
@@ -151,7 +151,7 @@ onload = () => {{
 
 
 def opened(html: str, width: int, folder: Path) -> dict[str, Any]:
-    """What a browser says of the page in a window of this width."""
+    """The facts that a browser reports of the page in a window of this width."""
     if BROWSER is None:
         pytest.skip("no chromium here (Debian: apt-get install chromium)")
     (folder / "frame.html").write_text(FRAME.format(page=escape(html), width=width))

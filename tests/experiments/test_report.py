@@ -1,4 +1,4 @@
-"""Laws of the report: numbers equal hand-computed ones, nothing is hidden."""
+"""Laws of the report: numbers equal those computed by hand, and nothing is hidden."""
 
 import json
 import math
@@ -112,10 +112,10 @@ def test_table_equals_numbers_computed_by_hand(tmp_path: Path) -> None:
 
 def test_a_column_is_shown_where_its_row_says(tmp_path: Path) -> None:
     sweep = read_sweep(tiny_sweep(tmp_path, {"none": [1.0]}))
-    columns = [Column("loss", "loss at the end", 1, last("loss"), ("terminal",))]
+    columns = [Column("loss at the end", 1, last("loss"), ("terminal",))]
     assert main_table(sweep, columns, "terminal") == (["arm", "seeds", "loss at the end"], [["none", "1", "3.0 ± n/a"]])
     assert main_table(sweep, columns, "page").headers == ["arm", "seeds"]
-    assert len({column.key for column in COLUMNS}) == len(COLUMNS)
+    assert len({column.title for column in COLUMNS}) == len(COLUMNS)
 
 
 def test_dense_arm_shows_dashes(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_domains_are_paired_too(tmp_path: Path) -> None:
     assert rows[1] == ["aux_loss", "0.9000 ± 1.2706\n-0.1000 ± 0.0000 *"]
 
 
-def test_answer_says_what_the_intervals_say(tmp_path: Path) -> None:
+def test_the_answer_agrees_with_the_intervals(tmp_path: Path) -> None:
     bits = {"none": [1.0, 1.2, 1.4], "aux_loss": [0.9, 1.0, 1.1], "worse": [1.1, 1.3, 1.5]}
     sweep = read_sweep(tiny_sweep(tmp_path, bits))
     balance, quality, certainty = answer(sweep).values()
@@ -194,7 +194,7 @@ def test_unfinished_diverged_and_stray_runs_are_named(tmp_path: Path) -> None:
     assert remarks(sweep) == [
         "aux_loss, seed 1: unfinished (step 200 of 1000).",
         "aux_loss, seed 2: diverged (the evaluation at step 999 is not finite); left out of every mean.",
-        "other/seed0 is not named in sweep.json and was not read.",
+        "other/seed0 is not listed in sweep.json and was not read.",
     ]
 
 
@@ -237,7 +237,7 @@ def test_unfinished_is_seen_without_a_step_count(tmp_path: Path) -> None:
     assert remarks(read_sweep(tmp_path)) == expected
 
 
-def test_skipped_steps_and_partial_lines_are_said(tmp_path: Path) -> None:
+def test_skipped_steps_and_partial_lines_are_reported(tmp_path: Path) -> None:
     tiny_sweep(tmp_path, {"none": [1.0]})
     path = tmp_path / "none/seed0/metrics.jsonl"
     path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 2') + '{"step": 751, "lo')
@@ -255,7 +255,7 @@ def test_runs_that_read_different_data_are_named(tmp_path: Path) -> None:
     for arm, seed, corpus in (("none", 0, "aaaa"), ("bias", 0, "bbbb"), ("none", 1, "aaaa"), ("bias", 1, "aaaa")):
         (folder / arm / f"seed{seed}" / "run.json").write_text(json.dumps({"identity": {"corpus": corpus}}))
     problems = read_sweep(folder).problems
-    assert problems == ["bias, seed 0: read other data than none; their difference is not of the arms."]
+    assert problems == ["bias, seed 0: read other data than none; their difference is not due to the arms."]
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_a_run_logs_the_format_of_its_experts_products():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (dict(num_experts=0), "model.quantization='int8' narrows the products of routed experts"),
+        (dict(num_experts=0), "model.quantization='int8' quantizes the products of routed experts"),
         (dict(cpu_kernel="native"), "model.cpu_kernel='native' computes in float32 and bfloat16"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text, against arithmetic by hand."""
+"""The costs read from a compiled program's text, against arithmetic by hand."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from moe_jax.planning import collectives, hlo, loops, products
 from moe_jax.planning import cost as cost_
 
-# Eight local devices as data 2 x expert 4; every program's text by name, from one process of its own.
+# Eight local devices as data 2 x expert 4; one separate process writes every program's text by name.
 PROGRAMS = """
     import json
     import jax, jax.numpy as jnp
@@ -94,7 +94,7 @@ def test_loops_within_loops_multiply():
     )
 
 
-def test_a_loop_whose_length_depends_on_data_is_told_and_counted_once():
+def test_a_loop_whose_length_depends_on_data_is_reported_and_counted_once():
     def f(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: jnp.tanh(x @ w) + 1.0, x)
 
@@ -107,12 +107,12 @@ def test_a_loop_whose_length_depends_on_data_is_told_and_counted_once():
     assert guessed.unknown_loops == frozenset()
 
 
-def test_the_trip_count_is_read_from_the_condition_where_xla_does_not_tell_it():
+def test_the_trip_count_is_read_from_the_condition_where_xla_does_not_report_it():
     text = LOOP.format(start=2, limit=9)
     assert cost_.analyze(text).flops.total() == (9 - 2) * 2 * 4 * 4 * 4
 
 
-def test_a_conditional_counts_as_its_cheapest_branch_and_tells_the_rest():
+def test_a_conditional_counts_as_its_cheapest_branch_and_the_rest_is_reported():
     def more(x, w):
         return x @ w @ w
 
@@ -124,9 +124,9 @@ def test_a_conditional_counts_as_its_cheapest_branch_and_tells_the_rest():
     assert cost.untaken == (2 * 2 * 8 * 16 * 16, 0)
 
 
-def test_a_kernel_is_counted_by_what_it_tells():
-    told = '"custom_call_config":{"body":"...","cost_estimate":{"flops":"4096","transcendentals":"0"}}'
-    cost = cost_.analyze(KERNEL.format(config=told))
+def test_a_kernel_is_counted_by_its_own_estimate():
+    estimate = '"custom_call_config":{"body":"...","cost_estimate":{"flops":"4096","transcendentals":"0"}}'
+    cost = cost_.analyze(KERNEL.format(config=estimate))
     assert cost.flops.total() == 4096
     assert cost.kernels == {"grouped": 1}
     assert cost.uncosted == frozenset()
@@ -176,7 +176,7 @@ def test_a_rematerialised_scan_over_seven_layers_counts_its_exchanges(sharded):
     assert (scatter.bytes, scatter.sent) == (4 * 16 * 16, 4 * 16 * 8)
 
 
-def test_what_a_scan_keeps_for_its_backward_pass_is_found(sharded):
+def test_arrays_that_a_scan_saves_for_its_backward_pass_are_found(sharded):
     # the input of every layer, 8 x 16 floats on a device
     assert loops.saved_bytes(sharded["train"]) == 7 * 4 * 8 * 16
 
@@ -218,7 +218,7 @@ def test_a_group_of_one_device_exchanges_nothing():
 def test_an_asynchronous_exchange_in_three_fusions_counts_once():
     cost = cost_.analyze(ASYNC)
     assert [(c.kind, c.asynchronous, n) for c, n in cost.collectives.items()] == [("all-gather", True, 1)]
-    # start reads 8 floats; the part that runs meanwhile reads and writes 8 others and hands the buffers on
+    # start reads 8 floats; the part that runs meanwhile reads and writes 8 others and passes the buffers on
     assert cost.hbm == 4 * 8 + 4 * 16 + 2 * 4 * 8
 
 
@@ -236,13 +236,13 @@ ENTRY %main (p: f32[8,16], w: f32[16,32]) -> f32[8,16] {
 """
 
 
-def test_what_is_scheduled_between_start_and_end_of_an_exchange_runs_beside_it():
+def test_instructions_between_start_and_end_of_an_exchange_overlap_with_it():
     cost = cost_.analyze(BESIDE)
     assert cost.flops.total() == 2 * 2 * 8 * 16 * 32
     assert cost.overlapped == {"all-to-all": 2 * 8 * 16 * 32}  # one of the two products
 
 
-def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+def test_an_all_reduce_followed_by_a_slice_is_a_reduce_scatter():
     found, _ = next(iter(cost_.analyze(SCATTER).collectives.items()))
     assert (found.kind, found.bytes, found.sent) == ("reduce-scatter", 4 * 64, 4 * 64 * 3 / 4)
 
@@ -254,7 +254,7 @@ def test_traffic_is_operands_and_results():
     assert cost_.analyze(compiled(lambda a, b: a @ b, (8, 16), (16, 32))).hbm == 4 * (8 * 16 + 16 * 32 + 8 * 32)
 
 
-def test_a_layer_sliced_from_a_stack_reads_itself_only():
+def test_a_layer_sliced_from_a_stack_reads_only_itself():
     def f(x, ws):
         return jax.lax.scan(lambda x, w: (x * w, None), x, ws)[0]
 
@@ -263,7 +263,7 @@ def test_a_layer_sliced_from_a_stack_reads_itself_only():
     assert 5 * 3 * 4096 <= traffic < 5 * 3 * 4096 + 2 * 4096 + 1024
 
 
-def test_what_lies_on_the_chip_is_no_traffic():
+def test_data_that_stays_on_the_chip_is_no_traffic():
     assert cost_.analyze(ON_CHIP).hbm == 4 * 16
 
 

@@ -1,4 +1,4 @@
-"""The plan command: what it counts, against the model's own arithmetic, and one sentence for whatever is wrong."""
+"""The plan command: its counts, against the model's own arithmetic, and one sentence for every mistake."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def report(repo, tmp_path_factory):
     return json.loads(file.read_text()) | {"printed": result.stdout}
 
 
-# --- what is counted --------------------------------------------------------------------------------------------
+# --- counts -----------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_names_what_it_compiled(report):
@@ -44,9 +44,9 @@ def test_the_plan_names_what_it_compiled(report):
     assert report["compile_seconds"] > 0
 
 
-def test_bytes_of_the_state_follow_from_where_it_lies(report):
+def test_bytes_of_the_state_follow_from_its_sharding(report):
     memory = report["bytes_per_chip"]
-    # two float32 moments for a float32 parameter, lying where it lies, and Adam's count
+    # two float32 moments for a float32 parameter, sharded like it, and Adam's count
     assert memory["optimizer"] == 2 * memory["parameters"] + 4
     # two MoE layers, one of them of multi-token prediction, of 16 experts: float32, and the sign of its move
     assert memory["bias_and_balance"] == 2 * (4 + 1) * 16
@@ -67,7 +67,7 @@ def test_compiled_flops_are_near_the_ideal(report):
 def test_tokens_travel_over_the_expert_axis(report):
     exchanges = [row for row in report["collectives"] if row["kind"] == "all-to-all"]
     assert [row["axes"] for row in exchanges] == [["expert"]]
-    # loads; then copies and results, there and home again, forward and backward
+    # loads; then copies and results, to the experts and back, forward and backward
     assert exchanges[0]["count"] >= 1 + 2 + 2
     assert all(row["seconds"] is None and row["sent"] > 0 for row in report["collectives"])
 
@@ -77,7 +77,7 @@ def test_roofs_are_not_known_without_a_chip(report):
     assert "roofs: not known" in report["printed"]
 
 
-def test_what_is_assumed_is_told(report):
+def test_assumptions_are_reported(report):
     assert any("balanced" in line for line in report["assumptions"])
     assert report["not_counted"]["untaken_branches"]["flops_per_chip"] > 0  # further rounds
     assert report["not_counted"]["loops_of_unknown_length"] == []
@@ -163,7 +163,9 @@ def test_axes_are_those_along_which_a_group_differs():
 
 
 def test_the_longest_roof_bounds_mfu():
-    topology, chips, ideal = Topology("v5p", (2, 2, 1)), 4, 4 * V5P.flops  # one second of useful FLOPs
+    topology = Topology("v5p", (2, 2, 1))
+    chips = 4
+    ideal = 4 * V5P.flops  # one second of useful FLOPs
     cost = SimpleNamespace(flops=SimpleNamespace(total=lambda: 2 * V5P.flops), hbm=V5P.hbm_bandwidth)
     report = {"collectives": [{"seconds": 1.5}, {"seconds": 2.5}], "flops_per_step": {"ideal": ideal}}
     seconds, slowest, bound = report_._roofs(report, cost, topology, chips)
@@ -171,7 +173,7 @@ def test_the_longest_roof_bounds_mfu():
     assert (slowest, bound) == ("interconnect", 0.25)
 
 
-# --- what can be wrong ------------------------------------------------------------------------------------------
+# --- mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_topologies_are_read(text, family, dims, slices):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "sentence"),
     [
         ("v5p", "is not a topology; write FAMILY:SHAPE"),
         ("v5e:axb", "is not a topology"),
@@ -201,10 +203,10 @@ def test_topologies_are_read(text, family, dims, slices):
         ("2xcpu:4", "must give 1 positive size; write cpu:N"),
     ],
 )
-def test_a_wrong_topology_is_one_sentence(text, told):
+def test_a_wrong_topology_is_one_sentence(text, sentence):
     with pytest.raises(ValueError, match=f"^--topology={text} ") as error:
         parse_topology(text)
-    assert told in str(error.value)
+    assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -259,7 +261,7 @@ def test_the_compilers_out_of_memory_is_read(message, needed, available):
     assert compile.out_of_memory(message) == (needed * 2**30, available * 2**30)
 
 
-# --- with the TPU compiler, by hand: python -m pytest -m slow tests/test_plan.py ----------------------------------
+# --- with the TPU compiler, by hand: python -m pytest -m slow tests/planning/test_plan.py -------------------------
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'jax[tpu]'")
 
@@ -280,12 +282,12 @@ def test_a_plan_for_a_tpu_has_all_its_roofs(repo, tmp_path):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "told"), [("v5e:3x5", "was refused by the TPU compiler"), ("v5p:3x5x7", "was refused by")]
+    ("topology", "sentence"), [("v5e:3x5", "was refused by the TPU compiler"), ("v5p:3x5x7", "was refused by")]
 )
-def test_a_shape_that_the_compiler_refuses_is_one_sentence(repo, topology, told):
+def test_a_shape_that_the_compiler_refuses_is_one_sentence(repo, topology, sentence):
     result = run(repo, f"--topology={topology}")
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --topology={topology} {told}")
+    assert result.stderr.startswith(f"error: --topology={topology} {sentence}")
     assert result.stderr.count("\n") == 1
 
 

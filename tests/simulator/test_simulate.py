@@ -1,4 +1,4 @@
-"""The simulator: its grammar, its streams, what it measures, and the published behaviour of the rules."""
+"""The simulator: its grammar, its streams, its measures, and the published behaviour of the rules."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ EXPERTS = 8
 
 @functools.cache
 def ran(text: str, sign: int = 1, seeds: int = 1, **changes) -> loop.Result:
-    """The arm in the tiny simulation; every one is compiled once for all tests."""
+    """The arm in the tiny simulation; each is compiled only once for all tests."""
     (arm,) = arms_.arms_of([text], signs=[sign])
     return loop.simulate(arm, dataclasses.replace(TINY, **changes), seeds)
 
@@ -130,7 +130,7 @@ def test_domains_change_at_the_end_of_a_period_only_and_return():
     assert len(np.unique(values, axis=0)) == 3
 
 
-def test_shift_draws_popularity_anew_once():
+def test_shift_draws_popularity_again_once():
     values = popularity(streams.shift(EXPERTS, 1.0, 30))
     assert (values[:30] == values[0]).all()
     assert (values[30:] == values[39]).all()
@@ -176,7 +176,7 @@ def written(folder, step: int, logits: np.ndarray, mask: np.ndarray) -> None:
 
 @pytest.fixture
 def scores(tmp_path):
-    """Two steps of two layers, four tokens and four experts; layer 1 sends them as said below."""
+    """Two steps of two layers, four tokens and four experts; the comments have the loads of layer 1."""
     order = np.eye(4, dtype=np.float16) * 2
     logits = np.stack([np.zeros((4, 4), np.float16), order])
     written(tmp_path, 10, logits, np.ones(4, bool))  # a token for each expert: loads 1 1 1 1
@@ -200,7 +200,7 @@ def test_a_bias_moves_by_the_recorded_loads(scores):
     s = dataclasses.replace(TINY, experts=4, top_k=1, tokens=4, sequences=1, steps=10, window=2)
     (arm,) = arms_.arms_of(["bias_sign:rate=1e-3"])
     (trace,) = loop.simulate(arm, s, 1, recording, 1).traces
-    # loads 3 0 0 0 move expert 0 down and the others up, loads 1 1 1 1 nothing: 2e-3 more apart every second step
+    # loads 3 0 0 0 move expert 0 down and the others up, loads 1 1 1 1 nothing: the range grows 2e-3 every second step
     np.testing.assert_allclose(trace.bias_range, 2e-3 * np.repeat([1, 2, 3, 4, 5], 2), rtol=1e-5)
     np.testing.assert_allclose(trace.bias_change, [1e-3, 0.0] * 5, rtol=1e-4)
 
@@ -340,7 +340,7 @@ BAD = [
     (["--balance=bias_sgn"], "did you mean 'bias_sign'"),
     (["--balance=bias_sign:rat=1"], "did you mean 'rate'"),
     (["--balance=bias_sign:rate"], "must have option=value after its colon, not 'rate'"),
-    (["--balance=bias_sign+bias_sign"], "'bias_sign' is there twice"),
+    (["--balance=bias_sign+bias_sign"], "'bias_sign' occurs twice"),
     (["--balance=bias_sign+bias_rms"], "only one method may own the bias"),
     (["--balance=quantile", "--rates=1"], "--rates sets the rate of one method"),
     (["--balance=bias_sign", "--rates=x"], "--rates=x must have a number"),
@@ -399,8 +399,8 @@ def test_the_command_prints_draws_and_writes(repo, tmp_path):
     assert "stream drifting (skew=0.5, drift=0.001, noise=1); 2 seeds" in result.stdout
     assert "that settled: bias_sign:rate=" in result.stdout
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    told = json.loads((tmp_path / "a.json").read_text())
-    assert [row["balance"] for row in told["methods"]] == ["bias_sign:rate=0.01", "bias_sign:rate=0.1"]
-    assert [len(row["seeds"]) for row in told["methods"]] == [2, 2]
-    assert told["settings"]["stream"] == "drifting"
-    assert told["threshold"] == pytest.approx(told["floor"] + 0.1)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [row["balance"] for row in found["methods"]] == ["bias_sign:rate=0.01", "bias_sign:rate=0.1"]
+    assert [len(row["seeds"]) for row in found["methods"]] == [2, 2]
+    assert found["settings"]["stream"] == "drifting"
+    assert found["threshold"] == pytest.approx(found["floor"] + 0.1)
