@@ -83,7 +83,7 @@ def _explicit(environ: Mapping[str, str], launched: Cluster | None) -> Cluster |
     if missing:
         there = [f"{name}={environ[name]}" for name in names if environ.get(name)]
         raise ValueError(
-            f"{' and '.join(there)} also needs {' and '.join(missing)}; set all three in every process, "
+            f"{' and '.join(there)} needs {' and '.join(missing)} too; set all three in every process, "
             "or JAX_NUM_PROCESSES=1 for a run of one process."
         )
     count = _integer(environ, "JAX_NUM_PROCESSES")

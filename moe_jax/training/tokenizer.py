@@ -32,5 +32,5 @@ def carry_tokenizer(config: Config, workdir: Path, corpus: Corpus) -> list[str]:
                 publish_tokenizer(config.data.path, corpus.tokenizer, partial)
     name = corpus.tokenizer.name
     if differs:
-        return [f"the weights came with another tokenizer; the corpus's, {name!r}, is used now"]
+        return [f"the weights came with another tokenizer than {name!r}, that of the corpus, which is used now"]
     return []

@@ -101,7 +101,7 @@ def test_jax_itself_finds_the_processes_of_a_tpu_slice(environ):
 
 @pytest.mark.parametrize("missing", EXPLICIT)
 def test_a_missing_variable_is_named(missing):
-    with pytest.raises(ValueError, match=f"also needs {missing}; set all three"):
+    with pytest.raises(ValueError, match=f"needs {missing} too; set all three"):
         find_cluster({k: v for k, v in EXPLICIT.items() if k != missing})
 
 
