@@ -52,7 +52,7 @@ def apply_experts(
         dispatcher: the name of one, a key of `DISPATCH_FUNCTIONS`.
         num_sequences: B, for dispatchers whose groups are sequences.
         capacity_factor: room over the balanced load, of an expert ("capacity") or of a round ("rounds", "ragged").
-        cpu_kernel: how CPUs multiply, see `in_native`.
+        cpu_kernel: how CPUs multiply, see `native.chosen`.
         quantization: "none", or the format of all products with weights, see `quantize`.
 
     Returns:

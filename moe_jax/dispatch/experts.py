@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moe_jax.dispatch.sorting import sorting_of, take
-from moe_jax.kernels import native, quantize
+from moe_jax.kernels import native, native_experts, quantize
 from moe_jax.kernels.grouped import TILE_ROWS, grouped_matmul
 from moe_jax.mesh import is_sharded, platform
 from moe_jax.routing import count
@@ -40,11 +40,13 @@ def dense_swiglu(
     x: Float[Array, "tokens embed"], weights: ExpertWeights, mesh: Mesh | None = None, cpu_kernel: str = "auto"
 ) -> Float[Array, "tokens embed"]:
     """`swiglu` with gate and up [D, F], down [F, D]; on a single CPU in C++, as one expert that gets every token."""
-    if is_sharded(mesh) or not in_native(cpu_kernel, mesh, x.dtype):
+    if is_sharded(mesh) or not native.chosen(cpu_kernel, mesh, x.dtype):
         return swiglu(x, *weights)
     tokens = x.shape[0]
     one = ExpertWeights(*(w[None] for w in weights))
-    return native.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32), one).astype(x.dtype)
+    return native_experts.experts(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32), one).astype(
+        x.dtype
+    )
 
 
 # --- how rows are multiplied ----------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def multiply_for(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype, quantizat
     quantize.check(quantization)
     if quantization != "none":
         return in_format(quantization)
-    return NATIVE if in_native(cpu_kernel, mesh, dtype) else IN_XLA
+    return NATIVE if native.chosen(cpu_kernel, mesh, dtype) else IN_XLA
 
 
 def kernel_note(cpu_kernel: str, mesh: Mesh, dtype: str, quantization: str = "none") -> str | None:
@@ -84,24 +86,9 @@ def kernel_note(cpu_kernel: str, mesh: Mesh, dtype: str, quantization: str = "no
         return f"experts multiply in {quantization}, quantized by qwix, in XLA"
     if platform(mesh) != "cpu":
         return None
-    if in_native(cpu_kernel, mesh, jnp.dtype(dtype)):
+    if native.chosen(cpu_kernel, mesh, jnp.dtype(dtype)):
         return "experts multiply in C++"
     return f"experts multiply in XLA: {native.missing() or f'model.cpu_kernel={cpu_kernel!r}, {dtype}'}"
-
-
-def in_native(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
-    """Whether experts run in C++: with "auto" on CPUs that can, with "native" on every CPU, with "xla" never.
-
-    Raises:
-        ValueError: `cpu_kernel="native"` on a CPU without a compiler, or with another dtype.
-    """
-    here = jax.default_backend() if mesh is None else platform(mesh)
-    if here != "cpu" or cpu_kernel == "xla":
-        return False
-    why = native.missing() if dtype in native.DTYPES else f"it computes in float32 and bfloat16, not {dtype}"
-    if why and cpu_kernel == "native":
-        raise ValueError(f'model.cpu_kernel="native" cannot run: {why}; or set it to "auto" or "xla".')
-    return why is None
 
 
 Matmul = Callable[[Array, Array, Array], Array]  # (rows sorted by group, matrices, group sizes) -> rows
@@ -110,7 +97,7 @@ Matmul = Callable[[Array, Array, Array], Array]  # (rows sorted by group, matric
 def by_sorting(
     x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, matmul: Matmul = grouped_matmul
 ) -> Array:
-    """The same as `native.experts`, in XLA, for every platform."""
+    """The same as `native_experts.experts`, in XLA, for every platform."""
     num_experts = weights.gate.shape[0]
     slots = expert_ids.shape[1]
     with jax.named_scope("dispatch"):
@@ -137,7 +124,7 @@ def swiglu_of_each(rows: Array, weights: ExpertWeights) -> Array:
     return jax.vmap(swiglu, in_axes=(None if rows.ndim == 2 else 0, 0, 0, 0))(rows, *weights)
 
 
-NATIVE = Multiply(routed=native.experts, each=swiglu_of_each, tile=1)
+NATIVE = Multiply(routed=native_experts.experts, each=swiglu_of_each, tile=1)
 IN_XLA = Multiply(routed=by_sorting, each=swiglu_of_each, tile=TILE_ROWS)
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.mesh import per_shard, platform, spec, ways
+from moe_jax.kernels import native, native_attention
+from moe_jax.mesh import is_sharded, per_shard, platform, spec, ways
 
 BLOCK = 512  # queries and keys in a block of the TPU kernel, at most
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
@@ -33,6 +34,7 @@ def attend(
     *,
     scale: float | None = None,
     mesh: Mesh | None = None,
+    cpu_kernel: str = "auto",
 ) -> Float[Array, "batch seq heads value_dim"]:
     """The mean of the values of earlier tokens of the same segment, weighted by softmax(scale query . key).
 
@@ -43,13 +45,19 @@ def attend(
         segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
         scale: 1 / sqrt(K) if None.
         mesh: the devices of the arrays, whose rows are split over the batch axes and heads over `tensor`. None is one
-            device, which computes in blocks if it is a CPU, and otherwise by XLA's own code.
+            device: a CPU, or another that computes by XLA's own code.
+        cpu_kernel: on one CPU "native" is C++, "xla" is not, and "auto" is C++ if it can run.
 
     Returns:
         [B, S, H, V] in the query's dtype, softmax in float32.
+
+    Raises:
+        ValueError: `cpu_kernel="native"` on a CPU without a compiler, or with another dtype.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    kernel = kernel_for(query, key, value, mesh)
+    kernel = kernel_for(query, key, value, mesh, cpu_kernel)
+    if kernel == "native":
+        return native_attention.attend(query, key, value, segment_ids, scale)
     if kernel == "splash":
         return splash(query, key, value, segment_ids, scale, mesh)
     if kernel == "blocks":
@@ -84,18 +92,18 @@ def attend_cached(
     return _as_heads(jnp.einsum("bgrqs,bgsv->bgrqv", weights, values), query.dtype)
 
 
-Kernel = Literal["splash", "cudnn", "blocks", "xla"]
+Kernel = Literal["splash", "cudnn", "native", "blocks", "xla"]
 
 
-def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None) -> Kernel:
+def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None, cpu_kernel: str = "auto") -> Kernel:
     """The kernel for these shapes on the mesh's devices; chosen only here.
 
     "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. "cudnn" on NVIDIA: flash
-    attention for 16-bit floats and equal widths only. "blocks" on CPU: caches hold the scores of a block, and none are
-    stored. "xla" everywhere else: it writes all scores to memory.
+    attention for 16-bit floats and equal widths only. On CPU the caches hold the scores of a block, and none are stored:
+    "native" is in C++, for one device, "blocks" in XLA. "xla" everywhere else: it writes all scores to memory.
     """
     if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":
-        return "blocks"
+        return "native" if not is_sharded(mesh) and native.chosen(cpu_kernel, mesh, query.dtype) else "blocks"
     if mesh is None:
         return "xla"
     rest = query.shape[2] % ways(mesh, "heads", QUERY_DIMS), key.shape[2] % ways(mesh, "kv_heads", KEY_DIMS)

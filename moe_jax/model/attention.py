@@ -100,7 +100,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch seq embed"]:
         """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
         query, key, value = self._project(x, positions, mesh)
-        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh)
+        kernel = self.config.cpu_kernel
+        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh, cpu_kernel=kernel)
         return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
 
     def extend(
@@ -172,7 +173,8 @@ class LatentAttention(nnx.Module):
         key, value = project(latent, [self.key_up[...], self.value_up[...]], mesh)
         shared = jnp.broadcast_to(key_rope, (*key.shape[:3], key_rope.shape[-1]))
         query, key = jnp.concatenate([nope, rotated], -1), jnp.concatenate([key, shared], -1)
-        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh)
+        kernel = self.config.cpu_kernel
+        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh, cpu_kernel=kernel)
         return jnp.einsum("bshv,hvd->bsd", mixed, self.out.astype(x.dtype))
 
     def extend(

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.axes import AXES, BATCH
-from moe_jax.kernels import attention
+from moe_jax.kernels import attention, native, native_attention
 from moe_jax.kernels.attention import attend, in_jax, kernel_for, splash, visibility
 
 
@@ -29,7 +29,7 @@ def arrays(rows, length, heads, kv_heads, width, value_width, dtype=jnp.float32)
 
 def segments(rows, length):
     """Three documents of different lengths in every row, and padding at its end."""
-    cuts = np.sort(np.random.default_rng(1).integers(1, length, (rows, 3)), 1)
+    cuts = np.sort(np.random.default_rng(1).integers(1, max(2, length), (rows, 3)), 1)
     number = 1 + (np.arange(length) >= cuts[:, :, None]).sum(1)
     return jnp.asarray(np.where(number == 4, 0, number), jnp.int32)
 
@@ -53,11 +53,22 @@ def as_on_tpu(query, key, value, segment_ids, scale=None, mesh=None):
 
 
 def in_xla(query, key, value, segment_ids, scale=None):
-    """The path for platforms without a fitting kernel; `attend` itself uses the CPU's here."""
+    """The path for platforms without a fitting kernel."""
     return in_jax(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, "xla")
 
 
-RUNS = [attend, as_on_tpu, in_xla]
+def in_cpp(query, key, value, segment_ids, scale=None):
+    """A CPU's kernel in C++; without a compiler it is the next one."""
+    return attend(query, key, value, segment_ids, scale=scale, cpu_kernel="auto")
+
+
+def in_blocks(query, key, value, segment_ids, scale=None):
+    """A CPU's kernel in XLA."""
+    return attend(query, key, value, segment_ids, scale=scale, cpu_kernel="xla")
+
+
+ON_CPU = [in_cpp, in_blocks]
+RUNS = [*ON_CPU, as_on_tpu, in_xla]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,6 +84,8 @@ SHAPES = {  # rows, length, heads, key-value heads, width, width of values
     "two queries a key, odd length": (2, 37, 4, 2, 16, 16),
     "wider keys than values, several blocks, odd length": (1, 301, 2, 1, 24, 8),
     "wider values than keys": (1, 20, 2, 2, 8, 24),
+    "one of everything": (1, 1, 1, 1, 1, 1),
+    "nothing fits a vector, several blocks": (1, 197, 3, 1, 19, 37),
 }
 
 
@@ -92,7 +105,7 @@ def test_a_token_gets_the_weighted_values_of_its_segment_up_to_itself(run, shape
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("run", [attend, as_on_tpu])
+@pytest.mark.parametrize("run", [*ON_CPU, as_on_tpu])
 def test_every_kernel_has_the_gradients_of_xla(run, shape, small_blocks):
     *inputs, gradient = arrays(*shape)
     segment_ids = segments(*shape[:2])
@@ -122,6 +135,40 @@ def test_bfloat16_is_off_by_its_rounding(run):
         np.testing.assert_allclose(np.asarray(ours, np.float32), wide, rtol=2**-6, atol=2**-5)
 
 
+@pytest.mark.parametrize("run", ON_CPU)
+def test_many_short_documents_in_any_order_are_separate(run):
+    # 40 documents of 8 tokens, so that most blocks of scores are hidden; then numbers that come back
+    *inputs, gradient = arrays(2, 320, 2, 1, 16, 16)
+    apart = np.repeat(np.arange(1, 41), 8)
+    segment_ids = jnp.asarray(np.stack([apart, 1 + apart % 3]), jnp.int32)
+    expected = with_gradients(in_xla, *inputs, segment_ids, gradient)
+    for ours, theirs in zip(with_gradients(run, *inputs, segment_ids, gradient), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ON_CPU)
+def test_a_value_that_is_not_finite_stays_so(run):
+    # document 1 is tokens 0 to 149, document 2 the rest; the key of token 100 is NaN
+    query, key, value, gradient = arrays(1, 300, 1, 1, 16, 16)
+    segment_ids = jnp.asarray(np.where(np.arange(300) < 150, 1, 2), jnp.int32)[None]
+    key = key.at[0, 100].set(jnp.nan)
+    mixed, d_query, *_ = with_gradients(run, query, key, value, segment_ids, gradient)
+    after = (np.arange(300) >= 100) & (np.arange(300) < 150)
+    np.testing.assert_array_equal(np.isnan(mixed[0, :, 0]).any(-1), after)
+    assert np.isnan(mixed[0, after]).all()
+    assert np.isnan(d_query[0, after]).all()
+
+
+@pytest.mark.parametrize("run", ON_CPU)
+def test_large_scores_neither_overflow_nor_vanish(run):
+    # scores of +-10^4: every weight is 0 or 1
+    query = jnp.full((1, 3, 1, 1), 100.0)
+    key = jnp.array([-100.0, 100.0, 0.0]).reshape(1, 3, 1, 1)
+    value = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
+    mixed = run(query, key, value, jnp.ones((1, 3), jnp.int32), scale=1.0)
+    np.testing.assert_allclose(mixed.ravel(), [1.0, 2.0, 2.0], rtol=1e-6)
+
+
 def test_padding_and_documents_do_not_see_each_other():
     seen = np.asarray(visibility(jnp.array([[1, 1, 2, 0, 0]])))[0, 0]
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
@@ -149,14 +196,17 @@ def machine(platform: str, kind: str, tensor: int = 1):
     device = SimpleNamespace(platform=platform, device_kind=kind, id=0)
     mesh = mock.create_autospec(Mesh, instance=True)
     mesh.devices, mesh.shape = np.full((1, 1, 1, tensor), device), dict(zip(AXES, (1, 1, 1, tensor), strict=True))
+    mesh.size = tensor
     return mesh
 
 
 @pytest.mark.parametrize(
     ("mesh", "shape", "dtype", "kernel"),
     [
-        (None, (1, 8, 4, 2, 64, 64), "bfloat16", "blocks"),
-        (machine("cpu", "cpu"), (1, 8, 4, 2, 64, 64), "bfloat16", "blocks"),
+        (None, (1, 8, 4, 2, 64, 64), "bfloat16", "native"),
+        (None, (1, 8, 4, 2, 64, 64), "float16", "blocks"),
+        (machine("cpu", "cpu"), (1, 8, 4, 2, 64, 64), "bfloat16", "native"),
+        (machine("cpu", "cpu", 2), (1, 8, 4, 2, 64, 64), "bfloat16", "blocks"),
         (machine("tpu", "TPU v5"), (1, 7, 4, 2, 192, 128), "float32", "splash"),
         (machine("tpu", "TPU v5", 2), (1, 8, 4, 2, 64, 64), "bfloat16", "splash"),
         (machine("tpu", "TPU v5", 4), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),  # one key head on two devices
@@ -167,9 +217,33 @@ def machine(platform: str, kind: str, tensor: int = 1):
         (machine("gpu", "AMD Instinct"), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),
     ],
 )
-def test_the_kernel_is_that_of_the_devices_compiled_for(mesh, shape, dtype, kernel):
+def test_the_kernel_is_that_of_the_devices_compiled_for(mesh, shape, dtype, kernel, monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: None)
     query, key, value, _ = arrays(*shape, dtype=dtype)
     assert kernel_for(query, key, value, mesh) == kernel
+
+
+@pytest.mark.parametrize("wrong", ["value", "heads", "length"])
+def test_the_compiled_code_refuses_sizes_that_do_not_fit(wrong):
+    if why := native.missing():
+        pytest.skip(why)
+    query, key, value, _ = arrays(1, 8, 4, 2, 8, 8)
+    segment_ids = segments(1, 8)
+    arguments = {
+        "value": (query, key, value[:, :, :1], segment_ids),
+        "heads": (query[:, :, :3], key, value, segment_ids),
+        "length": (query, key, value, segment_ids[:, :5]),
+    }
+    with pytest.raises(jax.errors.JaxRuntimeError, match="sizes of the arrays do not fit together"):
+        jax.block_until_ready(native_attention.attend(*arguments[wrong], 1.0))
+
+
+def test_without_a_compiler_a_cpu_attends_in_xla(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
+    query, key, value, _ = arrays(1, 8, 2, 2, 8, 8)
+    assert kernel_for(query, key, value, None) == "blocks"
+    with pytest.raises(ValueError, match=r'model\.cpu_kernel="native" cannot run: there is no compiler'):
+        attend(query, key, value, segments(1, 8), cpu_kernel="native")
 
 
 @pytest.mark.parametrize(("width", "value_width", "length"), [(128, 128, 2048), (64, 64, 1000), (192, 128, 1024)])

@@ -12,9 +12,9 @@ import pytest
 from moe_jax import dispatch
 from moe_jax.config import MeshConfig
 from moe_jax.dispatch import ExpertWeights, Work
-from moe_jax.dispatch.experts import IN_XLA, NATIVE, in_native
+from moe_jax.dispatch.experts import IN_XLA, NATIVE
 from moe_jax.dispatch.local import local
-from moe_jax.kernels import native
+from moe_jax.kernels import native, native_experts
 from moe_jax.mesh import make_mesh
 
 
@@ -56,7 +56,7 @@ def value_and_gradients(multiply, x, ids, gates, weights):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_values_and_gradients_are_those_of_xla(compiler, sizes):
     for ours, theirs in zip(
-        value_and_gradients(native.experts, *problem(*sizes)),
+        value_and_gradients(native_experts.experts, *problem(*sizes)),
         value_and_gradients(IN_XLA.routed, *problem(*sizes)),
         strict=True,
     ):
@@ -69,14 +69,16 @@ def test_bfloat16_is_off_by_its_rounding(compiler):
     x, ids, gates, weights = inputs
     wide = x.astype(jnp.float32), ids, gates, jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     exact = value_and_gradients(IN_XLA.routed, *wide)
-    for ours, theirs in zip(value_and_gradients(native.experts, *inputs), exact, strict=True):
+    for ours, theirs in zip(value_and_gradients(native_experts.experts, *inputs), exact, strict=True):
         # the residuals of the backward pass are rounded too: 2^-8 of the largest
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-7 * float(jnp.abs(theirs).max()))
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero(compiler):
     x, ids, gates, weights = problem(8, 1, 3, 16, 16)
-    *_, d_gate, d_up, d_down = value_and_gradients(native.experts, x, jnp.where(ids == 1, 3, ids), gates, weights)
+    *_, d_gate, d_up, d_down = value_and_gradients(
+        native_experts.experts, x, jnp.where(ids == 1, 3, ids), gates, weights
+    )
     for gradient in (d_gate, d_up, d_down):
         np.testing.assert_array_equal(gradient[1], 0.0)
 
@@ -84,27 +86,27 @@ def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero(compiler):
 def test_a_value_that_is_not_finite_stays_so(compiler):
     # row 5 is NaN: so is its output, and no other
     x, ids, gates, weights = problem(8, 1, 3, 16, 16)
-    y = native.experts(x.at[5].set(jnp.nan), jnp.zeros_like(ids), jnp.ones_like(gates), weights)
+    y = native_experts.experts(x.at[5].set(jnp.nan), jnp.zeros_like(ids), jnp.ones_like(gates), weights)
     assert np.isnan(y).any(1).tolist() == [False] * 5 + [True] + [False] * 2
 
 
 def test_large_activations_saturate(compiler):
     # silu(1e4) = 1e4 and silu(-1e4) = 0
     weights = ExpertWeights(*(jnp.ones((1, 1, 1)) for _ in range(3)))
-    y = native.experts(jnp.array([[1e4], [-1e4]]), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), weights)
+    y = native_experts.experts(jnp.array([[1e4], [-1e4]]), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), weights)
     np.testing.assert_allclose(y, [[1e8], [0.0]], rtol=1e-6, atol=1e-20)  # sigmoid ends at e^-87
 
 
 def test_native_needs_a_compiler_and_auto_falls_back_to_xla(compiler, monkeypatch):
-    assert not in_native("xla", None, jnp.dtype("float32"))
-    assert in_native("auto", None, jnp.dtype("bfloat16"))
-    assert not in_native("auto", None, jnp.dtype("float16"))  # which the C++ code does not support
+    assert not native.chosen("xla", None, jnp.dtype("float32"))
+    assert native.chosen("auto", None, jnp.dtype("bfloat16"))
+    assert not native.chosen("auto", None, jnp.dtype("float16"))  # which the C++ code does not support
     monkeypatch.setattr(native, "missing", lambda: "there is no compiler")
-    assert not in_native("auto", None, jnp.dtype("float32"))
+    assert not native.chosen("auto", None, jnp.dtype("float32"))
     with pytest.raises(ValueError, match=r'model\.cpu_kernel="native" cannot run: there is no compiler'):
-        in_native("native", None, jnp.dtype("float32"))
+        native.chosen("native", None, jnp.dtype("float32"))
     with pytest.raises(ValueError, match=r"float16.*set it to"):
-        in_native("native", None, jnp.dtype("float16"))
+        native.chosen("native", None, jnp.dtype("float16"))
 
 
 @pytest.mark.parametrize(
@@ -155,23 +157,23 @@ def test_a_run_logs_how_its_experts_multiply(compiler, monkeypatch):
 def test_other_dtypes_are_cast_before_the_compiled_code_reads_them(compiler):
     # without the cast, float16 gates would be read as float32 and past their end, int64 and int16 ids as int32
     x, ids, gates, weights = problem(*SIZES["nothing fits a vector"])
-    exact = native.experts(x, ids, gates, weights)
+    exact = native_experts.experts(x, ids, gates, weights)
     for narrow in (jnp.float16, jnp.bfloat16):
         rounded = gates.astype(narrow)
-        want = native.experts(x, ids, rounded.astype(jnp.float32), weights)
-        np.testing.assert_array_equal(native.experts(x, ids, rounded, weights), want)
+        want = native_experts.experts(x, ids, rounded.astype(jnp.float32), weights)
+        np.testing.assert_array_equal(native_experts.experts(x, ids, rounded, weights), want)
     for other in (jnp.int8, jnp.int16, jnp.uint32):
-        np.testing.assert_array_equal(native.experts(x, ids.astype(other), gates, weights), exact)
+        np.testing.assert_array_equal(native_experts.experts(x, ids.astype(other), gates, weights), exact)
     with jax.enable_x64(True):
         wide = jnp.asarray(ids, jnp.int64), jnp.asarray(gates, jnp.float64)
-        np.testing.assert_array_equal(native.experts(x, *wide, weights), exact)
+        np.testing.assert_array_equal(native_experts.experts(x, *wide, weights), exact)
         widened = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
-        np.testing.assert_array_equal(native.experts(x, ids, gates, widened), exact)
+        np.testing.assert_array_equal(native_experts.experts(x, ids, gates, widened), exact)
 
 
 def test_gradients_have_the_dtypes_of_the_inputs(compiler):
     x, ids, gates, weights = problem(*SIZES["nothing fits a vector"])
-    run = jax.grad(lambda *args: native.experts(args[0], ids, *args[1:]).sum(), (0, 1, 2))
+    run = jax.grad(lambda *args: native_experts.experts(args[0], ids, *args[1:]).sum(), (0, 1, 2))
     given = x.astype(jnp.bfloat16), gates.astype(jnp.float16), weights
     for gradient, argument in zip(jax.tree.leaves(run(*given)), jax.tree.leaves(given), strict=True):
         assert (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype)
@@ -180,9 +182,9 @@ def test_gradients_have_the_dtypes_of_the_inputs(compiler):
 def test_dtypes_and_sizes_that_do_not_fit_are_refused_in_a_sentence(compiler):
     x, ids, gates, weights = problem(8, 2, 3, 16, 16)
     with pytest.raises(ValueError, match="not float16 and int32; cast them"):
-        native.experts(x.astype(jnp.float16), ids, gates, weights)
+        native_experts.experts(x.astype(jnp.float16), ids, gates, weights)
     with pytest.raises(ValueError, match="not float32 and float32; cast them"):
-        native.experts(x, ids.astype(jnp.float32), gates, weights)
+        native_experts.experts(x, ids.astype(jnp.float32), gates, weights)
     transposed = weights._replace(down=weights.down[:, :5])
     for wrong in (
         (x[:5], ids, gates, weights),
@@ -193,7 +195,7 @@ def test_dtypes_and_sizes_that_do_not_fit_are_refused_in_a_sentence(compiler):
         (x, ids, gates, jax.tree.map(lambda w: w[0], weights)),
     ):
         with pytest.raises(ValueError, match=r"have the shapes .*, which must be \[T, D\]"):
-            native.experts(*wrong)
+            native_experts.experts(*wrong)
 
 
 @pytest.mark.parametrize("wrong", ["gates", "expert_ids", "down", "sizes"])
@@ -206,4 +208,4 @@ def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler
         "sizes": (x, ids, gates[:5], weights),
     }
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"dtype|sizes of the arrays do not fit together"):
-        jax.block_until_ready(native._experts(*arguments[wrong]))
+        jax.block_until_ready(native_experts._experts(*arguments[wrong]))

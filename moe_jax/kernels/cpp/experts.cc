@@ -4,297 +4,24 @@
 // and of the weights, float or bfloat16. A task is a run of rows of one expert: its rows of x, its hidden rows and
 // their gradients stay in the caches of one core, and only outputs of size [N, D] wait in memory to be combined.
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <initializer_list>
-#include <memory>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "interface.h"
+#include "products.h"
+#include "threads.h"
+#include "vectors.h"
 
 namespace {
 
-// --- vectors ------------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors = 4;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kVectors = 2;
-#else
-constexpr int kLanes = 4, kVectors = 4;
-#endif
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-
-Vec all(float x) { return Vec{} + x; }
-
-// a vector, or its first n elements and zeros
-Vec load(const float* p, int n = kLanes) {
-  if (n >= kLanes) return *reinterpret_cast<const Vec*>(p);
-  float padded[kLanes] = {};
-  std::memcpy(padded, p, n * sizeof(float));
-  return load(padded);
-}
-
-void store(float* p, Vec v, int n = kLanes) {
-  if (n >= kLanes)
-    *reinterpret_cast<Vec*>(p) = v;
-  else
-    std::memcpy(p, &v, n * sizeof(float));
-}
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-float to_float(float x) { return x; }
-float to_float(Bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof(y));
-  return y;
-}
-
-void from_float(float x, float* to) { *to = x; }
-void from_float(float x, Bf16* to) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(x));
-  bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  to->bits = nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-template <class X>
-void widen(const X* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
-}
-
-template <class X>
-void narrow(const float* from, int64_t n, X* to) {
-  for (int64_t i = 0; i < n; i++) from_float(from[i], to + i);
-}
-
-// 1 / (1 + e^-x) to 2e-7: e^t = 2^n e^r with |r| <= ln 2 / 2, and e^r by a polynomial
-Vec sigmoid(Vec x) {
-  Vec t = -x;
-  t = t < all(-87.0f) ? all(-87.0f) : t;
-  t = t > all(87.0f) ? all(87.0f) : t;
-  Vec shifted = t * 1.44269504f + 12582912.0f;  // 1.5 x 2^23: the low bits are the nearest integer
-  Vec n = shifted - 12582912.0f;
-  Vec r = t - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec e = all(1.9875691500e-4f);
-#pragma GCC unroll 8
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f, 1.0f, 1.0f})
-    e = e * r + c;
-  IntVec power = ((IntVec)shifted - 0x4b400000 + 127) << 23;
-  Vec s = 1.0f / (1.0f + e * (Vec)power);
-  return x == x ? s : x;
-}
-
-// --- products -----------------------------------------------------------------------------------------------------
-
-constexpr int kTileRows = 6, kTileCols = kVectors * kLanes;  // of C, held in registers
-constexpr int kDepth = 128;  // of the blocks that the inner dimension is cut into: a panel of B stays in the L1 cache
-
-// memory of one thread, kept between calls, aligned for vectors
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(p_); }
-  float* of(int64_t n) {
-    if (n > size_) {
-      std::free(p_);
-      size_ = (n + 1023) / 1024 * 1024;
-      p_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-    }
-    return p_;
-  }
-
- private:
-  float* p_ = nullptr;
-  int64_t size_ = 0;
-};
+using namespace moe;
 
 struct Scratch {
-  Buffer columns, panel, x, dy, gate, up, hidden, dw;
+  Buffer x, dy, gate, up, hidden, dw;
 };
 thread_local Scratch scratch;
-
-// C[M, n] (+)= A[M, k] B[k, n]; A(i, j) is a[i * stride + j], or if ByColumns a[j * kTileRows + i]; B is a panel
-template <int M, bool ByColumns>
-void tile(int k, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride, int n, bool add) {
-  Vec sum[M][kVectors] = {};
-  for (int j = 0; j < k; j++) {
-    Vec row[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++) row[v] = load(b + j * kTileCols + v * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; v++) sum[i][v] += (ByColumns ? a[j * kTileRows + i] : a[i * stride + j]) * row[v];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++) {
-      float* to = c + i * c_stride + v * kLanes;
-      int width = n - v * kLanes;
-      if (width > 0) store(to, add ? load(to, width) + sum[i][v] : sum[i][v], width);
-    }
-}
-
-template <bool ByColumns, int M = kTileRows, class... Rest>
-void tile_of(int rows, Rest... rest) {
-  if constexpr (M > 0) rows == M ? tile<M, ByColumns>(rest...) : tile_of<ByColumns, M - 1>(rows, rest...);
-}
-
-// a block [k, n] of a matrix as a panel [k, kTileCols], in float
-template <class X>
-void pack(const X* b, int64_t stride, int k, int n, float* panel) {
-  for (int j = 0; j < k; j++, b += stride, panel += kTileCols)
-    n == kTileCols ? widen(b, kTileCols, panel) : widen(b, n, panel);  // a constant width is worth a branch
-}
-
-// a square of vectors, transposed by exchanging ever smaller quarters
-template <int Half = kLanes / 2>
-void transpose(Vec* rows) {
-  if constexpr (Half > 0) {
-    IntVec low, high;  // which elements of two rows, the second's counted from kLanes
-    for (int j = 0; j < kLanes; j++) {
-      low[j] = j & Half ? kLanes + j - Half : j;
-      high[j] = j & Half ? kLanes + j : j + Half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i++)
-      if (!(i & Half)) {
-        Vec upper = rows[i], lower = rows[i + Half];
-        rows[i] = __builtin_shuffle(upper, lower, low);
-        rows[i + Half] = __builtin_shuffle(upper, lower, high);
-      }
-    transpose<Half / 2>(rows);
-  }
-}
-
-// the same panel of the transpose of a block [n, k]
-template <class X>
-void pack_transposed(const X* b, int64_t stride, int k, int n, float* panel) {
-  for (int n0 = 0; n0 < n; n0 += kLanes)
-    for (int k0 = 0; k0 < k; k0 += kLanes) {
-      Vec square[kLanes];
-      int width = std::min(kLanes, n - n0), depth = std::min(kLanes, k - k0);
-      const X* from = b + n0 * stride + k0;
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) {
-        float row[kLanes] = {};
-        if (depth == kLanes && i < width)
-          widen(from + i * stride, kLanes, row);
-        else if (i < width)
-          widen(from + i * stride, depth, row);
-        square[i] = load(row);
-      }
-      transpose(square);
-      for (int j = 0; j < depth; j++) store(panel + (k0 + j) * kTileCols + n0, square[j]);
-    }
-}
-
-// prefetches rows of a matrix into the caches, some of them at a time, between products
-struct Ahead {
-  const char* first;
-  int64_t stride;
-  int rows, bytes;
-  void part(int64_t index, int64_t parts) const {
-    for (int64_t i = rows * index / parts; i < rows * (index + 1) / parts; i++)
-      for (int j = 0; j < bytes; j += 64) __builtin_prefetch(first + i * stride + j, 0, 2);
-  }
-};
-
-// C[m, n] (+)= A[m, k] B, with B [k, n], or [n, k] if Transposed
-template <bool Transposed, class X>
-void multiply(int m, int k, int n, const float* a, const X* b, float* c, bool add = false) {
-  float* panel = scratch.panel.of(kDepth * kTileCols);
-  const int64_t stride = Transposed ? k : n, tiles = (m + kTileRows - 1) / kTileRows;
-  auto block = [&](int k0, int n0) { return b + (Transposed ? n0 * stride + k0 : k0 * stride + n0); };
-  auto ahead = [&](int k0, int n0) {
-    int depth = std::max(0, std::min(kDepth, k - k0)), width = std::min(kTileCols, n - n0), x = sizeof(X);
-    return Ahead{reinterpret_cast<const char*>(block(k0, n0)), stride * x, Transposed ? width : depth,
-                 (Transposed ? depth : width) * x};
-  };
-  for (int k0 = 0; k0 < k; k0 += kDepth)
-    for (int n0 = 0; n0 < n; n0 += kTileCols) {
-      int depth = std::min(kDepth, k - k0), width = std::min(kTileCols, n - n0);
-      Transposed ? pack_transposed(block(k0, n0), stride, depth, width, panel)
-                 : pack(block(k0, n0), stride, depth, width, panel);
-      Ahead next = n0 + kTileCols < n ? ahead(k0, n0 + kTileCols) : ahead(k0 + kDepth, 0);
-      for (int64_t i = 0; i < tiles; i++) {
-        int64_t row = i * kTileRows;
-        next.part(i, tiles);
-        tile_of<false>(std::min<int>(kTileRows, m - row), depth, a + row * k + k0, k, panel, c + row * n + n0, n, width,
-                       add || k0 > 0);
-      }
-    }
-}
-
-// C[p, q] (+)= A^T B, with A [m, p] and B [m, q]
-void multiply_outer(int m, int p, int q, const float* a, const float* b, float* c, bool add) {
-  int tiles = (p + kTileRows - 1) / kTileRows;
-  float* columns = scratch.columns.of(int64_t(tiles) * kDepth * kTileRows);
-  float* panel = scratch.panel.of(kDepth * kTileCols);
-  for (int k0 = 0; k0 < m; k0 += kDepth) {
-    int depth = std::min(kDepth, m - k0);
-    for (int64_t i = 0; i < tiles; i++)
-      for (int64_t j = 0; j < depth; j++)
-        std::memcpy(columns + (i * kDepth + j) * kTileRows, a + (k0 + j) * p + i * kTileRows,
-                    std::min<int>(kTileRows, p - i * kTileRows) * sizeof(float));
-    for (int n0 = 0; n0 < q; n0 += kTileCols) {
-      int width = std::min(kTileCols, q - n0);
-      pack(b + int64_t(k0) * q + n0, q, depth, width, panel);
-      for (int64_t i = 0; i < tiles; i++)
-        tile_of<true>(std::min<int>(kTileRows, p - i * kTileRows), depth, columns + i * kDepth * kTileRows, int64_t(0),
-                      panel, c + i * kTileRows * q + n0, q, width, add || k0 > 0);
-    }
-  }
-}
-
-// --- threads and memory -------------------------------------------------------------------------------------------
-
-// run(0) ... run(n - 1) on all threads of the pool; the caller works too, so that a busy pool cannot block it
-template <class Run>
-void parallel(ffi::ThreadPool& pool, int64_t n, const Run& run) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  std::function<void()> work = [progress, n, &run] {  // a late thread finds nothing left, and does not touch `run`
-    for (int64_t i; (i = progress->next.fetch_add(1)) < n; progress->done.fetch_add(1)) run(i);
-  };
-  for (int64_t i = 1; i < std::min<int64_t>(n, pool.num_threads()); i++) pool.Schedule(std::function<void()>(work));
-  work();
-  while (progress->done.load() < n) std::this_thread::yield();
-}
-
-// requests pages of 2 MB for memory not yet touched: a page fault for every 4 KB costs a tenth of a layer's time
-template <class X>
-X* huge(X* p, int64_t n) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  uintptr_t from = (uintptr_t(p) + kPage - 1) & ~(kPage - 1), to = uintptr_t(p + n) & ~(kPage - 1);
-  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a hint, which may be ignored
-#endif
-  return p;
-}
-
-// --- experts ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kChunk = 384;     // rows processed at a time, at most
 constexpr int64_t kPartRows = 256;  // the fewest rows into which an expert is split for more threads
@@ -502,33 +229,6 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x
 
 // --- the interface to XLA -----------------------------------------------------------------------------------------
 
-// XLA refuses a call whose arrays have another element type or rank; sizes that must agree are compared here
-template <ffi::DataType T, size_t Rank>
-using In = ffi::Buffer<T, Rank>;
-template <ffi::DataType T, size_t Rank>
-using Out = ffi::Result<ffi::Buffer<T, Rank>>;
-
-constexpr ffi::DataType kFloat = ffi::F32, kInt = ffi::S32;
-
-template <ffi::DataType T>
-using Element = std::conditional_t<T == ffi::BF16, Bf16, ffi::NativeType<T>>;
-
-template <ffi::DataType T, size_t Rank>
-Element<T>* data(const In<T, Rank>& buffer) {
-  return static_cast<Element<T>*>(buffer.untyped_data());
-}
-
-template <ffi::DataType T, size_t Rank>
-Element<T>* data(Out<T, Rank>& buffer) {
-  return huge(static_cast<Element<T>*>(buffer->untyped_data()), buffer->element_count());
-}
-
-template <class Buffer>
-bool has(const Buffer& buffer, std::initializer_list<int64_t> sizes) {
-  auto dimensions = buffer.dimensions();
-  return std::equal(dimensions.begin(), dimensions.end(), sizes.begin(), sizes.end());
-}
-
 template <ffi::DataType T>
 Shape shape_of(const In<T, 2>& x, const In<kFloat, 2>& gates, const In<T, 3>& w) {
   return {x.dimensions()[0], gates.dimensions()[1], w.dimensions()[0], int(w.dimensions()[1]), int(w.dimensions()[2])};
@@ -541,8 +241,6 @@ bool fit(const Shape& s, const In<T, 2>& x, const In<kFloat, 2>& gates, const In
   return has(x, {s.tokens, s.embed}) && has(gates, {s.tokens, s.slots}) && has(w_gate, {s.experts, s.embed, s.ffw}) &&
          has(w_up, {s.experts, s.embed, s.ffw}) && has(w_down, {s.experts, s.ffw, s.embed});
 }
-
-ffi::Error misfit() { return ffi::Error::InvalidArgument("the sizes of the arrays do not fit together"); }
 
 template <ffi::DataType T>
 ffi::Error Forward(ffi::ThreadPool pool, In<T, 2> x, In<kInt, 2> ids, In<kFloat, 2> gates, In<T, 3> w_gate,
