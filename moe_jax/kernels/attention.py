@@ -99,8 +99,8 @@ def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None, cpu_ke
     """The kernel for these shapes on the mesh's devices; chosen only here.
 
     "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. "cudnn" on NVIDIA: flash
-    attention for 16-bit floats and equal widths only. On CPU the caches hold the scores of a block, and none are stored:
-    "native" is in C++, for one device, "blocks" in XLA. "xla" everywhere else: it writes all scores to memory.
+    attention for 16-bit floats and equal widths only. On CPU, where caches hold the scores of a block and none are
+    stored: "native" in C++ on one device, "blocks" in XLA. "xla" everywhere else: it writes all scores to memory.
     """
     if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":
         return "native" if not is_sharded(mesh) and native.chosen(cpu_kernel, mesh, query.dtype) else "blocks"

@@ -45,8 +45,8 @@ def _forward(
 def _backward(scale: float, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in residuals[:3]]
     dtype = residuals[0].dtype
-    gradients = native.call("attention", "backward", dtype, like, *residuals, dy, scale=np.float32(scale))
-    return *gradients, None
+    d_query, d_key, d_value = native.call("attention", "backward", dtype, like, *residuals, dy, scale=np.float32(scale))
+    return d_query, d_key, d_value, None
 
 
 attend.defvjp(_forward, _backward)
