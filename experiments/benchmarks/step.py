@@ -1,8 +1,10 @@
 """`python -m experiments.benchmarks.step`: a train step against transformers on torch, in tokens per second.
 
-    --num_layers=8 --embed_dim=256 --num_heads=8 --num_experts=16 --top_k=2 --expert_ffw_dim=256 --vocab_size=8192
-    --batch_size=8 --sequence_length=256     the model (31M parameters with these) and the batch, float32
+    --size=31m                               the model and the batch: demo (1.4M parameters), 31m or 150m
+    --num_layers=8 --embed_dim=256 ...       one of its sizes
+    --dtype=float32                          float32 or bfloat16, the dtype of products; weights stay float32
     --attribute                              the time of the parts of our step, instead of the peers
+    --against=COMMIT                         our step at that commit of this clone, instead of the peers
     --rounds=8 --json=FILE
 
 A step is forward, backward, clipping by the norm of the gradient, AdamW (torch's fused one), and reading the loss. Each
@@ -14,6 +16,9 @@ peer is compared with a config of ours that does the same work:
   attention where ours is grouped-query. Its heads have the same width, and its latent gives attention the same number
   of parameters (except for the norm of the latent) and the same FLOPs of scores and mixing. The losses can only be
   compared as those of two random models, both near ln V.
+
+In bfloat16 each peer takes part twice: with bfloat16 weights and moments, and with float32 weights under autocast, as
+ours. The losses of the same model then agree as far as bfloat16 does.
 
 Neither side balances its experts. Our step also checks that everything is finite and reports loads and its other
 metrics; the peers have no masks and no document boundaries.
@@ -27,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import peers, step_peers, timing
+from experiments.benchmarks import commits, peers, step_peers, timing
 from moe_jax.config import Config, default, validate
 from moe_jax.config.command import parse_flags
 
@@ -35,12 +40,28 @@ SIZES = dict(
     num_layers=8, embed_dim=256, num_heads=8, num_experts=16, top_k=2, expert_ffw_dim=256, vocab_size=8192
 )  # of the model
 BATCH = dict(batch_size=8, sequence_length=256)
+# --size -> what differs from SIZES and BATCH
+NAMED_SIZES: dict[str, dict[str, int]] = {
+    "demo": dict(
+        **dict(num_layers=4, embed_dim=96, num_heads=4, top_k=4, expert_ffw_dim=48, vocab_size=264),
+        **dict(batch_size=8, sequence_length=128),
+    ),
+    "31m": {},
+    "150m": dict(num_layers=12, embed_dim=512, expert_ffw_dim=448),
+}
 QWEN, DEEPSEEK = "transformers_qwen3_moe", "transformers_deepseek_v3"
 OURS = {QWEN: "moe_jax_like_qwen3_moe", DEEPSEEK: "moe_jax_like_deepseek_v3"}
-SAME_LOSS = 1e-4  # relative difference allowed in the first steps of the same model in two frameworks
+# --dtype -> relative difference allowed in the first steps of the same model in two frameworks
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 2**-7}
+# --dtype -> how the peers compute in it, see `step_peers`
+PRECISIONS: dict[str, tuple[step_peers.Precision, ...]] = {
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16", "autocast"),
+}
 SAME_SIZE = 1e-2  # relative difference allowed in the numbers of parameters, because the latent's width is an integer
 NEAR_RANDOM = 0.05  # relative difference from ln V allowed in the losses of random models
 CHECKED_STEPS = 3
+HERE = "this tree"
 
 
 class Trainer(NamedTuple):
@@ -51,8 +72,13 @@ class Trainer(NamedTuple):
     params: Any
 
 
-def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int]) -> Config:
-    """Our config that does the same work as the peer.
+def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int], dtype: str = "float32") -> Config:
+    """Our config that does the same work as the peer; see `settings_like`."""
+    return validate(default(**settings_like(peer, sizes, batch, dtype)))
+
+
+def settings_like(peer: str, sizes: dict[str, int], batch: dict[str, int], dtype: str) -> dict[str, Any]:
+    """What our config that does the same work as the peer changes of the defaults.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -68,9 +94,9 @@ def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int]) -> Conf
             "try 8 and 256."
         )
     shape = dict(num_kv_heads=heads // 2, head_dim=sizes["embed_dim"] // heads, ffw_dim=sizes["expert_ffw_dim"])
-    model: dict[str, Any] = {**sizes, **shape, **likes[peer]}
+    model: dict[str, Any] = {**sizes, **shape, **likes[peer], "compute_dtype": dtype}
     optimizer = dict(schedule="constant", learning_rate=1e-3)
-    return validate(default(**batch, mesh=dict(data=1), model=model, optimizer=optimizer))
+    return {**batch, "mesh": dict(data=1), "model": model, "optimizer": optimizer}
 
 
 def random_batch(config: Config, seed: int = 0) -> Any:
@@ -114,22 +140,42 @@ def trainer(config: Config) -> Trainer:
     return Trainer(step, sum(a.size for a in jax.tree.leaves(params)), params)
 
 
-def opponents(sizes: dict[str, int], batch: dict[str, int], platform: str) -> tuple[dict, dict, dict[str, str]]:
-    """Our trainers and the installed peers, both by the peer's name, and why each of the other peers is absent."""
-    configs = {peer: config_like(peer, sizes, batch) for peer in OURS}
+class Opponent(NamedTuple):
+    """A peer that is installed, by the name of its rival among OURS, and how it computes."""
+
+    rival: str
+    precision: step_peers.Precision
+    peer: step_peers.Peer
+
+
+def opponents(
+    sizes: dict[str, int], batch: dict[str, int], platform: str, dtype: str
+) -> tuple[dict[str, Trainer], dict[str, Opponent], dict[str, str]]:
+    """Our trainers by the peer's name, the installed peers, and why each of the other peers is absent."""
+    configs = {peer: config_like(peer, sizes, batch, dtype) for peer in OURS}
     ours = {peer: trainer(config) for peer, config in configs.items()}
     data = random_batch(configs[QWEN])
     tokens = data.tokens, data.targets
-    here, absent = peers.gather(
-        {
-            QWEN: lambda: step_peers.qwen3_moe(configs[QWEN], ours[QWEN].params, *tokens, platform),
-            DEEPSEEK: lambda: step_peers.deepseek_v3(configs[DEEPSEEK], *tokens, platform),
-        }
-    )
+
+    def build(peer: str, precision: step_peers.Precision) -> Opponent:
+        if peer == QWEN:
+            made = step_peers.qwen3_moe(configs[QWEN], ours[QWEN].params, *tokens, platform, precision)
+        else:
+            made = step_peers.deepseek_v3(configs[DEEPSEEK], *tokens, platform, precision)
+        return Opponent(peer, precision, made)
+
+    builders = {}
+    for peer in OURS:
+        for precision in PRECISIONS[dtype]:
+            name = peer if precision == "float32" else f"{peer}_{precision}"
+            builders[name] = functools.partial(build, peer, precision)
+    here, absent = peers.gather(builders)
     return ours, here, absent
 
 
-def compare(peer: str, ours: Trainer, theirs: step_peers.Peer, vocab_size: int) -> dict[str, Any]:
+def compare(
+    peer: str, ours: Trainer, theirs: step_peers.Peer, vocab_size: int, dtype: str = "float32"
+) -> dict[str, Any]:
     """Take a few steps of both; return their numbers of parameters and their losses.
 
     Raises:
@@ -144,35 +190,43 @@ def compare(peer: str, ours: Trainer, theirs: step_peers.Peer, vocab_size: int) 
     worst = max(abs(a / b - 1) for a, b in losses)
     if peer == DEEPSEEK:
         worst = max(abs(loss / math.log(vocab_size) - 1) for loss in losses[0])
-    if not worst <= (NEAR_RANDOM if peer == DEEPSEEK else SAME_LOSS):
+    if not worst <= (NEAR_RANDOM if peer == DEEPSEEK else SAME_LOSS[dtype]):
         pairs = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in losses)
         raise ValueError(f"the losses of moe_jax and {peer} are {pairs}: not the same training, nothing is timed.")
     return {"losses": losses, "params": {"moe_jax": ours.num_params, peer: theirs.num_params}}
 
 
-def measure(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, platform: str = "cpu") -> dict[str, Any]:
+def measure(
+    sizes: dict[str, int], batch: dict[str, int], *, rounds: int, platform: str = "cpu", dtype: str = "float32"
+) -> dict[str, Any]:
     """Compare and time everything; the result is ready for JSON.
 
     Raises:
         ValueError: a peer does not do the same work.
     """
-    ours, here, absent = opponents(sizes, batch, platform)
-    checked = {peer: compare(peer, ours[peer], theirs, sizes["vocab_size"]) for peer, theirs in here.items()}
+    ours, here, absent = opponents(sizes, batch, platform, dtype)
+    checked = {}
+    for name, opponent in here.items():
+        fresh = trainer(config_like(opponent.rival, sizes, batch, dtype))  # as untrained as the peer
+        checked[name] = compare(opponent.rival, fresh, opponent.peer, sizes["vocab_size"], dtype)
     contestants = {OURS[peer]: entry.step for peer, entry in ours.items()}
-    contestants |= {peer: entry.step for peer, entry in here.items()}
+    contestants |= {name: opponent.peer.step for name, opponent in here.items()}
     times = timing.interleave(contestants, rounds)
-    to_peer = {peer: timing.ratio(times, OURS[peer], peer) for peer in here}
-    num_tokens = batch["batch_size"] * batch["sequence_length"]
-    speed = {name: timing.Spread.of([num_tokens / s for s in seconds]) for name, seconds in times.items()}
+    to_peer = {name: timing.ratio(times, OURS[opponent.rival], name) for name, opponent in here.items()}
     return {
         **{f"ratio_to_{peer}": spread.median for peer, spread in to_peer.items()},
         "num_params": {OURS[peer]: entry.num_params for peer, entry in ours.items()},
-        "tokens_per_second": {name: spread._asdict() for name, spread in speed.items()},
+        "tokens_per_second": _speeds(times, batch),
         "ours_over": {peer: spread._asdict() for peer, spread in to_peer.items()},
         "compared": checked,
         "absent": absent,
         "seconds": times,
     }
+
+
+def _speeds(times: timing.Times, batch: dict[str, int]) -> dict[str, dict[str, float]]:
+    num_tokens = batch["batch_size"] * batch["sequence_length"]
+    return {name: timing.Spread.of([num_tokens / s for s in seconds])._asdict() for name, seconds in times.items()}
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -186,10 +240,46 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join([f"parameters: {params}", timing.table(["", "tokens/s", "ours over theirs"], rows), *absent])
 
 
+# --- two commits ------------------------------------------------------------------------------------------------
+
+
+def against(
+    commit: str, sizes: dict[str, int], batch: dict[str, int], *, rounds: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Time our step here and at another commit, each in a process of its own, in interleaved rounds.
+
+    Raises:
+        ValueError: no such commit, or a step that fails there.
+    """
+    settings = settings_like(DEEPSEEK, sizes, batch, dtype)
+    with (
+        commits.checked_out(commit) as folder,
+        commits.Remote(commits.ROOT, settings) as here,
+        commits.Remote(folder, settings) as there,
+    ):
+        times = timing.interleave({HERE: here.step, commit: there.step}, rounds)
+    return {
+        "ours_over": {commit: timing.ratio(times, HERE, commit)._asdict()},
+        "tokens_per_second": _speeds(times, batch),
+        "losses": {HERE: here.losses, commit: there.losses},
+        "seconds": times,
+    }
+
+
+def commits_as_text(result: dict[str, Any]) -> str:
+    """The comparison of two commits as text, with the losses of the first steps."""
+    rows = []
+    for name, speed in result["tokens_per_second"].items():
+        over = result["ours_over"].get(name)
+        losses = " ".join(f"{loss:.6f}" for loss in result["losses"][name][:CHECKED_STEPS])
+        rows.append([name, timing.Spread(**speed).text(0), timing.Spread(**over).text() if over else "", losses])
+    return timing.table(["", "tokens/s", "here over there", "first losses"], rows)
+
+
 # --- the parts of our step --------------------------------------------------------------------------------------
 
 
-def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int) -> dict[str, Any]:
+def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, dtype: str = "float32") -> dict[str, Any]:
     """Seconds of the parts of our step, each timed as a separate program in the same rounds as the whole step.
 
     attention, moe: one layer's module forward + backward, times the number of layers. head: logits and cross-entropy,
@@ -197,7 +287,7 @@ def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int) -> d
     residual sums, embedding, metrics, and the difference between a separate program and a part of the whole; it may be
     negative.
     """
-    config = config_like(DEEPSEEK, sizes, batch)
+    config = config_like(DEEPSEEK, sizes, batch, dtype)
     layers = config.model.num_layers
     parts = {"attention": _attention(config), "moe": _moe(config), "head": _head(config)}
     times = timing.interleave({"step": trainer(config).step, **parts, "optimizer": _optimizer(config)}, rounds)
@@ -321,38 +411,49 @@ def parts_as_text(result: dict[str, Any]) -> str:
 
 
 def define_size_flags() -> None:
-    """Define a flag for every entry of SIZES and BATCH."""
-    for name, value in (SIZES | BATCH).items():
-        flags.DEFINE_integer(name, value, f"The model's or the batch's {name}.", lower_bound=1)
+    """Define `--size`, and a flag for every entry of SIZES and BATCH."""
+    flags.DEFINE_enum("size", "31m", list(NAMED_SIZES), "The model and the batch.")
+    for name in SIZES | BATCH:
+        flags.DEFINE_integer(name, None, f"The model's or the batch's {name}, if not that of --size.", lower_bound=1)
 
 
 def sizes_of_flags() -> tuple[dict[str, int], dict[str, int]]:
-    """SIZES and BATCH with the values of their flags."""
+    """The sizes of the model and of the batch that the flags select."""
     flag = flags.FLAGS
-    return {name: getattr(flag, name) for name in SIZES}, {name: getattr(flag, name) for name in BATCH}
+    given = {name: getattr(flag, name) for name in SIZES | BATCH if getattr(flag, name) is not None}
+    sizes = SIZES | BATCH | NAMED_SIZES[flag.size] | given
+    return {name: sizes[name] for name in SIZES}, {name: sizes[name] for name in BATCH}
 
 
 @timing.command
 def main(flag: Any) -> None:
     """Check the flags, compare, time, and print the result."""
+    if flag.attribute and flag.against:
+        raise ValueError(f"--attribute and --against={flag.against} are two different comparisons; leave one out.")
     sizes, batch = sizes_of_flags()
     config_like(QWEN, sizes, batch)
-    import jax
-
-    platform = jax.devices()[0].platform
-    facts = timing.about(flag.rounds) | {"platform": platform, "dtype": "float32", "sizes": sizes | batch}
+    facts = timing.about(flag.rounds) | {"dtype": flag.dtype, "sizes": sizes | batch}
     print(f"{timing.heading(facts)}\n", flush=True)
-    if flag.attribute:
-        result = attribute(sizes, batch, rounds=flag.rounds)
-        print(parts_as_text(result))
+    if flag.against:
+        result = against(flag.against, sizes, batch, rounds=flag.rounds, dtype=flag.dtype)
+        print(commits_as_text(result))
     else:
-        result = measure(sizes, batch, rounds=flag.rounds, platform=platform)
-        print(as_text(result))
+        import jax
+
+        facts["platform"] = jax.devices()[0].platform
+        if flag.attribute:
+            result = attribute(sizes, batch, rounds=flag.rounds, dtype=flag.dtype)
+            print(parts_as_text(result))
+        else:
+            result = measure(sizes, batch, rounds=flag.rounds, platform=facts["platform"], dtype=flag.dtype)
+            print(as_text(result))
     timing.save(flag.json, facts | result)
 
 
 if __name__ == "__main__":
     timing.define_flags()
     define_size_flags()
+    flags.DEFINE_enum("dtype", "float32", list(PRECISIONS), "The dtype of products.")
     flags.DEFINE_bool("attribute", False, "Time the parts of our step instead of the peers.")
+    flags.DEFINE_string("against", "", "A commit of this clone whose step is timed instead of the peers.")
     app.run(main, flags_parser=parse_flags)

@@ -6,13 +6,15 @@ same weights as our step.
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.benchmarks.peers import need, quiet, torch_here
 from moe_jax.config import Config, ModelConfig
 
+# float32; bfloat16 weights, gradients and moments; float32 weights whose products torch's autocast narrows
+Precision = Literal["float32", "bfloat16", "autocast"]
 IMPLEMENTATIONS = dict(attn_implementation="sdpa", experts_implementation="grouped_mm")
 
 
@@ -23,7 +25,9 @@ class Peer(NamedTuple):
     num_params: int
 
 
-def deepseek_v3(config: Config, tokens: np.ndarray, targets: np.ndarray, platform: str) -> Peer:
+def deepseek_v3(
+    config: Config, tokens: np.ndarray, targets: np.ndarray, platform: str, precision: Precision = "float32"
+) -> Peer:
     """transformers' DeepseekV3ForCausalLM with its own random weights."""
     torch, theirs = _torch_and(platform, "deepseek_v3")
     m = config.model
@@ -40,7 +44,7 @@ def deepseek_v3(config: Config, tokens: np.ndarray, targets: np.ndarray, platfor
         routed_scaling_factor=m.gate_scale,
     )
     model = theirs.DeepseekV3ForCausalLM._from_config(settings, **IMPLEMENTATIONS)
-    return _trained(torch, model, config, tokens, targets, platform)
+    return _trained(torch, model, config, tokens, targets, platform, precision)
 
 
 def latent_sizes(m: ModelConfig) -> dict[str, int | None]:
@@ -54,7 +58,12 @@ def latent_sizes(m: ModelConfig) -> dict[str, int | None]:
 
 
 def qwen3_moe(
-    config: Config, params: Mapping[str, Any], tokens: np.ndarray, targets: np.ndarray, platform: str
+    config: Config,
+    params: Mapping[str, Any],
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    platform: str,
+    precision: Precision = "float32",
 ) -> Peer:
     """transformers' Qwen3MoeForCausalLM with our weights."""
     torch, theirs = _torch_and(platform, "qwen3_moe")
@@ -69,7 +78,7 @@ def qwen3_moe(
     model = theirs.Qwen3MoeForCausalLM._from_config(settings, **IMPLEMENTATIONS)
     weights = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in as_qwen3_moe(params).items()}
     model.load_state_dict(weights, strict=True)
-    return _trained(torch, model, config, tokens, targets, platform)
+    return _trained(torch, model, config, tokens, targets, platform, precision)
 
 
 def as_qwen3_moe(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -142,19 +151,26 @@ def _torch_and(platform: str, family: str) -> tuple[ModuleType, ModuleType]:
 
 
 def _trained(
-    torch: ModuleType, model: Any, config: Config, tokens: np.ndarray, targets: np.ndarray, platform: str
+    torch: ModuleType,
+    model: Any,
+    config: Config,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    platform: str,
+    precision: Precision,
 ) -> Peer:
     """A model whose step is like that of `moe_jax.training.step`: clipping, AdamW with decay, and reading the loss."""
     device = "cuda" if platform == "gpu" else "cpu"
-    model = model.to(device, torch.float32).train()
+    model = model.to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
     inputs, labels = (torch.tensor(a, dtype=torch.long, device=device) for a in (tokens, targets))
     optimizer = _adamw(torch, model, config)
     o = config.optimizer
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        logits = model(input_ids=inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
+            logits = model(input_ids=inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
         if o.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm, foreach=True)

@@ -228,11 +228,28 @@ def test_a_step_without_peers_reports_its_speed(monkeypatch):
     assert f"{step.QWEN} is absent" in step.as_text(result)
 
 
-def test_the_same_model_trains_alike_in_both_frameworks():
+@pytest.mark.parametrize(("dtype", "suffixes"), [("float32", [""]), ("bfloat16", ["_bfloat16", "_autocast"])])
+def test_the_same_model_trains_alike_in_both_frameworks(dtype, suffixes):
     pytest.importorskip("transformers")
-    result = step.measure(SIZES, BATCH, rounds=1)
-    losses = result["compared"][step.QWEN]["losses"]
-    assert losses[0][0] != pytest.approx(losses[2][0], rel=1e-3)  # it does train
+    result = step.measure(SIZES, BATCH, rounds=1, dtype=dtype)
+    assert set(result["compared"]) == {peer + suffix for peer in step.OURS for suffix in suffixes}
+    for suffix in suffixes:
+        losses = result["compared"][step.QWEN + suffix]["losses"]
+        assert losses[0][0] != pytest.approx(losses[2][0], rel=1e-3)  # it does train
+
+
+def test_a_commit_is_timed_against_this_tree_with_the_same_settings():
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("this is no clone")
+    result = step.against("HEAD", SIZES, BATCH, rounds=2)
+    assert [len(losses) for losses in result["losses"].values()] == [3, 3]  # one more is not timed
+    assert set(result["seconds"]) == {step.HERE, "HEAD"}
+    assert "here over there" in step.commits_as_text(result)
+
+
+def test_what_is_no_commit_is_refused():
+    with pytest.raises(ValueError, match="--against=nowhere is no commit of the clone"):
+        step.against("nowhere", SIZES, BATCH, rounds=1)
 
 
 def test_different_losses_are_refused():
@@ -319,6 +336,7 @@ def test_a_start_reports_the_seconds_of_its_parts(capsys):
         ("layer", "--shapes=a,q", "--shapes=q must be a list from a, b, c"),
         ("layer", "--peers=none", "--peers=none must be a list from transformers_deepseek_v3"),
         ("step", "--num_heads=3", "--num_heads=3 must be even"),
+        ("step", "--size=7b", "flag --size=7b"),
         ("scaling", "--devices=3", "--devices=3 must divide a batch of 8"),
         ("start", "--rounds=0", "flag --rounds=0"),
     ],
