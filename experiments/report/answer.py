@@ -103,7 +103,7 @@ def remarks(sweep: Sweep) -> list[str]:
         name = f"{run.arm}, seed {run.seed}"
         skipped = _largest(run, "skipped")
         if skipped > 0:
-            found.append(f"{name}: {skipped:g} steps skipped, loss or gradient not finite.")
+            found.append(f"{name}: {skipped:g} steps skipped, because loss, gradient or update was not finite.")
         if _largest(run, "moe/dropped") > 0:
             found.append(f"{name}: tokens were dropped (moe/dropped is above 0).")
     return found

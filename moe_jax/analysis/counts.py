@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from moe_jax.balance.measures import _shares
+from moe_jax.balance.measures import shares
 
 # --- specialisation -------------------------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ def domain_matrix(loads: Any) -> Any:
     Source: DeepSeek-V3 (arXiv 2412.19437) Fig. 9: the actual over the balanced load.
     """
     xp = loads.__array_namespace__()
-    return xp.swapaxes(_shares(loads), -1, -2) * loads.shape[-1]
+    return xp.swapaxes(shares(loads), -1, -2) * loads.shape[-1]
 
 
 def pair_counts(ids: Any, num_experts: int) -> Any:

@@ -38,7 +38,7 @@ def measure_next_step(context: Context, now: Now) -> dict[str, Array]:
 
 def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
     """A jitted (state, batch, key) -> result of `measure`, whole on every device; the state is not donated."""
-    run = _jitted(measure, compiled_by(config), mesh)
+    run = jitted_on(measure, compiled_by(config), mesh)
 
     def measured(state: TrainState, batch: Batch, key: Array) -> dict[str, Array]:
         with jax.debug_nans(False):  # NaN is a valid result here: a gradient of 0 has no angle to another
@@ -48,7 +48,8 @@ def make_measure_step(config: Config, mesh: Mesh | None = None) -> Measure:
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted(function: Any, config: Config, mesh: Mesh | None) -> Measure:
+def jitted_on(function: Any, config: Config, mesh: Mesh | None) -> Measure:
+    """The jitted (state, batch, key) -> function(config, state, batch, key, mesh=mesh), its result whole everywhere."""
     places = None if mesh is None else replicated(mesh)
     return jax.jit(functools.partial(function, config, mesh=mesh), out_shardings=places)
 
@@ -75,7 +76,7 @@ def measure(
     Source: LongCat-Flash (arXiv 2509.01322) monitors the ratio of the gradients; here both are pulled back through
     one linearisation.
     """
-    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    micro, key = first_micro_batch(config, batch, key, state, mesh)
     gradients, details = _gradients(config, state, micro, key, mesh)
     values = {}
     for name, gradient in {"": gradients.balance, "z_": gradients.z}.items():
@@ -158,9 +159,10 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     return values
 
 
-def _first_micro_batch(
+def first_micro_batch(
     config: Config, batch: Batch, key: Array, state: TrainState, mesh: Mesh | None
 ) -> tuple[Batch, Array]:
+    """The first micro-batch of a step's batch, and the key with which that step's forward pass draws."""
     micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
     return jax.tree.map(lambda a: a[0], micro), jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
 

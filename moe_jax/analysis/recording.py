@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax import balance
-from moe_jax.analysis.interference import Measure, _first_micro_batch, _jitted
+from moe_jax.analysis.interference import Measure, first_micro_batch, jitted_on
 from moe_jax.config import Config, num_moe_layers
 from moe_jax.data.batches import Batch
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
@@ -36,7 +36,7 @@ def record_next_step(context: Context, now: Now) -> None:
 
 def make_recorder(config: Config, mesh: Mesh | None = None) -> Measure:
     """A jitted (state, batch, key) -> `Scores` of the step's first micro-batch, whole on every device."""
-    return _jitted(record, compiled_by(config), mesh)
+    return jitted_on(record, compiled_by(config), mesh)
 
 
 class Scores(NamedTuple):
@@ -52,7 +52,7 @@ class Scores(NamedTuple):
 
 def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
     """The router logits of the step's first micro-batch, as the train step is about to see them."""
-    micro, key = _first_micro_batch(config, batch, key, state, mesh)
+    micro, key = first_micro_batch(config, batch, key, state, mesh)
     balancer = balance.make(config.balance, config.model)
     fwd = Pass(inputs_of(micro), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
     report = model_row_nats(config, state.params, state.bias, fwd, micro)[1]

@@ -93,20 +93,20 @@ def max_violation(loads: Any) -> Any:
     Source: Loss-Free Balancing (arXiv 2408.15664) eq. 4.
     """
     xp = loads.__array_namespace__()
-    share = _shares(loads)
+    share = shares(loads)
     return xp.max(share, axis=-1) * loads.shape[-1] - 1.0
 
 
 def min_violation(loads: Any) -> Any:
     """MinVio: (min load - mean load) / mean load, -1 (a dead expert) to 0. int [..., E] -> float32 [...]."""
     xp = loads.__array_namespace__()
-    return xp.min(_shares(loads), axis=-1) * loads.shape[-1] - 1.0
+    return xp.min(shares(loads), axis=-1) * loads.shape[-1] - 1.0
 
 
 def mean_violation(loads: Any) -> Any:
     """AvgVio: the mean of |load - mean load| / mean load, 0 to 2 (E - 1) / E. int [..., E] -> float32 [...]."""
     xp = loads.__array_namespace__()
-    return xp.mean(xp.abs(_shares(loads) * loads.shape[-1] - 1.0), axis=-1)
+    return xp.mean(xp.abs(shares(loads) * loads.shape[-1] - 1.0), axis=-1)
 
 
 def coefficient_of_variation(loads: Any) -> Any:
@@ -115,7 +115,7 @@ def coefficient_of_variation(loads: Any) -> Any:
     Source: the CV of Shazeer et al. (arXiv 1701.06538) sec. 4, which squares it into a loss.
     """
     xp = loads.__array_namespace__()
-    return xp.std(_shares(loads) * loads.shape[-1], axis=-1)
+    return xp.std(shares(loads) * loads.shape[-1], axis=-1)
 
 
 def load_entropy(loads: Any) -> Any:
@@ -123,14 +123,14 @@ def load_entropy(loads: Any) -> Any:
     xp = loads.__array_namespace__()
     if loads.shape[-1] == 1:
         return xp.ones(loads.shape[:-1], dtype=jnp.float32)
-    entropy = _entropy(_shares(loads))
+    entropy = _entropy(shares(loads))
     return entropy / xp.log(xp.asarray(loads.shape[-1], dtype=entropy.dtype))
 
 
 def effective_experts(loads: Any) -> Any:
     """exp(entropy of the load shares): how many equally loaded experts have this entropy, 1 to E. float32 [...]."""
     xp = loads.__array_namespace__()
-    return xp.exp(_entropy(_shares(loads)))
+    return xp.exp(_entropy(shares(loads)))
 
 
 def gini(loads: Any) -> Any:
@@ -141,7 +141,7 @@ def gini(loads: Any) -> Any:
     xp = loads.__array_namespace__()
     num_experts = loads.shape[-1]
     rank = 2 * xp.arange(1, num_experts + 1, dtype=jnp.float32) - (num_experts + 1)
-    return xp.sum(xp.broadcast_to(rank, loads.shape) * xp.sort(_shares(loads), axis=-1), axis=-1) / num_experts
+    return xp.sum(xp.broadcast_to(rank, loads.shape) * xp.sort(shares(loads), axis=-1), axis=-1) / num_experts
 
 
 def dead_experts(loads: Any) -> Any:
@@ -153,13 +153,13 @@ def dead_experts(loads: Any) -> Any:
 def starved_experts(loads: Any) -> Any:
     """The share of experts with less than `STARVED` of the mean load, dead ones included: 0 to 1, float32 [...]."""
     xp = loads.__array_namespace__()
-    return xp.mean(xp.astype(_shares(loads) * loads.shape[-1] < STARVED, jnp.float32), axis=-1)
+    return xp.mean(xp.astype(shares(loads) * loads.shape[-1] < STARVED, jnp.float32), axis=-1)
 
 
 def max_expert_share(loads: Any) -> Any:
     """The busiest expert's share of all copies: 1 / E to 1, float32 [...]."""
     xp = loads.__array_namespace__()
-    return xp.max(_shares(loads), axis=-1)
+    return xp.max(shares(loads), axis=-1)
 
 
 def device_violation(loads: Any, num_devices: int) -> Any:
@@ -199,7 +199,7 @@ def _mean_of_rows(values: Any, row_loads: Any) -> Any:
     return xp.sum(xp.where(real, values, 0.0), axis=-1) / count
 
 
-def _shares(loads: Any) -> Any:
+def shares(loads: Any) -> Any:
     """Loads over their sum, float32; uniform where there is no load."""
     xp = loads.__array_namespace__()
     total = xp.sum(loads, axis=-1, keepdims=True)

@@ -23,7 +23,8 @@ class Seen(NamedTuple):
     """The inputs of a method, from one layer. E includes zero-computation experts.
 
     loads: those of the optimizer step; float32 if smoothed. own: the method's own statistics of the step.
-    bias: the selection bias [E]. state: the method's own state. step: the optimizer step.
+    bias: the selection bias [E]. state: the method's own state. step: the optimizer step. For a composition `own` and
+    `state` hold those of all its methods, by label.
     """
 
     loads: Shaped[Array, "experts"]

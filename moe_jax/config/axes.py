@@ -14,8 +14,9 @@ AXES = tuple(f.name for f in fields(MeshConfig))  # outermost first
 BATCH = ("replica", "data", "expert")  # the axes that the rows of a batch are split over
 BETWEEN_SLICES = "replica"  # the only axis that may cross the network between slices
 
-# The axes that may split a dimension. It takes, in this order, those that no earlier dimension of the array
-# took and that divide it: rows of a weight by `data`, columns by `expert`, since 7168 does not split 2048 ways.
+# The axes that may split a dimension, tried in this order. An axis is skipped if an earlier dimension of the same
+# array took it, or if it does not divide the dimension: so rows of a weight are split by `data` and columns by
+# `expert`, because 7168 does not split 2048 ways.
 # In an activation the batch takes all axes except `tensor`, which is left for the heads: one table serves both.
 TABLE: dict[str, tuple[str, ...]] = {
     # of parameters

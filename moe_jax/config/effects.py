@@ -1,4 +1,4 @@
-"""What changing a config key affects: the model, the numbers, the speed, or nothing."""
+"""What changing a config key affects: the model, the numbers, the data, the speed, or nothing."""
 
 import dataclasses
 import typing

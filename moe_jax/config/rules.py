@@ -143,8 +143,8 @@ def _has_dense_layer(m: ModelConfig) -> bool:
     return m.num_experts == 0 or m.first_dense > 0 or m.moe_every > 1
 
 
-# (key, its dim, which models use it): of the axes that split the dim the first must divide the key's value, while
-# the others only split what they divide
+# (key, its dim, which models use it): the first axis that TABLE has for the dim must divide the key's value; the others
+# split it only if they divide it
 DIVISIBLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
     ("model.num_heads", "heads", lambda m: True),
     ("model.num_kv_heads", "kv_heads", lambda m: m.attention == "gqa"),

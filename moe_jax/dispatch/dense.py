@@ -9,7 +9,7 @@ from moe_jax.dispatch.work import Traffic, Work, register
 
 @register("dense")
 def dense(work: Work) -> tuple[Array, Traffic]:
-    """Multiply every token by every expert, and weigh the outputs by the gates, 0 for experts not chosen."""
+    """Multiply every token by every expert, and weight the outputs by the gates, which are 0 for experts not chosen."""
     num_experts = work.num_experts
     outputs = work.multiply.each(work.x, work.weights)
     share = jax.nn.one_hot(work.expert_ids, num_experts, dtype=jnp.float32) * work.gates[..., None]

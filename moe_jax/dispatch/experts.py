@@ -56,8 +56,8 @@ class Multiply(NamedTuple):
     """One implementation of the products of rows with the matrices of their experts.
 
     routed: (x [T, D], expert_ids [T, K], gates [T, K], weights) -> float32 [T, D], for every token the sum over its
-        slots of gate x expert(x); an id of E is an empty slot. Exact under any routing, at a cost proportional to the
-        copies.
+        slots of gate x expert(x). Ids index the experts in `weights`, and their number is an empty slot. Exact under
+        any routing, at a cost proportional to the copies.
     each: (rows [E, R, D], weights) -> [E, R, D], R rows for each expert; rows [R, D] are multiplied by every expert.
     tile: `routed` pads the rows of an expert to a multiple of it.
     """

@@ -28,8 +28,9 @@ class Work(NamedTuple):
     sequence_length: tokens of a sequence; a device has whole sequences.
     capacity_factor: room over the balanced load, of an expert or of an exchange.
 
-    On several devices a dispatcher runs inside `jax.shard_map` over all axes of the mesh, with `check_vma` on; the
-    oracle (`Dispatcher.is_oracle`) gets whole arrays instead, which XLA splits. Inside `shard_map`:
+    On one device there is no `shard_map`, and a collective fails: do none where `is_sharded(mesh)` is False. On several
+    devices a dispatcher runs inside `jax.shard_map` over all axes of the mesh, with `check_vma` on; the oracle
+    (`Dispatcher.is_oracle`) gets whole arrays instead, which XLA splits. Inside `shard_map`:
 
     - Arrays are the device's own part. Collectives find their axes by dim: `lax.all_to_all(rows, axes("experts"), ..)`.
     - Every device has to run the same collectives in the same order, so a number of rounds, or a branch around a

@@ -117,7 +117,8 @@ class Family(NamedTuple):
     theta: the default of `rope_theta`.
     has_bias: whether the router has a selection bias.
     predicts: whether there is multi-token prediction.
-    router, experts, expert_names: names of tensors.
+    renamed: the name of a tensor in `tensors` -> this family's, without what numbers its layer.
+    experts, expert_names: the prefix of an expert's tensors, and the names of its gate, up and down.
     """
 
     architecture: str
@@ -134,7 +135,7 @@ class Family(NamedTuple):
     theta: float = 10000.0
     has_bias: bool = False
     predicts: bool = False
-    router: str = "mlp.gate.weight"
+    renamed: Mapping[str, str] = {}
     experts: str = "mlp.experts.{}"
     expert_names: tuple[str, str, str] = GATED
 
@@ -147,7 +148,7 @@ MIXTRAL = Family(
     holds=SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("none",), "normalize_gates": (True,)},
     only=ONLY,
     writes=dict(sliding_window=None),
-    router="block_sparse_moe.gate.weight",
+    renamed={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
     experts="block_sparse_moe.experts.{}",
     expert_names=("w1", "w3", "w2"),
     theta=1e6,

@@ -10,6 +10,7 @@ A row of the tables gives the name of a tensor, its layout, and the layout of ou
 the end of `q` the columns are permuted, too: their RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -44,8 +45,10 @@ def _swiglu(prefix: str, ours: str, width: str, names: tuple[str, str, str] = GA
     )
 
 
+EMBEDDING = Row("model.embed_tokens.weight", "v d", {"params/embedding": "v d"})
+
 OUTSIDE = (
-    Row("model.embed_tokens.weight", "v d", {"params/embedding": "v d"}),
+    EMBEDDING,
     _same("model.norm.weight", "params/final_norm/scale"),
 )
 
@@ -90,6 +93,8 @@ LATENT = (
     Row("self_attn.o_proj.weight", "d h.w", {"attention/out": "h w d"}),
 )
 
+ROUTER = Row("mlp.gate.weight", "x d", {"ffw/router": "d x"})
+
 DENSE = _swiglu("mlp", "ffw/", "f")
 
 SHARED = _swiglu("mlp.shared_experts", "ffw/shared/", "s")
@@ -102,9 +107,6 @@ PREDICTION = (
     Row("eh_proj.weight", "d b+c", {"from_embedding": "b d", "from_hidden": "c d"}),
     _same("shared_head.norm.weight", "norm/scale"),
 )
-
-# repeated in every module of multi-token prediction, as DeepSeek publishes them
-COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
 # --- their tensors in our parameters --------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
     sizes = _sizes(c)
 
     def place(rows: tuple[Row, ...], prefix: str, path: str, index: tuple[int, ...] = ()) -> Iterator[Tensor]:
-        return (_tensor(row, prefix, path, index, sizes) for row in rows)
+        return (_tensor(renamed(family, row), prefix, path, index, sizes) for row in rows)
 
     yield from place(OUTSIDE, "", "")
     layer = 0
@@ -157,13 +159,16 @@ def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
         yield from _layer(family, c, prefix, "params/mtp/block/", depth, "moe", sizes)
 
 
-def copies(c: ModelConfig) -> dict[str, str]:
+def copies(family: Family, c: ModelConfig) -> dict[str, str]:
     """copy -> original; a checkpoint may lack the copies, and those it has must be equal to their originals."""
-    head = "model.embed_tokens.weight" if c.tied_embeddings else "lm_head.weight"
-    found = {"lm_head.weight": head} if c.tied_embeddings else {}
+    embedding = renamed(family, EMBEDDING).name
+    head = renamed(family, HEAD).name
+    # repeated in every module of multi-token prediction, as DeepSeek publishes them
+    of_module = {"embed_tokens.weight": embedding, "shared_head.head.weight": embedding if c.tied_embeddings else head}
+    found = {head: embedding} if c.tied_embeddings else {}
     for depth in range(c.mtp_depth):
-        for name, original in COPIES.items():
-            found[f"model.layers.{c.num_layers + depth}.{name}"] = head if original == "lm_head.weight" else original
+        prefix = f"model.layers.{c.num_layers + depth}."
+        found |= {prefix + name: original for name, original in of_module.items()}
     return found
 
 
@@ -171,6 +176,7 @@ def _layer(
     family: Family, c: ModelConfig, prefix: str, path: str, at: int, kind: str, sizes: Mapping[str, int]
 ) -> Iterator[Tensor]:
     """The tensors of one layer."""
+    own = functools.partial(renamed, family)
     rows: tuple[Row, ...] = NORMS
     if c.attention == "mla":
         rows += (LATENT_QUERIES if c.q_lora_rank else FULL_QUERIES) + LATENT
@@ -179,13 +185,18 @@ def _layer(
     if kind == "dense":
         rows += DENSE
     else:
-        rows += (Row(family.router, "x d", {"ffw/router": "d x"}),) + (SHARED if c.num_shared_experts else ())
+        rows += (ROUTER,) + (SHARED if c.num_shared_experts else ())
         if family.has_bias:
-            yield _tensor(BIAS, prefix, path.replace("params/", "bias/", 1), (at,), sizes)
-    yield from (_tensor(row, prefix, path, (at,), sizes) for row in rows)
+            yield _tensor(own(BIAS), prefix, path.replace("params/", "bias/", 1), (at,), sizes)
+    yield from (_tensor(own(row), prefix, path, (at,), sizes) for row in rows)
     for expert in range(c.num_experts if kind == "moe" else 0):
         for row in _swiglu(family.experts.format(expert), "ffw/", "m", family.expert_names):
             yield _tensor(row, prefix, path, (at, expert), sizes)
+
+
+def renamed(family: Family, row: Row) -> Row:
+    """The row under the family's name of its tensor."""
+    return row._replace(name=family.renamed.get(row.name, row.name))
 
 
 def _sizes(c: ModelConfig) -> dict[str, int]:

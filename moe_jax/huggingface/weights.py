@@ -22,7 +22,7 @@ from moe_jax.huggingface.config_in import from_hf
 from moe_jax.huggingface.config_out import choose, to_hf
 from moe_jax.huggingface.families import CARRIED, Family, words
 from moe_jax.huggingface.shards import Entry, Plan
-from moe_jax.huggingface.tensors import Tensor, copies, join, split, tensors
+from moe_jax.huggingface.tensors import BIAS, HEAD, ROUTER, Tensor, copies, join, renamed, split, tensors
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.runtime.leaves import path_name
 
@@ -73,7 +73,7 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
         choose(config, family.architecture)  # what is read can be written again
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    found = _check_tensors(folder, tensors(family, config), entries, copies(config))
+    found = _check_tensors(folder, tensors(family, config), entries, copies(family, config))
     return Source(folder, family, config, found, entries, block)
 
 
@@ -103,7 +103,7 @@ def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Entry]) -> int:
 
 def _stored_dtype(family: Family, entries: Mapping[str, Entry]) -> str:
     """The narrowest dtype that loses nothing; routers, biases and scales do not count, because they are float32."""
-    apart = (family.router, "e_score_correction_bias", SCALE)
+    apart = (*(renamed(family, row).name for row in (ROUTER, BIAS)), SCALE)
     dtypes = {entry.dtype for name, entry in entries.items() if not name.endswith(apart)}
     return "bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32"
 
@@ -244,7 +244,8 @@ def export(
     if not family.has_bias:
         _refuse_bias(family, config, read)
     found = {tensor.name: tensor for tensor in tensors(family, config)}
-    repeated = {name: of for name, of in copies(config).items() if name != "lm_head.weight"}
+    head = renamed(family, HEAD).name
+    repeated = {name: of for name, of in copies(family, config).items() if name != head}
     plans = [Plan(t.name, _written_dtype(t, config, read, dtype), t.shape) for t in found.values()]
     plans += [Plan(name, dtype or config.param_dtype, found[of].shape) for name, of in repeated.items()]
     kinds = {plan.name: plan.dtype for plan in plans}

@@ -48,7 +48,9 @@ class Transformer(nnx.Module):
     def before_head(
         self, fwd: Pass
     ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "depth batch seq embed"] | None, Report | None]:
-        """The vectors before the head, in the compute dtype: x [B, S, D], multi-token prediction's; and Report."""
+        """The vectors that the head multiplies, in the compute dtype: of the next token [B, S, D], and of multi-token
+        prediction; and the layers' Report.
+        """
         x, report, _ = self._layers(self._main_pass(fwd))
         x = self.final_norm(x)
         if self.mtp is None:

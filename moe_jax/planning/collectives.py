@@ -103,7 +103,6 @@ def replica_group(attributes: str) -> tuple[int, ...]:
 
 MOST_CHARACTERS = 200  # of the program's text, quoted in an error
 
-
 _IOTA = r"\[([\d,]*)\](?:T\(([\d,]*)\))?"  # dimensions and their order
 
 

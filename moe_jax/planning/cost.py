@@ -39,7 +39,6 @@ class Cost(NamedTuple):
 
 NOTHING = Cost(Counter(), 0.0, Counter(), Counter(), (0.0, 0.0), frozenset(), frozenset(), Counter())
 
-
 Trips = Callable[[Instruction, Computation], int | None]  # an estimate for a loop whose length is not in the text
 
 

@@ -54,7 +54,6 @@ _DOCS = "docs.cloud.google.com/tpu/docs/"
 _BOOK = "links and data-centre network: jax-ml.github.io/scaling-book/tpus, 'TPU specs'"
 _MEGACORE = (("chip_config_name", "megacore"),)  # both cores of a v4 are one device
 
-
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 4.5e10, 6.25e9, 3, 4, f"{_DOCS}v4; {_BOOK}", _MEGACORE),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 4.5e10, 3.125e9, 2, 16, f"{_DOCS}v5e; {_BOOK}"),
@@ -62,6 +61,5 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 9e10, 12.5e9, 2, 16, f"{_DOCS}v6e; {_BOOK}"),
     "tpu7x": Chip(1153.5e12, 96 * GIB, 3.7e12, 4.5e10, 6.25e9, 3, 4, f"{_DOCS}tpu7x; {_BOOK}; each halved"),
 }
-
 
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}

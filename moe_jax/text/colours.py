@@ -159,10 +159,8 @@ body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 .legend b { display: inline-block; min-width: 2em; text-align: center; padding: 0 0.4em; }
 """
 
-
 # no network, and only the script below may run
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-
 
 SCRIPT = """
 const data = JSON.parse(document.getElementById("data").textContent);

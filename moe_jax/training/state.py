@@ -89,7 +89,6 @@ def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerC
 
 FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
-
 INIT, STEP = 0, 1  # streams of randomness, folded into the seed's key
 
 

