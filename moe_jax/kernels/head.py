@@ -3,10 +3,14 @@
 B batch, S sequence, T = B S tokens, D embed, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from moe_jax.kernels import native
 
 BLOCK_BYTES = 16 * 2**20  # of the logits in memory at a time: they fit into caches, with enough rows for a fast product
 LEAST_ROWS = 128  # tokens of a block
@@ -20,12 +24,12 @@ def row_nats(
     return jnp.where(mask, nats, 0.0).sum(-1)
 
 
-@jax.custom_vjp
 def summed_nats(
     x: Float[Array, "batch seq embed"],
     head: Float[Array, "embed vocab"],
     targets: Int32[Array, "batch seq"],
     mask: Bool[Array, "batch seq"],
+    cpu_kernel: str = "auto",
 ) -> Float32[Array, ""]:
     """The cross-entropy of `x head` in nats, summed over all valid targets, block by block of tokens.
 
@@ -38,15 +42,29 @@ def summed_nats(
         head: [D, V], in the same dtype.
         targets: int32 [B, S] in [0, V).
         mask: bool [B, S], False where there is no target.
+        cpu_kernel: on one CPU "native" is C++, "xla" is not, and "auto" is C++ if it can run.
 
     Returns:
         float32 []. Source of the idea: Liger Kernel (arXiv 2410.10989), section 3.2.
     """
+    return _summed_nats(x, head, targets, mask, native.chosen(cpu_kernel, None, x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed_nats(x: Array, head: Array, targets: Array, mask: Array, in_cpp: bool) -> Array:
     blocks = _blocks(x, targets, mask, head.shape[1])
     return jax.lax.scan(lambda total, block: (total + _nats(head, *block)[0], None), jnp.float32(0.0), blocks)[0]
 
 
-def _forward(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(x: Array, head: Array, targets: Array, mask: Array, in_cpp: bool) -> tuple[Array, tuple[Array, Array]]:
+    gradient = _gradient_in_cpp if in_cpp else _gradient_in_xla
+    nats, dx, d_head = gradient(x, head, targets, mask)
+    return nats, (dx.reshape(x.shape), d_head.astype(head.dtype))
+
+
+def _gradient_in_xla(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """The nats, and their gradients: dx [T, D] in x's dtype, d_head [D, V] in float32."""
+
     def one(sums: tuple[Array, Array], block: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         nats, d_logits = _nats(head, *block)
         d_logits = d_logits.astype(x.dtype)
@@ -56,15 +74,31 @@ def _forward(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array,
 
     zeros = jnp.float32(0.0), jnp.zeros(head.shape, jnp.float32)
     (nats, d_head), dx = jax.lax.scan(one, zeros, _blocks(x, targets, mask, head.shape[1]))
-    return nats, (dx.reshape(-1, x.shape[-1])[: targets.size].reshape(x.shape), d_head.astype(head.dtype))
+    return nats, dx.reshape(-1, x.shape[-1])[: targets.size], d_head
 
 
-def _backward(gradients: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
+def _gradient_in_cpp(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """As `_gradient_in_xla`, by `cpp/head.cc`, which also refuses a valid target outside of the vocabulary."""
+    embed, vocab = head.shape
+    block = min(targets.size, max(LEAST_ROWS, BLOCK_BYTES // (4 * vocab)))
+    results = [
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jax.ShapeDtypeStruct((targets.size, embed), x.dtype),
+        jax.ShapeDtypeStruct((embed, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((block, embed), jnp.float32),
+        jax.ShapeDtypeStruct((block, vocab), jnp.float32),
+    ]
+    arrays = x.reshape(-1, embed), head.astype(x.dtype), targets.ravel().astype(jnp.int32), mask.ravel()
+    nats, dx, d_head, _, _ = native.call("head", "gradient", x.dtype, results, *arrays)
+    return nats, dx, d_head
+
+
+def _backward(in_cpp: bool, gradients: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
     dx, d_head = gradients
     return _times(d, dx), _times(d, d_head), None, None
 
 
-summed_nats.defvjp(_forward, _backward)
+_summed_nats.defvjp(_forward, _backward)
 
 
 def _times(d: Array, gradient: Array) -> Array:

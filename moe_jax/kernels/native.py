@@ -25,10 +25,13 @@ from moe_jax.mesh import around_kernel, platform
 from moe_jax.runtime.cache import user_folder
 
 FOLDER = Path(__file__).parent / "cpp"
-KERNELS = ("attention", "experts")
+# kernel -> the functions that it exports
+KERNELS = {"attention": ("forward", "backward"), "experts": ("forward", "backward"), "head": ("gradient",)}
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 DTYPES = (jnp.float32, jnp.bfloat16)
-Targets = dict[tuple[str, str, str], str]  # (kernel, pass, dtype) -> XLA's name, which includes a hash of the source
+Targets = dict[
+    tuple[str, str, str], str
+]  # (kernel, function, dtype) -> XLA's name, which includes a hash of the source
 
 
 def chosen(cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype) -> bool:
@@ -60,7 +63,7 @@ def call(
     *arrays: Array,
     **attributes: Any,
 ) -> list[Array]:
-    """The results of one pass of a kernel, "forward" or "backward", for arrays of one of DTYPES.
+    """The results of one function of a kernel, for arrays of one of DTYPES.
 
     The C++ code reads raw memory: callers convert dtypes, and both sides compare sizes. Call it only if `missing()` is
     None.
@@ -110,7 +113,7 @@ def _compile(compiler: str, kernel: str, library: Path) -> None:
 
 def _register(kernel: str, library: ctypes.CDLL, digest: str) -> Targets:
     targets = {}
-    for which, dtype in itertools.product(("forward", "backward"), (jnp.dtype(d).name for d in DTYPES)):
+    for which, dtype in itertools.product(KERNELS[kernel], (jnp.dtype(d).name for d in DTYPES)):
         targets[kernel, which, dtype] = f"moe_jax_{kernel}_{which}_{dtype}_{digest}"
         handler = jax.ffi.pycapsule(getattr(library, f"moe_{kernel}_{which}_{dtype}"))
         jax.ffi.register_ffi_target(targets[kernel, which, dtype], handler, platform="cpu")

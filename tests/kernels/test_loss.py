@@ -1,12 +1,15 @@
 """Laws of the loss: block by block it is the cross-entropy of all logits, and so is its gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.kernels import head as loss
-from moe_jax.kernels.head import row_nats, summed_nats
+from moe_jax.kernels import native
+from moe_jax.kernels.head import row_nats
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 150, 8, 40
 
@@ -23,6 +26,14 @@ def all_at_once(x, head, targets, mask):
     return row_nats(logits, targets, mask).sum()
 
 
+@pytest.fixture(params=["native", "xla"])
+def summed_nats(request):
+    """The function under test, in C++ and in XLA."""
+    if request.param == "native" and (why := native.missing()):
+        pytest.skip(why)
+    return functools.partial(loss.summed_nats, cpu_kernel=request.param)
+
+
 @pytest.fixture(params=[1, 3], ids=["one block", "blocks with a rest"])
 def blocks(request, monkeypatch):
     """450 tokens are one block, or three of 150."""
@@ -35,17 +46,17 @@ def value_and_gradients(f, *arguments):
     return jax.value_and_grad(lambda x, head: 3.0 * f(x, head, *rest), (0, 1))(x, head)  # 3: not the unit gradient
 
 
-def test_sum_and_gradients_are_those_of_all_logits_at_once(blocks):
+def test_sum_and_gradients_are_those_of_all_logits_at_once(summed_nats, blocks):
     ours, theirs = (value_and_gradients(f, *problem()) for f in (summed_nats, all_at_once))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_gradient_the_sum_is_the_same(blocks):
+def test_without_a_gradient_the_sum_is_the_same(summed_nats, blocks):
     assert summed_nats(*problem()) == pytest.approx(float(all_at_once(*problem())), rel=1e-6)
 
 
-def test_tokens_that_do_not_fill_the_last_block_count_once(monkeypatch):
+def test_tokens_that_do_not_fill_the_last_block_count_once(summed_nats, monkeypatch):
     # 450 tokens in blocks of at least 128: 3 blocks of 150, or with 449 tokens one empty place
     monkeypatch.setattr(loss, "BLOCK_BYTES", 1)
     x, head, targets, mask = (a[:1, :] if a.ndim != 2 or a.shape[0] == ROWS else a for a in problem())
@@ -56,7 +67,7 @@ def test_tokens_that_do_not_fill_the_last_block_count_once(monkeypatch):
     assert summed_nats(*many) == pytest.approx(float(all_at_once(*many)), rel=1e-6)
 
 
-def test_a_masked_target_gives_no_nats_and_no_gradient():
+def test_a_masked_target_gives_no_nats_and_no_gradient(summed_nats):
     x, head, targets, _ = problem()
     nothing = jnp.zeros((ROWS, LENGTH), bool)
     value, gradients = value_and_gradients(summed_nats, x, head, targets, nothing)
@@ -64,13 +75,13 @@ def test_a_masked_target_gives_no_nats_and_no_gradient():
     assert not any(g.any() for g in gradients)
 
 
-def test_gradients_have_the_dtypes_of_their_arguments():
+def test_gradients_have_the_dtypes_of_their_arguments(summed_nats):
     x, head, targets, mask = problem(jnp.bfloat16)
     value, (dx, d_head) = value_and_gradients(summed_nats, x, head, targets, mask)
     assert (value.dtype, dx.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
 
 
-def test_huge_logits_do_not_overflow():
+def test_huge_logits_do_not_overflow(summed_nats):
     x, head, targets, mask = problem()
     ours, theirs = (value_and_gradients(f, 1e3 * x, head, targets, mask) for f in (summed_nats, all_at_once))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -78,7 +89,7 @@ def test_huge_logits_do_not_overflow():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
 
 
-def test_all_logits_are_never_in_memory(monkeypatch):
+def test_all_logits_are_never_in_memory(summed_nats, monkeypatch):
     monkeypatch.setattr(loss, "BLOCK_BYTES", 1)
     arguments = problem()
     whole = 4 * VOCAB * ROWS * LENGTH
@@ -86,3 +97,44 @@ def test_all_logits_are_never_in_memory(monkeypatch):
     blocked = jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     at_once = jax.jit(jax.grad(all_at_once, (0, 1))).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert blocked < whole < at_once
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 97, 200])
+@pytest.mark.parametrize("vocab", [1, 3, 17, 300])
+def test_any_number_of_tokens_and_words(summed_nats, tokens, vocab):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(1, tokens, 19)), jnp.float32)
+    head = jnp.asarray(draw.normal(size=(19, vocab)), jnp.float32)
+    arguments = x, head, jnp.asarray(draw.integers(0, vocab, (1, tokens))), jnp.ones((1, tokens), bool)
+    ours, theirs = (value_and_gradients(f, *arguments) for f in (summed_nats, all_at_once))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_bfloat16_is_off_by_its_rounding(summed_nats):
+    x, head, *rest = problem(jnp.bfloat16)
+    value, gradients = value_and_gradients(summed_nats, x, head, *rest)
+    wide, exact = value_and_gradients(all_at_once, x.astype(jnp.float32), head.astype(jnp.float32), *rest)
+    assert value == pytest.approx(float(wide), rel=1e-6)  # products of bfloat16 are exact in float32
+    for ours, theirs in zip(gradients, exact, strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=2**-7 * float(jnp.abs(theirs).max()))
+
+
+def test_a_value_that_is_not_finite_stays_so(summed_nats):
+    x, head, targets, mask = problem()
+    value, (dx, _) = value_and_gradients(
+        summed_nats, x.at[1, 2, 3].set(jnp.nan), head, targets, mask.at[1, 2].set(True)
+    )
+    assert np.isnan(value)
+    assert np.isnan(dx[1, 2]).all() and np.isfinite(dx[0]).all()
+
+
+def test_a_valid_target_outside_of_the_vocabulary_is_refused_and_a_masked_one_ignored():
+    if why := native.missing():
+        pytest.skip(why)
+    x, head, targets, mask = problem()
+    outside = targets.at[0, 0].set(VOCAB)
+    gradient = jax.grad(functools.partial(loss.summed_nats, cpu_kernel="native"))
+    assert np.isfinite(gradient(x, head, outside, mask.at[0, 0].set(False))).all()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a target is outside of the vocabulary"):
+        jax.block_until_ready(gradient(x, head, outside, mask.at[0, 0].set(True)))

@@ -182,8 +182,9 @@ void multiply(int m, int k, int n, const float* a, const X* b, float* c, bool ad
     }
 }
 
-// C[p, q] (+)= A^T B, with A [m, p] and B [m, q]
-inline void multiply_outer(int m, int p, int q, const float* a, const float* b, float* c, bool add) {
+// C[p, q] (+)= A^T B, with A [m, p] and B [m, q], whose rows are the strides apart
+inline void multiply_outer(int m, int p, int q, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                           float* c, int64_t c_stride, bool add) {
   int tiles = (p + kTileRows - 1) / kTileRows;
   float* columns = packed.columns.of(int64_t(tiles) * kDepth * kTileRows);
   float* panel = packed.panel.of(kDepth * kTileCols);
@@ -191,14 +192,14 @@ inline void multiply_outer(int m, int p, int q, const float* a, const float* b, 
     int depth = std::min(kDepth, m - k0);
     for (int64_t i = 0; i < tiles; i++)
       for (int64_t j = 0; j < depth; j++)
-        std::memcpy(columns + (i * kDepth + j) * kTileRows, a + (k0 + j) * p + i * kTileRows,
+        std::memcpy(columns + (i * kDepth + j) * kTileRows, a + (k0 + j) * a_stride + i * kTileRows,
                     std::min<int>(kTileRows, p - i * kTileRows) * sizeof(float));
     for (int n0 = 0; n0 < q; n0 += kTileCols) {
       int width = std::min(kTileCols, q - n0);
-      pack(b + int64_t(k0) * q + n0, q, depth, width, panel);
+      pack(b + k0 * b_stride + n0, b_stride, depth, width, panel);
       for (int64_t i = 0; i < tiles; i++)
         tile_of<true>(std::min<int>(kTileRows, p - i * kTileRows), depth, columns + i * kDepth * kTileRows,
-                      int64_t(kTileRows), panel, int64_t(kTileCols), c + i * kTileRows * q + n0, int64_t(q), width,
+                      int64_t(kTileRows), panel, int64_t(kTileCols), c + i * kTileRows * c_stride + n0, c_stride, width,
                       add || k0 > 0);
     }
   }
