@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import commits, peers, step_peers, timing
+from experiments.benchmarks import commits, peers, profile, step_peers, timing
 from moe_jax.config import Config, default, validate
 from moe_jax.config.command import parse_flags
 
@@ -65,11 +65,16 @@ HERE = "this tree"
 
 
 class Trainer(NamedTuple):
-    """Our model in training: a step that returns its loss, its number of parameters, and its initial parameters."""
+    """Our model in training.
+
+    step: takes a step, and returns its loss. num_params, params: the parameters, as they were before the first step.
+    program: the compiled step as text.
+    """
 
     step: Callable[[], float]
     num_params: int
     params: Any
+    program: Callable[[], str] = str
 
 
 def config_like(peer: str, sizes: dict[str, int], batch: dict[str, int], dtype: str = "float32") -> Config:
@@ -137,7 +142,10 @@ def trainer(config: Config) -> Trainer:
         jax.block_until_ready(state.params)
         return float(metrics["loss"])
 
-    return Trainer(step, sum(a.size for a in jax.tree.leaves(params)), params)
+    def program() -> str:
+        return run.lower(state, batch, key).compile().as_text()
+
+    return Trainer(step, sum(a.size for a in jax.tree.leaves(params)), params, program)
 
 
 class Opponent(NamedTuple):
@@ -280,134 +288,40 @@ def commits_as_text(result: dict[str, Any]) -> str:
 
 
 def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, dtype: str = "float32") -> dict[str, Any]:
-    """Seconds of the parts of our step, each timed as a separate program in the same rounds as the whole step.
-
-    attention, moe: one layer's module forward + backward, times the number of layers. head: logits and cross-entropy,
-    forward + backward. optimizer: clipping, AdamW and the new parameters. rest: the step minus these, which is norms,
-    residual sums, embedding, metrics, and the difference between a separate program and a part of the whole; it may be
-    negative.
-    """
+    """Where the time of our step goes: seconds by part and by operation, and the rate of parts over the limit's."""
     config = config_like(DEEPSEEK, sizes, batch, dtype)
-    layers = config.model.num_layers
-    parts = {"attention": _attention(config), "moe": _moe(config), "head": _head(config)}
-    times = timing.interleave({"step": trainer(config).step, **parts, "optimizer": _optimizer(config)}, rounds)
-    seconds = {n: [s * (layers if n in ("attention", "moe") else 1) for s in t] for n, t in times.items()}
-    known = [name for name in seconds if name != "step"]
-    seconds["rest"] = [s - sum(seconds[n][i] for n in known) for i, s in enumerate(seconds["step"])]
-    return {"seconds": seconds, "share": _shares(seconds)}
+    entry = trainer(config)
+    found = profile.profile(entry.step, profile.parts_of(entry.program()), rounds)
+    flops = profile.flops_of_parts(config)
+    limit = profile.limit()
+    rates = {part: flops[part] / found.parts[part] for part in flops if found.parts[part]}
+    return {
+        "seconds": {"step": found.step, **found.parts},
+        "operations": [[part, name, seconds] for (part, name), seconds in found.operations.items()],
+        "processors": found.processors,
+        "limit_gflops": limit / 1e9,
+        "to_limit": {part: rate / limit for part, rate in rates.items()}
+        | {"step": sum(flops.values()) / found.step / limit},
+    }
 
 
-def _shares(seconds: timing.Times) -> dict[str, dict[str, float]]:
-    parts = [name for name in seconds if name != "step"]
-    of_step = {n: [a / b for a, b in zip(seconds[n], seconds["step"], strict=True)] for n in parts}
-    return {name: timing.Spread.of(values)._asdict() for name, values in of_step.items()}
-
-
-def _hidden(config: Config, seed: int = 0) -> Any:
-    """Random vectors [B, S, d] with the scale of a norm's output."""
-    import jax
-
-    shape = config.batch_size, config.sequence_length, config.model.embed_dim
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def _timed(forward: Callable, *arguments: Any) -> Callable[[], Any]:
-    """A compiled call of a function's forward + backward: its value, and its gradients by all arguments."""
-    import jax
-    import jax.numpy as jnp
-
-    def run(arguments: tuple, d: Any) -> Any:
-        y, backward = jax.vjp(forward, *arguments)
-        return y, backward(d)
-
-    d = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(forward, *arguments))
-    compiled = jax.jit(run).lower(arguments, d).compile()
-    return lambda: jax.block_until_ready(compiled(arguments, d))
-
-
-def _module(make: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
-    """A module as (graph, parameters, other variables)."""
-    from flax import nnx
-
-    split: Any = nnx.split(nnx.jit(make)(nnx.Rngs(0)), nnx.Param, ...)
-    return split
-
-
-def _attention(config: Config) -> Callable[[], Any]:
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from moe_jax.model.attention import Attention
-
-    data = random_batch(config)
-    graph, params, rest = _module(functools.partial(Attention, config.model))
-    where = jnp.asarray(data.positions), jnp.asarray(data.segment_ids)
-    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, *where), params, _hidden(config))
-
-
-def _moe(config: Config) -> Callable[[], Any]:
-    import jax
-    from flax import nnx
-
-    from moe_jax import balance
-    from moe_jax.model.forward import Pass, PerLayer
-    from moe_jax.model.moe import MoE
-    from moe_jax.routing import Tokens
-
-    graph, params, rest = _module(functools.partial(MoE, config.model))
-    no_inputs: Any = None  # a single layer reads none
-    fwd = Pass(no_inputs, balance.make({}), PerLayer({}), jax.random.key(0), train=True)
-    return _timed(lambda p, x: nnx.merge(graph, p, rest)(x, Tokens(), fwd)[0], params, _hidden(config))
-
-
-def _head(config: Config) -> Callable[[], Any]:
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    m = config.model
-    targets = jnp.asarray(random_batch(config).targets)
-    weight = m.init_std * jax.random.normal(jax.random.key(1), (m.embed_dim, m.vocab_size))
-
-    def loss(weight: Any, x: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(x @ weight, targets).mean()
-
-    return _timed(loss, weight, _hidden(config))
-
-
-def _optimizer(config: Config) -> Callable[[], Any]:
-    import jax
-    import optax
-
-    from moe_jax.model.abstract import abstract_model
-    from moe_jax.training.optimizer import make_optimizer
-    from moe_jax.training.state import init_state
-
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
-    state = init_state(config)
-    params = state.params
-    moments = state.optimizer
-    grads = jax.tree.map(lambda a: 1e-3 * a, params)
-
-    def move(params: Any, moments: Any, grads: Any) -> tuple[Any, Any]:
-        updates, moments = optimizer.update(grads, moments, params)
-        rate = config.optimizer.learning_rate
-        return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), moments
-
-    run = jax.jit(move, donate_argnums=(0, 1))
-
-    def once() -> None:
-        nonlocal params, moments
-        params, moments = jax.block_until_ready(run(params, moments, grads))
-
-    return once
-
-
-def parts_as_text(result: dict[str, Any]) -> str:
-    """The attribution as text."""
-    milliseconds = {n: timing.Spread.of([1e3 * s for s in t]).text(1) for n, t in result["seconds"].items()}
-    share = {n: timing.Spread(**s).text() for n, s in result["share"].items()}
-    return timing.table(["", "ms per step", "of the step"], [[n, t, share.get(n, "")] for n, t in milliseconds.items()])
+def parts_as_text(result: dict[str, Any], most: int = 16) -> str:
+    """The attribution as text, with the `most` expensive operations."""
+    step = result["seconds"]["step"]
+    rows = []
+    for part, seconds in result["seconds"].items():
+        rate = result["to_limit"].get(part)
+        rows.append([part, f"{1e3 * seconds:.1f}", f"{seconds / step:.0%}", "" if rate is None else f"{rate:.2f}"])
+    largest = sorted(result["operations"], key=lambda one: -one[2])[:most]
+    operations = [[f"{part}: {name}", f"{1e3 * s:.1f}", f"{s / step:.0%}"] for part, name, s in largest]
+    return "\n".join(
+        [
+            f"{result['processors']:.2f} processors at work on average; limit {result['limit_gflops']:.0f} GFLOP/s",
+            timing.table(["", "ms per step", "of the step", "of the limit"], rows),
+            "",
+            timing.table(["largest operations", "ms per step", "of the step"], operations),
+        ]
+    )
 
 
 def define_size_flags() -> None:

@@ -83,7 +83,7 @@ def _build() -> Targets | str:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         sources = "".join(path.read_text() for path in sorted(FOLDER.iterdir()))
-        inputs = sources + version + " ".join(FLAGS) + jax.lib.__version__
+        inputs = sources + version + " ".join(_flags()) + jax.lib.__version__
         digest = hashlib.sha256(inputs.encode()).hexdigest()[:12]
         libraries = [user_folder("native") / f"{kernel}-{digest}.so" for kernel in KERNELS]
         with ThreadPoolExecutor() as pool:
@@ -99,6 +99,11 @@ def _build() -> Targets | str:
         return str(error)
 
 
+def _flags() -> tuple[str, ...]:
+    """The compiler's flags; the environment's come last, so that CXXFLAGS=-mno-avx512bf16 works."""
+    return *FLAGS, *os.environ.get("CXXFLAGS", "").split()
+
+
 def _compile(compiler: str, kernel: str, library: Path) -> None:
     """Compile so that the library appears whole or not at all; several processes may do so at the same time."""
     if library.exists():
@@ -106,7 +111,7 @@ def _compile(compiler: str, kernel: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         temporary = Path(folder) / library.name
         source = str(FOLDER / f"{kernel}.cc")
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", source, "-o", str(temporary)]
+        command = [compiler, *_flags(), f"-I{jax.ffi.include_dir()}", source, "-o", str(temporary)]
         subprocess.run(command, capture_output=True, text=True, check=True)
         temporary.replace(library)
 

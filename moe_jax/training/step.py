@@ -185,10 +185,11 @@ def advance(
 ) -> TrainState:
     """Update the parameters by the optimizer and the bias by the balancer, each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
-    updates, moments = optimizer.update(grads, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
-    old = state.params, state.optimizer
-    params, moments = stored((params, moments), old, config.optimizer.rounding, key)
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
+        old = state.params, state.optimizer
+        params, moments = stored((params, moments), old, config.optimizer.rounding, key)
     state = state._replace(params=params, optimizer=moments)
     return state if statistics is None else balance_update(config, state, statistics)
 

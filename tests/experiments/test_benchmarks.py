@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments.benchmarks import layer, layer_peers, peers, problem, scaling, start, step, step_peers, timing
+from experiments.benchmarks import layer, layer_peers, peers, problem, profile, scaling, start, step, step_peers, timing
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = layer.SHAPES["tiny"]  # T 64, d 16, E 8, h 8, k 2
@@ -267,9 +267,27 @@ def test_a_different_size_is_refused():
 
 
 def test_the_parts_of_a_step_add_up_to_it():
-    seconds = step.attribute(SIZES, BATCH, rounds=2)["seconds"]
-    parts = [seconds[name] for name in ("attention", "moe", "head", "optimizer", "rest")]
-    assert [sum(one) for one in zip(*parts, strict=True)] == pytest.approx(seconds["step"])
+    result = step.attribute(SIZES, BATCH, rounds=2)
+    whole, *parts = result["seconds"].values()
+    assert sum(parts) == pytest.approx(whole)
+    for part in ("attention", "experts", "router", "head", "optimizer"):
+        assert result["seconds"][part] > 0, part
+    assert "largest operations" in step.parts_as_text(result)
+
+
+def test_a_moment_is_shared_by_the_operations_that_run_then():
+    # 0 to 1 a; 1 to 2 a and b; 2 to 3 a twice and b; 4 to 5 c
+    events = [profile.Event("a", 0, 3), profile.Event("b", 1, 3), profile.Event("a", 2, 3), profile.Event("c", 4, 5)]
+    assert profile.shares(events) == pytest.approx({"a": 1 + 1 / 2 + 2 / 3, "b": 1 / 2 + 1 / 3, "c": 1})
+
+
+def test_an_operation_belongs_to_the_scope_of_its_code():
+    program = """
+  %dot.1 = f32[2] dot(%a, %b), metadata={op_name="jit(step)/transpose(jvp(while))/body/attention/dot_general"}
+  ROOT %ffi_call.2 = f32[2] custom-call(%a), metadata={op_name="jit(step)/head/ffi_call"}
+  %copy.3 = f32[2] copy(%a)
+"""
+    assert profile.parts_of(program) == {"dot.1": "attention", "ffi_call.2": "head", "copy.3": "rest"}
 
 
 # --- scaling and start ------------------------------------------------------------------------------------------

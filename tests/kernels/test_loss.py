@@ -136,5 +136,5 @@ def test_a_valid_target_outside_of_the_vocabulary_is_refused_and_a_masked_one_ig
     outside = targets.at[0, 0].set(VOCAB)
     gradient = jax.grad(functools.partial(loss.summed_nats, cpu_kernel="native"))
     assert np.isfinite(gradient(x, head, outside, mask.at[0, 0].set(False))).all()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="a target is outside of the vocabulary"):
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="a target is outside of the vocabulary"):
         jax.block_until_ready(gradient(x, head, outside, mask.at[0, 0].set(True)))

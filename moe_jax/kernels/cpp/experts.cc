@@ -213,9 +213,9 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x
       multiply<true>(rows, s.ffw, s.embed, g, w.gate + at, outputs + first * s.embed);
       multiply<true>(rows, s.ffw, s.embed, u, w.up + at, outputs + first * s.embed, true);
       const bool add = first > part.first;
-      multiply_outer(rows, s.embed, s.ffw, rows_x, s.embed, g, s.ffw, sum.gate, s.ffw, add);
-      multiply_outer(rows, s.embed, s.ffw, rows_x, s.embed, u, s.ffw, sum.up, s.ffw, add);
-      multiply_outer(rows, s.ffw, s.embed, h, s.ffw, rows_dy, s.embed, sum.down, s.embed, add);
+      multiply_outer<X>(rows, s.embed, s.ffw, rows_x, s.embed, g, s.ffw, sum.gate, s.ffw, add);
+      multiply_outer<X>(rows, s.embed, s.ffw, rows_x, s.embed, u, s.ffw, sum.up, s.ffw, add);
+      multiply_outer<X>(rows, s.ffw, s.embed, h, s.ffw, rows_dy, s.embed, sum.down, s.embed, add);
     });
     if (whole && !direct) {
       narrow(sum.gate, s.matrix(), dw.gate + at);

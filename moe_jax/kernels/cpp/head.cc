@@ -90,7 +90,7 @@ void gradient(ffi::ThreadPool& pool, const Shape& s, const X* x, const X* head, 
     });
     parallel(pool, (s.vocab + kColumns - 1) / kColumns, [&](int64_t task) {
       const int column = int(task) * kColumns, n = std::min(kColumns, s.vocab - column);
-      multiply_outer(int(tokens), s.embed, n, wide, s.embed, logits + column, s.vocab, d_head + column, s.vocab,
+      multiply_outer<X>(int(tokens), s.embed, n, wide, s.embed, logits + column, s.vocab, d_head + column, s.vocab,
                      first > 0);
     });
   }

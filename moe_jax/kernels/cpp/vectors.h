@@ -1,9 +1,14 @@
-// Vectors as wide as the CPU's registers, bfloat16, and e^x.
+// Vectors as wide as the CPU's registers, bfloat16, multiplying and adding, and e^x.
 
 #pragma once
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace moe {
 
@@ -63,6 +68,33 @@ inline void widen(const X* from, int64_t n, float* to) {
 template <class X>
 inline void narrow(const float* from, int64_t n, X* to) {
   for (int64_t i = 0; i < n; i++) from_float(from[i], to + i);
+}
+
+// What products are computed in: floats, or for bfloat16, where the CPU multiplies it, words of two numbers that are
+// neighbours along the inner dimension, the first one in the low half.
+struct Pair {
+  uint32_t bits;
+};
+#ifdef __AVX512BF16__
+template <class X>
+using Word = std::conditional_t<std::is_same_v<X, Bf16>, Pair, float>;
+inline Vec multiply_add(Vec sum, Pair a, Vec b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), (__m512bh)b);
+}
+#else
+template <class X>
+using Word = float;
+#endif
+inline Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
+
+template <class W>
+constexpr int kNumbers = std::is_same_v<W, Pair> ? 2 : 1;  // of a word
+
+inline uint32_t half(Bf16 x) { return x.bits; }
+inline uint32_t half(float x) {
+  Bf16 y;
+  from_float(x, &y);
+  return y.bits;
 }
 
 // e^x to 2e-7, for |x| up to 87: x = n ln 2 + r with |r| <= ln 2 / 2, and e^r by a polynomial
