@@ -2,7 +2,7 @@
 
 An operation is an instruction of the compiled program. At every moment the wall time is shared equally by the
 operations that run at that moment, on whatever threads; a moment at which none runs is idle. The part of an operation
-follows from the named scopes of the code that it comes from. So the parts add up to the step, and nothing is timed apart.
+follows from the named scopes of the code that it comes from. So the parts add up to the step, and none is timed alone.
 """
 
 import collections

@@ -1,8 +1,10 @@
 """Laws of the experts in C++: the results of XLA at every size, dtype and skew; no error without a compiler."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -211,3 +213,14 @@ def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler
         (ValueError, jax.errors.JaxRuntimeError), match=r"dtype|sizes of the arrays do not fit together"
     ):
         jax.block_until_ready(native_experts._experts(*arguments[wrong]))
+
+
+@pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f"])
+def test_other_processors_compute_the_same(compiler, flags, tmp_path):
+    # those without products of bfloat16, and with vectors half as wide
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the flags are of x86")
+    environment = os.environ | {"CXXFLAGS": f"-O1 {flags}", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).parent / "compare_with_xla.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
