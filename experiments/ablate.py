@@ -30,6 +30,7 @@ from moe_jax.data import check_corpus
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import is_remote, read_json, write_json
+from moe_jax.runtime.memory import use_huge_pages
 from moe_jax.runtime.workdir import check_workdir, read_run
 
 from . import hyper
@@ -204,6 +205,7 @@ def diverged(folder: Path) -> str:
 def main(_: list[str]) -> None:
     """Plan, check, train, report."""
     flag = flags.FLAGS
+    use_huge_pages()
     keep_compiled()
     try:
         workdir = workdir_of(flag.workdir)

@@ -24,6 +24,7 @@ from moe_jax.data import Corpus, open_corpus
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import is_writable
+from moe_jax.runtime.memory import use_huge_pages
 from moe_jax.runtime.signals import Abandoned, never, noted
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run, identity_of, read_run
 from moe_jax.training.tokenizer import has_another_tokenizer
@@ -106,6 +107,7 @@ def check_writable(workdir: Path, specialisation: bool) -> None:
 def main(_: list[str]) -> None:
     """Check the flags, then run."""
     flag = flags.FLAGS
+    use_huge_pages()
     keep_compiled()
     try:
         workdir = workdir_of(flag.workdir)

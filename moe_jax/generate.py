@@ -24,6 +24,7 @@ from moe_jax.config.command import fail, parse_flags
 from moe_jax.config.paths import path_of, workdir_of
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import output_of
+from moe_jax.runtime.memory import use_huge_pages
 from moe_jax.runtime.workdir import config_of_run
 
 
@@ -110,6 +111,7 @@ def _note(line: str) -> None:
 def main(_: list[str]) -> None:
     """Check the flags, then run."""
     flag = flags.FLAGS
+    use_huge_pages()
     keep_compiled()
     try:
         for name in ("num_samples", "batch_size"):

@@ -21,6 +21,7 @@ from moe_jax.config.command import fail, parse_flags
 from moe_jax.config.paths import path_of, workdir_of
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import output_of, write_json
+from moe_jax.runtime.memory import use_huge_pages
 from moe_jax.runtime.workdir import config_of_run
 
 
@@ -109,6 +110,7 @@ def define_flags(values: Any = flags.FLAGS) -> None:
 
 def main(_: list[str]) -> None:
     """Check the flags, then run."""
+    use_huge_pages()
     keep_compiled()
     try:
         run(flags.FLAGS)

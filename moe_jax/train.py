@@ -19,6 +19,7 @@ from moe_jax.config.paths import workdir_of
 from moe_jax.data import check_corpus
 from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
+from moe_jax.runtime.memory import use_huge_pages
 from moe_jax.runtime.watchdog import Watchdog
 from moe_jax.training.loop import run
 
@@ -26,6 +27,7 @@ from moe_jax.training.loop import run
 def main(_: list[str]) -> None:
     """Check the config and the data before jax is loaded, then run."""
     flag = flags.FLAGS
+    use_huge_pages()
     keep_compiled()
     try:
         if not flag.workdir:

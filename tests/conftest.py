@@ -15,6 +15,7 @@ CACHE = Path(tempfile.gettempdir()) / f"moe_jax_test_cache_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 # tests check values, not speed: without LLVM's optimisation a step compiles in half the time
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # so that no command restarts itself for it
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Under nohup, and in the background of a script, SIGHUP and SIGINT are ignored here and in every command that a test
