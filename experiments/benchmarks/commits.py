@@ -1,4 +1,4 @@
-"""The train step of another commit of this clone, run in a process of its own, so that two commits can be compared."""
+"""Our train step in a process of its own, as a command runs it, at this or at another commit of this clone."""
 
 import json
 import os
@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# Reads settings, then takes a step for every line, and writes its loss; what it imports is there at every commit.
+# Reads settings, then takes a step for every line, and writes its loss. Its imports exist at every commit, except for
+# what the commands of younger commits begin with.
 WORKER = """
 import json, sys
+try:
+    from moe_jax.runtime.memory import use_huge_pages
+    use_huge_pages()
+except ImportError:
+    pass
 from experiments.benchmarks.step import trainer
 from moe_jax.config import default, validate
 step = trainer(validate(default(**json.loads(sys.stdin.readline())))).step
@@ -50,7 +56,8 @@ class Remote:
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder)},
+            env={name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+            | {"PYTHONPATH": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -64,8 +71,8 @@ class Remote:
         self._process.kill()
         self._process.communicate()
 
-    def step(self) -> None:
-        """Take one step.
+    def step(self) -> float:
+        """Take one step, and return its loss.
 
         Raises:
             ValueError: the process ended; its own error is on standard error.
@@ -76,6 +83,7 @@ class Remote:
         if not line:
             raise ValueError(f"the train step in {self._folder} failed; its error is above.")
         self.losses.append(float(line))
+        return self.losses[-1]
 
     def _write(self, line: str) -> None:
         assert self._process.stdin is not None

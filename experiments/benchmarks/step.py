@@ -20,13 +20,15 @@ peer is compared with a config of ours that does the same work:
 In bfloat16 each peer takes part twice: with bfloat16 weights and moments, and with float32 weights under autocast, as
 ours. The losses of the same model then agree as far as bfloat16 does.
 
+Our steps run in processes of their own, as our commands run them; the peers share one, as torch runs by default.
 Neither side balances its experts. Our step also checks that everything is finite and reports loads and its other
 metrics; the peers have no masks and no document boundaries.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,12 +158,23 @@ class Opponent(NamedTuple):
     peer: step_peers.Peer
 
 
+@contextlib.contextmanager
+def in_own_process(settings: dict[str, Any]) -> Iterator[Trainer]:
+    """A trainer in a process of its own, as our commands run it; the process ends with the block."""
+    import jax
+
+    from moe_jax.training.state import init_state
+
+    params = jax.tree.map(np.asarray, init_state(validate(default(**settings))).params)
+    with commits.Remote(commits.ROOT, settings) as remote:
+        yield Trainer(remote.step, sum(a.size for a in jax.tree.leaves(params)), params)
+
+
 def opponents(
-    sizes: dict[str, int], batch: dict[str, int], platform: str, dtype: str
-) -> tuple[dict[str, Trainer], dict[str, Opponent], dict[str, str]]:
-    """Our trainers by the peer's name, the installed peers, and why each of the other peers is absent."""
+    ours: dict[str, Trainer], sizes: dict[str, int], batch: dict[str, int], platform: str, dtype: str
+) -> tuple[dict[str, Opponent], dict[str, str]]:
+    """The installed peers, and why each of the other peers is absent."""
     configs = {peer: config_like(peer, sizes, batch, dtype) for peer in OURS}
-    ours = {peer: trainer(config) for peer, config in configs.items()}
     data = random_batch(configs[QWEN])
     tokens = data.tokens, data.targets
 
@@ -177,8 +190,7 @@ def opponents(
         for precision in PRECISIONS[dtype]:
             name = peer if precision == "float32" else f"{peer}_{precision}"
             builders[name] = functools.partial(build, peer, precision)
-    here, absent = peers.gather(builders)
-    return ours, here, absent
+    return peers.gather(builders)
 
 
 def compare(
@@ -212,14 +224,17 @@ def measure(
     Raises:
         ValueError: a peer does not do the same work.
     """
-    ours, here, absent = opponents(sizes, batch, platform, dtype)
+    settings = {peer: settings_like(peer, sizes, batch, dtype) for peer in OURS}
     checked = {}
-    for name, opponent in here.items():
-        fresh = trainer(config_like(opponent.rival, sizes, batch, dtype))  # as untrained as the peer
-        checked[name] = compare(opponent.rival, fresh, opponent.peer, sizes["vocab_size"], dtype)
-    contestants = {OURS[peer]: entry.step for peer, entry in ours.items()}
-    contestants |= {name: opponent.peer.step for name, opponent in here.items()}
-    times = timing.interleave(contestants, rounds)
+    with contextlib.ExitStack() as processes:
+        ours = {peer: processes.enter_context(in_own_process(own)) for peer, own in settings.items()}
+        here, absent = opponents(ours, sizes, batch, platform, dtype)
+        for name, opponent in here.items():
+            with in_own_process(settings[opponent.rival]) as fresh:  # as untrained as the peer
+                checked[name] = compare(opponent.rival, fresh, opponent.peer, sizes["vocab_size"], dtype)
+        contestants = {OURS[peer]: entry.step for peer, entry in ours.items()}
+        contestants |= {name: opponent.peer.step for name, opponent in here.items()}
+        times = timing.interleave(contestants, rounds)
     to_peer = {name: timing.ratio(times, OURS[opponent.rival], name) for name, opponent in here.items()}
     return {
         **{f"ratio_to_{peer}": spread.median for peer, spread in to_peer.items()},

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from moe_jax.config.command import fail
 from moe_jax.runtime.files import output_of, write_json
-from moe_jax.runtime.memory import use_huge_pages
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "torchtitan", "maxtext")
 PAUSE_SECONDS = 0.01  # threads of the previous contestant may still spin, waiting for work
@@ -173,7 +172,6 @@ def command(measure: Callable[[Any], None]) -> Callable[[list[str]], None]:
     def main(_: list[str]) -> None:
         from absl import flags
 
-        use_huge_pages()
         try:
             if flags.FLAGS.json:
                 output_of(flags.FLAGS.json, "--json")

@@ -1,5 +1,6 @@
 """Laws of the benchmarks: rounds are fair, ratios are within a round, unequal work is refused, absent peers named."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -219,7 +220,9 @@ def test_latent_attention_has_as_many_parameters_as_ours():
 
 @pytest.mark.usefixtures("without_peers")
 def test_a_step_without_peers_reports_its_speed(monkeypatch):
-    monkeypatch.setattr(step, "trainer", lambda config: step.Trainer(lambda: 3.0, 100, {}))
+    monkeypatch.setattr(
+        step, "in_own_process", lambda settings: contextlib.nullcontext(step.Trainer(lambda: 3.0, 100, {}))
+    )
     result = step.measure(SIZES, BATCH, rounds=2)
     assert set(result["absent"]) == {step.QWEN, step.DEEPSEEK}
     assert set(result["seconds"]) == set(step.OURS.values())
