@@ -74,7 +74,7 @@ class ModelConfig:
     router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
     dispatch: str = choice("auto", "speed", among=DISPATCHERS)  # how copies reach their experts
-    cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # on CPUs experts multiply in C++, or in XLA
+    cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # kernels of CPUs: in C++, or XLA
     quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
     # over the balanced load: of an expert ("capacity", which drops the rest), or of a round ("rounds", "ragged")
     capacity_factor: float = number(1.25, 0.01, changes="speed")
