@@ -245,7 +245,7 @@ def test_skipped_steps_and_partial_lines_are_reported(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 2') + '{"step": 751, "lo')
     assert remarks(read_sweep(tmp_path)) == [
         "none, seed 0: 1 unreadable line was left out.",
-        "none, seed 0: 2 steps skipped, loss or gradient not finite.",
+        "none, seed 0: 2 steps skipped, because loss, gradient or update was not finite.",
     ]
 
 
