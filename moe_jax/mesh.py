@@ -1,6 +1,6 @@
 """The device mesh, and how arrays are placed on it: by their dims, which the table in `config/axes.py` maps to axes.
 
-No other file names a mesh axis: it names dims, and `spec`, `axes` and `ways` look them up.
+No other file names a mesh axis in a spec or a collective: it names dims, and `spec`, `axes` and `ways` look them up.
 """
 
 import functools

@@ -85,7 +85,10 @@ class Balancer(NamedTuple):
     def losses(
         self, routing: Routing, statistics: Statistics, state: State, router_weight: Float32[Array, "embed experts"]
     ) -> dict[str, Any]:
-        """The losses by label, float32 [] each, from the statistics of the whole optimizer step."""
+        """The losses by label, float32 [] each.
+
+        statistics: of this forward pass, or of more of the optimizer step where the scope of a loss says so.
+        """
         assert self.own_loss is not None, "a composition always has own_loss, which may return no loss"
         return self.own_loss(routing, Seen(statistics["loads"], statistics, state["bias"], state), router_weight)
 

@@ -117,7 +117,7 @@ class Family(NamedTuple):
     theta: the default of `rope_theta`.
     has_bias: whether the router has a selection bias.
     predicts: whether there is multi-token prediction.
-    renamed: the name of a tensor in `tensors` -> this family's, without what numbers its layer.
+    renamed: the name of a tensor in the tables of `tensors.py` -> this family's name of it.
     experts, expert_names: the prefix of an expert's tensors, and the names of its gate, up and down.
     """
 
