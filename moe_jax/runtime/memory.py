@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 SETTING = "glibc.malloc.hugetlb=1"  # glibc asks the kernel for huge pages, where those need asking
@@ -15,15 +16,24 @@ def use_huge_pages() -> None:
     XLA:CPU allocates the arrays of a step and frees them after it, and the kernel clears every page again in the next
     step: in pages of 4 KB that takes up to a third of the time of a small model's step. glibc reads its setting only
     when a process starts. Call it before anything is done and before jax is loaded. Nothing happens where the kernel
-    gives huge pages unasked or not at all, with an accelerator, or if GLIBC_TUNABLES has the setting already.
+    gives huge pages unasked or not at all, with an accelerator, if GLIBC_TUNABLES has the setting already, or if the
+    process is not the command's own, as in a notebook.
     """
     settings = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb" in settings or not _computes() or not _huge_pages_need_asking():
+    if "glibc.malloc.hugetlb" in settings or not _is_own_process():
+        return
+    if not _computes() or not _huge_pages_need_asking():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (settings, SETTING)))
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_own_process() -> bool:
+    """Whether the process was started for this command: with its flags last, and without other threads."""
+    flags = sys.argv[1:]
+    return sys.orig_argv[len(sys.orig_argv) - len(flags) :] == flags and threading.active_count() == 1
 
 
 def _huge_pages_need_asking() -> bool:

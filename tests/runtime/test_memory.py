@@ -49,6 +49,18 @@ def test_settings_of_the_user_stay(run):
     assert len(run("[madvise]", JAX_PLATFORMS="cpu", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")) == 2
 
 
+def test_a_process_of_another_program_is_not_restarted(monkeypatch):
+    # a notebook that runs a command sets sys.argv; a program that calls one has threads of its own
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher", "-f", "kernel.json"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config=tiny"])
+    assert not memory._is_own_process()
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "moe_jax.train", "--config=tiny"])
+    monkeypatch.setattr(memory.threading, "active_count", lambda: 1)
+    assert memory._is_own_process()
+    monkeypatch.setattr(memory.threading, "active_count", lambda: 2)
+    assert not memory._is_own_process()
+
+
 @pytest.mark.parametrize("kernel", ["[always] madvise never", "always madvise [never]"])
 def test_a_kernel_that_gives_huge_pages_unasked_or_never_is_not_asked(run, kernel):
     assert len(run(kernel, JAX_PLATFORMS="cpu")) == 2
