@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from moe_jax.kernels import native
@@ -30,6 +31,7 @@ def summed_nats(
     targets: Int32[Array, "batch seq"],
     mask: Bool[Array, "batch seq"],
     cpu_kernel: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Float32[Array, ""]:
     """The cross-entropy of `x head` in nats, summed over all valid targets, block by block of tokens.
 
@@ -43,11 +45,12 @@ def summed_nats(
         targets: int32 [B, S] in [0, V).
         mask: bool [B, S], False where there is no target.
         cpu_kernel: on one CPU "native" is C++, "xla" is not, and "auto" is C++ if it can run.
+        mesh: the one device that the program is compiled for; JAX's default device if None.
 
     Returns:
         float32 []. Source of the idea: Liger Kernel (arXiv 2410.10989), section 3.2.
     """
-    return _summed_nats(x, head, targets, mask, native.chosen(cpu_kernel, None, x.dtype))
+    return _summed_nats(x, head, targets, mask, native.chosen(cpu_kernel, mesh, x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -80,7 +83,7 @@ def _gradient_in_xla(x: Array, head: Array, targets: Array, mask: Array) -> tupl
 def _gradient_in_cpp(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, Array, Array]:
     """As `_gradient_in_xla`, by `cpp/head.cc`, which also refuses a valid target outside of the vocabulary."""
     embed, vocab = head.shape
-    block = min(targets.size, max(LEAST_ROWS, BLOCK_BYTES // (4 * vocab)))
+    block = _rows_of_block(targets.size, vocab)
     results = [
         jax.ShapeDtypeStruct((), jnp.float32),
         jax.ShapeDtypeStruct((targets.size, embed), x.dtype),
@@ -106,11 +109,16 @@ def _times(d: Array, gradient: Array) -> Array:
     return (d * gradient.astype(jnp.float32)).astype(gradient.dtype)
 
 
+def _rows_of_block(num_tokens: int, vocab: int) -> int:
+    """The tokens of a block: as even as possible, with logits of about BLOCK_BYTES."""
+    blocks = -(-4 * vocab * num_tokens // BLOCK_BYTES)
+    return -(-num_tokens // max(1, min(blocks, num_tokens // LEAST_ROWS)))
+
+
 def _blocks(x: Array, targets: Array, mask: Array, vocab: int) -> tuple[Array, Array, Array]:
     """x [N, block, D], targets and mask [N, block]: tokens in blocks of equal length, masked where they are padded."""
     num_tokens = targets.size
-    blocks = -(-4 * vocab * num_tokens // BLOCK_BYTES)
-    block = -(-num_tokens // max(1, min(blocks, num_tokens // LEAST_ROWS)))
+    block = _rows_of_block(num_tokens, vocab)
 
     def cut(flat: Array) -> Array:
         padded = jnp.pad(flat, ((0, -num_tokens % block), *[(0, 0)] * (flat.ndim - 1)))

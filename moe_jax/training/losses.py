@@ -40,7 +40,8 @@ def model_summed_nats(
         if is_sharded(fwd.mesh):
             return head.row_nats(model.logits(x, fwd.mesh), targets, mask).sum()
         with jax.named_scope("head"):
-            return head.summed_nats(x, model.head_weight(fwd.mesh), targets, mask, config.model.cpu_kernel)
+            kernel = config.model.cpu_kernel
+            return head.summed_nats(x, model.head_weight(fwd.mesh), targets, mask, kernel, fwd.mesh)
 
     depths = range(config.model.mtp_depth)
     later = ahead_loss(batch, [ahead[depth] for depth in depths], nats)

@@ -181,7 +181,7 @@ WITH_ZERO_MOVES = {
 }
 
 
-@pytest.mark.parametrize("method", WITH_ZERO_MOVES)
+@pytest.mark.parametrize("method", BY_LOADS)
 def test_real_experts_share_the_remaining_copies_and_the_bias_of_zero_computation_experts_stays(method):
     options = {"zero_mean": False} if method == "bias_smebu" else {}
     after = moved(method, ZERO_LOADS, rate=0.5, model=WITH_ZERO, **options)

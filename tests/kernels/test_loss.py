@@ -1,11 +1,14 @@
 """Laws of the loss: block by block it is the cross-entropy of all logits, and so is its gradient."""
 
 import functools
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from moe_jax.kernels import head as loss
 from moe_jax.kernels import native
@@ -127,6 +130,14 @@ def test_a_value_that_is_not_finite_stays_so(summed_nats):
     )
     assert np.isnan(value)
     assert np.isnan(dx[1, 2]).all() and np.isfinite(dx[0]).all()
+
+
+def test_a_program_for_another_platform_has_no_kernel_of_this_cpu():
+    device = SimpleNamespace(platform="tpu")
+    mesh = mock.create_autospec(Mesh, instance=True)
+    mesh.devices = np.full((1, 1, 1, 1), device)
+    gradient = jax.grad(functools.partial(loss.summed_nats, mesh=mesh), (0, 1))
+    assert "ffi_call" not in str(jax.make_jaxpr(gradient)(*problem()))
 
 
 def test_a_valid_target_outside_of_the_vocabulary_is_refused_and_a_masked_one_ignored():

@@ -209,9 +209,7 @@ def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler
         "down": (x, ids, gates, weights._replace(down=weights.down.astype(jnp.bfloat16))),
         "sizes": (x, ids, gates[:5], weights),
     }
-    with pytest.raises(
-        (ValueError, jax.errors.JaxRuntimeError), match=r"dtype|sizes of the arrays do not fit together"
-    ):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"dtype|sizes of the arrays do not fit together"):
         jax.block_until_ready(native_experts._experts(*arguments[wrong]))
 
 
