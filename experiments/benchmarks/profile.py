@@ -6,7 +6,6 @@ follows from the named scopes of the code that it comes from. So the parts add u
 """
 
 import collections
-import functools
 import re
 import tempfile
 import time
@@ -128,28 +127,3 @@ def flops_of_parts(config: Config) -> dict[str, float]:
         part: float(FORWARD_AND_BACKWARD * tokens * sum(of_kind.get(kind, 0) for kind in kinds))
         for part, kinds in FLOPS_OF.items()
     }
-
-
-def limit(rounds: int = 5, size: int = 2048) -> float:
-    """FLOPs per second of the best float32 matmul of jax, and of torch if it is installed."""
-    import jax
-    import jax.numpy as jnp
-
-    from experiments.benchmarks import peers
-
-    x = jnp.ones((size, size))
-    matmul = jax.jit(jnp.matmul)
-    runs: list[Callable[[], Any]] = [lambda: jax.block_until_ready(matmul(x, x))]
-    try:
-        torch = peers.torch_here(jax.devices()[0].platform)
-        y = torch.ones((size, size))
-        runs.append(functools.partial(torch.matmul, y, y))
-    except peers.Absent:
-        pass
-    best = 0.0
-    for _ in range(rounds):
-        for run in runs:
-            started = time.perf_counter()
-            run()
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments.benchmarks import commits, peers, profile, step_peers, timing
+from experiments.benchmarks import commits, layer, peers, problem, profile, step_peers, timing
 from moe_jax.config import Config, default, validate
 from moe_jax.config.command import parse_flags
 
@@ -63,6 +63,7 @@ PRECISIONS: dict[str, tuple[step_peers.Precision, ...]] = {
 SAME_SIZE = 1e-2  # relative difference allowed in the numbers of parameters, because the latent's width is an integer
 NEAR_RANDOM = 0.05  # relative difference from ln V allowed in the losses of random models
 CHECKED_STEPS = 3
+LIMIT_ROUNDS = 5
 HERE = "this tree"
 
 
@@ -308,7 +309,7 @@ def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, dtyp
     entry = trainer(config)
     found = profile.profile(entry.step, profile.parts_of(entry.program()), rounds)
     flops = profile.flops_of_parts(config)
-    limit = profile.limit()
+    limit = _limit(config)
     rates = {part: flops[part] / found.parts[part] for part in flops if found.parts[part]}
     return {
         "seconds": {"step": found.step, **found.parts},
@@ -318,6 +319,17 @@ def attribute(sizes: dict[str, int], batch: dict[str, int], *, rounds: int, dtyp
         "to_limit": {part: rate / limit for part, rate in rates.items()}
         | {"step": sum(flops.values()) / found.step / limit},
     }
+
+
+def _limit(config: Config) -> float:
+    """FLOPs per second of the best float32 matmul of jax or torch, as the layer's benchmark measures it."""
+    import jax
+
+    m = config.model
+    tokens = config.batch_size * config.sequence_length
+    shape = problem.Shape(tokens, m.embed_dim, m.num_experts, m.expert_ffw_dim, m.top_k)
+    runs, work = layer.matmuls(shape, "float32", jax.devices()[0].platform)
+    return max(timing.best_rates(timing.interleave(runs, LIMIT_ROUNDS), work))
 
 
 def parts_as_text(result: dict[str, Any], most: int = 16) -> str:
