@@ -68,13 +68,14 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step)
     move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING)
-    moved = advance(config, *move)
-    # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is written
-    # in place of the old state, which `make_train_step` donates. Without the barrier XLA would merge the two, and keep
-    # both states at once.
-    checked = advance(config, *jax.lax.optimization_barrier(move))
-    finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
-    after = all_or_nothing(finite, moved, state)
+    with jax.named_scope("optimizer"):
+        moved = advance(config, *move)
+        # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is
+        # written in place of the old state, which `make_train_step` donates. Without the barrier XLA would merge the
+        # two, and keep both states at once.
+        checked = advance(config, *jax.lax.optimization_barrier(move))
+        finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
+        after = all_or_nothing(finite, moved, state)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
         values |= {"mtp/loss": sums.ahead.nats / at_least_one(sums.ahead.tokens)}
@@ -185,11 +186,10 @@ def advance(
 ) -> TrainState:
     """Update the parameters by the optimizer and the bias by the balancer, each once per step."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
-    with jax.named_scope("optimizer"):
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
-        old = state.params, state.optimizer
-        params, moments = stored((params, moments), old, config.optimizer.rounding, key)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
+    old = state.params, state.optimizer
+    params, moments = stored((params, moments), old, config.optimizer.rounding, key)
     state = state._replace(params=params, optimizer=moments)
     return state if statistics is None else balance_update(config, state, statistics)
 
