@@ -5,13 +5,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_jax.data.progress import progress
 from moe_jax.data.sources import LINES, Options, Source, has_lines, is_packed, printable
 
 MAX_PROBLEMS = 20
@@ -181,18 +180,3 @@ def _read_line(where: str, line: bytes, text_key: str) -> Piece:
     except UnicodeEncodeError as error:
         return Piece(where, "", f"has half a surrogate pair (character {error.start} of its text)")
     return _check_text(where, data, value[text_key], "")
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, one plain line elsewhere; yields the function that adds bytes."""
-    if not sys.stdout.isatty():
-        print(f"{title}: {total} bytes", flush=True)
-        yield lambda count: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -12,7 +12,8 @@ import numpy as np
 from moe_jax.data.corpus import tokenize_documents
 from moe_jax.data.manifest import OFFSET_DTYPE, SPLITS
 from moe_jax.data.output import PARTIAL, files_of, note_of
-from moe_jax.data.scan import DomainPlan, Piece, document_rank, progress, read_documents
+from moe_jax.data.progress import progress
+from moe_jax.data.scan import DomainPlan, Piece, document_rank, read_documents
 from moe_jax.data.sources import Options, printable
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runtime.files import write_json
