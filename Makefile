@@ -1,12 +1,15 @@
-# make demo, make test, make lint, make docs: each sets itself up in .venv first.
+# make demo, make corpus, make test, make lint, make docs: each sets itself up in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test laws lint docs clean
+.PHONY: demo corpus test laws lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
+
+corpus: $(VENV)/demo.stamp
+	$(RUN) -m experiments.corpus --output=corpus
 
 test: $(VENV)/peers.stamp
 	$(RUN) -m pytest

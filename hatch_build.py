@@ -17,5 +17,6 @@ class Layout(BuildHookInterface):
         root = Path(self.root)
         if version == "standard":
             report = root.glob("experiments/report/*.*")  # a style sheet, too
-            for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py"), *report]:
+            corpus = root.glob("experiments/corpus/*.py")
+            for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py"), *corpus, *report]:
                 build_data["force_include"][str(file)] = str("moe_jax" / file.relative_to(root))

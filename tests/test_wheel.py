@@ -63,7 +63,8 @@ def names(wheel):
 
 def test_the_wheel_has_every_config_and_every_module_of_sweeps(wheel, repo):
     there = names(wheel)
-    wanted = [*repo.glob("configs/**/*.py"), *repo.glob("experiments/*.py"), *repo.glob("experiments/report/*.*")]
+    wanted = [*repo.glob("configs/**/*.py"), *repo.glob("experiments/*.py")]
+    wanted += [*repo.glob("experiments/report/*.*"), *repo.glob("experiments/corpus/*.py")]
     assert len(wanted) > 20
     assert {f"moe_jax/{file.relative_to(repo)}" for file in wanted} <= there
     assert {name.split("/")[0] for name in there} == {"moe_jax"}

@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Finder())
 """
 COMMANDS = [f"moe_jax.{name}" for name in "train evaluate generate harness describe plan simulate convert".split()]
 COMMANDS += ["moe_jax.data.prepare", "moe_jax.data.embedded.build"]
-COMMANDS += [f"experiments.{name}" for name in "ablate report methods cost".split()]
+COMMANDS += [f"experiments.{name}" for name in "ablate report methods cost corpus".split()]
 
 
 def interrupted(tmp_path, *command):

@@ -199,9 +199,16 @@ def read_lazy_load(stem: Path, name: str) -> Any:
     Returns:
         Character and integer vectors as lists, named lists as dicts.
     """
-    index = _RReader(gzip.decompress(stem.with_suffix(".rdx").read_bytes())).read()
-    start, length = index["variables"][name]
-    record = stem.with_suffix(".rdb").read_bytes()[start : start + length]
+    return unpack_lazy_load(stem.with_suffix(".rdx").read_bytes(), stem.with_suffix(".rdb").read_bytes())[name]
+
+
+def unpack_lazy_load(index: bytes, records: bytes) -> dict[str, Any]:
+    """Every object of an R lazy-load database by its name, from the bytes of its two files."""
+    places = _RReader(gzip.decompress(index)).read()["variables"]
+    return {name: _unpack_record(records[start : start + length]) for name, (start, length) in places.items()}
+
+
+def _unpack_record(record: bytes) -> Any:
     # Four bytes of size, then "2" and bzip2, "Z" and xz, or zlib without a letter.
     unpack = {b"2": bz2.decompress, b"Z": lzma.decompress}.get(record[4:5])
     return _RReader(unpack(record[5:]) if unpack else zlib.decompress(record[4:])).read()
@@ -282,10 +289,10 @@ def read_factbook(folder: Path) -> Iterator[Document]:
         yield Document(path.stem, "validation" if held_out else "train", render(names[path.stem], profile))
 
 
-def render(name: str, profile: dict[str, Any]) -> str:
+def render(name: str, profile: dict[str, Any], sections: Iterable[str] = SECTIONS) -> str:
     """A country profile as text: its name, then each section's title above lines of `field: value`."""
     parts = [name]
-    for section in SECTIONS:
+    for section in sections:
         parts += ["", section, *_lines(profile.get(section, {}), ())]
     return clean("\n".join(parts))
 
