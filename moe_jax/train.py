@@ -13,7 +13,7 @@ A lost or stuck process ends the run with status 75.
 from absl import app, flags
 
 from moe_jax.analysis.observer import observers
-from moe_jax.config import validate
+from moe_jax.config import branch_point, validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
 from moe_jax.data import check_corpus
@@ -40,6 +40,7 @@ def main(_: list[str]) -> None:
         workdir = workdir_of(flag.workdir)
         check_corpus(config.data.path)
         workdir_of(config.init_from, "init_from")
+        workdir_of(branch_point(config)[0], "branch_from")
         watchdog = Watchdog(config.step_timeout_seconds)
         with processes.joined(config.heartbeat_seconds, lambda: watchdog.doing):
             outcome = run(

@@ -47,6 +47,8 @@ class Balancer(NamedTuple):
         valid tokens of the Routing.
     factors: (own state) -> {label: float32 []}, factors on the losses of other methods in the composition.
     own_update: (Seen) -> (bias, own state), once per optimizer step; only the method that owns the bias moves it.
+    at_step: (own state before step 0, step) -> own state before that step, for a run that begins there; only what the
+        step alone determines may change.
     initial_bias: (num_experts) -> the bias before step 0; only the method that owns the bias has it.
     combine: (scores, bias) -> biased scores [T, E]; None is their sum.
     select: (scores, biased scores, *, top_k, tokens, key, train, state) -> int32 [T, S]; id == E is an empty slot.
@@ -63,6 +65,7 @@ class Balancer(NamedTuple):
     own_loss: Callable[[Routing, Seen, Array], Any] | None = None
     factors: Callable[[Any], dict[str, Float32[Array, ""]]] | None = None
     own_update: Callable[[Seen], tuple[Float32[Array, "..."], Any]] = lambda seen: (seen.bias, seen.state)
+    at_step: Callable[[Any, Array], Any] = lambda own, step: own
     initial_bias: Callable[[int], Float32[Array, "..."]] | None = None
     combine: Callable[[Array, Array], Array] | None = None
     select: Callable[..., Int32[Array, "tokens slots"]] | None = None
@@ -123,6 +126,7 @@ def chain(methods: Mapping[str, Balancer]) -> Balancer:
         own_statistics=functools.partial(_own_statistics, methods),
         own_loss=functools.partial(_own_loss, methods),
         own_update=functools.partial(_own_update, methods),
+        at_step=functools.partial(_at_step, methods),
         initial_bias=methods.get(owner, none).initial_bias,
         combine=methods.get(combiner, none).combine,
         select=functools.partial(_select, selector, methods[selector]) if selector else None,
@@ -163,6 +167,10 @@ def _own_update(methods: Mapping[str, Balancer], seen: Seen) -> tuple[Array, dic
     for label, method in methods.items():
         bias, states[label] = method.own_update(seen.by(label)._replace(bias=bias))
     return bias, _present(states)
+
+
+def _at_step(methods: Mapping[str, Balancer], state: State, step: Array) -> dict[str, Any]:
+    return _present({label: m.at_step(state.get(label), step) for label, m in methods.items()})
 
 
 def _own_loss(methods: Mapping[str, Balancer], routing: Routing, seen: Seen, router_weight: Array) -> dict[str, Any]:

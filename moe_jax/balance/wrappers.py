@@ -1,5 +1,6 @@
 """Options that many methods share, implemented as functions from a Balancer to a Balancer."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def smoothed(method: Balancer, ema: float) -> Balancer:
         bias, own = method.own_update(_inside(seen)._replace(loads=total / weight))
         return bias, {"sum": total, "weight": weight, "own": own}
 
-    return method._replace(own_state=own_state, own_update=own_update)
+    return method._replace(own_state=own_state, own_update=own_update, at_step=_at_step_inside(method))
 
 
 def scheduled(method: Balancer, options: Any) -> Balancer:
@@ -59,7 +60,10 @@ def scheduled(method: Balancer, options: Any) -> Balancer:
         bias, own = method.own_update(_inside(seen))
         return bias, {"factor": factor_at(options, seen.step + 1), "own": own}
 
-    return method._replace(own_state=own_state, own_loss=own_loss, own_update=own_update)
+    def at_step(own: Any, step: Array) -> dict[str, Any]:
+        return {"factor": factor_at(options, step), "own": method.at_step(own["own"], step)}
+
+    return method._replace(own_state=own_state, own_loss=own_loss, own_update=own_update, at_step=at_step)
 
 
 def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
@@ -103,7 +107,8 @@ def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
 
     limited: dict[str, Any] = {f.__name__: f for f in (select, drop, own_loss, factors)}
     limited = {name: f for name, f in limited.items() if getattr(method, name) is not None}
-    return method._replace(own_state=own_state, own_update=own_update, **limited)
+    at_step = _at_step_inside(method)
+    return method._replace(own_state=own_state, own_update=own_update, at_step=at_step, **limited)
 
 
 def per_class(method: Balancer, num_classes: int) -> Balancer:
@@ -143,8 +148,61 @@ def per_class(method: Balancer, num_classes: int) -> Balancer:
         own_state=lambda num_experts, layer: of_every_class(method.own_state(num_experts, layer)),
         own_statistics=own_statistics,
         own_update=own_update,
+        at_step=lambda own, step: own if own is None else jax.vmap(method.at_step, (0, None))(own, step),
         initial_bias=initial_bias,
     )
+
+
+# --- a state under other options -------------------------------------------------------------------------------
+
+DERIVED = ("active", "factor")  # entries of a wrapped state that options and step determine, whatever happened before
+
+
+def taken_over(own: Any, there: Any) -> Any:
+    """The own state of a method with everything that a run has learned in the own state `there` of the same method.
+
+    Args:
+        own: under this run's options, before step 0.
+        there: of the same method and model under other options, so that other wrappers may surround it.
+    """
+    inner = dict(_entries(there))
+    if not _is_wrapped(own):
+        return inner[""] if _alike(own, inner[""]) else own
+    kept = {key: inner.get(key, old) if key not in DERIVED else old for key, old in own.items() if key != "own"}
+    return kept | {"own": taken_over(own["own"], inner[""])}
+
+
+def is_whole(own: Any, there: Any) -> bool:
+    """Whether `taken_over` finds all that `own` has learned in `there`."""
+    mine, theirs = dict(_entries(own)), dict(_entries(there))
+    return mine.keys() - DERIVED <= theirs.keys() and _alike(mine[""], theirs[""])
+
+
+def _entries(own: Any) -> Iterator[tuple[str, Any]]:
+    """The entries of all wrappers around an own state by name, and the state of the method itself as ""."""
+    while _is_wrapped(own):
+        yield from ((key, value) for key, value in own.items() if key != "own")
+        own = own["own"]
+    yield "", own
+
+
+def _is_wrapped(own: Any) -> bool:
+    return isinstance(own, dict) and set(own) in ({"active", "own"}, {"factor", "own"}, {"sum", "weight", "own"})
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two trees have the same leaves by name, shape and dtype."""
+    trees = (jax.tree_util.tree_leaves_with_path(tree) for tree in (a, b))
+    one, other = ({str(path): (leaf.shape, leaf.dtype) for path, leaf in leaves} for leaves in trees)
+    return one == other
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------
+
+
+def _at_step_inside(method: Balancer) -> Callable[[Any, Array], Any]:
+    """`at_step` of the wrapped method, for wrappers whose own entries do not depend on the step."""
+    return lambda own, step: own | {"own": method.at_step(own["own"], step)}
 
 
 def _inside(seen: Seen) -> Seen:

@@ -29,6 +29,7 @@ from moe_jax.config.schema import (
     ModelConfig,
     OptimizerConfig,
     YarnConfig,
+    branch_point,
     mesh_sizes,
     num_moe_layers,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "as_dict",
     "at_defaults",
     "balance_entries",
+    "branch_point",
     "changed_numbers",
     "complete",
     "default",

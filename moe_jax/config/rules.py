@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_jax.config.axes import AXES, BATCH, TABLE
 from moe_jax.config.dispatchers import DISPATCHERS
-from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes, num_moe_layers
+from moe_jax.config.schema import Config, MeshConfig, ModelConfig, branch_point, mesh_sizes, num_moe_layers
 
 Text = str | Callable[[Config], str]  # `{key}` in it is replaced by `key=value`
 
@@ -229,6 +229,16 @@ RULES: tuple[Callable[[Config], None], ...] = (
         "{batch_size} must be divisible by {micro_batches}",
         lambda c: f"try {_nearby(c.batch_size, c.micro_batches)}",
         holds=lambda c: c.batch_size % c.micro_batches == 0,
+    ),
+    Rule(
+        "{num_steps} must be above the step of {branch_from}, from which the run goes on",
+        "raise num_steps",
+        holds=lambda c: not c.branch_from or branch_point(c)[1] < c.num_steps,
+    ),
+    Rule(
+        "{branch_from} and {init_from} both say how the run begins",
+        "leave one of them empty",
+        holds=lambda c: not (c.branch_from and c.init_from),
     ),
     # attention
     Rule(

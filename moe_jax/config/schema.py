@@ -4,6 +4,7 @@ Imports no jax, so that a mistake is reported before jax is loaded.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -163,6 +164,8 @@ class Config:
     mtp_milestones: tuple[float, ...] = ()  # ... the next one from each of these shares of the run on
     # a workdir: a new run starts with the parameters and the bias of its newest checkpoint
     init_from: str = choice("", "nothing")
+    # "WORKDIR@STEP": a new run starts with the whole state of that checkpoint, and goes on from its step
+    branch_from: str = choice("", "nothing")
     model: ModelConfig = section(ModelConfig, "model")
     balance: tuple[BalanceEntry, ...] = ()
     optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
@@ -174,6 +177,22 @@ class Config:
 
     def __hash__(self) -> int:
         return hash(repr(self))
+
+
+def branch_point(config: Config) -> tuple[str, int]:
+    """(WORKDIR, STEP) of `branch_from`, divided at its last @; ("", 0) for a run that begins at step 0.
+
+    Raises:
+        ValueError: `branch_from` has another form.
+    """
+    text = config.branch_from
+    workdir, _, step = text.rpartition("@")
+    if text and not (workdir and re.fullmatch(r"[0-9]{1,8}", step)):
+        raise ValueError(
+            f"branch_from={text!r} must be WORKDIR@STEP, a workdir and the steps done by one of its checkpoints; write "
+            "it like 'runs/trunk@1000'."
+        )
+    return workdir, int(step or 0)
 
 
 def num_moe_layers(m: ModelConfig) -> int:

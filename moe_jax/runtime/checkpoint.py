@@ -137,6 +137,23 @@ def restore(
     return None if found is None else (found.value, found.extra)
 
 
+def restore_step(directory: Path, step: int, target: Any, *, verify: str = "auto") -> Any:
+    """Read the state of the checkpoint of one step, which need not be the newest; nothing is written.
+
+    Args:
+        directory: the checkpoint folder of a run, which may be under way.
+        step: of the checkpoint.
+        target: abstract state, as in `restore`.
+        verify: as in `restore`.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or its leaves are not the target's.
+    """
+    path = directory / f"{step:08d}"
+    processes.by_first(lambda: compare_leaves(path, check(path, verify)["leaves"], describe_leaves(fields_of(target))))
+    return processes.by_all(partial(in_one_sentence, path, _read, path, target))
+
+
 def restore_weights(
     directory: Path, target: Mapping[str, Any], *, verify: str = "auto", fallback: bool = False, cast: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -68,7 +68,7 @@ def check(path: Path, verify: str = "auto") -> dict[str, Any]:
     Raises:
         ValueError: a file is missing, is a link, or differs; the first such file is named.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     files = {name: file for name, file in manifest["files"].items() if not FOREIGN.fullmatch(Path(name).name)}
     there = {str(f.relative_to(path)) for f in _data_files(path)}
     for name in sorted(files.keys() - there):
@@ -97,7 +97,12 @@ def _linked(path: Path, name: str) -> str:
     return next((f"{link} is a symbolic link, which no checkpoint contains" for link in links), "")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, whose files are not looked at.
+
+    Raises:
+        ValueError: it is damaged or missing.
+    """
     damaged = f"{path}: {MANIFEST} is damaged."
     try:
         manifest = read_json(path / MANIFEST, "")
@@ -116,8 +121,16 @@ def fingerprint(path: Path) -> str:
     Raises:
         ValueError: its manifest is damaged or missing.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     return _digest({key: manifest[key] for key in ("leaves", "files")})
+
+
+def fingerprint_at(checkpoints: Path, step: int) -> str | None:
+    """The fingerprint of the finished checkpoint of a step; None if it is gone or damaged."""
+    try:
+        return fingerprint(checkpoints / f"{step:08d}")
+    except ValueError:
+        return None
 
 
 def _data_files(path: Path) -> list[Path]:

@@ -28,11 +28,12 @@ class Identity(NamedTuple):
     """Fingerprints of the data of a run and of its initial weights, stored in run.json and in every checkpoint.
 
     corpus: `data.Corpus.fingerprint`. weights: "step" and "fingerprint" of the checkpoint of `init_from` that the run
-    started from; None if its parameters were drawn at random.
+    started from; None if its parameters were drawn at random. trunk: the same of the checkpoint of `branch_from`.
     """
 
     corpus: str
     weights: dict[str, Any] | None = None
+    trunk: dict[str, Any] | None = None
 
 
 def identity_of(about: Mapping[str, Any]) -> Identity | None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.config import Config, as_dict
+from moe_jax.config import Config, as_dict, branch_point
 from moe_jax.model.cost import train_flops
 from moe_jax.runtime import processes
 from moe_jax.runtime.checkpoint import Checkpointer
@@ -66,6 +66,7 @@ class Evaluate(Hook):
         self.every = config.eval_every
         self.found: dict[str, float | int] = {}  # the result of the newest evaluation
         self._num_steps = config.num_steps
+        self._begins_at = branch_point(config)[1]
         self._beside = beside
 
     def is_due(self, done: int) -> bool:
@@ -75,7 +76,7 @@ class Evaluate(Hook):
     def begin(self, context: Context, state: TrainState) -> None:
         """Repeat the evaluation of the checkpoint's step, if it was cut off or failed."""
         done = int(state.step)
-        if done == 0 or not self.is_due(done):
+        if done == self._begins_at or not self.is_due(done):  # of a branch, that evaluation is the trunk's
             return
         log = context.log
         if not processes.by_first(lambda: log is not None and has_evaluation(log.newest(), done)):
@@ -104,7 +105,7 @@ class Evaluate(Hook):
 class Log(Hook):
     """Logs the numbers of a step, in one host transfer, and ends a run whose steps are no longer finite.
 
-    Due at its interval, at the first step, and at every step that is evaluated.
+    Due at its interval, at the run's first step, and at every step that is evaluated.
     """
 
     key = "log_every"
@@ -112,13 +113,14 @@ class Log(Hook):
     def __init__(self, config: Config, mesh: Mesh, evaluation: Evaluate) -> None:
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.every = config.log_every
+        self._begins_at = branch_point(config)[1]
         self._evaluation = evaluation
         self._flops_per_token = train_flops(config)
         self._peak = None if peak is None else peak * mesh.size  # FLOP/s of all devices of the mesh
 
     def is_due(self, done: int) -> bool:
         """At its interval, and wherever an evaluation needs a line to be added to."""
-        return done == 1 or super().is_due(done) or self._evaluation.is_due(done)
+        return done == self._begins_at + 1 or super().is_due(done) or self._evaluation.is_due(done)
 
     def after(self, context: Context, now: Now) -> None:
         """Wait for the step, and write its line.

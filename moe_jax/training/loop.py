@@ -41,7 +41,8 @@ def run(
         profile: number of steps to trace into workdir/profile, beginning with the third of this start; 0 for none.
 
     Raises:
-        ValueError: the workdir of another config, bad data, a damaged or different checkpoint, too few steps to trace,
+        ValueError: the workdir of another config, bad data, a damaged or different checkpoint, here or at
+            `branch_from`, too few steps to trace,
             or an interval in the config without its hook.
         FloatingPointError: several steps in a row were not finite.
     """
@@ -52,8 +53,10 @@ def run(
         processes.by_first(lambda: check_workdir(workdir, config, corpus.fingerprint))
         display = Display(name, config.num_steps, quiet or processes.index() > 0)
         # loads jax, which takes seconds: the mistakes above are reported before
+        from moe_jax.training.branch import check_branch
         from moe_jax.training.session import train
 
+        processes.by_first(lambda: check_branch(config, workdir))
         last = min(stop_at or config.num_steps, config.num_steps)
         return train(Setup(config, workdir, corpus, ledger, display, watchdog), hooks, last, profile)
 

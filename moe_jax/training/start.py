@@ -1,4 +1,4 @@
-"""The state that a run begins with: from its checkpoint, from other weights, or drawn at random."""
+"""The state that a run begins with: from its checkpoint, from another run's state or weights, or drawn at random."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from moe_jax.data import Corpus, token_frequencies
 from moe_jax.runtime import checkpoint, manifest, processes
 from moe_jax.runtime.signals import can_be_noted
 from moe_jax.runtime.workdir import Identity, config_of_run, identity_of, refuse_another_run
+from moe_jax.training.branch import branch, refuse_other_beginning, refuse_other_trunk
 from moe_jax.training.optimizer import cost_of_rounding
 from moe_jax.training.restore import restore_run
 from moe_jax.training.state import TrainState, abstract_state, init_state, state_around
@@ -31,7 +32,7 @@ class Start(NamedTuple):
 
 
 def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
-    """Begin from the newest checkpoint of the workdir, else from the weights of `init_from`, else from random weights.
+    """Begin from the newest checkpoint of the workdir, else as `branch_from` or `init_from` says, else at random.
 
     Args:
         config: validated.
@@ -43,16 +44,14 @@ def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
         ValueError: a damaged checkpoint, one of another run or another model, or weights that this run cannot use.
     """
     begun = _resumed(config, mesh, workdir, corpus) or _fresh(config, mesh, workdir, corpus)
-    return begun._replace(remarks=[*begun.remarks, *_remarks(config, mesh, int(begun.state.step))])
+    return begun._replace(remarks=[*begun.remarks, *_remarks(config, mesh)])
 
 
-def _remarks(config: Config, mesh: Mesh, first: int) -> list[str]:
-    """Lines to print about a run of this config that begins at step `first` on this mesh."""
+def _remarks(config: Config, mesh: Mesh) -> list[str]:
+    """Lines to print about a run of this config on this mesh."""
     lines = []
     if not can_be_noted():
         lines.append("not in the main thread: signals are left to the surrounding program, and do not save the run")
-    if first:
-        lines.append(f"resuming from step {first}")
     m = config.model
     if m.num_experts and (line := dispatch.kernel_note(m.cpu_kernel, mesh, m.compute_dtype, m.quantization)):
         lines.append(line)
@@ -67,7 +66,7 @@ def _remarks(config: Config, mesh: Mesh, first: int) -> list[str]:
 
 
 def _resumed(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start | None:
-    """Begin from the newest checkpoint of the workdir, which does not need `init_from`; None if there is none."""
+    """Begin from the newest checkpoint of the workdir, which needs no other workdir; None if there is none."""
     found = restore_run(config, workdir, mesh)
     if found is None:
         return None
@@ -76,9 +75,10 @@ def _resumed(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start
 
     def check() -> list[str]:
         refuse_another_run(workdir, "checkpoint", extra["config"], there, config, corpus.fingerprint)
-        return _refuse_other_weights(workdir, there, validate(extra["config"]), config)
+        weights = _refuse_other_weights(workdir, there, validate(extra["config"]), config)
+        return [*weights, *refuse_other_trunk(workdir, there, config)]
 
-    remarks = processes.by_first(check)
+    remarks = [*processes.by_first(check), f"resuming from step {int(state.step)}"]
     return Start(state, extra, there or Identity(corpus.fingerprint), remarks)
 
 
@@ -98,7 +98,8 @@ def _refuse_other_weights(workdir: Path, identity: Identity | None, there: Confi
     elif identity.weights is None:
         same = False
     else:
-        now = _fingerprint_at(workdir_of(config.init_from, "init_from") / "checkpoints", identity.weights["step"])
+        checkpoints = workdir_of(config.init_from, "init_from") / "checkpoints"
+        now = manifest.fingerprint_at(checkpoints, identity.weights["step"])
         if now is None:
             return [f"init_from={config.init_from!r} no longer has the weights that this run started from; not needed"]
         same = now == identity.weights["fingerprint"]
@@ -110,26 +111,25 @@ def _refuse_other_weights(workdir: Path, identity: Identity | None, there: Confi
     return []
 
 
-def _fingerprint_at(checkpoints: Path, step: int) -> str | None:
-    """The fingerprint of the finished checkpoint of a step; None if it is gone or damaged."""
-    try:
-        return manifest.fingerprint(checkpoints / f"{step:08d}")
-    except ValueError:
-        return None
-
-
 # --- fresh ----------------------------------------------------------------------------------------------------
 
 
 def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
-    """Begin a new run: with random parameters, or with those of `init_from` and its tokenizer."""
-    if config.init_from:
+    """Begin a new run: with random parameters, with those of `init_from`, or with the whole state of `branch_from`."""
+    weights = trunk = None
+    extra: dict[str, Any] = {}
+    known: set[str] = set()
+    said: list[str] = []
+    if config.branch_from:
+        state, extra["tokens_seen"], trunk, known, said = branch(config, mesh, corpus)
+    elif config.init_from:
         state, weights = _weights_of(config, mesh)
     else:
-        state, weights = init_state(config, mesh), None
-    state = _with_hash_tables(config, state, corpus)
+        state = init_state(config, mesh)
+    processes.by_first(lambda: refuse_other_beginning(workdir, trunk))
+    state = _with_hash_tables(config, state, corpus, known)
     remarks = processes.by_first(lambda: [*_changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
-    return Start(state, {}, Identity(corpus.fingerprint, weights), remarks)
+    return Start(state, extra, Identity(corpus.fingerprint, weights, trunk), [*said, *remarks])
 
 
 def _weights_of(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
@@ -187,12 +187,12 @@ def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
         )
 
 
-def _with_hash_tables(config: Config, state: TrainState, corpus: Corpus) -> TrainState:
-    """The state with the tables of the method `hash` balanced for the token frequencies of the corpus.
+def _with_hash_tables(config: Config, state: TrainState, corpus: Corpus, known: set[str]) -> TrainState:
+    """The state with the tables of the method `hash`, except `known` labels, balanced for the corpus's frequencies.
 
     Every layer has the same groups of tokens, assigned to its experts in an order of its own.
     """
-    labels = [e.label for e in config.balance if e.method == "hash"]
+    labels = [e.label for e in config.balance if e.method == "hash" and e.label not in known]
     if not labels:
         return state
     m = config.model

@@ -151,10 +151,14 @@ def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
     return state
 
 
+def initial_layers(config: Config) -> Tree:
+    """The balancer state of all MoE layers before step 0, with "bias" as `read_bias` has it; {} for a dense model."""
+    return _init_balance(balance.make(config.balance, config.model), config.model)
+
+
 def initial_balance(config: Config) -> Tree:
     """The balancer state before step 0, without the bias."""
-    layers = _init_balance(balance.make(config.balance, config.model), config.model)
-    return {label: value for label, value in layers.items() if label != "bias"}
+    return {label: value for label, value in initial_layers(config).items() if label != "bias"}
 
 
 def read_bias(bias: Tree) -> Float32[Array, "layers *classes experts"]:

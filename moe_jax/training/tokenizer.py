@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from moe_jax.config import Config
+from moe_jax.config import Config, branch_point
 from moe_jax.config.paths import workdir_of
 from moe_jax.data import ByteTokenizer, Corpus, publish_tokenizer
 from moe_jax.runtime.files import copy_tree, is_remote, new_folder, sha256_of
@@ -17,9 +17,13 @@ def has_another_tokenizer(workdir: Path, corpus: Corpus) -> bool:
 
 
 def carry_tokenizer(config: Config, workdir: Path, corpus: Corpus) -> list[str]:
-    """Copy the tokenizer of `init_from`, or of the corpus, into the workdir; return a line if the two differ."""
+    """Copy the tokenizer of `init_from`, `branch_from` or the corpus into the workdir; a line if the corpus differs."""
     target = workdir / TOKENIZER
-    source = workdir_of(config.init_from, "init_from") if config.init_from else workdir
+    source = workdir
+    if config.init_from:
+        source = workdir_of(config.init_from, "init_from")
+    elif config.branch_from:
+        source = workdir_of(branch_point(config)[0], "branch_from")
     if target.exists():
         return []
     differs = has_another_tokenizer(source, corpus)

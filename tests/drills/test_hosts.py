@@ -13,7 +13,7 @@ from drills import rig
 
 from conftest import HANG_SECONDS
 from moe_jax.runtime.checkpoint import committed
-from moe_jax.runtime.manifest import check
+from moe_jax.runtime.manifest import check, read_manifest
 
 CONFIG = rig.drill_config(
     num_steps=8,
@@ -54,6 +54,21 @@ def test_two_processes_train_as_one_and_killing_one_ends_the_other_and_a_restart
     check(workdir / "checkpoints" / "00000008", "full")
     rig.assert_close_curves(workdir, one_process / "run")
     assert not [name for name in rig.folders(workdir) if len(name) != 8]
+
+
+def test_two_processes_branch_from_the_run_of_one(one_process, tmp_path):
+    trunk = shutil.copytree(one_process / "run", tmp_path / "trunk")
+    there = trunk / "checkpoints" / "00000004"
+    extra = read_manifest(there)["extra"]
+    extra["config"]["balance"]["bias_sign"]["rate"] = 0.5  # so that the branch has a balance of its own
+    rig.rewrite_manifest(there, extra=extra)
+    config = dataclasses.replace(CONFIG, branch_from=f"{trunk}@4")
+    workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
+    processes = rig.train_together(file, workdir, "--stop_at=5", devices=(2, 2))
+    assert "unlike its trunk (there -> here): balance.bias_sign.rate: 0.5 -> 0.01" in processes[0].text
+    (ours,), theirs = rig.curve(workdir), rig.curve(one_process / "run")[4]
+    assert (ours["step"], ours["tokens_seen"]) == (4, theirs["tokens_seen"])
+    assert abs(ours["total_loss"] - theirs["total_loss"]) <= 1e-5 * theirs["total_loss"]
 
 
 @pytest.mark.slow

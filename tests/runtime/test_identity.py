@@ -63,6 +63,7 @@ OTHER = {
     "data.eval_sequences": 9,
     "data.verify": "full",
     "init_from": "elsewhere",
+    "branch_from": "elsewhere@3",
     "model.remat": "full",
     "model.cpu_kernel": "xla",
     "model.dispatch": "local",
