@@ -259,7 +259,12 @@ def _moved_layers(config: Config) -> np.ndarray:
 
 def _differences(config: Config, extra: Mapping[str, Any], corpus: Corpus) -> list[str]:
     """A line with all that makes the branch train to other numbers than its trunk would; none if nothing does."""
-    changed = changed_numbers(validate(extra["config"]), config)
+    trunk = validate(extra["config"])
+    changed = changed_numbers(trunk, config)
+    labels = [{e.label for e in c.balance} for c in (trunk, config)]
+    for label in sorted(labels[0] ^ labels[1]):
+        changed = [line for line in changed if not line.startswith(f"balance.{label}.")]
+        changed.append(f"balance.{label}: only {'here' if label in labels[1] else 'there'}")
     there = identity_of(extra)
     if there is not None and there.corpus != corpus.fingerprint:
         changed.append(f"data: fingerprint {there.corpus[:16]} -> {corpus.fingerprint[:16]}")
@@ -271,7 +276,7 @@ def begun_anew(config: Config, there: Config) -> list[str]:
     kinds = bias_kind(there), bias_kind(config)
     lines = []
     if kinds[0] != kinds[1]:
-        trunk, own = (kind or "does not move" for kind in kinds)
+        trunk, own = (kind or "is moved by no method" for kind in kinds)
         lines.append(f"the bias begins at its initial value, because in the trunk it {trunk}, and here it {own}")
     elif kinds[1] and not _moved_layers(config).all():
         where = np.flatnonzero(~_moved_layers(config)).tolist()
