@@ -91,6 +91,40 @@ def tiny_sweep(directory: Path, bits: dict[str, list[float]], **changes: Any) ->
     return directory
 
 
+def branched_sweep(
+    directory: Path,
+    numbers: dict[tuple[str, int, str, int], float],
+    *,
+    at: int = 600,
+    trunks: tuple[str, ...] = ("none", "bias_sign"),
+    missing: tuple[tuple[str, int, str, int], ...] = (),
+) -> Path:
+    """A branched sweep whose branches have held-out bits per byte by (trunk, trunk seed, arm, data seed).
+
+    Branches log the steps from `at` on. Those in `missing` are planned and have no folder.
+    """
+    planned = [*numbers, *missing]
+    arms = list(dict.fromkeys(arm for _, _, arm, _ in planned))
+    trunk_seeds = sorted({seed for _, seed, _, _ in planned})
+    parts = [[trunk, seed] for trunk in trunks for seed in trunk_seeds]
+    config = {method: ARMS_CONFIG.get(method, {}) for method in trunks}
+    seeds = sorted({seed for *_, seed in planned})
+    write_sweep(directory, arms, seeds, at=at, trunks=list(trunks), parts=parts, trunks_config=config)
+    write_sweep(directory / "trunks", list(trunks), trunk_seeds)
+    for trunk, trunk_seed in parts:
+        steps = (0, at // 2, at - 1)
+        metrics = tiny_metrics(1.5, 0.5, steps)
+        write_run(directory / "trunks" / trunk / f"seed{trunk_seed}", metrics, [], CONFIG | {"num_steps": at})
+        own = [branch for branch in planned if branch[:2] == (trunk, trunk_seed)]
+        part = directory / "branches" / trunk / f"seed{trunk_seed}"
+        write_sweep(part, arms, sorted({seed for *_, seed in own}))
+        for branch in own:
+            if branch in numbers:
+                metrics = tiny_metrics(numbers[branch], 0.5, (at, CONFIG["num_steps"] - 1))
+                write_run(part / branch[2] / f"seed{branch[3]}", metrics, [])
+    return directory
+
+
 def simulated_sweep(directory: Path, arms: list[str], seeds: list[int], every: int = 10) -> Path:
     """Logs that look like training: a collapsing, a lightly balanced, a bias-balanced and a dense arm."""
     write_sweep(directory, arms, seeds)

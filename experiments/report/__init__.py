@@ -2,15 +2,30 @@
 
     python -m experiments.report DIR [--output=DIR/report.html] [--baseline=ARM] [--figures]
 
+DIR is a plain or a branched sweep.
+
 Read in this order: `sweep` (the finished runs of a folder), `numbers` (the numbers of a run, and intervals over seeds),
 `columns` (the tables), `settings`, `answer` (sentences), `drawing`, `experts` and `figures` (pictures), `terminal`,
-`page`.
+`page`; for branched sweeps `branched` (reading), `crossed` (tables and sentences), `crossed_page`.
 """
 
+from .branched import is_branched, read_branched
 from .columns import COLUMNS, Column
 from .command import main
+from .crossed_page import write_branched
 from .page import write
 from .sweep import read_sweep
-from .terminal import print_table
+from .terminal import print_branched, print_table
 
-__all__ = ["COLUMNS", "Column", "main", "print_table", "read_sweep", "write"]
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "is_branched",
+    "main",
+    "print_branched",
+    "print_table",
+    "read_branched",
+    "read_sweep",
+    "write",
+    "write_branched",
+]

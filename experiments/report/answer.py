@@ -2,8 +2,8 @@
 
 import math
 
+from ..statistics.intervals import Interval
 from .columns import BALANCE, QUALITY, Measured, measure, show
-from .numbers import Interval
 from .sweep import Run, Sweep, planned_steps
 
 ONE_SEED = " One seed has no interval (n/a): its difference is a single observation, not a result."

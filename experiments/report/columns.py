@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from moe_jax.runtime.ledger import KINDS
 
-from .numbers import NOTHING, Interval, dead_at_end, interval, last, middle, paired, seconds_of, tail, typical
+from ..statistics.intervals import NOTHING, Interval, interval, middle, paired
+from .numbers import dead_at_end, last, seconds_of, tail, typical
 from .sweep import DOMAIN_PREFIX, EVALUATED, Run, Sweep, domain_keys
 
 PAGE = ("page",)

@@ -2,14 +2,17 @@
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 from moe_jax.config.command import fail, print_any_name
 from moe_jax.config.paths import path_of
 
+from .branched import is_branched, read_branched
 from .columns import COLUMNS, Column
+from .crossed_page import write_branched
 from .page import write
-from .sweep import read_sweep
-from .terminal import print_table
+from .sweep import SweepError, read_sweep
+from .terminal import print_branched, print_table
 
 
 def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> None:
@@ -23,8 +26,12 @@ def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> 
     print_any_name()
     columns = list(columns)
     try:
-        sweep = read_sweep(path_of(options.directory, "DIR"), options.baseline)
+        directory = path_of(options.directory, "DIR")
         output = path_of(options.output, "--output") if options.output else None
+        if is_branched(directory):
+            _report_branched(directory, output, options)
+            return
+        sweep = read_sweep(directory, options.baseline)
     except (ValueError, OSError) as error:
         fail(str(error))
     try:
@@ -35,6 +42,18 @@ def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> 
         print_table(sweep, columns)
         fail(f"{error.filename} cannot be written ({error.strerror}); --output=FILE names another file.")
     print_table(sweep, columns)
+    print(f"Wrote {output}")
+
+
+def _report_branched(directory: Path, output: Path | None, options: argparse.Namespace) -> None:
+    if options.figures:
+        raise SweepError(
+            f"--figures is for plain sweeps, and DIR={directory} is a branched one, whose page has its own drawings; "
+            f"leave it out, or give {directory}/trunks."
+        )
+    sweep = read_branched(directory, options.baseline)
+    output = write_branched(sweep, output)
+    print_branched(sweep)
     print(f"Wrote {output}")
 
 

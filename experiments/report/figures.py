@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.runtime.pictures import plain_log_ticks, smooth
 
+from ..statistics.intervals import Interval, t_quantile
 from .columns import BALANCE, QUALITY, Measured, domain_columns, measure
 from .drawing import (
     BASELINE,
@@ -30,7 +31,6 @@ from .drawing import (
     wrapped,
 )
 from .experts import bias_trajectories, load_heatmaps
-from .numbers import Interval, t_quantile
 from .sweep import EVALUATED, Sweep
 
 if TYPE_CHECKING:

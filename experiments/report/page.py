@@ -81,10 +81,15 @@ def render(sweep: Sweep, columns: list[Column], shown: list[Picture]) -> str:
         _settings(sweep),
         _provenance(sweep),
     ]
+    return document(sweep.name, sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole page of HTML; empty sections are left out."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(sweep.name)}</title>\n<style>\n{STYLESHEET.read_text(encoding='utf-8')}</style></head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLESHEET.read_text(encoding='utf-8')}</style></head>\n"
         "<body><main>\n" + "\n".join(filter(None, sections)) + "\n</main></body></html>\n"
     )
 
@@ -106,14 +111,15 @@ def _count(things: list[Any], name: str) -> str:
 
 
 def _answer(sweep: Sweep) -> str:
-    box = f'<h2>The answer</h2><div class="answer">{_paragraphs(answer(sweep))}</div>'
+    box = f'<h2>The answer</h2><div class="answer">{paragraphs(answer(sweep))}</div>'
     if found := remarks(sweep):
         items = "".join(f"<li>{escape(remark)}</li>" for remark in found)
         box += f'<div class="warning"><b>Not everything went to plan</b><ul>{items}</ul></div>'
     return box
 
 
-def _paragraphs(texts: Mapping[str, str]) -> str:
+def paragraphs(texts: Mapping[str, str]) -> str:
+    """Subjects and texts as HTML, a paragraph each."""
     return "".join(f"<p><b>{escape(subject)}.</b> {escape(text)}</p>" for subject, text in texts.items())
 
 
@@ -152,19 +158,23 @@ def _settings(sweep: Sweep) -> str:
 
 
 def _provenance(sweep: Sweep) -> str:
-    """Facts from the runs; different values are all listed, because the arms may then not be comparable."""
-    infos = [run.info for run in sweep.finished]
+    rows = facts_of(sweep.finished)
+    html = f"<pre>{escape(sweep.command)}</pre>" if sweep.command else ""
+    html += _table(sweep, Table(["what", "of the runs"], rows), "words") if rows else ""
+    return f"<h2>Where it comes from</h2>{html}" if html else ""
+
+
+def facts_of(runs: list[Run]) -> list[list[str]]:
+    """Rows of facts from runs; different values are all listed, because the arms may then not be comparable."""
+    infos = [run.info for run in runs]
     facts = {
         "versions": _distinct(settings_text(_mapping(info.get("versions"))) for info in infos),
         "machine": _distinct(str(info.get("machine") or "") for info in infos),
         "revision": _distinct(str(info.get("git") or "") for info in infos),
         "data": _distinct(corpus_of(info)[:16] for info in infos),
-        "time": _time(sweep.finished),
+        "time": _time(runs),
     }
-    rows = [[fact, text] for fact, text in facts.items() if text]
-    html = f"<pre>{escape(sweep.command)}</pre>" if sweep.command else ""
-    html += _table(sweep, Table(["what", "of the runs"], rows), "words") if rows else ""
-    return f"<h2>Where it comes from</h2>{html}" if html else ""
+    return [[fact, text] for fact, text in facts.items() if text]
 
 
 def _time(runs: list[Run]) -> str:
@@ -184,14 +194,24 @@ def _distinct(texts: Iterable[str]) -> str:
 
 
 def _table(sweep: Sweep, table: Table, kind: str = "numbers") -> str:
-    """A table as HTML; on a narrow screen each row is a card, and every cell names its column."""
+    return html_table(table, kind, sweep.baseline)
+
+
+def html_table(table: Table, kind: str = "numbers", baseline: str = "") -> str:
+    """A table as HTML; on a narrow screen each row is a card, and every cell names its column.
+
+    Args:
+        table: its rows start with a name.
+        kind: "numbers" or "words".
+        baseline: the name of the row to mark.
+    """
     head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
     body = ""
     for first, *others in table.rows:
         cells = f'<th scope="row">{escape(first)}</th>'
         for header, cell in zip(table.headers[1:], others, strict=True):
             cells += f'<td data-column="{escape(header)}">{_lines(cell)}</td>'
-        mark = ' class="baseline"' if first == sweep.baseline else ""
+        mark = ' class="baseline"' if first == baseline else ""
         body += f"<tr{mark}>{cells}</tr>\n"
     return (
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'

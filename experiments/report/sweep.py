@@ -129,7 +129,7 @@ def read_sweep(directory: str | Path, baseline: str | None = None) -> Sweep:
         SweepError: the folder or its sweep.json is missing, or has no arms or seeds, or the baseline is unknown.
     """
     directory = Path(directory)
-    spec = _read_spec(directory, baseline)
+    spec = _read_plan(directory, baseline)
     runs, problems = _finished(_read_runs(directory, spec), spec)
     return Sweep(
         directory=directory,
@@ -146,13 +146,26 @@ def read_sweep(directory: str | Path, baseline: str | None = None) -> Sweep:
     )
 
 
-def _read_spec(directory: Path, baseline: str | None) -> dict[str, Any]:
+def read_spec(directory: Path) -> dict[str, Any]:
+    """The content of a folder's sweep.json.
+
+    Raises:
+        SweepError: the folder or the file is missing, or damaged.
+    """
     if not directory.is_dir():
         raise SweepError(f"DIR={directory} must be a folder that holds a sweep; it does not exist.")
     path = directory / "sweep.json"
     if not path.is_file():
         raise SweepError(f"DIR={directory} must hold sweep.json; try the folder that ablate wrote.")
-    spec = _read_object(path)
+    return _read_object(path)
+
+
+def _read_plan(directory: Path, baseline: str | None) -> dict[str, Any]:
+    spec, path = read_spec(directory), directory / "sweep.json"
+    if "trunks" in spec:
+        raise SweepError(
+            f"DIR={directory} holds a branched sweep; give one of its plain ones, such as {directory}/trunks."
+        )
     for key in ("arms", "seeds"):
         if not isinstance(spec.get(key), list) or not spec[key]:
             rule = "must be a list with at least one entry; run the sweep again to write it."

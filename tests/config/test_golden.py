@@ -6,7 +6,7 @@ import os
 import pytest
 from drills.rig import REPO
 
-from experiments import ablate, hyper
+from experiments import hyper, runs
 from moe_jax.config import as_dict, differences, validate
 from moe_jax.config.command import load
 
@@ -28,7 +28,7 @@ def text_of(file):
     if hasattr(namespace, "get_hyper"):
         golden["runs"] = [
             {"arm": r.arm, "seed": r.seed, "changes": differences(config, as_dict(r.config))}
-            for r in ablate.plan(config, namespace.get_hyper(hyper))
+            for r in runs.plan(config, namespace.get_hyper(hyper))
         ]
     return json.dumps(golden, indent=1) + "\n"
 

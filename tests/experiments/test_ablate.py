@@ -14,9 +14,9 @@ from drills import rig
 from state_hash import state_hash
 
 from conftest import tiny_config
-from experiments import ablate, hyper
-from experiments.ablate import claim, execute, override, parse_shard, plan, sweep_record
+from experiments import hyper
 from experiments.report import read_sweep
+from experiments.runs import Run, claim, execute, override, parse_shard, plan, sweep_record
 from moe_jax.config import as_dict, default, flatten, validate
 from moe_jax.config.command import load
 from moe_jax.data import check_corpus, open_corpus, training_batches
@@ -386,7 +386,7 @@ def test_the_default_config_can_be_overridden_key_by_key():
 def test_a_run_that_does_not_fit_the_devices_is_refused_before_any_is_started(tmp_path):
     fits, too_large = tiny_config(), tiny_config(batch_size=16, mesh=dict(data=16))
     with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
-        ablate.execute([ablate.Run("a", 0, fits), ablate.Run("b", 0, too_large)], tmp_path)
+        execute([Run("a", 0, fits), Run("b", 0, too_large)], tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,9 +21,10 @@ from experiments.report.answer import answer, remarks
 from experiments.report.columns import COLUMNS, QUALITY, Column, domain_table, main_table, measure, time_table
 from experiments.report.experts import shown_layers
 from experiments.report.figures import chance_levels
-from experiments.report.numbers import Interval, interval, last, layer_arrays, paired
+from experiments.report.numbers import last, layer_arrays
 from experiments.report.settings import arm_settings, changed_settings
 from experiments.report.sweep import SweepError, by_step, planned_steps, read_sweep
+from experiments.statistics.intervals import Interval, interval, paired
 
 # --- intervals and readers ------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from drills import rig
 
-from experiments import ablate
+from experiments import runs
 from moe_jax import evaluate
 from moe_jax.analysis.observer import observers
 from moe_jax.analysis.specialisation import stored_steps
@@ -78,7 +78,7 @@ OTHER = {
 
 
 def with_key(config, key, value):
-    return validate(ablate.override(as_dict(config), {key: value}))
+    return validate(runs.override(as_dict(config), {key: value}))
 
 
 @pytest.mark.parametrize("key", OTHER)
