@@ -17,6 +17,6 @@ class Layout(BuildHookInterface):
         root = Path(self.root)
         if version == "standard":
             report = root.glob("experiments/report/*.*")  # a style sheet, too
-            corpus = root.glob("experiments/corpus/*.py")
-            for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py"), *corpus, *report]:
+            folders = [file for name in ("corpus", "statistics") for file in root.glob(f"experiments/{name}/*.py")]
+            for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py"), *folders, *report]:
                 build_data["force_include"][str(file)] = str("moe_jax" / file.relative_to(root))

@@ -130,6 +130,17 @@ def test_the_page_has_the_crossed_table_with_a_dot_for_every_trunk(folder):
         assert f"branches/{branch.trunk}/seed{branch.trunk_seed}/{branch.arm}/seed{branch.seed}" in html
 
 
+def test_a_larger_difference_is_further_right_and_zero_is_where_the_line_is(folder):
+    html = report.write_branched(report.read_branched(folder)).read_text()
+    marks = re.findall(r'<circle cx="([\d.]+)".*?: ([+-][\d.]+)</title>', html)
+    places = {float(difference): float(x) for x, difference in marks}
+    line = {float(x) for x in re.findall(r'<line x1="([\d.]+)"', html)}
+    assert line == {8.0}  # all differences are positive, so 0 is at the left margin
+    # the scale is from 0 at 8 to the largest difference, 0.022, at 142
+    for difference, x in places.items():
+        assert x == pytest.approx(8 + 134 * difference / 0.022, abs=0.06)
+
+
 def test_the_report_needs_logs_only(folder, repo):
     assert {p.name for p in folder.rglob("*") if p.is_file()} == {
         "sweep.json",
