@@ -17,6 +17,7 @@ another machine has not finished is reported, and trained when the command is re
 --discard_weights removes those of finished branches, which in sum are large, and never those of trunks.
 """
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -52,11 +53,12 @@ def main(_: list[str]) -> None:
                 f"{cluster.launcher} started this as one process of many, but each run of a sweep uses one process; "
                 "start it once per machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
             )
-        file, source = config_source()
+        file, source, argument = config_source()
         if not hasattr(source, "get_hyper"):
             raise ValueError(f"--config={file} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
         base = as_dict(validate(flag.config))
-        listed = run_own(file, lambda: source.get_hyper(hyper))
+        takes_argument = len(inspect.signature(source.get_hyper).parameters) > 1
+        listed = run_own(file, lambda: source.get_hyper(hyper, *(argument if takes_argument else ())))
         if isinstance(listed, hyper.Branches):
             _branched(base, listed, workdir, source, shard)
         else:

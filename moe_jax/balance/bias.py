@@ -43,7 +43,8 @@ def bias_sign(options: BiasSign, model: ModelConfig) -> Balancer:
     """
 
     def update(seen: Seen) -> tuple[Array, None]:
-        return moved(options, seen, load_sign(seen.loads, model)), None
+        sign = load_sign(seen.loads, model)
+        return moved(options, seen, -sign if options.flipped else sign), None
 
     return Balancer(own_update=update, initial_bias=zeros)
 

@@ -74,7 +74,9 @@ class BiasOptions(Options):
 
 @dataclass(frozen=True)
 class BiasSign(BiasOptions):
-    """Options of `bias_sign`."""
+    """Options of `bias_sign`; `flipped` moves the bias of an overloaded expert up: a control, which must collapse."""
+
+    flipped: bool = False
 
 
 @dataclass(frozen=True)

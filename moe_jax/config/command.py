@@ -14,7 +14,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ class _Reader(flags.ArgumentParser):
     """Reads a config file once, and keeps its values, to which errors about overrides refer."""
 
     text = ""  # the flag's value
+    argument: Sequence[str] = ()  # of get_config: one string, or none
     file = Path()
     module = types.ModuleType("none")
     values: Mapping[str, Any] | None = None  # dotted key -> value, sections included
@@ -52,9 +53,9 @@ class _Reader(flags.ArgumentParser):
     def parse(self, path: str) -> Any:
         """The complete, locked ConfigDict of the file; ends the command if the file is wrong."""
         self.text = path
-        self.file, argument = locate(path)
+        self.file, self.argument = locate(path)
         self.module = run_own(self.file, lambda: load(self.file))
-        config = run_own(self.file, lambda: complete(self._get_config(argument)))
+        config = run_own(self.file, lambda: complete(self._get_config(self.argument)))
         if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
             fail(
                 f"--config={path} returned {config!r} from get_config() and must return a dict of keys; return "
@@ -64,7 +65,7 @@ class _Reader(flags.ArgumentParser):
         config.lock()
         return config
 
-    def _get_config(self, argument: list[str]) -> Any:
+    def _get_config(self, argument: Sequence[str]) -> Any:
         """The config that the file returns, or that of the run in --workdir if it started from weights now gone."""
         try:
             return self.module.get_config(*argument)
@@ -140,10 +141,10 @@ def locate(text: str) -> tuple[Path, list[str]]:
     )
 
 
-def config_source() -> tuple[Path, types.ModuleType]:
-    """The file that `--config` read, and its module."""
+def config_source() -> tuple[Path, types.ModuleType, Sequence[str]]:
+    """The file that `--config` read, its module, and what it passed to get_config: one string, or nothing."""
     reader: Any = flags.FLAGS["config"].parser
-    return reader.file, reader.module
+    return reader.file, reader.module, reader.argument
 
 
 def shipped() -> dict[str, Path]:

@@ -477,3 +477,8 @@ def test_quantile_balances_within_three_steps_where_the_sign_takes_hundreds():
     assert by_quantile[0] == by_sign[0] > 1.0
     assert (by_quantile[3:] < 0.2).all()
     assert by_sign[3] > 1.0 and np.argmax(by_sign < 0.2) > 100
+
+
+def test_the_flipped_control_moves_the_bias_the_other_way():
+    assert np.array_equal(moved("bias_sign", SKEWED, flipped=True), -moved("bias_sign", SKEWED))
+    assert moved("bias_sign", SKEWED, flipped=True)[-1] > 0  # the most loaded expert

@@ -2,11 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from drills.rig import REPO
 
-from experiments import hyper, runs
+from experiments import branched, hyper, runs
 from moe_jax.config import as_dict, differences, validate
 from moe_jax.config.command import load
 
@@ -20,16 +21,24 @@ def name_of(file):
     return "_".join(file.relative_to(REPO / "configs").with_suffix("").parts)
 
 
+def changes_of(planned, base):
+    """What each run changes of the base, as lines."""
+    return [{"arm": r.arm, "seed": r.seed, "changes": differences(base, as_dict(r.config))} for r in planned]
+
+
 def text_of(file):
     """The config of a file as JSON, with the changes of its arms if it has any."""
     namespace = load(file)
     config = as_dict(validate(namespace.get_config()))
     golden = {"config": config}
     if hasattr(namespace, "get_hyper"):
-        golden["runs"] = [
-            {"arm": r.arm, "seed": r.seed, "changes": differences(config, as_dict(r.config))}
-            for r in runs.plan(config, namespace.get_hyper(hyper))
-        ]
+        listed = namespace.get_hyper(hyper)
+        if isinstance(listed, hyper.Branches):
+            parts = branched.plan_branched(config, listed, Path("sweep"))
+            golden["trunks"] = changes_of([part.trunk for part in parts], config)
+            golden["branches of the first trunk"] = changes_of(parts[0].branches, parts[0].base)
+        else:
+            golden["runs"] = changes_of(runs.plan(config, listed), config)
     return json.dumps(golden, indent=1) + "\n"
 
 

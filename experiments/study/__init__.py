@@ -1,0 +1,5 @@
+"""The study of balancing: claims that were written before the runs, and verdicts that are computed from their logs.
+
+Read in this order: `claims` (what is claimed, by whom, and what would contradict it), `measures` (the numbers),
+`verdicts`, `archive` (the logs as they are committed), `page`.
+"""
