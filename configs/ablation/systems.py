@@ -1,7 +1,8 @@
 """The systems of DeepSeekMoE's Table 1 with equal active parameters, dense to DeepSeekMoE, in whole runs.
 
 An expert of Switch is as wide as a dense feed-forward layer, of GShard half as wide, and of DeepSeekMoE, with 4 of 16
-routed and 1 shared, a fifth; the last three layers have experts. `loss_free` is DeepSeekMoE with the bias.
+routed and 1 shared, a fifth; the last three layers have experts. `loss_free` is DeepSeekMoE with the bias, and
+`unbalanced` without balancing.
 Source: DeepSeekMoE (arXiv 2401.06066), Table 1.
 Command: python -m experiments.ablate --config=configs/ablation/systems.py --workdir=runs/systems
 Result: in the study's report, experiments/results/study.
@@ -27,7 +28,7 @@ def get_config(arg: str = ""):
 
 
 def get_hyper(h):
-    """Six systems, three paired seeds."""
+    """Seven systems, three paired seeds."""
     arms = h.arms(
         dense={
             "measure_every": 0,
@@ -47,5 +48,6 @@ def get_hyper(h):
         },
         deepseek_moe={"balance": AUX},
         loss_free=branches.METHODS["bias"],
+        unbalanced=branches.METHODS["none"],
     )
     return h.product(arms, h.sweep("seed", range(3)))

@@ -55,16 +55,16 @@ def better(number: str, rule: str, source: str, published: str = "") -> Claim:
 CLAIMS = (
     Claim(
         "1a",
-        "Without balancing, the load is uneven: some expert has more than twice the mean.",
+        "Trained without balancing, the load is uneven: some expert has more than twice the mean.",
         Published(LFB),
-        level("arms", "none", last(BALANCE)),
+        level("systems", "unbalanced", last(BALANCE)),
         above(1.0, unit=VIOLATION),
     ),
     Claim(
         "1b",
-        "Without balancing, experts die: some get no token of the held-out text.",
+        "Trained without balancing, experts die: some get no token of the held-out text.",
         Published(LFB),
-        level("arms", "none", last("eval/dead_experts")),
+        level("systems", "unbalanced", last("eval/dead_experts")),
         above(unit="experts"),
     ),
     Claim(
