@@ -4,18 +4,20 @@ A block is a trunk seed of a branched sweep, or a seed of a plain one; its inter
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
+from moe_jax.runtime.files import read_json
 
 from ..report.branched import Branched
-from ..report.sweep import Run, Sweep
+from ..report.numbers import last as last  # claims take both from here
+from ..report.numbers import tail as tail
+from ..report.sweep import DAMAGED, Run, Sweep
 from ..statistics import blocks
-from ..statistics.blocks import Blocks, Branch
+from ..statistics.blocks import Branch
 from ..statistics.intervals import Interval, interval
 
 QUALITY = "eval/bits_per_byte"
@@ -32,13 +34,15 @@ class Found:
 
     Attributes:
         blocks: seed of the block -> its number.
-        runs: folders of the runs that it came from.
+        runs: folders of the runs that it came from, each once.
         missing: why there is no number; empty if there is one.
+        planned: the number of blocks that the table lists.
     """
 
     blocks: Mapping[int, float] = field(default_factory=dict)
     runs: Sequence[Path] = ()
     missing: str = ""
+    planned: int = 0
 
     @property
     def interval(self) -> Interval:
@@ -47,11 +51,6 @@ class Found:
 
 
 Measure = Callable[[Tables], Found]
-
-
-def last(key: str) -> Number:
-    """A run's last value of a logged key."""
-    return lambda run: run.final(key)
 
 
 def log(number: Number) -> Number:
@@ -64,17 +63,6 @@ def log(number: Number) -> Number:
     return of
 
 
-def tail(key: str) -> Number:
-    """The mean of a logged value over the last quarter of a run's lines with the key."""
-
-    def of(run: Run) -> float:
-        _, values = run.curve(key)
-        finite = values[np.isfinite(values)]
-        return float(finite[-max(1, len(finite) // 4) :].mean()) if len(finite) else math.nan
-
-    return of
-
-
 # --- one table --------------------------------------------------------------------------------------------
 
 
@@ -83,14 +71,14 @@ def level(table: str, arm: str, number: Number, trunk: str | None = None) -> Mea
 
     def measure(tables: Tables) -> Found:
         values, runs = _values(tables, table, [arm], number)
+        methods = _methods(tables, table) if trunk is None else [trunk]
         cells: dict[tuple[str, int], list[float]] = {}
         for branch, value in values.items():
-            if trunk in (None, branch.trunk):
-                cells.setdefault((branch.trunk, branch.trunk_seed), []).append(value)
-        methods = {method for method, _ in cells}
-        seeds = sorted({seed for _, seed in cells})
-        found = {s: fmean(fmean(cells[m, s]) for m in methods) for s in seeds if all((m, s) in cells for m in methods)}
-        return _found(found, [runs[b] for b in values if trunk in (None, b.trunk)], table, [arm])
+            cells.setdefault((branch.trunk, branch.trunk_seed), []).append(value)
+        whole = blocks.complete(cells, methods)
+        found = {seed: fmean(fmean(cells[method, seed]) for method in methods) for seed in whole}
+        used = [runs[b] for b in values if b.trunk in methods and b.trunk_seed in found]
+        return _found(tables, table, [arm], found, used, runs)
 
     return measure
 
@@ -100,11 +88,14 @@ def effect(table: str, arm: str, baseline: str, number: Number, trunk: str | Non
 
     def measure(tables: Tables) -> Found:
         values, runs = _values(tables, table, [arm, baseline], number)
-        if trunk is None:
-            found = blocks.effect(values, arm, baseline)
+        if trunk is not None:
+            found = blocks.effect_on(values, arm, baseline, trunk).blocks
+            values = {branch: value for branch, value in values.items() if branch.trunk == trunk}
+        elif _on_every_method(tables, table, values):
+            found = blocks.effect(values, arm, baseline).blocks
         else:
-            found = blocks.effect_on(values, arm, baseline, trunk)
-        return _of_blocks(found, values, runs, table, [arm, baseline], trunk)
+            found = {}
+        return _found(tables, table, [arm, baseline], found, _paired(values, runs, arm, baseline, found), runs)
 
     return measure
 
@@ -114,13 +105,18 @@ def favour(table: str, arm: str, baseline: str, number: Number) -> Measure:
 
     def measure(tables: Tables) -> Found:
         values, runs = _values(tables, table, [arm, baseline], number)
-        return _of_blocks(blocks.favour(values, arm, baseline), values, runs, table, [arm, baseline])
+        whole = _on_every_method(tables, table, values)
+        found = blocks.favour(values, arm, baseline).blocks if whole else {}
+        return _found(tables, table, [arm, baseline], found, _paired(values, runs, arm, baseline, found), runs)
 
     return measure
 
 
 def unequal(table: str, arm: str, other: str, trunks: Iterable[str]) -> Measure:
-    """The number of branches whose last evaluation differs between two arms, in any digit of any measure."""
+    """The number of branches whose last evaluation differs between two arms, in any digit of any measure.
+
+    Compared are the measures that both log: of a bias alone, some exist only where there is one.
+    """
     trunks = set(trunks)
 
     def measure(tables: Tables) -> Found:
@@ -131,9 +127,9 @@ def unequal(table: str, arm: str, other: str, trunks: Iterable[str]) -> Measure:
             pair = branch._replace(arm=other)
             if branch.arm == arm and pair in runs and branch.trunk in trunks:
                 used += [runs[branch], runs[pair]]
-                differs = _evaluation(runs[branch]) != _evaluation(runs[pair])
+                differs = _differ(_evaluation(runs[branch]), _evaluation(runs[pair]))
                 found[branch.trunk_seed] = found.get(branch.trunk_seed, 0.0) + differs
-        return _found(found, used, table, [arm, other])
+        return _found(tables, table, [arm, other], found, used, runs)
 
     return measure
 
@@ -145,16 +141,14 @@ def rank_correlation(first: Mapping[str, Measure], second: Mapping[str, Measure]
         from scipy import stats
 
         pairs = [(first[arm](tables), second[arm](tables)) for arm in first]
-        for found in (one for pair in pairs for one in pair):
-            if found.missing:
-                return found
-        seeds = set.intersection(*(set(one.blocks) for pair in pairs for one in pair if one.blocks))
+        every = [one for pair in pairs for one in pair]
         values = {}
-        for seed in sorted(seeds):
+        for seed in _common(every):
             xs = [x.blocks[seed] for x, _ in pairs]
             ys = [y.blocks[seed] for _, y in pairs]
-            values[seed] = float(stats.spearmanr(xs, ys).statistic)
-        return Found(values, [folder for _, y in pairs for folder in y.runs])
+            if len(set(xs)) > 1 and len(set(ys)) > 1:  # equal numbers have no order
+                values[seed] = float(stats.spearmanr(xs, ys).statistic)
+        return _combined(every, values)
 
     return measure
 
@@ -164,7 +158,7 @@ def constant(value: float, like: Measure) -> Measure:
 
     def measure(tables: Tables) -> Found:
         found = like(tables)
-        return found if found.missing else Found(dict.fromkeys(found.blocks, value))
+        return replace(found, blocks=dict.fromkeys(found.blocks, value))
 
     return measure
 
@@ -177,16 +171,12 @@ def minus(first: Measure, second: Measure) -> Measure:
 
     def measure(tables: Tables) -> Found:
         pair = first(tables), second(tables)
-        for found in pair:
-            if found.missing:
-                return found
-        common = sorted(pair[0].blocks.keys() & pair[1].blocks.keys())
-        return Found({s: pair[0].blocks[s] - pair[1].blocks[s] for s in common}, [*pair[0].runs, *pair[1].runs])
+        return _combined(pair, {s: pair[0].blocks[s] - pair[1].blocks[s] for s in _common(pair)})
 
     return measure
 
 
-def from_file(table: str, arm: str, file: str, number: Callable[[Any], float], trunk: str | None = None) -> Measure:
+def from_file(table: str, arm: str, file: str, number: Callable[[Any], float]) -> Measure:
     """A number of the JSON file that a command wrote into each of an arm's runs, or into the trunks of that name."""
 
     def measure(tables: Tables) -> Found:
@@ -194,20 +184,12 @@ def from_file(table: str, arm: str, file: str, number: Callable[[Any], float], t
         if isinstance(sweep, Branched):
             sweep = sweep.trunks
         runs = sweep.runs.get(arm, {}) if sweep else {}
-        found = {seed: number(content) for seed, run in runs.items() if (content := _json(run.directory / file))}
-        return _found(found, [runs[seed] for seed in found], table, [arm], f" with {file}")
-
-    return measure
-
-
-def of_trunks(table: str, arm: str, number: Number) -> Measure:
-    """The mean of a trunk method of a branched sweep at the step of branching."""
-
-    def measure(tables: Tables) -> Found:
-        sweep = tables.get(table)
-        runs = sweep.trunks.runs.get(arm, {}) if isinstance(sweep, Branched) else {}
-        found = {seed: value for seed, run in runs.items() if math.isfinite(value := number(run))}
-        return _found(found, [runs[seed] for seed in found], table, [f"trunk {arm}"])
+        read = {seed: content for seed, run in runs.items() if (content := read_json(run.directory / file, DAMAGED))}
+        found = {seed: value for seed, content in read.items() if math.isfinite(value := number(content))}
+        planned = len(sweep.seeds) if sweep else 0
+        if not found:
+            return Found(missing=f"{table}: no finished run of {arm} has {file} with this number", planned=planned)
+        return Found(found, [runs[seed].directory for seed in found], planned=planned)
 
     return measure
 
@@ -229,22 +211,68 @@ def _values(
     return values, runs
 
 
-def _of_blocks(
-    found: Blocks,
-    values: Mapping[Branch, float],
-    runs: Mapping[Branch, Run],
+def _methods(tables: Tables, table: str) -> list[str]:
+    """The trunk methods that a table plans; a plain sweep has one, which is ""."""
+    sweep = tables.get(table)
+    return sweep.trunks.arms if isinstance(sweep, Branched) else [""]
+
+
+def _on_every_method(tables: Tables, table: str, values: Iterable[Branch]) -> bool:
+    """Whether trunks of every planned method have numbers; a mean over some of them would be another quantity."""
+    return set(_methods(tables, table)) <= set(blocks.trunks_of(values))
+
+
+def _paired(
+    values: Mapping[Branch, float], runs: Mapping[Branch, Run], arm: str, baseline: str, seeds: Collection[int]
+) -> list[Run]:
+    """The runs of both arms that have a number in both, in the blocks of the seeds."""
+    pairs = [(b, b._replace(arm=baseline)) for b in values if b.arm == arm and b.trunk_seed in seeds]
+    return [runs[branch] for pair in pairs if pair[1] in values for branch in pair]
+
+
+def _found(
+    tables: Tables,
     table: str,
     arms: Sequence[str],
-    trunk: str | None = None,
+    found: Mapping[int, float],
+    used: Iterable[Run],
+    runs: Mapping[Branch, Run],
 ) -> Found:
-    used = [runs[b] for b in values if b.trunk_seed in found.blocks and trunk in (None, b.trunk)]
-    return _found(found.blocks, used, table, arms)
+    """The measured number, or a sentence about the runs that are missing.
+
+    Args:
+        tables: all tables.
+        table: the name of the one that was read.
+        arms: what was read of it.
+        found: seed of the block -> number.
+        used: the runs that the numbers came from.
+        runs: all finished runs of the arms.
+    """
+    sweep = tables.get(table)
+    planned = 0
+    if sweep is not None:
+        planned = len(sweep.trunks.seeds if isinstance(sweep, Branched) else sweep.seeds)
+    if found:
+        return Found(dict(found), [run.directory for run in used], planned=planned)
+    lacking = [arm for arm in arms if not any(branch.arm == arm for branch in runs)]
+    if lacking:
+        return Found(missing=f"{table}: no finished run of {' and '.join(lacking)}", planned=planned)
+    seeds = "trunk seed has, on the trunks of every method," if isinstance(sweep, Branched) else "seed has"
+    return Found(missing=f"{table}: no {seeds} a number of {' and '.join(arms)}", planned=planned)
 
 
-def _found(found: Mapping[int, float], runs: Iterable[Run], table: str, arms: Sequence[str], what: str = "") -> Found:
-    if not found:
-        return Found(missing=f"{table} has no finished runs of {' and '.join(arms)}{what}")
-    return Found(dict(found), [run.directory for run in runs])
+def _common(every: Iterable[Found]) -> list[int]:
+    """The blocks that every measure has."""
+    return sorted(set.intersection(*(set(found.blocks) for found in every)))
+
+
+def _combined(every: Sequence[Found], values: Mapping[int, float]) -> Found:
+    """A number that was computed from several; what the first of them misses, if there is none."""
+    planned = min(found.planned for found in every)
+    if not values:
+        why = next((found.missing for found in every if found.missing), "no block has all of the numbers")
+        return Found(missing=why, planned=planned)
+    return Found(values, list(dict.fromkeys(run for found in every for run in found.runs)), planned=planned)
 
 
 def _evaluation(run: Run) -> dict[str, Any]:
@@ -253,7 +281,5 @@ def _evaluation(run: Run) -> dict[str, Any]:
     return {key: value for key, value in lines[-1].items() if key.startswith("eval/")}
 
 
-def _json(path: Path) -> Any:
-    import json
-
-    return json.loads(path.read_text()) if path.is_file() else None
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return any(one[key] != other[key] for key in one.keys() & other.keys())

@@ -1,10 +1,10 @@
 """From a claim and the runs to a verdict, by rule alone."""
 
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ..statistics.components import spread
 from ..statistics.intervals import Interval
 from ..statistics.power import smallest
 from .claims import Claim, Relation
@@ -35,10 +35,11 @@ def judge(claims: Iterable[Claim], tables: Tables) -> list[Judged]:
 
 def _judged(claim: Claim, found: Found) -> Judged:
     measured = found.interval
-    if found.missing:
+    if measured.n == 0:
         return Judged(claim, found, "not measured", float("nan"))
-    spread = statistics.stdev(found.blocks.values()) if measured.n > 1 else float("nan")
-    return Judged(claim, found, decide(measured, claim.relation), smallest(measured.n, spread))
+    return Judged(
+        claim, found, decide(measured, claim.relation), smallest(measured.n, spread(found.blocks.values()).sd)
+    )
 
 
 def decide(measured: Interval, relation: Relation) -> Verdict:
