@@ -58,7 +58,7 @@ def write(sweep: Sweep, output: Path | None = None, figures: bool = False, colum
         folder = sweep.directory / "figures"
         folder.mkdir(exist_ok=True)
         for picture in shown:
-            (folder / f"{picture.name}.png").write_bytes(_saved(picture.figure, "png", {"dpi": DPI}))
+            (folder / f"{picture.name}.png").write_bytes(saved(picture.figure, "png", {"dpi": DPI}))
     return output
 
 
@@ -73,9 +73,9 @@ def render(sweep: Sweep, columns: list[Column], shown: list[Picture]) -> str:
     sections = [
         _header(sweep),
         _answer(sweep),
-        '<div class="pair">' + "".join(_figure(picture) for picture in shown if picture.leads) + "</div>",
+        '<div class="pair">' + "".join(figure_html(picture) for picture in shown if picture.leads) + "</div>",
         _numbers(sweep, columns),
-        "<h2>Pictures</h2>" + "".join(_figure(picture) for picture in shown if not picture.leads),
+        "<h2>Pictures</h2>" + "".join(figure_html(picture) for picture in shown if not picture.leads),
         _times(sweep, columns),
         _limits(sweep),
         _settings(sweep),
@@ -229,7 +229,8 @@ def _lines(cell: str) -> str:
     return text + "</span>"
 
 
-def _figure(picture: Picture) -> str:
+def figure_html(picture: Picture) -> str:
+    """A picture with its title and caption as HTML."""
     kind = "leading" if picture.leads else "wide"
     return (
         f'<figure class="{kind}"><h3>{escape(picture.title)}</h3>'
@@ -246,12 +247,13 @@ def embedded(figure: "Figure") -> str:
     )
     addresses = []
     for suffix, kind, options in kinds:
-        content = base64.b64encode(_saved(figure, suffix, options)).decode("ascii")
+        content = base64.b64encode(saved(figure, suffix, options)).decode("ascii")
         addresses.append(f"data:{kind};base64,{content}")
     return min(addresses, key=len)
 
 
-def _saved(figure: "Figure", suffix: str, options: Mapping[str, Any]) -> bytes:
+def saved(figure: "Figure", suffix: str, options: Mapping[str, Any]) -> bytes:
+    """A matplotlib figure as a file of the format `suffix`, in the style of all pictures."""
     import matplotlib
 
     buffer = io.BytesIO()
