@@ -17,8 +17,6 @@ another machine has not finished is reported, and trained when the command is re
 --discard_weights removes those of finished branches, which in sum are large, and never those of trunks.
 """
 
-import inspect
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,15 @@ from typing import Any
 from absl import app, flags
 
 from moe_jax.config import as_dict, validate
-from moe_jax.config.command import config_source, define_config_flag, fail, parse_flags, run_own
+from moe_jax.config.command import config_source, define_config_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
-from moe_jax.runtime import processes
 from moe_jax.runtime.cache import keep_compiled
 from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.memory import use_huge_pages
 
 from . import hyper
 from .branched import claim_branched, execute_branched, plan_branched
-from .runs import claim, execute, parse_shard, plan, sweep_record
+from .runs import ask, claim, execute, parse_shard, plan, refuse_cluster, sweep_record
 
 
 def main(_: list[str]) -> None:
@@ -48,17 +45,12 @@ def main(_: list[str]) -> None:
         if is_remote(workdir):
             raise ValueError(f"--workdir={flag.workdir} is in a bucket, which cannot hold a sweep; give a folder.")
         shard = parse_shard(flag.shard)
-        if cluster := processes.find_cluster(os.environ):
-            raise ValueError(
-                f"{cluster.launcher} started this as one process of many, but each run of a sweep uses one process; "
-                "start it once per machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
-            )
+        refuse_cluster()
         file, source, argument = config_source()
         if not hasattr(source, "get_hyper"):
             raise ValueError(f"--config={file} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
         base = as_dict(validate(flag.config))
-        takes_argument = len(inspect.signature(source.get_hyper).parameters) > 1
-        listed = run_own(file, lambda: source.get_hyper(hyper, *(argument if takes_argument else ())))
+        listed = ask(file, source, argument)
         if isinstance(listed, hyper.Branches):
             _branched(base, listed, workdir, source, shard)
         else:

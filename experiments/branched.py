@@ -9,11 +9,10 @@ and share the branches of others; such a branch is reported if its trunk is not 
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_jax.config import Config, as_dict
+from moe_jax.config import as_dict
 from moe_jax.runtime.files import write_json
 
 from . import hyper
@@ -177,7 +176,12 @@ def share_of(parts: list[Part], index: int, count: int) -> list[Part]:
 
 
 def execute_branched(
-    parts: list[Part], workdir: Path, at: int, shard: tuple[int, int] = (0, 1), discard_weights: bool = False
+    parts: list[Part],
+    workdir: Path,
+    at: int,
+    shard: tuple[int, int] = (0, 1),
+    discard_weights: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[int | None, list[str]]:
     """Train the trunks of a shard that are not finished, then its branches.
 
@@ -187,6 +191,7 @@ def execute_branched(
         at: the step of branching.
         shard: (i, n) as in --shard=i/n.
         discard_weights: remove the checkpoints of finished branches; those of trunks are kept.
+        progress: of all runs of which these are the next ones; None for these alone.
 
     Returns:
         the signal that stopped them, or None, and a sentence for every trunk and branch that failed, now or earlier,
@@ -196,12 +201,9 @@ def execute_branched(
         ValueError: a run does not fit the devices; no run was started.
         OSError: the disk is full or not writable.
     """
-    index, count = shard
-    mine = share_of(parts, index, count)
-    trunks = [part.trunk for part in parts[index::count]]
-    fit_devices(trunks + [run for part in mine for run in part.branches])
-    jobs = list(_jobs(trunks, mine, workdir, at))
-    progress = Progress([job.steps for job in jobs])
+    jobs = jobs_of(parts, workdir, at, shard)
+    fit_devices([job.run for job in jobs])
+    progress = progress or Progress([job.steps for job in jobs])
     failed: list[str] = []
     lost: set[str] = set()  # the names of trunks that failed
     blocked: dict[str, str] = {}  # trunk -> why its branches cannot begin
@@ -212,7 +214,7 @@ def execute_branched(
             if blocked[part.name]:
                 _fail(failed, f"every unfinished branch of {part.name}: {blocked[part.name]}")
         if part is None or not job.steps or not blocked[part.name]:
-            stopped, why = train(job.config, job.folder, f"[{number}/{len(jobs)}] {job.name}")
+            stopped, why = train(job.run.config, job.folder, f"[{number}/{len(jobs)}] {job.name}")
             if stopped:
                 return stopped, failed
             if why:
@@ -229,26 +231,29 @@ def _fail(failed: list[str], sentence: str) -> None:
     print(f"! {sentence}", flush=True)
 
 
-class _Job(NamedTuple):
-    """A run with its folder and name, the steps it has to train, and its part if it is a branch."""
+class Job(NamedTuple):
+    """A run with its name in sentences, its folder, the steps it has to train, and its part if it is a branch."""
 
     name: str
     folder: Path
-    config: Config
+    run: Run
     steps: int
     part: Part | None
 
 
-def _jobs(trunks: list[Run], mine: list[Part], workdir: Path, at: int) -> Iterator[_Job]:
-    """The runs of a shard in order: trunks first."""
-    for run in trunks:
-        folder = folder_of(trunks_in(workdir), run)
-        yield _Job(f"trunk {run.arm}, seed {run.seed}", folder, run.config, planned_steps(run, folder), None)
-    for part in mine:
+def jobs_of(parts: list[Part], workdir: Path, at: int, shard: tuple[int, int] = (0, 1)) -> list[Job]:
+    """The runs of a shard in the order in which they are trained, trunks first; arguments as of `execute_branched`."""
+    index, count = shard
+    jobs = []
+    for trunk in (part.trunk for part in parts[index::count]):
+        folder = folder_of(trunks_in(workdir), trunk)
+        jobs.append(Job(f"trunk {trunk.arm}, seed {trunk.seed}", folder, trunk, planned_steps(trunk, folder), None))
+    for part in share_of(parts, index, count):
         for run in part.branches:
             folder = folder_of(branches_in(workdir, part.trunk.arm, part.trunk.seed), run)
             name = f"trunk {part.name}, arm {run.arm}, seed {run.seed}"
-            yield _Job(name, folder, run.config, planned_steps(run, folder, at), part)
+            jobs.append(Job(name, folder, run, planned_steps(run, folder, at), part))
+    return jobs
 
 
 def _why_blocked(part: Part, workdir: Path, at: int, lost: set[str]) -> str:

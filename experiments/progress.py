@@ -12,7 +12,7 @@ class Progress:
     """
 
     def __init__(self, steps: list[int], clock: Callable[[], float] = time.monotonic) -> None:
-        """Args: steps: of each run in order, 0 for those that are done; clock: seconds."""
+        """Args: steps: of each run in order, or tokens, 0 for those that are done; clock: seconds."""
         self._steps, self._clock = steps, clock
         self._start = clock()
         self._done = 0  # runs

@@ -2,13 +2,18 @@
 
 import copy
 import errno
+import inspect
+import os
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config import Config, as_dict, flatten, resolve, validate
+from moe_jax.config.command import run_own
 from moe_jax.data import check_corpus
+from moe_jax.runtime import processes
 from moe_jax.runtime.files import read_json, write_json
 from moe_jax.runtime.workdir import check_workdir, read_run
 
@@ -26,6 +31,20 @@ class Run(NamedTuple):
 
 SWEEP = "sweep.json"  # the file that says what is in a folder of runs
 OURS = (SWEEP, "report.html", "figures")  # what a sweep's folder holds beside the folders of its arms
+
+
+def ask(file: Path, source: Any, argument: Sequence[str]) -> list[hyper.Setting] | hyper.Branches:
+    """What get_hyper of a config file lists; an exception in it ends the command with the file and the line.
+
+    Args:
+        file: the config file.
+        source: its module.
+        argument: what get_config was given, one string or none; get_hyper gets it too if it takes a second argument.
+    """
+    takes_argument = len(inspect.signature(source.get_hyper).parameters) > 1
+    listed: list[hyper.Setting] | hyper.Branches
+    listed = run_own(file, lambda: source.get_hyper(hyper, *(argument if takes_argument else ())))
+    return listed
 
 
 def plan(base: dict[str, Any], settings: list[hyper.Setting]) -> list[Run]:
@@ -144,11 +163,25 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def refuse_cluster() -> None:
+    """Raise a ValueError if a cluster started this command as one process of many."""
+    if cluster := processes.find_cluster(os.environ):
+        raise ValueError(
+            f"{cluster.launcher} started this as one process of many, but each run of a sweep uses one process; "
+            "start it once per machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
+        )
+
+
 FOR_ALL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of the operating system that would end every run
 
 
-def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
+def execute(runs: list[Run], workdir: Path, progress: Progress | None = None) -> tuple[int | None, list[str]]:
     """Train the runs that are not finished, one after the other.
+
+    Args:
+        runs: of the sweep, or of a shard of it.
+        workdir: of the sweep.
+        progress: of all runs of which these are the next ones; None for these alone.
 
     Returns:
         the signal that stopped them, or None, and a sentence for every run that failed, now or earlier.
@@ -158,7 +191,7 @@ def execute(runs: list[Run], workdir: Path) -> tuple[int | None, list[str]]:
         OSError: the disk is full or not writable.
     """
     fit_devices(runs)
-    progress = Progress([planned_steps(run, folder_of(workdir, run)) for run in runs])
+    progress = progress or Progress([planned_steps(run, folder_of(workdir, run)) for run in runs])
     failed: list[str] = []
     for number, run in enumerate(runs, 1):
         folder = folder_of(workdir, run)

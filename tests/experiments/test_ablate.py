@@ -15,6 +15,7 @@ from state_hash import state_hash
 
 from conftest import tiny_config
 from experiments import hyper
+from experiments.branched import plan_branched
 from experiments.report import read_sweep
 from experiments.runs import Run, claim, execute, override, parse_shard, plan, sweep_record
 from moe_jax.config import as_dict, default, flatten, validate
@@ -350,12 +351,15 @@ def test_a_finished_sweep_stays_finished_without_its_checkpoints(tmp_path):
     assert not (tmp_path / "one" / "seed0" / "checkpoints").exists()
 
 
-def test_every_file_of_the_repository_that_has_arms_has_a_plan(repo):
+def test_every_file_of_the_repository_that_has_arms_has_a_plan(repo, tmp_path):
     for file in sorted((repo / "configs" / "ablation").glob("*.py")):
         source = load(file)
-        runs = plan(as_dict(validate(source.get_config())), source.get_hyper(hyper))
-        assert len({r.arm for r in runs}) > 1
-        assert {r.seed for r in runs if r.arm == runs[0].arm} == {r.seed for r in runs}
+        base, listed = as_dict(validate(source.get_config())), source.get_hyper(hyper)
+        is_branched = isinstance(listed, hyper.Branches)
+        plans = [p.branches for p in plan_branched(base, listed, tmp_path)] if is_branched else [plan(base, listed)]
+        for runs in plans:
+            assert len({r.arm for r in runs}) > 1
+            assert {r.seed for r in runs if r.arm == runs[0].arm} == {r.seed for r in runs}
 
 
 def test_the_command_trains_every_run_prints_a_table_and_writes_the_report(tmp_path):
