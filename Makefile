@@ -1,15 +1,21 @@
-# make demo, make corpus, make test, make lint, make docs: each sets itself up in .venv first.
+# make demo, make corpus, make study, make test, make lint, make docs: each sets itself up in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo corpus test laws lint docs clean
+.PHONY: demo corpus study test laws lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m experiments.ablate --config=configs/ablation/demo.py --workdir=runs/demo
 
 corpus: $(VENV)/demo.stamp
 	$(RUN) -m experiments.corpus --output=corpus
+
+# half a day on two cores; goes on where it was ended
+study: $(VENV)/demo.stamp
+	test -d corpus/bytes || $(MAKE) corpus
+	$(RUN) -m experiments.study --workdir=runs/study
+	$(RUN) -m experiments.report experiments/results/study
 
 test: $(VENV)/peers.stamp
 	$(RUN) -m pytest

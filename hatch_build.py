@@ -17,6 +17,7 @@ class Layout(BuildHookInterface):
         root = Path(self.root)
         if version == "standard":
             report = root.glob("experiments/report/*.*")  # a style sheet, too
-            folders = [file for name in ("corpus", "statistics") for file in root.glob(f"experiments/{name}/*.py")]
+            names = ("corpus", "statistics", "study")
+            folders = [file for name in names for file in root.glob(f"experiments/{name}/*.py")]
             for file in [*root.glob("configs/**/*.py"), *root.glob("experiments/*.py"), *folders, *report]:
                 build_data["force_include"][str(file)] = str("moe_jax" / file.relative_to(root))

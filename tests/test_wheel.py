@@ -65,7 +65,7 @@ def test_the_wheel_has_every_config_and_every_module_of_sweeps(wheel, repo):
     there = names(wheel)
     wanted = [*repo.glob("configs/**/*.py"), *repo.glob("experiments/*.py")]
     wanted += [*repo.glob("experiments/report/*.*"), *repo.glob("experiments/corpus/*.py")]
-    wanted += repo.glob("experiments/statistics/*.py")
+    wanted += [*repo.glob("experiments/statistics/*.py"), *repo.glob("experiments/study/*.py")]
     assert len(wanted) > 20
     assert {f"moe_jax/{file.relative_to(repo)}" for file in wanted} <= there
     assert {name.split("/")[0] for name in there} == {"moe_jax"}

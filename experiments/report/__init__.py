@@ -2,7 +2,7 @@
 
     python -m experiments.report DIR [--output=DIR/report.html] [--baseline=ARM] [--figures]
 
-DIR is a plain or a branched sweep.
+DIR is a plain or a branched sweep, or the study: its archives or its workdir.
 
 Read in this order: `sweep` (the finished runs of a folder), `numbers` (the numbers of a run, and intervals over seeds),
 `columns` (the tables), `settings`, `answer` (sentences), `drawing`, `experts` and `figures` (pictures), `terminal`,

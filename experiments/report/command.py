@@ -1,4 +1,4 @@
-"""The command: reads a sweep, prints its main table and writes its page."""
+"""The command: reads a sweep or the study, prints its main table or verdicts, and writes its page."""
 
 import argparse
 from collections.abc import Iterable
@@ -25,9 +25,14 @@ def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> 
     options = _parser().parse_args(argv)
     print_any_name()
     columns = list(columns)
+    from ..study.archive import is_study  # it reads sweeps as this package does
+
     try:
         directory = path_of(options.directory, "DIR")
         output = path_of(options.output, "--output") if options.output else None
+        if is_study(directory):
+            _report_study(directory, output, options)
+            return
         if is_branched(directory):
             _report_branched(directory, output, options)
             return
@@ -43,6 +48,15 @@ def main(argv: list[str] | None = None, columns: Iterable[Column] = COLUMNS) -> 
         fail(f"{error.filename} cannot be written ({error.strerror}); --output=FILE names another file.")
     print_table(sweep, columns)
     print(f"Wrote {output}")
+
+
+def _report_study(directory: Path, output: Path | None, options: argparse.Namespace) -> None:
+    from ..study.report import report_study
+
+    for flag, value in (("--baseline", options.baseline), ("--figures", options.figures)):
+        if value:
+            raise SweepError(f"{flag} is for one sweep, and DIR={directory} holds the study; leave it out.")
+    report_study(directory, output)
 
 
 def _report_branched(directory: Path, output: Path | None, options: argparse.Namespace) -> None:
@@ -64,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turns the runs of a sweep into a report: one self-contained page with the answer, tables, "
         "pictures and their limits.",
     )
-    parser.add_argument("directory", metavar="DIR", help="folder with sweep.json and the runs")
-    parser.add_argument("--output", metavar="FILE", help="the page to write (DIR/report.html)")
+    parser.add_argument("directory", metavar="DIR", help="folder with sweep.json and the runs, or of the study")
+    parser.add_argument("--output", metavar="FILE", help="the page (DIR/report.html); of the study, its folder (DIR)")
     parser.add_argument("--baseline", metavar="ARM", help="arm to compare with (the one in sweep.json)")
     parser.add_argument("--figures", action="store_true", help="also write the pictures to DIR/figures/*.png")
     return parser
