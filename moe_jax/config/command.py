@@ -149,18 +149,29 @@ def config_source() -> tuple[Path, types.ModuleType, Sequence[str]]:
 
 def shipped() -> dict[str, Path]:
     """The configs that come with this package, by name: `tiny`, `ablation/demo`."""
-    here = Path(__file__).parent.parent
-    folder = next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())  # installed, or in a clone
+    folder = shipped_folder()
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
 
 
+def shipped_folder() -> Path:
+    """The folder of the configs that come with this package."""
+    here = Path(__file__).parent.parent
+    return next(f for f in (here / "configs", here.parent / "configs") if f.is_dir())  # installed, or in a clone
+
+
 def load(file: Path) -> types.ModuleType:
-    """Load a config file as a module.
+    """Load a config file as a module. One that comes with this package may import others as `configs.NAME`.
 
     Raises:
         ValueError: it is not a Python file, or has no get_config().
         Exception: any exception that the file raises.
     """
+    ours = shipped_folder()
+    if file.resolve().is_relative_to(ours.resolve()):
+        # installed, the folder is inside moe_jax, and in a clone not on the path of a command started elsewhere
+        package = types.ModuleType("configs")
+        package.__path__ = [str(ours)]
+        sys.modules["configs"] = package
     loader = importlib.machinery.SourceFileLoader("config_file", str(file))
     spec = importlib.util.spec_from_loader("config_file", loader)
     assert spec is not None
