@@ -93,7 +93,8 @@ def test_every_command_of_an_installed_wheel_works_from_an_empty_folder(python, 
 
     assert "1 of 20 steps done in run" in command("moe_jax.train", "--config=tiny", "--workdir=run", "--stop_at=1")
     assert "moe_jax/configs/from_checkpoint.py" in command("moe_jax.describe", "--config=from_checkpoint", status=2)
-    assert "16 experts, 4 a token" in command("moe_jax.describe", "--config=ablation/trade_off")  # it imports another config
+    # this config imports another one
+    assert "16 experts, 4 a token" in command("moe_jax.describe", "--config=ablation/trade_off")
     done = command("moe_jax.experiments.ablate", "--config=sweep.py", "--workdir=sweep")
     assert "report: sweep/report.html" in done
     assert "python -m moe_jax.experiments.ablate --config=sweep.py" in (tmp_path / "sweep/sweep.json").read_text()
