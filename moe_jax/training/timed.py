@@ -4,9 +4,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from moe_jax import data
 from moe_jax.data import Batch
-from moe_jax.mesh import batch_sharding
+from moe_jax.mesh import batch_sharding, platform
 from moe_jax.runtime import processes
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.profiling import named
@@ -24,9 +26,12 @@ class TimedStep:
         self._train_step = compile.make_train_step(context.config, context.mesh)
         self._key = step_key(context.config)
         self._newest: Watched | None = None
+        # XLA:CPU lets 32 programs of a device run ahead. A thread that waits for its turn may be the one that a
+        # collective of an earlier program needs, and after 40 seconds XLA ends the process.
+        self._waits = platform(context.mesh) == "cpu" and context.mesh.size > 1
 
     def __call__(self, now: Now) -> tuple[TrainState, dict[str, Any]]:
-        """Dispatch the step to the devices; waits for the result of the first step only."""
+        """Dispatch the step to the devices; waits for its result only if it is the first, or on several CPU devices."""
         context = self._context
         compiles = self._newest is None
         self._newest = context.watchdog.watch("step", now.step)
@@ -35,6 +40,8 @@ class TimedStep:
                 state, values = self._train_step(now.state, now.batch, self._key)
             self._newest.result = values["loss"]
             context.tokens.add(values["tokens"])
+            if self._waits:
+                jax.block_until_ready(values["loss"])
             if compiles:
                 context.tokens.fetch()
                 context.ledger.restart()

@@ -206,6 +206,20 @@ def test_a_hook_that_fails_loses_no_line_save_or_evaluation_and_every_hook_is_cl
     assert events == ["begin 0", "before 2", "evaluate mine 2", "close"]
 
 
+def test_steps_on_several_cpu_devices_do_not_run_ahead_of_each_other(tmp_path):
+    """XLA:CPU ends the process if 32 of them do, because their threads wait for each other."""
+    ready = []
+
+    class Looks(Hook):
+        every = 1
+
+        def after(self, context, now):
+            ready.append(now.values["loss"].is_ready())
+
+    run(rig.drill_config(num_steps=6, log_every=100, mesh=dict(data=4)), tmp_path, hooks=[Looks()], quiet=True)
+    assert ready == [True] * 6
+
+
 @pytest.mark.parametrize("key", ["measure_every", "record_scores_every"])
 def test_an_interval_of_the_config_that_no_hook_has_is_refused(tmp_path, key):
     config = rig.drill_config(**{key: 2})
