@@ -9,7 +9,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/results/*")
+STUDY = "experiments/results/study"
+OUTSIDE = (
+    *("CHANGELOG.md", "CONTRIBUTING.md", "experiments/LOG.md", "experiments/results/*.*"),
+    *(f"{STUDY}/report.md", f"{STUDY}/figures/*"),
+)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
