@@ -32,7 +32,7 @@ from moe_jax.runtime.memory import use_huge_pages
 
 from . import hyper
 from .branched import claim_branched, execute_branched, plan_branched
-from .runs import ask, claim, execute, parse_shard, plan, refuse_cluster, sweep_record
+from .runs import claim, execute, parse_shard, plan, read_settings, refuse_cluster, sweep_record
 
 
 def main(_: list[str]) -> None:
@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
         if not hasattr(source, "get_hyper"):
             raise ValueError(f"--config={file} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
         base = as_dict(validate(flag.config))
-        listed = ask(file, source, argument)
+        listed = read_settings(file, source, argument)
         if isinstance(listed, hyper.Branches):
             _branched(base, listed, workdir, source, shard)
         else:

@@ -67,7 +67,7 @@ class Pair:
         sd: of the n differences, with the ends of its 95 % interval.
         parts: the standard deviations of its components, by name.
         resolves: the smallest difference that n resolve.
-        designs: what resolves the difference asked for.
+        designs: what resolves the requested difference.
     """
 
     arm: str

@@ -33,7 +33,7 @@ SWEEP = "sweep.json"  # the file that says what is in a folder of runs
 OURS = (SWEEP, "report.html", "figures")  # what a sweep's folder holds beside the folders of its arms
 
 
-def ask(file: Path, source: Any, argument: Sequence[str]) -> list[hyper.Setting] | hyper.Branches:
+def read_settings(file: Path, source: Any, argument: Sequence[str]) -> list[hyper.Setting] | hyper.Branches:
     """What get_hyper of a config file lists; an exception in it ends the command with the file and the line.
 
     Args:

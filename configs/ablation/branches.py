@@ -8,6 +8,7 @@ Command: python -m experiments.ablate --config=configs/ablation/branches.py --wo
 Result: in the study's report, experiments/results/study.
 """
 
+from configs.ablation import demo
 from moe_jax.config import default
 
 STEM = 1000  # steps of a trunk
@@ -33,19 +34,7 @@ def get_config(arg: str = ""):
         eval_every=STEPS,
         save_every=0,
         measure_every=100,
-        model=dict(
-            num_layers=4,
-            embed_dim=96,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=24,
-            ffw_dim=256,
-            num_experts=16,
-            top_k=4,
-            num_shared_experts=1,
-            expert_ffw_dim=48,
-            first_dense=1,
-        ),
+        model=demo.get_config().model.to_dict(),
         optimizer=dict(
             learning_rate=3e-3,
             schedule="wsd",

@@ -55,8 +55,8 @@ def check_ignored(output: Path) -> None:
     above = next((folder for folder in (inside, *inside.parents) if folder.is_dir()), None)
     if git is None or above is None:
         return
-    asked = [git, "-C", str(above), "check-ignore", "--quiet", str(inside / "text")]
-    if subprocess.run(asked, capture_output=True, check=False).returncode == 1:  # 128: not in a repository
+    command = [git, "-C", str(above), "check-ignore", "--quiet", str(inside / "text")]
+    if subprocess.run(command, capture_output=True, check=False).returncode == 1:  # 128: not in a repository
         raise ValueError(
             f"--output={output} is in a git repository that does not ignore it, and some of the texts are under the "
             "GPL; give a folder outside, or one that .gitignore names, such as corpus or one in runs."

@@ -162,7 +162,7 @@ def _to_fetch(output: Path, domains: Sequence[str]) -> list[str]:
 
 
 def _drop_other_domains(output: Path, domains: Sequence[str]) -> None:
-    """Removes the text of domains that an earlier, unfinished run was asked for."""
+    """Removes the text of domains that an earlier, unfinished run had."""
     for folder in (output / "text").iterdir():
         if folder.name not in domains:
             documents.note_of(output, folder.name).unlink(missing_ok=True)

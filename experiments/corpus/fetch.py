@@ -73,7 +73,7 @@ def without(names: Iterable[str], leave_out: Mapping[str, str]) -> str:
     """
     lost = set(names)
     kept = [domain for domain, package in leave_out.items() if package not in lost]
-    return f"--domains={','.join(kept)}" if kept else "but no domain that was asked for is left."
+    return f"--domains={','.join(kept)}" if kept else "but no requested domain is left."
 
 
 def fetch(names: Iterable[str], folder: Path, scratch: Path, leave_out: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ class Package:
         sha256: of the archive of that version, in hex.
         bytes: its size.
 
-    PIP and NPM keep every version, so `version` is asked for and another archive is refused. Debian keeps the newest
+    PIP and NPM keep every version, so `version` is requested and another archive is refused. Debian keeps the newest
     one only: whatever it has is taken and recorded, and reported if it is not this one.
     """
 

@@ -2,7 +2,7 @@
 
     python -m experiments.study --workdir=DIR [--results=DIR] [--shard=i/n] [--tables=arms,gates]
 
-Needs the text that `make corpus` makes. A repeated command goes on where the last one ended, whatever ended it. With
+Needs the text that `make corpus` makes. A repeated command resumes where the last one ended, whatever ended it. With
 --shard=i/n it trains every n-th trunk with its branches, and every n-th whole run, so that n machines share the work,
 with one workdir or with one each. The logs of finished runs are packed into --results after every table, and when a
 signal ends the command. In the end it prints a verdict on every claim and, with all shards in one, writes the page of

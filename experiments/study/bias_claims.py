@@ -1,10 +1,13 @@
 """Claims 1 to 7: no balancing, the auxiliary loss and the bias, and the rules that move it."""
 
 import math
+from collections.abc import Iterable
 
+from ..report.numbers import last, tail
 from . import measures as m
+from .arms import RULES, WEIGHTS
 from .claims import SMALL, Claim, Published, above, below, within
-from .measures import BALANCE, QUALITY, Measure, effect, last, level, log, tail
+from .measures import BALANCE, QUALITY, Measure, effect, level, log
 
 LFB = "Loss-Free Balancing (2408.15664)"
 INTERFERENCE = tail("interference/router_ratio")  # gradient norm of balancing over that of the language model
@@ -12,17 +15,6 @@ VIOLATION = "max violation"
 RATIO = "log of the ratio of max violations"
 GRADIENTS = "ratio of gradient norms at the router"
 RANKS = "rank correlation"
-WEIGHTS = ("aux_1e-4", "aux_1e-3", "aux_1e-2", "aux_1e-1")
-# rule -> final max violation in the simulator, at the rate of configs/ablation/rules.py
-SIMULATED = {
-    "sign": 0.2452,
-    "proportional": 0.2435,
-    "rms": 0.2426,
-    "pi": 0.2405,
-    "smebu": 0.2452,
-    "quantile": 0.2713,
-    "multiplicative": 0.2478,
-}
 
 
 def loss(arm: str, baseline: str) -> Measure:
@@ -35,7 +27,7 @@ def violation(arm: str, baseline: str) -> Measure:
     return effect("arms", arm, baseline, log(last(BALANCE)))
 
 
-def levels(arms: tuple[str, ...], number: m.Number) -> dict[str, Measure]:
+def levels(arms: Iterable[str], number: m.Number) -> dict[str, Measure]:
     """A number of each arm."""
     return {arm: level("arms", arm, number) for arm in arms}
 
@@ -189,8 +181,8 @@ CLAIMS = (
         "The order of the rules' max violations is that of the simulator.",
         Published("this project"),
         m.rank_correlation(
-            {arm: m.constant(value, level("arms", arm, last(BALANCE))) for arm, value in SIMULATED.items()},
-            levels(tuple(SIMULATED), last(BALANCE)),
+            {arm: m.constant(value, level("arms", arm, last(BALANCE))) for arm, value in RULES.items()},
+            levels(RULES, last(BALANCE)),
         ),
         above(unit=RANKS),
     ),

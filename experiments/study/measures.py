@@ -13,8 +13,6 @@ from typing import Any
 from moe_jax.runtime.files import read_json
 
 from ..report.branched import Branched
-from ..report.numbers import last as last  # claims take both from here
-from ..report.numbers import tail as tail
 from ..report.sweep import DAMAGED, Run, Sweep
 from ..statistics import blocks
 from ..statistics.blocks import Branch

@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
+from ..report.numbers import last, tail
 from . import measures as m
 from .bias_claims import LFB, RATIO, VIOLATION, loss, violation
 from .claims import SMALL, Claim, Published, above, below, either, within
-from .measures import BALANCE, QUALITY, SEQUENCE, Measure, effect, last, level, log
+from .measures import BALANCE, QUALITY, SEQUENCE, Measure, effect, level, log
 
 V3 = "DeepSeek-V3 (2412.19437)"
 MOE = "DeepSeekMoE (2401.06066)"
@@ -25,7 +26,7 @@ def whole(table: str, arm: str, baseline: str) -> Measure:
 def leak(scope: str) -> Measure:
     """Loss in training minus on held-out text, against that of the bias: what selection by the future saves."""
     arm = f"expert_choice_{scope}"
-    return m.minus(effect("leak", arm, "bias", m.tail(TRAINING)), effect("leak", arm, "bias", last(QUALITY)))
+    return m.minus(effect("leak", arm, "bias", tail(TRAINING)), effect("leak", arm, "bias", last(QUALITY)))
 
 
 def removed(variant: str) -> Measure:

@@ -14,7 +14,7 @@ from moe_jax.config.command import load, locate, run_own
 from .. import hyper
 from ..branched import Part, claim_branched, execute_branched, jobs_of, plan_branched
 from ..progress import Progress
-from ..runs import Run, ask, claim, execute, folder_of, plan, planned_steps, sweep_record
+from ..runs import Run, claim, execute, folder_of, plan, planned_steps, read_settings, sweep_record
 
 # name -> what `--config` of ablate takes
 TABLES = {
@@ -111,7 +111,7 @@ def _read_table(name: str, config: str, folder: Path) -> Table:
     file, argument = locate(config)
     source = run_own(file, lambda: load(file))
     base = as_dict(validate(run_own(file, lambda: complete(source.get_config(*argument)))))
-    listed = ask(file, source, argument)
+    listed = read_settings(file, source, argument)
     if isinstance(listed, hyper.Branches):
         return Table(name, folder, source, base, [], plan_branched(base, listed, folder), listed.at)
     return Table(name, folder, source, base, plan(base, listed), [], 0)

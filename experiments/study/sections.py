@@ -10,11 +10,12 @@ from ..report.columns import BALANCE, QUALITY, Table, show
 from ..report.crossed import on_trunk
 from ..report.crossed_page import crossed_section
 from ..report.experts import bias_trajectories, load_heatmaps
+from ..report.numbers import last
 from ..report.sweep import Sweep, as_number
 from . import measures, pictures
 from .arms import BASELINE, CORE, EXPERTS, SCOPES, WEIGHTS, Point, effects, levels, main_sweep, only, points
 from .devices import DEVICES, device_factor, random_factor
-from .measures import SEQUENCE, Found, Tables, last
+from .measures import SEQUENCE, Found, Tables
 from .parts import Part, Section, sources, table, text
 from .parts import pictures as shown
 

@@ -231,7 +231,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
         holds=lambda c: c.batch_size % c.micro_batches == 0,
     ),
     Rule(
-        "{num_steps} must be above the step of {branch_from}, from which the run goes on",
+        "{num_steps} must be above the step of {branch_from}, from which the run continues",
         "raise num_steps",
         holds=lambda c: not c.branch_from or branch_point(c)[1] < c.num_steps,
     ),

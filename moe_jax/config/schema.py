@@ -164,7 +164,7 @@ class Config:
     mtp_milestones: tuple[float, ...] = ()  # ... the next one from each of these shares of the run on
     # a workdir: a new run starts with the parameters and the bias of its newest checkpoint
     init_from: str = choice("", "nothing")
-    # "WORKDIR@STEP": a new run starts with the whole state of that checkpoint, and goes on from its step
+    # "WORKDIR@STEP": a new run starts with the whole state of that checkpoint, and continues from its step
     branch_from: str = choice("", "nothing")
     model: ModelConfig = section(ModelConfig, "model")
     balance: tuple[BalanceEntry, ...] = ()

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import remove_tree
 from moe_jax.runtime.leaves import compare_leaves, describe_leaves, fields_of, first_non_finite
-from moe_jax.runtime.manifest import MANIFEST, check, hand_in_hashes, is_link, other_files, write_manifest
+from moe_jax.runtime.manifest import MANIFEST, check, hand_in_hashes, is_link, of_step, other_files, write_manifest
 from moe_jax.runtime.stored import CHUNK_BYTES, in_one_sentence, orbax_path, tree_handler
 
 MOST_REMOVED = 20  # reading gives up after the run has removed the checkpoint that is being read this many times
@@ -58,7 +58,7 @@ class Checkpointer:
         remove_unfinished(self._directory)
         for step in committed(self._directory):
             if first is not None and step > first:
-                _rename_damaged(self._directory / f"{step:08d}")
+                _rename_damaged(of_step(self._directory, step))
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Copy the state to the host, then write it in the background; the state may be donated at once.
@@ -73,7 +73,7 @@ class Checkpointer:
             FloatingPointError: a leaf is not finite; nothing is written, and earlier checkpoints stay.
         """
         self.wait()
-        path = self._directory / f"{step:08d}"
+        path = of_step(self._directory, step)
         if processes.by_first(lambda: _is_there(path)):
             return
         state = fields_of(state)
@@ -91,7 +91,7 @@ class Checkpointer:
         write_manifest(path, record, processes.count())
         earlier = [s for s in committed(self._directory) if s <= record["step"]]  # a later one may be damaged
         for old in earlier[: -self._keep]:
-            _remove(self._directory / f"{old:08d}")
+            _remove(of_step(self._directory, old))
 
     def wait(self) -> None:
         """Wait until nothing is being written; raises the error of the background save."""
@@ -149,7 +149,7 @@ def restore_step(directory: Path, step: int, target: Any, *, verify: str = "auto
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or its leaves are not the target's.
     """
-    path = directory / f"{step:08d}"
+    path = of_step(directory, step)
     processes.by_first(lambda: compare_leaves(path, check(path, verify)["leaves"], describe_leaves(fields_of(target))))
     return processes.by_all(partial(in_one_sentence, path, _read, path, target))
 
@@ -241,7 +241,7 @@ def read_newest(
         if found is None:
             return None
         step, extra = found
-        path = directory / f"{step:08d}"
+        path = of_step(directory, step)
         try:
             return Found(step, processes.by_all(partial(in_one_sentence, path, read, path, extra)), extra)
         except ValueError as error:
@@ -273,7 +273,7 @@ def _newest(
     steps = committed(directory)
     problems = []
     for step in reversed(steps):
-        path = directory / f"{step:08d}"
+        path = of_step(directory, step)
         try:
             if step in unreadable:
                 raise ValueError(unreadable[step])

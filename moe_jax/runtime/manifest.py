@@ -20,6 +20,11 @@ NOT_HASHED = {MANIFEST, "_CHECKPOINT_METADATA"}  # the second holds only Orbax's
 FOREIGN = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs\w+")
 
 
+def of_step(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return checkpoints / f"{step:08d}"
+
+
 def write_manifest(path: Path, record: dict[str, Any], num_processes: int = 1) -> None:
     """Hash every file of the checkpoint and commit it if it can be read: the manifest appears whole or not at all.
 
@@ -128,7 +133,7 @@ def fingerprint(path: Path) -> str:
 def fingerprint_at(checkpoints: Path, step: int) -> str | None:
     """The fingerprint of the finished checkpoint of a step; None if it is gone or damaged."""
     try:
-        return fingerprint(checkpoints / f"{step:08d}")
+        return fingerprint(of_step(checkpoints, step))
     except ValueError:
         return None
 

@@ -1,8 +1,8 @@
-"""A run that begins with the whole state of a checkpoint of another run, its trunk, and goes on from that step.
+"""A run that begins with the whole state of a checkpoint of another run, its trunk, and continues from that step.
 
-Parameters, moments, step and skipped steps are those of the trunk; the schedule and the batches go on from its step,
-with the seed of the branch. The balance is the branch's own: a method that the trunk has too goes on with its state,
-and the bias goes on if both runs move one of the same kind. So an auxiliary loss that is branched from a run with a
+Parameters, moments, step and skipped steps are those of the trunk; the schedule and the batches continue from its step,
+with the seed of the branch. The balance is the branch's own: a method that the trunk has too keeps its state, and the
+bias is kept if both runs move one of the same kind. So an auxiliary loss that is branched from a run with a
 bias is measured without that bias. L is the number of MoE layers.
 """
 
@@ -58,17 +58,17 @@ def branch(config: Config, mesh: Mesh, corpus: Corpus) -> Branch:
         ValueError: no such checkpoint, a damaged one, or one of another model or with other moments.
     """
     folder, step = _checkpoints(config), branch_point(config)[1]
-    with _saying_what_is_saved(config):
-        extra, fingerprint = processes.by_first(lambda: _about(folder / f"{step:08d}"))
+    with _listing_saved_steps(config):
+        extra, fingerprint = processes.by_first(lambda: _about(manifest.of_step(folder, step)))
     there = _trunk(config, extra)
-    with _saying_what_is_saved(config):
+    with _listing_saved_steps(config):
         state = checkpoint.restore_step(folder, step, abstract_state(there, mesh), verify=config.checkpoint.verify)
     return Branch(
         _with_own_balance(config, there, state, mesh),
         extra.get("tokens_seen", 0),
         {"step": step, "fingerprint": fingerprint},
         {entry.label for entry, _ in _shared(config, there)},
-        [f"branching from {config.branch_from}", *_differences(config, extra, corpus), *begun_anew(config, there)],
+        [f"branching from {config.branch_from}", *_differences(config, extra, corpus), *reset_notes(config, there)],
     )
 
 
@@ -90,8 +90,8 @@ def check_branch(config: Config, workdir: Path) -> None:
         )
     if checkpoint.committed(workdir / "checkpoints") or is_finished(config, workdir):
         return
-    with _saying_what_is_saved(config):
-        extra, _ = _about(folder / f"{step:08d}")
+    with _listing_saved_steps(config):
+        extra, _ = _about(manifest.of_step(folder, step))
     _trunk(config, extra)
 
 
@@ -149,14 +149,14 @@ def _about(path: Path) -> tuple[dict[str, Any], str]:
 
 
 @contextmanager
-def _saying_what_is_saved(config: Config) -> Iterator[None]:
+def _listing_saved_steps(config: Config) -> Iterator[None]:
     """Add to the ValueError of a checkpoint that is missing or damaged its key, and the steps that could be named."""
     try:
         yield
     except ValueError as error:
         folder, step = _checkpoints(config), branch_point(config)[1]
         problem = f"{error} Restore the file, or name another step"
-        if checkpoint.is_gone(folder / f"{step:08d}"):
+        if checkpoint.is_gone(manifest.of_step(folder, step)):
             problem = f"{folder.parent} has no finished checkpoint of step {step}; name another"
         saved = ", ".join(map(str, checkpoint.committed(folder))) or "none"
         raise ValueError(
@@ -242,6 +242,11 @@ def bias_kind(config: Config) -> str:
         return ""
     if owner.options.selects:
         return f"is the threshold of {owner.method}"
+    return use_of_bias(config)
+
+
+def use_of_bias(config: Config) -> str:
+    """How selection combines scores with the bias, moved or not: as the end of a sentence about it."""
     is_added = balance.make(config.balance, config.model).combine is None
     return "is added to scores" if is_added else "multiplies scores"
 
@@ -271,8 +276,8 @@ def _differences(config: Config, extra: Mapping[str, Any], corpus: Corpus) -> li
     return [f"unlike its trunk (there -> here): {'; '.join(changed)}"] if changed else []
 
 
-def begun_anew(config: Config, there: Config) -> list[str]:
-    """A line where the bias begins anew, and one for every method whose state in part does."""
+def reset_notes(config: Config, there: Config) -> list[str]:
+    """A line if the bias is reset to its initial value, and one for every method whose state is reset in part."""
     kinds = bias_kind(there), bias_kind(config)
     lines = []
     if kinds[0] != kinds[1]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import balance, dispatch
+from moe_jax import dispatch
 from moe_jax.balance.selectors import balanced_table
 from moe_jax.config import Config, as_dict, differences, keys_that_change, validate
 from moe_jax.config.paths import workdir_of
@@ -15,7 +15,7 @@ from moe_jax.data import Corpus, token_frequencies
 from moe_jax.runtime import checkpoint, manifest, processes
 from moe_jax.runtime.signals import can_be_noted
 from moe_jax.runtime.workdir import Identity, config_of_run, identity_of, refuse_another_run
-from moe_jax.training.branch import branch, refuse_other_beginning, refuse_other_trunk
+from moe_jax.training.branch import branch, refuse_other_beginning, refuse_other_trunk, use_of_bias
 from moe_jax.training.optimizer import cost_of_rounding
 from moe_jax.training.restore import restore_run
 from moe_jax.training.state import TrainState, abstract_state, init_state, state_around
@@ -116,12 +116,13 @@ def _refuse_other_weights(workdir: Path, identity: Identity | None, there: Confi
 
 def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
     """Begin a new run: with random parameters, with those of `init_from`, or with the whole state of `branch_from`."""
-    weights = trunk = None
+    weights = None
+    trunk = None
     extra: dict[str, Any] = {}
     known: set[str] = set()
-    said: list[str] = []
+    branching: list[str] = []
     if config.branch_from:
-        state, extra["tokens_seen"], trunk, known, said = branch(config, mesh, corpus)
+        state, extra["tokens_seen"], trunk, known, branching = branch(config, mesh, corpus)
     elif config.init_from:
         state, weights = _weights_of(config, mesh)
     else:
@@ -129,7 +130,7 @@ def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
     processes.by_first(lambda: refuse_other_beginning(workdir, trunk))
     state = _with_hash_tables(config, state, corpus, known)
     remarks = processes.by_first(lambda: [*_changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
-    return Start(state, extra, Identity(corpus.fingerprint, weights, trunk), [*said, *remarks])
+    return Start(state, extra, Identity(corpus.fingerprint, weights, trunk), [*branching, *remarks])
 
 
 def _weights_of(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
@@ -159,7 +160,8 @@ def _weights_of(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]
     if has_bias:
         _refuse_bias_of_another_kind(config, validate(extra["config"]))
     step = extra["step"]
-    known = {"step": step, "fingerprint": processes.by_first(lambda: manifest.fingerprint(folder / f"{step:08d}"))}
+    path = manifest.of_step(folder, step)
+    known = {"step": step, "fingerprint": processes.by_first(lambda: manifest.fingerprint(path))}
     return state_around(config, weights["params"], weights["bias"] if has_bias else None, mesh), known
 
 
@@ -176,13 +178,10 @@ def _changes_of_model(config: Config) -> list[str]:
 
 def _refuse_bias_of_another_kind(config: Config, there: Config) -> None:
     """Raise a ValueError if one run adds the bias to scores and the other multiplies scores by it."""
-    kinds = [
-        "is added to scores" if balance.make(c.balance, c.model).combine is None else "multiplies scores"
-        for c in (there, config)
-    ]
-    if kinds[0] != kinds[1]:
+    then, now = use_of_bias(there), use_of_bias(config)
+    if then != now:
         raise ValueError(
-            f"init_from={config.init_from!r} has a bias that {kinds[0]}, but in this run's balance it {kinds[1]}; "
+            f"init_from={config.init_from!r} has a bias that {then}, but in this run's balance it {now}; "
             "choose a balance of the same kind."
         )
 

@@ -418,7 +418,7 @@ ADDRESSES = [
     ("moe_jax.train", "--config=configs/tiny.py", f"--workdir={AWAY}"),
     ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.data.path={AWAY}"),
     ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.init_from={AWAY}"),
-    ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.branch_from={AWAY}@100"),
+    ("moe_jax.train", "--config=configs/tiny.py", "--workdir=runs/none", f"--config.branch_from={AWAY}@10"),
     ("moe_jax.train", f"--config=configs/from_checkpoint.py:{AWAY}", "--workdir=runs/none"),
     ("moe_jax.evaluate", f"--workdir={AWAY}"),
     ("moe_jax.generate", f"--workdir={AWAY}", "--prompt=x"),

@@ -21,7 +21,7 @@ from moe_jax.runtime.checkpoint import committed, restore_step
 from moe_jax.runtime.log import read_jsonl
 from moe_jax.runtime.manifest import read_manifest
 from moe_jax.runtime.workdir import config_of_run
-from moe_jax.training.branch import begun_anew, check_branch, own_balance
+from moe_jax.training.branch import check_branch, own_balance, reset_notes
 from moe_jax.training.hooks import Hook
 from moe_jax.training.loop import run
 from moe_jax.training.start import start
@@ -177,7 +177,7 @@ def balanced(before, now):
     bias = write_bias(abstract_model(before.model).bias, there["bias"])
     layers = {label: value for label, value in there.items() if label != "bias"}
     bias, layers = own_balance(now, before, jnp.int32(AT), bias, layers)
-    return there, layers | {"bias": read_bias(bias)}, initial_layers(now), " ".join(begun_anew(now, before))
+    return there, layers | {"bias": read_bias(bias)}, initial_layers(now), " ".join(reset_notes(now, before))
 
 
 ADDED = dict(bias_sign={})

@@ -11,7 +11,7 @@ import pytest
 from sweeps import branched_sweep, simulated_sweep, tiny_sweep
 
 from experiments.report.branched import Branched
-from experiments.report.numbers import layer_arrays
+from experiments.report.numbers import last, layer_arrays
 from experiments.report.sweep import SweepError
 from experiments.study import archive
 from experiments.study.archive import collect, is_study, opened, read_archive, tables, unpacked
@@ -62,7 +62,7 @@ def test_what_is_unpacked_reads_as_the_runs_do(study):
 
 def test_verdicts_are_the_same(study):
     from experiments.study.claims import Claim, Published, below
-    from experiments.study.measures import BALANCE, QUALITY, effect, last
+    from experiments.study.measures import BALANCE, QUALITY, effect
 
     work, results = study
     claims = [

@@ -9,11 +9,12 @@ from studies import AT, CONFIG, TRUNKS, Arm, line, main_sweep, plain_table, writ
 from sweeps import write_run
 
 from experiments.report import read_branched, read_sweep
+from experiments.report.numbers import last, tail
 from experiments.study import measures as m
 from experiments.study.measures import BALANCE, QUALITY, Found
 from experiments.study.model_claims import removed
 
-BITS = m.last(QUALITY)
+BITS = last(QUALITY)
 ARMS = {
     "bias": Arm(0.0, 0.2),
     "aux_1e-2": Arm(0.01, 0.4, 0.05),
@@ -89,10 +90,10 @@ def test_the_favour_is_own_trunks_minus_others(tmp_path):
 
 def test_a_logarithm_makes_differences_ratios_and_has_none_of_zero(tmp_path):
     tables = branched(tmp_path, ARMS | {"forced": Arm(0.0, 0.0)})
-    assert m.effect("arms", "none", "bias", m.log(m.last(BALANCE)))(tables).blocks == pytest.approx(
+    assert m.effect("arms", "none", "bias", m.log(last(BALANCE)))(tables).blocks == pytest.approx(
         {0: math.log(8), 1: math.log(8)}
     )
-    found = m.effect("arms", "forced", "bias", m.log(m.last(BALANCE)))(tables)
+    found = m.effect("arms", "forced", "bias", m.log(last(BALANCE)))(tables)
     assert not found.blocks and found.missing.startswith("arms: no trunk seed has")
 
 
@@ -101,8 +102,8 @@ def test_the_tail_is_the_mean_of_the_last_quarter_of_lines(tmp_path):
     run = run_of(tables, "bias", 0, "none")
     rewrite(run, "x", 1.0, 2.0, 5.0, 7.0)
     again = run_of({"arms": read_branched(tmp_path / "arms")}, "bias", 0, "none")
-    assert m.tail("x")(again) == 7.0  # one of four lines
-    assert math.isnan(m.tail("nothing")(again))
+    assert tail("x")(again) == 7.0  # one of four lines
+    assert math.isnan(tail("nothing")(again))
 
 
 # --- what is not finished ---------------------------------------------------------------------------------
