@@ -18,8 +18,6 @@ another machine has not finished is reported, and trained when the command is re
 """
 
 import sys
-from pathlib import Path
-from typing import Any
 
 from absl import app, flags
 
@@ -31,8 +29,8 @@ from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.memory import use_huge_pages
 
 from . import hyper
-from .branched import claim_branched, execute_branched, plan_branched
-from .runs import claim, execute, parse_shard, plan, read_settings, refuse_cluster, sweep_record
+from .planned import Planned, plan_sweep
+from .runs import parse_shard, read_settings, refuse_cluster
 
 
 def main(_: list[str]) -> None:
@@ -51,54 +49,40 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--config={file} defines no get_hyper(h), so no sweep; use moe_jax.train for one run.")
         base = as_dict(validate(flag.config))
         listed = read_settings(file, source, argument)
-        if isinstance(listed, hyper.Branches):
-            _branched(base, listed, workdir, source, shard)
-        else:
-            _plain(base, listed, workdir, source, shard)
+        if flag.discard_weights and not isinstance(listed, hyper.Branches):
+            raise ValueError(
+                "--discard_weights is for branched sweeps, and get_hyper lists a plain one; leave it out, and delete "
+                "the checkpoints folders of finished runs yourself."
+            )
+        sweep = plan_sweep(source, base, listed, workdir)
+        for line in sweep.claim(_command()):
+            print(line)
+        stopped, failed = sweep.train(shard, discard_weights=flag.discard_weights)
+        if stopped:
+            raise SystemExit(128 + stopped)
+        _report(sweep, whole=shard[1] == 1)
+        if failed:
+            mine = sweep.share(shard)
+            title = f"{len(failed)} of {len(mine)} runs failed:" if mine else "not every run is finished:"
+            fail("\n  ".join([title, *failed]), status=1)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error))
 
 
-def _plain(
-    base: dict[str, Any], listed: list[hyper.Setting], workdir: Path, source: Any, shard: tuple[int, int]
-) -> None:
-    if flags.FLAGS.discard_weights:
-        raise ValueError(
-            "--discard_weights is for branched sweeps, and get_hyper lists a plain one; leave it out, and delete the "
-            "checkpoints folders of finished runs yourself."
-        )
-    index, count = shard
-    runs = plan(base, listed)
-    for line in claim(workdir, sweep_record(runs, base, source, _command()), runs):
-        print(line)
-    stopped, failed = execute(runs[index::count], workdir)
-    if stopped:
-        raise SystemExit(128 + stopped)
+def _report(planned: Planned, whole: bool) -> None:
+    """Print the table of what is finished, and write the page unless other shards do the rest."""
     from . import report
 
-    sweep = report.read_sweep(workdir)
-    report.print_table(sweep)
-    if count == 1 and sweep.finished:
-        print(f"report: {report.write(sweep)}")
-    if failed:
-        fail("\n  ".join([f"{len(failed)} of {len(runs[index::count])} runs failed:", *failed]), status=1)
-
-
-def _branched(base: dict[str, Any], listed: hyper.Branches, workdir: Path, source: Any, shard: tuple[int, int]) -> None:
-    parts = plan_branched(base, listed, workdir)
-    for line in claim_branched(workdir, parts, base, listed.at, source, _command()):
-        print(line)
-    stopped, failed = execute_branched(parts, workdir, listed.at, shard, flags.FLAGS.discard_weights)
-    if stopped:
-        raise SystemExit(128 + stopped)
-    from . import report
-
-    sweep = report.read_branched(workdir)
-    report.print_branched(sweep)
-    if shard[1] == 1 and sweep.runs:
-        print(f"report: {report.write_branched(sweep)}")
-    if failed:
-        fail("\n  ".join(["not every run is finished:", *failed]), status=1)
+    if planned.parts:
+        branched = report.read_branched(planned.folder)
+        report.print_branched(branched)
+        if whole and branched.runs:
+            print(f"report: {report.write_branched(branched)}")
+    else:
+        sweep = report.read_sweep(planned.folder)
+        report.print_table(sweep)
+        if whole and sweep.finished:
+            print(f"report: {report.write(sweep)}")
 
 
 def _command() -> str:

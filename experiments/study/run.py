@@ -9,15 +9,15 @@ from typing import Any
 from moe_jax.runtime.signals import ENDING
 
 from ..branched import trunks_in
+from ..planned import Planned
 from ..progress import Progress
 from ..runs import fit_devices, folder_of
 from .archive import collect
-from .plan import Table
 
 REMOVED_FROM = {"arms": "bias"}  # table -> the trunk method from whose models experts are removed
 
 
-def check_corpora(tables: Sequence[Table]) -> None:
+def check_corpora(tables: Sequence[Planned]) -> None:
     """Raise a ValueError if the text of a run is not there."""
     for path in sorted({run.config.data.path for table in tables for run in table.every_run}):
         if path and not Path(path).is_dir():
@@ -25,7 +25,7 @@ def check_corpora(tables: Sequence[Table]) -> None:
 
 
 def run_study(
-    tables: Sequence[Table], results: Path, shard: tuple[int, int], command: str
+    tables: Sequence[Planned], results: Path, shard: tuple[int, int], command: str
 ) -> tuple[int | None, list[str]]:
     """Train what is not finished of a shard, table by table, and pack the logs after each, or when a signal ends it.
 
@@ -56,7 +56,7 @@ def run_study(
     with _signals_raise():
         for table in tables:
             try:
-                stopped, sentences = table.train(shard, progress)
+                stopped, sentences = table.train(shard, progress, discard_weights=True)
                 failed += sentences
                 if stopped:
                     return stopped, failed
@@ -67,7 +67,7 @@ def run_study(
     return None, failed
 
 
-def remove_experts(table: Table, shard: tuple[int, int]) -> list[str]:
+def remove_experts(table: Planned, shard: tuple[int, int]) -> list[str]:
     """Measure the loss of trunks without some of their experts, on the held-out text of the run: see `REMOVED_FROM`.
 
     Returns:

@@ -1,0 +1,87 @@
+"""A sweep as a config file lists it, plain or branched: planned as a whole, then claimed and trained alike."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import hyper
+from .branched import Part, claim_branched, execute_branched, jobs_of, plan_branched
+from .progress import Progress
+from .runs import Run, claim, execute, folder_of, plan, planned_steps, sweep_record
+
+
+class Planned(NamedTuple):
+    """A sweep with its runs, validated.
+
+    Attributes:
+        folder: of the sweep.
+        source: the module of its config.
+        base: the config that the settings override, as nested dicts.
+        runs: of a plain sweep; empty for a branched one.
+        parts: trunks with their branches; empty for a plain sweep.
+        at: the step of branching; 0 for a plain sweep.
+    """
+
+    folder: Path
+    source: Any
+    base: dict[str, Any]
+    runs: list[Run]
+    parts: list[Part]
+    at: int
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.name
+
+    def share(self, shard: tuple[int, int]) -> list[Run]:
+        """The runs of a shard (i, n) of a plain sweep."""
+        return self.runs[shard[0] :: shard[1]]
+
+    def claim(self, command: str) -> list[str]:
+        """Write every sweep.json of the sweep; returns and raises what `runs.claim` does."""
+        if self.parts:
+            return claim_branched(self.folder, self.parts, self.base, self.at, self.source, command)
+        return claim(self.folder, sweep_record(self.runs, self.base, self.source, command), self.runs)
+
+    def work(self, shard: tuple[int, int]) -> list[int]:
+        """The tokens that every run of a shard has yet to train, in the order of `train`; 0 if it is done."""
+        if self.parts:
+            return [job.steps * _tokens(job.run) for job in jobs_of(self.parts, self.folder, self.at, shard)]
+        return [planned_steps(run, folder_of(self.folder, run)) * _tokens(run) for run in self.share(shard)]
+
+    def train(
+        self, shard: tuple[int, int], progress: Progress | None = None, discard_weights: bool = False
+    ) -> tuple[int | None, list[str]]:
+        """Train a shard's runs, as `runs.execute` does; `discard_weights` removes those of finished branches."""
+        if self.parts:
+            return execute_branched(self.parts, self.folder, self.at, shard, discard_weights, progress)
+        return execute(self.share(shard), self.folder, progress)
+
+    @property
+    def every_run(self) -> list[Run]:
+        """Trunks and branches, or the runs of a plain sweep, of all shards."""
+        return self.runs + [run for part in self.parts for run in (part.trunk, *part.branches)]
+
+
+def _tokens(run: Run) -> int:
+    """In a step."""
+    return run.config.batch_size * run.config.sequence_length
+
+
+def plan_sweep(
+    source: Any, base: dict[str, Any], listed: list[hyper.Setting] | hyper.Branches, folder: Path
+) -> Planned:
+    """Plan a sweep before anything is trained.
+
+    Args:
+        source: the module of its config.
+        base: the config that the settings override, as nested dicts.
+        listed: what `get_hyper` returned.
+        folder: of the sweep.
+
+    Raises:
+        ValueError: what `runs.plan` and `branched.plan_branched` refuse.
+    """
+    if isinstance(listed, hyper.Branches):
+        return Planned(folder, source, base, [], plan_branched(base, listed, folder), listed.at)
+    return Planned(folder, source, base, plan(base, listed), [], 0)
