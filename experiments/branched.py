@@ -242,18 +242,23 @@ class Job(NamedTuple):
 
 
 def jobs_of(parts: list[Part], workdir: Path, at: int, shard: tuple[int, int] = (0, 1)) -> list[Job]:
-    """The runs of a shard in the order in which they are trained, trunks first; arguments as of `execute_branched`."""
+    """The runs of a shard in the order in which they are trained; arguments as of `execute_branched`.
+
+    Trunks are first. Then the first arm is trained on every trunk, then the second, and so on, so that a sweep that is
+    interrupted has whole comparisons.
+    """
     index, count = shard
-    jobs = []
+    trunks, branches = [], []
     for trunk in (part.trunk for part in parts[index::count]):
         folder = folder_of(trunks_in(workdir), trunk)
-        jobs.append(Job(f"trunk {trunk.arm}, seed {trunk.seed}", folder, trunk, planned_steps(trunk, folder), None))
+        trunks.append(Job(f"trunk {trunk.arm}, seed {trunk.seed}", folder, trunk, planned_steps(trunk, folder), None))
     for part in share_of(parts, index, count):
         for run in part.branches:
             folder = folder_of(branches_in(workdir, part.trunk.arm, part.trunk.seed), run)
             name = f"trunk {part.name}, arm {run.arm}, seed {run.seed}"
-            jobs.append(Job(name, folder, run, planned_steps(run, folder, at), part))
-    return jobs
+            branches.append(Job(name, folder, run, planned_steps(run, folder, at), part))
+    arms = list(dict.fromkeys(job.run.arm for job in branches))
+    return trunks + sorted(branches, key=lambda job: arms.index(job.run.arm))
 
 
 def _why_blocked(part: Part, workdir: Path, at: int, lost: set[str]) -> str:

@@ -7,7 +7,27 @@ Result: in the study's report, experiments/results/study.
 
 from configs.ablation import branches, rules, scopes, trade_off
 
-ARMS = trade_off.ARMS | rules.ARMS | scopes.ARMS
+FIRST = (  # trained first, because the most claims need them; a sweep trains arm by arm, on all trunks
+    "bias",
+    "aux_1e-2",
+    "none",
+    "aux_1e-1",
+    "aux_1e-3",
+    "aux_as_bias",
+    "bias_1e-1",
+    "frozen",
+    "sequence_1e-1",
+    "sign",
+    "quantile",
+    "flipped",
+    "forced",
+    "multiplicative",
+    "two_sequences_1e-1",
+    "aux_1e-4",
+    "bias_1e-4",
+)
+_ALL = trade_off.ARMS | rules.ARMS | scopes.ARMS
+ARMS = {name: _ALL[name] for name in (*FIRST, *_ALL)}
 
 
 def get_config(arg: str = ""):

@@ -176,17 +176,24 @@ def execute(folder, shard=(0, 1), discard=False, **changes):
 
 
 def every(folder, **changes):
-    """The folders of all trunks, then of all branches."""
+    """The folders of all trunks and of all branches, in the order in which one machine trains them."""
     parts = planned(folder, **changes)
     trunks = [folder_of(trunks_in(folder), part.trunk) for part in parts]
-    branches = [folder_of(branches_in(folder, p.trunk.arm, p.trunk.seed), run) for p in parts for run in p.branches]
+    arms = list(dict.fromkeys(run.arm for run in parts[0].branches))
+    branches = [
+        folder_of(branches_in(folder, part.trunk.arm, part.trunk.seed), run)
+        for arm in arms
+        for part in parts
+        for run in part.branches
+        if run.arm == arm
+    ]
     return [str(place.relative_to(folder)) for place in trunks], [str(p.relative_to(folder)) for p in branches]
 
 
 def test_trunks_are_trained_first_and_the_sweep_resumes(training, tmp_path):
     done, errors = training
     trunks, branches = every(tmp_path)
-    errors["branches/bias/seed1/none/seed1000"] = signal.SIGTERM
+    errors[branches[6]] = signal.SIGTERM
     assert execute(tmp_path) == (signal.SIGTERM, [])
     before = len(done)
     assert done == [*trunks, *branches][:before] and before == 4 + 7

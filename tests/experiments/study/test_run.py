@@ -52,7 +52,7 @@ def get_hyper(h, arg):
     return h.product(h.arms(sigmoid={{}}, softmax={{"model.score": "softmax"}}), h.sweep("seed", range(1)))
 '''
 TRUNKS = [f"arms/trunks/bias/seed{k}" for k in range(2)]
-BRANCHES = [f"arms/branches/bias/seed{k}/{arm}/seed{1000 * k}" for k in range(2) for arm in ("bias", "none")]
+BRANCHES = [f"arms/branches/bias/seed{k}/{arm}/seed{1000 * k}" for arm in ("bias", "none") for k in range(2)]
 EVERY = [*TRUNKS, *BRANCHES, "gates/sigmoid/seed0", "gates/softmax/seed0"]
 
 
@@ -174,17 +174,17 @@ def test_a_signal_between_two_runs_packs_too(study, tmp_path, monkeypatch, numbe
 
 def test_a_failure_is_named_in_the_end_and_the_others_are_trained(study, tmp_path, capsys):
     run, done, errors = study
-    errors |= {BRANCHES[1]: FloatingPointError("the loss is nan"), f"{TRUNKS[0]} without": ValueError("no checkpoint")}
+    errors |= {BRANCHES[2]: FloatingPointError("the loss is nan"), f"{TRUNKS[0]} without": ValueError("no checkpoint")}
     run(status=1)
     captured = capsys.readouterr()
     assert "not every run is finished:" in captured.err
     assert "arm none, seed 0" in captured.err and "the loss is nan" in captured.err
     assert "trunk bias, seed 0" in captured.err and "without some of its experts: no checkpoint" in captured.err
-    assert packed(tmp_path) == sorted(set(EVERY) - {BRANCHES[1]})
+    assert packed(tmp_path) == sorted(set(EVERY) - {BRANCHES[2]})
     assert "arms/branches/bias/seed0: 1 of 2 runs are finished" in captured.out
     before = len(done)
     run()
-    assert done[before:] == [BRANCHES[1], f"{TRUNKS[0]} without"]
+    assert done[before:] == [BRANCHES[2], f"{TRUNKS[0]} without"]
 
 
 def test_a_full_disk_ends_it_after_what_is_finished_is_packed(study, tmp_path):
