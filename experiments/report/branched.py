@@ -13,7 +13,7 @@ from typing import Any
 
 from ..statistics.blocks import Branch, shared_seeds
 from .columns import Column
-from .sweep import Run, Sweep, SweepError, read_spec, read_sweep
+from .sweep import NOT_STARTED, Run, Sweep, SweepError, read_spec, read_sweep
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_branched(directory: str | Path, baseline: str | None = None) -> Branche
     parts = {(m, s): read_sweep(directory / "branches" / m / f"seed{s}", baseline) for m, s in named}
     first = next(iter(parts.values()))
     problems = [f"trunk {problem}" for problem in trunks.problems]
-    problems += [f"trunk {m}, seed {s}: {problem}" for (m, s), part in parts.items() for problem in part.problems]
+    problems += _of_branches(parts)
     found = Branched(
         directory=directory,
         name=str(spec.get("name") or directory.name),
@@ -116,6 +116,24 @@ def read_branched(directory: str | Path, baseline: str | None = None) -> Branche
     )
     found.problems.extend(problems + _remarks(found))
     return found
+
+
+def _of_branches(parts: Mapping[tuple[str, int], Sweep]) -> list[str]:
+    """What is wrong with branches, each with its trunk; an arm of which none is started is one sentence."""
+    not_started = {
+        arm: [
+            f"trunk {m}, seed {s}: {arm}, seed {seed}: {NOT_STARTED}"
+            for (m, s), part in parts.items()
+            for seed in part.seeds
+        ]
+        for arm in dict.fromkeys(arm for part in parts.values() for arm in part.arms)
+    }
+    problems = [f"trunk {m}, seed {s}: {problem}" for (m, s), part in parts.items() for problem in part.problems]
+    waiting = {arm: lines for arm, lines in not_started.items() if len(lines) > 1 and set(lines) <= set(problems)}
+    skipped = {line for lines in waiting.values() for line in lines}
+    return [line for line in problems if line not in skipped] + [
+        f"{arm}: its {len(lines)} branches are not started." for arm, lines in waiting.items()
+    ]
 
 
 def _remarks(sweep: Branched) -> list[str]:

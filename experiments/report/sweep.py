@@ -18,6 +18,7 @@ from moe_jax.runtime.log import METRICS, lines_of
 
 STEPS_KEY = "num_steps"
 EVALUATED = "eval/bits_per_byte"  # a step was evaluated if its line has this key
+NOT_STARTED = "not started (no metrics)."
 DOMAIN_PREFIX = "eval/bits_per_byte/"
 DAMAGED = "write it again or delete it."
 
@@ -231,7 +232,7 @@ def _problem(run: Run, last: int) -> str | None:
         last: the last step of the other runs, for a run whose config lacks the number of steps.
     """
     if not run.metrics:
-        return "not started (no metrics)."
+        return NOT_STARTED
     if why := run.info.get("diverged"):
         return f"diverged ({str(why).partition(';')[0]}); left out of every mean."
     steps = planned_steps(run.config)

@@ -85,6 +85,14 @@ def test_a_missing_branch_is_named_and_its_pair_is_left_out(tmp_path):
     assert left_out(sweep) == []
 
 
+def test_an_arm_of_which_no_branch_is_started_is_one_sentence(tmp_path):
+    """A sweep of many arms that trains arm by arm is reported while it runs."""
+    some = {name: value for name, value in numbers().items() if name[2] != "bias_sign"}
+    gone = tuple(name for name in numbers() if name not in some)
+    sweep = report.read_branched(branched_sweep(tmp_path, some, missing=gone))
+    assert sweep.problems == ["bias_sign: its 12 branches are not started."]
+
+
 def test_a_block_without_a_trunk_method_is_named_and_left_out(tmp_path):
     some = {name: value for name, value in numbers().items() if name[:3] != ("none", 1, "bias_sign")}
     gone = tuple(name for name in numbers() if name not in some)
