@@ -97,7 +97,7 @@ def _progress(tables: Tables) -> Section:
     rows = [[name, _finished(sweep), _planned(sweep)] for name, sweep in tables.items()]
     parts = [table(Table(["table", "finished", "planned"], rows), "words")]
     parts += [
-        unfold(f"{name}: {len(lines)} runs not finished, or with remarks", lines)
+        unfold(f"{name}: {_unfinished(tables[name])} runs not finished, and remarks", lines)
         for name, lines in problems(tables).items()
     ]
     return Section("Finished runs", parts)
@@ -113,6 +113,12 @@ def _planned(sweep: Sweep | Branched) -> str:
     if isinstance(sweep, Branched):
         return f"{len(sweep.parts)} trunks, {sweep.num_planned} branches"
     return f"{len(sweep.arms) * len(sweep.seeds)} runs"
+
+
+def _unfinished(sweep: Sweep | Branched) -> int:
+    if isinstance(sweep, Branched):
+        return len(sweep.parts) - len(sweep.trunks.finished) + sweep.num_planned - len(sweep.runs)
+    return len(sweep.arms) * len(sweep.seeds) - len(sweep.finished)
 
 
 def _provenance(tables: Tables) -> Section:
