@@ -65,7 +65,7 @@ def claims_section(judged: Sequence[Judged]) -> Section:
 def _relation(one: Judged) -> str:
     """The claim in terms of its measure, with the unit."""
     if one.claim.relation.kind == "either":
-        return "nothing; which side is asked"
+        return "no direction; the question is open"
     return f"{words.claimed(one.claim.relation)} ({words.quantity(one.claim.relation.unit).name})"
 
 

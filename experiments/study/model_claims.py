@@ -55,7 +55,7 @@ def quantile(number: str, table: str) -> tuple[Claim, Claim]:
     """Quantile balancing against the sign rule with a sequence loss, in one setting: the loss and max violation."""
     experts, tokens = table.removeprefix("quantile_").split("x")
     where = f"{experts} experts and {tokens} tokens a step"
-    source = "an open question, asked in public since March 2026"
+    source = "open in public since March 2026"
     pair = (table, "quantile", "sign_sequence")
     return (
         Claim(
