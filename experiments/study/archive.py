@@ -33,11 +33,12 @@ from ..branched import branches_in, trunks_in
 from ..report.branched import Branched, is_branched, read_branched
 from ..report.sweep import Run, Sweep, SweepError, by_step, read_spec, read_sweep
 from ..runs import SWEEP
+from .excerpts import FILE as EXCERPTS
 from .plan import TABLES
 from .texts import Private, as_lines
 
 ENDING = ".tar.xz"
-OBJECTS = ("config.json", "run.json", "ablation.json", "evaluation.json", "specialisation.json")
+OBJECTS = ("config.json", "run.json", "ablation.json", "evaluation.json", "specialisation.json", EXCERPTS)
 MEMBER = re.compile(rf"{SWEEP}|\w[\w.-]*/seed\d+/({METRICS}|{LAYERS}|{'|'.join(OBJECTS)})")
 DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError)
 

@@ -1,5 +1,6 @@
 """What a section consists of, each as HTML and as Markdown: text, lists, tables, pictures, lists to unfold."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -80,6 +81,24 @@ def unfold(title: str, lines: Iterable[str]) -> Part:
     html = f'<details><summary>{escape(title)}</summary><p class="folders">{body}</p></details>'
     listed = "\n".join(f"- {plain(line)}" for line in lines)
     return Part(html, f"<details><summary>{escape(title)}</summary>\n\n{listed}\n\n</details>")
+
+
+def coloured(title: str, texts: Mapping[str, Iterable[tuple[str, str]]], is_open: bool) -> Part:
+    """Texts whose tokens have colours, to unfold; the Markdown has no colours and refers to the page.
+
+    Args:
+        title: of all of them.
+        texts: name -> what each token shows, and its colour "#rrggbb".
+        is_open: whether they are unfolded at first.
+    """
+    html = ""
+    for name, tokens in texts.items():
+        html += f'<h3>{escape(name)}</h3><div class="coloured">'
+        for color, alike in itertools.groupby(tokens, key=lambda token: token[1]):
+            html += f'<span style="background:{color}">{escape("".join(word for word, _ in alike))}</span>'
+        html += "</div>"
+    html = f"<details{' open' * is_open}><summary>{escape(title)}</summary>{html}</details>"
+    return Part(html, f"*{plain(title)}*: coloured text in report.html.")
 
 
 def together(title: str, parts: Sequence[Part]) -> Part:

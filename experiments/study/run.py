@@ -1,20 +1,22 @@
 """Runs the tables of the study one after the other, and packs what is finished after each."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.runtime.signals import ENDING
 
 from ..branched import trunks_in
 from ..planned import Planned
 from ..progress import Progress
-from ..runs import fit_devices, folder_of
+from ..runs import Run, fit_devices, folder_of
 from .archive import collect
-
-REMOVED_FROM = {"arms": "bias"}  # table -> the trunk method from whose models experts are removed
+from .arms import BASELINE
+from .arms import TABLE as MAIN
+from .excerpts import FILE as EXCERPTS
+from .excerpts import write_excerpts
 
 
 def check_corpora(tables: Sequence[Planned]) -> None:
@@ -60,36 +62,64 @@ def run_study(
                 failed += sentences
                 if stopped:
                     return stopped, failed
-                failed += remove_experts(table, shard)
+                failed += measure_trunks(table, shard)
             finally:
                 for line in collect(workdir, results):
                     print(line, flush=True)
     return None, failed
 
 
-def remove_experts(table: Planned, shard: tuple[int, int]) -> list[str]:
-    """Measure the loss of trunks without some of their experts, on the held-out text of the run: see `REMOVED_FROM`.
+def measure_trunks(table: Planned, shard: tuple[int, int]) -> list[str]:
+    """Measure what needs the weights of a shard's trunks, where it is not there: see `MEASURES`.
 
     Returns:
-        a sentence for every finished trunk of the shard where that failed.
+        a sentence for every finished trunk where that failed.
     """
-    from moe_jax import evaluate
-    from moe_jax.runtime.workdir import config_of_run
     from moe_jax.training import attempts
 
     failed = []
     for part in table.parts[shard[0] :: shard[1]]:
         folder = folder_of(trunks_in(table.folder), part.trunk)
-        if part.trunk.arm != REMOVED_FROM.get(table.name) or (folder / "ablation.json").is_file():
-            continue
-        if not attempts.is_finished(part.trunk.config, folder):
+        if table.name != MAIN or not attempts.is_finished(part.trunk.config, folder):
             continue  # a failed trunk has a sentence already
-        print(f"{table.name}, trunk {part.name}: without some of its experts", flush=True)
-        try:
-            evaluate.run(config_of_run(folder), folder, ablation=True)
-        except (ValueError, OSError) as error:
-            failed.append(f"trunk {part.name} ({folder}), without some of its experts: {error}")
+        first_seed = min(other.trunk.seed for other in table.parts if other.trunk.arm == part.trunk.arm)
+        for name, measure in MEASURES.items():
+            if not measure.concerns(part.trunk, first_seed) or (folder / measure.file).is_file():
+                continue
+            print(f"{table.name}, trunk {part.name}: {name}", flush=True)
+            try:
+                measure.run(folder)
+            except (ValueError, OSError) as error:
+                failed.append(f"trunk {part.name} ({folder}), {name}: {error}")
     return failed
+
+
+def _remove_experts(folder: Path) -> None:
+    """The loss on the held-out text of the run, as it is and without some experts."""
+    from moe_jax import evaluate
+    from moe_jax.runtime.workdir import config_of_run
+
+    evaluate.run(config_of_run(folder), folder, ablation=True)
+
+
+class Measure(NamedTuple):
+    """A measurement on a finished trunk.
+
+    Attributes:
+        file: what it leaves in the trunk's folder.
+        concerns: of the trunk, and the first trunk seed of its method.
+        run: on the trunk's folder.
+    """
+
+    file: str
+    concerns: Callable[[Run, int], bool]
+    run: Callable[[Path], None]
+
+
+MEASURES = {
+    "without some of its experts": Measure("ablation.json", lambda trunk, _: trunk.arm == BASELINE, _remove_experts),
+    "text by expert": Measure(EXCERPTS, lambda trunk, first_seed: trunk.seed == first_seed, write_excerpts),
+}
 
 
 @contextmanager

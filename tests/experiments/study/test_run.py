@@ -15,7 +15,7 @@ from experiments.report.command import main as report
 from experiments.study import __main__ as command
 from experiments.study.archive import tables, unpacked
 from experiments.study.plan import TABLES, parse_tables, read_tables
-from experiments.study.run import check_corpora
+from experiments.study.run import MEASURES, check_corpora
 from moe_jax import evaluate
 from moe_jax.config import as_dict
 from moe_jax.runtime import manifest
@@ -93,6 +93,13 @@ def study(monkeypatch, tmp_path):
         content = {name: {"bits_per_byte": bits} for name, bits in result.items()}
         (folder / "ablation.json").write_text(json.dumps(content))
 
+    def route(folder):
+        place = f"{folder.relative_to(work).as_posix()} text"
+        done.append(place)
+        if error := errors.pop(place, None):
+            raise error
+        (folder / "excerpts.json").write_text('{"step": 12, "num_experts": 4, "domains": {}}')
+
     def write_study(tables, judged, output_folder):
         text = " ".join(one.verdict for one in judged)
         (output_folder / "report.html").write_text(f"{', '.join(tables)}: {text}")
@@ -100,6 +107,7 @@ def study(monkeypatch, tmp_path):
 
     monkeypatch.setattr(loop, "run", train)
     monkeypatch.setattr(evaluate, "run", remove)
+    monkeypatch.setitem(MEASURES, "text by expert", MEASURES["text by expert"]._replace(run=route))
     monkeypatch.setitem(sys.modules, "experiments.study.page", SimpleNamespace(write_study=write_study))
     (tmp_path / "arms.py").write_text(ARMS.format(base=BASE, at=AT))
     (tmp_path / "gates.py").write_text(GATES.format(base=BASE))
@@ -125,11 +133,11 @@ def packed(tmp_path):
         return sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob("metrics.jsonl"))
 
 
-def test_tables_are_trained_in_order_and_experts_removed_from_trunks_with_the_bias(study, tmp_path, capsys):
+def test_tables_are_trained_in_order_and_trunks_measured(study, tmp_path, capsys):
     run, done, _ = study
     run()
-    without = [f"{trunk} without" for trunk in TRUNKS]
-    assert done == [*TRUNKS, *BRANCHES, *without, *EVERY[6:]]
+    measured = [f"{TRUNKS[0]} without", f"{TRUNKS[0]} text", f"{TRUNKS[1]} without"]
+    assert done == [*TRUNKS, *BRANCHES, *measured, *EVERY[6:]]
     assert packed(tmp_path) == sorted(EVERY)
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if "runs done" in line]
@@ -142,7 +150,7 @@ def test_tables_are_trained_in_order_and_experts_removed_from_trunks_with_the_bi
     assert list((tmp_path / "work").glob("arms/branches/*/*/*/*/checkpoints")) == []
     assert len(list((tmp_path / "work").glob("arms/trunks/*/*/checkpoints"))) == 2
     run()
-    assert len(done) == 10  # nothing is done twice
+    assert len(done) == 11  # nothing is done twice
 
 
 @pytest.mark.parametrize("place", [TRUNKS[1], BRANCHES[2], EVERY[7]])
@@ -175,16 +183,18 @@ def test_a_signal_between_two_runs_packs_too(study, tmp_path, monkeypatch, numbe
 def test_a_failure_is_named_in_the_end_and_the_others_are_trained(study, tmp_path, capsys):
     run, done, errors = study
     errors |= {BRANCHES[2]: FloatingPointError("the loss is nan"), f"{TRUNKS[0]} without": ValueError("no checkpoint")}
+    errors[f"{TRUNKS[0]} text"] = ValueError("a damaged checkpoint")
     run(status=1)
     captured = capsys.readouterr()
     assert "not every run is finished:" in captured.err
     assert "arm none, seed 0" in captured.err and "the loss is nan" in captured.err
     assert "trunk bias, seed 0" in captured.err and "without some of its experts: no checkpoint" in captured.err
+    assert "text by expert: a damaged checkpoint" in captured.err
     assert packed(tmp_path) == sorted(set(EVERY) - {BRANCHES[2]})
     assert "arms/branches/bias/seed0: 1 of 2 runs are finished" in captured.out
     before = len(done)
     run()
-    assert done[before:] == [BRANCHES[2], f"{TRUNKS[0]} without"]
+    assert done[before:] == [BRANCHES[2], f"{TRUNKS[0]} without", f"{TRUNKS[0]} text"]
 
 
 def test_a_full_disk_ends_it_after_what_is_finished_is_packed(study, tmp_path):
@@ -198,7 +208,7 @@ def test_shards_do_every_run_once(study, tmp_path, capsys):
     run, done, _ = study
     for index in range(2):
         run(f"--shard={index}/2")
-    assert sorted(done) == sorted([*EVERY, *(f"{trunk} without" for trunk in TRUNKS)])
+    assert sorted(done) == sorted([*EVERY, f"{TRUNKS[0]} text", *(f"{trunk} without" for trunk in TRUNKS)])
     assert packed(tmp_path) == sorted(EVERY)
     assert not (tmp_path / "results/report.html").exists()
     report(["results"])
@@ -211,7 +221,7 @@ def test_a_shard_removes_experts_from_its_own_trunks(study, tmp_path):
     for file in (tmp_path / "work").rglob("ablation.json"):
         file.unlink()
     run("--shard=1/2")
-    assert done[10:] == [f"{TRUNKS[1]} without"]
+    assert done[11:] == [f"{TRUNKS[1]} without"]
 
 
 def test_the_report_reads_archives_and_workdirs(study, tmp_path, capsys):

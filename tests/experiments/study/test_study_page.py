@@ -1,5 +1,6 @@
 """Laws of the study's page: every claim once with its verdict, every number with its runs, at any stage of the runs."""
 
+import json
 import math
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from experiments.study import words
 from experiments.study.bias_claims import RATIO
 from experiments.study.claims import LOSS, Claim, Published, above, all_claims, below, either, within
 from experiments.study.claims_part import claims_section, unresolved_section
+from experiments.study.excerpts import FILE as EXCERPTS
 from experiments.study.measures import Found
 from experiments.study.page import write_study
 from experiments.study.parts import folders, markdown_table, plain
@@ -37,6 +39,7 @@ SECTIONS = (
     "Trunk by arm",
     "Interference by weight",
     "Single experts: biases and loads",
+    "Text by expert",
     "The scope of the auxiliary loss",
     "What imbalance would cost",
     "What was not resolved",
@@ -64,6 +67,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Two blocks of some arms, and one plain table, of which an arm is missing."""
     folder = tmp_path_factory.mktemp("study")
     arms = main_sweep(folder, ARMS, noise=1e-5, data_seeds=(0, 1))
+    text = {"licence": "public domain", "letters": ["a"], "experts": [[0]]}
+    routed = {"step": 999, "num_experts": 16, "domains": {"milton": text}}
+    (arms / "trunks/bias/seed0" / EXCERPTS).write_text(json.dumps(routed))
     gates = plain_table(folder, "gates", {"sigmoid_bias": Arm(), "softmax_bias": Arm(0.02, 0.3)})
     return Written(folder, {"arms": read_branched(arms), "gates": read_sweep(gates)})
 
@@ -117,7 +123,7 @@ def test_the_runs_of_every_number_are_listed_relative_to_the_study(study: Writte
     assert str(study.folder) not in study.html + study.markdown
 
 
-@pytest.mark.parametrize("title", [SECTIONS[i] for i in (1, 2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("title", [SECTIONS[i] for i in range(1, 8)])
 def test_pictures_and_tables_list_their_runs(study: Written, title: str) -> None:
     listed = re.findall(r'<p class="folders">(.*?)</p>', study.section(title), re.DOTALL)
     runs = [run for part in listed for line in part.split("<br>\n") for run in expanded(line)]
