@@ -4,6 +4,7 @@ Verdicts are computed by `verdicts`. Tables are the sweeps of configs/ablation: 
 named like their files. Losses are held-out bits per byte.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,24 @@ from .measures import Measure
 
 LOSS = "bits per byte"
 SMALL = 0.001  # bits per byte: a difference in loss below this counts as none
+QUESTIONS = {  # group of claims -> what its claims answer together
+    "1": "Does the load become uneven without balancing?",
+    "2": "Does the bias balance better than the auxiliary loss at its published weights?",
+    "3": "What do larger weights and rates cost in loss, and gain in balance?",
+    "4": "At the same balance, does the bias have the lower loss?",
+    "5": "Does the balancing gradient grow with the weight, and explain the loss?",
+    "6": "Do other update rules balance better than the sign?",
+    "7": "Is a multiplicative bias as good as an additive one?",
+    "8": "Do sigmoid and softmax gates give the same answer?",
+    "9": "Is the bias the more even, the more tokens are counted together?",
+    "10": "What does the scope of the auxiliary loss change?",
+    "11": "Does expert choice leak the future?",
+    "12": "Do the controls behave?",
+    "13": "Does a frozen bias keep the balance?",
+    "14": "Is the shared expert missed more than a routed one?",
+    "15": "Is the order of architectures that of DeepSeekMoE's Table 1?",
+    "16": "Quantile balancing, or the sign with a sequence loss?",
+}
 
 
 class Published(NamedTuple):
@@ -65,6 +84,13 @@ class Claim:
     published: Published
     measure: Measure
     relation: Relation
+
+    @property
+    def group(self) -> str:
+        """The key of its question in `QUESTIONS`: "16" of "16.2b"."""
+        found = re.match(r"\d+", self.number)
+        assert found is not None
+        return found[0]
 
 
 def all_claims() -> list[Claim]:

@@ -9,7 +9,7 @@ from ..statistics.components import spread
 from ..statistics.power import needed
 from . import words
 from .bias_claims import RATIO
-from .claims import LOSS, SMALL
+from .claims import LOSS, QUESTIONS, SMALL
 from .measures import Tables
 from .parts import Part, Section, box, folders, items, table, text, together, unfold
 from .verdicts import Judged, Verdict
@@ -26,15 +26,29 @@ TABLE_NOTE = (
 
 
 def summary(judged: Sequence[Judged]) -> list[Part]:
-    """What stands at the top: every contradicted claim, and the number of each verdict."""
+    """What stands at the top: every contradicted claim, the number of each verdict, and the verdicts by question."""
     against = [one for one in judged if one.verdict == "contradicted"]
     counts = Counter(one.verdict for one in judged)
-    listed = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])
-    total = text(f"{len(judged)} claims, written before the runs: {listed}.")
+    total = text(f"{len(judged)} claims, written before the runs: {_counted(counts)}.")
+    questions = table(questions_table(judged), "words")
     if not against:
         measured = len(judged) - counts["not measured"]
-        return [text(f"No claim is contradicted, of the {measured} that are measured so far."), total]
-    return [box("Contradicted", [_against(one) for one in against]), total]
+        return [text(f"No claim is contradicted, of the {measured} that are measured so far."), total, questions]
+    return [box("Contradicted", [_against(one) for one in against]), total, questions]
+
+
+def questions_table(judged: Sequence[Judged]) -> Table:
+    """A row for every question: how many of its claims got which verdict."""
+    rows = []
+    for number, question in QUESTIONS.items():
+        counts = Counter(one.verdict for one in judged if one.claim.group == number)
+        rows.append([number, question, _counted(counts)])
+    return Table(["", "question", "verdicts on its claims"], rows)
+
+
+def _counted(counts: Counter[Verdict]) -> str:
+    """`2 reproduced, 1 not resolved`."""
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])
 
 
 def _against(one: Judged) -> str:

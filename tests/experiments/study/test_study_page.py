@@ -15,7 +15,7 @@ from experiments.report.columns import Table
 from experiments.statistics.power import needed
 from experiments.study import words
 from experiments.study.bias_claims import RATIO
-from experiments.study.claims import LOSS, Claim, Published, above, all_claims, below, either, within
+from experiments.study.claims import LOSS, QUESTIONS, Claim, Published, above, all_claims, below, either, within
 from experiments.study.claims_part import claims_section, unresolved_section
 from experiments.study.excerpts import FILE as EXCERPTS
 from experiments.study.measures import Found
@@ -96,6 +96,18 @@ def test_the_markdown_has_the_same_table(study: Written) -> None:
     table = study.markdown.partition("## Every claim\n\n")[2].partition("\n\n")[0].splitlines()[2:]
     found = [[cell.strip(" *") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
     assert [(row[0], row[-1]) for row in found] == [(one.claim.number, one.verdict) for one in study.judged]
+
+
+def test_every_claim_is_an_answer_to_one_question(study: Written) -> None:
+    head = rows(study.html.partition("<h2>")[0])[1:]
+    assert [row[:2] for row in head] == [[*pair] for pair in QUESTIONS.items()]
+    found = [
+        (number, verdict, int(count))
+        for number, _, verdicts in head
+        for count, verdict in (part.split(" ", 1) for part in verdicts.split(", "))
+    ]
+    expected = Counter((re.match(r"\d+", one.claim.number)[0], one.verdict) for one in study.judged)
+    assert {(number, verdict): count for number, verdict, count in found} == dict(expected)
 
 
 def test_what_is_contradicted_comes_before_everything_else(study: Written) -> None:
