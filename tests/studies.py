@@ -14,7 +14,7 @@ CONFIG = {
     "num_steps": STEPS,
     "batch_size": 8,
     "sequence_length": 256,
-    "model": {"num_experts": 16, "top_k": 4, "num_layers": 4},
+    "model": {"num_experts": 16, "capacity_factor": 1.25, "top_k": 4, "num_layers": 4},
     "balance": {},
 }
 

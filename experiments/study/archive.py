@@ -33,13 +33,14 @@ from ..branched import branches_in, trunks_in
 from ..report.branched import Branched, is_branched, read_branched
 from ..report.sweep import Run, Sweep, SweepError, by_step, read_spec, read_sweep
 from ..runs import SWEEP
+from .devices import ROUNDS, rounds_record
 from .excerpts import FILE as EXCERPTS
 from .plan import TABLES
 from .texts import Private, as_lines
 
 ENDING = ".tar.xz"
 OBJECTS = ("config.json", "run.json", "ablation.json", "evaluation.json", "specialisation.json", EXCERPTS)
-MEMBER = re.compile(rf"{SWEEP}|\w[\w.-]*/seed\d+/({METRICS}|{LAYERS}|{'|'.join(OBJECTS)})")
+MEMBER = re.compile(rf"{SWEEP}|\w[\w.-]*/seed\d+/({METRICS}|{LAYERS}|{'|'.join(OBJECTS)}|{ROUNDS})")
 DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError)
 
 Files = dict[str, str]  # name in an archive -> text
@@ -232,6 +233,8 @@ def _files_of(run: Run, name: str, is_whole: bool, private: Private) -> Files:
     for file in OBJECTS:
         if (run.directory / file).is_file():
             files[f"{name}/{file}"] = _object_text(run.directory / file, private)
+    if rounds := rounds_record(run):  # recorded routing is left out, and this is what pictures need of it
+        files[f"{name}/{ROUNDS}"] = json.dumps(rounds) + "\n"
     return files
 
 

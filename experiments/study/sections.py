@@ -14,7 +14,7 @@ from ..report.numbers import last
 from ..report.sweep import Sweep, as_number
 from . import measures, pictures
 from .arms import BASELINE, CORE, EXPERTS, SCOPES, WEIGHTS, Point, effects, levels, main_sweep, only, points
-from .devices import DEVICES, device_factor, random_factor
+from .devices import DEVICES, device_factor, mean_rounds, random_factor
 from .measures import SEQUENCE, Found, Tables
 from .parts import Part, Section, sources, table, text
 from .parts import pictures as shown
@@ -163,24 +163,29 @@ def devices_section(tables: Tables) -> Section:
     found = levels(tables, arms, device_factor)
     if sweep is None or not found:
         return Section(title, [NOTHING])
+    rounds = levels(tables, arms, mean_rounds)
     order = sorted(found, key=lambda arm: found[arm].interval.mean)
     even = _random_factor(sweep)
     picture = pictures.strips(
         "devices",
-        f"The slowest of {DEVICES} devices",
-        f"{pictures.DOTS}. Dashed: a router that chooses at random ({even:.3f}).",
-        {"factor on the time of experts (1: even loads)": found},
+        f"The slowest of {DEVICES} devices, and their rounds of exchange",
+        f"{pictures.DOTS}. Dashed: a router that chooses at random ({even:.3f}), and a single round.",
+        {"factor on the time of experts (1: even loads)": found, "rounds of exchange": rounds},
         order,
-        (even,),
+        (even, 1.0),
     )
-    rows = [[arm, show(found[arm].interval, 3), f"{found[arm].interval.mean - 1:.1%}"] for arm in order]
+    rows = [
+        [arm, show(found[arm].interval, 3), f"{found[arm].interval.mean - 1:.1%}", _shown(rounds, arm, 2)]
+        for arm in order
+    ]
+    runs = [run for one in (*found.values(), *rounds.values()) for run in one.runs]
     return Section(
         title,
         [
             text(_devices_words(sweep)),
             shown([picture]),
-            table(Table(["arm", "factor on the experts' time", "longer by"], rows), baseline=BASELINE),
-            sources(tables, [run for one in found.values() for run in one.runs]),
+            table(Table(["arm", "factor on the experts' time", "longer by", "rounds"], rows), baseline=BASELINE),
+            sources(tables, runs),
         ],
     )
 
@@ -191,8 +196,11 @@ def _devices_words(sweep: Branched) -> str:
         f"A model, not a measurement: the runs used one device. With {DEVICES} devices of {each} consecutive experts, "
         "every device of a synchronous step waits, layer by layer, for the one with the most token copies. The factor "
         "is the largest load of a device over the mean, averaged over layers and the logged steps of the last quarter "
-        "of each branch. It concerns the experts' part of the step alone, and batches of "
-        f"{_tokens(sweep):,} tokens: larger batches are more even. Communication is left out."
+        "of each branch. It concerns the experts' part of the step alone. Before the experts, copies are exchanged in "
+        f"rounds, with room for {_factor(sweep):g} times the mean number of copies between two devices; one pair with "
+        "more makes all devices repeat the exchange. Rounds are those of the first held-out batch at the end of each "
+        "branch, all of one domain, which is an uneven case. Both concern batches of "
+        f"{_tokens(sweep):,} tokens: larger batches are more even."
     )
 
 
@@ -203,6 +211,10 @@ def _random_factor(sweep: Branched) -> float:
 
 def _tokens(sweep: Branched) -> int:
     return _number(sweep, "batch_size") * _number(sweep, "sequence_length")
+
+
+def _factor(sweep: Branched) -> float:
+    return as_number(flatten(sweep.config)["model.capacity_factor"])
 
 
 def _number(sweep: Branched, key: str) -> int:

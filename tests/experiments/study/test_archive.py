@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 from sweeps import branched_sweep, simulated_sweep, tiny_sweep
 
@@ -15,6 +16,7 @@ from experiments.report.numbers import last, layer_arrays
 from experiments.report.sweep import SweepError
 from experiments.study import archive
 from experiments.study.archive import collect, is_study, opened, read_archive, tables, unpacked
+from experiments.study.devices import mean_rounds
 from experiments.study.verdicts import judge
 
 NUMBERS = {
@@ -230,3 +232,19 @@ def test_a_study_is_told_from_a_sweep_and_from_a_folder_of_sweeps(study, tmp_pat
         assert folder != results and list(tables(folder)) == ["arms", "gates"]
     with pytest.raises(SweepError, match="must hold the study's archives"), unpacked(tmp_path / "several"):
         pass
+
+
+def test_of_recorded_routing_only_the_rounds_are_kept(study):
+    work, results = study
+    run = tables(work)["arms"].parts["none", 0].runs["none"][0]
+    model = {"num_experts": 16, "capacity_factor": 1.25}
+    (run.directory / "config.json").write_text(json.dumps(run.config | {"model": model}))
+    (run.directory / "routing").mkdir()
+    np.save(run.directory / "routing/7.npy", np.zeros((2, 16, 2), np.uint16))  # every copy to one of 8 devices
+    collect(work, results)
+    files = read_archive(results / "arms/branches/none/seed0.tar.xz")
+    assert not [name for name in files if "routing" in name]
+    assert json.loads(files["none/seed0/rounds.json"]) == {"devices": 8, "step": 7, "rounds": [4, 4]}
+    assert [name for name in files if name.endswith("rounds.json")] == ["none/seed0/rounds.json"]
+    with unpacked(results) as folder:
+        assert mean_rounds(tables(folder)["arms"].parts["none", 0].runs["none"][0]) == 4
