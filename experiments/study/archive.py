@@ -39,7 +39,8 @@ from .plan import TABLES
 from .texts import Private, as_lines
 
 ENDING = ".tar.xz"
-OBJECTS = ("config.json", "run.json", "ablation.json", "evaluation.json", "specialisation.json", EXCERPTS)
+SPECIALISATION = "specialisation.json"
+OBJECTS = ("config.json", "run.json", "ablation.json", "evaluation.json", SPECIALISATION, EXCERPTS)
 MEMBER = re.compile(rf"{SWEEP}|\w[\w.-]*/seed\d+/({METRICS}|{LAYERS}|{'|'.join(OBJECTS)}|{ROUNDS})")
 DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError)
 

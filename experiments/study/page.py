@@ -13,7 +13,7 @@ from ..report.drawing import STYLE
 from ..report.page import DPI, document, facts_of, saved
 from ..report.sweep import Run, Sweep
 from .claims_part import claims_section, problems, sources_section, summary, unresolved_section
-from .excerpts_part import excerpts_section
+from .domains_part import domains_section
 from .measures import Tables
 from .parts import FIGURES, Part, Section, items, table, text, unfold
 from .sections import (
@@ -65,7 +65,7 @@ def _sections(tables: Tables, judged: Sequence[Judged]) -> list[Section]:
         crossed_part(tables),
         interference_section(tables),
         experts_section(tables),
-        excerpts_section(tables),
+        domains_section(tables),
         scopes_section(tables),
         devices_section(tables),
         unresolved_section(judged),

@@ -1,4 +1,4 @@
-"""The pictures of the page: quality against balance, interference by weight, and dots of every block by arm."""
+"""The pictures of the page: quality against balance, interference by weight, dots of blocks, experts by domain."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -249,3 +249,38 @@ def strips(
     grid[0, 0].set_yticks(range(len(rows)), [literal(arm) for arm in rows])
     grid[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     return Picture(name, title, caption, f"{title}: dots of every block with mean and interval, by arm.", figure)
+
+
+DomainLoads = tuple[Sequence[str], np.ndarray]  # D domains, and the load of each expert over the mean [L, E, D]
+
+
+def domains(found: Mapping[str, DomainLoads]) -> Picture:
+    """Heat maps of the load of every expert on each domain: a row for each model, a column for each MoE layer.
+
+    Args:
+        found: at least one; name of a model -> its loads over the balanced load.
+    """
+    columns = max(len(loads) for _, loads in found.values())
+    height = 0.8 + sum(0.6 + 0.2 * len(names) for names, _ in found.values())
+    figure, grid = new_figure(height, len(found), columns)
+    for row, (name, (names, loads)) in zip(grid, found.items(), strict=True):
+        for axes, layer in zip(row, range(columns), strict=True):
+            if layer >= len(loads):
+                axes.axis("off")
+                continue
+            image = axes.imshow(loads[layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+            axes.set_title(f"{literal(name)}: layer {layer}", fontsize=9)
+            axes.grid(False)
+            axes.set_yticks(range(len(names)), names if layer == 0 else [], fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("expert")
+    bar = figure.colorbar(image, ax=grid.ravel().tolist(), extend="max", aspect=30)
+    bar.set_label("load over the balanced load")
+    return Picture(
+        "domains",
+        "Which experts each domain uses",
+        "Red: more than the expert's share of a domain's tokens, twice as much where it is darkest; blue: less. "
+        "A model that ignores domains is white. Experts are numbered from the left, each layer and model for itself.",
+        "Heat maps with experts across and domains down, a panel for each MoE layer of each trunk.",
+        figure,
+    )

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ..branched import trunks_in
 from ..planned import Planned
 from ..progress import Progress
 from ..runs import Run, fit_devices, folder_of
-from .archive import collect
+from .archive import SPECIALISATION, collect
 from .arms import BASELINE
 from .arms import TABLE as MAIN
 from .excerpts import FILE as EXCERPTS
@@ -94,12 +95,16 @@ def measure_trunks(table: Planned, shard: tuple[int, int]) -> list[str]:
     return failed
 
 
-def _remove_experts(folder: Path) -> None:
-    """The loss on the held-out text of the run, as it is and without some experts."""
+def _evaluate(folder: Path, **measured: bool) -> None:
+    """Evaluate a run on its held-out text; `measured` is what else the evaluate command measures."""
     from moe_jax import evaluate
     from moe_jax.runtime.workdir import config_of_run
 
-    evaluate.run(config_of_run(folder), folder, ablation=True)
+    evaluate.run(config_of_run(folder), folder, **measured)
+
+
+def _is_first(trunk: Run, first_seed: int) -> bool:
+    return trunk.seed == first_seed
 
 
 class Measure(NamedTuple):
@@ -117,8 +122,11 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "without some of its experts": Measure("ablation.json", lambda trunk, _: trunk.arm == BASELINE, _remove_experts),
-    "text by expert": Measure(EXCERPTS, lambda trunk, first_seed: trunk.seed == first_seed, write_excerpts),
+    "without some of its experts": Measure(
+        "ablation.json", lambda trunk, _: trunk.arm == BASELINE, partial(_evaluate, ablation=True)
+    ),
+    "experts by domain": Measure(SPECIALISATION, _is_first, partial(_evaluate, specialisation=True)),
+    "text by expert": Measure(EXCERPTS, _is_first, write_excerpts),
 }
 
 

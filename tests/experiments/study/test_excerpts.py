@@ -10,8 +10,8 @@ from drills import rig
 from studies import Arm, main_sweep
 
 from experiments.report import read_branched
+from experiments.study.domains_part import domains_section
 from experiments.study.excerpts import FILE, NUM_TOKENS, QUOTED, read_excerpts, write_excerpts
-from experiments.study.excerpts_part import excerpts_section
 from moe_jax.data import documents, open_corpus
 from moe_jax.text import model as text_model
 from moe_jax.text.colours import NOBODY, palette
@@ -60,14 +60,14 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_the_page_shows_the_first_trunk_of_each_method_in_the_colours_of_its_experts(tmp_path):
     folder = main_sweep(tmp_path, {"bias": Arm(), "none": Arm(0.1)})
     tables = {"arms": read_branched(folder)}
-    assert "has had its text routed yet" in excerpts_section(tables).parts[0].html
+    assert "has not been measured on a finished trunk yet" in domains_section(tables).parts[0].html
     texts = {"milton": {"licence": "public domain", "letters": [*"a<b", "c"], "experts": [[0] * 4, [2, 2, -1, 1]]}}
     for seed in (0, 1):
         content = {"step": 3, "num_experts": 3, "domains": texts if seed else {"austen": texts["milton"]}}
         (folder / f"trunks/bias/seed{seed}" / FILE).write_text(json.dumps(content))
-    _, licences, *shown, runs = excerpts_section({"arms": read_branched(folder)}).parts
+    _, licences, *shown, runs = domains_section({"arms": read_branched(folder)}).parts
     assert "austen: public domain" in licences.html and "arms/trunks/bias/seed0" in runs.html
-    assert "seed1" not in runs.html
+    assert "seed1" not in runs.html and "arms/trunks/aux_1e-2/seed0" in runs.html  # the first trunk of each method
     titles = [re.search(r"<details( open)?><summary>(.*?)</summary>", part.html).groups() for part in shown]
     assert titles == [(" open", "Trunk bias, seed 0, MoE layer 1 (from 0) of 2"), (None, titles[1][1])]
     assert "layer 0" in titles[1][1]

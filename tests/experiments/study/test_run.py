@@ -84,11 +84,15 @@ def study(monkeypatch, tmp_path):
         finish(config, folder)
         return loop.Outcome(config.num_steps, None, {})
 
-    def remove(config, folder, *, ablation):
-        place = f"{folder.relative_to(work).as_posix()} without"
+    def measure(config, folder, *, ablation=False, specialisation=False):
+        assert ablation != specialisation
+        place = f"{folder.relative_to(work).as_posix()} {'without' if ablation else 'domains'}"
         done.append(place)
         if error := errors.pop(place, None):
             raise error
+        if specialisation:
+            (folder / "specialisation.json").write_text('{"domains": ["mine"], "relative_load": [[[1.0], [1.0]]]}')
+            return
         result = {"as it is": 2.0, "without shared": 2.5, "without the best 1": 2.25}
         content = {name: {"bits_per_byte": bits} for name, bits in result.items()}
         (folder / "ablation.json").write_text(json.dumps(content))
@@ -106,7 +110,7 @@ def study(monkeypatch, tmp_path):
         return output_folder / "report.html", output_folder / "report.md"
 
     monkeypatch.setattr(loop, "run", train)
-    monkeypatch.setattr(evaluate, "run", remove)
+    monkeypatch.setattr(evaluate, "run", measure)
     monkeypatch.setitem(MEASURES, "text by expert", MEASURES["text by expert"]._replace(run=route))
     monkeypatch.setitem(sys.modules, "experiments.study.page", SimpleNamespace(write_study=write_study))
     (tmp_path / "arms.py").write_text(ARMS.format(base=BASE, at=AT))
@@ -136,7 +140,7 @@ def packed(tmp_path):
 def test_tables_are_trained_in_order_and_trunks_measured(study, tmp_path, capsys):
     run, done, _ = study
     run()
-    measured = [f"{TRUNKS[0]} without", f"{TRUNKS[0]} text", f"{TRUNKS[1]} without"]
+    measured = [*(f"{TRUNKS[0]} {what}" for what in ("without", "domains", "text")), f"{TRUNKS[1]} without"]
     assert done == [*TRUNKS, *BRANCHES, *measured, *EVERY[6:]]
     assert packed(tmp_path) == sorted(EVERY)
     out = capsys.readouterr().out
@@ -150,7 +154,7 @@ def test_tables_are_trained_in_order_and_trunks_measured(study, tmp_path, capsys
     assert list((tmp_path / "work").glob("arms/branches/*/*/*/*/checkpoints")) == []
     assert len(list((tmp_path / "work").glob("arms/trunks/*/*/checkpoints"))) == 2
     run()
-    assert len(done) == 11  # nothing is done twice
+    assert len(done) == 12  # nothing is done twice
 
 
 @pytest.mark.parametrize("place", [TRUNKS[1], BRANCHES[2], EVERY[7]])
@@ -208,7 +212,9 @@ def test_shards_do_every_run_once(study, tmp_path, capsys):
     run, done, _ = study
     for index in range(2):
         run(f"--shard={index}/2")
-    assert sorted(done) == sorted([*EVERY, f"{TRUNKS[0]} text", *(f"{trunk} without" for trunk in TRUNKS)])
+    assert sorted(done) == sorted(
+        [*EVERY, *(f"{TRUNKS[0]} {what}" for what in ("text", "domains")), *(f"{t} without" for t in TRUNKS)]
+    )
     assert packed(tmp_path) == sorted(EVERY)
     assert not (tmp_path / "results/report.html").exists()
     report(["results"])
@@ -221,7 +227,7 @@ def test_a_shard_removes_experts_from_its_own_trunks(study, tmp_path):
     for file in (tmp_path / "work").rglob("ablation.json"):
         file.unlink()
     run("--shard=1/2")
-    assert done[11:] == [f"{TRUNKS[1]} without"]
+    assert done[12:] == [f"{TRUNKS[1]} without"]
 
 
 def test_the_report_reads_archives_and_workdirs(study, tmp_path, capsys):

@@ -39,7 +39,7 @@ SECTIONS = (
     "Trunk by arm",
     "Interference by weight",
     "Single experts: biases and loads",
-    "Text by expert",
+    "Experts by domain, and in text",
     "The scope of the auxiliary loss",
     "What imbalance would cost",
     "What was not resolved",
@@ -70,6 +70,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Written:
     text = {"licence": "public domain", "letters": ["a"], "experts": [[0]]}
     routed = {"step": 999, "num_experts": 16, "domains": {"milton": text}}
     (arms / "trunks/bias/seed0" / EXCERPTS).write_text(json.dumps(routed))
+    by_domain = {"domains": ["milton", "kjv"], "relative_load": [[[1.5, 0.5]] * 16] * 2}
+    (arms / "trunks/bias/seed0/specialisation.json").write_text(json.dumps(by_domain))
     gates = plain_table(folder, "gates", {"sigmoid_bias": Arm(), "softmax_bias": Arm(0.02, 0.3)})
     return Written(folder, {"arms": read_branched(arms), "gates": read_sweep(gates)})
 
