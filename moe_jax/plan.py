@@ -3,7 +3,7 @@
 Compiles the real train step for that topology with the TPU compiler (the libtpu wheel; no TPU needed) and reports
 whether it fits into memory, its bytes, FLOPs, collectives and kernels, and the resulting bound on MFU.
 `--topology=cpu:8` does the same for eight simulated local devices, without a chip's figures. `--search` tries meshes
-and rematerialisation policies.
+and rematerialisation policies; `--baseline` compares with an earlier report.
 """
 
 import sys
@@ -12,12 +12,14 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from moe_jax.config import validate
+from moe_jax.config import Config, validate
 from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.config.paths import path_of
+from moe_jax.planning.baseline import grown, read_baseline
 from moe_jax.planning.compile import prepare_environment
-from moe_jax.planning.search import plan, search
+from moe_jax.planning.search import Trial, plan, search
 from moe_jax.planning.tables import show, show_search
-from moe_jax.planning.topology import parse_topology
+from moe_jax.planning.topology import Topology, parse_topology
 from moe_jax.runtime.files import output_of, write_json
 
 FILE_COLUMNS = 100  # the width of tables that are not written to a terminal
@@ -31,25 +33,39 @@ def main(_: list[str]) -> None:
         config = validate(flag.config)
         prepare_environment(topology)
         files = {name: output_of(text, f"--{name}") for name in ("json", "hlo") if (text := str(flag[name].value))}
+        if flag.baseline and flag.search:
+            raise ValueError("--baseline compares one plan, and --search makes many; give one of the two.")
+        baseline = read_baseline(path_of(flag.baseline, "--baseline"), topology) if flag.baseline else None
     except ValueError as error:
         fail(str(error))
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else FILE_COLUMNS)
+    sentences: list[str] = []
     try:
         if flag.search:
-            trials = []
-            for trial in search(config, topology, flag.minutes):
-                trials.append(trial)
-                sizes = " x ".join(f"{name} {n}" for name, n in trial.mesh.items() if n > 1)
-                console.print(f"{sizes}, remat {trial.remat}: {trial.verdict}", style="dim")
-            show_search(trials, console)
-            result: Any = [t._asdict() for t in trials]
+            result: Any = [trial._asdict() for trial in _search(config, topology, console)]
         else:
             result = plan(config, topology, files.get("hlo"))
             show(result, console)
+            sentences = grown(result, baseline, flag.tolerance) if baseline else []
     except ValueError as error:
         fail(str(error))
     if "json" in files:
         write_json(files["json"], result)
+    for sentence in sentences:
+        print(f"error: {sentence}", file=sys.stderr)
+    if sentences:
+        sys.exit(1)
+
+
+def _search(config: Config, topology: Topology, console: Console) -> list[Trial]:
+    """The trials of a search, each printed when it ends, and all in the end."""
+    trials = []
+    for trial in search(config, topology, flags.FLAGS.minutes):
+        trials.append(trial)
+        sizes = " x ".join(f"{name} {n}" for name, n in trial.mesh.items() if n > 1)
+        console.print(f"{sizes}, remat {trial.remat}: {trial.verdict}", style="dim")
+    show_search(trials, console)
+    return trials
 
 
 if __name__ == "__main__":
@@ -57,6 +73,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "FAMILY:SHAPE, such as v5p:8x16x16, v5e:16x16, 2xv5e:16x16 or cpu:8.")
     flags.DEFINE_string("json", "", "Also write the report to this file.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program, scheduled HLO, to this file.")
+    flags.DEFINE_string("baseline", "", "A report that --json wrote earlier: end with status 1 if a figure has grown.")
+    flags.DEFINE_float("tolerance", 0.02, "The share by which a figure may exceed the baseline's.", lower_bound=0.0)
     flags.DEFINE_bool(
         "search", False, "Try every mesh that divides, with every remat policy; list the best bound first."
     )

@@ -34,7 +34,7 @@ ASSUMPTIONS = (
     "HBM traffic is the operands and results of every scheduled instruction, without those that XLA keeps on the chip: "
     "an estimate, too high if a kernel keeps data on the chip, too low if it reads an operand twice",
     "collectives run at link speed over all links that they can use, two if the compiled algorithm is one ring, and "
-    "without latency; the roof of the interconnect is the time of the busiest links, as if collectives on others ran meanwhile",
+    "without latency; the roof of the interconnect is the time of the busiest links, as if others were free meanwhile",
     "the bound on MFU is the time of the ideal FLOPs at peak over the longest roof",
     "the schedule runs the compiled instructions in their order: a synchronous collective stops the core, an "
     "asynchronous one is waited for at its end, and collectives on the same links follow one another",
@@ -212,7 +212,7 @@ def _synchronous_share(cost: Cost) -> float | None:
 def _times(
     flops: dict[str, Any], program: Program, cost: Cost, places: Sequence[Place], topology: Topology
 ) -> dict[str, Any]:
-    """Seconds per step of the roofs and of the compiled schedule, with their MFU; every value is None without a chip."""
+    """Seconds per step of the roofs and of the schedule, with their MFU; every value is None without a chip."""
     if topology.chip is None:
         return dict.fromkeys(("seconds", "links", "bound_by", "mfu_bound", "mfu_bound_with_attention", "schedule"))
     seconds, links = roofs(cost, places, topology)
@@ -230,7 +230,7 @@ def _times(
             seconds=schedule.seconds,
             mfu=ideal / schedule.seconds,
             mfu_with_attention=with_attention / schedule.seconds,
-            causes=dict(schedule.causes.most_common()),
+            causes=dict(sorted(schedule.causes.items(), key=lambda item: -item[1])),
         ),
     }
 

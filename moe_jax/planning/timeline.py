@@ -5,7 +5,7 @@ them one after another; its memory, which moves the bytes of one instruction aft
 too; and the links of each dimension of the torus, which carry one exchange after another.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +27,11 @@ class Schedule(NamedTuple):
     """
 
     seconds: float
-    causes: Counter[str]
+    causes: dict[str, float]
+
+    def times(self, n: int) -> "Schedule":
+        """The schedule of `n` runs."""
+        return Schedule(n * self.seconds, {cause: n * seconds for cause, seconds in self.causes.items()})
 
 
 def simulate(program: Program, places: Sequence[Place], topology: Topology) -> Schedule:
@@ -49,27 +53,22 @@ def simulate(program: Program, places: Sequence[Place], topology: Topology) -> S
             here = program.module.computations[name]
             core = _Core(places, topology)
             for i in here.instructions.values():
-                part = control(i, here)
-                if part is None:
+                parts = control(i, here)
+                if parts is None:
                     core.run(i, program.instruction(i, here), _is_end(i, program))
                 else:
-                    core.spend(part)
+                    core.spend(parts)
             known[name] = core.finish()
         return known[name]
 
-    def control(i: Instruction, here: Computation) -> Schedule | None:
-        """The schedule of what an instruction runs on the core itself; None if it is one operation."""
+    def control(i: Instruction, here: Computation) -> list[Schedule] | None:
+        """The schedules of what an instruction runs on the core, one after another; None if it is one operation."""
         if i.opcode == "while":
-            body = computation(called(i)["body"][0])
             length = program.length(i, here)
-            n = 1 if length is None else length
-            return Schedule(n * body.seconds, Counter({cause: n * s for cause, s in body.causes.items()}))
+            return [computation(called(i)["body"][0]).times(1 if length is None else length)]
         if i.opcode == "conditional":
-            return computation(program.branch(i))
-        if i.opcode == "call":
-            parts = [computation(name) for name in called(i)["call"]]
-            return Schedule(sum(p.seconds for p in parts), sum((p.causes for p in parts), Counter()))
-        return None
+            return [computation(program.branch(i))]
+        return [computation(name) for name in called(i)["call"]] if i.opcode == "call" else None
 
     return computation(program.module.entry)
 
@@ -95,7 +94,7 @@ class _Core:
         self.memory = 0.0  # free from then on
         self.links: dict[str, float] = {}
         self.pending: dict[str, tuple[float, str]] = {}  # by the name of a value: when it is there, what it waits for
-        self.causes: Counter[str] = Counter()
+        self.causes: defaultdict[str, float] = defaultdict(float)
 
     def run(self, i: Instruction, cost: Cost, end: bool) -> None:
         """Issue an instruction, and wait for it unless it runs beside the next ones."""
@@ -114,16 +113,17 @@ class _Core:
             for until, cause in ends:
                 self._wait(until, cause)
 
-    def spend(self, part: Schedule) -> None:
+    def spend(self, parts: Sequence[Schedule]) -> None:
         """Run a loop, a branch or a called computation."""
-        self.now += part.seconds
-        self.causes.update(part.causes)
+        for part in parts:
+            for cause, seconds in part.causes.items():
+                self._wait(self.now + seconds, cause)
 
     def finish(self) -> Schedule:
         """The schedule so far, when all that was started has ended."""
         for until, cause in self.pending.values():
             self._wait(until, cause)
-        return Schedule(self.now, self.causes)
+        return Schedule(self.now, dict(self.causes))
 
     def _wait(self, until: float, cause: str) -> None:
         if until > self.now:

@@ -6,19 +6,21 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_jax.planning import compile
 from moe_jax.planning import report as report_
+from moe_jax.planning.baseline import grown, read_baseline
 from moe_jax.planning.collectives import Collective
 from moe_jax.planning.cost import NOTHING
 from moe_jax.planning.topology import Place, Topology, exchange, parse_topology
 from moe_jax.runtime.chips import CHIPS
 
 V5E, V5P = CHIPS["v5e"], CHIPS["v5p"]
+BASELINE = Path(__file__).parent / "baselines" / "cpu_8.json"
 SMALL = ["--config.model.num_layers=2", "--config.sequence_length=32", "--config.batch_size=8"]
 
 
@@ -29,11 +31,15 @@ def run(repo, *arguments, config="configs/deepseek_v3_mini.py", **environment):
 
 @pytest.fixture(scope="module")
 def report(repo, tmp_path_factory):
-    """A plan for eight local devices, four of them on the expert axis."""
-    file = tmp_path_factory.mktemp("plan") / "plan.json"
-    result = run(repo, "--topology=cpu:8", "--config.mesh.expert=4", f"--json={file}", *SMALL)
-    assert result.returncode == 0, result.stderr
-    return json.loads(file.read_text()) | {"printed": result.stdout}
+    """A plan for eight local devices, four of them on the expert axis, beside a baseline of half its FLOPs."""
+    folder = tmp_path_factory.mktemp("plan")
+    half = json.loads(BASELINE.read_text())
+    half["flops_per_step"]["compiled"] /= 2
+    (folder / "half.json").write_text(json.dumps(half))
+    files = [f"--json={folder / 'plan.json'}", f"--baseline={folder / 'half.json'}", "--tolerance=0.5"]
+    result = run(repo, "--topology=cpu:8", "--config.mesh.expert=4", *files, *SMALL)
+    assert result.returncode == 1, result.stderr
+    return json.loads((folder / "plan.json").read_text()) | {"printed": result.stdout, "errors": result.stderr}
 
 
 # --- counts -----------------------------------------------------------------------------------------------------
@@ -84,6 +90,19 @@ def test_assumptions_are_reported(report):
     assert any("balanced" in line for line in report["assumptions"])
     assert report["not_counted"]["untaken_branches"]["flops_per_chip"] > 0  # further rounds
     assert report["not_counted"]["loops_of_unknown_length"] == []
+
+
+def test_a_plan_that_has_grown_ends_the_command_with_a_sentence(report):
+    assert report["errors"].startswith("error: FLOPs grew from ")
+    assert report["errors"].count("\n") == 1
+
+
+def test_the_plan_has_not_grown_since_it_was_last_recorded(report):
+    # if a change makes it grow for a reason, write the file anew: --json=tests/planning/baselines/cpu_8.json
+    baseline = read_baseline(BASELINE, Topology("cpu", (8,)))
+    if baseline["versions"] != report["versions"]:
+        pytest.skip("recorded with another version of jax, whose compiler differs")
+    assert grown(report, baseline, 0.02) == []
 
 
 def test_a_search_tries_the_meshes_that_divide(repo, tmp_path):
