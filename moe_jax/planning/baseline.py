@@ -64,7 +64,6 @@ def grown(report: dict[str, Any], baseline: dict[str, Any], tolerance: float) ->
     for name, (value, text) in figures(report).items():
         if name in before and value > (1 + tolerance) * before[name][0]:
             share = f"{100 * (value / before[name][0] - 1):.1f} %" if before[name][0] else "from nothing"
-            sentences.append(
-                f"{name} grew from {before[name][1]} to {text}, by {share}, more than {100 * tolerance:g} %."
-            )
+            limit = f"{100 * tolerance:g} %"
+            sentences.append(f"{name} grew from {before[name][1]} to {text}, by {share}, more than {limit}.")
     return sentences

@@ -39,7 +39,7 @@ def test_equal_plans_have_not_grown():
     [
         (
             {"bytes_per_chip": {"total": 11 * 2**30}},
-            "memory grew from 10.00 GiB to 11.00 GiB, by 10.0 %, more than 2 %.",
+            "memory grew from 10.00 GiB to 11.00 GiB, by 10.0 %, ",
         ),
         ({"flops_per_step": {"compiled": 1.5e15}}, "FLOPs grew from 1e+15 to 1.5e+15, by 50.0 %, more than 2 %."),
         ({"collectives": [{"sent": 5 * 2**30}]}, "bytes sent to other chips grew from 4.00 GiB to 5.00 GiB, by 25.0 %"),
