@@ -37,7 +37,7 @@ ASSUMPTIONS = (
     "without latency; the roof of the interconnect is the time of the busiest links, as if others were free meanwhile",
     "the bound on MFU is the time of the ideal FLOPs at peak over the longest roof",
     "the schedule runs the compiled instructions in their order: a synchronous collective stops the core, an "
-    "asynchronous one is waited for at its end, and collectives on the same links follow one another",
+    "asynchronous one is waited for at its end, and asynchronous ones on the same links follow one another",
 )
 CPU_LOOP = (
     'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is assumed to process every row once'

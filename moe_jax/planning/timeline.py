@@ -2,9 +2,11 @@
 
 The text of a program for a TPU lists instructions in the order in which they run. The model has one core, which runs
 them one after another; its memory, which moves the bytes of one instruction after another, of copies beside the core
-too; and the links of each dimension of the torus, which carry one exchange after another.
+too; and the links of each dimension of the torus, which carry one exchange after another. An exchange during which the
+core does nothing else passes those beside it, as if links shared their time between a short and a long one.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,6 +84,15 @@ def _is_end(i: Instruction, program: Program) -> bool:
     return any('custom_call_target="AsyncCollectiveDone"' in j.attributes for j in inside)
 
 
+@dataclasses.dataclass
+class _Pending:
+    """Something that runs beside the core: when it ends, what a wait for it is called, the links that it uses."""
+
+    end: float
+    cause: str
+    links: frozenset[str] = frozenset()
+
+
 class _Core:
     """The clock of one computation: when its core, its memory and its links are free, and what has not ended."""
 
@@ -93,53 +104,59 @@ class _Core:
         self.now = 0.0
         self.memory = 0.0  # free from then on
         self.links: dict[str, float] = {}
-        self.pending: dict[str, tuple[float, str]] = {}  # by the name of a value: when it is there, what it waits for
+        self.pending: dict[str, _Pending] = {}  # by the name of a value that is not there yet
         self.causes: defaultdict[str, float] = defaultdict(float)
 
     def run(self, i: Instruction, cost: Cost, end: bool) -> None:
         """Issue an instruction, and wait for it unless it runs beside the next ones."""
         waited = [self.pending[name] for name in i.operands if name in self.pending]
         if end:
-            for until, cause in waited:
-                self._wait(until, cause)
+            for one in waited:
+                self._wait(one)
         elif waited:  # a tuple of it, or a fusion that goes on with it
-            self.pending[i.name] = max(waited)
-        products = self.now + cost.flops.total() / self.chip.flops
-        ends = [*(self._exchange(c) for c in cost.collectives.elements()), (self._move(cost.hbm), MEMORY)]
-        self._wait(products, COMPUTE)
+            self.pending[i.name] = max(waited, key=lambda one: one.end)
+        products = _Pending(self.now + cost.flops.total() / self.chip.flops, COMPUTE)
+        parts = [*(self._exchange(c) for c in cost.collectives.elements()), self._move(cost.hbm)]
+        self._wait(products)
         if i.opcode.endswith("-start") or any(c.asynchronous for c in cost.collectives):
-            self.pending[i.name] = max(ends)
+            self.pending[i.name] = max(parts, key=lambda one: one.end)
         else:
-            for until, cause in ends:
-                self._wait(until, cause)
+            for one in parts:
+                self._wait(one)
 
     def spend(self, parts: Sequence[Schedule]) -> None:
         """Run a loop, a branch or a called computation."""
         for part in parts:
             for cause, seconds in part.causes.items():
-                self._wait(self.now + seconds, cause)
+                self._wait(_Pending(self.now + seconds, cause))
 
     def finish(self) -> Schedule:
         """The schedule so far, when all that was started has ended."""
-        for until, cause in self.pending.values():
-            self._wait(until, cause)
+        for one in self.pending.values():
+            self._wait(one)
         return Schedule(self.now, dict(self.causes))
 
-    def _wait(self, until: float, cause: str) -> None:
-        if until > self.now:
-            self.causes[cause] += until - self.now
-            self.now = until
+    def _wait(self, one: _Pending) -> None:
+        if one.end > self.now:
+            self.causes[one.cause] += one.end - self.now
+            self.now = one.end
 
-    def _move(self, size: float) -> float:
-        """When the memory has moved some bytes."""
+    def _move(self, size: float) -> _Pending:
+        """Bytes that the memory moves after those before them."""
         if size:
             self.memory = max(self.memory, self.now) + size / self.chip.hbm_bandwidth
-        return self.memory if size else self.now
+        return _Pending(self.memory if size else self.now, MEMORY)
 
-    def _exchange(self, c: Collective) -> tuple[float, str]:
-        """When an exchange that starts now has ended, and its name as a cause."""
+    def _exchange(self, c: Collective) -> _Pending:
+        """An exchange, which follows those on its links; but one that stops the core passes them, and delays them."""
         one = exchange(c, self.places, self.topology)
         assert one
-        start = max([self.now, *(self.links.get(dimension, 0.0) for dimension in one.busy)])
-        self.links |= dict.fromkeys(one.busy, start + one.seconds)
-        return start + one.seconds, f"{'a' * c.asynchronous}synchronous {c.kind}"
+        free = max([self.now, *(self.links.get(dimension, 0.0) for dimension in one.busy)])
+        self.links |= dict.fromkeys(one.busy, free + one.seconds)
+        links = frozenset(one.busy)
+        if c.asynchronous:
+            return _Pending(free + one.seconds, f"asynchronous {c.kind}", links)
+        for other in {id(other): other for other in self.pending.values()}.values():
+            if other.end > self.now and other.links & links:
+                other.end += one.seconds
+        return _Pending(self.now + one.seconds, f"synchronous {c.kind}")

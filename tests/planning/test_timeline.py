@@ -75,6 +75,15 @@ def test_exchanges_on_the_same_links_follow_one_another(run):
     assert schedule.causes == pytest.approx({"compute": 1.0, "asynchronous all-gather": 1.0})
 
 
+def test_an_exchange_that_stops_the_core_passes_and_delays_those_beside_it(run):
+    # 1 s stopped, then 1 s of products; of the 3 s of the other, delayed by 1 s, 2 are left
+    slow = START.replace("f32[64]", "f32[192]").replace("f32[16]", "f32[48]"), DONE.replace("f32[64]", "f32[192]")
+    schedule = run(slow[0], GATHER, product("p"), slow[1])
+    assert schedule.causes == pytest.approx(
+        {"compute": 1.0, "synchronous all-gather": 1.0, "asynchronous all-gather": 2.0}
+    )
+
+
 def test_exchanges_on_different_dimensions_run_at_once(run):
     # a plane of 4 x 4: rows {0, 4, ...} along x, columns {0, 1, ...} along y
     places = [Place(0, (0, x, y)) for x in range(4) for y in range(4)]
