@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
 def _search(config: Config, topology: Topology, console: Console) -> list[Trial]:
     """The trials of a search, each printed when it ends, and all in the end."""
     trials = []
-    for trial in search(config, topology, flags.FLAGS.minutes):
+    for trial in search(config, topology, flags.FLAGS.minutes, flags.FLAGS.best):
         trials.append(trial)
         sizes = " x ".join(f"{name} {n}" for name, n in trial.mesh.items() if n > 1)
         console.print(f"{sizes}, remat {trial.remat}: {trial.verdict}", style="dim")
@@ -76,8 +76,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("baseline", "", "A report that --json wrote earlier: end with status 1 if a figure has grown.")
     flags.DEFINE_float("tolerance", 0.02, "The share by which a figure may exceed the baseline's.", lower_bound=0.0)
     flags.DEFINE_bool(
-        "search", False, "Try every mesh that divides, with every remat policy; list the best bound first."
+        "search", False, "Compile the meshes predicted to be fastest, with every remat policy; list the fastest first."
     )
+    flags.DEFINE_integer("best", 3, "Meshes that a search compiles, if they fit; of a chip only.", lower_bound=1)
     flags.DEFINE_float("minutes", 60.0, "Minutes after which a search starts no further trial.")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=parse_flags)

@@ -108,16 +108,21 @@ def _show_times(r: dict[str, Any], console: Console) -> None:
 
 
 def show_search(trials: Sequence[Trial], console: Console) -> None:
-    """Print the trials that fit, best bound first, then the others."""
+    """Print the trials that fit, the fastest schedule first, then the others."""
 
     def rank(trial: Trial) -> float:
         fits = trial.report.get("fits") is not False
-        return -(trial.report.get("mfu_bound") or 0.0) * fits
+        return -((trial.report.get("schedule") or {}).get("mfu", 0.0)) * fits
 
-    table = Table("mesh", "remat", "bound on MFU", "by", "memory a chip", "", title="tried, best first")
+    columns = ("mesh", "remat", "predicted", "scheduled", "MFU", "bound", "by", "memory a chip", "")
+    table = Table(*columns, title="tried, best first")
     for t in sorted(trials, key=rank):
         bound = t.report.get("mfu_bound")
         memory = size(t.report["bytes_per_chip"]["total"]) if "bytes_per_chip" in t.report else ""
+        predicted = "" if t.predicted is None else f"{t.predicted:.2f} s"
+        schedule = t.report.get("schedule")
+        times = (f"{schedule['seconds']:.2f} s", f"{100 * schedule['mfu']:.1f} %") if schedule else ("", "")
         percent = "" if bound is None else f"{100 * bound:.1f} %"
-        table.add_row(_mesh(t.mesh), t.remat, percent, t.report.get("bound_by") or "", memory, t.verdict)
+        by = t.report.get("bound_by") or ""
+        table.add_row(_mesh(t.mesh), t.remat, predicted, *times, percent, by, memory, t.verdict)
     console.print(table)
