@@ -54,6 +54,7 @@ def test_each_figure_that_has_grown_is_one_sentence(values, sentence):
 
 def test_growth_within_the_tolerance_and_savings_are_silent():
     assert changed(flops_per_step={"compiled": 1.019e15}, schedule={"seconds": 0.1}) == []
+    assert len(changed(flops_per_step={"compiled": 1.021e15})) == 1
 
 
 def test_a_step_that_no_longer_fits_has_grown():

@@ -107,7 +107,10 @@ def test_a_copy_runs_beside_products(run):
     assert run(COPY[0], product("p"), COPY[1], chip=CHIP._replace(hbm_bandwidth=1280.0)).causes == pytest.approx(
         {"compute": 1.0}
     )
-    # alone it is waited for
+    # alone it is waited for, and a second one follows it
+    other = COPY[0].replace("%cs", "%ds"), COPY[1].replace("%cs", "%ds").replace("%cd", "%dd")
+    both = run(COPY[0], other[0], COPY[1], other[1], chip=CHIP._replace(hbm_bandwidth=1280.0))
+    assert both.causes == pytest.approx({"memory": 0.4})
     assert run(*COPY, chip=CHIP._replace(hbm_bandwidth=1280.0)).causes == pytest.approx({"memory": 0.2})
 
 
@@ -196,15 +199,16 @@ ENTRY %main (b: f32[16], a: f32[8,8]) -> f32[64] {
   %h = (f32[8,8]{1,0}, f32[16]{0}, f32[64]{0}) fusion(%x, %y, %a), kind=kCustom, calls=%meanwhile
   %u = f32[16]{0} get-tuple-element(%h), index=1
   %v = f32[64]{0} get-tuple-element(%h), index=2
-  ROOT %d = f32[64]{0} fusion(%u, %v), kind=kCustom, calls=%done
+  %d = f32[64]{0} fusion(%u, %v), kind=kCustom, calls=%done
+  ROOT %after = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """
 
 
 def test_an_exchange_in_three_fusions_runs_beside_the_second(run):
-    assert run(text=FUSIONS).causes == pytest.approx({"compute": 1.0})
+    assert run(text=FUSIONS).causes == pytest.approx({"compute": 2.0})
     slow = CHIP._replace(link=CHIP.link / 3)
-    assert run(text=FUSIONS, chip=slow).causes == pytest.approx({"compute": 1.0, "asynchronous all-gather": 2.0})
+    assert run(text=FUSIONS, chip=slow).causes == pytest.approx({"compute": 2.0, "asynchronous all-gather": 2.0})
 
 
 def test_causes_add_up_to_the_step(run):
