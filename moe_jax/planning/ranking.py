@@ -4,7 +4,7 @@ T tokens of a device in a micro-batch, K experts per token, D embed, E experts.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXCHANGES = 5  # of rows in an MoE layer: there and back, there again and both gradients in the backward pass
 GATHERS = 2  # of a layer's weights: its backward pass gathers them again
-NARROW, WIDE = 2, 4  # bytes of a number in the compute dtype, and of the router's and of the head's gradient
+NARROW, WIDE = 2, 4  # bytes of a number in the compute dtype, and in the gradient of the head
 
 
 class Prediction(NamedTuple):
@@ -41,13 +41,13 @@ def predict(config: Config, mesh: "Mesh", topology: Topology) -> Prediction:
     its backward pass, and gradients that are scattered once. It does not count attention's exchanges over `tensor`,
     forward passes that only count loads, or exchanges of less than a weight.
     """
+    assert topology.chip
     places = [place_of(d) for d in mesh.devices.flat]
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for c, n in expected(config, mesh).items():
-        one = exchange(c, places, topology)
-        assert one
-        seconds[c.kind] += n * one.seconds  # type: ignore[assignment]
-    return Prediction(_products(config, mesh) / topology.chip.flops, dict(seconds))  # type: ignore[union-attr]
+        if one := exchange(c, places, topology):
+            seconds[c.kind] += n * one.seconds
+    return Prediction(_products(config, mesh) / topology.chip.flops, dict(seconds))
 
 
 def expected(config: Config, mesh: "Mesh") -> Counter[Collective]:
@@ -72,7 +72,8 @@ def _collective(kind: str, size: float, axis: str, mesh: "Mesh") -> Collective:
     return Collective(kind, round(size), group, False, "", "", one_ring=kind in ("all-gather", "reduce-scatter"))
 
 
-def _tokens(config: Config, mesh: "Mesh") -> int:
+def tokens_of_device(config: Config, mesh: "Mesh") -> int:
+    """The tokens of a device in one micro-batch."""
     from moe_jax.mesh import ways
 
     return config.batch_size * config.sequence_length // config.micro_batches // ways(mesh, "tokens")
@@ -87,7 +88,7 @@ def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
     devices = mesh.shape[axis]
     if not m.num_experts or DISPATCHERS[m.dispatch].is_oracle or devices == 1:
         return
-    copies = _tokens(config, mesh) * m.top_k
+    copies = tokens_of_device(config, mesh) * m.top_k
     rows = devices * min(copies, math.ceil(m.capacity_factor * copies / devices))
     yield _collective("all-to-all", rows * m.embed_dim * NARROW, axis, mesh), EXCHANGES * num_moe_layers(m)
 
@@ -155,7 +156,7 @@ def _products(config: Config, mesh: "Mesh") -> float:
 
     m = config.model
     tokens = config.batch_size * config.sequence_length
-    rows = _tokens(config, mesh) * m.top_k
+    rows = tokens_of_device(config, mesh) * m.top_k
     groups = m.num_experts // math.prod(mesh.shape[axis] for axis in axes("experts"))
     tile = tpu_tile(rows, m.embed_dim, m.expert_ffw_dim, groups, NARROW)[0] if groups else 0
     padded = 1 + (groups - 1) * tile / rows if groups else 1.0

@@ -11,6 +11,7 @@ from moe_jax.config import Config
 from moe_jax.planning import hlo, loops
 from moe_jax.planning.compile import Compiled, state_bytes
 from moe_jax.planning.cost import Cost, Program
+from moe_jax.planning.ranking import tokens_of_device
 from moe_jax.planning.timeline import simulate
 from moe_jax.planning.topology import ACROSS, Place, Topology, exchange, place_of
 
@@ -114,11 +115,9 @@ def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled
 
 def rows_of_experts(config: Config, mesh: "Mesh") -> int:
     """Token copies that a device multiplies in one layer and micro-batch, if routing is balanced."""
-    from moe_jax.mesh import ways
-
     m = config.model
-    tokens = config.batch_size * config.sequence_length // config.micro_batches // ways(mesh, "tokens")
-    return round(tokens * m.top_k * (1.0 - m.zero_share if m.num_zero_experts else 1.0))
+    copies = tokens_of_device(config, mesh) * m.top_k
+    return round(copies * (1.0 - m.zero_share if m.num_zero_experts else 1.0))
 
 
 def _flops(config: Config, chips: int, cost: Cost) -> dict[str, Any]:
