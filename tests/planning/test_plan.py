@@ -100,9 +100,13 @@ def test_a_plan_that_has_grown_ends_the_command_with_a_sentence(report):
 
 def test_the_plan_has_not_grown_since_it_was_last_recorded(report):
     # if a change makes it grow for a reason, write the file anew: --json=tests/planning/baselines/cpu_8.json
-    baseline = read_baseline(BASELINE, Topology("cpu", (8,)))
+    has_not_grown(report, BASELINE, Topology("cpu", (8,)))
+
+
+def has_not_grown(report, file, topology):
+    baseline = read_baseline(file, topology)
     if baseline["versions"] != report["versions"]:
-        pytest.skip("recorded with another version of jax, whose compiler differs")
+        pytest.skip("recorded with other versions, whose compiler differs")
     assert grown(report, baseline, 0.02) == []
 
 
@@ -260,6 +264,12 @@ def test_a_mesh_that_does_not_divide_is_one_sentence(repo):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_baseline_of_a_search_is_one_sentence(repo):
+    result = run(repo, "--topology=cpu:8", "--search", "--baseline=plan.json")
+    assert result.returncode == 2
+    assert result.stderr == "error: --baseline compares one plan, and --search makes many; give one of the two.\n"
+
+
 def test_a_missing_tpu_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -317,6 +327,7 @@ def test_a_plan_for_a_tpu_has_all_its_roofs(repo, tmp_path):
     assert sum(schedule["causes"].values()) == pytest.approx(schedule["seconds"])
     # what the model says of attention is known by formula, so only look-ups are left without FLOPs
     assert not any("splash" in kernel or "gmm" in kernel for kernel in report["not_counted"]["kernels_without_flops"])
+    has_not_grown(report, BASELINE.with_name("v5e_4x4.json"), Topology("v5e", (4, 4)))
 
 
 @pytest.mark.slow
