@@ -51,7 +51,7 @@ def collective(i: Instruction, here: Computation, module: Module) -> Collective 
     sent and received by the host.
     """
     if i.opcode == "recv":
-        return _across_slices(i, module)
+        return _across_slices(i)
     kind = i.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -86,17 +86,20 @@ def is_one_ring(attributes: str) -> bool:
     return '"emitter":"1D' in attributes or "Type: 1D" in attributes
 
 
-def _across_slices(i: Instruction, module: Module) -> Collective | None:
+def _across_slices(i: Instruction) -> Collective | None:
     """What a `recv` brings from other slices, of which the mesh has the slower axes: one device of each is the group.
 
-    The TPU compiler exchanges within a slice first, so that every device receives its own part only.
+    The TPU compiler exchanges within a slice first, so that every device receives its own part only. A program with
+    several slices numbers the devices of one.
     """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
-    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x', i.attributes)
-    if not kind or not target:
+    if not kind:
         return None
+    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}', i.attributes)
+    if not target:
+        raise ValueError(f"slices have an unknown form: {i.attributes[:MOST_CHARACTERS]}")
     slices = len(target[1].split(","))
-    group = tuple(n * module.devices // slices for n in range(slices))
+    group = tuple(n * (int(target[2]) + 1) for n in range(slices))
     received = [leaf for leaf in i.leaves if leaf.dims]
     name = kind[1].lower().replace("_", "-")
     size = _bytes(received) * (slices if name == "reduce-scatter" else 1)

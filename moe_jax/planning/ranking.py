@@ -97,29 +97,31 @@ class _Weight(NamedTuple):
     """A matrix that is split over devices which have different tokens.
 
     size: bytes of the part that a device multiplies by, in the compute dtype. axes: over which it is gathered, in this
-    order. uses: how often a step gathers it. layers: how many there are. is_head: whether it is the model's head.
+    order. gathers, gradients: how often a micro-batch gathers it, and how many gradients of it there are, each over all
+    layers. is_head: whether it is the model's head.
     """
 
     size: int
     axes: tuple[str, ...]
-    uses: int
-    layers: int
+    gathers: int
+    gradients: int
     is_head: bool
 
 
 def _of_weights(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
     """What gathers weights for their use and scatters their gradients, axis by axis.
 
-    The gradient of the head is summed whole, in float32.
+    Prediction ahead shares the gathered embedding and head, and adds a gradient of each. That of the head is summed
+    whole, in float32.
     """
     for w in _weights(config, mesh):
         for n, axis in enumerate(w.axes):
             left = math.prod(mesh.shape[later] for later in w.axes[n + 1 :])  # parts of what is gathered so far
-            yield _collective("all-gather", w.size / left, axis, mesh), w.uses * w.layers
+            yield _collective("all-gather", w.size / left, axis, mesh), w.gathers
             if w.is_head:
-                yield _collective("all-reduce", w.size * WIDE / NARROW / left, axis, mesh), w.uses
+                yield _collective("all-reduce", w.size * WIDE / NARROW / left, axis, mesh), w.gradients
             else:
-                yield _collective("reduce-scatter", w.size / left, axis, mesh), w.layers
+                yield _collective("reduce-scatter", w.size / left, axis, mesh), w.gradients
 
 
 def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
@@ -138,12 +140,13 @@ def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
         split = [axis for part in parameter_spec(mesh, dims, shape) for axis in axes_of(part)]
         gathered = [axis for axis in reversed(axes("tokens")) if axis in split and axis not in kept]  # innermost first
         elsewhere = math.prod(mesh.shape[axis] for axis in split if axis not in gathered)
+        layers = leaf.shape[0] if len(leaf.shape) > len(dims) else 1
         of_vocabulary = "vocab" in dims
         yield _Weight(
             size=math.prod(shape) * NARROW // elsewhere,
             axes=tuple(gathered[::-1] if dims[0] == "vocab" else gathered),  # columns of an embedding before its rows
-            uses=1 + config.model.mtp_depth if of_vocabulary else GATHERS,
-            layers=leaf.shape[0] if len(leaf.shape) > len(dims) else 1,
+            gathers=1 if of_vocabulary else GATHERS * layers,
+            gradients=1 + config.model.mtp_depth if of_vocabulary else layers,
             is_head=of_vocabulary and dims[0] != "vocab",
         )
 

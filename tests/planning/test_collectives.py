@@ -58,7 +58,7 @@ def test_products_run_beside_an_exchange_on_a_sparsecore():
 
 
 # a reduction over four slices of two chips each, of the part that a chip keeps after the reduction in its slice
-SLICES = """HloModule slices, is_scheduled=true, num_partitions=8
+SLICES = """HloModule slices, is_scheduled=true, num_partitions=2
 
 ENTRY %main (a: bf16[256,4]) -> bf16[256,4] {
   %a = bf16[256,4]{1,0} parameter(0)
@@ -94,6 +94,11 @@ def test_what_crosses_slices_is_counted_once_with_its_kind(kind, size, sent):
     assert (found.kind, found.bytes, found.asynchronous) == (kind.lower().replace("_", "-"), size, True)
     assert found.group == (0, 2, 4, 6)
     assert found.sent == sent
+
+
+def test_slices_in_another_notation_are_not_left_out():
+    with pytest.raises(ValueError, match="slices have an unknown form"):
+        cost_.analyze(SLICES.replace("MEGASCALE", ATTRIBUTES.replace("x{0:1}", "x{0,1}") % "ALL_REDUCE"))
 
 
 def test_what_crosses_slices_takes_the_time_of_the_data_centre_network_and_no_link():
