@@ -114,14 +114,16 @@ def show_search(trials: Sequence[Trial], console: Console) -> None:
         fits = trial.report.get("fits") is not False
         return -((trial.report.get("schedule") or {}).get("mfu", 0.0)) * fits
 
-    columns = ("mesh", "remat", "predicted", "scheduled", "MFU", "bound", "by", "memory a chip", "")
+    columns = ("mesh", "remat", "predicted", "scheduled", "MFU", "bound", "by", "memory", "")
     table = Table(*columns, title="tried, best first")
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for t in sorted(trials, key=rank):
         bound = t.report.get("mfu_bound")
         memory = size(t.report["bytes_per_chip"]["total"]) if "bytes_per_chip" in t.report else ""
-        predicted = "" if t.predicted is None else f"{t.predicted:.2f} s"
+        predicted = "" if t.predicted is None else f"{1e3 * t.predicted:.4g} ms"
         schedule = t.report.get("schedule")
-        times = (f"{schedule['seconds']:.2f} s", f"{100 * schedule['mfu']:.1f} %") if schedule else ("", "")
+        times = (f"{1e3 * schedule['seconds']:.4g} ms", f"{100 * schedule['mfu']:.1f} %") if schedule else ("", "")
         percent = "" if bound is None else f"{100 * bound:.1f} %"
         by = t.report.get("bound_by") or ""
         table.add_row(_mesh(t.mesh), t.remat, predicted, *times, percent, by, memory, t.verdict)

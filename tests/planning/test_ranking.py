@@ -99,13 +99,13 @@ def test_a_search_compiles_only_as_many_meshes_as_it_is_asked_for_the_fastest_fi
     assert [(t.mesh["expert"], t.verdict) for t in trials] == [
         (2, "fits"),
         (4, "fits"),
-        (1, "not compiled: 2 better ones fit"),
-        (8, "not compiled: 2 better ones fit"),
+        (1, "not compiled"),
+        (8, "not compiled"),
     ]
     assert [t.predicted for t in trials] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_a_mesh_that_does_not_fit_is_no_answer(searched):
     trials = searched(best=1, fits=lambda expert: expert == 1)
-    tried = {t.mesh["expert"] for t in trials if not t.verdict.startswith("not compiled")}
+    tried = {t.mesh["expert"] for t in trials if t.verdict != "not compiled"}
     assert tried == {2, 4, 1}
