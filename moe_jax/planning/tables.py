@@ -114,9 +114,9 @@ def show_search(trials: Sequence[Trial], console: Console) -> None:
         fits = trial.report.get("fits") is not False
         return -((trial.report.get("schedule") or {}).get("mfu", 0.0)) * fits
 
-    columns = ("mesh", "remat", "predicted", "scheduled", "MFU", "bound", "by", "memory", "")
+    columns = ("mesh", "remat", "predicted", "scheduled", "MFU", "bound", "memory", "")
     table = Table(*columns, title="tried, best first")
-    for column in table.columns[1:]:
+    for column in table.columns:
         column.no_wrap = True
     for t in sorted(trials, key=rank):
         bound = t.report.get("mfu_bound")
@@ -125,6 +125,5 @@ def show_search(trials: Sequence[Trial], console: Console) -> None:
         schedule = t.report.get("schedule")
         times = (f"{1e3 * schedule['seconds']:.4g} ms", f"{100 * schedule['mfu']:.1f} %") if schedule else ("", "")
         percent = "" if bound is None else f"{100 * bound:.1f} %"
-        by = t.report.get("bound_by") or ""
-        table.add_row(_mesh(t.mesh), t.remat, predicted, *times, percent, by, memory, t.verdict)
+        table.add_row(_mesh(t.mesh), t.remat, predicted, *times, percent, memory, t.verdict)
     console.print(table)
