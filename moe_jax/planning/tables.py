@@ -116,7 +116,7 @@ def show_search(trials: Sequence[Trial], console: Console) -> None:
 
     columns = ("mesh", "remat", "predicted", "scheduled", "MFU", "bound", "memory", "")
     table = Table(*columns, title="tried, best first")
-    for column in table.columns:
+    for column in table.columns[:-1]:
         column.no_wrap = True
     for t in sorted(trials, key=rank):
         bound = t.report.get("mfu_bound")
