@@ -8,8 +8,8 @@ balancing rates and standard deviation of the initial weights.
 Source: Kimi K2 (arXiv 2507.20534), sections 2.3 and 2.5, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/kimi_k2.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/kimi_k2.py --topology=v5p:8x16x16
-Result of the plan: fits, 35.9 of 95 GiB per chip; 1.53 x the ideal FLOPs without those of attention, whose kernel
-gives no estimate; bound on MFU 36.3 %, by the interconnect.
+Result of an earlier plan, without attention and with exchanges one after another: fits, 35.9 of 95 GiB per chip;
+1.53 x the ideal FLOPs; bound on MFU 36.3 %, by the interconnect.
 """
 
 from moe_jax.config import default

@@ -8,8 +8,8 @@ bytes use 257 of the paper's vocabulary of 32,064.
 Batch 1152 is 9 sequences per chip of a v5e:8x16.
 Command: python -m moe_jax.train --config=configs/loss_free_1b.py --workdir=/tmp/loss_free_1b --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/loss_free_1b.py --topology=v5e:8x16
-Result of the plan: fits, 3.4 of 16 GiB per chip; 1.40 x the ideal FLOPs without those of attention, whose kernel
-gives no estimate; bound on MFU 19 %, by the interconnect.
+Result of an earlier plan, without attention and with exchanges one after another: fits, 3.4 of 16 GiB per chip;
+1.40 x the ideal FLOPs; bound on MFU 19 %, by the interconnect.
 """
 
 from moe_jax.config import default

@@ -8,8 +8,8 @@ its bytes use 257 of the paper's vocabulary of 32,064.
 Batch 1792 is 7 sequences per chip of a v5e:16x16; the paper's 1728 does not divide by 256 chips.
 Command: python -m moe_jax.train --config=configs/loss_free_3b.py --workdir=/tmp/loss_free_3b --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/loss_free_3b.py --topology=v5e:16x16
-Result of the plan: fits, 5.2 of 16 GiB per chip; 1.45 x the ideal FLOPs without those of attention, whose kernel
-gives no estimate; bound on MFU 27 %, by the interconnect.
+Result of an earlier plan, without attention and with exchanges one after another: fits, 5.2 of 16 GiB per chip;
+1.45 x the ideal FLOPs; bound on MFU 27 %, by the interconnect.
 """
 
 from moe_jax.config import default

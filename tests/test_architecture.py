@@ -40,7 +40,8 @@ ALLOWED = {
 WITHOUT_JAX = {"config", "data", "runtime/files", "runtime/cache", "runtime/ledger", "runtime/prefetch", "runtime/log"}
 WITHOUT_JAX |= {"runtime/chips", "runtime/workdir", "huggingface/shards", "planning/hlo", "planning/cost"}
 WITHOUT_JAX |= {"planning/loops", "planning/products", "planning/traffic", "planning/collectives"}
-WITHOUT_JAX |= {"planning/topology", "text/colours", "runtime/display"}
+WITHOUT_JAX |= {"planning/kernels", "planning/topology", "planning/timeline", "planning/tables"}
+WITHOUT_JAX |= {"planning/baseline", "text/colours", "runtime/display"}
 
 
 def name(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.planning.hlo import Computation, Instruction, Leaf, Module
@@ -21,7 +22,8 @@ class Collective(NamedTuple):
     """An exchange between devices, as one device sees it.
 
     bytes: its input (of an all-gather: its output), once. group: ids of the devices of the first group, in the order of
-    the mesh. asynchronous: other work may be scheduled between its start and its end.
+    the mesh. asynchronous: other work may be scheduled between its start and its end. one_ring: the compiled algorithm
+    passes parts around a single ring of all devices, even if they span several dimensions of a torus.
     """
 
     kind: str
@@ -30,6 +32,7 @@ class Collective(NamedTuple):
     asynchronous: bool
     shape: str
     op_name: str
+    one_ring: bool = False
 
     @property
     def sent(self) -> float:
@@ -44,8 +47,11 @@ def collective(i: Instruction, here: Computation, module: Module) -> Collective 
     """The exchange that an instruction starts, or None: a group of one device exchanges nothing.
 
     In programs for TPU, an asynchronous exchange is three fusions that each hold the instruction, of which only the
-    first counts, and a reduce-scatter is a fusion of an all-reduce and a slice of its result.
+    first counts, and a reduce-scatter is a fusion of an all-reduce and a slice of its result. What crosses slices is
+    sent and received by the host.
     """
+    if i.opcode == "recv":
+        return _across_slices(i)
     kind = i.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -63,9 +69,41 @@ def collective(i: Instruction, here: Computation, module: Module) -> Collective 
         kind = "reduce-scatter"
         out = scattered
     moved = [leaf for leaf in (out if kind == "all-gather" else inputs) if leaf.dims or kind != "all-gather"]
-    shape = ", ".join(f"{leaf.dtype}{list(leaf.dims)}".replace(" ", "") for leaf in moved)
-    started = i.opcode.endswith("-start") or chained or here.name.startswith("async_")
-    return Collective(kind, sum(leaf.bytes for leaf in moved), group, started, shape, i.op_name)
+    started = i.opcode.endswith("-start") or chained
+    return Collective(kind, _bytes(moved), group, started, _shape(moved), i.op_name, is_one_ring(i.attributes))
+
+
+def _bytes(leaves: Sequence[Leaf]) -> int:
+    return sum(leaf.bytes for leaf in leaves)
+
+
+def _shape(leaves: Sequence[Leaf]) -> str:
+    return ", ".join(f"{leaf.dtype}{list(leaf.dims)}".replace(" ", "") for leaf in leaves)
+
+
+def is_one_ring(attributes: str) -> bool:
+    """Whether the TPU compiler chose an algorithm on one ring, by the name or the log that it writes for it."""
+    return '"emitter":"1D' in attributes or "Type: 1D" in attributes
+
+
+def _across_slices(i: Instruction) -> Collective | None:
+    """What a `recv` brings from other slices, of which the mesh has the slower axes: one device of each is the group.
+
+    The TPU compiler exchanges within a slice first, so that every device receives its own part only. A program with
+    several slices numbers the devices of one.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    if not kind:
+        return None
+    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}', i.attributes)
+    if not target:
+        raise ValueError(f"slices have an unknown form: {i.attributes[:MOST_CHARACTERS]}")
+    slices = len(target[1].split(","))
+    group = tuple(n * (int(target[2]) + 1) for n in range(slices))
+    received = [leaf for leaf in i.leaves if leaf.dims]
+    name = kind[1].lower().replace("_", "-")
+    size = _bytes(received) * (slices if name == "reduce-scatter" else 1)
+    return Collective(name, size, group, True, _shape(received), i.op_name)
 
 
 def _slice_of(i: Instruction, here: Computation) -> tuple[Leaf, ...]:

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from moe_jax.planning.collectives import Collective, collective
+from moe_jax.planning.collectives import Collective, collective, is_one_ring
 from moe_jax.planning.hlo import Computation, Instruction, called, parse
+from moe_jax.planning.kernels import kernel_flops, kernel_name
 from moe_jax.planning.loops import trip_count
-from moe_jax.planning.products import flops, kernel_estimate, kernel_name
+from moe_jax.planning.products import flops
 from moe_jax.planning.traffic import traffic
 
 
@@ -18,7 +19,7 @@ class Cost(NamedTuple):
     every scheduled instruction; an upper estimate, because data that stays on the chip is left out only where the text
     shows it. collectives, kernels: how often each runs. untaken: FLOPs and bytes sent of conditional branches that are
     assumed not to run. unknown_loops: op_names of loops whose length is not in the text, counted once. uncosted:
-    kernels without an estimate of their FLOPs. overlapped: by kind of collective, the FLOPs that are scheduled between
+    kernels whose FLOPs are not known. overlapped: by kind of collective, the FLOPs that are scheduled between
     its start and its end, and so run at the same time.
     """
 
@@ -42,51 +43,85 @@ NOTHING = Cost(Counter(), 0.0, Counter(), Counter(), (0.0, 0.0), frozenset(), fr
 Trips = Callable[[Instruction, Computation], int | None]  # an estimate for a loop whose length is not in the text
 
 
-def analyze(text: str, trips: Trips = lambda loop, body: None) -> Cost:
-    """The cost of one run of a compiled program, on one device.
+class Program:
+    """A compiled program, and what each of its parts costs.
 
     A conditional counts as its cheapest branch: in this repository a branch that costs more is one more round of
     dispatch, which balanced routing does not need. `untaken` has the difference.
-
-    Args:
-        text: `compiled.as_text()`.
-        trips: (loop, body) -> length of a loop whose text does not have it, or None.
     """
-    module = parse(text)
-    memo: dict[tuple[str, bool], Cost] = {}
 
-    def cost(name: str, fused: bool) -> Cost:
-        if (name, fused) not in memo:
-            here = module.computations[name]
-            costs = {i.name: one(i, here, fused) for i in here.instructions.values()}
-            memo[name, fused] = _sum([NOTHING._replace(overlapped=_overlapped(here, costs)), *costs.values()])
-        return memo[name, fused]
+    def __init__(self, text: str, trips: Trips = lambda loop, body: None, rows: int | None = None) -> None:
+        """Parse a program.
 
-    def one(i: Instruction, here: Computation, fused: bool) -> Cost:
-        own = NOTHING._replace(
-            flops=Counter({i.op_name: f}) if (f := flops(i, here)) else Counter(),
-            hbm=0.0 if fused else float(traffic(i, here, module)),
-            collectives=Counter([c]) if (c := collective(i, here, module)) else Counter(),
-        )
-        if kernel := kernel_name(i):
-            own = own._replace(kernels=Counter([kernel]))
-            if "flops" not in kernel_estimate(i):
-                own = own._replace(uncosted=frozenset([kernel]))
+        Args:
+            text: `compiled.as_text()`.
+            trips: (loop, body) -> length of a loop whose text does not have it, or None.
+            rows: rows of a grouped product that belong to a group, on each device; all, if None.
+        """
+        self.module = parse(text)
+        self.trips = trips
+        self.rows = rows
+        self._known: dict[tuple[str, bool], Cost] = {}
+
+    def computation(self, name: str, fused: bool = False) -> Cost:
+        """The cost of one run of a computation; within a fusion, nothing between its instructions is in memory."""
+        if (name, fused) not in self._known:
+            here = self.module.computations[name]
+            costs = {i.name: self.instruction(i, here, fused) for i in here.instructions.values()}
+            self._known[name, fused] = _sum([NOTHING._replace(overlapped=_overlapped(here, costs)), *costs.values()])
+        return self._known[name, fused]
+
+    def instruction(self, i: Instruction, here: Computation, fused: bool = False) -> Cost:
+        """The cost of an instruction with all that it calls, as often as it calls it."""
         if i.opcode == "while":
-            length = trip_count(i, here, module)
-            body = module.computations[called(i)["body"][0]]
-            length = trips(i, body) if length is None else length
-            inner = _times(cost(body.name, fused), 1 if length is None else length)
+            length = self.length(i, here)
+            inner = _times(self.computation(called(i)["body"][0], fused), 1 if length is None else length)
             return inner if length is not None else inner._replace(unknown_loops=inner.unknown_loops | {i.op_name})
         if i.opcode == "conditional":
-            return _cheapest([cost(name, fused) for name in called(i)["branch"]])
+            return _cheapest([self.computation(name, fused) for name in called(i)["branch"]])
         callees = called(i)["call"] if i.opcode in CALLERS else []
-        return _sum([own, *(cost(n, fused or i.opcode == "fusion") for n in callees)])
+        inside = (self.computation(name, fused or i.opcode == "fusion") for name in callees)
+        return _exchanging(i, _sum([self._own(i, here, fused), *inside]))
 
-    return cost(module.entry, False)
+    def _own(self, i: Instruction, here: Computation, fused: bool) -> Cost:
+        kernel = kernel_name(i)
+        of_kernel = kernel_flops(i, here, self.rows)
+        total = flops(i, here) + (of_kernel or 0)
+        return NOTHING._replace(
+            flops=Counter({i.op_name: total}) if total else Counter(),
+            hbm=0.0 if fused else float(traffic(i, here, self.module)),
+            collectives=Counter([c]) if (c := collective(i, here, self.module)) else Counter(),
+            kernels=Counter([kernel]) if kernel else Counter(),
+            uncosted=frozenset([kernel]) if of_kernel is None else frozenset(),
+        )
+
+    def length(self, loop: Instruction, here: Computation) -> int | None:
+        """How often a `while` runs, by its text or else by `trips`."""
+        length = trip_count(loop, here, self.module)
+        return self.trips(loop, self.module.computations[called(loop)["body"][0]]) if length is None else length
+
+    def branch(self, conditional: Instruction) -> str:
+        """The branch that a conditional is assumed to take, the cheapest."""
+        return min(called(conditional)["branch"], key=lambda name: _price(self.computation(name)))
 
 
-CALLERS = ("fusion", "call", "async-start")
+def analyze(text: str, trips: Trips = lambda loop, body: None, rows: int | None = None) -> Cost:
+    """The cost of one run of a compiled program, on one device; arguments are those of `Program`."""
+    program = Program(text, trips, rows)
+    return program.computation(program.module.entry)
+
+
+CALLERS = ("fusion", "call", "async-start", "call-start")  # the last two run beside what follows them, on another core
+
+
+def _exchanging(i: Instruction, cost: Cost) -> Cost:
+    """The cost of an instruction, which says of the exchanges that it calls whether it waits and by which algorithm."""
+    started = i.opcode.endswith("-start")
+    one_ring = is_one_ring(i.attributes)
+    found: Counter[Collective] = Counter()
+    for c, n in cost.collectives.items():
+        found[c._replace(asynchronous=c.asynchronous or started, one_ring=c.one_ring or one_ring)] += n
+    return cost._replace(collectives=found)
 
 
 def _overlapped(here: Computation, costs: dict[str, Cost]) -> Counter[str]:
@@ -140,7 +175,11 @@ def _times(cost: Cost, n: int) -> Cost:
 
 
 def _cheapest(branches: list[Cost]) -> Cost:
-    taken = min(branches, key=lambda c: (c.flops.total(), c.sent, c.hbm))
+    taken = min(branches, key=_price)
     flops = max(c.flops.total() + c.untaken[0] for c in branches) - taken.flops.total()
     sent = max(c.sent + c.untaken[1] for c in branches) - taken.sent
     return taken._replace(untaken=(max(flops, taken.untaken[0]), max(sent, taken.untaken[1])))
+
+
+def _price(cost: Cost) -> tuple[float, float, float]:
+    return cost.flops.total(), cost.sent, cost.hbm

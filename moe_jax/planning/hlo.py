@@ -152,7 +152,8 @@ def called(i: Instruction) -> dict[str, list[str]]:
         return re.findall(r"[\w.\-]+", found[1] or found[2]) if found else []
 
     branches = names("branch_computations") or names("true_computation") + names("false_computation")
-    calls = names("calls") or names("called_computations") or (names("to_apply") if i.opcode == "call" else [])
+    applied = names("to_apply") if i.opcode in ("call", "call-start") else []  # elsewhere it is a reduction
+    calls = names("calls") or names("called_computations") or applied
     return {"body": names("body"), "condition": names("condition"), "branch": branches, "call": calls}
 
 

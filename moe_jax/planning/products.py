@@ -1,4 +1,4 @@
-"""FLOPs of matrix products, convolutions and kernels in a compiled program."""
+"""FLOPs of matrix products and convolutions in a compiled program."""
 
 import functools
 import math
@@ -7,14 +7,9 @@ from collections.abc import Callable
 
 from moe_jax.planning.hlo import Computation, Instruction
 
-# custom calls that run no kernel
-BOOKKEEPING = {"AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "Sharding"}
-BOOKKEEPING |= {"PrepareAsyncCallStart", "PrepareAsyncCallDone", "AssumeGatherIndicesInBound"}
-BOOKKEEPING |= {"SPMDFullToShardShape", "SPMDShardToFullShape", "xla.sdy.FuncResultSharding"}
-
 
 def flops(i: Instruction, here: Computation) -> int:
-    """The FLOPs of a dot, a convolution, or a kernel with an estimate; 0 for everything else."""
+    """The FLOPs of a dot or a convolution; 0 for everything else."""
     if i.opcode == "dot":
         left = here.instructions[i.operands[0]].leaves[0].dims
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
@@ -22,7 +17,7 @@ def flops(i: Instruction, here: Computation) -> int:
         return 2 * math.prod(i.leaves[0].dims) * math.prod(sizes)
     if i.opcode == "convolution":
         return _convolution(i, here)
-    return kernel_estimate(i).get("flops", 0)
+    return 0
 
 
 def _convolution(i: Instruction, here: Computation) -> int:
@@ -72,18 +67,3 @@ def meetings(
     if right == 1:
         return sum(meet(o * stride - low) for o in range(out))
     return sum(meet(o * stride + k * right_dilation - low) for o in range(out) for k in range(right))
-
-
-def kernel_name(i: Instruction) -> str:
-    """The name of a kernel that is not XLA's own code; "" for other instructions."""
-    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
-    if i.opcode != "custom-call" or not target or target[1] in BOOKKEEPING:
-        return ""
-    own = re.search(r"(?:^|/)(?:jit\()?([^/()]*)\)?(?:/pallas_call)?$", i.op_name)
-    return own[1] if target[1] == "tpu_custom_call" and own and own[1] else target[1]
-
-
-def kernel_estimate(i: Instruction) -> dict[str, int]:
-    """A kernel's own estimate of its cost."""
-    found = re.search(r'"cost_estimate":\{([^}]*)\}', i.attributes) if i.opcode == "custom-call" else None
-    return {key: int(value) for key, value in re.findall(r'"(\w+)":"?(\d+)', found[1])} if found else {}

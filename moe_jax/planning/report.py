@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.planning import cost as cost_
 from moe_jax.planning import hlo, loops
 from moe_jax.planning.compile import Compiled, state_bytes
-from moe_jax.planning.topology import Place, Topology, exchange_seconds, place_of
+from moe_jax.planning.cost import Cost, Program
+from moe_jax.planning.ranking import tokens_of_device
+from moe_jax.planning.timeline import simulate
+from moe_jax.planning.topology import ACROSS, Place, Topology, exchange, place_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -25,13 +27,18 @@ def group_axes(group: Sequence[int], mesh: "Mesh") -> tuple[str, ...]:
 
 MOST_EXCHANGES = 12  # in the list of the largest
 ASSUMPTIONS = (
-    "FLOPs are those of matrix products and of kernels with an estimate; each loop counts as often as it runs",
+    "FLOPs are those of matrix products and of kernels whose FLOPs are known; each loop counts as often as it runs",
+    "the experts' kernel multiplies the rows of balanced routing, and a tile more for every group that ends within one",
+    "the attention kernel multiplies the blocks that the causal mask does not hide, whatever the documents are",
     "the ideal is 6 x active parameters x tokens, without embedding look-up and attention scores",
     "routing is balanced: a conditional takes its cheapest branch, one round of dispatch",
     "HBM traffic is the operands and results of every scheduled instruction, without those that XLA keeps on the chip: "
     "an estimate, too high if a kernel keeps data on the chip, too low if it reads an operand twice",
-    "collectives run one after another at link speed over all links that they can use, without latency",
-    "the bound on MFU is the time of the ideal FLOPs at peak over the longest of the three times",
+    "collectives run at link speed over all links that they can use, two if the compiled algorithm is one ring, and "
+    "without latency; the roof of the interconnect is the time of the busiest links, as if others were free meanwhile",
+    "the bound on MFU is the time of the ideal FLOPs at peak over the longest roof",
+    "the schedule runs the compiled instructions in their order: a synchronous collective stops the core, an "
+    "asynchronous one is waited for at its end, and asynchronous ones on the same links follow one another",
 )
 CPU_LOOP = (
     'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is assumed to process every row once'
@@ -41,7 +48,8 @@ CPU_LOOP = (
 def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, Any]:
     """Everything that the command reports, as JSON values; bytes are per chip, FLOPs per step."""
     trips = tile_trips if topology.chip is None else lambda loop, body: None
-    cost = cost_.analyze(compiled.text, trips)
+    program = Program(compiled.text, trips, rows_of_experts(config, mesh))
+    cost = program.computation(program.module.entry)
     places = [place_of(d) for d in mesh.devices.flat]
     report = heading(config, topology, mesh)
     report["bytes_per_chip"] = _memory(config, topology, mesh, compiled)
@@ -53,7 +61,8 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
     report["largest_exchanges"] = _largest(cost, mesh, places, topology)
     report["flops_per_chip_during_exchange"] = {kind: n for kind, n in cost.overlapped.items() if n}
     report["kernels"] = dict(sorted(cost.kernels.items()))
-    report["seconds"], report["bound_by"], report["mfu_bound"] = _roofs(report, cost, topology, len(places))
+    report["synchronous_share"] = _synchronous_share(cost)
+    report |= _times(report["flops_per_step"], program, cost, places, topology)
     report["hbm_traffic_per_chip"] = round(cost.hbm)
     report["not_counted"] = {
         "kernels_without_flops": sorted(cost.uncosted),
@@ -104,7 +113,14 @@ def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled
     }
 
 
-def _flops(config: Config, chips: int, cost: cost_.Cost) -> dict[str, Any]:
+def rows_of_experts(config: Config, mesh: "Mesh") -> int:
+    """Token copies that a device multiplies in one layer and micro-batch, if routing is balanced."""
+    m = config.model
+    copies = tokens_of_device(config, mesh) * m.top_k
+    return round(copies * (1.0 - m.zero_share if m.num_zero_experts else 1.0))
+
+
+def _flops(config: Config, chips: int, cost: Cost) -> dict[str, Any]:
     from moe_jax.model.cost import parts
 
     tokens = config.batch_size * config.sequence_length
@@ -135,7 +151,7 @@ def _phase(op_name: str) -> str:
     return "backward" if "transpose(" in op_name else "forward"
 
 
-def _origins(cost: cost_.Cost, chips: int) -> Counter[str]:
+def _origins(cost: Cost, chips: int) -> Counter[str]:
     """FLOPs by the last word of their op_name (dot_general, a kernel's name), or the last two of a ragged product's."""
     found: Counter[str] = Counter()
     for name, n in cost.flops.items():
@@ -146,7 +162,7 @@ def _origins(cost: cost_.Cost, chips: int) -> Counter[str]:
     return found
 
 
-def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
+def _collectives(cost: Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
     """By kind and mesh axes: the number per step, a chip's input bytes, the bytes that leave it, seconds if alone."""
     rows: dict[tuple, dict[str, Any]] = {}
     for c, n in cost.collectives.items():
@@ -161,12 +177,12 @@ def _collectives(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topolo
         row["asynchronous"] += n if c.asynchronous else 0
         row["bytes"] += c.bytes * n
         row["sent"] += round(c.sent * n)
-        seconds = exchange_seconds(c, places, topology)
-        row["seconds"] = None if seconds is None else row["seconds"] + seconds * n
+        time = exchange(c, places, topology)
+        row["seconds"] = None if time is None else row["seconds"] + time.seconds * n
     return sorted(rows.values(), key=lambda row: -row["sent"])
 
 
-def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
+def _largest(cost: Cost, mesh: "Mesh", places: Sequence[Place], topology: Topology) -> list[dict[str, Any]]:
     """The exchanges that send most bytes, with shape and origin."""
     rows = sorted(cost.collectives.items(), key=lambda item: -item[0].sent * item[1])[:MOST_EXCHANGES]
     return [
@@ -182,21 +198,63 @@ def _largest(cost: cost_.Cost, mesh: "Mesh", places: Sequence[Place], topology: 
     ]
 
 
-def _roofs(
-    report: dict[str, Any], cost: cost_.Cost, topology: Topology, chips: int
-) -> tuple[dict[str, float] | None, str | None, float | None]:
-    """Seconds per step by compute, memory and links, the longest of them, and the bound on MFU; None without a chip."""
-    chip = topology.chip
-    if chip is None:
-        return None, None, None
-    seconds = {
-        "compute": cost.flops.total() / chip.flops,
-        "hbm": cost.hbm / chip.hbm_bandwidth,
-        "interconnect": sum(row["seconds"] for row in report["collectives"]),
-    }
+OF_WEIGHTS = ("all-gather", "reduce-scatter", "all-reduce")  # what weights and their gradients are exchanged by
+
+
+def _synchronous_share(cost: Cost) -> float | None:
+    """The part of the bytes sent by the exchanges of weights during which the core waits; None if there are none."""
+    sent = {c: c.sent * n for c, n in cost.collectives.items() if c.kind in OF_WEIGHTS}
+    total = sum(sent.values())
+    return sum(size for c, size in sent.items() if not c.asynchronous) / total if total else None
+
+
+def _times(
+    flops: dict[str, Any], program: Program, cost: Cost, places: Sequence[Place], topology: Topology
+) -> dict[str, Any]:
+    """Seconds per step of the roofs and of the schedule, with their MFU; every value is None without a chip."""
+    if topology.chip is None:
+        return dict.fromkeys(("seconds", "links", "bound_by", "mfu_bound", "mfu_bound_with_attention", "schedule"))
+    seconds, links = roofs(cost, places, topology)
     slowest = max(seconds, key=lambda name: seconds[name])
-    ideal = report["flops_per_step"]["ideal"] / chips / chip.flops
-    return seconds, slowest, ideal / seconds[slowest]
+    schedule = simulate(program, places, topology)
+    ideal = flops["ideal"] / len(places) / topology.chip.flops
+    with_attention = ideal * (1 + flops["causal_attention"] / flops["ideal"])
+    return {
+        "seconds": seconds,
+        "links": links,
+        "bound_by": slowest,
+        "mfu_bound": ideal / seconds[slowest],
+        "mfu_bound_with_attention": with_attention / seconds[slowest],
+        "schedule": dict(
+            seconds=schedule.seconds,
+            mfu=ideal / schedule.seconds,
+            mfu_with_attention=with_attention / schedule.seconds,
+            causes=dict(sorted(schedule.causes.items(), key=lambda item: -item[1])),
+        ),
+    }
+
+
+def roofs(cost: Cost, places: Sequence[Place], topology: Topology) -> tuple[dict[str, float], dict[str, Any]]:
+    """Seconds if only one thing limited the step, and of the links; the topology has a chip.
+
+    Returns:
+        seconds of compute, of memory, of the busiest links of the torus and, if there are several slices, of the
+        network between them; and how long the links of each dimension are busy, beside the sum of all collectives.
+    """
+    assert topology.chip
+    busy: Counter[str] = Counter()
+    one_after_another = 0.0
+    for c, n in cost.collectives.items():
+        if one := exchange(c, places, topology):
+            one_after_another += n * one.seconds
+            busy.update({dimension: n * seconds for dimension, seconds in one.busy.items()})
+    across = {ACROSS: busy.pop(ACROSS)} if ACROSS in busy else {}
+    seconds = {
+        "compute": cost.flops.total() / topology.chip.flops,
+        "hbm": cost.hbm / topology.chip.hbm_bandwidth,
+        "interconnect": max(busy.values(), default=0.0),
+    }
+    return seconds | across, dict(busy=dict(sorted(busy.items())), one_after_another=one_after_another)
 
 
 def tile_trips(loop: hlo.Instruction, body: hlo.Computation) -> int | None:

@@ -5,13 +5,14 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moe_jax.config import Config
 from moe_jax.config.axes import AXES
 from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
+from moe_jax.planning.ranking import predict
 from moe_jax.planning.report import heading, make_report
 from moe_jax.planning.topology import Topology
 from moe_jax.runtime.chips import GIB
@@ -50,47 +51,74 @@ def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: Path | 
 
 
 class Trial(NamedTuple):
-    """One line of a search: sizes of the mesh, the remat policy, and the result."""
+    """One line of a search: sizes of the mesh, the remat policy, the result, and the predicted seconds of a step."""
 
     mesh: dict[str, int]
     remat: str
     verdict: str
     report: dict[str, Any]
+    predicted: float | None = None
 
 
 # from the least recomputation to the least memory
 REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
-def search(config: Config, topology: Topology, minutes: float) -> Iterator[Trial]:
-    """Compile the real step on every mesh that divides, until the time is up; yields each trial when it is done.
+def search(config: Config, topology: Topology, minutes: float, best: int) -> Iterator[Trial]:
+    """Compile the real step on the best meshes that divide, until the time is up; yields each trial when it is done.
 
-    On each mesh the remat policies are tried from the one that recomputes least up to the first that fits, because the
-    next would only recompute more. A mesh on which the state alone does not fit is not compiled.
+    Meshes are tried in the order of their predicted time until as many as `best` fit; without a chip all are tried.
+    On each the remat policies are tried from the one that recomputes least up to the first that fits, because the next
+    would only recompute more. A mesh on which the state alone does not fit is not compiled.
     """
-    import jax
-
     from moe_jax.mesh import make_mesh
 
     devices = topology_devices(topology)
     until = time.monotonic() + 60 * minutes
-    for resolved in meshes(config, len(devices)):
+    fitting = 0
+    for seconds, resolved in ranked(meshes(config, len(devices)), topology, devices):
         mesh = make_mesh(resolved.mesh, devices)
         sizes = {name: int(size) for name, size in mesh.shape.items()}
         state = sum(state_bytes(resolved, mesh))
         if topology.chip and state > topology.chip.hbm:
-            yield Trial(sizes, "any", f"the state alone takes {state / GIB:.1f} GiB", {"fits": False})
-            continue
-        for remat in REMATS:
-            if time.monotonic() > until:
-                yield Trial(sizes, remat, "not tried: time is up", {})
-                break
-            jax.clear_caches()
-            one = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, remat=remat))
-            report = plan_on(one, topology, mesh)
-            yield Trial(sizes, remat, "fits" if report["fits"] in (True, None) else "does not fit", report)
-            if report["fits"] in (True, None):
-                break
+            yield Trial(sizes, "any", f"the state alone takes {state / GIB:.1f} GiB", {"fits": False}, seconds)
+        elif topology.chip and fitting == best:
+            yield Trial(sizes, "any", "not compiled", {}, seconds)
+        else:
+            for trial in _remats(resolved, topology, mesh, until):
+                fitting += trial.report.get("fits") is True
+                yield trial._replace(predicted=seconds)
+
+
+def ranked(configs: Sequence[Config], topology: Topology, devices: Sequence[Any]) -> list[tuple[float | None, Config]]:
+    """Configs that differ in their mesh, with the predicted seconds of a step; best first, or as given without a chip.
+
+    Those with a larger `tensor` follow, whose exchanges of activations are not predicted.
+    """
+    from moe_jax.mesh import make_mesh
+
+    if topology.chip is None:
+        return [(None, c) for c in configs]
+    seconds = [predict(c, make_mesh(c.mesh, devices), topology).seconds for c in configs]
+    return sorted(zip(seconds, configs, strict=True), key=lambda pair: (pair[1].mesh.tensor, pair[0]))
+
+
+def _remats(config: Config, topology: Topology, mesh: "Mesh", until: float) -> Iterator[Trial]:
+    """The policies of rematerialisation on one mesh, up to the first that fits."""
+    import jax
+
+    sizes = {name: int(size) for name, size in mesh.shape.items()}
+    for remat in REMATS:
+        if time.monotonic() > until:
+            yield Trial(sizes, remat, "not tried: time is up", {})
+            return
+        jax.clear_caches()
+        one = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        report = plan_on(one, topology, mesh)
+        fits = report["fits"] in (True, None)
+        yield Trial(sizes, remat, "fits" if fits else "does not fit", report)
+        if fits:
+            return
 
 
 SEARCHED = ("data", "expert", "tensor")  # the axes whose sizes a search varies

@@ -54,47 +54,74 @@ class Place(NamedTuple):
     coords: tuple[int, ...]
 
 
-def exchange_seconds(c: Collective, places: Sequence[Place], topology: Topology) -> float | None:
-    """The least time of one collective on the interconnect, alone on it; None without a chip.
+ACROSS = "across slices"  # the data-centre network, beside the dimensions of the torus
+DIMENSIONS = ("x", "y", "z")
+
+
+class Exchange(NamedTuple):
+    """The least time of one collective, alone on its links.
+
+    seconds: from its start to its end. busy: how long it keeps the links of each dimension of the torus busy, and
+    the data-centre network; collectives on different ones can run at the same time.
+    """
+
+    seconds: float
+    busy: dict[str, float]
+
+
+def exchange(c: Collective, places: Sequence[Place], topology: Topology) -> Exchange | None:
+    """The time of one collective on the interconnect; None without a chip.
 
     Links carry W bytes/s each way. Along a dimension of the torus that the group spans at `a` positions, `s` apart,
     a chip has two links if the group closes to a ring there and one if it is a line, shared with the s - 1 groups
     between its members. All-gather, reduce-scatter and all-reduce: bytes sent over the links of all spanned
-    dimensions at once. All-to-all of B bytes a chip: what the busiest link carries in the slowest dimension,
-    s B a / 8 on a ring and s B a / 4 on a line. Across slices: what must leave the slice over the chip's share of
-    the data-centre network, and the rest inside. Latency is not counted, nor other traffic.
+    dimensions at once, or over two of them if the compiled algorithm passes parts around one ring. All-to-all of B
+    bytes a chip: what the busiest link carries in the slowest dimension, s B a / 8 on a ring and s B a / 4 on a line.
+    Across slices: what must leave the slice over the chip's share of the data-centre network, and the rest inside.
+    Latency is not counted, nor other traffic.
     """
-    chip = topology.chip
-    if chip is None:
+    if topology.chip is None:
         return None
     if len(c.group) < 2:
-        return 0.0
+        return Exchange(0.0, {})
     members = [places[i] for i in c.group]
-    slices = len({m.slice for m in members})
     inside = [m for m in members if m.slice == members[0].slice]
-    across = 0.0
-    if slices > 1:
-        share = 1 if c.kind in ("all-to-all", "ragged-all-to-all", "collective-permute") else len(inside)
-        factor = 2 if c.kind == "all-reduce" else 1
-        across = factor * c.bytes / share * (slices - 1) / slices / chip.dcn
-    if len(inside) < 2:
-        return across
-    sent = c._replace(group=c.group[: len(inside)]).sent
-    times = []
-    links = 0.0
+    across = _across(c, members, len(inside), topology.chip)
+    within = _inside(c, inside, topology, topology.chip)
+    return Exchange(across + within.seconds, within.busy | ({ACROSS: across} if across else {}))
+
+
+def _across(c: Collective, members: Sequence[Place], inside: int, chip: Chip) -> float:
+    slices = len({m.slice for m in members})
+    share = 1 if c.kind in PAIRWISE or c.kind == "collective-permute" else inside
+    factor = 2 if c.kind == "all-reduce" else 1
+    return factor * c.bytes / share * (slices - 1) / slices / chip.dcn
+
+
+def _inside(c: Collective, members: Sequence[Place], topology: Topology, chip: Chip) -> Exchange:
+    """The part of a collective within a slice."""
+    links: dict[str, float] = {}  # of a chip, that the group may use
+    through: dict[str, float] = {}  # seconds of an all-to-all on the busiest link
     for n, size in enumerate(topology.dims):
-        used = sorted({m.coords[n] for m in inside})
+        used = sorted({m.coords[n] for m in members})
         if len(used) < 2:
             continue
         stride = min(b - a for a, b in itertools.pairwise(used))
         ring = size % chip.ring_multiple == 0 and len(used) * stride == size
-        links += (2 if ring else 1) / stride
+        links[DIMENSIONS[n]] = (2 if ring else 1) / stride
         halves = (len(used) // 2) * ((len(used) + 1) // 2)  # pairs on either side of the middle
-        times.append(stride * c.bytes * halves / len(used) / (2 if ring else 1) / chip.link)
-    if not times:  # two devices of one chip
-        return across
-    alone = max(times) if c.kind in ("all-to-all", "ragged-all-to-all") else sent / (links * chip.link)
-    return across + alone
+        through[DIMENSIONS[n]] = stride * c.bytes * halves / len(used) / (2 if ring else 1) / chip.link
+    if not links:  # one device, or two of one chip
+        return Exchange(0.0, {})
+    if c.kind in PAIRWISE:
+        return Exchange(max(through.values()), through)
+    sent = c._replace(group=c.group[: len(members)]).sent
+    total = sum(links.values())
+    evenly = sent / total / chip.link
+    return Exchange(sent / (min(2.0, total) if c.one_ring else total) / chip.link, dict.fromkeys(links, evenly))
+
+
+PAIRWISE = ("all-to-all", "ragged-all-to-all")  # every member sends something else to every other
 
 
 def place_of(device: Any) -> Place:

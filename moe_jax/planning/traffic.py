@@ -15,7 +15,11 @@ FREE |= {
     "replica-id",
     "async-start",
     "async-update",
+    "call-start",
+    "call-update",
     "iota",
+    "send",  # across slices, by the host: slow beside the memory
+    "recv",
 }
 
 

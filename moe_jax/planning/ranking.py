@@ -1,0 +1,167 @@
+"""What a step will multiply and exchange, from its config and mesh alone: ranks meshes before any is compiled.
+
+T tokens of a device in a micro-batch, K experts per token, D embed, E experts.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from moe_jax.config import DISPATCHERS, Config, num_moe_layers
+from moe_jax.planning.collectives import Collective
+from moe_jax.planning.topology import Topology, exchange, place_of
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+EXCHANGES = 5  # of rows in an MoE layer: there and back, there again and both gradients in the backward pass
+GATHERS = 2  # of a layer's weights: its backward pass gathers them again
+NARROW, WIDE = 2, 4  # bytes of a number in the compute dtype, and in the gradient of the head
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step on one chip: its products at peak, and each kind of exchange alone on its links."""
+
+    compute: float
+    exchanges: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """A step in which the core waits for every exchange, as it does for most of those that XLA compiles today."""
+        return self.compute + sum(self.exchanges.values())
+
+
+def predict(config: Config, mesh: "Mesh", topology: Topology) -> Prediction:
+    """The time of a step of a resolved config on a mesh of chips.
+
+    Assumes balanced routing, dispatch by `rounds`, weights in bfloat16 that every layer gathers for its forward and
+    its backward pass, and gradients that are scattered once. It does not count attention's exchanges over `tensor`,
+    forward passes that only count loads, or exchanges of less than a weight.
+    """
+    assert topology.chip
+    places = [place_of(d) for d in mesh.devices.flat]
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for c, n in expected(config, mesh).items():
+        if one := exchange(c, places, topology):
+            seconds[c.kind] += n * one.seconds
+    return Prediction(_products(config, mesh) / topology.chip.flops, dict(seconds))
+
+
+def expected(config: Config, mesh: "Mesh") -> Counter[Collective]:
+    """The exchanges of a step, and how often it makes each."""
+    found: Counter[Collective] = Counter()
+    for c, n in (*_of_rows(config, mesh), *_of_weights(config, mesh)):
+        if len(c.group) > 1:
+            found[c] += n * config.micro_batches
+    return found
+
+
+def _collective(kind: str, size: float, axis: str, mesh: "Mesh") -> Collective:
+    """An exchange over one axis.
+
+    XLA gathers and scatters around one ring. If the axis has all devices, it reduces instead: zeros with the part.
+    """
+    numbers = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
+    along = np.moveaxis(numbers, mesh.axis_names.index(axis), 0)
+    group = tuple(along.reshape(len(along), -1)[:, 0].tolist())
+    if kind in ("all-gather", "reduce-scatter") and len(group) == mesh.devices.size:
+        kind = "all-reduce"
+    return Collective(kind, round(size), group, False, "", "", one_ring=kind in ("all-gather", "reduce-scatter"))
+
+
+def tokens_of_device(config: Config, mesh: "Mesh") -> int:
+    """The tokens of a device in one micro-batch."""
+    from moe_jax.mesh import ways
+
+    return config.batch_size * config.sequence_length // config.micro_batches // ways(mesh, "tokens")
+
+
+def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
+    """What MoE layers send to experts: T K rows of D numbers, with the room of a round."""
+    from moe_jax.mesh import axes
+
+    m = config.model
+    (axis,) = axes("experts")
+    devices = mesh.shape[axis]
+    if not m.num_experts or DISPATCHERS[m.dispatch].is_oracle or devices == 1:
+        return
+    copies = tokens_of_device(config, mesh) * m.top_k
+    rows = devices * min(copies, math.ceil(m.capacity_factor * copies / devices))
+    yield _collective("all-to-all", rows * m.embed_dim * NARROW, axis, mesh), EXCHANGES * num_moe_layers(m)
+
+
+class _Weight(NamedTuple):
+    """A matrix that is split over devices which have different tokens.
+
+    size: bytes of the part that a device multiplies by, in the compute dtype. axes: over which it is gathered, in this
+    order. gathers, gradients: how often a micro-batch gathers it, and how many gradients of it there are, each over all
+    layers. is_head: whether it is the model's head.
+    """
+
+    size: int
+    axes: tuple[str, ...]
+    gathers: int
+    gradients: int
+    is_head: bool
+
+
+def _of_weights(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
+    """What gathers weights for their use and scatters their gradients, axis by axis.
+
+    Prediction ahead shares the gathered embedding and head, and adds a gradient of each. That of the head is summed
+    whole, in float32.
+    """
+    for w in _weights(config, mesh):
+        for n, axis in enumerate(w.axes):
+            left = math.prod(mesh.shape[later] for later in w.axes[n + 1 :])  # parts of what is gathered so far
+            yield _collective("all-gather", w.size / left, axis, mesh), w.gathers
+            if w.is_head:
+                yield _collective("all-reduce", w.size * WIDE / NARROW / left, axis, mesh), w.gradients
+            else:
+                yield _collective("reduce-scatter", w.size / left, axis, mesh), w.gradients
+
+
+def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
+    import jax
+
+    from moe_jax.mesh import axes, axes_of, is_expert_weight, parameter_spec
+    from moe_jax.model.abstract import abstract_model
+
+    model = abstract_model(config.model)
+    for leaf, named in zip(jax.tree.leaves(model.params), jax.tree.leaves(model.dims), strict=True):
+        dims = named.names
+        if len(dims) == 1:
+            continue
+        shape = leaf.shape[-len(dims) :]
+        kept = axes("experts") if is_expert_weight(dims) else ()
+        split = [axis for part in parameter_spec(mesh, dims, shape) for axis in axes_of(part)]
+        gathered = [axis for axis in reversed(axes("tokens")) if axis in split and axis not in kept]  # innermost first
+        elsewhere = math.prod(mesh.shape[axis] for axis in split if axis not in gathered)
+        layers = leaf.shape[0] if len(leaf.shape) > len(dims) else 1
+        of_vocabulary = "vocab" in dims
+        yield _Weight(
+            size=math.prod(shape) * NARROW // elsewhere,
+            axes=tuple(gathered[::-1] if dims[0] == "vocab" else gathered),  # columns of an embedding before its rows
+            gathers=1 if of_vocabulary else GATHERS * layers,
+            gradients=1 + config.model.mtp_depth if of_vocabulary else layers,
+            is_head=of_vocabulary and dims[0] != "vocab",
+        )
+
+
+def _products(config: Config, mesh: "Mesh") -> float:
+    """FLOPs of a chip: the model's, those that a backward pass repeats, and tiles in which groups end."""
+    from moe_jax.kernels.grouped import tpu_tile
+    from moe_jax.mesh import axes
+    from moe_jax.model.cost import parts
+
+    m = config.model
+    tokens = config.batch_size * config.sequence_length
+    rows = tokens_of_device(config, mesh) * m.top_k
+    groups = m.num_experts // math.prod(mesh.shape[axis] for axis in axes("experts"))
+    tile = tpu_tile(rows, m.embed_dim, m.expert_ffw_dim, groups, NARROW)[0] if groups else 0
+    padded = 1 + (groups - 1) * tile / rows if groups else 1.0
+    forward = sum(p.flops * (padded if p.name == "routed experts" else 1.0) for p in parts(config))
+    return (4 if m.remat == "full" else 3) * forward * tokens / mesh.size
