@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
+from moe_jax.runtime import cache
 from moe_jax.runtime.checkpoint import committed
 from moe_jax.runtime.manifest import check, read_manifest
 
@@ -22,6 +24,8 @@ CONFIG = rig.drill_config(
     heartbeat_seconds=5,
     model=dict(num_layers=2),
 )
+
+LATE_SECONDS = 3
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +73,47 @@ def test_two_processes_branch_from_the_run_of_one(one_process, tmp_path):
     (ours,), theirs = rig.curve(workdir), rig.curve(one_process / "run")[4]
     assert (ours["step"], ours["tokens_seen"]) == (4, theirs["tokens_seen"])
     assert abs(ours["total_loss"] - theirs["total_loss"]) <= 1e-5 * theirs["total_loss"]
+
+
+@pytest.fixture(scope="module")
+def two_starts(tmp_path_factory):
+    """A run of two hosts without a common home folder, started twice; process 1 is late before step 1.
+
+    Returns its folder, and the commands of both starts.
+    """
+    folder = tmp_path_factory.mktemp("two_starts")
+    config = rig.drill_config(balance={}, mesh=dict(data=2), model=dict(num_layers=1, first_dense=0))
+    file, workdir = rig.write_config(folder / "config.py", config), folder / "run"
+    hosts = [{"HOME": str(folder / f"home{number}"), "XDG_CACHE_HOME": ""} for number in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (cache.FOLDER, *cache.EVERYTHING):
+            patch.delenv(name, raising=False)
+        patch.setenv("JAX_LOG_COMPILES", "1")  # has JAX say which programs it finds ...
+        patch.setenv("JAX_EXPLAIN_CACHE_MISSES", "1")  # ... and which it does not
+        patch.setenv("CXX", "false")  # no C++ kernels, which a new home would have to build
+        first = rig.train_together(file, workdir, "--stop_at=1", devices=(1, 1), environs=hosts)
+        hosts[1]["DRILL"] = f"late={LATE_SECONDS}"
+        second = rig.train_together(file, workdir, "--stop_at=2", devices=(1, 1), environs=hosts)
+    return folder, first, second
+
+
+def test_the_second_start_of_every_process_finds_every_program_in_the_workdir(two_starts):
+    folder, first, second = two_starts
+    for command in first.all:
+        assert "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'" in command.text
+    for command in second.all:
+        assert "Persistent compilation cache hit for 'jit_train_step'" in command.text
+        assert "PERSISTENT COMPILATION CACHE MISS" not in command.text
+    assert f"compiled programs are kept in {folder / 'run' / 'xla'}" in second[0].text
+    assert not any(folder.glob("home*"))
+
+
+def test_the_log_shows_that_one_process_delays_the_others(two_starts):
+    folder, _, _ = two_starts
+    before, late = rig.read_jsonl(folder / "run" / "metrics.jsonl")
+    assert before["hosts/dispatch"] < LATE_SECONDS <= late["hosts/dispatch"]
+    assert late["hosts/dispatch_median"] < LATE_SECONDS
+    assert late["hosts/slowest"] == platform.node()
 
 
 @pytest.mark.slow
