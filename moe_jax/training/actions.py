@@ -18,6 +18,7 @@ from moe_jax.training.evaluation import evaluate
 from moe_jax.training.hooks import Context, Hook, Now
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import first_non_finite
+from moe_jax.training.stragglers import Stragglers
 
 MAX_STUCK = 3  # this many non-finite steps in a row end the run, because nothing has moved since the first of them
 
@@ -110,11 +111,12 @@ class Log(Hook):
 
     key = "log_every"
 
-    def __init__(self, config: Config, mesh: Mesh, evaluation: Evaluate) -> None:
+    def __init__(self, config: Config, mesh: Mesh, evaluation: Evaluate, stragglers: Stragglers) -> None:
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.every = config.log_every
         self._begins_at = branch_point(config)[1]
         self._evaluation = evaluation
+        self._stragglers = stragglers
         self._flops_per_token = train_flops(config)
         self._peak = None if peak is None else peak * mesh.size  # FLOP/s of all devices of the mesh
 
@@ -135,9 +137,13 @@ class Log(Hook):
             stuck = int(numbers.pop("stuck"))
             del numbers["tokens"]
             numbers |= {"tokens_seen": context.tokens.seen, **self._speed(context)} | context.ledger.columns()
+            columns, late = self._stragglers.compare()
+            numbers |= columns
             if context.log is not None:
                 context.log.write(now.step, numbers, layers)
             context.display.report(now.done, numbers)
+            if late:
+                context.display.say(late)
             if stuck >= MAX_STUCK:
                 raise FloatingPointError(_why_stuck(context, now, stuck))
         context.ledger.restart()
