@@ -6,6 +6,7 @@ step is written to standard error.
 
 - pace=S: sleep S seconds after every step, so that a signal can be sent between two of them
 - late=S: sleep S seconds between the arrival of every batch and its step
+- clock=S: the clock of saves shows S seconds, always
 - linger=S: sleep S seconds before every batch of an evaluation
 - die=N: SIGKILL inside save N (1-based), between the rename and the manifest
 - slow=S: sleep S seconds inside every save, before its manifest
@@ -33,6 +34,8 @@ def main() -> None:
         pace(float(accidents["pace"]))
     if "late" in accidents:
         late(float(accidents["late"]))
+    if "clock" in accidents:
+        stop_clock(float(accidents["clock"]))
     if "linger" in accidents:
         linger(float(accidents["linger"]))
     if "die" in accidents or "slow" in accidents:
@@ -84,6 +87,14 @@ def late(seconds: float) -> None:
         return original(self, context, now)
 
     Stop.before = before
+
+
+def stop_clock(seconds: float) -> None:
+    from types import SimpleNamespace
+
+    from moe_jax.training import actions
+
+    actions.time = SimpleNamespace(monotonic=lambda: seconds)
 
 
 def linger(seconds: float) -> None:

@@ -77,12 +77,13 @@ def test_two_processes_branch_from_the_run_of_one(one_process, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_starts(tmp_path_factory):
-    """A run of two hosts without a common home folder, started twice; process 1 is late before step 1.
+    """A run of two hosts that share no home folder, started twice; process 1 is then late, and its clock stands still.
 
     Returns its folder, and the commands of both starts.
     """
     folder = tmp_path_factory.mktemp("two_starts")
-    config = rig.drill_config(balance={}, mesh=dict(data=2), model=dict(num_layers=1, first_dense=0))
+    model = dict(num_layers=1, first_dense=0)
+    config = rig.drill_config(balance={}, mesh=dict(data=2), model=model, save_every_seconds=float(LATE_SECONDS))
     file, workdir = rig.write_config(folder / "config.py", config), folder / "run"
     hosts = [{"HOME": str(folder / f"home{number}"), "XDG_CACHE_HOME": ""} for number in range(2)]
     with pytest.MonkeyPatch.context() as patch:
@@ -92,8 +93,8 @@ def two_starts(tmp_path_factory):
         patch.setenv("JAX_EXPLAIN_CACHE_MISSES", "1")  # ... and which it does not
         patch.setenv("CXX", "false")  # no C++ kernels, which a new home would have to build
         first = rig.train_together(file, workdir, "--stop_at=1", devices=(1, 1), environs=hosts)
-        hosts[1]["DRILL"] = f"late={LATE_SECONDS}"
-        second = rig.train_together(file, workdir, "--stop_at=2", devices=(1, 1), environs=hosts)
+        hosts[1]["DRILL"] = f"late={LATE_SECONDS},clock=0"
+        second = rig.train_together(file, workdir, "--stop_at=3", devices=(1, 1), environs=hosts)
     return folder, first, second
 
 
@@ -110,10 +111,16 @@ def test_the_second_start_of_every_process_finds_every_program_in_the_workdir(tw
 
 def test_the_log_shows_that_one_process_delays_the_others(two_starts):
     folder, _, _ = two_starts
-    before, late = rig.read_jsonl(folder / "run" / "metrics.jsonl")
+    before, late, _ = rig.read_jsonl(folder / "run" / "metrics.jsonl")
     assert before["hosts/dispatch"] < LATE_SECONDS <= late["hosts/dispatch"]
     assert late["hosts/dispatch_median"] < LATE_SECONDS
     assert late["hosts/slowest"] == platform.node()
+
+
+def test_process_0_decides_when_the_seconds_until_a_save_are_over(two_starts):
+    folder, _, _ = two_starts
+    # at step 2, LATE_SECONDS after the second start; 3 is the last step. On process 1's clock none are over
+    assert committed(folder / "run" / "checkpoints") == [2, 3]
 
 
 @pytest.mark.slow
