@@ -1,6 +1,7 @@
 """What a checkpoint weighs on each host, and how often to save."""
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import Config
@@ -15,34 +16,39 @@ BLOCKING_SECONDS = 2.0
 
 
 def saving(config: Config, mesh: "Mesh") -> dict[str, Any]:
-    """The bytes of a checkpoint and the advised interval between two; see `advise`."""
-    import jax
-
+    """The bytes of a checkpoint, those that the busiest host writes, and `advise`, as JSON values."""
     from moe_jax.training.state import abstract_state
 
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(config, mesh)))
+    written = bytes_by_host(abstract_state(config, mesh))
     hosts = len({device.process_index for device in mesh.devices.flat})
-    return advise(num_bytes, hosts, mesh.shape["replica"])
+    return {"bytes": written.total(), "bytes_of_busiest_host": max(written.values()), **advise(hosts)}
 
 
-def advise(num_bytes: int, hosts: int, replicas: int) -> dict[str, Any]:
-    """What a host writes, and how often, as JSON values.
+def bytes_by_host(state: Any) -> Counter[int]:
+    """The bytes that each process writes of an abstract state: of equal shards, the first device's is written."""
+    import jax
+
+    written: Counter[int] = Counter()
+    for leaf in jax.tree.leaves(state):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        owners: dict[tuple, int] = {}
+        for device, slices in leaf.sharding.devices_indices_map(leaf.shape).items():
+            owners.setdefault(tuple((s.start, s.stop) for s in slices), device.process_index)
+        for process, shards in Counter(owners.values()).items():
+            written[process] += shards * size
+    return written
+
+
+def advise(hosts: int) -> dict[str, Any]:
+    """How often to save on so many hosts, as JSON values.
 
     `interval_seconds` is Young's sqrt(2 x blocking x mean time between failures) (CACM 17, 1974), which minimises
     `lost`, the share of the time spent on saves and on steps that a failure repeats.
-
-    Args:
-        num_bytes: of the whole state.
-        hosts: of the run.
-        replicas: of the state, the first of which is written.
     """
-    writing = max(1, hosts // replicas)
     failure = HOST_MTBF_SECONDS / hosts
     interval = math.sqrt(2 * BLOCKING_SECONDS * failure)
     return {
-        "bytes": num_bytes,
         "hosts": hosts,
-        "bytes_per_writing_host": math.ceil(num_bytes / writing),
         "blocking_seconds": BLOCKING_SECONDS,
         "failure_seconds": failure,
         "interval_seconds": interval,

@@ -197,6 +197,18 @@ def test_the_number_of_processes_may_change_when_a_run_is_resumed(one_process, t
 
 
 @pytest.mark.slow
+def test_one_host_of_two_goes_on_with_the_same_batches_in_two_micro_batches(tmp_path):
+    balance, model = dict(bias_sign=dict(rate=1e-2)), dict(num_layers=2)
+    config = rig.drill_config(num_steps=6, save_every=0, balance=balance, mesh=dict(replica=2), model=model)
+    file, workdir = rig.write_config(tmp_path / "config.py", config), tmp_path / "run"
+    alone = ["--config.mesh.replica=1", "--config.micro_batches=2"]
+    rig.train_together(file, workdir, "--stop_at=3", devices=(1, 1))
+    rig.train_together(file, workdir, *alone, devices=(1,))
+    rig.train_together(file, tmp_path / "reference", "--config.mesh.replica=1", devices=(1,))
+    rig.assert_close_curves(workdir, tmp_path / "reference")
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_every_process_with_the_same_error(one_process, tmp_path):
     workdir, file = tmp_path / "run", one_process / "config.py"
     rig.train_together(file, workdir, "--stop_at=2", devices=(2, 2))
