@@ -78,14 +78,14 @@ class Shared:
                 return None, False
         name = job.folder.relative_to(self._folder).as_posix()
         with self._claims.taken(name) as mine:
-            if mine and not job.is_finished():  # it may be, by the process that had it until now
+            if mine:
                 return self._train(job), True
-        if not mine and not patient:
+        if not patient:
             self._fail(job, f"{self._claims.owner(name) or 'another process'} is training it.")
-        return None, mine
+        return None, False
 
     def _train(self, job: Job) -> int | None:
-        """Train a run; returns the signal that stopped it."""
+        """Train a run, unless the process that had it has finished it; returns the signal that stopped it."""
         stopped, why = train(job.run.config, job.folder, f"[{self._jobs.index(job) + 1}/{len(self._jobs)}] {job.name}")
         if why:
             self._fail(job, why)

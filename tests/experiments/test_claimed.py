@@ -39,20 +39,23 @@ def training(monkeypatch):
     """`loop.run` replaced by one that leaves what a finished run does, and records it; errors: folder -> exception."""
     done, errors = [], {}
 
+    def finish(config, folder):
+        saved = folder / "checkpoints" / f"{config.num_steps:08d}"
+        saved.mkdir(parents=True)
+        (saved / manifest.MANIFEST).write_text("{}")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": config.num_steps - 1, "eval/loss": 5.0}) + "\n")
+
     def fake(config, folder, hooks, name):
         place = "/".join(folder.parts[-4:] if "branches" in folder.parts else folder.parts[-2:])
         if place in errors:
             raise errors[place]
         done.append(folder)
-        saved = folder / "checkpoints" / f"{config.num_steps:08d}"
-        saved.mkdir(parents=True)
-        (saved / manifest.MANIFEST).write_text("{}")
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": config.num_steps - 1, "eval/loss": 5.0}) + "\n")
+        finish(config, folder)
         return loop.Outcome(config.num_steps, None, {})
 
     monkeypatch.setattr(loop, "run", fake)
     monkeypatch.setattr(claimed, "LOOK_SECONDS", 0.001)
-    return SimpleNamespace(done=done, errors=errors)
+    return SimpleNamespace(done=done, errors=errors, finish=finish)
 
 
 @pytest.mark.parametrize("listed", [hyper.product(METHODS, SEEDS), BRANCHED])
@@ -73,6 +76,21 @@ def test_processes_that_share_a_sweep_train_every_run_once_and_trunks_before_the
         if "branches" in folder.parts:
             method, seed = folder.relative_to(tmp_path / "branches").parts[:2]
             assert training.done.index(tmp_path / "trunks" / method / seed) < training.done.index(folder)
+
+
+def test_a_run_that_another_process_finished_before_its_claim_was_free_is_not_trained_again(
+    training, tmp_path, monkeypatch
+):
+    sweep = sweep_in(tmp_path, hyper.product(METHODS, SEEDS))
+    taken = Claims.taken
+
+    def late(claims, name):
+        training.finish(sweep.jobs()[name].run.config, tmp_path / name)
+        return taken(claims, name)
+
+    monkeypatch.setattr(Claims, "taken", late)
+    assert sweep.train_free("", HANG_SECONDS) == (None, [])
+    assert training.done == []
 
 
 def test_a_failed_run_is_named_and_left_to_the_others(training, tmp_path):
