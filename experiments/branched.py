@@ -210,7 +210,7 @@ def execute_branched(
     for number, job in enumerate(jobs, 1):
         part = job.part
         if part is not None and job.steps and part.name not in blocked:
-            blocked[part.name] = _why_blocked(part, workdir, at, lost)
+            blocked[part.name] = why_blocked(part, workdir, at, lost)
             if blocked[part.name]:
                 _fail(failed, f"every unfinished branch of {part.name}: {blocked[part.name]}")
         if part is None or not job.steps or not blocked[part.name]:
@@ -240,6 +240,12 @@ class Job(NamedTuple):
     steps: int
     part: Part | None
 
+    def is_finished(self) -> bool:
+        """Whether it is, by now."""
+        from moe_jax.training import attempts
+
+        return attempts.is_finished(self.run.config, self.folder)
+
 
 def jobs_of(parts: list[Part], workdir: Path, at: int, shard: tuple[int, int] = (0, 1)) -> list[Job]:
     """The runs of a shard in the order in which they are trained; arguments as of `execute_branched`.
@@ -261,15 +267,30 @@ def jobs_of(parts: list[Part], workdir: Path, at: int, shard: tuple[int, int] = 
     return trunks + sorted(branches, key=lambda job: arms.index(job.run.arm))
 
 
-def _why_blocked(part: Part, workdir: Path, at: int, lost: set[str]) -> str:
-    """Why no branch can begin with a trunk, as a sentence; "" if one can."""
-    from moe_jax.runtime import checkpoint
+def trunk_is_pending(part: Part, workdir: Path, lost: set[str]) -> bool:
+    """Whether a trunk is neither finished nor failed; arguments as of `why_blocked`."""
     from moe_jax.training import attempts
+
+    folder = folder_of(trunks_in(workdir), part.trunk)
+    failed = f"trunk {part.name}" in lost or diverged(folder)
+    return not failed and not attempts.is_finished(part.trunk.config, folder)
+
+
+def why_blocked(part: Part, workdir: Path, at: int, lost: set[str]) -> str:
+    """Why no branch can begin with a trunk, as a sentence; "" if one can.
+
+    Args:
+        part: the trunk and its branches.
+        workdir: of the sweep.
+        at: the step of branching.
+        lost: the names of trunks that this process has seen fail.
+    """
+    from moe_jax.runtime import checkpoint
 
     folder = folder_of(trunks_in(workdir), part.trunk)
     if f"trunk {part.name}" in lost or diverged(folder):
         return f"its trunk failed ({folder})."
-    if not attempts.is_finished(part.trunk.config, folder):
+    if trunk_is_pending(part, workdir, lost):
         return f"its trunk is not finished yet ({folder}); repeat the command when it is."
     if at not in checkpoint.committed(folder / "checkpoints"):
         return f"its trunk is finished, but its checkpoint of step {at} is gone; delete {folder} to train it again."

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import hyper
-from .branched import Part, claim_branched, execute_branched, jobs_of, plan_branched
+from .branched import Job, Part, claim_branched, execute_branched, jobs_of, plan_branched
+from .claimed import Shared
+from .claims import Claims
 from .progress import Progress
-from .runs import Run, claim, execute, folder_of, plan, planned_steps, sweep_record
+from .runs import CLAIMS, Run, claim, execute, folder_of, plan, planned_steps, sweep_record
 
 
 class Planned(NamedTuple):
@@ -56,6 +58,36 @@ class Planned(NamedTuple):
         if self.parts:
             return execute_branched(self.parts, self.folder, self.at, shard, discard_weights, progress)
         return execute(self.share(shard), self.folder, progress)
+
+    def jobs(self) -> dict[str, Job]:
+        """Every run in the order of `train`, by its folder within the sweep's, such as `bias/seed0`."""
+        if self.parts:
+            jobs = jobs_of(self.parts, self.folder, self.at)
+        else:
+            folders = [folder_of(self.folder, run) for run in self.runs]
+            jobs = [
+                Job(f"{run.arm}, seed {run.seed}", folder, run, planned_steps(run, folder), None)
+                for run, folder in zip(self.runs, folders, strict=True)
+            ]
+        return {job.folder.relative_to(self.folder).as_posix(): job for job in jobs}
+
+    def train_free(self, only: str, dead_seconds: float, discard_weights: bool = False) -> tuple[int | None, list[str]]:
+        """Train runs that no other process has, and return what `train` does.
+
+        Args:
+            only: the name of one run in `jobs`, which is not waited for if another process has it; "" for all runs.
+            dead_seconds: a process that has shown no sign of life for so long is dead, and its run is free.
+            discard_weights: as in `train`.
+
+        Raises:
+            ValueError: there is no such run.
+        """
+        jobs = self.jobs()
+        if only and only not in jobs:
+            raise ValueError(f"--only={only} is no run of the sweep; choose one that --list prints.")
+        mine = [jobs[only]] if only else list(jobs.values())
+        claims = Claims(self.folder / CLAIMS, dead_seconds)
+        return Shared(self.folder, mine, self.at, claims, discard_weights).train(patient=not only)
 
     @property
     def every_run(self) -> list[Run]:

@@ -30,7 +30,8 @@ class Run(NamedTuple):
 
 
 SWEEP = "sweep.json"  # the file that says what is in a folder of runs
-OURS = (SWEEP, "report.html", "figures")  # what a sweep's folder holds beside the folders of its arms
+CLAIMS = "claims"  # the folder that says which process trains which run
+OURS = (SWEEP, CLAIMS, "report.html", "figures")  # what a sweep's folder holds beside the folders of its arms
 
 
 def read_settings(file: Path, source: Any, argument: Sequence[str]) -> list[hyper.Setting] | hyper.Branches:
@@ -168,7 +169,7 @@ def refuse_cluster() -> None:
     if cluster := processes.find_cluster(os.environ):
         raise ValueError(
             f"{cluster.launcher} started this as one process of many, but each run of a sweep uses one process; "
-            "start it once per machine with JAX_NUM_PROCESSES=1 and --shard=i/n."
+            "start it once per machine with JAX_NUM_PROCESSES=1 and --claim or --shard=i/n."
         )
 
 

@@ -108,7 +108,6 @@ def main(_: list[str]) -> None:
     """Check the flags, then run."""
     flag = flags.FLAGS
     use_huge_pages()
-    keep_compiled()
     try:
         workdir = workdir_of(flag.workdir)
         config = validate(flag.config) if flag.config is not None else config_of_run(workdir)
@@ -120,6 +119,7 @@ def main(_: list[str]) -> None:
         data = replace(config.data, path=flag.data or config.data.path, eval_sequences=flag.eval_sequences)
         config = replace(config, data=data, sequence_length=length)
         with processes.joined(config.heartbeat_seconds, lambda: "evaluation"):
+            keep_compiled(workdir)
             try:
                 run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
             except Abandoned as stop:

@@ -28,7 +28,6 @@ def main(_: list[str]) -> None:
     """Check the config and the data before jax is loaded, then run."""
     flag = flags.FLAGS
     use_huge_pages()
-    keep_compiled()
     try:
         if not flag.workdir:
             raise ValueError("--workdir= is empty; name a folder, or write --workdir=. for the current one.")
@@ -43,6 +42,7 @@ def main(_: list[str]) -> None:
         workdir_of(branch_point(config)[0], "branch_from")
         watchdog = Watchdog(config.step_timeout_seconds)
         with processes.joined(config.heartbeat_seconds, lambda: watchdog.doing):
+            keep_compiled(workdir)
             outcome = run(
                 config,
                 workdir,

@@ -153,6 +153,8 @@ class Config:
     log_every: int = number(10, 1, changes="nothing")
     eval_every: int = number(500, 0, changes="nothing")  # 0: only after the last step
     save_every: int = number(500, 0, changes="nothing")  # 0: only after the last step
+    # also at the first logged step this long after the newest save; 0: never
+    save_every_seconds: float = number(0.0, 0.0, changes="nothing")
     # interference, churn and more, on a step's first micro-batch; 0: never
     measure_every: int = number(0, 0, changes="nothing")
     # router logits of a step's first micro-batch, into scores/; 0: never

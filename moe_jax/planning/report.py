@@ -12,6 +12,7 @@ from moe_jax.planning import hlo, loops
 from moe_jax.planning.compile import Compiled, state_bytes
 from moe_jax.planning.cost import Cost, Program
 from moe_jax.planning.ranking import tokens_of_device
+from moe_jax.planning.saving import saving
 from moe_jax.planning.timeline import simulate
 from moe_jax.planning.topology import ACROSS, Place, Topology, exchange, place_of
 
@@ -70,6 +71,7 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
         "untaken_branches": {"flops_per_chip": cost.untaken[0], "bytes_sent_per_chip": cost.untaken[1]},
     }
     report["assumptions"] = list(ASSUMPTIONS) + ([CPU_LOOP] if topology.chip is None else [])
+    report["saving"] = saving(config, mesh)
     report["compile_seconds"] = round(compiled.seconds, 1)
     report["compile_cpu_seconds"] = round(compiled.cpu_seconds, 1)
     return report

@@ -44,6 +44,13 @@ def show(report: dict[str, Any], console: Console) -> None:
     for reason, operations in r["not_counted"].items():
         if operations and reason != "untaken_branches":
             console.print(f"  not counted, {reason.replace('_', ' ')}: {', '.join(operations)}")
+    s = r["saving"]
+    console.print(
+        f"a save is {size(s['bytes'])}, {size(s['bytes_of_busiest_host'])} of the busiest host; "
+        f"save_every_seconds={s['interval_seconds']:.0f} loses least, {100 * s['lost']:.1f} % of the time, if a save "
+        f"delays the steps by {s['blocking_seconds']:.0f} s and one of {s['hosts']} hosts fails every "
+        f"{s['failure_seconds'] / 3600:.0f} h"
+    )
     for line in r["assumptions"]:
         console.print(f"  assumed: {line}", style="dim")
     console.print(f"compiled in {r['compile_seconds']} s, {r['compile_cpu_seconds']} s of one processor")

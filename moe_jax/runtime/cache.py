@@ -1,11 +1,16 @@
 """Keep compiled programs for later processes: JAX's persistent cache, in the user's cache folder.
 
-Does not import jax, which reads these settings from the environment when it is imported. Settings of the user take
-precedence. Processes may share the folder, and it may be deleted at any time. JAX writes an entry in place: an entry
-that a kill or a full disk truncated causes a warning and a new compilation at every start, until it is deleted.
+The processes of a run keep them in its workdir, which they share: JAX has only process 0 write, so that a folder on
+every host would serve process 0 alone.
+
+On a plain host this does not import jax, which reads these settings from the environment when it is imported. Settings
+of the user take precedence. Processes may share the folder, and it may be deleted at any time. JAX writes an entry in
+place: an entry that a kill or a full disk truncated causes a warning and a new compilation at every start, until it is
+deleted.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -13,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_jax.runtime.files import files_below
+from moe_jax.runtime import processes
+from moe_jax.runtime.files import files_below, is_remote
 
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
 EVERYTHING: dict[str, float] = {  # keep programs however fast they compile and however small they are
@@ -23,18 +29,62 @@ EVERYTHING: dict[str, float] = {  # keep programs however fast they compile and 
 MAX_BYTES = 4 * 2**30
 
 
-def keep_compiled() -> None:
-    """Have JAX keep every program that it compiles; if the folder cannot be written, print one line instead."""
+def keep_compiled(workdir: Path | None = None) -> None:
+    """Have JAX keep every program that it compiles; if the folder cannot be written, print one line instead.
+
+    Args:
+        workdir: of the run, to be given after its processes have joined. With several of them, programs are kept in its
+            folder `xla`, and process 0 prints a line that names the folder.
+    """
     for name, value in EVERYTHING.items():
         _set(name, value)
-    if FOLDER in os.environ:
-        return
-    try:
-        folder = user_folder("xla")
-        prune(folder, MAX_BYTES)
+    several = processes.count() > 1
+    if FOLDER not in os.environ:
+        try:
+            folder = _shared_folder(workdir) if several and workdir is not None else user_folder("xla")
+            if processes.index() == 0 and not is_remote(folder):
+                prune(folder, MAX_BYTES)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+            print(f"compiled programs are not kept: {error}; set {FOLDER} to another folder.", file=sys.stderr)
+            return
         _set(FOLDER, str(folder))
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        print(f"compiled programs are not kept: {error}; set {FOLDER} to another folder.", file=sys.stderr)
+    if several and sys.modules["jax"].config.jax_enable_compilation_cache:
+        _have_every_process_write()
+        if processes.index() == 0:
+            print(f"compiled programs are kept in {os.environ[FOLDER]}", flush=True)
+
+
+def _shared_folder(workdir: Path) -> Path:
+    """The folder in a workdir for programs compiled on this kind of machine, created if absent."""
+    folder = workdir / "xla" / _machine()
+    if is_remote(folder):
+        _set("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # XLA's own caches are files that C++ opens
+    else:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code as this user
+    return folder
+
+
+def _have_every_process_write() -> None:
+    """On CPUs, have every process write its programs, because it finds none of those that process 0 writes.
+
+    The key of a program has a description of the machine. On TPUs and GPUs that is the whole machine, and the same in
+    every process. On CPUs it is the devices of one process. JAX itself has no option for this.
+    """
+    jax = sys.modules["jax"]
+    compiler, state = jax._src.compiler, jax._src.distributed.global_state
+    write = compiler._cache_write
+
+    @functools.wraps(write)
+    def write_as_first(*args: Any) -> None:
+        number = state.process_id
+        state.process_id = 0
+        try:
+            write(*args)
+        finally:
+            state.process_id = number
+
+    if jax.default_backend() == "cpu":
+        compiler._cache_write = write_as_first
 
 
 def _set(name: str, value: Any) -> None:

@@ -305,7 +305,7 @@ class _Board:
             self._writer = _summary_writer(self._folder)
             self._written = 0
         for name, value in values.items():
-            if value is not None:
+            if value is not None and not isinstance(value, str):
                 self._writer.add_scalar(name, float(value), step)
         self._written += len(values)
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -312,6 +312,14 @@ def gather_json(value: Any) -> list[Any]:
     padded[: text.size] = text
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def gather_floats(values: Sequence[float]) -> list[list[float]]:
+    """All-gather a few numbers over processes, as float32; to be called like `gather_json`."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.array(values, np.float32)).reshape(count(), -1).tolist()
 
 
 def by_first(function: Callable[[], T]) -> T:

@@ -1,5 +1,6 @@
 """The hooks of every run: trace, log, save, evaluate, show, stop."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_jax.training.evaluation import evaluate
 from moe_jax.training.hooks import Context, Hook, Now
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import first_non_finite
+from moe_jax.training.stragglers import Stragglers
 
 MAX_STUCK = 3  # this many non-finite steps in a row end the run, because nothing has moved since the first of them
 
@@ -110,11 +112,12 @@ class Log(Hook):
 
     key = "log_every"
 
-    def __init__(self, config: Config, mesh: Mesh, evaluation: Evaluate) -> None:
+    def __init__(self, config: Config, mesh: Mesh, evaluation: Evaluate, stragglers: Stragglers) -> None:
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.every = config.log_every
         self._begins_at = branch_point(config)[1]
         self._evaluation = evaluation
+        self._stragglers = stragglers
         self._flops_per_token = train_flops(config)
         self._peak = None if peak is None else peak * mesh.size  # FLOP/s of all devices of the mesh
 
@@ -135,9 +138,13 @@ class Log(Hook):
             stuck = int(numbers.pop("stuck"))
             del numbers["tokens"]
             numbers |= {"tokens_seen": context.tokens.seen, **self._speed(context)} | context.ledger.columns()
+            columns, late = self._stragglers.compare()
+            numbers |= columns
             if context.log is not None:
                 context.log.write(now.step, numbers, layers)
             context.display.report(now.done, numbers)
+            if late:
+                context.display.say(late)
             if stuck >= MAX_STUCK:
                 raise FloatingPointError(_why_stuck(context, now, stuck))
         context.ledger.restart()
@@ -171,24 +178,35 @@ def _why_stuck(context: Context, now: Now, stuck: int) -> str:
 
 
 class Save(Hook):
-    """Saves checkpoints, which are written in the background."""
+    """Saves checkpoints, which are written in the background.
+
+    All processes must save after the same step, and their clocks differ. So process 0 reads its own, at logged steps
+    only, where every process waits for the devices anyway.
+    """
 
     key = "save_every"
 
     def __init__(self, config: Config, checkpoints: Checkpointer, made_by: Mapping[str, Any]) -> None:
         """Args: made_by: versions and identity, stored beside the state."""
         self.every = config.save_every
+        self._seconds = config.save_every_seconds
+        self._log_every = config.log_every
         self._num_steps = config.num_steps
+        self._saved = time.monotonic()
         self._checkpoints = checkpoints
         self._made_by = made_by
 
     def is_due(self, done: int) -> bool:
-        """At its interval, and at the end."""
+        """At its interval, at the end, and wherever so many seconds may be over."""
+        return self._by_steps(done) or (self._seconds > 0 and done % self._log_every == 0)
+
+    def _by_steps(self, done: int) -> bool:
         return done == self._num_steps or super().is_due(done)
 
     def after(self, context: Context, now: Now) -> None:
-        """Save the state after the step."""
-        self.save(context, now.state, now.done)
+        """Save the state after the step, if the steps or the seconds since the newest save are over."""
+        if self._by_steps(now.done) or processes.by_first(lambda: time.monotonic() - self._saved >= self._seconds):
+            self.save(context, now.state, now.done)
 
     def save(self, context: Context, state: TrainState, done: int) -> None:
         """Save the state after `done` steps, unless it is saved already; the log is flushed to the workdir before."""
@@ -200,6 +218,7 @@ class Save(Hook):
             extra = {"config": as_dict(context.config), "tokens_seen": context.tokens.seen}
             extra["seconds"] = context.ledger.seconds
             self._checkpoints.save(done, state, extra | dict(self._made_by))
+        self._saved = time.monotonic()
 
     def finish(self, context: Context, state: TrainState, done: int) -> None:
         """Save the last state, after whichever step the run ends, and wait until it is written."""

@@ -1,5 +1,6 @@
 """What earlier attempts at a run left in its workdir: a finished log, the time they spent, surplus log lines."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +48,13 @@ def take_over(config: Config, workdir: Path, ledger: Ledger, first: int, saved: 
     ledger.carry(of_earlier_attempts(first, saved, ended, logged))
     done = logged.get("step", -1) + 1
     remarks = []
-    if is_unaccounted(done, first, ended.get("step", 0), config.save_every):
+    if is_unaccounted(done, first, ended.get("step", 0), config.save_every, config.save_every_seconds):
         kept = set_aside(workdir, first)
         remarks.append(f"the log has {done} steps, but the newest checkpoint has {first}: the log is kept as {kept}")
     return Before({key: ended[key] for key in ("step", "seconds", "time", "goodput") if key in ended}, remarks)
 
 
-def is_unaccounted(logged: int, first: int, ended: int, save_every: int) -> bool:
+def is_unaccounted(logged: int, first: int, ended: int, save_every: int, save_every_seconds: float = 0.0) -> bool:
     """Whether a log has steps that were in a checkpoint once, and are not in the newest one that still exists.
 
     A crash also leaves lines after the newest checkpoint, but at most up to the next save.
@@ -62,7 +63,9 @@ def is_unaccounted(logged: int, first: int, ended: int, save_every: int) -> bool
         logged: the steps done by the newest line.
         first: the steps done by the newest checkpoint.
         ended: the steps done by the last attempt that ended normally.
-        save_every: of the config; 0 saves at the end only.
+        save_every: of the config; 0 saves at the end only ...
+        save_every_seconds: ... or after seconds, in which any number of steps may be done.
     """
-    next_save = first // save_every * save_every + save_every if save_every else first
+    without_steps = math.inf if save_every_seconds else first
+    next_save = first // save_every * save_every + save_every if save_every else without_steps
     return logged > first and (ended > first or logged > next_save)

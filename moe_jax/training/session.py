@@ -21,6 +21,7 @@ from moe_jax.training.hooks import Context, Hook, Now, TokenCount
 from moe_jax.training.setup import Outcome, Setup
 from moe_jax.training.start import start
 from moe_jax.training.state import TrainState
+from moe_jax.training.stragglers import Stragglers
 from moe_jax.training.timed import TimedStep, timed_batches
 
 
@@ -88,11 +89,13 @@ def _train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outc
         trace = Trace(Profiler(workdir / "profile", *steps_to_trace(profile, first, last)))
         save = Save(config, session.checkpoints, session.made_by)
         evaluation = Evaluate(config, beside=hooks)
+        train_step = TimedStep(context)
+        log = Log(config, context.mesh, evaluation, Stragglers(context.ledger, lambda: train_step.before_dispatch))
         # an evaluation may take long and fail: the line and the save of its step come before
-        in_order = [trace, Log(config, context.mesh, evaluation), save, evaluation, *hooks, Show(), Stop()]
+        in_order = [trace, log, save, evaluation, *hooks, Show(), Stop()]
         try:
             with context.display.running(first):
-                state, done = _steps(context, in_order, session.state, first, last)
+                state, done = _steps(context, train_step, in_order, session.state, first, last)
         except FloatingPointError as error:
             if context.log is not None:
                 write_run(workdir, session.about | {"diverged": str(error)})
@@ -106,9 +109,10 @@ def _train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outc
     return Outcome(done, number, evaluation.found)
 
 
-def _steps(context: Context, hooks: Sequence[Hook], state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
+def _steps(
+    context: Context, train_step: TimedStep, hooks: Sequence[Hook], state: TrainState, first: int, last: int
+) -> tuple[TrainState, int]:
     """Run the steps from `first` to before `last`, or until a signal arrives; returns the state and the steps done."""
-    train_step = TimedStep(context)
     done = first
     with ExitStack() as at_the_end:
         for hook in hooks:

@@ -1,6 +1,7 @@
 """The batches and the train step, timed by the ledger and watched by the watchdog."""
 
 import functools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +20,15 @@ from moe_jax.training.state import TrainState, step_key
 
 
 class TimedStep:
-    """The train step; the first one compiles, and is excluded from the measured speed."""
+    """The train step; the first one compiles, and is excluded from the measured speed.
+
+    Attributes:
+        before_dispatch: seconds so far from the arrival of a batch to the dispatch of its step.
+    """
 
     def __init__(self, context: Context) -> None:
+        self.before_dispatch = 0.0
+        self._arrived = time.perf_counter()
         self._context = context
         self._train_step = compile.make_train_step(context.config, context.mesh)
         self._key = step_key(context.config)
@@ -33,6 +40,7 @@ class TimedStep:
     def __call__(self, now: Now) -> tuple[TrainState, dict[str, Any]]:
         """Dispatch the step to the devices; waits for its result only if it is the first, or on several CPU devices."""
         context = self._context
+        self.before_dispatch += time.perf_counter() - self._arrived
         compiles = self._newest is None
         self._newest = context.watchdog.watch("step", now.step)
         with context.ledger("compile" if compiles else "step"):
@@ -46,6 +54,10 @@ class TimedStep:
                 context.tokens.fetch()
                 context.ledger.restart()
         return state, values
+
+    def expect(self) -> None:
+        """To be called when the batch of the next step has arrived."""
+        self._arrived = time.perf_counter()
 
     def kind_of_wait(self) -> str:
         """The ledger's kind for a wait that ends now: "step" if the devices still work on the newest step, or "data".
@@ -78,4 +90,5 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
             numbered = next(batches, None)
         if numbered is None:
             return
+        train_step.expect()
         yield numbered

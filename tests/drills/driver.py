@@ -5,6 +5,8 @@ DRILL holds `kind=number` accidents, separated by commas. At exit the number of 
 step is written to standard error.
 
 - pace=S: sleep S seconds after every step, so that a signal can be sent between two of them
+- late=S: sleep S seconds between the arrival of every batch and its step
+- clock=S: the clock of saves shows S seconds, always
 - linger=S: sleep S seconds before every batch of an evaluation
 - die=N: SIGKILL inside save N (1-based), between the rename and the manifest
 - slow=S: sleep S seconds inside every save, before its manifest
@@ -30,6 +32,10 @@ def main() -> None:
     steps = watch_steps(poison_from=int(accidents.get("poison", 10**9)))
     if "pace" in accidents:
         pace(float(accidents["pace"]))
+    if "late" in accidents:
+        late(float(accidents["late"]))
+    if "clock" in accidents:
+        stop_clock(float(accidents["clock"]))
     if "linger" in accidents:
         linger(float(accidents["linger"]))
     if "die" in accidents or "slow" in accidents:
@@ -69,6 +75,26 @@ def pace(seconds: float) -> None:
     from moe_jax.runtime.display import Display
 
     Display.step = lambda self, done: time.sleep(seconds)
+
+
+def late(seconds: float) -> None:
+    from moe_jax.training.actions import Stop
+
+    original = Stop.before
+
+    def before(self, context, now):
+        time.sleep(seconds)
+        return original(self, context, now)
+
+    Stop.before = before
+
+
+def stop_clock(seconds: float) -> None:
+    from types import SimpleNamespace
+
+    from moe_jax.training import actions
+
+    actions.time = SimpleNamespace(monotonic=lambda: seconds)
 
 
 def linger(seconds: float) -> None:

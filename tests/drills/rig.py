@@ -121,9 +121,16 @@ class Processes:
         accident: str = "",
         shared: bool = True,
         folders: Sequence[Path] = (),
+        environs: Sequence[Mapping[str, str]] = (),
         name: str = "moe_jax.train",
     ) -> None:
-        """Args: devices, folders: of each process; accident: happens in every one; shared: they have one workdir."""
+        """Start them.
+
+        Args:
+            devices, folders, environs: of each process.
+            accident: happens in every one.
+            shared: they have one workdir.
+        """
         workdir.parent.mkdir(parents=True, exist_ok=True)
         start = len(list(workdir.parent.glob(f"{workdir.name}.*.log")))
         cluster = cluster_of(len(devices))
@@ -137,7 +144,8 @@ class Processes:
                 *flags,
                 accident=accident,
                 environ=cluster
-                | {"JAX_PROCESS_ID": str(number), "DRILL_CORE": str(number), "XLA_FLAGS": f"{xla}{count}"},
+                | {"JAX_PROCESS_ID": str(number), "DRILL_CORE": str(number), "XLA_FLAGS": f"{xla}{count}"}
+                | (dict(environs[number]) if environs else {}),
                 folder=folders[number] if folders else REPO,
             )
             for number, count in enumerate(devices)
@@ -163,9 +171,11 @@ class Processes:
         return "\n".join(f"--- process {i}:\n{command.text}" for i, command in enumerate(self.all))
 
 
-def train_together(file: Path, workdir: Path, *flags: str, devices: tuple[int, ...]) -> Processes:
+def train_together(
+    file: Path, workdir: Path, *flags: str, devices: tuple[int, ...], environs: Sequence[Mapping[str, str]] = ()
+) -> Processes:
     """Run a training command in several processes until they end; each must succeed."""
-    with Processes(file, workdir, *flags, devices=devices) as processes:
+    with Processes(file, workdir, *flags, devices=devices, environs=environs) as processes:
         statuses = processes.wait()
     assert statuses == [0] * len(devices), processes.text
     return processes
@@ -211,7 +221,7 @@ def curve(workdir: Path) -> list[dict[str, Any]]:
 def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl without its times, which differ between runs."""
     timed = ("tokens_per_second", "gflops_per_second", "mfu", "data_wait", "goodput")
-    return {k: v for k, v in record.items() if k not in timed and not k.startswith("time/")}
+    return {k: v for k, v in record.items() if k not in timed and not k.startswith(("time/", "hosts/"))}
 
 
 def layers(workdir: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
+from moe_jax.runtime import cache
 from moe_jax.runtime.checkpoint import committed
 from moe_jax.runtime.manifest import check, read_manifest
 
@@ -22,6 +24,8 @@ CONFIG = rig.drill_config(
     heartbeat_seconds=5,
     model=dict(num_layers=2),
 )
+
+LATE_SECONDS = 3
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +73,54 @@ def test_two_processes_branch_from_the_run_of_one(one_process, tmp_path):
     (ours,), theirs = rig.curve(workdir), rig.curve(one_process / "run")[4]
     assert (ours["step"], ours["tokens_seen"]) == (4, theirs["tokens_seen"])
     assert abs(ours["total_loss"] - theirs["total_loss"]) <= 1e-5 * theirs["total_loss"]
+
+
+@pytest.fixture(scope="module")
+def two_starts(tmp_path_factory):
+    """A run of two hosts that share no home folder, started twice; process 1 is then late, and its clock stands still.
+
+    Returns its folder, and the commands of both starts.
+    """
+    folder = tmp_path_factory.mktemp("two_starts")
+    model = dict(num_layers=1, first_dense=0)
+    config = rig.drill_config(balance={}, mesh=dict(data=2), model=model, save_every_seconds=float(LATE_SECONDS))
+    file, workdir = rig.write_config(folder / "config.py", config), folder / "run"
+    hosts = [{"HOME": str(folder / f"home{number}"), "XDG_CACHE_HOME": ""} for number in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (cache.FOLDER, *cache.EVERYTHING):
+            patch.delenv(name, raising=False)
+        patch.setenv("JAX_LOG_COMPILES", "1")  # has JAX say which programs it finds ...
+        patch.setenv("JAX_EXPLAIN_CACHE_MISSES", "1")  # ... and which it does not
+        patch.setenv("CXX", "false")  # no C++ kernels, which a new home would have to build
+        first = rig.train_together(file, workdir, "--stop_at=1", devices=(1, 1), environs=hosts)
+        hosts[1]["DRILL"] = f"late={LATE_SECONDS},clock=0"
+        second = rig.train_together(file, workdir, "--stop_at=3", devices=(1, 1), environs=hosts)
+    return folder, first, second
+
+
+def test_the_second_start_of_every_process_finds_every_program_in_the_workdir(two_starts):
+    folder, first, second = two_starts
+    for command in first.all:
+        assert "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'" in command.text
+    for command in second.all:
+        assert "Persistent compilation cache hit for 'jit_train_step'" in command.text
+        assert "PERSISTENT COMPILATION CACHE MISS" not in command.text
+    assert f"compiled programs are kept in {folder / 'run' / 'xla'}" in second[0].text
+    assert not any(folder.glob("home*"))
+
+
+def test_the_log_shows_that_one_process_delays_the_others(two_starts):
+    folder, _, _ = two_starts
+    before, late, _ = rig.read_jsonl(folder / "run" / "metrics.jsonl")
+    assert before["hosts/dispatch"] < LATE_SECONDS <= late["hosts/dispatch"]
+    assert late["hosts/dispatch_median"] < LATE_SECONDS
+    assert late["hosts/slowest"] == platform.node()
+
+
+def test_process_0_decides_when_the_seconds_until_a_save_are_over(two_starts):
+    folder, _, _ = two_starts
+    # at step 2, LATE_SECONDS after the second start; 3 is the last step. On process 1's clock none are over
+    assert committed(folder / "run" / "checkpoints") == [2, 3]
 
 
 @pytest.mark.slow
@@ -142,6 +194,18 @@ def test_the_number_of_processes_may_change_when_a_run_is_resumed(one_process, t
     for devices, stop in (((4,), 3), ((2, 2), 6), ((4,), 8)):
         rig.train_together(file, workdir, f"--stop_at={stop}", devices=devices)
     rig.assert_close_curves(workdir, one_process / "run")
+
+
+@pytest.mark.slow
+def test_one_host_of_two_goes_on_with_the_same_batches_in_two_micro_batches(tmp_path):
+    balance, model = dict(bias_sign=dict(rate=1e-2)), dict(num_layers=2)
+    config = rig.drill_config(num_steps=6, save_every=0, balance=balance, mesh=dict(replica=2), model=model)
+    file, workdir = rig.write_config(tmp_path / "config.py", config), tmp_path / "run"
+    alone = ["--config.mesh.replica=1", "--config.micro_batches=2"]
+    rig.train_together(file, workdir, "--stop_at=3", devices=(1, 1))
+    rig.train_together(file, workdir, *alone, devices=(1,))
+    rig.train_together(file, tmp_path / "reference", "--config.mesh.replica=1", devices=(1,))
+    rig.assert_close_curves(workdir, tmp_path / "reference")
 
 
 @pytest.mark.slow

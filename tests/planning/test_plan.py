@@ -110,6 +110,10 @@ def has_not_grown(report, file, topology):
     assert grown(report, baseline, 0.02) == []
 
 
+def test_the_plan_says_how_often_to_save(report):
+    assert f"save_every_seconds={report['saving']['interval_seconds']:.0f} loses least" in report["printed"]
+
+
 def test_a_search_tries_the_meshes_that_divide(repo, tmp_path):
     file = tmp_path / "search.json"
     tiny = ["--config.model.num_layers=1", "--config.sequence_length=16", "--config.batch_size=2"]

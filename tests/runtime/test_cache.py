@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,8 @@ def test_it_is_on_in_the_users_cache_folder_and_keeps_every_program(home, capsys
 
 def test_a_jax_that_a_config_file_has_imported_is_configured_too(home, monkeypatch):
     told = {}
-    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__)))
+    config, alone = SimpleNamespace(update=told.__setitem__), SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=config, distributed=alone))
     cache.keep_compiled()
     assert told == dict(zip(map(str.lower, NAMES), [str(cache.user_folder("xla")), 0.0, -1], strict=True))
 
@@ -52,6 +54,58 @@ def test_settings_of_the_user_take_precedence(home, monkeypatch):
     cache.keep_compiled()
     assert [os.environ[name] for name in NAMES] == theirs
     assert not (home / ".cache").exists()
+
+
+@pytest.fixture
+def of_two(home, monkeypatch):
+    """One of two processes that have joined; returns what JAX would keep programs with."""
+    compiler = SimpleNamespace(_cache_write=lambda *_: written.append(state.process_id))
+    state, written = SimpleNamespace(process_id=1), []
+    internal = SimpleNamespace(compiler=compiler, distributed=SimpleNamespace(global_state=state))
+    config = SimpleNamespace(update=lambda *_: None, jax_enable_compilation_cache=True)
+    jax = SimpleNamespace(_src=internal, config=config, default_backend=lambda: "cpu", written=written)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setattr(cache.processes, "count", lambda: 2)
+    monkeypatch.setattr(cache.processes, "index", lambda: state.process_id)
+    return jax
+
+
+def test_several_processes_keep_their_programs_in_the_workdir(of_two, home):
+    cache.keep_compiled(home / "run")
+    assert os.environ[cache.FOLDER] == str(home / "run" / "xla" / cache._machine())
+    assert stat.S_IMODE((home / "run" / "xla" / cache._machine()).stat().st_mode) == 0o700
+    assert not (home / ".cache").exists()
+
+
+def test_the_users_folder_takes_precedence_over_the_workdir(of_two, home, monkeypatch, capsys):
+    monkeypatch.setenv(cache.FOLDER, str(home / "mine"))
+    of_two._src.distributed.global_state.process_id = 0
+    cache.keep_compiled(home / "run")
+    assert not (home / "run").exists()
+    assert capsys.readouterr().out == f"compiled programs are kept in {home / 'mine'}\n"
+
+
+@pytest.mark.parametrize(("platform", "writer"), [("cpu", 0), ("tpu", 1), ("gpu", 1)])
+def test_every_process_writes_on_cpus_and_none_but_the_first_elsewhere(of_two, home, platform, writer):
+    of_two.default_backend = lambda: platform
+    cache.keep_compiled(home / "run")
+    of_two._src.compiler._cache_write()  # JAX returns without writing if it is not process 0
+    assert of_two.written == [writer]
+    assert of_two._src.distributed.global_state.process_id == 1
+
+
+def test_a_cache_that_is_switched_off_is_not_announced(of_two, home, capsys):
+    of_two.config.jax_enable_compilation_cache = False
+    of_two._src.distributed.global_state.process_id = 0
+    cache.keep_compiled(home / "run")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bucket_gets_programs_and_none_of_the_files_that_xla_itself_writes(of_two, monkeypatch):
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", raising=False)
+    cache.keep_compiled(PurePosixPath("gs://bucket/run"))  # not a Path, as the paths of buckets
+    assert os.environ[cache.FOLDER].startswith("gs:/bucket/run/xla/")
+    assert os.environ.pop("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES") == "none"
 
 
 def test_a_cache_folder_that_cannot_be_written_is_reported_in_one_line_and_not_used(home, monkeypatch, capsys):

@@ -449,3 +449,50 @@ def test_lines_before_the_checkpoint_stay_in_the_log_when_it_is_renamed(tmp_path
 )
 def test_lines_after_the_checkpoint_are_expected_up_to_the_next_save(logged, first, ended, save_every, expected):
     assert is_unaccounted(logged, first, ended, save_every) == expected
+
+
+@pytest.mark.parametrize(("ended", "save_every", "expected"), [(0, 0, False), (12, 0, True), (0, 5, True)])
+def test_saves_by_time_may_be_any_number_of_steps_apart(ended, save_every, expected):
+    assert is_unaccounted(12, 5, ended, save_every, save_every_seconds=60.0) == expected
+
+
+# --- saves by time --------------------------------------------------------------------------------------------
+
+
+class Tick(Hook):
+    """A step takes ten seconds."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def before(self, context, now):
+        self.clock.time += 10
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("save_every", "expected"),
+    [
+        (0, [4, 8]),  # 40 s after the start; 20 s after that, at step 6, it is too early
+        (6, [4, 6, 8]),  # whichever comes first
+    ],
+)
+def test_a_save_is_due_at_the_first_logged_step_that_many_seconds_after_the_newest(
+    tmp_path, monkeypatch, clock, save_every, expected
+):
+    monkeypatch.setattr(actions.time, "monotonic", clock)
+    timed = dict(num_steps=8, log_every=2, save_every=save_every, save_every_seconds=25.0, checkpoint=dict(keep=9))
+    run(rig.drill_config(**timed), tmp_path, hooks=[Tick(clock)], quiet=True)
+    assert committed(tmp_path / "checkpoints") == expected
+
+
+def test_a_run_resumed_from_a_save_by_time_has_the_same_numbers(tmp_path, monkeypatch, clock, undisturbed):
+    monkeypatch.setattr(actions.time, "monotonic", clock)
+    config = rig.drill_config(num_steps=4, save_every=0, save_every_seconds=25.0)
+    run(config, tmp_path, hooks=[Tick(clock)], quiet=True)
+    assert committed(tmp_path / "checkpoints") == [3, 4]
+    shutil.rmtree(tmp_path / "checkpoints" / "00000004")
+    (tmp_path / "run.json").unlink()  # as after a kill
+    run(config, tmp_path, quiet=True)
+    assert rig.curve(tmp_path) == undisturbed(config)
+    assert not list(tmp_path.glob("metrics.jsonl.*"))
