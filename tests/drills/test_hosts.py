@@ -12,6 +12,7 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
+from moe_jax.config import MeshConfig
 from moe_jax.runtime.checkpoint import committed
 from moe_jax.runtime.manifest import check, read_manifest
 
@@ -69,6 +70,25 @@ def test_two_processes_branch_from_the_run_of_one(one_process, tmp_path):
     (ours,), theirs = rig.curve(workdir), rig.curve(one_process / "run")[4]
     assert (ours["step"], ours["tokens_seen"]) == (4, theirs["tokens_seen"])
     assert abs(ours["total_loss"] - theirs["total_loss"]) <= 1e-5 * theirs["total_loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_every_row_train_as_one_and_a_killed_run_resumes_in_other_pieces(tmp_path):
+    model = dataclasses.replace(CONFIG.model, num_heads=4, mtp_depth=1)
+
+    def written(name, **sizes):
+        config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(**sizes))
+        return rig.write_config(tmp_path / f"{name}.py", config)
+
+    rig.train_together(written("one", data=1), tmp_path / "one", devices=(1,))
+    workdir = tmp_path / "run"
+    with rig.Processes(written("four", data=1, sequence=4), workdir, devices=(2, 2)) as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 5, processes[0])
+        processes[1].kill()
+        assert processes[0].wait() == 75, processes.text
+    rig.train_together(written("two", data=1, sequence=2, tensor=1), workdir, "--stop_at=6", devices=(2,))
+    rig.train_together(written("rest", data=2, sequence=1), workdir, devices=(2,))
+    rig.assert_close_curves(workdir, tmp_path / "one")
 
 
 @pytest.mark.slow
