@@ -99,7 +99,7 @@ SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replic
 
 
 CUT = [  # the same on (data 2, sequence 2, tensor 2)
-    (("experts", "embed", "ffw"), (8, 16, 8), P("expert", ("data", "sequence"), "tensor"), None),
+    (("experts", "embed", "ffw"), (8, 16, 8), P(None, ("data", "sequence"), "tensor"), None),
     (("latent", "heads", "head_dim"), (8, 4, 8), P(("data", "sequence"), "tensor", None), P(None, "tensor", None)),
     (("heads", "head_dim", "embed"), (4, 8, 16), P("tensor", None, ("data", "sequence")), P("tensor", None, None)),
     (("vocab", "embed"), (264, 18), P("tensor", "data"), P("tensor", None)),  # 18 does not divide by 4
@@ -132,7 +132,7 @@ def test_axes_that_the_batch_takes_are_left_to_no_later_dimension_of_an_activati
     assert spec("pieces", "length", "all_heads", "head_dim") == P((*batch, "sequence"), None, "tensor", None)
     assert spec("batch", "whole", "own_heads", "head_dim") == P(batch, None, ("tensor", "sequence"), None)
     assert spec("layers", "batch") == P(None, batch)
-    assert spec("experts", "ffw", "embed") == P("expert", "tensor", "data")
+    assert spec("experts", "ffw", "embed") == P("expert", "tensor", ("data", "sequence"))
     assert spec() == P()
 
 
