@@ -33,7 +33,7 @@ def num_pieces(mesh: Mesh | None) -> int:
 def cut(arrays: T, mesh: Mesh | None) -> T:
     """Every array [B, S] of a pytree as pieces [B C, S / C], in the same order of tokens.
 
-    A device has columns of its sequences, and gets consecutive pieces: another part of them where it has several.
+    A device holds the same columns of all its sequences, and gets consecutive pieces: whole sequences if it has many.
     """
     pieces = num_pieces(mesh)
     if pieces == 1:
@@ -49,7 +49,7 @@ def cut(arrays: T, mesh: Mesh | None) -> T:
 
 
 def put_together(x: Int32[Array, "pieces length"], mesh: Mesh | None) -> Int32[Array, "batch seq"]:
-    """Pieces [B C, S / C] as the sequences [B, S] that they are of, on every device whole."""
+    """Pieces [B C, S / C] as whole sequences [B, S], on every device that has a piece of them."""
     pieces = num_pieces(mesh)
     return x if pieces == 1 else constrain(x, mesh, spec("batch")).reshape(-1, pieces * x.shape[1])
 

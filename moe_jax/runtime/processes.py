@@ -351,7 +351,7 @@ def _agreed(result: Any, error: Exception | None) -> Any:
     return result
 
 
-def from_rows(load: Callable[[tuple[int, int]], T], whole: T) -> T:
+def from_rows(load: Callable[[tuple[int, int]], T], whole: Any) -> T:
     """Build a batch on the mesh; this process loads only the rows of which its own devices hold a part.
 
     Each block of rows is loaded once, whatever the order of the devices and the number that share it; a device keeps
