@@ -162,9 +162,9 @@ def bytes_on_device(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: rows are split over the batch axes, and nothing else is."""
-    return NamedSharding(mesh, spec("batch"))
+def batch_sharding(mesh: Mesh, dims: Sequence[str] = ("batch",)) -> NamedSharding:
+    """The sharding of a field of a batch with these dims, by TABLE."""
+    return NamedSharding(mesh, spec(*dims))
 
 
 def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:

@@ -66,6 +66,11 @@ def tiny_config(**overrides) -> Config:
     return validate(default(**(settings | overrides), model=model))
 
 
+def mesh_sizes(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+    """The mesh of a config from (replica, data, expert, tensor); it cuts no sequence."""
+    return dict(zip(("replica", "data", "expert", "tensor"), sizes, strict=True))
+
+
 def assert_same_bits(a, b) -> None:
     """Structure, shapes, dtypes and every bit of two trees of arrays."""
     assert jax.tree.structure(a) == jax.tree.structure(b)

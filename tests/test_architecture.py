@@ -123,7 +123,7 @@ SPECS_BY_HAND = {"mesh"}  # where an axis may be named in a PartitionSpec
 
 
 def test_no_partition_spec_names_an_axis_outside_the_mesh():
-    # others name dims, `spec("batch", "sequence")`, so that only the table determines what an axis splits
+    # others name dims, `spec("pieces")`, so that only the table determines what an axis splits
     def names_an_axis(node: ast.AST) -> bool:
         if not isinstance(node, ast.Call):
             return False

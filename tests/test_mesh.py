@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conftest import tiny_config
+from conftest import mesh_sizes, tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
-from moe_jax.config.axes import AXES, TABLE
+from moe_jax.config.axes import BATCH, TABLE
 from moe_jax.data import Batch, open_corpus, training_batches
 from moe_jax.mesh import batch_sharding, gather, make_mesh, parameter_spec, platform, spec, specs
 from moe_jax.model.abstract import abstract_model
@@ -35,7 +35,7 @@ BALANCE = dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2))
 def config_on(sizes, **overrides):
     """The test's config with a mesh of these sizes, and the mesh."""
     model = MODEL | overrides.pop("model", {})
-    settings = dict(balance=BALANCE, model=model, mesh=dict(zip(AXES, sizes, strict=True))) | overrides
+    settings = dict(balance=BALANCE, model=model, mesh=mesh_sizes(sizes)) | overrides
     config = resolve(tiny_config(**settings), len(jax.devices()), "cpu")
     return config, make_mesh(config.mesh)
 
@@ -50,12 +50,12 @@ def batch_of(config, mesh, step: int = 0):
 # --- how arrays are split -------------------------------------------------------------------------------------
 
 
-def test_a_mesh_has_four_auto_axes_and_minus_one_takes_what_is_left():
+def test_a_mesh_has_five_auto_axes_and_minus_one_takes_what_is_left():
     mesh = make_mesh(MeshConfig(replica=1, data=-1, expert=2, tensor=2))
-    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "sequence": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert platform(mesh) == "cpu"
-    assert make_mesh(MeshConfig(1, 2, 1, 1)).size == 2  # a smaller mesh leaves devices unused
+    assert make_mesh(MeshConfig(data=2)).size == 2  # a smaller mesh leaves devices unused
 
 
 class Device:
@@ -80,7 +80,7 @@ def test_replicas_are_placed_across_slices_and_everything_else_inside_one():
 
 def test_several_processes_use_all_their_devices_or_none():
     with pytest.raises(ValueError, match=r"must use all 8"):
-        make_mesh(MeshConfig(1, 4, 1, 1), [Device(n, processes=2) for n in range(8)])
+        make_mesh(MeshConfig(data=4), [Device(n, processes=2) for n in range(8)])
 
 
 SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replica 1, data 2, expert 2, tensor 2)
@@ -98,9 +98,19 @@ SPECS = [  # dims, shape, as it is kept, as a layer multiplies by it, on (replic
 ]
 
 
-@pytest.mark.parametrize(("dims", "shape", "kept", "used"), SPECS)
-def test_the_table_splits_every_kind_of_parameter(dims, shape, kept, used):
-    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+CUT = [  # the same on (data 2, sequence 2, tensor 2)
+    (("experts", "embed", "ffw"), (8, 16, 8), P(None, ("data", "sequence"), "tensor"), None),
+    (("latent", "heads", "head_dim"), (8, 4, 8), P(("data", "sequence"), "tensor", None), P(None, "tensor", None)),
+    (("heads", "head_dim", "embed"), (4, 8, 16), P("tensor", None, ("data", "sequence")), P("tensor", None, None)),
+    (("vocab", "embed"), (264, 18), P("tensor", "data"), P("tensor", None)),  # 18 does not divide by 4
+]
+ON = [(dict(data=2, expert=2, tensor=2), *row) for row in SPECS]
+ON += [(dict(data=2, sequence=2, tensor=2), *row) for row in CUT]
+
+
+@pytest.mark.parametrize(("sizes", "dims", "shape", "kept", "used"), ON)
+def test_the_table_splits_every_kind_of_parameter(sizes, dims, shape, kept, used):
+    mesh = make_mesh(MeshConfig(**sizes))
     assert parameter_spec(mesh, dims, shape) == kept
     if used is not None:  # gathered inside a scan: without the stacked layers in front
         w = jax.device_put(np.zeros(shape[-len(dims) :], np.float32), NamedSharding(mesh, P()))
@@ -111,15 +121,18 @@ def test_the_table_splits_every_kind_of_parameter(dims, shape, kept, used):
 def test_every_dimension_of_every_parameter_is_in_the_table():
     models = dict(qk_norm="head"), LATENT | dict(mtp_depth=1)
     dims = [d for m in models for d in jax.tree.leaves(abstract_model(tiny_config(model=m).model).dims)]
-    activations = {"batch", "sequence", "tokens", "shards", "layers", "micro_batches"}
+    activations = {"batch", "length", "pieces", "tokens", "shards", "layers", "micro_batches"}
+    activations |= {"all_heads", "own_heads", "whole"}
     assert {name for d in dims for name in d.names} == set(TABLE) - activations
 
 
 def test_axes_that_the_batch_takes_are_left_to_no_later_dimension_of_an_activation():
     batch = ("replica", "data", "expert")
-    assert spec("batch", "sequence", "heads", "head_dim") == P(batch, None, "tensor", None)
+    assert spec("batch", "length") == P(batch, "sequence")
+    assert spec("pieces", "length", "all_heads", "head_dim") == P((*batch, "sequence"), None, "tensor", None)
+    assert spec("batch", "whole", "own_heads", "head_dim") == P(batch, None, ("tensor", "sequence"), None)
     assert spec("layers", "batch") == P(None, batch)
-    assert spec("experts", "ffw", "embed") == P("expert", "tensor", "data")
+    assert spec("experts", "ffw", "embed") == P("expert", "tensor", ("data", "sequence"))
     assert spec() == P()
 
 
@@ -237,7 +250,7 @@ def replayed(sizes, steps: int = 50):
     balancer = balance.make(config.balance)
     drift = np.random.default_rng(0).normal(size=(1, 1, 8))
     logits = drift + np.random.default_rng(1).normal(size=(steps, 96, 8))
-    logits = jax.device_put(logits.astype(np.float32), NamedSharding(mesh, P(None, AXES[:3])))
+    logits = jax.device_put(logits.astype(np.float32), NamedSharding(mesh, P(None, BATCH)))
     mask = jax.device_put(np.arange(96) % 5 > 0, batch_sharding(mesh))
 
     def run(logits, mask):

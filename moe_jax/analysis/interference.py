@@ -89,7 +89,7 @@ def measure(
 
 
 class Places(NamedTuple):
-    """The gradients of one loss in every layer: at the router weight [L, D, E] and at the input [L, B, S, D]."""
+    """The gradients of one loss in every layer: at the router weight [L, D, E] and at the input [L, B S, D]."""
 
     router: Array
     input: Array
@@ -125,8 +125,8 @@ def _gradients(
         language = language_nats(config, state.step, nats, ahead) / num_tokens
         return (language, sums[False], sums[True]), report.details
 
-    shape = (router.shape[0], *batch.tokens.shape, config.model.embed_dim)
-    offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, spec("layers", "batch", "sequence"))
+    shape = (router.shape[0], batch.tokens.size, config.model.embed_dim)
+    offset = constrain(jnp.zeros(shape, config.model.compute_dtype), mesh, spec("layers", "tokens"))
     _, pull, details = jax.vjp(losses, router, offset, has_aux=True)
     return Gradients(*(Places(*pull(tuple(map(jnp.float32, unit)))) for unit in jnp.eye(3, dtype=jnp.float32))), details
 

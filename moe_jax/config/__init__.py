@@ -20,7 +20,7 @@ from moe_jax.config.build import (
 )
 from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
-from moe_jax.config.rules import resolve
+from moe_jax.config.mesh_rules import resolve
 from moe_jax.config.schema import (
     CheckpointConfig,
     Config,

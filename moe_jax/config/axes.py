@@ -1,8 +1,9 @@
 """The axes of the device mesh, and ONE table for parameters and activations: logical dimension -> mesh axes.
 
-An axis splits devices (`replica data expert tensor`), a dim names an axis of an array (`embed ffw experts ...`).
-The batch is split over replica, data and expert; experts are placed on `expert`; weights are split fully, so that
-a device keeps one part in data x expert x tensor of them; replica repeats everything, across slow links.
+An axis splits devices (`replica data expert sequence tensor`), a dim names an axis of an array (`embed ffw ...`).
+The sequences of a batch are split over replica, data and expert, and each is cut into pieces over `sequence`; experts
+are placed on `expert`; weights are split fully, so that a device keeps one part in data x expert x sequence x tensor of
+them; replica repeats everything, across slow links.
 Imports no jax: the rules of a config and `moe_jax.mesh` read the same table.
 """
 
@@ -12,28 +13,36 @@ from moe_jax.config.schema import MeshConfig
 
 AXES = tuple(f.name for f in fields(MeshConfig))  # outermost first
 BATCH = ("replica", "data", "expert")  # the axes that the rows of a batch are split over
+TOKENS = (*BATCH, "sequence")  # the axes that its tokens are split over
 BETWEEN_SLICES = "replica"  # the only axis that may cross the network between slices
 
 # The axes that may split a dimension, tried in this order. An axis is skipped if an earlier dimension of the same
 # array took it, or if it does not divide the dimension: so rows of a weight are split by `data` and columns by
 # `expert`, because 7168 does not split 2048 ways.
+# The axes of a dim that TOKENS has too are in that order, in which parameters are gathered.
 # In an activation the batch takes all axes except `tensor`, which is left for the heads: one table serves both.
+# Rows of activations are pieces: row b C + c of [B C, S / C] is piece c of sequence b, so that tokens stay in the order
+# of the batch [B, S] however it is cut. Only attention puts pieces together, and gives each device some of the heads.
 TABLE: dict[str, tuple[str, ...]] = {
     # of parameters
     "experts": ("expert",),
-    "embed": ("data",),
+    "embed": ("data", "sequence"),
     "ffw": ("tensor", "expert"),
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
     "head_dim": ("expert",),
-    "latent": ("data", "expert"),
+    "latent": ("data", "expert", "sequence"),
     "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
     # of activations
-    "batch": BATCH,
-    "sequence": (),
-    "tokens": BATCH,  # batch x sequence in one axis
-    "shards": BATCH,  # one entry from each part of the batch
+    "batch": BATCH,  # sequences
+    "length": ("sequence",),  # the tokens of a sequence
+    "pieces": TOKENS,  # of all sequences
+    "tokens": TOKENS,  # of all sequences
+    "shards": TOKENS,  # one entry from each part of the tokens
+    "all_heads": ("tensor",),  # the heads of pieces ...
+    "own_heads": ("tensor", "sequence"),  # ... and of whole sequences
+    "whole": (),
     # stacked in front
     "layers": (),
     "micro_batches": (),

@@ -1,6 +1,6 @@
 """What must hold in `config.balance` whatever the model: within one method's options, and across methods.
 
-What the model and the mesh require of a method is in `config/rules.py`.
+What the model requires of a method is in `config/rules.py`.
 """
 
 from typing import Any

@@ -12,12 +12,14 @@ class Dispatcher(NamedTuple):
 
     dropless: every copy reaches its expert, so the choice affects the speed but no number.
     splits_experts: works on a mesh that splits the experts over devices; otherwise every device must hold all of them.
+    splits_sequences: works on a mesh that cuts sequences into pieces; otherwise a device must hold whole ones.
     needs, not_on: the collective that it calls, and the platforms ("cpu", "gpu", "tpu") that lack it.
     is_oracle: takes whole arrays, which XLA splits, instead of one device's part; the others are compared with it.
     """
 
     dropless: bool = True
     splits_experts: bool = True
+    splits_sequences: bool = True
     needs: str = ""
     not_on: tuple[str, ...] = ()
     is_oracle: bool = False
@@ -29,5 +31,5 @@ DISPATCHERS: dict[str, Dispatcher] = {
     "rounds": Dispatcher(),
     "ragged": Dispatcher(needs="ragged_all_to_all", not_on=("cpu",)),
     "dense": Dispatcher(is_oracle=True),
-    "capacity": Dispatcher(dropless=False),
+    "capacity": Dispatcher(dropless=False, splits_sequences=False),
 }

@@ -1,16 +1,13 @@
-"""Rules across the keys of a config, and rules on the devices that it runs on."""
+"""Rules across the keys of a config."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from moe_jax.config.axes import AXES, BATCH, TABLE
-from moe_jax.config.dispatchers import DISPATCHERS
-from moe_jax.config.schema import Config, MeshConfig, ModelConfig, branch_point, mesh_sizes, num_moe_layers
+from moe_jax.config.mesh_rules import check_mesh, nearby
+from moe_jax.config.schema import Config, ModelConfig, branch_point, num_moe_layers
 
 Text = str | Callable[[Config], str]  # `{key}` in it is replaced by `key=value`
 
@@ -49,7 +46,7 @@ def check_groups(num_experts: int, router: Any, path: str = "") -> None:
     if num_experts % num_groups:
         raise ValueError(
             f"{path}num_experts={num_experts} must be divisible by {path}num_groups={num_groups}; "
-            f"try {_nearby(num_experts, num_groups)}."
+            f"try {nearby(num_experts, num_groups)}."
         )
     size = num_experts // num_groups
     if not 1 <= top_groups <= num_groups:
@@ -139,95 +136,13 @@ def _check_zero_experts(c: Config) -> None:
             )
 
 
-def _has_dense_layer(m: ModelConfig) -> bool:
-    return m.num_experts == 0 or m.first_dense > 0 or m.moe_every > 1
-
-
-# (key, its dim, which models use it): the first axis that TABLE has for the dim must divide the key's value; the others
-# split it only if they divide it
-DIVISIBLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
-    ("model.num_heads", "heads", lambda m: True),
-    ("model.num_kv_heads", "kv_heads", lambda m: m.attention == "gqa"),
-    ("model.ffw_dim", "ffw", _has_dense_layer),
-    ("model.embed_dim", "embed", lambda m: m.num_experts > 0),
-    ("model.num_experts", "experts", lambda m: m.num_experts > 0),
-    ("model.expert_ffw_dim", "ffw", lambda m: m.num_experts > 0),
-)
-
-
-def _check_mesh(c: Config) -> None:
-    """Raise a ValueError where the mesh does not fit the model or the batch, as far as its sizes are known.
-
-    `resolve` calls it again when all of them are known.
-    """
-    m = c.model
-    sizes = {axis: getattr(c.mesh, axis) for axis in AXES}
-    for axis, size in sizes.items():
-        if size == 0:
-            raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all remaining devices; set mesh.{axis}=1.")
-    unknown = [axis for axis, size in sizes.items() if size == -1]
-    if len(unknown) > 1:
-        raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
-    for key, dim, is_used in DIVISIBLE:
-        value, axis = attrgetter(key)(c), TABLE[dim][0]
-        if is_used(m) and value % sizes[axis]:  # of -1 the remainder is 0
-            raise ValueError(
-                f"{key}={value} must be divisible by mesh.{axis}={sizes[axis]}; "
-                f"try {key}={_nearby(value, sizes[axis])}, or another mesh.{axis}."
-            )
-    shards = math.prod(max(1, sizes[axis]) for axis in BATCH)
-    rows = c.batch_size // c.micro_batches
-    if rows % shards:
-        raise ValueError(
-            f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
-            f"divisible by mesh.{' x '.join(BATCH)} = {shards}; "
-            f"try batch_size={_nearby(c.batch_size, shards * c.micro_batches)}, "
-            f"{'fewer micro_batches, ' if c.micro_batches > 1 else ''}or a mesh of at most {rows} of these "
-            "(mesh.data=1 is one)."
-        )
-    if m.num_experts and c.mesh.expert > 1 and not DISPATCHERS[m.dispatch].splits_experts:
-        raise ValueError(
-            f"model.dispatch={m.dispatch!r} needs every expert on every device, but mesh.expert={c.mesh.expert} "
-            "splits them; set model.dispatch='auto'."
-        )
-
-
-def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
-    """The config with the sizes of its mesh on `num_devices` devices, checked by every rule about them.
-
-    Args:
-        config: a config whose mesh may have an axis of -1.
-        num_devices: the number of devices.
-        platform: "cpu", "gpu" or "tpu"; "" checks nothing that depends on it.
-
-    Raises:
-        ValueError: the sizes do not fit the devices, the model or the batch; the platform lacks a collective.
-    """
-    sizes = mesh_sizes(config.mesh, num_devices)
-    dispatcher = DISPATCHERS[config.model.dispatch]
-    if config.model.num_experts and platform in dispatcher.not_on:
-        raise ValueError(
-            f"model.dispatch={config.model.dispatch!r} needs {dispatcher.needs}, which {platform.upper()}s do not "
-            "have; set model.dispatch='auto' or 'rounds'."
-        )
-    config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
-    _check_mesh(config)
-    return config
-
-
 # --- all rules, in the order in which they are checked --------------------------------------------------------
-
-
-def _nearby(value: int, divisor: int) -> str:
-    """The positive multiples of `divisor` on either side of `value`, as text."""
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
     Rule(
         "{batch_size} must be divisible by {micro_batches}",
-        lambda c: f"try {_nearby(c.batch_size, c.micro_batches)}",
+        lambda c: f"try {nearby(c.batch_size, c.micro_batches)}",
         holds=lambda c: c.batch_size % c.micro_batches == 0,
     ),
     Rule(
@@ -255,7 +170,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ),
     Rule(
         "{model.num_heads} must be divisible by {model.num_kv_heads}",
-        lambda c: f"try {_nearby(c.model.num_heads, c.model.num_kv_heads)}",
+        lambda c: f"try {nearby(c.model.num_heads, c.model.num_kv_heads)}",
         holds=lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
         when=lambda c: c.model.attention == "gqa",
     ),
@@ -358,7 +273,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ),
     Rule(
         "{measure_every} must be a multiple of {log_every}, because both are logged together",
-        lambda c: f"try {_nearby(c.measure_every, c.log_every)}",
+        lambda c: f"try {nearby(c.measure_every, c.log_every)}",
         holds=lambda c: c.measure_every % c.log_every == 0,
     ),
     # optimizer
@@ -394,5 +309,5 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ),
     Rule("{optimizer.b1} must be below 1", "try 0.95", holds=lambda c: c.optimizer.b1 < 1),
     Rule("{optimizer.b2} must be below 1", "try 0.95", holds=lambda c: c.optimizer.b2 < 1),
-    _check_mesh,
+    check_mesh,
 )

@@ -123,12 +123,14 @@ class DataConfig:
 class MeshConfig:
     """Sizes of the device mesh's axes; one of them may be -1, which takes all remaining devices.
 
-    The batch is split over replica, data and expert; experts over expert; widths and heads over tensor.
+    The sequences of a batch are split over replica, data and expert, and each is cut over sequence; experts are split
+    over expert; widths and heads over tensor.
     """
 
     replica: int = number(1, -1)
     data: int = number(-1, -1)
     expert: int = number(1, -1)
+    sequence: int = number(1, -1)
     tensor: int = number(1, -1)
 
 
@@ -205,7 +207,7 @@ def num_moe_layers(m: ModelConfig) -> int:
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """(replica, data, expert, tensor) on `num_devices`, with -1 filled in; without -1 some devices may be unused.
+    """The sizes of all axes on `num_devices`, with -1 filled in; without -1 some devices may be unused.
 
     Raises:
         ValueError: there are too few devices, or the other sizes do not divide their number.

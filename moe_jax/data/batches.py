@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     @classmethod
     def dims(cls) -> "Batch":
         """The dims of each field, as the mesh's table names them."""
-        by_token, by_row = ("batch", "sequence"), ("batch",)
+        by_token, by_row = ("batch", "length"), ("batch",)
         return cls(
             tokens=by_token,
             targets=by_token,

@@ -25,7 +25,7 @@ class Work(NamedTuple):
     weights: those of this device's E / X experts, in the compute dtype.
     multiply: the products of rows with experts, chosen for the platform and the config.
     mesh: the devices to exchange with, if it has several; None for the oracle.
-    sequence_length: tokens of a sequence; a device has whole sequences.
+    sequence_length: tokens of a sequence; a device has whole ones, unless the mesh cuts sequences into pieces.
     capacity_factor: room over the balanced load, of an expert or of an exchange.
 
     On one device there is no `shard_map`, and a collective fails: do none where `is_sharded(mesh)` is False. On several

@@ -22,8 +22,7 @@ CUDNN_WIDTH = 128  # the largest head width of cuDNN's kernel ...
 CUDNN_STEP = 8  # ... and the number that it must be a multiple of
 MOST_CPU_BLOCKS = 8  # of queries; few, because the program contains the code of each
 LEAST_CPU_BLOCK = 64  # queries of a block
-QUERY_DIMS = ("batch", "sequence", "heads")  # the dims of queries and results, by which devices split them ...
-KEY_DIMS = ("batch", "sequence", "kv_heads")  # ... and of keys and values
+HEAD_DIMS = ("batch", "whole", "own_heads")  # the dims of queries, keys, values and results: how devices split them
 
 
 def attend(
@@ -44,8 +43,8 @@ def attend(
         value: [B, S, G, V]; V may differ from K.
         segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
         scale: 1 / sqrt(K) if None.
-        mesh: the devices of the arrays, whose rows are split over the batch axes and heads over `tensor`. None is one
-            device: a CPU, or another that computes by XLA's own code.
+        mesh: the devices of the arrays, split as HEAD_DIMS: rows over the batch axes, heads over the others. None is
+            one device: a CPU, or another that computes by XLA's own code.
         cpu_kernel: on one CPU "native" is C++, "xla" is not, and "auto" is C++ if it can run.
 
     Returns:
@@ -106,8 +105,8 @@ def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None, cpu_ke
         return "native" if not is_sharded(mesh) and native.chosen(cpu_kernel, mesh, query.dtype) else "blocks"
     if mesh is None:
         return "xla"
-    rest = query.shape[2] % ways(mesh, "heads", QUERY_DIMS), key.shape[2] % ways(mesh, "kv_heads", KEY_DIMS)
-    if platform(mesh) == "tpu" and rest == (0, 0):
+    parts = ways(mesh, "own_heads")
+    if platform(mesh) == "tpu" and query.shape[2] % parts == key.shape[2] % parts == 0:
         return "splash"
     nvidia = "NVIDIA" in mesh.devices.flat[0].device_kind
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
@@ -165,10 +164,8 @@ def splash(
         kernel = _splash_kernel(query.shape[1], length + rest, block, interpret)
         return kernel(query, key, value, segments).swapaxes(1, 2)[:, :length]
 
-    queries = spec(*QUERY_DIMS)
-    keys = spec(*KEY_DIMS)
-    segments = spec("batch", "sequence")
-    run = per_shard(on_shard, mesh, (queries, keys, keys, segments), queries, kernel=True)
+    heads = spec(*HEAD_DIMS)
+    run = per_shard(on_shard, mesh, (heads, heads, heads, spec("batch")), heads, kernel=True)
     return run(query, key, value, segment_ids)
 
 

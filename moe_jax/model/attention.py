@@ -17,6 +17,13 @@ from moe_jax.config import ModelConfig, YarnConfig
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.mesh import is_sharded
 from moe_jax.model.layers import RMSNorm, normal
+from moe_jax.model.pieces import (
+    expanded_for_own_heads,
+    for_own_heads,
+    for_own_pieces,
+    put_together,
+    shared_for_own_heads,
+)
 
 # --- positions ------------------------------------------------------------------------------------------------
 
@@ -99,9 +106,9 @@ class Attention(nnx.Module):
         mesh: Mesh | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
-        query, key, value = self._project(x, positions, mesh)
-        kernel = self.config.cpu_kernel
-        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh, cpu_kernel=kernel)
+        query, *shared = self._project(x, positions, mesh)
+        key, value = (shared_for_own_heads(a, query.shape[2], mesh) for a in shared)
+        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config.cpu_kernel)
         return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
 
     def extend(
@@ -170,11 +177,16 @@ class LatentAttention(nnx.Module):
     ) -> Float[Array, "batch seq embed"]:
         """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
         nope, rotated, latent, key_rope = self._project(x, positions, mesh)
-        key, value = project(latent, [self.key_up[...], self.value_up[...]], mesh)
-        shared = jnp.broadcast_to(key_rope, (*key.shape[:3], key_rope.shape[-1]))
-        query, key = jnp.concatenate([nope, rotated], -1), jnp.concatenate([key, shared], -1)
-        kernel = self.config.cpu_kernel
-        mixed = attend(query, key, value, segment_ids, scale=self._scale, mesh=mesh, cpu_kernel=kernel)
+
+        def expand(latent: Array, key_rope: Array, *up: Array) -> tuple[Array, Array]:
+            key, value = project(latent, up, mesh)
+            shared = jnp.broadcast_to(key_rope, (*key.shape[:3], key_rope.shape[-1]))
+            return jnp.concatenate([key, shared], -1), value
+
+        up = self.key_up[...], self.value_up[...]
+        key, value = expanded_for_own_heads(expand, (latent, key_rope), up, mesh)
+        query = jnp.concatenate([nope, rotated], -1)
+        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config.cpu_kernel)
         return jnp.einsum("bshv,hvd->bsd", mixed, self.out.astype(x.dtype))
 
     def extend(
@@ -224,6 +236,21 @@ LATENT_EPS = 1e-6  # DeepSeek's code uses the default of its norm here, not the 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> Attention | LatentAttention:
     """The attention that `model.attention` names."""
     return LatentAttention(config, rngs) if config.attention == "mla" else Attention(config, rngs)
+
+
+def attend_to_whole(
+    query: Float[Array, "pieces length heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads value_dim"],
+    segment_ids: Int32[Array, "pieces length"],
+    scale: float,
+    mesh: Mesh | None,
+    cpu_kernel: str,
+) -> Float[Array, "pieces length heads value_dim"]:
+    """`attend` with queries, segments and results in the pieces of the mesh, and keys and values of whole sequences."""
+    query, segments = for_own_heads(query, mesh), put_together(segment_ids, mesh)
+    mixed = attend(query, key, value, segments, scale=scale, mesh=mesh, cpu_kernel=cpu_kernel)
+    return for_own_pieces(mixed, mesh)
 
 
 def project(

@@ -59,7 +59,7 @@ class Block(nnx.Module):
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
             return x + self.ffw(h, fwd.mesh), None, cache
-        tokens = token_info(fwd.inputs, self.ffw.config.class_starts)
+        tokens = token_info(fwd.inputs, self.ffw.config.class_starts, fwd.pieces)
         y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)
         return x + y, report, cache
 

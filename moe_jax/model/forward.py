@@ -10,13 +10,17 @@ from jaxtyping import Array, Float32, Int32, Key
 from moe_jax.balance import Balancer, State, Statistics
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
+from moe_jax.model.pieces import cut, num_pieces
 from moe_jax.routing import Routing, Rows, Tokens
 
 # --- what goes in ---------------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
-    """The tokens of a forward pass, [B, S] each: ids, positions in their document, documents (0: padding)."""
+    """The tokens of a forward pass, [B, S] each: ids, positions in their document, documents (0: padding).
+
+    As a layer reads them: [B C, S / C], in the C pieces into which the mesh cuts every sequence.
+    """
 
     tokens: Int32[Array, "batch seq"]
     positions: Int32[Array, "batch seq"]
@@ -39,7 +43,7 @@ class PerLayer(NamedTuple):
     state: the balancer's; the bias is read from the model.
     statistics: those of the whole optimizer step, if a loss reads them; None: those of this forward pass.
     earlier: those of the step's micro-batches before this one, if a loss reads the sum so far.
-    offset: [L, B, S, D], added to the layers' inputs: zeros, to differentiate by; None adds nothing.
+    offset: [L, B S, D], added to the layers' inputs: zeros, to differentiate by; None adds nothing.
     step: the optimizer step [L], the same for all layers, for `Details.next_ids`; None is 0.
     """
 
@@ -61,7 +65,8 @@ class Pass(NamedTuple):
     per_layer: what each MoE layer has of its own.
     key: the randomness of this pass (router jitter, random second expert, selectors).
     train: False turns that randomness off, except in the method `random`, which consists of it.
-    mesh: where parameters and rows of the batch are placed; None for one device.
+    mesh: where parameters and tokens are placed; None for one device.
+    pieces: C, of how many rows of `inputs` a sequence consists; 1 until the Transformer cuts them.
     """
 
     inputs: Inputs
@@ -70,6 +75,7 @@ class Pass(NamedTuple):
     key: Key[Array, ""]
     train: bool = False
     mesh: Mesh | None = None
+    pieces: int = 1
 
     def only(self, layers: slice) -> "Pass":
         """The pass restricted to some of the MoE layers."""
@@ -79,17 +85,25 @@ class Pass(NamedTuple):
         """The pass as layer `index` of a stack reads it, with its own part and its own randomness."""
         return self._replace(per_layer=per_layer, key=jax.random.fold_in(self.key, index))
 
+    def cut(self) -> "Pass":
+        """The pass over the pieces of its sequences."""
+        return self._replace(inputs=cut(self.inputs, self.mesh), pieces=num_pieces(self.mesh))
 
-def token_info(inputs: Inputs, class_starts: tuple[int, ...] = ()) -> Tokens:
-    """What routing may know of each token of the batch, flattened to [B S]; its class follows from its id."""
+
+def token_info(inputs: Inputs, class_starts: tuple[int, ...] = (), pieces: int = 1) -> Tokens:
+    """What routing may know of each token of the batch, flattened to [B S]; its class follows from its id.
+
+    Args:
+        inputs: in `pieces` rows a sequence.
+    """
     kind: Any = sum((inputs.tokens >= start).astype(jnp.int32) for start in class_starts) if class_starts else None
-    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0)
+    rows = jax.lax.broadcasted_iota(jnp.int32, inputs.tokens.shape, 0) // pieces
     return Tokens(
         mask=(inputs.segment_ids > 0).ravel(),
         row=rows.ravel(),
         ids=inputs.tokens.ravel(),
         kind=None if kind is None else kind.ravel(),
-        rows=Rows(len(rows)),
+        rows=Rows(len(rows) // pieces),
     )
 
 

@@ -55,9 +55,10 @@ class MoE(nnx.Module):
         """
         c = self.config
         drop = None if dropless else fwd.balancer.drop
-        if fwd.per_layer.offset is not None:
-            x = x + fwd.per_layer.offset.astype(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
+        if fwd.per_layer.offset is not None:
+            flat = flat + fwd.per_layer.offset.astype(x.dtype)
+        num_sequences = x.shape[0] // fwd.pieces
         select_key, second_key = jax.random.split(fwd.key)
         state = self._state(fwd)
         with jax.named_scope("router"):
@@ -72,7 +73,7 @@ class MoE(nnx.Module):
             weights,
             mesh=fwd.mesh,
             dispatcher="auto" if dropless and not DISPATCHERS[c.dispatch].dropless else c.dispatch,
-            num_sequences=x.shape[0],
+            num_sequences=num_sequences,
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,
@@ -86,7 +87,7 @@ class MoE(nnx.Module):
             y = y + self.shared(flat, fwd.mesh)
         losses, own = self._losses(routing, fwd, state)
         aux_loss = jax.lax.stop_gradient(measures.aux_loss_value(routing, c.num_experts))
-        details = self._details(routing, own, fwd, state, x.shape[0])
+        details = self._details(routing, own, fwd, state, num_sequences)
         return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
 
     def routing(self, x: Float[Array, "tokens embed"], tokens: Tokens, fwd: Pass) -> Routing:

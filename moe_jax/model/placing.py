@@ -24,7 +24,7 @@ def look_up(
     if not is_sharded(mesh):
         return table[tokens]
     place = parameter_spec(mesh, ("vocab", "embed"), table.shape)
-    by_token = spec("batch", "sequence")
+    by_token = spec("pieces")
     rows, columns = map(axes_of, place)
     gathered_rows = tuple(name for name in rows if name in axes("tokens"))
     split_rows = tuple(name for name in rows if name not in axes("tokens"))

@@ -40,7 +40,8 @@ class Transformer(nnx.Module):
         """Next-token logits and what the MoE layers report.
 
         Returns:
-            logits float32 [B, S, V]; Report with leaves [L, ...], or None for a dense model.
+            logits float32 [B, S, V], in the pieces of `Pass.cut`; Report with leaves [L, ...], or None for a dense
+            model.
         """
         x, _, report = self.before_head(fwd)
         return self.logits(x, fwd.mesh), report
@@ -49,9 +50,9 @@ class Transformer(nnx.Module):
         self, fwd: Pass
     ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "depth batch seq embed"] | None, Report | None]:
         """The vectors that the head multiplies, in the compute dtype: of the next token [B, S, D], and of multi-token
-        prediction; and the layers' Report.
+        prediction; and the layers' Report. Vectors are in the pieces of `Pass.cut`.
         """
-        x, report, _ = self._layers(self._main_pass(fwd))
+        x, report, _ = self._layers(self._main_pass(fwd).cut())
         x = self.final_norm(x)
         if self.mtp is None:
             return x, None, report
@@ -138,7 +139,7 @@ class Transformer(nnx.Module):
             unit, index, per_layer, caches = layer
             unit = at_use(unit, fwd.mesh, self.config.compute_dtype)
             x, *rest = unit(x, caches, fwd.layer(index, per_layer))
-            return constrain(x, fwd.mesh, spec("batch", "sequence")), rest
+            return constrain(x, fwd.mesh, spec("pieces")), rest
 
         body = rematerialized(body, self.config.remat, is_sharded(fwd.mesh))
         per_layer = fwd.per_layer if "moe" in run.kinds else NOTHING
@@ -148,17 +149,19 @@ class Transformer(nnx.Module):
 
     def _ahead(self, x: Array, fwd: Pass) -> tuple[Float[Array, "depth batch seq embed"], Report | None]:
         """Every depth of multi-token prediction in turn."""
+        depth = self.config.mtp_depth
+        # shifted before they are cut, so that a piece has the tokens that come after it
+        passes = [fwd._replace(inputs=ahead_of(fwd.inputs, k + 1)).cut() for k in range(depth)]
 
         def body(x: Array, depth: tuple) -> tuple[Array, Any]:
             module, index, per_layer, inputs = depth
             module = at_use(module, fwd.mesh, self.config.compute_dtype)
             embedded = self._embed(inputs.tokens, fwd.mesh)
-            x, report = module(x, embedded, fwd.layer(index, per_layer)._replace(inputs=inputs))
-            x = constrain(x, fwd.mesh, spec("batch", "sequence"))
+            x, report = module(x, embedded, passes[0].layer(index, per_layer)._replace(inputs=inputs))
+            x = constrain(x, fwd.mesh, spec("pieces"))
             return x, (x, report)
 
         body = rematerialized(body, self.config.remat, is_sharded(fwd.mesh))
-        depth = self.config.mtp_depth
         per_layer = fwd.per_layer if self.config.num_experts else NOTHING
-        read = jax.tree.map(lambda *each: jnp.stack(each), *(ahead_of(fwd.inputs, k + 1) for k in range(depth)))
+        read = jax.tree.map(lambda *each: jnp.stack(each), *(each.inputs for each in passes))
         return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth, dtype=jnp.int32), per_layer, read))[1]

@@ -359,30 +359,33 @@ def _agreed(result: Any, error: Exception | None) -> Any:
     return result
 
 
-def from_rows(load: Callable[[tuple[int, int]], T], num_rows: int, sharding: Any) -> T:
-    """Build a batch on the mesh; this process loads only the rows that its own devices hold.
+def from_rows(load: Callable[[tuple[int, int]], T], whole: Any) -> T:
+    """Build a batch on the mesh; this process loads only the rows of which its own devices hold a part.
 
-    Each block of rows is loaded once, whatever the order of the devices and the number that share it.
+    Each block of rows is loaded once, whatever the order of the devices and the number that share it; a device keeps
+    the columns that it holds.
 
     Args:
         load: (start, stop) -> a NamedTuple of arrays with these rows of the whole batch.
-        num_rows: of the whole batch.
-        sharding: splits only the rows over the mesh's devices.
+        whole: the batch as `jax.ShapeDtypeStruct`s, whose shardings split all rows alike.
 
     Returns:
-        the same NamedTuple with jax arrays of `num_rows` rows.
+        the same NamedTuple with jax arrays.
     """
     import jax
+
+    num_rows = whole[0].shape[0]
 
     def block(slices: Any) -> tuple[int, int]:
         return slices[0].indices(num_rows)[:2]
 
-    mine = sorted({block(slices) for slices in sharding.addressable_devices_indices_map((num_rows,)).values()})
-    loaded: dict[tuple[int, int], Any] = {rows: load(rows) for rows in mine}
-    first = loaded[mine[0]]
+    places = whole[0].sharding.addressable_devices_indices_map(whole[0].shape)
+    loaded: dict[tuple[int, int], Any] = {rows: load(rows) for rows in sorted(set(map(block, places.values())))}
 
-    def place(field: int) -> jax.Array:
-        shape = (num_rows, *first[field].shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda slices: loaded[block(slices)][field])
+    def place(field: int, leaf: Any) -> jax.Array:
+        def part(slices: Any) -> Any:
+            return loaded[block(slices)][field][:, *slices[1:]]
 
-    return type(first)(*(place(field) for field in range(len(first))))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+    return type(whole)(*(place(field, leaf) for field, leaf in enumerate(whole)))

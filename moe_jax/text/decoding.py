@@ -360,8 +360,8 @@ def _cache_maker(model: ModelConfig, mesh: Mesh | None, count: int, length: int)
 
 
 def _cache_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the batch axes, behind the axis of stacked layers."""
-    return NamedSharding(mesh, spec("layers", "batch"))
+    """Rows over all axes that split tokens, behind the axis of stacked layers: decoding cuts no sequence."""
+    return NamedSharding(mesh, spec("layers", "pieces"))
 
 
 def rounded(length: int) -> int:
@@ -373,7 +373,7 @@ def rounded(length: int) -> int:
 
 def _whole_shards(rows: int, mesh: Mesh | None) -> int:
     """The number of rows, rounded up so that all shards of the batch have equally many."""
-    shards = ways(mesh, "batch")
+    shards = ways(mesh, "pieces")
     return -(-rows // shards) * shards
 
 

@@ -45,11 +45,11 @@ def make_eval_step(
 
 def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
     """Shapes and dtypes of a step's batch; with a mesh also its sharding."""
-    sharding = None if mesh is None else batch_sharding(mesh)
-    sizes = {"batch": config.batch_size, "sequence": config.sequence_length}
+    sizes = {"batch": config.batch_size, "length": config.sequence_length}
 
     def leaf(name: str, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape = tuple(sizes[dim] for dim in dims)
+        sharding = None if mesh is None else batch_sharding(mesh, dims)
         return jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32, sharding=sharding)
 
     return Batch(**{name: leaf(name, dims) for name, dims in Batch.dims()._asdict().items()})

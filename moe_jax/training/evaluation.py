@@ -1,6 +1,7 @@
 """Held-out loss and balance of a model."""
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from moe_jax.balance import Balancer, measures
 from moe_jax.config import Config
 from moe_jax.data import Batch, Corpus, evaluation_batches
-from moe_jax.mesh import batch_sharding, make_mesh
+from moe_jax.mesh import make_mesh
 from moe_jax.runtime import processes
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.signals import Abandoned, Stopped, never
@@ -84,9 +85,11 @@ def held_out(config: Config, corpus: Corpus, mesh: Mesh, stopped: Stopped = neve
         max_sequences_per_domain=config.data.eval_sequences,
     )
 
+    whole = compile.abstract_batch(dataclasses.replace(config, batch_size=batch_size), mesh)
+
     def load(number: int) -> Batch:
         rows = functools.partial(batches.batch_at, number)
-        return processes.from_rows(rows, batch_size, batch_sharding(mesh))
+        return processes.from_rows(rows, whole)
 
     for _, batch in prefetched(load, 0, len(batches)):
         if number := stopped():

@@ -10,6 +10,7 @@ from moe_jax.kernels import head
 from moe_jax.mesh import is_sharded
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, Report
+from moe_jax.model.pieces import cut
 from moe_jax.model.prediction import AheadLoss, ahead_loss
 
 
@@ -23,7 +24,8 @@ def model_row_nats(
     """
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
     logits, report = model(fwd)
-    return head.row_nats(logits, batch.targets, batch.mask), report
+    nats = head.row_nats(logits, *cut((batch.targets, batch.mask), fwd.mesh))
+    return nats.reshape(len(batch.targets), -1).sum(1), report
 
 
 def model_summed_nats(
@@ -38,7 +40,7 @@ def model_summed_nats(
 
     def nats(x: Array, targets: Array, mask: Array) -> Float32[Array, ""]:
         if is_sharded(fwd.mesh):
-            return head.row_nats(model.logits(x, fwd.mesh), targets, mask).sum()
+            return head.row_nats(model.logits(x, fwd.mesh), *cut((targets, mask), fwd.mesh)).sum()
         with jax.named_scope("head"):
             kernel = config.model.cpu_kernel
             return head.summed_nats(x, model.head_weight(fwd.mesh), targets, mask, kernel, fwd.mesh)

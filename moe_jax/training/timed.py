@@ -9,7 +9,7 @@ import jax
 
 from moe_jax import data
 from moe_jax.data import Batch
-from moe_jax.mesh import batch_sharding, platform
+from moe_jax.mesh import platform
 from moe_jax.runtime import processes
 from moe_jax.runtime.prefetch import prefetched
 from moe_jax.runtime.profiling import named
@@ -80,9 +80,11 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
         weights=config.data.weights,
     )
 
+    whole = compile.abstract_batch(config, context.mesh)
+
     def load(step: int) -> Batch:
         rows = functools.partial(batch_at, step)
-        return processes.from_rows(rows, config.batch_size, batch_sharding(context.mesh))
+        return processes.from_rows(rows, whole)
 
     batches = prefetched(load, first, last)
     while True:

@@ -121,8 +121,11 @@ def test_violation_of_the_micro_batch_is_that_of_the_step_with_one_and_of_sequen
         assert here[f"moe/sequence_{name}"] > here[f"moe/microbatch_{name}"]
 
 
-def test_measuring_leaves_the_state_unchanged_and_is_the_same_on_a_mesh():
-    config = resolve(config_of("both", mesh=dict(data=2, expert=2)), 8, "cpu")
+@pytest.mark.parametrize(
+    "sizes", [dict(data=2, expert=2), pytest.param(dict(data=2, sequence=2), marks=pytest.mark.slow)], ids=str
+)
+def test_measuring_leaves_the_state_unchanged_and_is_the_same_on_a_mesh(sizes):
+    config = resolve(config_of("both", mesh=sizes), 8, "cpu")
     mesh = make_mesh(config.mesh)
     state = init_state(config, mesh)
     before = jax.device_get(state)

@@ -14,6 +14,7 @@ from drills import rig
 
 from conftest import HANG_SECONDS
 from moe_jax.runtime import cache
+from moe_jax.config import MeshConfig
 from moe_jax.runtime.checkpoint import committed
 from moe_jax.runtime.manifest import check, read_manifest
 
@@ -121,6 +122,25 @@ def test_process_0_decides_when_the_seconds_until_a_save_are_over(two_starts):
     folder, _, _ = two_starts
     # at step 2, LATE_SECONDS after the second start; 3 is the last step. On process 1's clock none are over
     assert committed(folder / "run" / "checkpoints") == [2, 3]
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_every_row_train_as_one_and_a_killed_run_resumes_in_other_pieces(tmp_path):
+    model = dataclasses.replace(CONFIG.model, num_heads=4, mtp_depth=1)
+
+    def written(name, **sizes):
+        config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig(**sizes))
+        return rig.write_config(tmp_path / f"{name}.py", config)
+
+    rig.train_together(written("one", data=1), tmp_path / "one", devices=(1,))
+    workdir = tmp_path / "run"
+    with rig.Processes(written("four", data=1, sequence=4), workdir, devices=(2, 2)) as processes:
+        rig.wait_until(lambda: rig.steps_logged(workdir) >= 5, processes[0])
+        processes[1].kill()
+        assert processes[0].wait() == 75, processes.text
+    rig.train_together(written("two", data=1, sequence=2, tensor=1), workdir, "--stop_at=6", devices=(2,))
+    rig.train_together(written("rest", data=2, sequence=1), workdir, devices=(2,))
+    rig.assert_close_curves(workdir, tmp_path / "one")
 
 
 @pytest.mark.slow

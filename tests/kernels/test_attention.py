@@ -16,8 +16,9 @@ from moe_jax.kernels import attention, native, native_attention
 from moe_jax.kernels.attention import attend, in_jax, kernel_for, splash, visibility
 
 
-def mesh_of(devices, sizes) -> Mesh:
-    return Mesh(np.array(devices).ravel()[: np.prod(sizes)].reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 4)
+def mesh_of(devices, **sizes) -> Mesh:
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return Mesh(np.array(devices).ravel()[: np.prod(shape)].reshape(shape), AXES, axis_types=(AxisType.Auto,) * 5)
 
 
 def arrays(rows, length, heads, kv_heads, width, value_width, dtype=jnp.float32):
@@ -175,13 +176,15 @@ def test_padding_and_documents_do_not_see_each_other():
     np.testing.assert_array_equal(seen, np.array(expected, bool))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_heads):
-    # rows over data, heads over tensor; only this test checks how the kernel's results vary
+@pytest.mark.parametrize(
+    ("kv_heads", "axes"), [(1, dict(tensor=2)), (2, dict(tensor=2)), (2, dict(sequence=2, tensor=2))], ids=str
+)
+def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_heads, axes):
+    # rows over data, heads over the others; only this test checks how the kernel's results vary
     shape = (2, 20, 4, 2 * kv_heads, 8, 8)
     *inputs, gradient = arrays(*shape)
     segment_ids = segments(*shape[:2])
-    mesh = mesh_of(jax.devices(), (1, 2, 1, 2))
+    mesh = mesh_of(jax.devices(), data=2, **axes)
     expected = with_gradients(attend, *inputs, segment_ids, gradient)
     on_mesh = with_gradients(functools.partial(as_on_tpu, mesh=mesh), *inputs, segment_ids, gradient)
     for ours, theirs in zip(on_mesh, expected, strict=True):
@@ -195,7 +198,8 @@ def machine(platform: str, kind: str, tensor: int = 1):
     """A mesh of devices that are not present."""
     device = SimpleNamespace(platform=platform, device_kind=kind, id=0)
     mesh = mock.create_autospec(Mesh, instance=True)
-    mesh.devices, mesh.shape = np.full((1, 1, 1, tensor), device), dict(zip(AXES, (1, 1, 1, tensor), strict=True))
+    sizes = 1, 1, 1, 1, tensor
+    mesh.devices, mesh.shape = np.full(sizes, device), dict(zip(AXES, sizes, strict=True))
     mesh.size = tensor
     return mesh
 
@@ -248,7 +252,7 @@ def test_without_a_compiler_a_cpu_attends_in_xla(monkeypatch):
 
 @pytest.mark.parametrize(("width", "value_width", "length"), [(128, 128, 2048), (64, 64, 1000), (192, 128, 1024)])
 def test_on_tpu_scores_are_never_in_memory(tpu_devices, width, value_width, length):
-    mesh = mesh_of(tpu_devices("v5p:2x2x1"), (1, 2, 1, 2))
+    mesh = mesh_of(tpu_devices("v5p:2x2x1"), data=2, tensor=2)
 
     def abstract(place, *shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, place))

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conftest import tiny_config
+from conftest import mesh_sizes, tiny_config
 from moe_jax import dispatch
 from moe_jax.config import MeshConfig, default, validate
 from moe_jax.data.batches import Batch
@@ -158,7 +158,7 @@ IDS = np.where(IDS == 3, 2, IDS)  # expert 3 has no tokens
 
 def layer(dispatcher: str, form: str, sizes=None, **options):
     """(x, gates, weights, ids) -> something of y, and y."""
-    mesh = None if sizes is None else make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    mesh = None if sizes is None else make_mesh(MeshConfig(**mesh_sizes(sizes)), jax.devices()[: int(np.prod(sizes))])
 
     def run(x, gates, weights, ids):
         routing = route(jnp.zeros((TOKENS, 8)), RouterConfig(top_k=1))

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from configs.balance_cost import get_config
-from conftest import tiny_config
+from conftest import mesh_sizes, tiny_config
 from experiments.cost import costs
 from moe_jax.config import resolve, validate
-from moe_jax.config.axes import AXES
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import grouped
 from moe_jax.kernels.grouped import rows_multiplied
@@ -43,7 +42,7 @@ def collectives(sizes, remat: str) -> dict[Collective, int]:
         batch_size=ROWS,
         sequence_length=SEQ,
         balance=BALANCE,
-        mesh=dict(zip(AXES, sizes, strict=True)),
+        mesh=mesh_sizes(sizes),
         model=MODEL | dict(remat=remat),
     )
     config = resolve(config, DEVICES, "cpu")

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from conftest import mesh_sizes
 from moe_jax.config import DISPATCHERS, MeshConfig, default, validate
 from moe_jax.dispatch import ExpertWeights, apply_experts, rounds
 from moe_jax.kernels import native
@@ -59,7 +60,7 @@ def _cpu_has_no_ragged_all_to_all(monkeypatch):
 
 
 def mesh_of(sizes):
-    return make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    return make_mesh(MeshConfig(**mesh_sizes(sizes)), jax.devices()[: int(np.prod(sizes))])
 
 
 def routing_of(ids, gates) -> Routing:

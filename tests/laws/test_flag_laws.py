@@ -14,7 +14,7 @@ from jax.extend.core import subjaxprs
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conftest import assert_same_bits, strict_flags, tiny_config
+from conftest import assert_same_bits, mesh_sizes, strict_flags, tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig
 from moe_jax.dispatch import ExpertWeights, apply_experts
@@ -82,7 +82,7 @@ def dispatched(dtype, sizes=None, **how):
     x, logits = (jnp.asarray(draw.normal(size=(TOKENS, n)), jnp.float32) for n in (EMBED, EXPERTS))
     shapes = [(EXPERTS, EMBED, FFW)] * 2 + [(EXPERTS, FFW, EMBED)]
     weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s), dtype) for s in shapes))
-    mesh = None if sizes is None else make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    mesh = None if sizes is None else make_mesh(MeshConfig(**mesh_sizes(sizes)), jax.devices()[: int(np.prod(sizes))])
     args = x.astype(dtype), logits, weights
     if mesh is not None:
         tokens = batch_sharding(mesh)

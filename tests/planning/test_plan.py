@@ -48,7 +48,7 @@ def report(repo, tmp_path_factory):
 
 def test_the_plan_names_what_it_compiled(report):
     assert report["chips"] == 8
-    assert report["mesh"] == {"replica": 1, "data": 2, "expert": 4, "tensor": 1}
+    assert report["mesh"] == {"replica": 1, "data": 2, "expert": 4, "sequence": 1, "tensor": 1}
     assert report["tokens_per_step"] == 8 * 32
     assert report["compile_seconds"] > 0
 

@@ -151,21 +151,24 @@ class Rows(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(data=1), dict(data=2, expert=4), dict(data=2, tensor=4), dict(replica=2, data=4)]
+    "sizes",
+    [dict(data=1), dict(data=2, expert=4), dict(data=2, tensor=4), dict(replica=2, data=4), dict(data=2, sequence=4)],
 )
 def test_a_batch_is_loaded_by_rows_each_once_and_whole_on_the_mesh(sizes):
     mesh = make_mesh(MeshConfig(**sizes))
-    whole = Rows(np.arange(24).reshape(8, 3), np.arange(8) + 100)
+    whole = Rows(np.arange(32).reshape(8, 4), np.arange(8) + 100)
+    places = Rows(batch_sharding(mesh, ("batch", "length")), batch_sharding(mesh))
+    abstract = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), whole, places)
     asked = []
 
     def load(rows):
         asked.append(rows)
         return Rows(*(leaf[slice(*rows)] for leaf in whole))
 
-    batch = from_rows(load, 8, batch_sharding(mesh))
-    blocks = mesh.size // sizes.get("tensor", 1)  # tensor repeats the rows
+    batch = from_rows(load, abstract)
+    blocks = mesh.size // sizes.get("tensor", 1) // sizes.get("sequence", 1)  # tensor and sequence share rows
     assert asked == [(i * 8 // blocks, (i + 1) * 8 // blocks) for i in range(blocks)]
-    for leaf, expected in zip(batch, whole, strict=True):
-        assert leaf.sharding.is_equivalent_to(batch_sharding(mesh), leaf.ndim)
+    for leaf, expected, place in zip(batch, whole, places, strict=True):
+        assert leaf.sharding == place
         assert np.array_equal(leaf, expected)
     assert isinstance(batch.tokens, jax.Array)

@@ -116,10 +116,13 @@ def test_the_cache_of_latent_attention_holds_the_latent_and_one_rotated_key():
     assert widths == {(1, MLA["kv_lora_rank"]), (1, MLA["qk_rope_head_dim"])}
 
 
-def test_decoding_on_a_mesh_is_decoding_on_one_device():
+@pytest.mark.parametrize(
+    "sizes", [dict(expert=2, tensor=2), pytest.param(dict(sequence=2, tensor=2), marks=pytest.mark.slow)], ids=str
+)
+def test_decoding_on_a_mesh_is_decoding_on_one_device(sizes):
     config, module, passing = built("mla")
     tokens, positions = jax.random.randint(jax.random.key(2), (4, 6), 0, 256), jnp.tile(jnp.arange(6), (4, 1))
-    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, **sizes))
     places = state_shardings(config, mesh)
     weights = jax.device_put((state_of("mla")[1].params, state_of("mla")[1].bias), (places.params, places.bias))
     there = nnx.merge(abstract_model(config.model).graphdef, *weights)

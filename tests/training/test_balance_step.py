@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import tiny_config
+from conftest import mesh_sizes, tiny_config
 from moe_jax.config import resolve
-from moe_jax.config.axes import AXES
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.runtime import checkpoint
@@ -60,7 +59,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES, scope="module")
 def config_of(family, mesh=(1, 1, 1, 1), **overrides):
     balance, model = FAMILIES[family]
     model = dict(num_layers=2, first_dense=0, num_kv_heads=2) | model | overrides.pop("model", {})
-    settings = dict(balance=balance, model=model, mesh=dict(zip(AXES, mesh, strict=True))) | overrides
+    settings = dict(balance=balance, model=model, mesh=mesh_sizes(mesh)) | overrides
     return resolve(tiny_config(**settings), len(jax.devices()), "cpu")
 
 
