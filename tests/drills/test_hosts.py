@@ -13,8 +13,8 @@ import pytest
 from drills import rig
 
 from conftest import HANG_SECONDS
-from moe_jax.runtime import cache
 from moe_jax.config import MeshConfig
+from moe_jax.runtime import cache
 from moe_jax.runtime.checkpoint import committed
 from moe_jax.runtime.manifest import check, read_manifest
 
