@@ -14,7 +14,7 @@ from ..report.numbers import last
 from ..report.sweep import Sweep, as_number
 from . import measures, pictures
 from .arms import BASELINE, CORE, EXPERTS, SCOPES, WEIGHTS, Point, effects, levels, main_sweep, only, points
-from .devices import DEVICES, device_factor, mean_rounds, random_factor
+from .devices import DEVICES, POD_EXCHANGES, POD_STEP, device_factor, mean_rounds, random_factor
 from .measures import SEQUENCE, Found, Tables
 from .parts import Part, Section, sources, table, text
 from .parts import pictures as shown
@@ -200,7 +200,9 @@ def _devices_words(sweep: Branched) -> str:
         f"rounds, with room for {_factor(sweep):g} times the mean number of copies between two devices; one pair with "
         "more makes all devices repeat the exchange. Rounds are those of the first held-out batch at the end of each "
         "branch, all of one domain, which is an uneven case. Both concern batches of "
-        f"{_tokens(sweep):,} tokens: larger batches are more even."
+        f"{_tokens(sweep):,} tokens: larger batches are more even. What a pod would lose: in the plan of DeepSeek-V3 "
+        f"on 2048 chips, exchanges in one round take {POD_EXCHANGES:.1f} of the step's {POD_STEP:.1f} s, so a second "
+        f"round in every layer would make the step up to {POD_EXCHANGES / POD_STEP:.0%} longer."
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 from experiments.report.sweep import Run
-from experiments.study.devices import DEVICES, ROUNDS, factor, mean_rounds, needed_rounds, rounds_record
+from experiments.study.devices import (
+    DEVICES,
+    POD_EXCHANGES,
+    POD_STEP,
+    ROUNDS,
+    factor,
+    mean_rounds,
+    needed_rounds,
+    rounds_record,
+)
 from moe_jax.config import MeshConfig
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.mesh import batch_sharding, make_mesh
@@ -84,3 +94,10 @@ def test_the_factor_is_the_largest_load_of_a_device_by_the_mean():
     uneven = even.copy()
     uneven[0, 0, :4] = [16, 16, 0, 0]  # the first device has twice the mean in one of two steps
     assert factor(uneven) == 1.5
+
+
+def test_the_seconds_of_a_pod_are_those_of_the_planning_page(repo):
+    page = (repo / "docs/planning.md").read_text()
+    step = re.search(r"schedule: ([\d.]+) ms a step", page)[1]
+    exchanges = re.search(r"│ all-to-all .*│ +([\d.]+) │", page)[1]
+    assert (float(step), float(exchanges)) == pytest.approx((1e3 * POD_STEP, 1e3 * POD_EXCHANGES), rel=1e-3)
