@@ -16,8 +16,8 @@ def seen_by(tmp_path, clock):
     """name -> the claims as a process of that name sees them; `lost` has the messages of those that lost a claim."""
     lost = []
 
-    def make(name="one", dead_seconds=DEAD):
-        return Claims(tmp_path, dead_seconds, clock, superseded=lambda message: lost.append((name, message)))
+    def make(name="one", dead_after=DEAD):
+        return Claims(tmp_path, dead_after, clock, superseded=lambda message: lost.append((name, message)))
 
     make.lost = lost
     return make
