@@ -131,7 +131,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The folder for the runs and the report; created if it does not exist.")
     flags.DEFINE_string("shard", "0/1", "i/n: train every n-th run, from the i-th (0-based).")
     flags.DEFINE_bool("claim", False, "Train any run that no other process has, until all are finished.")
-    flags.DEFINE_float("claim_seconds", 300.0, "A process without a sign of life for so long is dead; its run is free.")
+    flags.DEFINE_float(
+        "claim_seconds", 300.0, "Seconds without a sign of life after which a process is dead and its run is free."
+    )
     flags.DEFINE_string("only", "", "Train this run alone, named as --list does.")
     flags.DEFINE_bool("list", False, "Print a command for every run, and train none.")
     flags.DEFINE_bool("discard_weights", False, "Branched sweeps: remove the checkpoints of finished branches.")

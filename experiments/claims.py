@@ -36,7 +36,7 @@ class Claims:
         now: Callable[[], float] = time.monotonic,
         superseded: Callable[[str], Any] = end,
     ) -> None:
-        """Args: dead_seconds: a claim unchanged for so long is dead; superseded: ends a process that lost its claim."""
+        """Args: dead_seconds: when an unchanged claim is dead; superseded: ends a process that lost its claim."""
         self._folder = folder
         self._dead_seconds = dead_seconds
         self._now = now

@@ -76,7 +76,7 @@ class Planned(NamedTuple):
 
         Args:
             only: the name of one run in `jobs`, which is not waited for if another process has it; "" for all runs.
-            dead_seconds: a process that has shown no sign of life for so long is dead, and its run is free.
+            dead_seconds: seconds without a sign of life after which a process is dead, and its run is free.
             discard_weights: as in `train`.
 
         Raises:

@@ -77,13 +77,14 @@ def rounds_record(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: a file is damaged.
     """
-    stored = {int(file.stem): file for file in run.directory.glob("routing/*.npy") if file.stem.isdigit()}
-    if not stored:
+    if not any(run.directory.glob("routing/*.npy")):
         return read_json(run.directory / ROUNDS, "restore it with git, or collect the runs again.")
-    step = max(stored)
+    from moe_jax.analysis.specialisation import stored_ids, stored_steps  # loads jax, which archives do without
+
+    step = stored_steps(run.directory)[-1]
     config = flatten(run.config)
     experts, factor = int(config["model.num_experts"]), float(config["model.capacity_factor"])
-    ids = np.load(stored[step])
+    ids = stored_ids(run.directory, step)
     if ids.shape[1] % DEVICES or experts % DEVICES:
         return {}
     return {"devices": DEVICES, "step": step, "rounds": needed_rounds(ids, experts, factor)}

@@ -46,6 +46,7 @@ def write_excerpts(workdir: Path) -> None:
         ValueError: there is no checkpoint, or it is damaged.
         OSError: a file cannot be read or written.
     """
+    from moe_jax.config import num_choices
     from moe_jax.data import open_corpus
     from moe_jax.text.decoding import trace
     from moe_jax.text.model import restore
@@ -57,7 +58,7 @@ def write_excerpts(workdir: Path) -> None:
         print(f"the corpus of {workdir} has none of the domains that may be quoted: {', '.join(QUOTED)}", flush=True)
     sequences = [corpus.stream("validation", name).tokens[:NUM_TOKENS].tolist() for name in names]
     routed = trace(model, sequences, [0] * len(names), corpus.tokenizer) if names else []
-    num_experts = model.config.model.num_experts + model.config.model.num_zero_experts
+    num_experts = num_choices(model.config.model)
     found = {}
     for name, traced in zip(names, routed, strict=True):
         shown = [n for n, piece in enumerate(traced.pieces) if piece]  # the separator has no letters

@@ -78,10 +78,12 @@ def measure_trunks(table: Planned, shard: tuple[int, int]) -> list[str]:
     """
     from moe_jax.training import attempts
 
+    if table.name != MAIN:
+        return []
     failed = []
     for part in table.parts[shard[0] :: shard[1]]:
         folder = folder_of(trunks_in(table.folder), part.trunk)
-        if table.name != MAIN or not attempts.is_finished(part.trunk.config, folder):
+        if not attempts.is_finished(part.trunk.config, folder):
             continue  # a failed trunk has a sentence already
         first_seed = min(other.trunk.seed for other in table.parts if other.trunk.arm == part.trunk.arm)
         for name, measure in MEASURES.items():

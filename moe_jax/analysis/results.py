@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax.analysis.specialisation import Survey, as_json, draw, saturation, stored_steps
-from moe_jax.config import Config
+from moe_jax.config import Config, num_choices
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import write_json, write_whole
 
@@ -66,7 +66,7 @@ def report_saturation(config: Config, workdir: Path) -> None:
     if processes.index() != 0 or not stored_steps(workdir):
         return
     try:
-        result = saturation(workdir, config.model.num_experts + config.model.num_zero_experts)
+        result = saturation(workdir, num_choices(config.model))
     except ValueError as error:
         print(f"no router saturation: {error}")
     else:

@@ -178,12 +178,12 @@ def saturation(workdir: Path, num_choices: int) -> dict[str, Any]:
             f"--workdir={workdir} has stored the routing of {len(steps)} evaluations, and saturation compares two; "
             "train with measure_every > 0 and an eval_every that gives at least two."
         )
-    last = _read(workdir, steps[-1])
+    last = stored_ids(workdir, steps[-1])
     return {"steps": steps, "saturation": [_saturation(workdir, step, last, num_choices).tolist() for step in steps]}
 
 
 def _saturation(workdir: Path, step: int, last: np.ndarray, num_choices: int) -> np.ndarray:
-    ids = _read(workdir, step)
+    ids = stored_ids(workdir, step)
     if ids.shape[:2] != last.shape[:2]:
         raise ValueError(
             f"{workdir / 'routing'} holds the routing of other tokens at step {step} {ids.shape} than at the last "
@@ -192,7 +192,12 @@ def _saturation(workdir: Path, step: int, last: np.ndarray, num_choices: int) ->
     return measures.saturation(ids, last, num_choices)
 
 
-def _read(workdir: Path, step: int) -> np.ndarray:
+def stored_ids(workdir: Path, step: int) -> np.ndarray:
+    """The expert ids that a run stored at a step, uint16 [L, T, S].
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = workdir / "routing" / f"{step}.npy"
     try:
         return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)

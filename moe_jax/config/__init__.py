@@ -31,6 +31,7 @@ from moe_jax.config.schema import (
     YarnConfig,
     branch_point,
     mesh_sizes,
+    num_choices,
     num_moe_layers,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "keys_that_change",
     "mesh_sizes",
     "named",
+    "num_choices",
     "num_moe_layers",
     "resolve",
     "validate",

@@ -206,6 +206,11 @@ def num_moe_layers(m: ModelConfig) -> int:
     return (m.num_layers - m.first_dense) // m.moe_every + m.mtp_depth
 
 
+def num_choices(m: ModelConfig) -> int:
+    """The number of experts that a router chooses from, with zero-computation experts, which come last."""
+    return m.num_experts + m.num_zero_experts
+
+
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """The sizes of all axes on `num_devices`, with -1 filled in; without -1 some devices may be unused.
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
 from moe_jax.balance import State, Statistics, measures
-from moe_jax.config import DISPATCHERS, ModelConfig
+from moe_jax.config import DISPATCHERS, ModelConfig, num_choices
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
@@ -31,7 +31,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, experts, ffw = config.embed_dim, config.num_experts, config.expert_ffw_dim
-        choices = experts + config.num_zero_experts
+        choices = num_choices(config)
         classes = len(config.class_starts) + 1
         self.router = normal(config, rngs, dtype="float32", embed=width, experts=choices)
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))

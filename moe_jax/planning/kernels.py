@@ -66,7 +66,7 @@ SPLASH = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}  # products of width K and
 def _splash(i: Instruction, here: Computation) -> int:
     """2 FLOPs a score, and width of its products, in every block of scores that the causal mask does not hide.
 
-    Documents are told apart by their ids, which hides scores and skips no block.
+    Documents differ by their ids, which hide scores and skip no block.
     """
     operands = [here.instructions[name].leaves[0] for name in i.operands]
     query, key, value = [leaf.dims for leaf in operands if len(leaf.dims) > 2 and "f" in leaf.dtype][:3]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Llama 3 (arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days on 16,384 GPUs, 8 a host
 HOST_MTBF_SECONDS = 54 * 86400 * (16384 / 8) / 419
-# in which a save delays the steps, before it goes on in the background; a run logs its own as time/checkpoint
+# by which a save delays the steps before it continues in the background; a run logs its own as time/checkpoint
 BLOCKING_SECONDS = 2.0
 
 
@@ -40,7 +40,7 @@ def bytes_by_host(state: Any) -> Counter[int]:
 
 
 def advise(hosts: int) -> dict[str, Any]:
-    """How often to save on so many hosts, as JSON values.
+    """How often to save on N hosts, as JSON values.
 
     `interval_seconds` is Young's sqrt(2 x blocking x mean time between failures) (CACM 17, 1974), which minimises
     `lost`, the share of the time spent on saves and on steps that a failure repeats.

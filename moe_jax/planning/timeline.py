@@ -113,7 +113,7 @@ class _Core:
         if end:
             for one in waited:
                 self._wait(one)
-        elif waited:  # a tuple of it, or a fusion that goes on with it
+        elif waited:  # a tuple of it, or a fusion that continues it
             self.pending[i.name] = max(waited, key=lambda one: one.end)
         products = _Pending(self.now + cost.flops.total() / self.chip.flops, COMPUTE)
         parts = [*(self._exchange(c) for c in cost.collectives.elements()), self._move(cost.hbm)]

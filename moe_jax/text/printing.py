@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from moe_jax.config import num_choices
 from moe_jax.data import Tokenizer
 from moe_jax.runtime.files import output_of, write_whole
 from moe_jax.text.colours import Traced, as_html, on_terminal, printable
@@ -69,7 +70,7 @@ def show_experts(
     for start in range(0, len(sequences), flag.batch_size):
         part = slice(start, start + flag.batch_size)
         texts += trace(model, sequences[part], [len(prompt) for prompt in prompt_ids[part]], tokenizer)
-    choices = model.config.model.num_experts + model.config.model.num_zero_experts
+    choices = num_choices(model.config.model)
     if flag.show_experts:
         for line in on_terminal(texts, layer, choices):
             Console().print(line, soft_wrap=True)

@@ -197,7 +197,7 @@ class Save(Hook):
         self._made_by = made_by
 
     def is_due(self, done: int) -> bool:
-        """At its interval, at the end, and wherever so many seconds may be over."""
+        """At its interval, at the end, and at logged steps, where `save_every_seconds` may be over."""
         return self._by_steps(done) or (self._seconds > 0 and done % self._log_every == 0)
 
     def _by_steps(self, done: int) -> bool:

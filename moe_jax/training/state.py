@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Int32, Key
 
 from moe_jax import balance
-from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, num_moe_layers
+from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, num_choices, num_moe_layers
 from moe_jax.mesh import AnyMesh, parameter_spec, platform, replicated
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
@@ -143,7 +143,7 @@ def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:
     layers = num_moe_layers(model)
     if not layers:
         return {}
-    experts = model.num_experts + model.num_zero_experts
+    experts = num_choices(model)
     classes = len(model.class_starts) + 1
     state = jax.vmap(functools.partial(balancer.init, experts))(jnp.arange(layers))
     if classes > 1 and state["bias"].ndim == 2:  # no method moves the bias, so it lacks the axis of classes

@@ -35,11 +35,11 @@ def test_it_is_on_in_the_users_cache_folder_and_keeps_every_program(home, capsys
 
 
 def test_a_jax_that_a_config_file_has_imported_is_configured_too(home, monkeypatch):
-    told = {}
-    config, alone = SimpleNamespace(update=told.__setitem__), SimpleNamespace(is_initialized=lambda: False)
+    updated = {}
+    config, alone = SimpleNamespace(update=updated.__setitem__), SimpleNamespace(is_initialized=lambda: False)
     monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=config, distributed=alone))
     cache.keep_compiled()
-    assert told == dict(zip(map(str.lower, NAMES), [str(cache.user_folder("xla")), 0.0, -1], strict=True))
+    assert updated == dict(zip(map(str.lower, NAMES), [str(cache.user_folder("xla")), 0.0, -1], strict=True))
 
 
 def test_xdg_cache_home_is_followed(home, monkeypatch):

@@ -284,7 +284,7 @@ def test_every_table_of_the_study_is_planned(tmp_path):
     with pytest.raises(ValueError, match=r"data\.path=corpus/bytes"):
         check_corpora(list(found.values()))
     assert parse_tables("gates,arms") == ["arms", "gates"]
-    # all shards together do what one does; a branch goes on from its trunk, and has 400 steps of 2048 tokens
+    # all shards together do what one does; a branch resumes from its trunk, and has 400 steps of 2048 tokens
     work = [sum(found["arms"].work((index, 3))) for index in range(3)]
     assert sum(work) == sum(found["arms"].work((0, 1))) == (8 * 1000 + 576 * 400) * 2048
 
