@@ -20,6 +20,7 @@ from moe_jax.config.axes import AXES, BETWEEN_SLICES, TABLE
 from moe_jax.runtime.defaults import jax_defaults
 
 GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
+HOST_MEMORY = "pinned_host"  # jax's name of the host memory that a device copies to and from by itself
 
 AnyMesh = Mesh | AbstractMesh
 

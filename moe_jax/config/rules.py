@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from moe_jax.config.mesh_rules import check_mesh, nearby
-from moe_jax.config.schema import Config, ModelConfig, branch_point, num_moe_layers
+from moe_jax.config.schema import REMAT_KEEP, Config, ModelConfig, branch_point, num_moe_layers
 
 Text = str | Callable[[Config], str]  # `{key}` in it is replaced by `key=value`
 
@@ -184,6 +184,23 @@ RULES: tuple[Callable[[Config], None], ...] = (
         "{model.yarn.beta_fast} must be at least {model.yarn.beta_slow}",
         "try 32 and 1",
         holds=lambda c: c.model.yarn.beta_fast >= c.model.yarn.beta_slow,  # equal in Kimi-K2: frequencies then jump
+    ),
+    # rematerialisation
+    Rule(
+        "{model.remat_keep} and {model.remat_offload} apply to rematerialisation by names, but {model.remat}",
+        f"set model.remat='names', or the two to {REMAT_KEEP} and ()",
+        holds=lambda c: c.model.remat_keep == REMAT_KEEP and not c.model.remat_offload,
+        when=lambda c: c.model.remat != "names",
+    ),
+    Rule(
+        "{model.remat_keep} must have different names, at least one",
+        "write one, such as ('rows',), or set model.remat='full', which keeps none",
+        holds=lambda c: 0 < len(c.model.remat_keep) == len(set(c.model.remat_keep)),
+    ),
+    Rule(
+        "{model.remat_offload} must be different names out of {model.remat_keep}",
+        "add them to remat_keep, or write ()",
+        holds=lambda c: len(set(c.model.remat_keep) & set(c.model.remat_offload)) == len(c.model.remat_offload),
     ),
     # multi-token prediction
     Rule(

@@ -13,6 +13,10 @@ from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.fields import choice, number, section
 
 DType = Literal["float32", "bfloat16"]
+# what a block can keep for its backward pass: rows that came from other devices and their gates (of the first round),
+# attention's result, the residual stream after attention, and the experts' hidden activations before SwiGLU
+Kept = Literal["rows", "attention", "residual", "hidden"]
+REMAT_KEEP: tuple[Kept, ...] = ("rows", "attention", "residual")
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,11 @@ class ModelConfig:
     init_std: float = number(0.02, 0.0, changes="numbers")
     param_dtype: DType = choice("float32", "numbers")
     compute_dtype: DType = choice("float32", "numbers")
-    # what a layer keeps for the backward pass: all activations, the matrix products, or only its input
-    remat: Literal["none", "dots", "full"] = choice("none", "speed")
+    # what a layer keeps for the backward pass: all activations, the matrix products, only its input, or its input and
+    # the tensors of remat_keep, of which those of remat_offload wait in the host's memory
+    remat: Literal["none", "dots", "full", "names"] = choice("none", "speed")
+    remat_keep: tuple[Kept, ...] = choice(REMAT_KEEP, "speed")
+    remat_offload: tuple[Kept, ...] = choice((), "speed")
     # Mixture of experts
     num_experts: int = number(0, 0)
     top_k: int = number(2, 1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int32
 
 from moe_jax.dispatch.experts import ExpertWeights, Multiply
@@ -90,22 +91,28 @@ def in_rounds(work: Work, transport: Transport) -> tuple[Array, Traffic]:
     exchange = _Exchange(transport, work.capacity_factor, work.devices, work.multiply)
     copies = _sort_copies(work.expert_ids, work.num_experts, work.devices)
     _, needed, make = exchange.plan(copies)
-    first = jax.checkpoint(lambda x, gates, weights: _one_round(make(0), x, gates, weights, exchange.multiply))
-    y, rows = _add(first(x, gates, weights), _further_rounds(exchange, x, gates, weights, copies))
+    first = _one_round(make(0), x, gates, weights, exchange.multiply, keep=True)
+    y, rows = _add(first, _further_rounds(exchange, x, gates, weights, copies))
     return y, Traffic.of(rounds=needed, rows=rows, visits=work.visits())
 
 
-def _one_round(now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply) -> tuple[Array, Array]:
+def _one_round(
+    now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply, keep: bool
+) -> tuple[Array, Array]:
     """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
 
     Gates travel with their copies, and outputs are weighted before they are sent back, so that the backward pass need
-    not repeat the exchange that sends them back.
+    not repeat the exchange that sends them back. With `keep`, what has arrived is named for `model.remat_keep`, and the
+    backward pass need not repeat the other one either. Names in a round that may not be needed would be kept for all
+    rounds that are possible.
     """
     with jax.named_scope("dispatch"):
         incoming = now.send(take(x, now.token, now.slot))
         share = now.send(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
+        if keep:
+            incoming, share = checkpoint_name(incoming, "rows"), checkpoint_name(share, "rows")
         rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), multiply.tile)
-    outputs = multiply.routed(incoming, now.expert[:, None], share, weights)
+    outputs = multiply.routed(incoming, now.expert[:, None], share, weights, keep)
     with jax.named_scope("combine"):
         returned = now.send_back(outputs.astype(x.dtype))
         return take(returned, now.slot, now.token).astype(jnp.float32), rows
@@ -122,7 +129,7 @@ def _sum_of_further_rounds(
 
     def one(number: Array) -> tuple[Array, Array]:
         # the sum stays outside the checkpoint; inside, the backward pass would keep it for every possible round
-        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply))
+        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply, keep=False))
         return lax.cond(number < needed, run, nothing, number)
 
     def every_round(numbers: Array) -> tuple[Array, Array]:

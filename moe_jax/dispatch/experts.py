@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -55,14 +56,15 @@ def dense_swiglu(
 class Multiply(NamedTuple):
     """One implementation of the products of rows with the matrices of their experts.
 
-    routed: (x [T, D], expert_ids [T, K], gates [T, K], weights) -> float32 [T, D], for every token the sum over its
-        slots of gate x expert(x). Ids index the experts in `weights`, and their number is an empty slot. Exact under
-        any routing, at a cost proportional to the copies.
+    routed: (x [T, D], expert_ids [T, K], gates [T, K], weights, keep) -> float32 [T, D], for every token the sum over
+        its slots of gate x expert(x). Ids index the experts in `weights`, and their number is an empty slot. Exact
+        under any routing, at a cost proportional to the copies. Gates weigh the hidden row, so that their gradient
+        needs no output of an expert. With `keep` the hidden activations are named, for `model.remat_keep`.
     each: (rows [E, R, D], weights) -> [E, R, D], R rows for each expert; rows [R, D] are multiplied by every expert.
     tile: `routed` pads the rows of an expert to a multiple of it.
     """
 
-    routed: Callable[[Array, Array, Array, ExpertWeights], Array]
+    routed: Callable[[Array, Array, Array, ExpertWeights, bool], Array]
     each: Callable[[Array, ExpertWeights], Array]
     tile: int
 
@@ -95,7 +97,12 @@ Matmul = Callable[[Array, Array, Array], Array]  # (rows sorted by group, matric
 
 
 def by_sorting(
-    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, matmul: Matmul = grouped_matmul
+    x: Array,
+    expert_ids: Array,
+    gates: Array,
+    weights: ExpertWeights,
+    keep: bool = False,
+    matmul: Matmul = grouped_matmul,
 ) -> Array:
     """The same as `native_experts.experts`, in XLA, for every platform."""
     num_experts = weights.gate.shape[0]
@@ -103,20 +110,23 @@ def by_sorting(
     with jax.named_scope("dispatch"):
         order, place = sorting_of(expert_ids.ravel())
         copies = take(x, order[:, None] // slots, place.reshape(-1, slots))
+        share = take(gates.reshape(-1, 1), order[:, None], place[:, None])
     with jax.named_scope("experts"):
-        outputs = grouped_swiglu(copies, weights, count(expert_ids, num_experts), matmul)
+        outputs = grouped_swiglu(copies, share, weights, count(expert_ids, num_experts), matmul, keep)
     with jax.named_scope("combine"):
         back = take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
-        return jnp.einsum("tk,tkd->td", gates, back.astype(jnp.float32))
+        return back.astype(jnp.float32).sum(1)
 
 
-def grouped_swiglu(rows: Array, weights: ExpertWeights, sizes: Array, matmul: Matmul) -> Array:
-    """`swiglu` of every row with its expert's weights; rows sorted by expert."""
-
-    def times(rows: Array, w: Array) -> Array:
-        return matmul(rows, w, sizes)
-
-    return times(jax.nn.silu(times(rows, weights.gate)) * times(rows, weights.up), weights.down)
+def grouped_swiglu(
+    rows: Array, share: Array, weights: ExpertWeights, sizes: Array, matmul: Matmul, keep: bool = False
+) -> Array:
+    """share x `swiglu` of every row with its expert's weights; rows [R, D] sorted by expert, share float32 [R, 1]."""
+    gate, up = matmul(rows, weights.gate, sizes), matmul(rows, weights.up, sizes)
+    if keep:
+        gate, up = checkpoint_name(gate, "hidden"), checkpoint_name(up, "hidden")
+    hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32) * share
+    return matmul(hidden.astype(rows.dtype), weights.down, sizes)
 
 
 def swiglu_of_each(rows: Array, weights: ExpertWeights) -> Array:
@@ -135,13 +145,15 @@ def in_format(quantization: str) -> Multiply:
     def matmul(rows: Array, w: Array, sizes: Array) -> Array:
         return quantize.quantized_matmul(rows, w, sizes, quantization)
 
-    def routed(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
-        return by_sorting(x, expert_ids, gates, weights, matmul)
+    def routed(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, keep: bool) -> Array:
+        return by_sorting(x, expert_ids, gates, weights, keep, matmul)
 
     def each(rows: Array, weights: ExpertWeights) -> Array:
         num_experts = weights.gate.shape[0]
         rows = jnp.broadcast_to(rows, (num_experts, *rows.shape[-2:]))
         sizes = jnp.full(num_experts, rows.shape[1], jnp.int32)
-        return grouped_swiglu(rows.reshape(-1, rows.shape[2]), weights, sizes, matmul).reshape(rows.shape)
+        flat = rows.reshape(-1, rows.shape[2])
+        share = jnp.ones_like(flat, jnp.float32, shape=(len(flat), 1))
+        return grouped_swiglu(flat, share, weights, sizes, matmul).reshape(rows.shape)
 
     return Multiply(routed=routed, each=each, tile=TILE_ROWS)

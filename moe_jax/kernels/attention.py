@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -187,6 +188,7 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Call
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name="attention",
     )
     return jax.vmap(lambda q, k, v, segments: kernel(q, k, v, pallas.SegmentIds(segments, segments)))
 
@@ -220,8 +222,9 @@ def _blocks_forward(
         total = powers.sum(-1, keepdims=True)
         outputs.append(jnp.einsum("bgrqs,bgsv->bgrqv", powers, values[:, :, :last]) / total)
         totals.append(top + jnp.log(total))
-    y = _as_heads(jnp.concatenate(outputs, 3), query.dtype)
-    return y, (query, key, value, segment_ids, y, jnp.concatenate(totals, 3))
+    y = checkpoint_name(_as_heads(jnp.concatenate(outputs, 3), query.dtype), "attention")
+    total = checkpoint_name(jnp.concatenate(totals, 3), "attention")
+    return y, (query, key, value, segment_ids, y, total)
 
 
 def _blocks_backward(scale: float, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:

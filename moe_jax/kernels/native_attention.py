@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.kernels import native
@@ -38,7 +39,8 @@ def _forward(
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     ]
     inputs = query, key.astype(query.dtype), value.astype(query.dtype), segment_ids.astype(jnp.int32)
-    y, logarithms = native.call("attention", "forward", query.dtype, results, *inputs, scale=np.float32(scale))
+    found = native.call("attention", "forward", query.dtype, results, *inputs, scale=np.float32(scale))
+    y, logarithms = (checkpoint_name(a, "attention") for a in found)
     return y, (*inputs, y, logarithms)
 
 

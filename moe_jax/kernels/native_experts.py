@@ -5,17 +5,21 @@ between. Here a single call sorts, multiplies, activates and combines.
 T tokens, K slots, N = T K copies, E experts, D embed, F ffw.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32
 
 from moe_jax.kernels import native
 
 
-def experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> Float32[Array, "tokens embed"]:
+def experts(
+    x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], keep: bool = False
+) -> Float32[Array, "tokens embed"]:
     """sum over a token's slots of gate x (silu(x gate_e) * (x up_e)) down_e, accumulated in float32.
 
     The cost is proportional to the copies, whatever E and the skew of the routing. Call it only if `native.missing()`
@@ -28,6 +32,7 @@ def experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array])
         expert_ids: int32 [T, K]; E is an empty slot. Another integer dtype is cast.
         gates: float32 [T, K]; another floating dtype is cast.
         weights: gate and up [E, D, F], down [E, F, D]; cast to x's dtype.
+        keep: name what the backward pass reads "hidden", for `model.remat_keep`.
 
     Returns:
         float32 [T, D]. An expert without tokens has a gradient of exactly 0.
@@ -47,7 +52,7 @@ def experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array])
             "[T, D], [T, K], [T, K], [E, D, F], [E, D, F] and [E, F, D]; correct them."
         )
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-    return _experts(x, expert_ids.astype(jnp.int32), gates.astype(jnp.float32), weights)
+    return _experts(x, expert_ids.astype(jnp.int32), gates.astype(jnp.float32), weights, keep)
 
 
 def _fit(x: tuple, ids: tuple, gates: tuple, gate: tuple, up: tuple, down: tuple) -> bool:
@@ -60,12 +65,14 @@ def _fit(x: tuple, ids: tuple, gates: tuple, gate: tuple, up: tuple, down: tuple
     return ids[0] == tokens and gates == ids and (gate, up, down) == (wide, wide, narrow)
 
 
-@jax.custom_vjp
-def _experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> Array:
-    return _forward(x, expert_ids, gates, weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], keep: bool) -> Array:
+    return _forward(x, expert_ids, gates, weights, keep)[0]
 
 
-def _forward(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], keep: bool
+) -> tuple[Array, tuple[Any, ...]]:
     (tokens, embed), copies, (num_experts, _, ffw) = x.shape, expert_ids.size, weights[0].shape
     hidden = jax.ShapeDtypeStruct((copies, ffw), x.dtype)
     ints = jax.ShapeDtypeStruct((copies,), jnp.int32)
@@ -75,10 +82,12 @@ def _forward(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array]
         jax.ShapeDtypeStruct((copies, embed), jnp.float32),
     ]
     y, *residuals, _ = _call("forward", x.dtype, results, x, expert_ids, gates, *weights)
+    if keep:
+        residuals = [checkpoint_name(a, "hidden") for a in residuals]
     return y, (x, gates, weights, *residuals)
 
 
-def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, None, Array, Any]:
+def _backward(keep: bool, residuals: tuple[Any, ...], dy: Array) -> tuple[Array, None, Array, Any]:
     x, gates, weights, *rest = residuals
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *weights)]
     room = jax.ShapeDtypeStruct((gates.size, x.shape[1]), jnp.float32)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
@@ -55,7 +56,7 @@ class Block(nnx.Module):
                 mixed = self.attention(h, fwd.inputs.positions, fwd.inputs.segment_ids, fwd.mesh)
             else:
                 mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh)
-            x = x + mixed
+            x = checkpoint_name(x + mixed, "residual")
         h = self.ffw_norm(x)
         if isinstance(self.ffw, SwiGLU):
             return x + self.ffw(h, fwd.mesh), None, cache

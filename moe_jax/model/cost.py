@@ -17,6 +17,7 @@ class Part(NamedTuple):
 
 AHEAD = "multi-token prediction"
 SCORES = "attention scores"
+ROUTED = "routed experts"
 
 
 def parts(config: Config) -> list[Part]:
@@ -80,7 +81,7 @@ def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
     if len(dims) == 1:
         return "norms"
     if "experts" in dims:
-        return "routed experts" if routed else "router"
+        return ROUTED if routed else "router"
     if "ffw" in dims:
         return "shared experts" if "/shared/" in path else "dense feed-forward"
     if "vocab" in dims:

@@ -10,7 +10,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import ModelConfig
-from moe_jax.mesh import GATHERED, axes, axes_of, gather, is_expert_weight, is_sharded, parameter_spec, part_index, spec
+from moe_jax.mesh import (
+    GATHERED,
+    HOST_MEMORY,
+    axes,
+    axes_of,
+    gather,
+    is_expert_weight,
+    is_sharded,
+    parameter_spec,
+    part_index,
+    spec,
+)
 
 
 def look_up(
@@ -62,17 +73,31 @@ def at_use(module: Any, mesh: Mesh | None, dtype: str) -> Any:
     return jax.tree.map(one, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def rematerialized(body: Callable, policy: str, sharded: bool = False) -> Callable:
-    """The scan body, keeping for the backward pass everything ("none"), matmul outputs ("dots") or its input ("full").
+def rematerialized(body: Callable, config: ModelConfig, sharded: bool = False) -> Callable:
+    """The scan body, keeping for its backward pass what `config.remat` says.
 
-    Weights gathered from shards are never kept: every device would hold those of every layer.
+    Everything ("none"), matmul outputs ("dots"), its input ("full"), or also the tensors that `config.remat_keep` names
+    ("names"). Weights gathered from shards are never kept: every device would hold those of every layer.
     """
+    if config.remat == "none" and not sharded:
+        return body
+    return jax.checkpoint(body, policy=_policy(config), prevent_cse=False)
+
+
+def _policy(config: ModelConfig) -> Callable | None:
     policies = jax.checkpoint_policies
-    if policy == "none":
-        keep = policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(body, policy=keep, prevent_cse=False) if sharded else body
-    keep = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+    if config.remat == "none":
+        return policies.save_anything_except_these_names(GATHERED)
+    if config.remat == "dots":
+        return policies.dots_with_no_batch_dims_saveable
+    if config.remat == "full":
+        return None
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in config.remat_keep if name not in config.remat_offload],
+        names_which_can_be_offloaded=list(config.remat_offload),
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    )
 
 
 def stacked(rngs: nnx.Rngs, repeats: int, kind: type, config: ModelConfig, *args: Any) -> Any:

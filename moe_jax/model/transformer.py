@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
             x, *rest = unit(x, caches, fwd.layer(index, per_layer))
             return constrain(x, fwd.mesh, spec("pieces")), rest
 
-        body = rematerialized(body, self.config.remat, is_sharded(fwd.mesh))
+        body = rematerialized(body, self.config, is_sharded(fwd.mesh))
         per_layer = fwd.per_layer if "moe" in run.kinds else NOTHING
         layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), per_layer, caches
         x, (report, after) = jax.lax.scan(body, x, layers, unroll=self.config.unroll_layers)
@@ -161,7 +161,7 @@ class Transformer(nnx.Module):
             x = constrain(x, fwd.mesh, spec("pieces"))
             return x, (x, report)
 
-        body = rematerialized(body, self.config.remat, is_sharded(fwd.mesh))
+        body = rematerialized(body, self.config, is_sharded(fwd.mesh))
         per_layer = fwd.per_layer if self.config.num_experts else NOTHING
         read = jax.tree.map(lambda *each: jnp.stack(each), *(each.inputs for each in passes))
         return jax.lax.scan(body, x, (self.mtp, jnp.arange(depth, dtype=jnp.int32), per_layer, read))[1]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import DISPATCHERS, Config, num_moe_layers
+from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers
+from moe_jax.config.schema import Kept
 from moe_jax.planning.collectives import Collective
 from moe_jax.planning.topology import Topology, exchange, place_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-EXCHANGES = 5  # of rows in an MoE layer: there and back, there again and both gradients in the backward pass
 GATHERS = 2  # of a layer's weights: its backward pass gathers them again
 NARROW, WIDE = 2, 4  # bytes of a number in the compute dtype, and in the gradient of the head
 
@@ -79,18 +79,35 @@ def tokens_of_device(config: Config, mesh: "Mesh") -> int:
     return config.batch_size * config.sequence_length // config.micro_batches // ways(mesh, "tokens")
 
 
+def rows_of_round(config: Config, mesh: "Mesh") -> int:
+    """Rows that a device gets in the first round of a layer, filled or not; 0 where it has all experts."""
+    from moe_jax.mesh import ways
+
+    m = config.model
+    devices = ways(mesh, "experts")
+    if not m.num_experts or DISPATCHERS[m.dispatch].is_oracle or devices == 1:
+        return 0
+    copies = tokens_of_device(config, mesh) * m.top_k
+    return devices * min(copies, math.ceil(m.capacity_factor * copies / devices))
+
+
+def kept(m: ModelConfig) -> tuple[Kept, ...]:
+    """The names that a layer keeps for its backward pass."""
+    return m.remat_keep if m.remat == "names" else ()
+
+
 def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
-    """What MoE layers send to experts: T K rows of D numbers, with the room of a round."""
+    """What MoE layers send to experts: T K rows of D numbers, with the room of a round.
+
+    There and back, and both gradients; there again in the backward pass, unless what arrived is kept.
+    """
     from moe_jax.mesh import axes
 
     m = config.model
-    (axis,) = axes("experts")
-    devices = mesh.shape[axis]
-    if not m.num_experts or DISPATCHERS[m.dispatch].is_oracle or devices == 1:
-        return
-    copies = tokens_of_device(config, mesh) * m.top_k
-    rows = devices * min(copies, math.ceil(m.capacity_factor * copies / devices))
-    yield _collective("all-to-all", rows * m.embed_dim * NARROW, axis, mesh), EXCHANGES * num_moe_layers(m)
+    if rows := rows_of_round(config, mesh):
+        (axis,) = axes("experts")
+        exchanges = 4 if m.remat == "none" or "rows" in kept(m) else 5
+        yield _collective("all-to-all", rows * m.embed_dim * NARROW, axis, mesh), exchanges * num_moe_layers(m)
 
 
 class _Weight(NamedTuple):
@@ -155,7 +172,7 @@ def _products(config: Config, mesh: "Mesh") -> float:
     """FLOPs of a chip: the model's, those that a backward pass repeats, and tiles in which groups end."""
     from moe_jax.kernels.grouped import tpu_tile
     from moe_jax.mesh import axes
-    from moe_jax.model.cost import parts
+    from moe_jax.model.cost import ROUTED, parts
 
     m = config.model
     tokens = config.batch_size * config.sequence_length
@@ -163,5 +180,19 @@ def _products(config: Config, mesh: "Mesh") -> float:
     groups = m.num_experts // math.prod(mesh.shape[axis] for axis in axes("experts"))
     tile = tpu_tile(rows, m.embed_dim, m.expert_ffw_dim, groups, NARROW)[0] if groups else 0
     padded = 1 + (groups - 1) * tile / rows if groups else 1.0
-    forward = sum(p.flops * (padded if p.name == "routed experts" else 1.0) for p in parts(config))
-    return (4 if m.remat == "full" else 3) * forward * tokens / mesh.size
+    passes = sum(p.flops * (padded if p.name == ROUTED else 1.0) * (3 + _repeated(p.name, m)) for p in parts(config))
+    return passes * tokens / mesh.size
+
+
+def _repeated(part: str, m: ModelConfig) -> float:
+    """The share of a part's forward FLOPs that the backward pass repeats.
+
+    No gradient reads the last of the three products of a feed-forward layer.
+    """
+    from moe_jax.model.cost import ROUTED, SCORES
+
+    if m.remat not in ("full", "names") or part in ("head", "embedding"):
+        return 0.0
+    if (part == SCORES and "attention" in kept(m)) or (part == ROUTED and "hidden" in kept(m)):
+        return 0.0
+    return 2 / 3 if part in (ROUTED, "shared experts", "dense feed-forward") else 1.0

@@ -11,6 +11,7 @@ from moe_jax.config import Config
 from moe_jax.planning import hlo, loops
 from moe_jax.planning.compile import Compiled, state_bytes
 from moe_jax.planning.cost import Cost, Program
+from moe_jax.planning.keeping import keeping, policy
 from moe_jax.planning.ranking import tokens_of_device
 from moe_jax.planning.saving import saving
 from moe_jax.planning.timeline import simulate
@@ -57,6 +58,7 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
     total = report["bytes_per_chip"]["total"]
     limit = report["bytes_per_chip"]["hbm"]
     report["fits"] = None if limit is None else total <= limit
+    report["names"] = keeping(config, mesh, total, limit)
     report["flops_per_step"] = _flops(config, len(places), cost)
     report["collectives"] = _collectives(cost, mesh, places, topology)
     report["largest_exchanges"] = _largest(cost, mesh, places, topology)
@@ -89,7 +91,7 @@ def heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
         "topology": str(topology),
         "chips": mesh.devices.size,
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
-        "remat": config.model.remat,
+        "remat": policy(config.model),
         "dispatch": config.model.dispatch,
         "micro_batches": config.micro_batches,
         "tokens_per_step": config.batch_size * config.sequence_length,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from moe_jax.config import Config
 from moe_jax.config.axes import AXES
 from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
+from moe_jax.planning.keeping import keeping
 from moe_jax.planning.ranking import predict
 from moe_jax.planning.report import heading, make_report
 from moe_jax.planning.topology import Topology
@@ -44,7 +45,9 @@ def plan_on(config: Config, topology: Topology, mesh: "Mesh", text_file: Path | 
         parameters, optimizer, rest = state_bytes(config, mesh)
         memory = dict(parameters=parameters, optimizer=optimizer, bias_and_balance=rest, total=error.needed or None)
         available = error.available or (topology.chip.hbm if topology.chip else None)
-        return heading(config, topology, mesh) | {"fits": False, "bytes_per_chip": memory | {"hbm": available}}
+        names = keeping(config, mesh, error.needed or None, available)
+        found = {"fits": False, "bytes_per_chip": memory | {"hbm": available}, "names": names}
+        return heading(config, topology, mesh) | found
     if text_file:
         write_whole(text_file, compiled.text)
     return make_report(config, topology, mesh, compiled)
@@ -61,7 +64,7 @@ class Trial(NamedTuple):
 
 
 # from the least recomputation to the least memory
-REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+REMATS: tuple[Literal["none", "dots", "names", "full"], ...] = ("none", "dots", "names", "full")
 
 
 def search(config: Config, topology: Topology, minutes: float, best: int) -> Iterator[Trial]:

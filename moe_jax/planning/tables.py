@@ -32,6 +32,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(f"{verdict}: {size(memory['total'])} a chip of {size(memory['hbm'])}")
     names = ", ".join(f"{k.replace('_', ' ')} {size(v)}" for k, v in memory.items() if k not in ("total", "hbm"))
     console.print(f"  {names}")
+    _show_names(r["names"], console)
     if "flops_per_step" not in r:
         return
     _show_flops(r["flops_per_step"], r["tokens_per_step"], console)
@@ -58,6 +59,13 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def _mesh(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
+
+
+def _show_names(names: dict[str, Any], console: Console) -> None:
+    sizes = ", ".join(f"{name} {size(n)}" for name, n in names["bytes"].items() if n)
+    fit = names["fit"]
+    advice = "" if fit is None else f"; beside the rest fit {', '.join(fit) or 'none of them'}"
+    console.print(f"  names for model.remat_keep: {sizes}{advice}")
 
 
 def _show_flops(f: dict[str, Any], tokens: int, console: Console) -> None:

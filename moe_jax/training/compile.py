@@ -14,7 +14,7 @@ from moe_jax import balance
 from moe_jax.balance import measures
 from moe_jax.config import DISPATCHERS, Config, MeshConfig, at_defaults
 from moe_jax.data.batches import Batch
-from moe_jax.mesh import batch_sharding, platform, replicated
+from moe_jax.mesh import HOST_MEMORY, batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
 from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import TrainState, read_bias, state_shardings
@@ -64,6 +64,7 @@ def compiled_by(config: Config) -> Config:
 @functools.lru_cache(maxsize=16)
 def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
     step = functools.partial(train_step, config, mesh=mesh)
+    _check_offload(config, jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = state_shardings(config, mesh), replicated(mesh)
@@ -77,6 +78,16 @@ def compiler_options(config: Config, platform: str) -> dict[str, str]:
     """The options of `config.compiler_options` for XLA on a platform; one named xla_tpu_... is for "tpu" only."""
     others = tuple(f"xla_{name}_" for name in ("cpu", "gpu", "tpu") if name != platform)
     return {name: value for name, value in config.compiler_options.items() if not name.startswith(others)}
+
+
+def _check_offload(config: Config, device: jax.Device) -> None:
+    """Raise a ValueError where tensors are to wait in a host memory that the device does not have."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if config.model.remat_offload and HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"model.remat_offload={config.model.remat_offload} needs devices with {HOST_MEMORY} memory, but those of "
+            f"{device.platform} have {', '.join(kinds)}; set model.remat_offload=()."
+        )
 
 
 def _check_options(options: dict[str, str], mesh: Mesh) -> None:

@@ -1,7 +1,9 @@
 """Laws of the cost of a step, read from the compiled program: exchanges, gathered weights, rows and FLOPs."""
 
 import functools
+import math
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from configs.balance_cost import get_config
 from conftest import mesh_sizes, tiny_config
 from experiments.cost import costs
 from moe_jax.config import resolve, validate
+from moe_jax.config.schema import Kept
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import grouped
 from moe_jax.kernels.grouped import rows_multiplied
 from moe_jax.mesh import make_mesh
-from moe_jax.planning import cost
+from moe_jax.planning import cost, loops
 from moe_jax.planning.collectives import Collective
+from moe_jax.planning.keeping import bytes_by_name
 from moe_jax.routing import RouterConfig, Routing, route
 from moe_jax.training.compile import abstract_batch, make_train_step
 from moe_jax.training.state import abstract_state, step_key
@@ -35,32 +39,75 @@ BALANCE = dict(
 )
 
 
-@functools.cache
-def collectives(sizes, remat: str) -> dict[Collective, int]:
-    """The exchanges of a device in one train step with balanced routing, and how often each runs."""
+def config_of(sizes, remat: str):
+    keep = dict(remat_keep=get_args(Kept)) if remat == "names" else {}
     config = tiny_config(
         batch_size=ROWS,
         sequence_length=SEQ,
         balance=BALANCE,
         mesh=mesh_sizes(sizes),
-        model=MODEL | dict(remat=remat),
+        model=MODEL | dict(remat=remat) | keep,
     )
-    config = resolve(config, DEVICES, "cpu")
+    return resolve(config, DEVICES, "cpu")
+
+
+@functools.cache
+def compiled_text(sizes, remat: str) -> str:
+    """One train step with balanced routing; "names" keeps all that has one."""
+    config = config_of(sizes, remat)
     mesh = make_mesh(config.mesh)
     step = make_train_step(config, mesh).lower(
         abstract_state(config, mesh), abstract_batch(config, mesh), step_key(config)
     )
-    return dict(cost.analyze(step.compile().as_text()).collectives)
+    return step.compile().as_text()
 
 
-@pytest.mark.parametrize(("remat", "hops"), [("none", 4), ("full", 5)])
+@functools.cache
+def cost_of(sizes, remat: str) -> cost.Cost:
+    return cost.analyze(compiled_text(sizes, remat))
+
+
+def collectives(sizes, remat: str) -> dict[Collective, int]:
+    """The exchanges of a device in the step, and how often each runs."""
+    return dict(cost_of(sizes, remat).collectives)
+
+
+@pytest.mark.parametrize(("remat", "hops"), [("none", 4), ("names", 4), ("full", 5)])
 def test_tokens_are_exchanged_no_more_than_the_algorithm_needs(remat, hops):
     # forward to the experts and back, backward likewise: 4 hops of tokens x k x d x 4 bytes. Capacity pads each by
-    # 1.25, and rematerialisation repeats one of them. Besides the vectors only one gate per copy is sent.
+    # 1.25, and rematerialisation repeats one of them unless its rows are kept. Besides the vectors only one gate per
+    # copy is sent.
     exchanged = sum(c.bytes * n for c, n in collectives((1, 2, 4, 1), remat).items() if c.kind == "all-to-all")
     ideal = 4 * (ROWS * SEQ // DEVICES) * SLOTS * EMBED * 4 * MODEL["num_layers"]
     assert exchanged <= 1.6 * ideal
     np.testing.assert_allclose(exchanged / ideal, 1.25 * hops / 4, rtol=0.01)
+
+
+def recomputed(remat: str) -> float:
+    return sum(n for name, n in cost_of((1, 2, 4, 1), remat).flops.items() if "rematted_computation" in name)
+
+
+def test_what_is_kept_by_name_is_not_computed_again():
+    # in a layer and on a device, of 120 tokens: the products of scores and values, over the square of 60 tokens, and
+    # attention's output projection. The experts are in C++ here, and have no FLOPs
+    tokens, width = ROWS * SEQ // DEVICES, MODEL["num_heads"] * MODEL["head_dim"]
+    saved = 2 * 2 * tokens * SEQ * width + 2 * tokens * width * EMBED
+    np.testing.assert_allclose(recomputed("full") - recomputed("names"), MODEL["num_layers"] * saved, rtol=0.01)
+
+
+def test_layers_keep_as_many_bytes_as_the_names_are_said_to_have():
+    sizes = (1, 2, 4, 1)
+    more = loops.saved_bytes(compiled_text(sizes, "names")) - loops.saved_bytes(compiled_text(sizes, "full"))
+    config = config_of(sizes, "names")
+    np.testing.assert_allclose(more, sum(bytes_by_name(config, make_mesh(config.mesh)).values()), rtol=0.02)
+
+
+def test_nothing_is_kept_of_rounds_that_are_possible_but_not_needed():
+    # 240 copies by at most 75 for each of 4 devices: 4 rounds are possible, 3 of them after the first, of 300 rows
+    arrays = re.findall(r"\[(\d+(?:,\d+)+)\]", compiled_text((1, 2, 4, 1), "names"))
+    dims = [[int(d) for d in found.split(",")] for found in arrays]
+    assert [300, EMBED] in dims
+    assert not [d for d in dims if d[0] in (3, 4) and math.prod(d[1:]) % 300 == 0]
 
 
 def shapes(collective: Collective) -> list[list[int]]:
@@ -113,7 +160,7 @@ def random_routing(num_experts: int) -> Routing:
     return jax.jit(lambda x: route(x, RouterConfig(top_k=TOP_K)))(logits)
 
 
-def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
+def layer_flops(num_experts: int, routing: Routing, monkeypatch, around=lambda run: run) -> int:
     """FLOPs of router and experts, forward and backward, every loop counted as often as it runs."""
     tiles = int(rows_multiplied(routing.loads)) // grouped.TILE_ROWS
     bounded = jax.lax.fori_loop
@@ -128,8 +175,18 @@ def layer_flops(num_experts: int, routing: Routing, monkeypatch) -> int:
         chosen = route(x @ router, RouterConfig(top_k=TOP_K))
         return (apply_experts(x, chosen, weights, dispatcher="local", cpu_kernel="xla")[0] ** 2).sum()
 
-    program = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, router, weights).compile()
+    program = jax.jit(jax.grad(around(run), argnums=(0, 1, 2))).lower(x, router, weights).compile()
     return cost.analyze(program.as_text()).flops
+
+
+@pytest.mark.parametrize(("keep", "products"), [((), 3 + 2 + 6), (("hidden",), 3 + 6)])
+def test_a_backward_pass_never_repeats_the_experts_last_product(keep, products, monkeypatch):
+    # three products forward, twice as many backward, and the first two again unless their results are kept
+    routing = random_routing(16)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    flops = layer_flops(16, routing, monkeypatch, lambda run: jax.checkpoint(run, policy=policy)).total()
+    one = 2 * int(rows_multiplied(routing.loads)) * WIDTH * HIDDEN
+    assert round(flops / one, 1) == products
 
 
 def test_rows_and_flops_at_256_experts_are_within_1_3_of_those_at_16(monkeypatch):

@@ -29,7 +29,11 @@ def recorded(file):
     known = json.loads(file.read_text())
     topology = parse_topology(known["topology"])
     config = validate(load(Path(__file__).parents[2] / known["config"]).get_config())
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert=known["expert"]))
+    config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, expert=known["expert"]),
+        model=dataclasses.replace(config.model, remat="full"),  # as it was compiled
+    )
     offsets = [np.array(known["places"].get(axis, [[0] * len(topology.dims)])) for axis in AXES]
     shape = tuple(map(len, offsets))
     devices = np.empty(shape, object)
@@ -56,6 +60,20 @@ def test_exchanges_are_predicted_to_five_percent_a_kind(file):
     predicted = by_kind(predict(config, mesh, topology).exchanges)
     predicted["gradients"] += sum(known.get("summed_whole", {}).values())
     assert predicted == pytest.approx(large, rel=0.05)
+
+
+def test_rows_that_are_kept_are_not_exchanged_again():
+    config, mesh, topology, _ = recorded(next(file for file in FILES if "deepseek_v3" in file.stem))
+
+    def with_names(*names):
+        model = dataclasses.replace(config.model, remat="names", remat_keep=names)
+        return predict(dataclasses.replace(config, model=model), mesh, topology)
+
+    full, other, rows = predict(config, mesh, topology), with_names("residual"), with_names("rows")
+    assert full.exchanges == other.exchanges
+    assert rows.exchanges["all-to-all"] == pytest.approx(0.8 * full.exchanges["all-to-all"])
+    assert with_names("attention").compute < full.compute == rows.compute
+    assert with_names("hidden").compute < full.compute
 
 
 def test_there_are_compilations_of_several_meshes():

@@ -89,7 +89,7 @@ def test_a_mean_of_micro_batch_means_would_be_another_gradient():
     assert np.abs((own[0] + own[1]) / 2 - one).max() > 0.05 * np.abs(one).max()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "names"])
 @pytest.mark.parametrize("name", ["losses"])
 def test_rematerialisation_changes_no_gradient_and_counts_nothing_twice(name, remat):
     state, batch, key = state_of(name), random_batch(padding=UNEQUAL), jax.random.key(1)
