@@ -1,6 +1,7 @@
 """The same numbers on any mesh: how arrays are split, one step from equal state, loads and bias of replayed logits."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from conftest import mesh_sizes, tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
 from moe_jax.config.axes import BATCH, TABLE
+from moe_jax.config.schema import Kept
 from moe_jax.data import Batch, open_corpus, training_batches
 from moe_jax.mesh import batch_sharding, gather, make_mesh, parameter_spec, platform, spec, specs
 from moe_jax.model.abstract import abstract_model
@@ -209,10 +211,11 @@ def test_one_step_from_equal_state_is_the_step_of_one_device(sizes):
 
 
 def test_latent_attention_and_multi_token_prediction_give_the_step_of_one_device():
-    model = LATENT | dict(mtp_depth=1, remat="full", init_std=0.1)
+    model = LATENT | dict(mtp_depth=1, init_std=0.1)
+    by_names = dict(remat="names", remat_keep=get_args(Kept))
     results = []
-    for sizes in (ONE, (1, 2, 2, 2)):
-        config, mesh = config_on(sizes, model=model)
+    for sizes, remat in ((ONE, dict(remat="full")), ((1, 2, 2, 2), by_names)):
+        config, mesh = config_on(sizes, model=model | remat)
         args = init_state(config, mesh), batch_of(config, mesh), step_key(config)
         results.append(jax.device_get(jax.jit(functools.partial(accumulate, config, mesh=mesh))(*args)))
     (exact, its_grads), (sums, grads) = results
