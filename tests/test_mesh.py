@@ -212,7 +212,7 @@ def test_one_step_from_equal_state_is_the_step_of_one_device(sizes):
 
 def test_latent_attention_and_multi_token_prediction_give_the_step_of_one_device():
     model = LATENT | dict(mtp_depth=1, init_std=0.1)
-    by_names = dict(remat="names", remat_keep=get_args(Kept))
+    by_names = dict(remat="names", remat_keep=get_args(Kept), remat_offload=("rows",))
     results = []
     for sizes, remat in ((ONE, dict(remat="full")), ((1, 2, 2, 2), by_names)):
         config, mesh = config_on(sizes, model=model | remat)

@@ -107,7 +107,7 @@ def test_nothing_is_kept_of_rounds_that_are_possible_but_not_needed():
     arrays = re.findall(r"\[(\d+(?:,\d+)+)\]", compiled_text((1, 2, 4, 1), "names"))
     dims = [[int(d) for d in found.split(",")] for found in arrays]
     assert [300, EMBED] in dims
-    assert not [d for d in dims if d[0] in (3, 4) and math.prod(d[1:]) % 300 == 0]
+    assert not [d for d in dims if d[0] == 3 and math.prod(d[1:]) % 300 == 0]
 
 
 def shapes(collective: Collective) -> list[list[int]]:
@@ -184,9 +184,18 @@ def test_a_backward_pass_never_repeats_the_experts_last_product(keep, products, 
     # three products forward, twice as many backward, and the first two again unless their results are kept
     routing = random_routing(16)
     policy = jax.checkpoint_policies.save_only_these_names(*keep)
-    flops = layer_flops(16, routing, monkeypatch, lambda run: jax.checkpoint(run, policy=policy)).total()
+
+    def in_two_layers(run):
+        layer = jax.checkpoint(run, policy=policy, prevent_cse=False)
+
+        def both(x, *weights):
+            return jax.lax.scan(lambda sofar, n: (sofar + layer(x * n, *weights), None), 0.0, jnp.ones(2))[0]
+
+        return both
+
+    flops = layer_flops(16, routing, monkeypatch, in_two_layers).total()
     one = 2 * int(rows_multiplied(routing.loads)) * WIDTH * HIDDEN
-    assert round(flops / one, 1) == products
+    assert round(flops / one / 2, 1) == products
 
 
 def test_rows_and_flops_at_256_experts_are_within_1_3_of_those_at_16(monkeypatch):

@@ -56,7 +56,8 @@ def state_of(name: str):
 
 @functools.cache
 def gradient_of(name: str, micro_batches: int, remat: str = "none"):
-    config = tiny_config(balance=METHODS[name], micro_batches=micro_batches, model=dict(remat=remat))
+    policy = dict(remat="names", remat_offload=("attention",)) if remat == "names" else dict(remat=remat)
+    config = tiny_config(balance=METHODS[name], micro_batches=micro_batches, model=policy)
     return jax.jit(functools.partial(accumulate, config))
 
 
