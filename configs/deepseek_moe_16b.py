@@ -6,8 +6,7 @@ Source: DeepSeekMoE (arXiv 2401.06066), section 5.1, and the configuration publi
 Command: python -m moe_jax.train --config=configs/deepseek_moe_16b.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_moe_16b.py --topology=v5p:4x8x8
 Result of an earlier plan, with model.remat="full": fits, 8.5 of 95 GiB per chip; 1.52 x the ideal FLOPs, with those of
-attention; bound on MFU 65.8 %, by compute; scheduled 28.3 %. It was not repeated with the names that are kept now,
-which by arithmetic add 8.1 GiB.
+attention; bound on MFU 65.8 %, by compute; scheduled 28.3 %. The names that are kept now add 8.1 GiB by arithmetic.
 """
 
 from moe_jax.config import default

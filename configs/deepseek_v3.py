@@ -8,8 +8,8 @@ Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration publi
 Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
 Result of an earlier plan, with model.remat="full": fits, 29.1 of 95 GiB per chip; 1.63 x the ideal FLOPs, with those of
-attention; bound on MFU 52.3 %, by the interconnect; scheduled 23.6 %. It was not repeated with the names that are kept
-now, which by arithmetic add 43.5 GiB.
+attention; bound on MFU 52.3 %, by the interconnect; scheduled 23.6 %. The names that are kept now add 43.5 GiB by
+arithmetic.
 """
 
 from moe_jax.config import default

@@ -9,8 +9,8 @@ Source: Kimi K2 (arXiv 2507.20534), sections 2.3 and 2.5, and the configuration 
 Command: python -m moe_jax.train --config=configs/kimi_k2.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/kimi_k2.py --topology=v5p:8x16x16
 Result of an earlier plan, with model.remat="full", without attention and with exchanges one after another: fits, 35.9
-of 95 GiB per chip; 1.53 x the ideal FLOPs; bound on MFU 36.3 %, by the interconnect. It was not repeated with the names
-that are kept now, which by arithmetic add 40.0 GiB.
+of 95 GiB per chip; 1.53 x the ideal FLOPs; bound on MFU 36.3 %, by the interconnect. The names that are kept now add
+40.0 GiB by arithmetic.
 """
 
 from moe_jax.config import default

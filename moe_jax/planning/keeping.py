@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers
 from moe_jax.config.schema import Kept
-from moe_jax.planning.ranking import kept, rows_of_round, tokens_of_device
+from moe_jax.planning.ranking import kept_names, rows_of_round, tokens_of_device
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -15,7 +15,7 @@ FLOAT32 = 4  # bytes
 
 def policy(m: ModelConfig) -> str:
     """The policy of rematerialisation as text, with the names that it keeps."""
-    names = (f"{name} (host)" if name in m.remat_offload else name for name in kept(m))
+    names = (f"{name} (host)" if name in m.remat_offload else name for name in kept_names(m))
     return " ".join((m.remat, *names))
 
 
@@ -34,7 +34,7 @@ def keeping(config: Config, mesh: "Mesh", total: int | None, limit: int | None) 
     m = config.model
     if total is None or limit is None or m.remat not in ("full", "names"):
         return {"bytes": sizes, "fit": None}
-    on_chip = [name for name in kept(m) if name not in m.remat_offload]
+    on_chip = [name for name in kept_names(m) if name not in m.remat_offload]
     return {"bytes": sizes, "fit": fitting(sizes, limit - total + sum(sizes[name] for name in on_chip))}
 
 

@@ -91,7 +91,7 @@ def rows_of_round(config: Config, mesh: "Mesh") -> int:
     return devices * min(copies, math.ceil(m.capacity_factor * copies / devices))
 
 
-def kept(m: ModelConfig) -> tuple[Kept, ...]:
+def kept_names(m: ModelConfig) -> tuple[Kept, ...]:
     """The names that a layer keeps for its backward pass."""
     return m.remat_keep if m.remat == "names" else ()
 
@@ -106,7 +106,7 @@ def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
     m = config.model
     if rows := rows_of_round(config, mesh):
         (axis,) = axes("experts")
-        exchanges = 4 if m.remat == "none" or "rows" in kept(m) else 5
+        exchanges = 4 if m.remat == "none" or "rows" in kept_names(m) else 5
         yield _collective("all-to-all", rows * m.embed_dim * NARROW, axis, mesh), exchanges * num_moe_layers(m)
 
 
@@ -187,12 +187,14 @@ def _products(config: Config, mesh: "Mesh") -> float:
 def _repeated(part: str, m: ModelConfig) -> float:
     """The share of a part's forward FLOPs that the backward pass repeats.
 
-    No gradient reads the last of the three products of a feed-forward layer.
+    No gradient reads the last of the three products of a feed-forward layer. The output projection that "residual"
+    saves is counted all the same: it takes as long on every mesh.
     """
     from moe_jax.model.cost import ROUTED, SCORES
 
     if m.remat not in ("full", "names") or part in ("head", "embedding"):
         return 0.0
-    if (part == SCORES and "attention" in kept(m)) or (part == ROUTED and "hidden" in kept(m)):
+    kept = kept_names(m)
+    if (part == SCORES and "attention" in kept) or (part == ROUTED and "hidden" in kept):
         return 0.0
     return 2 / 3 if part in (ROUTED, "shared experts", "dense feed-forward") else 1.0

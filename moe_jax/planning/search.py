@@ -63,7 +63,7 @@ class Trial(NamedTuple):
     predicted: float | None = None
 
 
-# from the least recomputation to the least memory
+# from what keeps most to what keeps least
 REMATS: tuple[Literal["none", "dots", "names", "full"], ...] = ("none", "dots", "names", "full")
 
 
@@ -71,8 +71,8 @@ def search(config: Config, topology: Topology, minutes: float, best: int) -> Ite
     """Compile the real step on the best meshes that divide, until the time is up; yields each trial when it is done.
 
     Meshes are tried in the order of their predicted time until as many as `best` fit; without a chip all are tried.
-    On each the remat policies are tried from the one that recomputes least up to the first that fits, because the next
-    would only recompute more. A mesh on which the state alone does not fit is not compiled.
+    On each the remat policies are tried from the one that keeps most up to the first that fits. A mesh on which the
+    state alone does not fit is not compiled.
     """
     from moe_jax.mesh import make_mesh
 
