@@ -160,8 +160,8 @@ def random_routing(num_experts: int) -> Routing:
     return jax.jit(lambda x: route(x, RouterConfig(top_k=TOP_K)))(logits)
 
 
-def layer_flops(num_experts: int, routing: Routing, monkeypatch, around=lambda run: run) -> int:
-    """FLOPs of router and experts, forward and backward, every loop counted as often as it runs."""
+def layer_flops(num_experts: int, routing: Routing, monkeypatch, stack=lambda layer: layer) -> int:
+    """FLOPs of router and experts in a stack of layers, by default of one, forward and backward, every loop counted as often as it runs."""
     tiles = int(rows_multiplied(routing.loads)) // grouped.TILE_ROWS
     bounded = jax.lax.fori_loop
     # the number of tiles is known at run time only; a bound in the text lets them be counted
@@ -171,11 +171,14 @@ def layer_flops(num_experts: int, routing: Routing, monkeypatch, around=lambda r
     shapes = [(num_experts, WIDTH, HIDDEN)] * 2 + [(num_experts, HIDDEN, WIDTH)]
     weights = ExpertWeights(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
 
-    def run(x, router, weights):
+    def layer(x, router, weights):
         chosen = route(x @ router, RouterConfig(top_k=TOP_K))
-        return (apply_experts(x, chosen, weights, dispatcher="local", cpu_kernel="xla")[0] ** 2).sum()
+        return apply_experts(x, chosen, weights, dispatcher="local", cpu_kernel="xla")[0]
 
-    program = jax.jit(jax.grad(around(run), argnums=(0, 1, 2))).lower(x, router, weights).compile()
+    def loss(*args):
+        return (stack(layer)(*args) ** 2).sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, router, weights).compile()
     return cost.analyze(program.as_text()).flops
 
 
@@ -185,15 +188,11 @@ def test_a_backward_pass_never_repeats_the_experts_last_product(keep, products, 
     routing = random_routing(16)
     policy = jax.checkpoint_policies.save_only_these_names(*keep)
 
-    def in_two_layers(run):
-        layer = jax.checkpoint(run, policy=policy, prevent_cse=False)
+    def two(layer):
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        return lambda x, *weights: jax.lax.scan(lambda x, _: (x + layer(x, *weights), None), x, length=2)[0]
 
-        def both(x, *weights):
-            return jax.lax.scan(lambda sofar, n: (sofar + layer(x * n, *weights), None), 0.0, jnp.ones(2))[0]
-
-        return both
-
-    flops = layer_flops(16, routing, monkeypatch, in_two_layers).total()
+    flops = layer_flops(16, routing, monkeypatch, two).total()
     one = 2 * int(rows_multiplied(routing.loads)) * WIDTH * HIDDEN
     assert round(flops / one / 2, 1) == products
 
