@@ -36,17 +36,21 @@ def capacity(work: Work) -> tuple[Array, Traffic]:
     # the index of seat (expert, sequence, seat) in a flat buffer; for a copy without a seat, past its end
     position = (ids * num_sequences + jnp.arange(num_sequences, dtype=jnp.int32)[:, None, None]) * seats + seat
     position = jnp.where(kept, position, num_experts * num_sequences * seats).reshape(-1, slots)
-    buffer = jnp.zeros_like(x, shape=(num_experts * num_sequences * seats, x.shape[1]))
-    buffer = buffer.at[position].set(x[:, None, :], mode="drop").reshape(num_experts, -1, x.shape[1])
-    if work.devices > 1:
-        buffer = lax.all_to_all(buffer, axes("experts"), 0, 1, tiled=True)
-    outputs = work.multiply.each(buffer, work.weights)
+
+    def seated(rows: Array) -> Array:
+        """rows [T, 1 or K, N] at their seats, on the devices of their experts: [E, seats of all sequences, N]."""
+        empty = jnp.zeros_like(rows, shape=(num_experts * num_sequences * seats, rows.shape[2]))
+        buffer = empty.at[position].set(rows, mode="drop").reshape(num_experts, -1, rows.shape[2])
+        return lax.all_to_all(buffer, axes("experts"), 0, 1, tiled=True) if work.devices > 1 else buffer
+
+    buffer = seated(x[:, None])
+    outputs = work.multiply.each(buffer, seated(work.gates[..., None]), work.weights)
     if work.devices > 1:
         outputs = lax.all_to_all(outputs, axes("experts"), 1, 0, tiled=True)
     back = outputs.reshape(-1, x.shape[1]).at[position].get(mode="fill", fill_value=0)
-    seated = jnp.where(kept, ids, num_experts).reshape(-1, slots)
-    traffic = Traffic.of(dropped=dropped, rows=buffer.shape[0] * buffer.shape[1], visits=work.visits(seated))
-    return jnp.einsum("tk,tkd->td", work.gates, back.astype(jnp.float32)), traffic
+    visits = work.visits(jnp.where(kept, ids, num_experts).reshape(-1, slots))
+    traffic = Traffic.of(dropped=dropped, rows=buffer.shape[0] * buffer.shape[1], visits=visits)
+    return back.astype(jnp.float32).sum(1), traffic
 
 
 def seats_of(ids: Int32[Array, "tokens slots"], num_experts: int) -> Int32[Array, "tokens slots"]:

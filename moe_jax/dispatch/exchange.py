@@ -91,28 +91,23 @@ def in_rounds(work: Work, transport: Transport) -> tuple[Array, Traffic]:
     exchange = _Exchange(transport, work.capacity_factor, work.devices, work.multiply)
     copies = _sort_copies(work.expert_ids, work.num_experts, work.devices)
     _, needed, make = exchange.plan(copies)
-    first = _one_round(make(0), x, gates, weights, exchange.multiply, keep=True)
+    first = _one_round(make(0), x, gates, weights, exchange.multiply)
     y, rows = _add(first, _further_rounds(exchange, x, gates, weights, copies))
     return y, Traffic.of(rounds=needed, rows=rows, visits=work.visits())
 
 
-def _one_round(
-    now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply, keep: bool
-) -> tuple[Array, Array]:
+def _one_round(now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply) -> tuple[Array, Array]:
     """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
 
     Gates travel with their copies, and outputs are weighted before they are sent back, so that the backward pass need
-    not repeat the exchange that sends them back. With `keep`, what has arrived is named for `model.remat_keep`, and the
-    backward pass need not repeat the other one either. Names in a round that may not be needed would be kept for all
-    rounds that are possible.
+    not repeat the exchange that sends them back. What has arrived is named for `model.remat_keep`, so that it need not
+    repeat the other one either.
     """
     with jax.named_scope("dispatch"):
-        incoming = now.send(take(x, now.token, now.slot))
-        share = now.send(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1)))
-        if keep:
-            incoming, share = checkpoint_name(incoming, "rows"), checkpoint_name(share, "rows")
+        incoming = checkpoint_name(now.send(take(x, now.token, now.slot)), "rows")
+        share = checkpoint_name(now.send(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1))), "rows")
         rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), multiply.tile)
-    outputs = multiply.routed(incoming, now.expert[:, None], share, weights, keep)
+    outputs = multiply.routed(incoming, now.expert[:, None], share, weights)
     with jax.named_scope("combine"):
         returned = now.send_back(outputs.astype(x.dtype))
         return take(returned, now.slot, now.token).astype(jnp.float32), rows
@@ -129,7 +124,7 @@ def _sum_of_further_rounds(
 
     def one(number: Array) -> tuple[Array, Array]:
         # the sum stays outside the checkpoint; inside, the backward pass would keep it for every possible round
-        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply, keep=False))
+        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply))
         return lax.cond(number < needed, run, nothing, number)
 
     def every_round(numbers: Array) -> tuple[Array, Array]:

@@ -56,16 +56,18 @@ def dense_swiglu(
 class Multiply(NamedTuple):
     """One implementation of the products of rows with the matrices of their experts.
 
-    routed: (x [T, D], expert_ids [T, K], gates [T, K], weights, keep) -> float32 [T, D], for every token the sum over
-        its slots of gate x expert(x). Ids index the experts in `weights`, and their number is an empty slot. Exact
-        under any routing, at a cost proportional to the copies. Gates weigh the hidden row, so that their gradient
-        needs no output of an expert. With `keep` the hidden activations are named, for `model.remat_keep`.
-    each: (rows [E, R, D], weights) -> [E, R, D], R rows for each expert; rows [R, D] are multiplied by every expert.
+    Gates weigh the hidden row, so that their gradient needs no output of an expert.
+
+    routed: (x [T, D], expert_ids [T, K], gates [T, K], weights) -> float32 [T, D], for every token the sum over its
+        slots of gate x expert(x). Ids index the experts in `weights`, and their number is an empty slot. Exact under
+        any routing, at a cost proportional to the copies. The hidden activations are named for `model.remat_keep`.
+    each: (rows [E, R, D], gates [E, R, 1], weights) -> gate x expert(row) [E, R, D], R rows for each expert; rows
+        [R, D] are multiplied by every expert.
     tile: `routed` pads the rows of an expert to a multiple of it.
     """
 
-    routed: Callable[[Array, Array, Array, ExpertWeights, bool], Array]
-    each: Callable[[Array, ExpertWeights], Array]
+    routed: Callable[[Array, Array, Array, ExpertWeights], Array]
+    each: Callable[[Array, Array, ExpertWeights], Array]
     tile: int
 
 
@@ -97,12 +99,7 @@ Matmul = Callable[[Array, Array, Array], Array]  # (rows sorted by group, matric
 
 
 def by_sorting(
-    x: Array,
-    expert_ids: Array,
-    gates: Array,
-    weights: ExpertWeights,
-    keep: bool = False,
-    matmul: Matmul = grouped_matmul,
+    x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, matmul: Matmul = grouped_matmul
 ) -> Array:
     """The same as `native_experts.experts`, in XLA, for every platform."""
     num_experts = weights.gate.shape[0]
@@ -112,29 +109,37 @@ def by_sorting(
         copies = take(x, order[:, None] // slots, place.reshape(-1, slots))
         share = take(gates.reshape(-1, 1), order[:, None], place[:, None])
     with jax.named_scope("experts"):
-        outputs = grouped_swiglu(copies, share, weights, count(expert_ids, num_experts), matmul, keep)
+        outputs = grouped_swiglu(copies, share, weights, count(expert_ids, num_experts), matmul, keep=True)
     with jax.named_scope("combine"):
         back = take(outputs, place[:, None], order[:, None]).reshape(*expert_ids.shape, x.shape[1])
         return back.astype(jnp.float32).sum(1)
 
 
 def grouped_swiglu(
-    rows: Array, share: Array | float, weights: ExpertWeights, sizes: Array, matmul: Matmul, keep: bool = False
+    rows: Array, share: Array, weights: ExpertWeights, sizes: Array, matmul: Matmul, keep: bool = False
 ) -> Array:
-    """share x `swiglu` of every row with its expert's weights; rows [R, D] sorted by expert, share [R, 1]."""
+    """share x `swiglu` of every row with its expert's weights; rows [R, D] sorted by expert, share float32 [R, 1]."""
     gate, up = matmul(rows, weights.gate, sizes), matmul(rows, weights.up, sizes)
     if keep:
         gate, up = checkpoint_name(gate, "hidden"), checkpoint_name(up, "hidden")
-    hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32) * share
-    return matmul(hidden.astype(rows.dtype), weights.down, sizes)
+    return matmul(_hidden(gate, up, share), weights.down, sizes)
 
 
-def swiglu_of_each(rows: Array, weights: ExpertWeights) -> Array:
-    """`swiglu` of rows [E, R, D], R for each expert, or of rows [R, D] with every expert."""
-    return jax.vmap(swiglu, in_axes=(None if rows.ndim == 2 else 0, 0, 0, 0))(rows, *weights)
+def swiglu_of_each(rows: Array, share: Array, weights: ExpertWeights) -> Array:
+    """share x `swiglu` of rows [E, R, D], R for each expert, or of rows [R, D] with every expert; share [E, R, 1]."""
+
+    def one(rows: Array, share: Array, gate: Array, up: Array, down: Array) -> Array:
+        return _hidden(rows @ gate, rows @ up, share) @ down
+
+    return jax.vmap(one, in_axes=(None if rows.ndim == 2 else 0, 0, 0, 0, 0))(rows, share, *weights)
 
 
-NATIVE = Multiply(routed=native_experts.experts, each=swiglu_of_each, tile=1)
+def _hidden(gate: Array, up: Array, share: Array) -> Array:
+    """The rows [R, F] that `down` multiplies, rounded once from float32."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32) * share).astype(gate.dtype)
+
+
+NATIVE = Multiply(routed=functools.partial(native_experts.experts, keep=True), each=swiglu_of_each, tile=1)
 IN_XLA = Multiply(routed=by_sorting, each=swiglu_of_each, tile=TILE_ROWS)
 
 
@@ -145,13 +150,14 @@ def in_format(quantization: str) -> Multiply:
     def matmul(rows: Array, w: Array, sizes: Array) -> Array:
         return quantize.quantized_matmul(rows, w, sizes, quantization)
 
-    def routed(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights, keep: bool) -> Array:
-        return by_sorting(x, expert_ids, gates, weights, keep, matmul)
+    def routed(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
+        return by_sorting(x, expert_ids, gates, weights, matmul)
 
-    def each(rows: Array, weights: ExpertWeights) -> Array:
+    def each(rows: Array, share: Array, weights: ExpertWeights) -> Array:
         num_experts = weights.gate.shape[0]
         rows = jnp.broadcast_to(rows, (num_experts, *rows.shape[-2:]))
         sizes = jnp.full(num_experts, rows.shape[1], jnp.int32)
-        return grouped_swiglu(rows.reshape(-1, rows.shape[2]), 1.0, weights, sizes, matmul).reshape(rows.shape)
+        flat = rows.reshape(-1, rows.shape[2])
+        return grouped_swiglu(flat, share.reshape(-1, 1), weights, sizes, matmul).reshape(rows.shape)
 
     return Multiply(routed=routed, each=each, tile=TILE_ROWS)

@@ -14,5 +14,5 @@ def local(work: Work) -> tuple[Array, Traffic]:
     Source: dropless sorting as in MegaBlocks (arXiv 2211.15841).
     """
     rows = rows_multiplied(count(work.expert_ids, work.num_experts), work.multiply.tile)
-    y = work.multiply.routed(work.x, work.expert_ids, work.gates, work.weights, True)
+    y = work.multiply.routed(work.x, work.expert_ids, work.gates, work.weights)
     return y, Traffic.of(rows=rows, visits=work.visits())
