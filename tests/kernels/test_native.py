@@ -210,7 +210,7 @@ def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler
         "sizes": (x, ids, gates[:5], weights),
     }
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"dtype|sizes of the arrays do not fit together"):
-        jax.block_until_ready(native_experts._experts(*arguments[wrong]))
+        jax.block_until_ready(native_experts._experts(*arguments[wrong], False))
 
 
 @pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f"])
