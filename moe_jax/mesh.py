@@ -45,7 +45,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "set one axis to -1, or start fewer processes."
         )
     devices = devices[:num_used]
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    # GPUs have a slice for each NVLink domain, which any axis may cross: neighbours are on the last ones
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform != "gpu"})
     if slices > 1:
         outer = sizes[BETWEEN_SLICES]
         if outer % slices:

@@ -1,9 +1,10 @@
 """`python -m moe_jax.plan --config=FILE --topology=v5p:8x16x16`: compile the train step for a machine you do not have.
 
-Compiles the real train step for that topology with the TPU compiler (the libtpu wheel; no TPU needed) and reports
+Compiles the real train step for that topology with the compiler of its chips, which needs none of them, and reports
 whether it fits into memory, its bytes, FLOPs, collectives and kernels, and the resulting bound on MFU.
-`--topology=cpu:8` does the same for eight simulated local devices, without a chip's figures. `--search` tries meshes
-and rematerialisation policies; `--baseline` compares with an earlier report.
+`--topology=h100:2x8` is two hosts of eight GPUs; `--topology=cpu:8` does the same for eight simulated local devices,
+without a chip's figures. `--search` tries meshes and rematerialisation policies; `--baseline` compares with an earlier
+report.
 """
 
 import sys
@@ -70,7 +71,7 @@ def _search(config: Config, topology: Topology, console: Console) -> list[Trial]
 
 if __name__ == "__main__":
     define_config_flag("A config file.")
-    flags.DEFINE_string("topology", None, "FAMILY:SHAPE, such as v5p:8x16x16, v5e:16x16, 2xv5e:16x16 or cpu:8.")
+    flags.DEFINE_string("topology", None, "FAMILY:SHAPE, such as v5p:8x16x16, 2xv5e:16x16, h100:2x8 or cpu:8.")
     flags.DEFINE_string("json", "", "Also write the report to this file.")
     flags.DEFINE_string("hlo", "", "Also write the compiled program, scheduled HLO, to this file.")
     flags.DEFINE_string("baseline", "", "A report that --json wrote earlier: end with status 1 if a figure has grown.")

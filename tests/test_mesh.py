@@ -80,6 +80,14 @@ def test_replicas_are_placed_across_slices_and_everything_else_inside_one():
         make_mesh(MeshConfig(replica=1, data=8), devices)
 
 
+def test_any_axis_may_cross_the_slices_of_gpus_and_the_last_ones_stay_within():
+    class Gpu(Device):
+        platform = "gpu"
+
+    mesh = make_mesh(MeshConfig(data=2, expert=4), [Gpu(n, slices=2) for n in range(8)])
+    assert [[d.id for d in row.flat] for row in mesh.devices[0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_several_processes_use_all_their_devices_or_none():
     with pytest.raises(ValueError, match=r"must use all 8"):
         make_mesh(MeshConfig(data=4), [Device(n, processes=2) for n in range(8)])

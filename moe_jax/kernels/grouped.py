@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.backend import get_default_device
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.mesh import around_kernel
@@ -95,9 +96,10 @@ def _ragged(a: Array, b: Array, group_sizes: Array, which: lax.RaggedDotDimensio
 def has_tokamax() -> bool:
     """Whether to multiply with tokamax: on GPUs, where XLA by default multiplies every row with every group.
 
-    tokamax reads the platform from the default device, so it can be used only if that is a GPU.
+    tokamax reads the platform from the default device, so it can be used only if that is a GPU; who compiles for one
+    that is not present sets it.
     """
-    return importlib.util.find_spec("tokamax") is not None and jax.default_backend() == "gpu"
+    return importlib.util.find_spec("tokamax") is not None and get_default_device().platform == "gpu"
 
 
 def zero_tail(y: Array, group_sizes: Array) -> Array:

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.config import Config
+from moe_jax.planning import gpu
 from moe_jax.planning.topology import Topology
 
 if TYPE_CHECKING:
@@ -20,12 +21,16 @@ def prepare_environment(topology: Topology) -> None:
     """Set the environment for jax, which is imported afterwards: the CPU, with enough fake devices.
 
     Raises:
-        ValueError: the TPU compiler is not installed.
+        ValueError: the compiler for the topology is not installed.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.family == "cpu":
         others = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
         os.environ["XLA_FLAGS"] = f"{others} --xla_force_host_platform_device_count={topology.dims[0]}".strip()
+        return
+    if topology.gpu:
+        gpu.check_wheels(topology)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA warns that there is no GPU
         return
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
@@ -36,6 +41,12 @@ def prepare_environment(topology: Topology) -> None:
     # no TPU is opened, so several plans may run at the same time
     for key, value in (quiet | dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_MIN_LOG_LEVEL="3")).items():
         os.environ.setdefault(key, value)
+
+
+def compiler_version(topology: Topology) -> dict[str, str]:
+    """The wheel that compiles for the topology, and its version; nothing for CPUs, which jax itself compiles for."""
+    wheels = {"tpu": ["libtpu"], "gpu": [gpu.COMPILER]}.get(topology.platform, [])
+    return {wheel: metadata.version(wheel) for wheel in wheels}
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
@@ -56,6 +67,8 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         return local[: topology.dims[0]]
     from jax.experimental import topologies
 
+    if topology.gpu:
+        return gpu.devices(topology)
     name = str(topology._replace(slices=1))
     options = dict(topology.chip.options)
     if topology.slices > 1:
@@ -115,7 +128,8 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     key = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
     counted = dataclasses.replace(config.model, cpu_kernel="xla")  # a product in C++ would not be in the text
     config = dataclasses.replace(config, model=counted)
-    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
+    with gpu.chosen_by(mesh):
+        lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -3,6 +3,7 @@
 import math
 import re
 
+from moe_jax.planning.gpu_kernels import PALLAS, gpu_flops
 from moe_jax.planning.hlo import Computation, Instruction
 
 # custom calls that run no kernel
@@ -17,7 +18,7 @@ def kernel_name(i: Instruction) -> str:
     if i.opcode != "custom-call" or not target or target[1] in BOOKKEEPING:
         return ""
     own = re.search(r"(?:^|/)(?:jit\()?([^/()]*)\)?(?:/pallas_call)?$", i.op_name)
-    return own[1] if target[1] == "tpu_custom_call" and own and own[1] else target[1]
+    return own[1] if target[1] in ("tpu_custom_call", *PALLAS) and own and own[1] else target[1]
 
 
 def kernel_flops(i: Instruction, here: Computation, rows: int | None = None) -> int | None:
@@ -37,7 +38,7 @@ def kernel_flops(i: Instruction, here: Computation, rows: int | None = None) -> 
     estimate = _estimate(i)
     if name in ("gmm", "tgmm") and estimate is not None:
         return round(estimate * tiled_share(i, here, rows))
-    return estimate
+    return gpu_flops(i, here, name, rows) if estimate is None else estimate
 
 
 def _estimate(i: Instruction) -> int | None:

@@ -2,20 +2,19 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.planning import hlo, loops
-from moe_jax.planning.compile import Compiled, state_bytes
+from moe_jax.planning.compile import Compiled, compiler_version, state_bytes
 from moe_jax.planning.cost import Cost, Program
 from moe_jax.planning.keeping import keeping, policy
 from moe_jax.planning.ranking import tokens_of_device
 from moe_jax.planning.saving import saving
 from moe_jax.planning.timeline import simulate
-from moe_jax.planning.topology import ACROSS, Place, Topology, exchange, place_of
+from moe_jax.planning.topology import NETWORKS, Place, Topology, exchange, place_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -42,9 +41,18 @@ ASSUMPTIONS = (
     "the schedule runs the compiled instructions in their order: a synchronous collective stops the core, an "
     "asynchronous one is waited for at its end, and asynchronous ones on the same links follow one another",
 )
-CPU_LOOP = (
-    'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is assumed to process every row once'
-)
+OF_PLATFORM = {
+    "cpu": (
+        'experts are those of model.cpu_kernel="xla", whose loop over tiles of rows is assumed to process every row '
+        "once",
+    ),
+    "gpu": (
+        "products and kernels have their default tiles, because nothing can be tuned on a GPU that is not present",
+        "an exchange passes InfiniBand, of which every GPU has its share, and then NVLink; what NCCL chooses, and the "
+        "cores that it takes from products, are not known",
+    ),
+    "tpu": (),
+}
 
 
 def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
         "loops_of_unknown_length": sorted(cost.unknown_loops),
         "untaken_branches": {"flops_per_chip": cost.untaken[0], "bytes_sent_per_chip": cost.untaken[1]},
     }
-    report["assumptions"] = list(ASSUMPTIONS) + ([CPU_LOOP] if topology.chip is None else [])
+    report["assumptions"] = [*ASSUMPTIONS, *OF_PLATFORM[topology.platform]]
     report["saving"] = saving(config, mesh)
     report["compile_seconds"] = round(compiled.seconds, 1)
     report["compile_cpu_seconds"] = round(compiled.cpu_seconds, 1)
@@ -84,9 +92,7 @@ def heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
     import jax
 
     chip = topology.chip
-    versions = {"jax": jax.__version__}
-    if chip is not None:
-        versions["libtpu"] = metadata.version("libtpu")
+    versions = {"jax": jax.__version__} | compiler_version(topology)
     return {
         "topology": str(topology),
         "chips": mesh.devices.size,
@@ -242,8 +248,9 @@ def roofs(cost: Cost, places: Sequence[Place], topology: Topology) -> tuple[dict
     """Seconds if only one thing limited the step, and of the links; the topology has a chip.
 
     Returns:
-        seconds of compute, of memory, of the busiest links of the torus and, if there are several slices, of the
-        network between them; and how long the links of each dimension are busy, beside the sum of all collectives.
+        seconds of compute, of memory, of the busiest links of the torus, or of NVLink, and, if there are several slices
+        or NVLink domains, of the network between them; and how long the links of each dimension are busy, beside the
+        sum of all collectives.
     """
     assert topology.chip
     busy: Counter[str] = Counter()
@@ -252,7 +259,7 @@ def roofs(cost: Cost, places: Sequence[Place], topology: Topology) -> tuple[dict
         if one := exchange(c, places, topology):
             one_after_another += n * one.seconds
             busy.update({dimension: n * seconds for dimension, seconds in one.busy.items()})
-    across = {ACROSS: busy.pop(ACROSS)} if ACROSS in busy else {}
+    across = {network: busy.pop(network) for network in NETWORKS if network in busy}
     seconds = {
         "compute": cost.flops.total() / topology.chip.flops,
         "hbm": cost.hbm / topology.chip.hbm_bandwidth,

@@ -33,7 +33,7 @@ def plan(config: Config, topology: Topology, text_file: Path | None = None) -> d
     from moe_jax.mesh import make_mesh
 
     devices = topology_devices(topology)
-    config = resolve(config, len(devices), "cpu" if topology.chip is None else "tpu")
+    config = resolve(config, len(devices), topology.platform)
     return plan_on(config, topology, make_mesh(config.mesh, devices), text_file)
 
 

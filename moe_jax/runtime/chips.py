@@ -12,6 +12,7 @@ GPUS = {
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
 }
 
@@ -31,12 +32,29 @@ def peak_flops(device_kind: str) -> float | None:
     return GPUS[found] if found else None
 
 
+class Gpu(NamedTuple):
+    """What only GPUs have: the domain that NVLink joins, and what XLA's compiler is told of one that is not present.
+
+    per_host: GPUs of a host, at most. hosts: of one NVLink domain, at most. name: jax's name for the device.
+    capability: CUDA's. cores: streaming multiprocessors. l2: bytes of the cache. clock: GHz.
+    """
+
+    per_host: int
+    hosts: int
+    name: str
+    capability: int
+    cores: int
+    l2: int
+    clock: float
+
+
 class Chip(NamedTuple):
     """One device as jax sees it; for a tpu7x that is half a chip.
 
-    flops: peak bf16 FLOP/s. hbm, hbm_bandwidth: bytes, bytes/s. link: one-way bytes/s of one ICI link. dcn: bytes/s
-    into the data-centre network. dimensions: of the torus; a dimension closes to a ring if its size is a multiple of
-    `ring_multiple`. source: of the figures. options: compiler options.
+    flops: peak dense bf16 FLOP/s. hbm, hbm_bandwidth: bytes, bytes/s. link: one-way bytes/s of one ICI link, or of all
+    NVLinks of a GPU. dcn: bytes/s into the data-centre network. dimensions: of the torus, or hosts x GPUs; a dimension
+    of a torus closes to a ring if its size is a multiple of `ring_multiple`. source: of the figures. options: compiler
+    options. gpu: None for a TPU.
     """
 
     flops: float
@@ -48,6 +66,7 @@ class Chip(NamedTuple):
     ring_multiple: int
     source: str
     options: tuple[tuple[str, str], ...] = ()
+    gpu: Gpu | None = None
 
 
 _DOCS = "docs.cloud.google.com/tpu/docs/"
@@ -60,6 +79,26 @@ CHIPS = {
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 9e10, 6.25e9, 3, 4, f"{_DOCS}v5p; {_BOOK}"),
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 9e10, 12.5e9, 2, 16, f"{_DOCS}v6e; {_BOOK}"),
     "tpu7x": Chip(1153.5e12, 96 * GIB, 3.7e12, 4.5e10, 6.25e9, 3, 4, f"{_DOCS}tpu7x; {_BOOK}; each halved"),
+}
+
+
+def _gpu(peak: str, hbm: int, hbm_bandwidth: float, nvlink: float, gpu: Gpu) -> Chip:
+    """A GPU with 400 Gbit/s of InfiniBand, as in NVIDIA's own systems."""
+    return Chip(GPUS[peak], hbm, hbm_bandwidth, nvlink, 5e10, 2, 1, _NVIDIA, gpu=gpu)
+
+
+_NVIDIA = (
+    "NVIDIA's data sheets of H100 SXM, HGX B200 and GB200 NVL72; memory, cores, cache and clock: openxla/xla, "
+    "xla/backends/gpu/target_config/specs"
+)
+_H100 = Gpu(8, 1, "NVIDIA H100 80GB HBM3", 9, 132, 52428800, 1.98)
+_B200 = Gpu(8, 1, "NVIDIA B200", 10, 148, 132644864, 1.965)
+_GB200 = Gpu(4, 18, "NVIDIA GB200", 10, 152, 135528448, 2.062)
+
+CHIPS |= {
+    "h100": _gpu("H100", 84942979072, 3352.32e9, 4.5e11, _H100),
+    "b200": _gpu("B200", 191514411008, 7672.32e9, 9e11, _B200),
+    "gb200": _gpu("GB200", 197897748480, 7928.064e9, 9e11, _GB200),
 }
 
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}

@@ -227,6 +227,7 @@ def test_the_network_between_slices_is_a_roof_of_its_own():
         ("cpu:8", "cpu", (8,), 1),
         ("v5litepod:4x4", "v5e", (4, 4), 1),
         ("Trillium:16x16", "v6e", (16, 16), 1),
+        ("h100:2x8", "h100", (2, 8), 1),
     ],
 )
 def test_topologies_are_read(text, family, dims, slices):
@@ -238,7 +239,11 @@ def test_topologies_are_read(text, family, dims, slices):
     [
         ("v5p", "is not a topology; write FAMILY:SHAPE"),
         ("v5e:axb", "is not a topology"),
-        ("v9:4x4", "names no known family of chips; choose v4, v5e, v5p, v6e, tpu7x or cpu"),
+        ("v9:4x4", "names no known family of chips; choose v4, v5e, v5p, v6e, tpu7x, h100, b200, gb200 or cpu"),
+        ("h100:16", "must give 2 positive sizes; write h100:AxB"),
+        ("h100:2x16", "has 16 GPUs a host, but a host of this family has at most 8; write h100:HOSTSx8."),
+        ("gb200:20x4", "has 20 hosts, but NVLink joins 18 of them to a domain; choose at most 18 hosts or a multiple."),
+        ("2xh100:2x8", "gives slices, which GPUs do not have; write h100:HOSTSxGPUS."),
         ("v5p:8x16", "must give 3 positive sizes; write v5p:AxBxC"),
         ("v5e:0x4", "must give 2 positive sizes; write v5e:AxB"),
         ("v5e:4x", "must give 2 positive sizes"),
@@ -257,7 +262,8 @@ def test_a_wrong_topology_ends_the_command_with_status_2(repo):
     result = run(repo, "--topology=v9:4x4")
     assert result.returncode == 2
     assert result.stderr == (
-        "error: --topology=v9:4x4 names no known family of chips; choose v4, v5e, v5p, v6e, tpu7x or cpu.\n"
+        "error: --topology=v9:4x4 names no known family of chips; "
+        "choose v4, v5e, v5p, v6e, tpu7x, h100, b200, gb200 or cpu.\n"
     )
 
 

@@ -1,0 +1,52 @@
+"""FLOPs of kernels on NVIDIA GPUs, which tell XLA nothing: from the shapes of what they read and write."""
+
+import json
+import math
+import re
+
+from moe_jax.planning.hlo import Computation, Instruction, Leaf
+
+PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")  # the custom calls of kernels in Triton and in Mosaic
+GROUPED_TILE = 128  # rows of a tile of tokamax's grouped product
+
+
+def gpu_flops(i: Instruction, here: Computation, name: str, rows: int | None) -> int | None:
+    """The FLOPs of a GPU's kernel; None if nothing is known of it.
+
+    Args:
+        i: a custom call.
+        here: its computation.
+        name: the kernel's.
+        rows: rows of a grouped product that belong to a group; all, if None.
+    """
+    if name.startswith("__cublas$"):
+        return _product(i, here)
+    return _grouped(i, here, rows) if "ragged_dot" in i.op_name else None
+
+
+def _operands(i: Instruction, here: Computation) -> list[Leaf]:
+    return [here.instructions[name].leaves[0] for name in i.operands]
+
+
+def _product(i: Instruction, here: Computation) -> int:
+    """cuBLAS: two for every number that each element of the result sums."""
+    left = _operands(i, here)[0].dims
+    summed = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', i.attributes)
+    assert summed, i.attributes
+    return 2 * math.prod(i.leaves[0].dims) * math.prod(left[int(n)] for n in json.loads(summed[1]))
+
+
+def _grouped(i: Instruction, here: Computation, rows: int | None) -> int | None:
+    """tokamax: rows [M, D] times matrices [E, D, F], or the products of rows [M, D] and [M, F] for each group.
+
+    The tiles of a group begin at its first row; groups of a balanced routing are equal.
+    """
+    arrays = [leaf.dims for leaf in (*_operands(i, here), *i.leaves) if "f" in leaf.dtype]
+    matrices = [dims for dims in arrays if len(dims) == 3]
+    buffers = [dims[0] for dims in arrays if len(dims) == 2]
+    if len(matrices) != 1 or not buffers:
+        return None
+    groups, *sizes = matrices[0]
+    multiplied = min(buffers[0], buffers[0] if rows is None else rows)
+    tiles = -(-multiplied // (groups * GROUPED_TILE))  # of a group
+    return 2 * groups * tiles * GROUPED_TILE * math.prod(sizes)
