@@ -1,0 +1,81 @@
+"""FLOPs of kernels on GPUs, on programs small enough to count by hand."""
+
+import pytest
+
+from moe_jax.planning import cost as cost_
+from moe_jax.planning import hlo
+from moe_jax.planning.kernels import kernel_flops, kernel_name
+
+# three products of [8, 16] and [16, 32], summed over the second dimension of the left and the last of the right
+CUBLAS = """HloModule cublas
+
+ENTRY %main (a: bf16[3,8,16], b: bf16[3,32,16]) -> bf16[3,8,32] {
+  %a = bf16[3,8,16]{2,1,0} parameter(0)
+  %b = bf16[3,32,16]{2,1,0} parameter(1)
+  %product = (bf16[3,8,32]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+metadata={op_name="jit(f)/dot_general"}, backend_config={"gemm_backend_config":{"alpha_real":1,"beta":0,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["2"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %result = bf16[3,8,32]{2,1,0} get-tuple-element(%product), index=0
+}
+"""
+
+
+def test_a_product_of_cublas_counts_its_batch_and_what_it_sums():
+    cost = cost_.analyze(CUBLAS)
+    assert cost.flops == {"jit(f)/dot_general": 2 * 3 * 8 * 32 * 16}
+    assert cost.uncosted == frozenset()
+    assert cost.kernels == {"__cublas$gemm": 1}
+
+
+# 4 groups in a buffer of 1024 rows, of which each has a quarter of the rows that are real
+PRODUCT = """HloModule product
+
+ENTRY %main (x: bf16[1024,64]) -> bf16[1024,32] {
+  %x = bf16[1024,64]{1,0} parameter(0)
+  %w = bf16[4,64,32]{2,1,0} parameter(1)
+  %first = s32[4]{0} parameter(2)
+  %last = s32[4]{0} parameter(3)
+  ROOT %y = bf16[1024,32]{1,0} custom-call(%x, %w, %first, %last), custom_call_target="TARGET", \
+metadata={op_name="jit(f)/experts/tokamax/ragged_dot/pallas_call"}
+}
+"""
+OUTER = """HloModule outer
+
+ENTRY %main (x: bf16[1024,64]) -> f32[4,64,32] {
+  %x = bf16[1024,64]{1,0} parameter(0)
+  %dy = bf16[1024,32]{1,0} parameter(1)
+  %first = s32[4]{0} parameter(2)
+  %last = s32[4]{0} parameter(3)
+  ROOT %dw = f32[4,64,32]{2,1,0} custom-call(%x, %dy, %first, %last), custom_call_target="TARGET", \
+metadata={op_name="jit(f)/experts/tokamax/ragged_dot/pallas_call"}
+}
+"""
+
+
+def only(text):
+    """The last instruction of a program, and its computation."""
+    module = hlo.parse(text)
+    here = module.computations[module.entry]
+    return here.root, here
+
+
+@pytest.mark.parametrize("target", ["__gpu$xla.gpu.triton", "mosaic_gpu_v2"])
+@pytest.mark.parametrize("program", [PRODUCT, OUTER])
+@pytest.mark.parametrize(
+    ("rows", "tiles"),  # of 128 rows, of each of the 4 groups
+    [(512, 1), (513, 2), (600, 2), (5000, 2), (None, 2)],  # no more than the buffer holds
+)
+def test_a_grouped_product_counts_the_whole_tiles_of_every_group(program, target, rows, tiles):
+    kernel, here = only(program.replace("TARGET", target))
+    assert kernel_flops(kernel, here, rows) == 2 * 4 * tiles * 128 * 64 * 32
+
+
+def test_a_kernel_of_pallas_on_a_gpu_has_its_own_name():
+    kernel, _ = only(PRODUCT.replace("TARGET", "mosaic_gpu_v2"))
+    assert kernel_name(kernel) == "ragged_dot"
+
+
+def test_nothing_is_known_of_another_kernel():
+    kernel, here = only(PRODUCT.replace("TARGET", "mosaic_gpu_v2").replace("ragged_dot", "another"))
+    assert kernel_flops(kernel, here) is None
