@@ -118,7 +118,7 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     """
     import jax
 
-    from moe_jax.mesh import replicated
+    from moe_jax.mesh import platform, replicated
     from moe_jax.training.compile import abstract_batch, make_train_step
     from moe_jax.training.state import abstract_state
 
@@ -128,10 +128,11 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     key = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
     counted = dataclasses.replace(config.model, cpu_kernel="xla")  # a product in C++ would not be in the text
     config = dataclasses.replace(config, model=counted)
+    arguments = abstract_state(config, mesh), abstract_batch(config, mesh), key
     with gpu.chosen_by(mesh):
-        lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh), key)
+        lowered = make_train_step(config, mesh).lower(*arguments)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(gpu.OPTIONS if platform(mesh) == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise

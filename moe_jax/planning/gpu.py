@@ -1,7 +1,7 @@
 """Compile for NVIDIA GPUs that are not present: the wheels, the devices, and what XLA is told of them."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 COMPILER = "jax-cuda12-pjrt"  # XLA for GPUs
 WHEELS = (COMPILER, "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")  # with the kernels of jax, and ptxas
+
+# products by cuBLAS: XLA's Triton finds no tiles for some shapes (widths of 96 and 24) where it cannot tune
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def check_wheels(topology: Topology) -> None:
@@ -45,13 +48,22 @@ def devices(topology: Topology) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="cuda", target_config=target(topology.chip), topology=shape).devices
 
 
-def chosen_by(mesh: "Mesh") -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def chosen_by(mesh: "Mesh") -> Iterator[None]:
     """A context in which kernels that ask for jax's default device are those of the mesh's, as tokamax's are."""
     import jax
+    from absl import logging
 
     from moe_jax.mesh import platform
 
-    return jax.default_device(mesh.devices.flat[0]) if platform(mesh) == "gpu" else contextlib.nullcontext()
+    if platform(mesh) != "gpu":
+        yield
+        return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # tokamax warns of every kernel that nobody has tuned
+    with jax.default_device(mesh.devices.flat[0]):
+        yield
+    logging.set_verbosity(verbosity)
 
 
 def target(chip: Chip) -> str:

@@ -7,7 +7,6 @@ import re
 from moe_jax.planning.hlo import Computation, Instruction, Leaf
 
 PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")  # the custom calls of kernels in Triton and in Mosaic
-GROUPED_TILE = 128  # rows of a tile of tokamax's grouped product
 
 
 def gpu_flops(i: Instruction, here: Computation, name: str, rows: int | None) -> int | None:
@@ -21,7 +20,7 @@ def gpu_flops(i: Instruction, here: Computation, name: str, rows: int | None) ->
     """
     if name.startswith("__cublas$"):
         return _product(i, here)
-    return _grouped(i, here, rows) if "ragged_dot" in i.op_name else None
+    return _grouped(i, here, rows) if "RaggedDot" in name else None
 
 
 def _operands(i: Instruction, here: Computation) -> list[Leaf]:
@@ -39,7 +38,8 @@ def _product(i: Instruction, here: Computation) -> int:
 def _grouped(i: Instruction, here: Computation, rows: int | None) -> int | None:
     """tokamax: rows [M, D] times matrices [E, D, F], or the products of rows [M, D] and [M, F] for each group.
 
-    The tiles of a group begin at its first row; groups of a balanced routing are equal.
+    The tiles of a group begin at its first row. Groups of a balanced routing are equal. The call says how many rows a
+    tile has, which a product of each group sums over.
     """
     arrays = [leaf.dims for leaf in (*_operands(i, here), *i.leaves) if "f" in leaf.dtype]
     matrices = [dims for dims in arrays if len(dims) == 3]
@@ -48,5 +48,7 @@ def _grouped(i: Instruction, here: Computation, rows: int | None) -> int | None:
         return None
     groups, *sizes = matrices[0]
     multiplied = min(buffers[0], buffers[0] if rows is None else rows)
-    tiles = -(-multiplied // (groups * GROUPED_TILE))  # of a group
-    return 2 * groups * tiles * GROUPED_TILE * math.prod(sizes)
+    of_outer = len(i.leaves[0].dims) == 3
+    found = re.search(rf"block_{'k' if of_outer else 'm'}\W+(\d+)", i.attributes)
+    tile = int(found[1]) if found else 1
+    return 2 * groups * -(-multiplied // (groups * tile)) * tile * math.prod(sizes)

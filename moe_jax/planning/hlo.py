@@ -8,6 +8,8 @@ import math
 import re
 from typing import NamedTuple
 
+_TOKAMAX = re.compile(r'tokamax:\{.*?\\"__type\\":\\"[\w.]*?(\w+)\\".*\}')  # a kernel's whole call, in JSON
+
 
 class Leaf(NamedTuple):
     """One array of an instruction's type; `space` 0 is main memory (HBM), others are on the chip."""
@@ -41,8 +43,8 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """Its origin in the Python program."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return _TOKAMAX.sub(r"\1", found[1]) if found else ""
 
 
 class Computation(NamedTuple):

@@ -179,4 +179,7 @@ PAIRWISE = ("all-to-all", "ragged-all-to-all")  # every member sends something e
 
 def place_of(device: Any) -> Place:
     """A device's place in its torus or NVLink domain; local CPU devices form a line."""
-    return Place(getattr(device, "slice_index", None) or 0, tuple(getattr(device, "coords", None) or (device.id,)))
+    coords = tuple(getattr(device, "coords", None) or (device.id,))
+    if getattr(device, "platform", "") == "gpu":
+        return Place(coords[0], coords[1:])  # of a domain, a host and a GPU
+    return Place(getattr(device, "slice_index", None) or 0, coords)

@@ -37,7 +37,7 @@ ENTRY %main (x: bf16[1024,64]) -> bf16[1024,32] {
   %first = s32[4]{0} parameter(2)
   %last = s32[4]{0} parameter(3)
   ROOT %y = bf16[1024,32]{1,0} custom-call(%x, %w, %first, %last), custom_call_target="TARGET", \
-metadata={op_name="jit(f)/experts/tokamax/ragged_dot/pallas_call"}
+metadata={op_name="jit(f)/experts/CALL/pallas_call"}
 }
 """
 OUTER = """HloModule outer
@@ -48,34 +48,50 @@ ENTRY %main (x: bf16[1024,64]) -> f32[4,64,32] {
   %first = s32[4]{0} parameter(2)
   %last = s32[4]{0} parameter(3)
   ROOT %dw = f32[4,64,32]{2,1,0} custom-call(%x, %dy, %first, %last), custom_call_target="TARGET", \
-metadata={op_name="jit(f)/experts/tokamax/ragged_dot/pallas_call"}
+metadata={op_name="jit(f)/experts/CALL/pallas_call"}
 }
 """
 
 
+CALL = (  # as tokamax names its kernels, shortened
+    r"tokamax:{\"op\":{\"__type\":\"tokamax._src.ops.ragged_dot.pallas_triton.PallasTritonRaggedDot\",\"config\":{"
+    r"\"block_m\":128,\"block_n\":128,\"block_k\":32}},\"arguments\":{\"lhs\":\"f32[512,96]\",\"dims\":[[[1],[1]],[[],[]]]}}"
+)
+
+
 def only(text):
     """The last instruction of a program, and its computation."""
-    module = hlo.parse(text)
+    module = hlo.parse(text.replace("CALL", CALL))
     here = module.computations[module.entry]
     return here.root, here
 
 
-@pytest.mark.parametrize("target", ["__gpu$xla.gpu.triton", "mosaic_gpu_v2"])
-@pytest.mark.parametrize("program", [PRODUCT, OUTER])
+TARGETS = ["__gpu$xla.gpu.triton", "mosaic_gpu_v2"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("rows", "tiles"),  # of 128 rows, of each of the 4 groups
     [(512, 1), (513, 2), (600, 2), (5000, 2), (None, 2)],  # no more than the buffer holds
 )
-def test_a_grouped_product_counts_the_whole_tiles_of_every_group(program, target, rows, tiles):
-    kernel, here = only(program.replace("TARGET", target))
+def test_a_grouped_product_multiplies_the_whole_tiles_of_every_group(target, rows, tiles):
+    kernel, here = only(PRODUCT.replace("TARGET", target))
     assert kernel_flops(kernel, here, rows) == 2 * 4 * tiles * 128 * 64 * 32
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("rows", "tiles"), [(512, 4), (513, 5), (600, 5), (5000, 8), (None, 8)])  # of 32 rows
+def test_the_product_of_each_group_sums_over_whole_tiles(target, rows, tiles):
+    kernel, here = only(OUTER.replace("TARGET", target))
+    assert kernel_flops(kernel, here, rows) == 2 * 4 * tiles * 32 * 64 * 32
 
 
 def test_a_kernel_of_pallas_on_a_gpu_has_its_own_name():
     kernel, _ = only(PRODUCT.replace("TARGET", "mosaic_gpu_v2"))
-    assert kernel_name(kernel) == "ragged_dot"
+    assert kernel_name(kernel) == "PallasTritonRaggedDot"
+    assert kernel.op_name == "jit(f)/experts/PallasTritonRaggedDot/pallas_call"
 
 
 def test_nothing_is_known_of_another_kernel():
-    kernel, here = only(PRODUCT.replace("TARGET", "mosaic_gpu_v2").replace("ragged_dot", "another"))
+    kernel, here = only(PRODUCT.replace("TARGET", "mosaic_gpu_v2").replace("CALL", "another"))
     assert kernel_flops(kernel, here) is None

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from moe_jax.planning.collectives import Collective
@@ -13,9 +14,11 @@ GB = 1e9
 
 
 def places(topology):
-    domains, hosts, gpus = topology.domains
-    each = hosts * gpus
-    return [place_of(SimpleNamespace(slice_index=n // each, id=n)) for n in range(domains * each)]
+    return [place_of(gpu(*at)) for at in np.ndindex(topology.domains)]
+
+
+def gpu(domain, host, number):
+    return SimpleNamespace(platform="gpu", slice_index=0, coords=[domain, host, number])
 
 
 def collective(kind, size, group):
@@ -78,5 +81,5 @@ def test_a_rack_of_gb200_exchanges_over_nvlink_and_two_racks_over_infiniband():
     assert exchange(collective("all-to-all", GB, (0, 72)), places(two), two).busy.keys() == {INFINIBAND}
 
 
-def test_a_domain_is_a_slice_of_jax():
-    assert place_of(SimpleNamespace(slice_index=1, id=9)) == Place(1, (9,))
+def test_a_gpu_is_in_the_domain_that_its_coordinates_begin_with():
+    assert place_of(gpu(1, 17, 3)) == Place(1, (17, 3))
