@@ -50,7 +50,11 @@ def devices(topology: Topology) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def chosen_by(mesh: "Mesh") -> Iterator[None]:
-    """A context in which kernels that ask for jax's default device are those of the mesh's, as tokamax's are."""
+    """A context in which kernels that ask for jax's default device are those of the mesh's, as tokamax's are.
+
+    Raises:
+        ValueError: the step needs cuDNN, which is not installed.
+    """
     import jax
     from absl import logging
 
@@ -61,9 +65,18 @@ def chosen_by(mesh: "Mesh") -> Iterator[None]:
         return
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # tokamax warns of every kernel that nobody has tuned
-    with jax.default_device(mesh.devices.flat[0]):
-        yield
-    logging.set_verbosity(verbosity)
+    try:
+        with jax.default_device(mesh.devices.flat[0]):
+            yield
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            "attention in 16 bits on GPUs is cuDNN's, which is not installed; run pip install nvidia-cudnn-cu12 (1.1 "
+            "GB), or plan with model.compute_dtype='float32'."
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def target(chip: Chip) -> str:
