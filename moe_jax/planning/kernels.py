@@ -17,7 +17,7 @@ def kernel_name(i: Instruction) -> str:
     target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
     if i.opcode != "custom-call" or not target or target[1] in BOOKKEEPING:
         return ""
-    own = re.search(r"(?:^|/)(?:jit\()?([^/()]*)\)?(?:/pallas_call)?$", i.op_name)
+    own = re.search(r"(?:^|/)(?:jit\()?([^/()]*)\)?(?:/vmap\(\))?(?:/pallas_call)?$", i.op_name)
     return own[1] if target[1] in ("tpu_custom_call", *PALLAS) and own and own[1] else target[1]
 
 

@@ -48,7 +48,7 @@ ENTRY %main (x: bf16[1024,64]) -> f32[4,64,32] {
   %first = s32[4]{0} parameter(2)
   %last = s32[4]{0} parameter(3)
   ROOT %dw = f32[4,64,32]{2,1,0} custom-call(%x, %dy, %first, %last), custom_call_target="TARGET", \
-metadata={op_name="jit(f)/experts/CALL/pallas_call"}
+metadata={op_name="jit(f)/experts/CALL/vmap()/pallas_call"}
 }
 """
 
@@ -87,6 +87,7 @@ def test_the_product_of_each_group_sums_over_whole_tiles(target, rows, tiles):
 
 
 def test_a_kernel_of_pallas_on_a_gpu_has_its_own_name():
+    assert kernel_name(only(OUTER.replace("TARGET", "mosaic_gpu_v2"))[0]) == "PallasTritonRaggedDot"
     kernel, _ = only(PRODUCT.replace("TARGET", "mosaic_gpu_v2"))
     assert kernel_name(kernel) == "PallasTritonRaggedDot"
     assert kernel.op_name == "jit(f)/experts/PallasTritonRaggedDot/pallas_call"
