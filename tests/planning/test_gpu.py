@@ -1,6 +1,11 @@
 """GPUs that are not present: one sentence for what is missing, and what XLA is told of them."""
 
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -40,3 +45,25 @@ def test_xla_is_told_of_the_gpu_what_the_plan_assumes(family, capability, cores,
     assert f'device_description_str: "{name}"' in text
     assert f"device_memory_size: {CHIPS[family].hbm}\n" in text
     assert f"memory_bandwidth: {round(CHIPS[family].hbm_bandwidth)}\n" in text
+
+
+# --- with the compiler for GPUs, by hand: python -m pytest -m slow tests/planning/test_gpu.py ----------------------
+
+has_all = all(map(gpu._is_installed, gpu.WHEELS)) and importlib.util.find_spec("tokamax") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_all, reason="pip install 'moe_jax[gpu-plan]'")
+def test_a_plan_for_two_hosts_has_grouped_products_and_both_levels_of_links(repo, tmp_path):
+    report, text = tmp_path / "plan.json", tmp_path / "step.hlo"
+    command = [sys.executable, "-m", "moe_jax.plan", "--config=configs/deepseek_v3_mini.py", "--topology=h100:2x8"]
+    command += ["--config.batch_size=16", f"--json={report}", f"--hlo={text}"]
+    result = subprocess.run(command, cwd=repo, env=os.environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ragged_dot_general" not in text.read_text()
+    plan = json.loads(report.read_text())
+    assert plan["not_counted"]["kernels_without_flops"] == []
+    assert plan["seconds"]["InfiniBand"] > 0
+    assert plan["links"]["busy"]["NVLink"] > 0
+    # an expert's 32 rows are multiplied as a tile of 128; every row by each of the 16 experts would be more than 3
+    assert plan["flops_per_step"]["compiled_over_ideal"] < 2.2
