@@ -15,10 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.kernels import native, native_attention
+from moe_jax.kernels.grouped import has_tokamax
 from moe_jax.mesh import is_sharded, per_shard, platform, spec, ways
+from moe_jax.runtime.defaults import jax_defaults
 
 BLOCK = 512  # queries and keys in a block of the TPU kernel, at most
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
+HOPPER = 9  # NVIDIA's compute capability, major version: H100, H200
+MOSAIC_STEPS = (128, 64)  # of tokamax's kernel: the numbers that the length and the widths must be multiples of
 CUDNN_WIDTH = 128  # the largest head width of cuDNN's kernel ...
 CUDNN_STEP = 8  # ... and the number that it must be a multiple of
 MOST_CPU_BLOCKS = 8  # of queries; few, because the program contains the code of each
@@ -42,7 +46,8 @@ def attend(
         query: [B, S, H, K].
         key: [B, S, G, K]; H is a multiple of G, and consecutive H / G query heads share one of them.
         value: [B, S, G, V]; V may differ from K.
-        segment_ids: int32 [B, S], the document of each token; 0 is padding, which sees padding only.
+        segment_ids: int32 [B, S], the document of each token, whose tokens are consecutive; 0 is padding, which sees
+            padding only.
         scale: 1 / sqrt(K) if None.
         mesh: the devices of the arrays, split as HEAD_DIMS: rows over the batch axes, heads over the others. None is
             one device: a CPU, or another that computes by XLA's own code.
@@ -60,6 +65,8 @@ def attend(
         return native_attention.attend(query, key, value, segment_ids, scale)
     if kernel == "splash":
         return splash(query, key, value, segment_ids, scale, mesh)
+    if kernel == "mosaic":
+        return mosaic(query, key, value, segment_ids, scale, mesh)
     if kernel == "blocks":
         return in_blocks(query, key, value, segment_ids, scale)
     return in_jax(query, key, value, segment_ids, scale, "cudnn" if kernel == "cudnn" else "xla")
@@ -92,27 +99,39 @@ def attend_cached(
     return _as_heads(jnp.einsum("bgrqs,bgsv->bgrqv", weights, values), query.dtype)
 
 
-Kernel = Literal["splash", "cudnn", "native", "blocks", "xla"]
+Kernel = Literal["splash", "mosaic", "cudnn", "native", "blocks", "xla"]
 
 
 def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None, cpu_kernel: str = "auto") -> Kernel:
     """The kernel for these shapes on the mesh's devices; chosen only here.
 
-    "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. "cudnn" on NVIDIA: flash
-    attention for 16-bit floats and equal widths only. On CPU, where caches hold the scores of a block and none are
-    stored: "native" in C++ on one device, "blocks" in XLA. "xla" everywhere else: it writes all scores to memory.
+    "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. "mosaic" on NVIDIA's Hopper:
+    that of tokamax, which also skips other documents. "cudnn" on NVIDIA else: flash attention for equal widths only,
+    which reads documents as a bias [B, 1, S, S]. Both are for 16-bit floats. On CPU, where caches hold the scores of a
+    block and none are stored: "native" in C++ on one device, "blocks" in XLA. "xla" everywhere else: it writes all
+    scores to memory.
     """
     if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":
         return "native" if not is_sharded(mesh) and native.chosen(cpu_kernel, mesh, query.dtype) else "blocks"
     if mesh is None:
         return "xla"
     parts = ways(mesh, "own_heads")
-    if platform(mesh) == "tpu" and query.shape[2] % parts == key.shape[2] % parts == 0:
+    heads_divide = query.shape[2] % parts == key.shape[2] % parts == 0
+    if platform(mesh) == "tpu" and heads_divide:
         return "splash"
-    nvidia = "NVIDIA" in mesh.devices.flat[0].device_kind
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[1] % 2 == 0
-    same_width = query.shape[3] == value.shape[3] and query.shape[3] % CUDNN_STEP == 0 and query.shape[3] <= CUDNN_WIDTH
-    return "cudnn" if nvidia and fits and same_width else "xla"
+    if "NVIDIA" not in mesh.devices.flat[0].device_kind or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return "xla"
+    return _nvidia_kernel(query, value, mesh.devices.flat[0].compute_capability, heads_divide)
+
+
+def _nvidia_kernel(query: Array, value: Array, capability: str, heads_divide: bool) -> Kernel:
+    """The kernel of an NVIDIA GPU for 16-bit floats; its compute capability is such as "9.0"."""
+    length, widths = query.shape[1], {query.shape[3], value.shape[3]}
+    whole_tiles = length % MOSAIC_STEPS[0] == 0 and all(width % MOSAIC_STEPS[1] == 0 for width in widths)
+    if heads_divide and whole_tiles and int(float(capability)) == HOPPER and has_tokamax():
+        return "mosaic"
+    fits = length % 2 == 0 and len(widths) == 1 and max(widths) <= CUDNN_WIDTH and max(widths) % CUDNN_STEP == 0
+    return "cudnn" if fits else "xla"
 
 
 def in_jax(
@@ -191,6 +210,44 @@ def _splash_kernel(heads: int, length: int, block: int, interpret: bool) -> Call
         residual_checkpoint_name="attention",
     )
     return jax.vmap(lambda q, k, v, segments: kernel(q, k, v, pallas.SegmentIds(segments, segments)))
+
+
+# --- NVIDIA's Hopper ------------------------------------------------------------------------------------------
+
+
+def mosaic(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    scale: float,
+    mesh: Mesh | None = None,
+    implementation: str = "mosaic",
+) -> Array:
+    """`attend` by tokamax's flash attention, if the tokens of a segment are consecutive; `implementation` is tokamax's.
+
+    A token's window reaches back to the first token of its segment, so that no [S, S] array says what is visible. Every
+    device has its own rows and heads.
+    """
+    import tokamax
+
+    def on_shard(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+        before = _places_in_segments(segment_ids)[:, None]  # one window for all heads
+        with jax_defaults():
+            return tokamax.dot_product_attention(
+                query, key, value, scale=scale, local_window_size=(before, 0), implementation=implementation
+            )
+
+    heads = spec(*HEAD_DIMS)
+    run = per_shard(on_shard, mesh, (heads, heads, heads, spec("batch")), heads, kernel=True)
+    return run(query, key, value, segment_ids)
+
+
+def _places_in_segments(segment_ids: Int32[Array, "batch seq"]) -> Int32[Array, "batch seq"]:
+    """The number of tokens of the same segment before each, if those of a segment are consecutive."""
+    places = jnp.broadcast_to(_arange(segment_ids.shape[1]), segment_ids.shape)
+    begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 # --- CPU: blocks of queries -----------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     counted = dataclasses.replace(config.model, cpu_kernel="xla")  # a product in C++ would not be in the text
     config = dataclasses.replace(config, model=counted)
     arguments = abstract_state(config, mesh), abstract_batch(config, mesh), key
-    with gpu.chosen_by(mesh):
+    with gpu.default_device(mesh):
         lowered = make_train_step(config, mesh).lower(*arguments)
     try:
         compiled = lowered.compile(gpu.OPTIONS if platform(mesh) == "gpu" else None)

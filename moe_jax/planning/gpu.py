@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 COMPILER = "jax-cuda12-pjrt"  # XLA for GPUs
-WHEELS = (COMPILER, "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")  # with the kernels of jax, and ptxas
+# with the kernels of jax, with ptxas, and with grouped products, which XLA multiplies by every group
+WHEELS = (COMPILER, "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "tokamax")
 
-# products by cuBLAS: XLA's Triton finds no tiles for some shapes (widths of 96 and 24) where it cannot tune
+# by cuBLAS, because XLA's Triton finds no tiles for some products (widths of 96 and 24) where it cannot tune
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -24,19 +25,16 @@ def check_wheels(topology: Topology) -> None:
     Raises:
         ValueError: a wheel is not installed, which the sentence names.
     """
-    missing = [wheel for wheel in WHEELS if not _is_installed(wheel)]
-    if missing:
+    if missing := missing_wheels():
         raise ValueError(
             f"--topology={topology} needs the compiler for NVIDIA GPUs, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed; run pip install 'moe_jax[gpu-plan]'."
         )
 
 
-def _is_installed(wheel: str) -> bool:
-    try:
-        return bool(metadata.version(wheel))
-    except metadata.PackageNotFoundError:
-        return False
+def missing_wheels() -> list[str]:
+    """Those of WHEELS that are not installed."""
+    return [wheel for wheel in WHEELS if not any(metadata.distributions(name=wheel))]
 
 
 def devices(topology: Topology) -> Sequence[Any]:
@@ -49,8 +47,8 @@ def devices(topology: Topology) -> Sequence[Any]:
 
 
 @contextlib.contextmanager
-def chosen_by(mesh: "Mesh") -> Iterator[None]:
-    """A context in which kernels that ask for jax's default device are those of the mesh's, as tokamax's are.
+def default_device(mesh: "Mesh") -> Iterator[None]:
+    """A context in which jax's default device is one of the mesh's if those are GPUs: tokamax compiles for it.
 
     Raises:
         ValueError: the step needs cuDNN, which is not installed.
@@ -72,8 +70,8 @@ def chosen_by(mesh: "Mesh") -> Iterator[None]:
         if "cuDNN" not in str(error):
             raise
         raise ValueError(
-            "attention in 16 bits on GPUs is cuDNN's, which is not installed; run pip install nvidia-cudnn-cu12 (1.1 "
-            "GB), or plan with model.compute_dtype='float32'."
+            "attention of these GPUs and sizes is cuDNN's, which is not installed; run pip install nvidia-cudnn-cu12 "
+            "(1.1 GB), or plan with model.compute_dtype='float32'."
         ) from None
     finally:
         logging.set_verbosity(verbosity)

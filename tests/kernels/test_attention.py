@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -194,9 +195,9 @@ def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_head
 # --- which kernel ---------------------------------------------------------------------------------------------
 
 
-def machine(platform: str, kind: str, tensor: int = 1):
+def machine(platform: str, kind: str, tensor: int = 1, capability: str = "9.0"):
     """A mesh of devices that are not present."""
-    device = SimpleNamespace(platform=platform, device_kind=kind, id=0)
+    device = SimpleNamespace(platform=platform, device_kind=kind, id=0, compute_capability=capability)
     mesh = mock.create_autospec(Mesh, instance=True)
     sizes = 1, 1, 1, 1, tensor
     mesh.devices, mesh.shape = np.full(sizes, device), dict(zip(AXES, sizes, strict=True))
@@ -214,6 +215,13 @@ def machine(platform: str, kind: str, tensor: int = 1):
         (machine("tpu", "TPU v5"), (1, 7, 4, 2, 192, 128), "float32", "splash"),
         (machine("tpu", "TPU v5", 2), (1, 8, 4, 2, 64, 64), "bfloat16", "splash"),
         (machine("tpu", "TPU v5", 4), (1, 8, 4, 2, 64, 64), "bfloat16", "xla"),  # one key head on two devices
+        (machine("gpu", "NVIDIA H100"), (1, 128, 4, 2, 192, 128), "bfloat16", "mosaic"),
+        (machine("gpu", "NVIDIA H100", 2), (1, 128, 4, 2, 64, 64), "bfloat16", "mosaic"),
+        (machine("gpu", "NVIDIA H100", 4), (1, 128, 4, 2, 64, 64), "bfloat16", "cudnn"),  # one key head on two devices
+        (machine("gpu", "NVIDIA H100"), (1, 128, 4, 2, 96, 96), "bfloat16", "cudnn"),
+        (machine("gpu", "NVIDIA H100"), (1, 128, 4, 2, 64, 64), "float32", "xla"),
+        (machine("gpu", "NVIDIA A100", capability="8.0"), (1, 128, 4, 2, 64, 64), "bfloat16", "cudnn"),
+        (machine("gpu", "NVIDIA B200", capability="10.0"), (1, 128, 4, 2, 64, 64), "bfloat16", "cudnn"),
         (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 64, 64), "bfloat16", "cudnn"),
         (machine("gpu", "NVIDIA H100"), (1, 8, 4, 2, 64, 64), "float32", "xla"),
         (machine("gpu", "NVIDIA H100"), (1, 7, 4, 2, 64, 64), "bfloat16", "xla"),
@@ -223,8 +231,37 @@ def machine(platform: str, kind: str, tensor: int = 1):
 )
 def test_the_kernel_is_that_of_the_devices_compiled_for(mesh, shape, dtype, kernel, monkeypatch):
     monkeypatch.setattr(native, "missing", lambda: None)
+    monkeypatch.setattr(attention, "has_tokamax", lambda: True)
     query, key, value, _ = arrays(*shape, dtype=dtype)
     assert kernel_for(query, key, value, mesh) == kernel
+
+
+def test_without_tokamax_cudnn_attends(monkeypatch):
+    monkeypatch.setattr(attention, "has_tokamax", lambda: False)
+    query, key, value, _ = arrays(1, 128, 4, 2, 64, 64, dtype=jnp.bfloat16)
+    assert kernel_for(query, key, value, machine("gpu", "NVIDIA H100")) == "cudnn"
+
+
+@pytest.mark.parametrize("length", [1, 37, 128])
+def test_a_window_reaches_back_to_the_first_token_of_a_segment(length):
+    segment_ids = segments(3, length)
+    visible = visibility(segment_ids)[:, 0].sum(-1)
+    np.testing.assert_array_equal(attention._places_in_segments(segment_ids), visible - 1)  # all but the token itself
+
+
+def test_tokamax_attends_like_xla():
+    # here by its own fallback, which is XLA's
+    pytest.importorskip("tokamax")
+    flags.FLAGS.mark_as_parsed()  # tokamax reads its own flags
+    *inputs, gradient = arrays(2, 37, 4, 2, 16, 8)
+    segment_ids = segments(2, 37)
+
+    def run(query, key, value, segment_ids):
+        return attention.mosaic(query, key, value, segment_ids, 0.25, implementation="xla")
+
+    expected = with_gradients(in_xla, *inputs, segment_ids, gradient)
+    for ours, theirs in zip(with_gradients(run, *inputs, segment_ids, gradient), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["value", "heads", "length"])

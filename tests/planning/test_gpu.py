@@ -1,6 +1,5 @@
 """GPUs that are not present: one sentence for what is missing, and what XLA is told of them."""
 
-import importlib.util
 import json
 import os
 import re
@@ -18,12 +17,8 @@ H100 = parse_topology("h100:2x8")
 
 
 def test_missing_wheels_are_named_in_one_sentence(monkeypatch):
-    def version(wheel):
-        if wheel == "jax-cuda12-plugin":
-            return "0.10.2"
-        raise metadata.PackageNotFoundError(wheel)
-
-    monkeypatch.setattr(metadata, "version", version)
+    installed = ["jax-cuda12-plugin", "tokamax"]
+    monkeypatch.setattr(metadata, "distributions", lambda name: [name] if name in installed else [])
     monkeypatch.setattr(compile.os, "environ", {})
     with pytest.raises(ValueError, match=r"^--topology=h100:2x8 needs the compiler for NVIDIA GPUs, but ") as error:
         compile.prepare_environment(H100)
@@ -49,11 +44,11 @@ def test_xla_is_told_of_the_gpu_what_the_plan_assumes(family, capability, cores,
 
 # --- with the compiler for GPUs, by hand: python -m pytest -m slow tests/planning/test_gpu.py ----------------------
 
-has_all = all(map(gpu._is_installed, gpu.WHEELS)) and importlib.util.find_spec("tokamax") is not None
+MISSING = gpu.missing_wheels()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_all, reason="pip install 'moe_jax[gpu-plan]'")
+@pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: pip install 'moe_jax[gpu-plan]'")
 def test_a_plan_for_two_hosts_has_grouped_products_and_both_levels_of_links(repo, tmp_path):
     report, text = tmp_path / "plan.json", tmp_path / "step.hlo"
     command = [sys.executable, "-m", "moe_jax.plan", "--config=configs/deepseek_v3_mini.py", "--topology=h100:2x8"]

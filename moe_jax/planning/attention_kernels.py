@@ -1,0 +1,53 @@
+"""FLOPs of the attention kernels of TPUs and GPUs, from their shapes and the causal mask."""
+
+import math
+import re
+
+from moe_jax.planning.hlo import Computation, Instruction
+
+# products of width K and of width V for every score
+FORWARD, OF_QUERIES, OF_KEYS, BACKWARD = (1, 1), (2, 1), (2, 2), (3, 2)
+SPLASH = {"fwd": FORWARD, "dq": OF_QUERIES, "dkv": OF_KEYS}
+
+
+def attention_flops(i: Instruction, here: Computation, name: str) -> int:
+    """2 FLOPs a score, and width of its products, in every block of scores that the causal mask does not hide.
+
+    Documents hide more scores: splash skips no block for them, and how many tokamax skips depends on the text.
+
+    Args:
+        i: a custom call that runs splash attention, on [..., H, S, K], or tokamax's, on [B, S, H, K].
+        here: its computation.
+        name: the kernel's.
+    """
+    operands = [here.instructions[operand].leaves[0] for operand in i.operands]
+    query, key, value = [leaf.dims for leaf in operands if len(leaf.dims) > 2 and "f" in leaf.dtype][:3]
+    if name.startswith("splash_"):
+        of_keys, of_values = next(products for phase, products in SPLASH.items() if f"_{phase}" in name)
+        length = -2
+    else:
+        of_keys, of_values = _tokamax(i, name)
+        length = -3
+    width = of_keys * query[-1] + of_values * value[-1]
+    rows = math.prod(query[:-1]) // query[length]
+    return 2 * rows * _scores(query[length], key[length], *_blocks(i)) * width
+
+
+def _tokamax(i: Instruction, name: str) -> tuple[int, int]:
+    """The products of a kernel, whose backward pass is one kernel, or one for queries and one for keys and values."""
+    if not name.endswith("Vjp"):
+        return FORWARD
+    gradients = sum(len(leaf.dims) > 3 for leaf in i.leaves)
+    return {1: OF_QUERIES, 2: OF_KEYS, 3: BACKWARD}[gradients]
+
+
+def _blocks(i: Instruction) -> tuple[int, int]:
+    """Queries and keys of a block; 1 and 1 if the text does not say, which counts no score that is hidden."""
+    sizes = [re.search(rf"block_{of}\w*\W+(\d+)", i.attributes) for of in ("q", "kv")]
+    return tuple(int(found[1]) if found else 1 for found in sizes)  # type: ignore[return-value]
+
+
+def _scores(queries: int, keys: int, block_q: int, block_kv: int) -> int:
+    """Scores in the blocks that hold a visible one."""
+    starts = range(0, queries, block_q)
+    return sum(block_q * min(keys, -(-(first + block_q) // block_kv) * block_kv) for first in starts)
