@@ -16,7 +16,8 @@ def attention_flops(i: Instruction, here: Computation, name: str) -> int:
     Documents hide more scores: splash skips no block for them, and how many tokamax skips depends on the text.
 
     Args:
-        i: a custom call that runs splash attention, on [..., H, S, K], or tokamax's, on [B, S, H, K].
+        i: a custom call that runs splash attention, on [..., H, S, K], or tokamax's, on [B, S, H, K]
+            or, of one sequence, [S, H, K].
         here: its computation.
         name: the kernel's.
     """
@@ -26,18 +27,18 @@ def attention_flops(i: Instruction, here: Computation, name: str) -> int:
         of_keys, of_values = next(products for phase, products in SPLASH.items() if f"_{phase}" in name)
         length = -2
     else:
-        of_keys, of_values = _tokamax(i, name)
+        of_keys, of_values = _tokamax(i, name, len(query))
         length = -3
     width = of_keys * query[-1] + of_values * value[-1]
     rows = math.prod(query[:-1]) // query[length]
     return 2 * rows * _scores(query[length], key[length], *_blocks(i)) * width
 
 
-def _tokamax(i: Instruction, name: str) -> tuple[int, int]:
+def _tokamax(i: Instruction, name: str, rank: int) -> tuple[int, int]:
     """The products of a kernel, whose backward pass is one kernel, or one for queries and one for keys and values."""
     if not name.endswith("Vjp"):
         return FORWARD
-    gradients = sum(len(leaf.dims) > 3 for leaf in i.leaves)
+    gradients = sum(len(leaf.dims) == rank for leaf in i.leaves)
     return {1: OF_QUERIES, 2: OF_KEYS, 3: BACKWARD}[gradients]
 
 

@@ -36,10 +36,10 @@ def _product(i: Instruction, here: Computation) -> int:
 
 
 def _grouped(i: Instruction, here: Computation, rows: int | None) -> int | None:
-    """tokamax: rows [M, D] times matrices [E, D, F], or the products of rows [M, D] and [M, F] for each group.
+    """tokamax: rows [M, D] times matrices [E, D, F], or the products of rows [M, D], or [D, M], and [M, F] by group.
 
-    The tiles of a group begin at its first row. Groups of a balanced routing are equal. The call says how many rows a
-    tile has, which a product of each group sums over.
+    Each group multiplies whole tiles, and groups of a balanced routing are equal. The call says how many rows a tile
+    has, which the products by group sum over.
     """
     arrays = [leaf.dims for leaf in (*_operands(i, here), *i.leaves) if "f" in leaf.dtype]
     matrices = [dims for dims in arrays if len(dims) == 3]
@@ -47,8 +47,8 @@ def _grouped(i: Instruction, here: Computation, rows: int | None) -> int | None:
     if len(matrices) != 1 or not buffers:
         return None
     groups, *sizes = matrices[0]
-    multiplied = min(buffers[0], buffers[0] if rows is None else rows)
-    of_outer = len(i.leaves[0].dims) == 3
-    found = re.search(rf"block_{'k' if of_outer else 'm'}\W+(\d+)", i.attributes)
+    multiplied = min(buffers[-1], buffers[-1] if rows is None else rows)
+    by_group = len(i.leaves[0].dims) == 3
+    found = re.search(rf"block_{'k' if by_group else 'm'}\W+(\d+)", i.attributes)
     tile = int(found[1]) if found else 1
     return 2 * groups * -(-multiplied // (groups * tile)) * tile * math.prod(sizes)

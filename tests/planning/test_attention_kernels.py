@@ -89,3 +89,4 @@ QUERY, KEY, VALUE, SUMS = "bf16[2,1024,4,128]", "bf16[2,1024,4,128]", "bf16[2,10
 def test_attention_of_tokamax_multiplies_the_same_blocks(name, phase, results, widths):
     text = TOKAMAX.replace("NAME", name).replace("PHASE", phase).replace("RESULTS", ", ".join(results))
     assert flops(text) == 2 * (2 * 4) * scores(64, 128) * widths
+    assert flops(text.replace("16[2,1", "16[1").replace("f32[2,", "f32[")) == 2 * 4 * scores(64, 128) * widths
