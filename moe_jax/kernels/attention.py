@@ -21,7 +21,7 @@ from moe_jax.runtime.defaults import jax_defaults
 
 BLOCK = 512  # queries and keys in a block of the TPU kernel, at most
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
-HOPPER = 9  # NVIDIA's compute capability, major version: H100, H200
+HOPPER = 9  # compute capability of H100 and H200; on B200 tokamax's gradient needs more shared memory than there is
 MOSAIC_STEPS = (128, 64)  # of tokamax's kernel: the numbers that the length and the widths must be multiples of
 CUDNN_WIDTH = 128  # the largest head width of cuDNN's kernel ...
 CUDNN_STEP = 8  # ... and the number that it must be a multiple of
@@ -105,10 +105,10 @@ Kernel = Literal["splash", "mosaic", "cudnn", "native", "blocks", "xla"]
 def kernel_for(query: Array, key: Array, value: Array, mesh: Mesh | None, cpu_kernel: str = "auto") -> Kernel:
     """The kernel for these shapes on the mesh's devices; chosen only here.
 
-    "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. "mosaic" on NVIDIA's Hopper:
-    that of tokamax, which also skips other documents. "cudnn" on NVIDIA else: flash attention for equal widths only,
-    which reads documents as a bias [B, 1, S, S]. Both are for 16-bit floats. On CPU, where caches hold the scores of a
-    block and none are stored: "native" in C++ on one device, "blocks" in XLA. "xla" everywhere else: it writes all
+    "splash" on TPU: Pallas' flash attention, which skips blocks that the causal mask hides. On NVIDIA, for 16-bit
+    floats: "mosaic" on Hopper, tokamax's flash attention, which also skips blocks of other documents; else "cudnn",
+    flash attention for equal widths, which reads documents as a bias [B, 1, S, S]. On CPU, where caches hold the scores
+    of a block and none are stored: "native" in C++ on one device, "blocks" in XLA. "xla" everywhere else: it writes all
     scores to memory.
     """
     if (jax.default_backend() if mesh is None else platform(mesh)) == "cpu":

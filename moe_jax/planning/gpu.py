@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 COMPILER = "jax-cuda12-pjrt"  # XLA for GPUs
-# with the kernels of jax, with ptxas, and with grouped products, which XLA multiplies by every group
+# then the kernels of jax, ptxas, and grouped products: XLA itself multiplies every row with every group
 WHEELS = (COMPILER, "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "tokamax")
 
 # by cuBLAS, because XLA's Triton finds no tiles for some products (widths of 96 and 24) where it cannot tune

@@ -1,4 +1,4 @@
-"""FLOPs of kernels on NVIDIA GPUs, which tell XLA nothing: from the shapes of what they read and write."""
+"""FLOPs of products on NVIDIA GPUs, whose kernels tell XLA nothing: from the shapes of what they read and write."""
 
 import json
 import math

@@ -63,8 +63,10 @@ def parse_topology(text: str) -> Topology:
     sizes = found[3].split("x")
     wanted = CHIPS[family].dimensions if family in CHIPS else 1
     if not all(s.isdigit() and int(s) for s in sizes) or len(sizes) != wanted or (family == "cpu" and found[1]):
-        shape = "cpu:N" if family == "cpu" else f"{family}:{'x'.join('ABC'[:wanted])}"
-        raise ValueError(f"--topology={text} must give {wanted} positive size{'s' * (wanted > 1)}; write {shape}.")
+        shape = "N" if wanted == 1 else "HOSTSxGPUS" if CHIPS[family].gpu else "x".join("ABC"[:wanted])
+        raise ValueError(
+            f"--topology={text} must give {wanted} positive size{'s' * (wanted > 1)}; write {family}:{shape}."
+        )
     topology = Topology(family, tuple(map(int, sizes)), int(found[1] or 1))
     if topology.gpu:
         _check_hosts(text, topology, topology.gpu)

@@ -240,7 +240,7 @@ def test_topologies_are_read(text, family, dims, slices):
         ("v5p", "is not a topology; write FAMILY:SHAPE"),
         ("v5e:axb", "is not a topology"),
         ("v9:4x4", "names no known family of chips; choose v4, v5e, v5p, v6e, tpu7x, h100, b200, gb200 or cpu"),
-        ("h100:16", "must give 2 positive sizes; write h100:AxB"),
+        ("h100:16", "must give 2 positive sizes; write h100:HOSTSxGPUS"),
         ("h100:2x16", "has 16 GPUs a host, but a host of this family has at most 8; write h100:HOSTSx8."),
         ("gb200:20x4", "has 20 hosts, but NVLink joins 18 of them to a domain; choose at most 18 hosts or a multiple."),
         ("2xh100:2x8", "gives slices, which GPUs do not have; write h100:HOSTSxGPUS."),
