@@ -232,7 +232,8 @@ def mosaic(
     import tokamax
 
     def on_shard(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-        before = _places_in_segments(segment_ids)[:, None]  # one window for all heads
+        # one window for all heads; tokamax documents a number, and an array of one for each token passes through
+        before = _places_in_segments(segment_ids)[:, None]
         with jax_defaults():
             return tokamax.dot_product_attention(
                 query, key, value, scale=scale, local_window_size=(before, 0), implementation=implementation

@@ -5,6 +5,8 @@ import re
 
 from moe_jax.planning.hlo import Computation, Instruction
 
+ATTENTION = re.compile(r"^splash_|FlashAttention|^__cudnn\$fmha")  # in names of kernels: JAX's, tokamax's, cuDNN's
+
 # products of width K and of width V for every score
 FORWARD, OF_QUERIES, OF_KEYS, BACKWARD = (1, 1), (2, 1), (2, 2), (3, 2)
 SPLASH = {"fwd": FORWARD, "dq": OF_QUERIES, "dkv": OF_KEYS}
@@ -13,33 +15,31 @@ SPLASH = {"fwd": FORWARD, "dq": OF_QUERIES, "dkv": OF_KEYS}
 def attention_flops(i: Instruction, here: Computation, name: str) -> int:
     """2 FLOPs a score, and width of its products, in every block of scores that the causal mask does not hide.
 
-    Documents hide more scores: splash skips no block for them, and how many tokamax skips depends on the text.
+    Documents hide more scores: only tokamax skips blocks for them, and how many depends on the text.
 
     Args:
-        i: a custom call that runs splash attention, on [..., H, S, K], or tokamax's, on [B, S, H, K]
-            or, of one sequence, [S, H, K].
+        i: a custom call, whose operands begin with queries, keys and values: of splash attention [..., H, S, K], of
+            others [B, S, H, K] or, of one sequence, [S, H, K].
         here: its computation.
-        name: the kernel's.
+        name: the kernel's, in which ATTENTION is found.
     """
     operands = [here.instructions[operand].leaves[0] for operand in i.operands]
     query, key, value = [leaf.dims for leaf in operands if len(leaf.dims) > 2 and "f" in leaf.dtype][:3]
-    if name.startswith("splash_"):
-        of_keys, of_values = next(products for phase, products in SPLASH.items() if f"_{phase}" in name)
-        length = -2
-    else:
-        of_keys, of_values = _tokamax(i, name, len(query))
-        length = -3
+    length = -2 if name.startswith("splash_") else -3
+    of_keys, of_values = _products(i, name, len(query))
     width = of_keys * query[-1] + of_values * value[-1]
     rows = math.prod(query[:-1]) // query[length]
     return 2 * rows * _scores(query[length], key[length], *_blocks(i)) * width
 
 
-def _tokamax(i: Instruction, name: str, rank: int) -> tuple[int, int]:
-    """The products of a kernel, whose backward pass is one kernel, or one for queries and one for keys and values."""
-    if not name.endswith("Vjp"):
-        return FORWARD
-    gradients = sum(len(leaf.dims) == rank for leaf in i.leaves)
-    return {1: OF_QUERIES, 2: OF_KEYS, 3: BACKWARD}[gradients]
+def _products(i: Instruction, name: str, rank: int) -> tuple[int, int]:
+    """Of every score; the backward pass of tokamax is one kernel, or one of queries and one of keys and values."""
+    if name.startswith("splash_"):
+        return next(products for phase, products in SPLASH.items() if f"_{phase}" in name)
+    if name.endswith("Vjp"):
+        gradients = sum(len(leaf.dims) == rank for leaf in i.leaves)
+        return {1: OF_QUERIES, 2: OF_KEYS, 3: BACKWARD}[gradients]
+    return BACKWARD if name.endswith("Backward") else FORWARD
 
 
 def _blocks(i: Instruction) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import re
 
-from moe_jax.planning.attention_kernels import attention_flops
+from moe_jax.planning.attention_kernels import ATTENTION, attention_flops
 from moe_jax.planning.gpu_kernels import PALLAS, gpu_flops
 from moe_jax.planning.hlo import Computation, Instruction
 
@@ -37,7 +37,7 @@ def kernel_flops(i: Instruction, here: Computation, rows: int | None = None) -> 
     name = kernel_name(i)
     if not name:
         return 0
-    if name.startswith("splash_") or "FlashAttention" in name:
+    if ATTENTION.search(name):
         return attention_flops(i, here, name)
     estimate = _estimate(i)
     if name in ("gmm", "tgmm") and estimate is not None:

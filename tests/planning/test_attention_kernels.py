@@ -90,3 +90,21 @@ def test_attention_of_tokamax_multiplies_the_same_blocks(name, phase, results, w
     text = TOKAMAX.replace("NAME", name).replace("PHASE", phase).replace("RESULTS", ", ".join(results))
     assert flops(text) == 2 * (2 * 4) * scores(64, 128) * widths
     assert flops(text.replace("16[2,1", "16[1").replace("f32[2,", "f32[")) == 2 * 4 * scores(64, 128) * widths
+
+
+CUDNN = """HloModule cudnn
+
+ENTRY %main (q: bf16[2,1024,4,128]) -> bf16[2,4,1024,128] {
+  %q = bf16[2,1024,4,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,1024,2,128]{3,2,1,0} parameter(1)
+  %v = bf16[2,1024,2,128]{3,2,1,0} parameter(2)
+  %documents = bf16[2,1,1024,1024]{3,2,1,0} parameter(3)
+  ROOT %o = (bf16[2,4,1024,128]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v, %documents), \
+custom_call_target="__cudnn$fmhaScaleBiasSoftmax", metadata={op_name="jit(f)/attention/dot_product_attention"}
+}
+"""
+
+
+@pytest.mark.parametrize(("target", "products"), [("Softmax", 2), ("SoftmaxBackward", 5)])
+def test_attention_of_cudnn_multiplies_what_is_visible(target, products):
+    assert flops(CUDNN.replace("Softmax", target)) == 2 * (2 * 4) * (1024 * 1025 // 2) * products * 128
