@@ -67,14 +67,12 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         return local[: topology.dims[0]]
     from jax.experimental import topologies
 
-    if topology.gpu:
-        return gpu.devices(topology)
     name = str(topology._replace(slices=1))
     options = dict(topology.chip.options)
     if topology.slices > 1:
         options["num_slices"] = topology.slices  # type: ignore[assignment]
     try:
-        return topologies.get_topology_desc(name, "tpu", **options).devices
+        return gpu.devices(topology) if topology.gpu else topologies.get_topology_desc(name, "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         if "lockfile" in problem:
@@ -83,7 +81,8 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
                 "ALLOW_MULTIPLE_LIBTPU_LOAD=1."
             ) from None
         raise ValueError(
-            f"--topology={topology} was refused by the TPU compiler: {problem}; try another shape."
+            f"--topology={topology} was refused by the {topology.platform.upper()} compiler: {problem}; try another "
+            "shape, or the compiler that fits the installed jax."
         ) from None
 
 

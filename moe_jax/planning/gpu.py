@@ -78,7 +78,10 @@ def default_device(mesh: "Mesh") -> Iterator[None]:
 
 
 def target(chip: Chip) -> str:
-    """XLA's GpuTargetConfigProto of a GPU, as text: what its compiler needs to know of one that is not present."""
+    """XLA's GpuTargetConfigProto of a GPU, as text: what its compiler needs to know of one that is not present.
+
+    What is the same of Hopper and Blackwell stands here, the rest in `chips`.
+    """
     assert chip.gpu
     return f"""
 gpu_device_info {{

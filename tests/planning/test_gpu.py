@@ -44,8 +44,6 @@ def test_xla_is_told_of_the_gpu_what_the_plan_assumes(family, capability, cores,
 
 # --- with the compiler for GPUs, by hand: python -m pytest -m slow tests/planning/test_gpu.py ----------------------
 
-MISSING = gpu.missing_wheels()
-
 
 def plan(repo, tmp_path, *arguments):
     """The report, and the compiled program."""
@@ -56,6 +54,7 @@ def plan(repo, tmp_path, *arguments):
     return json.loads(report.read_text()), text.read_text()
 
 
+MISSING = gpu.missing_wheels()
 with_compiler = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: pip install 'moe_jax[gpu-plan]'")
 
 
