@@ -30,7 +30,7 @@ def prepare_environment(topology: Topology) -> None:
         return
     if topology.gpu:
         gpu.check_wheels(topology)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA complains of compilations that are slow
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or XLA calls a compilation of two minutes an error
         return
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
