@@ -25,12 +25,10 @@ def compiled_cost(config: Config) -> Cost:
     """The cost of the config's train step on one device of this machine, as counted by the compiler."""
     import jax
 
-    from moe_jax.training.compile import abstract_batch, make_train_step
-    from moe_jax.training.state import abstract_state
+    from moe_jax.training.compile import abstract_arguments, make_train_step
 
     config = resolve(config, 1, jax.devices()[0].platform)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    compiled = make_train_step(config).lower(abstract_state(config), abstract_batch(config), key).compile()
+    compiled = make_train_step(config).lower(*abstract_arguments(config)).compile()
     counted = compiled.cost_analysis()
     return Cost(counted["flops"], counted["bytes accessed"])
 

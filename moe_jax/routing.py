@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int16, Int32, Key
 
 from moe_jax.config import ModelConfig
 from moe_jax.config.rules import check_groups
@@ -116,6 +116,7 @@ def route(
     tokens: Tokens = Tokens(),
     select: Select | None = None,
     combine: Combine | None = None,
+    chosen: Int16[Array, "tokens slots"] | None = None,
     key: Key[Array, ""] | None = None,
     train: bool = False,
 ) -> Routing:
@@ -132,6 +133,7 @@ def route(
         tokens: mask and more, see `Tokens`.
         select: replaces top-k of the biased scores: (scores, biased, *, top_k, tokens, key, train) -> ids [T, S].
         combine: replaces scores + bias: (scores, bias) -> biased scores; the bias is [1, E] or [T, E].
+        chosen: expert ids that were chosen before, which replace those of a token unless they are negative.
         key: randomness for `select`.
         train: True in training; selectors may choose differently in evaluation.
 
@@ -155,6 +157,8 @@ def route(
         expert_ids = lax.top_k(allowed, router.top_k)[1]
     else:
         expert_ids = select(scores, biased, top_k=router.top_k, tokens=tokens, key=key, train=train)
+    if chosen is not None:
+        expert_ids = jnp.where(chosen < 0, expert_ids, chosen)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
     log_scores = log_affinity(logits, router.score)

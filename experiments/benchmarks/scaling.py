@@ -78,12 +78,10 @@ def depth(layers: list[int], rounds: int) -> dict[str, Any]:
 def _compile(config: Config) -> None:
     import jax
 
-    from moe_jax.training.compile import abstract_batch, make_train_step
-    from moe_jax.training.state import abstract_state
+    from moe_jax.training.compile import abstract_arguments, make_train_step
 
     jax.clear_caches()  # removes the last round's trace
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    make_train_step(config).lower(abstract_state(config), abstract_batch(config), key).compile()
+    make_train_step(config).lower(*abstract_arguments(config)).compile()
 
 
 def devices(counts: list[int], rounds: int) -> dict[str, Any]:

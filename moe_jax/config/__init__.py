@@ -22,6 +22,7 @@ from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
 from moe_jax.config.mesh_rules import resolve
 from moe_jax.config.schema import (
+    AnticipationConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -37,6 +38,7 @@ from moe_jax.config.schema import (
 
 __all__ = [
     "DISPATCHERS",
+    "AnticipationConfig",
     "BalanceEntry",
     "CheckpointConfig",
     "Config",

@@ -34,6 +34,11 @@ def _rises_within(values: tuple[float, ...], end: float) -> bool:
     return list(values) == sorted(set(values)) and all(0 < value < end for value in values)
 
 
+def _selectors(c: Config) -> list[str]:
+    """The labels of the methods that select experts themselves."""
+    return [e.label for e in c.balance if e.options.selects]
+
+
 # --- rules with several cases ---------------------------------------------------------------------------------
 
 
@@ -264,6 +269,24 @@ RULES: tuple[Callable[[Config], None], ...] = (
         when=lambda c: c.model.num_experts == 0,
     ),
     _check_balance_fits,
+    Rule(
+        "{anticipation.delay} chooses the experts of later steps, but {model.num_experts} has none",
+        "set anticipation.delay=0, or model.num_experts",
+        holds=lambda c: c.model.num_experts > 0,
+        when=lambda c: c.anticipation.delay > 0,
+    ),
+    Rule(
+        lambda c: f"{{anticipation.delay}} chooses experts ahead, but balance.{_selectors(c)[0]} selects them itself",
+        "set anticipation.delay=0, or another method",
+        holds=lambda c: not _selectors(c),
+        when=lambda c: c.anticipation.delay > 0,
+    ),
+    Rule(
+        "{anticipation.spike} switches on what {anticipation.delay} switches off",
+        "set anticipation.delay to 1 or more, or anticipation.spike=0",
+        holds=lambda c: c.anticipation.spike == 0,
+        when=lambda c: c.anticipation.delay == 0,
+    ),
     Rule(
         "{model.class_starts} must rise strictly between 0 and {model.vocab_size}",
         "write (), or the first token id of each further class",

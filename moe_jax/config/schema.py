@@ -116,6 +116,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class AnticipationConfig:
+    """Anticipatory routing: the experts of a step are chosen by the parameters of `delay` steps before; 0: off.
+
+    Always, or with `spike` > 0 for `hold` steps after a loss that is more than `spike` standard deviations above the
+    running mean of the last `window` losses. Source: DeepSeek-V4 (arXiv 2606.19348) section 4.2.3.
+    """
+
+    delay: int = number(0, 0)
+    spike: float = number(0.0, 0.0)
+    hold: int = number(100, 1)
+    window: int = number(100, 2)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
 
@@ -179,6 +193,7 @@ class Config:
     branch_from: str = choice("", "nothing")
     model: ModelConfig = section(ModelConfig, "model")
     balance: tuple[BalanceEntry, ...] = ()
+    anticipation: AnticipationConfig = section(AnticipationConfig, "numbers")
     optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
     data: DataConfig = section(DataConfig, "data")
     mesh: MeshConfig = section(MeshConfig, "speed")

@@ -43,6 +43,7 @@ class PerLayer(NamedTuple):
     state: the balancer's; the bias is read from the model.
     statistics: those of the whole optimizer step, if a loss reads them; None: those of this forward pass.
     earlier: those of the step's micro-batches before this one, if a loss reads the sum so far.
+    chosen: int16 [L, B S, K], experts that were chosen before this pass, -1 where this pass chooses; None: everywhere.
     offset: [L, B S, D], added to the layers' inputs: zeros, to differentiate by; None adds nothing.
     step: the optimizer step [L], the same for all layers, for `Details.next_ids`; None is 0.
     """
@@ -50,6 +51,7 @@ class PerLayer(NamedTuple):
     state: State
     statistics: Statistics | None = None
     earlier: Statistics | None = None
+    chosen: Array | None = None
     offset: Array | None = None
     step: Array | None = None
 

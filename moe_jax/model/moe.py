@@ -106,7 +106,7 @@ class MoE(nnx.Module):
             wide = wide * jax.random.uniform(jitter_key, wide.shape, jnp.float32, low, high)
         logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
         if balancer.select is None or (not fwd.train and balancer.inference == "top_k"):
-            return self._routing_by_bias(logits, state["bias"], tokens, fwd)
+            return self._routing_by_bias(logits, state["bias"], tokens, fwd, fwd.per_layer.chosen)
         return route(
             logits,
             RouterConfig.of(c),
@@ -118,18 +118,20 @@ class MoE(nnx.Module):
             train=fwd.train,
         )
 
-    def _routing_by_bias(self, logits: Array, bias: Array, tokens: Tokens, fwd: Pass) -> Routing:
-        """`route` by the k best biased scores, on every device for its own tokens."""
+    def _routing_by_bias(
+        self, logits: Array, bias: Array, tokens: Tokens, fwd: Pass, chosen: Array | None = None
+    ) -> Routing:
+        """`route` by the k best biased scores, except of `chosen` tokens, on every device for its own tokens."""
 
-        def on_shard(logits: Array, bias: Array, tokens: Tokens) -> Routing:
+        def on_shard(logits: Array, bias: Array, tokens: Tokens, chosen: Array | None) -> Routing:
             router = RouterConfig.of(self.config)
-            routing = route(logits, router, bias, tokens=tokens, combine=fwd.balancer.combine)
+            routing = route(logits, router, bias, tokens=tokens, combine=fwd.balancer.combine, chosen=chosen)
             return routing._replace(loads=routing.loads[None])  # [1, E], of this shard
 
         layout = specs(Routing.dims())
-        in_specs = layout.logits, layout.bias, layout.tokens
+        in_specs = layout.logits, layout.bias, layout.tokens, layout.expert_ids
         out_specs = layout._replace(loads=spec("shards"))
-        routing = per_shard(on_shard, fwd.mesh, in_specs, out_specs)(logits, bias, tokens)
+        routing = per_shard(on_shard, fwd.mesh, in_specs, out_specs)(logits, bias, tokens, chosen)
         return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
 
     def _state(self, fwd: Pass) -> State:

@@ -117,19 +117,15 @@ def compile_step(config: Config, mesh: "Mesh") -> Compiled:
     """
     import jax
 
-    from moe_jax.mesh import platform, replicated
-    from moe_jax.training.compile import abstract_batch, make_train_step
-    from moe_jax.training.state import abstract_state
+    from moe_jax.mesh import platform
+    from moe_jax.training.compile import abstract_arguments, make_train_step
 
     started = time.perf_counter()
     busy = time.process_time()
-    dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    key = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
     counted = dataclasses.replace(config.model, cpu_kernel="xla")  # a product in C++ would not be in the text
     config = dataclasses.replace(config, model=counted)
-    arguments = abstract_state(config, mesh), abstract_batch(config, mesh), key
     with gpu.default_device(mesh):
-        lowered = make_train_step(config, mesh).lower(*arguments)
+        lowered = make_train_step(config, mesh).lower(*abstract_arguments(config, mesh))
     try:
         compiled = lowered.compile(gpu.OPTIONS if platform(mesh) == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
@@ -181,4 +177,4 @@ def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
     def size(tree: Any) -> int:
         return sum(map(bytes_on_device, jax.tree.leaves(tree)))
 
-    return size(state.params), size(state.optimizer), size((state.bias, state.balance))
+    return size(state.params), size(state.optimizer), size((state.bias, state.balance, state.anticipation))

@@ -48,8 +48,9 @@ def _are_finite(leaves: list[jax.Array]) -> jax.Array:
 
 
 def fields_of(state: Any) -> dict[str, Any]:
-    """A state's fields by name, whether it is a NamedTuple or a mapping."""
-    return state._asdict() if hasattr(state, "_asdict") else dict(state)
+    """A state's fields by name, whether it is a NamedTuple or a mapping, without those that are None."""
+    fields = state._asdict() if hasattr(state, "_asdict") else dict(state)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def path_name(path: tuple[Any, ...]) -> str:

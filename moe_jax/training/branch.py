@@ -28,6 +28,7 @@ from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.runtime import checkpoint, manifest, processes
 from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.workdir import Identity, identity_of, read_run
+from moe_jax.training import anticipation
 from moe_jax.training.attempts import is_finished
 from moe_jax.training.state import TrainState, abstract_state, initial_layers, read_bias, state_shardings, write_bias
 
@@ -188,7 +189,7 @@ def _trunk(config: Config, extra: Mapping[str, Any]) -> Config:
             f"optimizer.moment_dtype={config.optimizer.moment_dtype!r} must be that of the moments in {key}; set "
             f"{there.optimizer.moment_dtype!r}."
         )
-    return replace(config, balance=there.balance, optimizer=there.optimizer)
+    return replace(config, balance=there.balance, optimizer=there.optimizer, anticipation=there.anticipation)
 
 
 # --- the balance ----------------------------------------------------------------------------------------------
@@ -198,10 +199,11 @@ def _with_own_balance(config: Config, there: Config, state: TrainState, mesh: Me
     """The trunk's state in the structure of the branch, with the bias and the balancer state of the branch.
 
     Clipping and decay surround the moments in the optimizer's state, but hold no arrays, so its leaves are the same.
+    Experts that the trunk chose ahead are not used, because a branch with another seed has other batches.
     """
     target = abstract_state(config)
     optimizer = jax.tree.unflatten(jax.tree.structure(target.optimizer), jax.tree.leaves(state.optimizer))
-    state = state._replace(optimizer=optimizer)
+    state = state._replace(optimizer=optimizer, anticipation=anticipation.initial(config, mesh))
     if config.balance == there.balance:
         return state
     places = state_shardings(config, mesh)

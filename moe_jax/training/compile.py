@@ -17,20 +17,31 @@ from moe_jax.data.batches import Batch
 from moe_jax.mesh import HOST_MEMORY, batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
 from moe_jax.training.losses import model_row_nats
-from moe_jax.training.state import TrainState, read_bias, state_shardings
+from moe_jax.training.state import TrainState, abstract_state, read_bias, state_shardings
 from moe_jax.training.step import train_step
 
-TrainStep = Any  # a jitted (TrainState, Batch, key) -> (TrainState, metrics)
+TrainStep = Any  # a jitted (TrainState, Batch, key[, Batch]) -> (TrainState, metrics)
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
-    """A jitted (state, batch, key) -> (state, metrics) that donates the state.
+    """A jitted (state, batch, key) -> (state, metrics) that donates the state; with `anticipation.delay` its last
+    argument is the batch of that many steps later.
 
     Configs that differ only in what no step reads, such as the seeds of an experiment, share one function and so one
     compilation. Metrics are arrays on the devices, whole on each; the caller decides when to fetch them. With a mesh
     the state is sharded by `state_shardings`, the batch by `batch_sharding`.
     """
     return _train_step(compiled_by(config), mesh)
+
+
+def abstract_arguments(config: Config, mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """Shapes and dtypes of the arguments of the train step, to lower it; with a mesh also their shardings."""
+    key: Any = jax.eval_shape(lambda: jax.random.key(0))
+    if mesh is not None:
+        key = jax.ShapeDtypeStruct((), key.dtype, sharding=replicated(mesh))
+    batch = abstract_batch(config, mesh)
+    later = (batch,) if config.anticipation.delay else ()
+    return abstract_state(config, mesh), batch, key, *later
 
 
 def make_eval_step(

@@ -20,6 +20,8 @@ from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, n
 from moe_jax.mesh import AnyMesh, parameter_spec, platform, replicated
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
+from moe_jax.training import anticipation
+from moe_jax.training.anticipation import Anticipation
 from moe_jax.training.optimizer import make_optimizer
 
 Entries = tuple[BalanceEntry, ...]
@@ -30,7 +32,7 @@ class TrainState(NamedTuple):
 
     step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or a result of the update
     was not finite. stuck: the number of skipped steps since the last finite one. bias: the RouterBias variables.
-    balance: [L, ...] by label.
+    balance: [L, ...] by label. anticipation: the experts that were chosen for later steps; None without.
     """
 
     step: Int32[Array, ""]
@@ -40,17 +42,20 @@ class TrainState(NamedTuple):
     optimizer: Tree
     bias: Tree
     balance: Tree
+    anticipation: Anticipation | None = None
 
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     """The state before step 0, drawn from `config.seed` under jit into its shards; the same values on any mesh."""
     key = jax.random.fold_in(jax.random.key(config.seed), INIT)
-    return _initializer(config.model, config.balance, config.optimizer, mesh)(key)
+    state = _initializer(config.model, config.balance, config.optimizer, mesh)(key)
+    return state._replace(anticipation=anticipation.initial(config, mesh))
 
 
 def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
     """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves; with a mesh also their shardings."""
     state = _abstract_state(config.model, config.balance, config.optimizer)
+    state = state._replace(anticipation=jax.eval_shape(lambda: anticipation.initial(config)))
     if mesh is None:
         return state
     return jax.tree.map(
@@ -60,7 +65,8 @@ def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
 
 def state_shardings(config: Config, mesh: AnyMesh) -> TrainState:
     """The sharding of every leaf: parameters by the table in `mesh`, moments like parameters, the rest replicated."""
-    return _state_shardings(config.model, config.balance, config.optimizer, mesh)
+    state = _state_shardings(config.model, config.balance, config.optimizer, mesh)
+    return state._replace(anticipation=anticipation.shardings(config, mesh))
 
 
 @functools.lru_cache(maxsize=16)
@@ -134,9 +140,10 @@ def _around(
 
 def state_around(config: Config, params: Tree, bias: Tree | None, mesh: Mesh | None = None) -> TrainState:
     """The state before step 0 with given parameters, donated, and biases; None for the balancer's initial biases."""
-    make = functools.partial(_around, config.model, config.balance, config.optimizer)
-    places = None if mesh is None else state_shardings(config, mesh)
-    return jax.jit(make, donate_argnums=0, out_shardings=places)(params, bias)
+    entries = config.model, config.balance, config.optimizer
+    places = None if mesh is None else _state_shardings(*entries, mesh)
+    state = jax.jit(functools.partial(_around, *entries), donate_argnums=0, out_shardings=places)(params, bias)
+    return state._replace(anticipation=anticipation.initial(config, mesh))
 
 
 def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int16, Int32, Key
 
 from moe_jax import balance
 from moe_jax.balance import measures
@@ -23,6 +23,7 @@ from moe_jax.mesh import constrain, is_sharded, replicated, specs, ways
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import AheadLoss, language_nats
+from moe_jax.training import anticipation
 from moe_jax.training.losses import model_row_nats, model_summed_nats
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
@@ -48,7 +49,12 @@ class StepSums(NamedTuple):
 
 
 def train_step(
-    config: Config, state: TrainState, batch: Batch, key: Key[Array, ""], mesh: Mesh | None = None
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    key: Key[Array, ""],
+    later: Batch | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step, as a pure function.
 
@@ -56,6 +62,7 @@ def train_step(
         state: after `state.step` steps.
         batch: `batch_at(state.step)`, leaves [B, ...].
         key: the run's base key; this step uses `fold_in(key, state.step)`.
+        later: `batch_at(state.step + anticipation.delay)`, whose experts this step chooses; only with a delay.
         mesh: of state and batch; None for one device.
 
     Returns:
@@ -63,7 +70,8 @@ def train_step(
         skipped and stuck advanced), and the step's metrics, with `loads` [L, E] and `bias` [L, E] for a model with
         experts.
     """
-    key = jax.random.fold_in(key, state.step)
+    run_key = key
+    key = jax.random.fold_in(run_key, state.step)
     sums, grads = accumulate(config, state, batch, key, mesh)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step)
@@ -81,7 +89,33 @@ def train_step(
         values |= {"mtp/loss": sums.ahead.nats / at_least_one(sums.ahead.tokens)}
     if sums.statistics is not None:
         values |= balance_metrics(config, sums, batch, state, after, mesh)
+    if later is not None:
+        after, more = _with_later_choices(config, state, after, values["loss"], later, run_key, mesh)
+        values |= more
     return after, values
+
+
+def _with_later_choices(
+    config: Config, state: TrainState, after: TrainState, loss: Array, later: Batch, key: Array, mesh: Mesh | None
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step with the experts of the batch `later`, and whether this step's were chosen before it."""
+    assert state.anticipation is not None  # a run with batches ahead has a delay
+
+    def choose() -> Array:
+        key_then = jax.random.fold_in(key, state.step + config.anticipation.delay)
+        return anticipation.choose(config, state, *micro_batches(config, later, key_then, mesh), mesh)
+
+    used = anticipation.due(state.anticipation, state.step) != anticipation.NOT_CHOSEN
+    moved = anticipation.advance(config.anticipation, state.anticipation, state.step, loss, choose)
+    return after._replace(anticipation=moved), {"moe/anticipated": used.any().astype(jnp.float32)}
+
+
+def micro_batches(
+    config: Config, batch: Batch, key: Key[Array, ""], mesh: Mesh | None
+) -> tuple[Batch, Key[Array, "micro"]]:
+    """A step's batch in micro-batches, leaves [N, B / N, ...], and the key of each; `key` is the step's."""
+    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
+    return micro, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
 
 
 def accumulate(
@@ -92,41 +126,57 @@ def accumulate(
     Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
     weighted by their micro-batch's share of these tokens. So N micro-batches give the gradient of one batch.
     """
-    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
+    micro = Micro(*micro_batches(config, batch, key, mesh), _chosen(config, state))
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     statistics = None
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
-        statistics = step_statistics(config, state, micro, keys, mesh)
+        statistics = step_statistics(config, state, micro, mesh)
     gradient = _micro_batch_gradient(config, state, statistics, num_tokens, mesh)
-    first: tuple[Batch, Array] = jax.tree.map(lambda a: a[0], (micro, keys))
+    first: Micro = jax.tree.map(lambda a: a[0], micro)
 
     if config.micro_batches == 1:  # without a scan, which would add all gradients to zeros
-        sums, grads = gradient(state.params, *first, None)
+        sums, grads = gradient(state.params, first, None)
         return sums, _sharded_as_parameters(config, jax.tree.map(lambda g: g.astype(_wide(g.dtype)), grads), mesh)
 
-    def add(totals: tuple[StepSums, Tree], one: tuple[Batch, Array]) -> tuple[tuple[StepSums, Tree], None]:
+    def add(totals: tuple[StepSums, Tree], one: Micro) -> tuple[tuple[StepSums, Tree], None]:
         earlier = None
         if balance.needs_running_statistics(config.balance):
             earlier = totals[0].statistics
-        sums, grads = jax.tree.map(lambda total, new: total + new, totals, gradient(state.params, *one, earlier))
+        sums, grads = jax.tree.map(lambda total, new: total + new, totals, gradient(state.params, one, earlier))
         return (sums, _sharded_as_parameters(config, grads, mesh)), None
 
-    sums, grads = jax.tree.map(_zeros_to_add_to, jax.eval_shape(gradient, state.params, *first, None))
-    return jax.lax.scan(add, (sums, _sharded_as_parameters(config, grads, mesh)), (micro, keys))[0]
+    sums, grads = jax.tree.map(_zeros_to_add_to, jax.eval_shape(gradient, state.params, first, None))
+    return jax.lax.scan(add, (sums, _sharded_as_parameters(config, grads, mesh)), micro)[0]
+
+
+class Micro(NamedTuple):
+    """One micro-batch, or all of a step with N in front: rows, key, and experts that were chosen before the step."""
+
+    batch: Batch
+    key: Key[Array, "*micro"]
+    chosen: Int16[Array, "*micro layers tokens top_k"] | None
+
+
+def _chosen(config: Config, state: TrainState) -> Int16[Array, "micro layers tokens top_k"] | None:
+    """The experts that were chosen for this step, by micro-batch; None without anticipation."""
+    if state.anticipation is None:
+        return None
+    ids = anticipation.due(state.anticipation, state.step)
+    return anticipation.by_micro_batch(ids, config.batch_size, config.micro_batches)
 
 
 def _micro_batch_gradient(
     config: Config, state: TrainState, statistics: balance.Statistics | None, num_tokens: Array, mesh: Mesh | None
-) -> Callable[[Tree, Batch, Array, balance.Statistics | None], tuple[StepSums, Tree]]:
-    """(params, micro-batch, its key, statistics of the earlier ones) -> its part of the step's sums, and its gradient.
+) -> Callable[[Tree, Micro, balance.Statistics | None], tuple[StepSums, Tree]]:
+    """(params, micro-batch, statistics of the earlier ones) -> its part of the step's sums, and its gradient.
 
     statistics: of the whole step if a loss reads them, else None. num_tokens: of the whole step.
     """
     balancer = balance.make(config.balance, config.model)
 
-    def objective(params: Tree, batch: Batch, key: Array, earlier: Any) -> tuple[Array, StepSums]:
-        per_layer = PerLayer(state.balance, statistics, earlier)
+    def objective(params: Tree, micro: Micro, earlier: Any) -> tuple[Array, StepSums]:
+        batch, key, chosen = micro
+        per_layer = PerLayer(state.balance, statistics, earlier, chosen)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
         nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
         total = language_nats(config, state.step, nats, ahead) / num_tokens
@@ -139,8 +189,8 @@ def _micro_batch_gradient(
 
     differentiate = jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once, not at every call
 
-    def gradient(params: Tree, batch: Batch, key: Array, earlier: Any) -> tuple[StepSums, Tree]:
-        grads, sums = differentiate(params, batch, key, earlier)
+    def gradient(params: Tree, micro: Micro, earlier: Any) -> tuple[StepSums, Tree]:
+        grads, sums = differentiate(params, micro, earlier)
         return sums, grads
 
     return gradient
@@ -153,24 +203,23 @@ def _sharded_as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tre
     return jax.lax.with_sharding_constraint(tree, state_shardings(config, mesh).params)
 
 
-def step_statistics(
-    config: Config, state: TrainState, micro: Batch, keys: Array, mesh: Mesh | None
-) -> balance.Statistics:
+def step_statistics(config: Config, state: TrainState, micro: Micro, mesh: Mesh | None) -> balance.Statistics:
     """The statistics [L, ...] of the whole step, by a forward-only pass before the pass with gradients."""
     balancer = balance.make(config.balance, config.model)
 
-    def observe(batch: Batch, key: Array) -> balance.Statistics:
-        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
+    def observe(one: Micro) -> balance.Statistics:
+        batch, key, chosen = one
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance, chosen=chosen), key, train=True, mesh=mesh)
         report = model_row_nats(config, state.params, state.bias, fwd, batch)[1]
         assert report is not None  # a config with a balancer has MoE layers
         return report.statistics
 
-    def body(totals: Tree, one: tuple) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, totals, observe(*one)), None
+    def body(totals: Tree, one: Micro) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, totals, observe(one)), None
 
-    one = jax.tree.map(lambda a: a[0], (micro, keys))
-    zeros = jax.tree.map(_zeros_to_add_to, jax.eval_shape(observe, *one))
-    return jax.lax.scan(body, zeros, (micro, keys))[0]
+    first = jax.tree.map(lambda a: a[0], micro)
+    zeros = jax.tree.map(_zeros_to_add_to, jax.eval_shape(observe, first))
+    return jax.lax.scan(body, zeros, micro)[0]
 
 
 ROUNDING = 2**31  # the stream of randomness of stochastic rounding, after those of micro-batches

@@ -10,8 +10,8 @@ from moe_jax.config import Config
 from moe_jax.mesh import abstract_mesh, axes_of, bytes_on_device
 from moe_jax.model.block import layout
 from moe_jax.model.cost import AHEAD, Part, parts
-from moe_jax.training.compile import abstract_batch, make_train_step
-from moe_jax.training.state import abstract_state, step_key
+from moe_jax.training.compile import abstract_arguments, make_train_step
+from moe_jax.training.state import abstract_state
 
 
 class Memory(NamedTuple):
@@ -74,8 +74,7 @@ def sharding_table(config: Config, num_devices: int) -> Table:
 
 def compiled_bytes(config: Config) -> tuple[int, int]:
     """(bytes of the arguments, bytes of temporaries) of the compiled train step, by XLA's own analysis."""
-    lowered = make_train_step(config).lower(abstract_state(config), abstract_batch(config), step_key(config))
-    compiled = lowered.compile()
+    compiled = make_train_step(config).lower(*abstract_arguments(config)).compile()
     analysis = compiled.memory_analysis()
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 

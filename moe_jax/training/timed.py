@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class TimedStep:
         self._context = context
         self._train_step = compile.make_train_step(context.config, context.mesh)
         self._key = step_key(context.config)
+        self._later: Sequence[Batch] = ()
         self._newest: Watched | None = None
         # XLA:CPU lets 32 programs of a device run ahead. A thread that waits for its turn may be the one that a
         # collective of an earlier program needs, and after 40 seconds XLA ends the process.
@@ -45,7 +46,7 @@ class TimedStep:
         self._newest = context.watchdog.watch("step", now.step)
         with context.ledger("compile" if compiles else "step"):
             with named(now.step):
-                state, values = self._train_step(now.state, now.batch, self._key)
+                state, values = self._train_step(now.state, now.batch, self._key, *self._later)
             self._newest.result = values["loss"]
             context.tokens.add(values["tokens"])
             if self._waits:
@@ -55,9 +56,10 @@ class TimedStep:
                 context.ledger.restart()
         return state, values
 
-    def expect(self) -> None:
-        """To be called when the batch of the next step has arrived."""
+    def expect(self, later: Sequence[Batch]) -> None:
+        """To be called when the batches of the next step have arrived; `later` are those after its own."""
         self._arrived = time.perf_counter()
+        self._later = later
 
     def kind_of_wait(self) -> str:
         """The ledger's kind for a wait that ends now: "step" if the devices still work on the newest step, or "data".
@@ -82,9 +84,11 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
 
     whole = compile.abstract_batch(config, context.mesh)
 
-    def load(step: int) -> Batch:
-        rows = functools.partial(batch_at, step)
-        return processes.from_rows(rows, whole)
+    delay = config.anticipation.delay
+
+    def load(step: int) -> list[Batch]:
+        steps = (step, step + delay) if delay else (step,)
+        return [processes.from_rows(functools.partial(batch_at, n), whole) for n in steps]
 
     batches = prefetched(load, first, last)
     while True:
@@ -92,5 +96,6 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
             numbered = next(batches, None)
         if numbered is None:
             return
-        train_step.expect()
-        yield numbered
+        step, (batch, *later) = numbered
+        train_step.expect(later)
+        yield step, batch

@@ -83,6 +83,13 @@ BAD = [
     (dict(model=dict(EXPERTS, top_k=1)), "model.normalize_gates=True", "set model.normalize_gates=False"),
     (dict(model=dict(num_experts=8, top_k=3, random_second=True)), "model.random_second=True", "set top_k=2"),
     (dict(model=dict(EXPERTS, router_jitter=1.0)), "model.router_jitter=1.0", "lower it"),
+    (dict(anticipation=dict(delay=1)), "model.num_experts=0", "set anticipation.delay=0"),
+    (dict(model=EXPERTS, anticipation=dict(spike=3.0)), "anticipation.spike=3.0", "anticipation.delay to 1"),
+    (
+        dict(model=EXPERTS, anticipation=dict(delay=2), balance=dict(random={})),
+        "anticipation.delay=2",
+        "set anticipation.delay=0",
+    ),
     (dict(model=dict(EXPERTS, capacity_factor=0.0)), "model.capacity_factor=0.0", "raise it"),
     (dict(model=dict(EXPERTS, score="relu")), "model.score='relu'", "sigmoid"),
     (dict(model=dict(remat_keep=("rows",))), "model.remat_keep=('rows',)", "set model.remat='names'"),
