@@ -110,11 +110,11 @@ def test_gates_are_the_present_scores_of_the_experts_chosen_before():
 
 
 def test_micro_batches_and_a_mesh_change_nothing():
-    states, values = trained(config_of(mesh=(1, 2, 1, 2), sequence=2, micro_batches=2), DELAY + 1)
+    states, values = trained(config_of(mesh=(1, 2, 2, 1), sequence=2, micro_batches=2), DELAY + 1)
     before, want = plain()
     ids = states[1].anticipation.ids
     np.testing.assert_array_equal(ids, before[1].anticipation.ids)
-    assert ids.sharding.shard_shape(ids.shape)[2] * 4 == ids.shape[2]  # split like the tokens
+    assert ids.sharding.shard_shape(ids.shape)[2] * 8 == ids.shape[2]  # split like the tokens
     for one, other in zip(values, want, strict=False):
         np.testing.assert_array_equal(one["loads"], other["loads"])
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=0, atol=1e-5)
