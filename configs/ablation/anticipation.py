@@ -1,6 +1,6 @@
 """Does balancing survive anticipatory routing? Three methods, each with experts chosen 0, 1, 4 and 16 steps before.
 
-Source: DeepSeek-V4 (arXiv 2606.19348) section 4.2.3, which uses it after spikes of the loss only. No published comparison.
+Source: DeepSeek-V4 (arXiv 2606.19348) section 4.2.3, which uses it after spikes of the loss. No published comparison.
 Command: python -m experiments.ablate --config=configs/ablation/anticipation.py --workdir=runs/anticipation
 Result: not run yet.
 """

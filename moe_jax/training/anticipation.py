@@ -12,7 +12,7 @@ project's choice.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,9 @@ from moe_jax import balance
 from moe_jax.config import AnticipationConfig, Config, num_moe_layers
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import AnyMesh, constrain, replicated, spec
+from moe_jax.model.abstract import Tree
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.training.losses import model_row_nats
-
-if TYPE_CHECKING:
-    from moe_jax.training.state import TrainState
 
 NOT_CHOSEN = -1  # the step that uses it chooses by its own parameters
 DIMS = ("layers", "tokens")  # of the choices of one step; the slots of several are stacked in front
@@ -75,7 +73,9 @@ def shardings(config: Config, mesh: AnyMesh) -> Anticipation | None:
     """The choices are split like the tokens; None as in `initial`."""
     if not config.anticipation.delay:
         return None
-    return Anticipation(NamedSharding(mesh, spec("whole", *DIMS)), LossWatch(*[replicated(mesh)] * 4))
+    whole: Any = replicated(mesh)
+    by_token: Any = NamedSharding(mesh, spec("whole", *DIMS))
+    return Anticipation(by_token, LossWatch(whole, whole, whole, whole))
 
 
 def due(state: Anticipation, step: Int32[Array, ""]) -> Int16[Array, "layers tokens top_k"]:
@@ -100,19 +100,20 @@ def _of_step(ids: Int16[Array, "micro layers tokens top_k"], batch_size: int) ->
 
 
 def choose(
-    config: Config, state: "TrainState", micro: Batch, keys: Key[Array, "micro"], mesh: Mesh | None
+    config: Config, params: Tree, bias: Tree, layers: Tree, micro: Batch, keys: Key[Array, "micro"], mesh: Mesh | None
 ) -> Int16[Array, "layers tokens top_k"]:
-    """The experts of a batch under the state's parameters and bias, by a forward pass without gradient.
+    """The experts of a batch by a forward pass without gradient.
 
     Args:
+        params, bias, layers: parameters, biases and balancer state (`TrainState.balance`) that choose.
         micro: the batch in micro-batches, leaves [N, B / N, ...], so that the pass needs no more memory than a step's.
         keys: of the step that will use the choices, so that router jitter is that of its own pass.
     """
     balancer = balance.make(config.balance, config.model)
 
     def one(batch: Batch, key: Array) -> Int16[Array, "layers tokens top_k"]:
-        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
-        report = model_row_nats(config, state.params, state.bias, fwd, batch)[1]
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(layers), key, train=True, mesh=mesh)
+        report = model_row_nats(config, params, bias, fwd, batch)[1]
         assert report is not None  # a config with anticipation has MoE layers
         return report.details.routing.expert_ids.astype(jnp.int16)
 

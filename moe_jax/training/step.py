@@ -103,7 +103,8 @@ def _with_later_choices(
 
     def choose() -> Array:
         key_then = jax.random.fold_in(key, state.step + config.anticipation.delay)
-        return anticipation.choose(config, state, *micro_batches(config, later, key_then, mesh), mesh)
+        micro, keys = micro_batches(config, later, key_then, mesh)
+        return anticipation.choose(config, state.params, state.bias, state.balance, micro, keys, mesh)
 
     used = anticipation.due(state.anticipation, state.step) != anticipation.NOT_CHOSEN
     moved = anticipation.advance(config.anticipation, state.anticipation, state.step, loss, choose)
