@@ -378,7 +378,8 @@ def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh
         sums, grads = accumulate(config, state, batch, key, mesh)
         rate = learning_rate(config.optimizer, config.num_steps)(state.step)
         moved = advance(config, state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING))
-        found = sums.total_loss, grads, optax.tree.norm(grads), *moved[TrainState._fields.index("params") :]
+        after = moved.params, moved.optimizer, moved.bias, moved.balance
+        found = sums.total_loss, grads, optax.tree.norm(grads), *after
         return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), found)
 
     key = jax.random.fold_in(step_key(config), state.step)
