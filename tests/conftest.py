@@ -66,9 +66,9 @@ def tiny_config(**overrides) -> Config:
     return validate(default(**(settings | overrides), model=model))
 
 
-def mesh_sizes(sizes: tuple[int, int, int, int]) -> dict[str, int]:
-    """The mesh of a config from (replica, data, expert, tensor); it cuts no sequence."""
-    return dict(zip(("replica", "data", "expert", "tensor"), sizes, strict=True))
+def mesh_sizes(sizes: tuple[int, ...]) -> dict[str, int]:
+    """The mesh of a config from (replica, data, expert, tensor), and sequence if it is cut."""
+    return dict(zip(("replica", "data", "expert", "tensor", "sequence")[: max(4, len(sizes))], sizes, strict=True))
 
 
 def assert_same_bits(a, b) -> None:

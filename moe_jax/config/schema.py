@@ -84,7 +84,7 @@ class ModelConfig:
     dispatch: str = choice("auto", "speed", among=DISPATCHERS)  # how copies reach their experts
     cpu_kernel: Literal["auto", "native", "xla"] = choice("auto", "speed")  # kernels of CPUs: in C++, or XLA
     quantization: Literal["none", "int8", "fp8"] = "none"  # the routed experts' products, forward and backward
-    # over the balanced load: of an expert ("capacity", which drops the rest), or of a round ("rounds", "ragged")
+    # over the balanced load: of an expert ("capacity", which drops the rest), or of a round
     capacity_factor: float = number(1.25, 0.01, changes="speed")
     # Zero-computation experts (LongCat-Flash): ids num_experts and up, which return gate x their input
     num_zero_experts: int = number(0, 0)

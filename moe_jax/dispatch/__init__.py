@@ -1,6 +1,6 @@
 """Dispatch: send every token copy to its expert, and combine what comes back, weighted by the gates."""
 
-from moe_jax.dispatch import capacity, dense, local, ragged, rounds
+from moe_jax.dispatch import capacity, dense, gathered, local, ragged, rounds
 from moe_jax.dispatch.apply import apply_experts
 from moe_jax.dispatch.experts import ExpertWeights, Multiply, dense_swiglu, kernel_note, swiglu
 from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, Traffic, Work, register
@@ -15,6 +15,7 @@ __all__ = [
     "capacity",
     "dense",
     "dense_swiglu",
+    "gathered",
     "kernel_note",
     "local",
     "ragged",

@@ -51,7 +51,8 @@ def apply_experts(
         mesh: the devices that the arrays are split over; None for one device.
         dispatcher: the name of one, a key of `DISPATCH_FUNCTIONS`.
         num_sequences: B, for dispatchers whose groups are sequences.
-        capacity_factor: room over the balanced load, of an expert ("capacity") or of a round ("rounds", "ragged").
+        capacity_factor: room over the balanced load, of an expert ("capacity") or of a round (all that have
+            rounds).
         cpu_kernel: how CPUs multiply, see `native.chosen`.
         quantization: "none", or the format of all products with weights, see `quantize`.
 

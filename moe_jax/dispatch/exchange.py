@@ -5,7 +5,6 @@ The dispatchers that use it, `rounds` and `ragged`, differ in the transport that
 T tokens, K slots, N = T K copies, E experts, D embed, X devices on the mesh's expert axis.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int32
 
-from moe_jax.dispatch.experts import ExpertWeights, Multiply
+from moe_jax.dispatch.experts import Multiply
 from moe_jax.dispatch.local import local
+from moe_jax.dispatch.repeated import Inputs, Repeated, sum_of_rounds
 from moe_jax.dispatch.sorting import sorting_of, sum_before, take
 from moe_jax.dispatch.work import Traffic, Work
 from moe_jax.kernels.grouped import rows_multiplied
@@ -59,50 +59,38 @@ class Round(NamedTuple):
     send_back: Callable[[Array], Array]
 
 
-# how many rounds could be needed, how many are needed, and the function that makes a round from its number
-Rounds = tuple[int, Array, Callable[[Array | int], Round]]
+# how many rounds are needed, and the function that makes a round from its number
+Rounds = tuple[Array, Callable[[Array | int], Round]]
 # (this device's copies, capacity factor, X) -> its rounds
 Transport = Callable[[Copies, float, int], Rounds]
-
-
-class _Exchange(NamedTuple):
-    """How copies travel: by which transport, with how much room, between how many devices, multiplied how."""
-
-    transport: Transport
-    capacity_factor: float
-    devices: int
-    multiply: Multiply
-
-    def plan(self, copies: Copies) -> Rounds:
-        """The rounds of these copies."""
-        return self.transport(copies, self.capacity_factor, self.devices)
 
 
 def in_rounds(work: Work, transport: Transport) -> tuple[Array, Traffic]:
     """Dropless expert parallelism in bounded memory: copies that do not fit into a round wait for the next.
 
-    All devices of the mesh run as many rounds as the busiest one needs, because a device that stopped early would leave
-    the others waiting in a collective. The first round is unconditional, so that a balanced step has no branch and
-    shared experts may be computed meanwhile; the other rounds run only if some device needs them.
+    All devices of the mesh run as many rounds as the busiest one needs.
     """
     if not is_sharded(work.mesh):
         return local(work)  # a single device exchanges nothing
-    x, gates, weights = work.x, work.gates, work.weights
-    exchange = _Exchange(transport, work.capacity_factor, work.devices, work.multiply)
-    copies = _sort_copies(work.expert_ids, work.num_experts, work.devices)
-    _, needed, make = exchange.plan(copies)
-    first = _one_round(make(0), x, gates, weights, exchange.multiply)
-    y, rows = _add(first, _further_rounds(exchange, x, gates, weights, copies))
+    capacity_factor, devices, multiply = work.capacity_factor, work.devices, work.multiply
+
+    def plan(copies: Copies) -> Repeated:
+        needed, make = transport(copies, capacity_factor, devices)
+        return Repeated(needed, lambda number, inputs: _one_round(make(number), inputs, multiply))
+
+    copies = _sort_copies(work.expert_ids, work.num_experts, devices)
+    y, needed, rows = sum_of_rounds(plan, Inputs(work.x, work.gates, work.weights), copies)
     return y, Traffic.of(rounds=needed, rows=rows, visits=work.visits())
 
 
-def _one_round(now: Round, x: Array, gates: Array, weights: ExpertWeights, multiply: Multiply) -> tuple[Array, Array]:
+def _one_round(now: Round, inputs: Inputs, multiply: Multiply) -> tuple[Array, Array]:
     """What the round's copies add to the output, float32 [T, D], and how many rows were multiplied.
 
     Gates travel with their copies, and outputs are weighted before they are sent back, so that the backward pass need
     not repeat the exchange that sends them back. What has arrived is named for `model.remat_keep`, so that it need not
     repeat the other one either.
     """
+    x, gates, weights = inputs
     with jax.named_scope("dispatch"):
         incoming = checkpoint_name(now.send(take(x, now.token, now.slot)), "rows")
         share = checkpoint_name(now.send(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1))), "rows")
@@ -111,63 +99,6 @@ def _one_round(now: Round, x: Array, gates: Array, weights: ExpertWeights, multi
     with jax.named_scope("combine"):
         returned = now.send_back(outputs.astype(x.dtype))
         return take(returned, now.slot, now.token).astype(jnp.float32), rows
-
-
-def _sum_of_further_rounds(
-    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
-) -> tuple[Array, Array]:
-    """What all rounds after the first add to the output, float32 [T, D], and how many rows they multiplied."""
-    possible, needed, make = exchange.plan(copies)
-
-    def nothing(_: Array) -> tuple[Array, Array]:
-        return jnp.zeros_like(x, jnp.float32), jnp.zeros_like(copies.sent, shape=())
-
-    def one(number: Array) -> tuple[Array, Array]:
-        # the sum stays outside the checkpoint; inside, the backward pass would keep it for every possible round
-        run = jax.checkpoint(lambda n: _one_round(make(n), x, gates, weights, exchange.multiply))
-        return lax.cond(number < needed, run, nothing, number)
-
-    def every_round(numbers: Array) -> tuple[Array, Array]:
-        return lax.scan(lambda sofar, n: (_add(sofar, jax.checkpoint(one)(n)), None), nothing(numbers), numbers)[0]
-
-    numbers = jnp.arange(1, possible, dtype=jnp.int32)
-    if possible == 1:
-        return nothing(numbers)
-    return lax.cond(needed > 1, every_round, nothing, numbers)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further_rounds(
-    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
-) -> tuple[Array, Array]:
-    """`_sum_of_further_rounds` without residuals: the backward pass repeats the rounds.
-
-    It does so whatever rematerialisation the layer uses, because memory must not grow with the number of rounds that
-    could be needed.
-    """
-    return _sum_of_further_rounds(exchange, x, gates, weights, copies)
-
-
-def _keep_inputs(
-    exchange: _Exchange, x: Array, gates: Array, weights: ExpertWeights, copies: Copies
-) -> tuple[tuple[Array, Array], tuple]:
-    return _sum_of_further_rounds(exchange, x, gates, weights, copies), (x, gates, weights, copies)
-
-
-def _repeat_rounds(exchange: _Exchange, kept: tuple, d: tuple) -> tuple[Array, Array, ExpertWeights, None]:
-    *inputs, copies = kept
-
-    def again(x: Array, gates: Array, weights: ExpertWeights) -> tuple[Array, Array]:
-        return _sum_of_further_rounds(exchange, x, gates, weights, copies)
-
-    return *jax.vjp(again, *inputs)[1](d), None
-
-
-_further_rounds.defvjp(_keep_inputs, _repeat_rounds)
-
-
-def _add(a: tuple, b: tuple) -> tuple:
-    return jax.tree.map(jnp.add, a, b)
 
 
 def _sort_copies(expert_ids: Array, num_experts: int, devices: int) -> Copies:

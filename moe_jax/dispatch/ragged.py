@@ -61,4 +61,4 @@ def exact(copies: Copies, capacity_factor: float, devices: int) -> Rounds:
         # the outgoing buffer also holds the copies of other rounds, which are not shipped and come back as 0
         return Round(copies.token, copies.copy, copies.place, expert, send, send_back)
 
-    return math.ceil(devices * num_copies / capacity), needed, make
+    return needed, make

@@ -51,4 +51,4 @@ def padded(copies: Copies, capacity_factor: float, devices: int) -> Rounds:
 
         return Round(token, copy, slot, expert, exchange, exchange)
 
-    return math.ceil(num_copies / capacity), needed, make
+    return needed, make

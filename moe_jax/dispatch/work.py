@@ -76,7 +76,7 @@ class Traffic(NamedTuple):
     from which the train step logs `moe/dropped`, `moe/rounds`, `moe/padding` and `moe/devices_per_token`.
 
     dropped: token copies that no expert processed.
-    rounds: exchanges that were needed, 1 when balanced.
+    rounds: rounds that were needed, of exchanges or of a device's own copies; 1 when balanced.
     rows: rows multiplied, padding included.
     visits: the number of devices that a token's copies went to, summed over tokens.
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers
 from moe_jax.config.schema import Kept
-from moe_jax.planning.ranking import kept_names, rows_of_round, tokens_of_device
+from moe_jax.planning.ranking import kept_names, rows_of_round, rows_that_arrive, tokens_of_device
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -51,7 +51,8 @@ def fitting(sizes: Mapping[Kept, int], room: int) -> list[Kept]:
 def bytes_by_name(config: Config, mesh: "Mesh") -> dict[Kept, int]:
     """Bytes of a chip in which all layers keep the tensors of each name, for one micro-batch.
 
-    Those of attention are its result and the logarithms of its softmax; a gate travels with every row.
+    Those of attention are its result and the logarithms of its softmax. A row travels with its gate, a gathered token
+    with the gates and ids of all its experts.
     """
     from moe_jax.dispatch.experts import DIMS
     from moe_jax.mesh import ways
@@ -63,11 +64,11 @@ def bytes_by_name(config: Config, mesh: "Mesh") -> dict[Kept, int]:
     heads = m.num_heads // ways(mesh, "all_heads")
     head = m.v_head_dim if m.attention == "mla" else m.head_dim
     moe_layers = num_moe_layers(m) if DISPATCHERS[m.dispatch].dropless else 0
-    incoming = rows_of_round(config, mesh)
-    multiplied = 0 if DISPATCHERS[m.dispatch].is_oracle else incoming or tokens * m.top_k
+    multiplied = 0 if DISPATCHERS[m.dispatch].is_oracle else rows_of_round(config, mesh) or tokens * m.top_k
+    numbers = 2 * m.top_k if DISPATCHERS[m.dispatch].gathers_tokens else 1
     ffw = m.expert_ffw_dim // ways(mesh, "ffw", DIMS["gate"])
     return {
-        "rows": moe_layers * incoming * (m.embed_dim * number + FLOAT32),
+        "rows": moe_layers * rows_that_arrive(config, mesh) * (m.embed_dim * number + numbers * FLOAT32),
         "attention": layers * tokens * heads * (head * number + FLOAT32),
         "residual": layers * tokens * m.embed_dim * number,
         "hidden": moe_layers * multiplied * 2 * ffw * number,

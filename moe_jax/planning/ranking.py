@@ -37,7 +37,7 @@ class Prediction(NamedTuple):
 def predict(config: Config, mesh: "Mesh", topology: Topology) -> Prediction:
     """The time of a step of a resolved config on a mesh of chips.
 
-    Assumes balanced routing, dispatch by `rounds`, weights in bfloat16 that every layer gathers for its forward and
+    Assumes balanced routing, dispatch by `rounds` or `gathered`, weights in bfloat16 that every layer gathers for its forward and
     its backward pass, and gradients that are scattered once. It does not count attention's exchanges over `tensor`,
     forward passes that only count loads, or exchanges of less than a weight.
     """
@@ -80,7 +80,7 @@ def tokens_of_device(config: Config, mesh: "Mesh") -> int:
 
 
 def rows_of_round(config: Config, mesh: "Mesh") -> int:
-    """Rows that a device gets in the first round of a layer, filled or not; 0 where it has all experts."""
+    """Rows that a device multiplies in the first round of a layer, filled or not; 0 where it has all experts."""
     from moe_jax.mesh import ways
 
     m = config.model
@@ -91,23 +91,35 @@ def rows_of_round(config: Config, mesh: "Mesh") -> int:
     return devices * min(copies, math.ceil(m.capacity_factor * copies / devices))
 
 
+def rows_that_arrive(config: Config, mesh: "Mesh") -> int:
+    """Rows of D numbers that a device gets before the first round: those it multiplies, or all tokens of its group."""
+    from moe_jax.mesh import ways
+
+    rows = rows_of_round(config, mesh)
+    gathers = rows and DISPATCHERS[config.model.dispatch].gathers_tokens
+    return ways(mesh, "experts") * tokens_of_device(config, mesh) if gathers else rows
+
+
 def kept_names(m: ModelConfig) -> tuple[Kept, ...]:
     """The names that a layer keeps for its backward pass."""
     return m.remat_keep if m.remat == "names" else ()
 
 
 def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
-    """What MoE layers send to experts: T K rows of D numbers, with the room of a round.
+    """What MoE layers send to experts: T K rows of D numbers with the room of a round, or T rows to every device.
 
     There and back, and both gradients; there again in the backward pass, unless what arrived is kept.
     """
     from moe_jax.mesh import axes
 
     m = config.model
-    if rows := rows_of_round(config, mesh):
+    if rows := rows_that_arrive(config, mesh):
         (axis,) = axes("experts")
-        exchanges = 4 if m.remat == "none" or "rows" in kept_names(m) else 5
-        yield _collective("all-to-all", rows * m.embed_dim * NARROW, axis, mesh), exchanges * num_moe_layers(m)
+        again = 0 if m.remat == "none" or "rows" in kept_names(m) else 1
+        gathers = DISPATCHERS[m.dispatch].gathers_tokens
+        times = {"all-gather": 2 + again, "reduce-scatter": 2} if gathers else {"all-to-all": 4 + again}
+        for kind, n in times.items():
+            yield _collective(kind, rows * m.embed_dim * NARROW, axis, mesh), n * num_moe_layers(m)
 
 
 class _Weight(NamedTuple):

@@ -134,7 +134,7 @@ def test_every_dispatcher_has_a_row_of_facts_and_a_function():
 
 
 def test_auto_and_every_exchange_are_local_on_one_device():
-    exchanges = ("auto", "rounds", "ragged")
+    exchanges = ("auto", "rounds", "ragged", "gathered")
     local, *others = (applied(dispatcher, SHAPES["padded tokens"]) for dispatcher in ("local", *exchanges))
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, local, other)

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from conftest import mesh_sizes
 from moe_jax.config import DISPATCHERS, MeshConfig, default, validate
-from moe_jax.dispatch import ExpertWeights, apply_experts, rounds
+from moe_jax.dispatch import ExpertWeights, apply_experts, exchange, gathered
+from moe_jax.dispatch.repeated import sum_of_rounds
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.routing import RouterConfig, Routing, count, route
@@ -30,6 +31,7 @@ CASES = [
 # the default of expert parallelism is tested on more meshes
 CASES += [("rounds", sizes, kernel) for sizes in ((1, 1, 8, 1), (1, 2, 2, 2)) for kernel in ("xla", "native")]
 CASES += [("rounds", (1, 2, 4, 1), "native"), ("rounds", (2, 1, 2, 2), "xla")]
+CASES += [("gathered", (1, 1, 4, 1, 2), "xla")]  # a device's tokens are not next to those of its group
 
 
 def array(seed: int, *shape: int) -> np.ndarray:
@@ -201,10 +203,35 @@ def test_ragged_rounds_are_those_of_the_busiest_receiver():
     assert applied("rounds", (1, 2, 4, 1), ids)[1].rounds == 4
 
 
-def test_visits_count_the_devices_of_a_token_once():
+def test_gathered_rounds_are_those_of_the_busiest_device():
+    # a device has room for 1.25 x 16 = 20 of the 64 copies of its group of 4
+    balanced = (np.arange(TOKENS * SLOTS) % EXPERTS).reshape(TOKENS, SLOTS)
+    for ids, needed in ((ROUTINGS["collapsed"](), 4), (balanced, 1), (ROUTINGS["nothing"](), 0)):
+        assert applied("gathered", (1, 2, 4, 1), ids)[1].rounds == needed
+    # 21 copies for the experts 6 and 7 of the first group, none for others: a second round for one copy
+    ids = np.full((TOKENS, SLOTS), EMPTY)
+    ids[:10], ids[31, 1] = [6, 7], 6
+    assert applied("gathered", (1, 2, 4, 1), ids)[1].rounds == 2
+    ids[31] = EMPTY
+    assert applied("gathered", (1, 2, 4, 1), ids)[1].rounds == 1
+
+
+def test_gathered_rows_are_padded_in_each_round_that_a_device_runs():
+    # one expert's 64 copies in each group: four rounds of at most 20, each padded to a tile of 128
+    options = dict(cpu_kernel="xla")
+    assert applied("gathered", (1, 2, 4, 1), ROUTINGS["collapsed"](), **options)[1].rows == 2 * 4 * 128
+    # the other group sends 32 copies to each of experts 0 and 1: 64 to one device, of four rounds each. In the order
+    # of tokens a round has rows of both.
+    ids = ROUTINGS["collapsed"]()
+    ids[: TOKENS // 2] = [0, 1]
+    assert applied("gathered", (1, 2, 4, 1), ids, **options)[1].rows == 4 * 2 * 128 + 4 * 128
+
+
+@pytest.mark.parametrize("dispatcher", ["rounds", "gathered"])
+def test_visits_count_the_devices_of_a_token_once(dispatcher):
     ids = np.full((TOKENS, SLOTS), EMPTY)
     ids[0], ids[1], ids[2] = [0, 1], [0, 7], [3, EMPTY]  # on 4 devices of 2 experts: one, two, one
-    assert applied("rounds", (1, 2, 4, 1), ids)[1].visits == 4
+    assert applied(dispatcher, (1, 2, 4, 1), ids)[1].visits == 4
 
 
 def test_capacity_drops_the_same_copies_on_any_mesh():
@@ -221,19 +248,8 @@ def test_capacity_drops_the_same_copies_on_any_mesh():
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-PADDED = rounds.padded
-
-
-def temporary_bytes(monkeypatch, possible_rounds) -> int:
-    """Temporary memory of a layer, forward and backward on 8 devices, whose program has this many possible rounds."""
-    found = []
-
-    def padded(*args):
-        possible, needed, make = PADDED(*args)
-        found.append(possible)
-        return possible_rounds, needed, make
-
-    monkeypatch.setattr(rounds, "padded", padded)
+def temporary_bytes(dispatcher, capacity_factor=1.25) -> int:
+    """Temporary memory of a layer, forward and backward on 8 devices."""
     mesh = mesh_of((1, 1, 8, 1))
     tokens, embed, ffw = 2048, 64, 64
     rows, experts = batch_sharding(mesh), NamedSharding(mesh, P("expert"))
@@ -242,16 +258,30 @@ def temporary_bytes(monkeypatch, possible_rounds) -> int:
     ids = jax.ShapeDtypeStruct((tokens, SLOTS), jnp.int32, sharding=rows)
     shapes = [(EXPERTS, embed, ffw)] * 2 + [(EXPERTS, ffw, embed)]
     weights = ExpertWeights(*(jax.ShapeDtypeStruct(s, jnp.float32, sharding=experts) for s in shapes))
+    options = dict(mesh=mesh, dispatcher=dispatcher, capacity_factor=capacity_factor)
 
     def run(x, gates, weights, ids):
-        return (apply_experts(x, routing_of(ids, gates), weights, mesh=mesh, dispatcher="rounds")[0] ** 2).sum()
+        return (apply_experts(x, routing_of(ids, gates), weights, **options)[0] ** 2).sum()
 
     step = jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(x, gates, weights, ids).compile()
-    assert set(found) == {7}  # 512 copies at 80 a round
     return step.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_at_most_that_of_two_rounds_and_does_not_grow_with_the_possible_ones(monkeypatch):
-    one, usual, four_times = (temporary_bytes(monkeypatch, n) for n in (1, 7, 28))
-    assert usual <= 2 * one
-    assert four_times <= 1.01 * usual
+def of_one_round(monkeypatch, dispatcher) -> int:
+    """The same, if no further round could be needed."""
+
+    def first(plan, *others):
+        return sum_of_rounds(lambda copies: plan(copies)._replace(needed=jnp.int32(1)), *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr({"rounds": exchange, "gathered": gathered}[dispatcher], "sum_of_rounds", first)
+        return temporary_bytes(dispatcher)
+
+
+@pytest.mark.parametrize("dispatcher", ["rounds", "gathered"])
+def test_memory_is_at_most_that_of_two_rounds_and_does_not_grow_with_the_possible_ones(monkeypatch, dispatcher):
+    # a device has 512 copies at 80 a round, or those of 8 devices at 640: 7 rounds are possible, or 28 at a quarter
+    usual = temporary_bytes(dispatcher)
+    print(dispatcher, usual, of_one_round(monkeypatch, dispatcher), temporary_bytes(dispatcher, 1.25 / 4))
+    assert usual <= 2 * of_one_round(monkeypatch, dispatcher)
+    assert temporary_bytes(dispatcher, capacity_factor=1.25 / 4) <= usual

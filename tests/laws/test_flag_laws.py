@@ -73,6 +73,7 @@ DISPATCHES = {
     "dense": dict(dispatcher="dense"),
     "capacity": dict(dispatcher="capacity", num_sequences=2),
     "rounds": dict(dispatcher="rounds", sizes=(1, 2, 2, 1)),
+    "gathered": dict(dispatcher="gathered", sizes=(1, 2, 2, 1)),
 }
 
 

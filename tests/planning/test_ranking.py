@@ -76,6 +76,20 @@ def test_rows_that_are_kept_are_not_exchanged_again():
     assert with_names("hidden").compute < full.compute
 
 
+@pytest.mark.parametrize(("remat", "gathers"), [("none", 2), ("names", 2), ("full", 3)])
+def test_gathered_tokens_are_predicted_by_the_group(remat, gathers):
+    config, mesh, *_ = recorded(next(file for file in FILES if file.stem == "qwen3_expert_8"))
+    model = dataclasses.replace(config.model, dispatch="gathered", remat=remat)
+    # a device has 1/256 of the batch's tokens, and its group of 8 all of theirs, of 2048 numbers of two bytes
+    group = 8 * config.batch_size * config.sequence_length // config.micro_batches // 256 * 2048 * 2
+    by_kind = {
+        c.kind: (c.bytes, n // config.micro_batches)
+        for c, n in ranking.expected(dataclasses.replace(config, model=model), mesh).items()
+        if c.bytes == group
+    }
+    assert by_kind == {"all-gather": (group, gathers * 48), "reduce-scatter": (group, 2 * 48)}
+
+
 def test_there_are_compilations_of_several_meshes():
     assert len({(known["topology"], known["expert"]) for known in (json.loads(f.read_text()) for f in FILES)}) >= 3
 
