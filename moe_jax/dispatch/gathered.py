@@ -80,9 +80,7 @@ def _own_copies(expert_ids: Array, local_experts: int) -> Own:
     return Own(mine.sum(dtype=jnp.int32), jnp.where(mine, expert, local_experts), place.reshape(mine.shape), copy)
 
 
-def _one_round(
-    own: Own, first: Array | int, capacity: int, inputs: Inputs, multiply: Multiply
-) -> tuple[Array, Array]:
+def _one_round(own: Own, first: Array | int, capacity: int, inputs: Inputs, multiply: Multiply) -> tuple[Array, Array]:
     """What the copies of `capacity` places from `first` on add to the output of the group, and the rows multiplied."""
     x, gates, weights = inputs
     local_experts, slots = weights.gate.shape[0], own.expert.shape[1]

@@ -45,9 +45,9 @@ def sum_of_rounds(
 ) -> tuple[Float[Array, "tokens embed"], Int32[Array, ""], Int32[Array, ""]]:
     """What all rounds add to the output, float32 [T, D]; how many were needed; how many rows they multiplied.
 
-    The first round is differentiated as any function is, so that a layer may keep of it what `model.remat` says. The
-    backward pass repeats the others, one at a time: memory must not grow with the number of rounds that could be needed.
-    Each pass adds them to its result of the first.
+    The first round is differentiated as any function is, so that a layer keeps of it what `model.remat` says. Of the
+    others nothing is kept, because memory must not grow with the number of rounds that could be needed: the backward
+    pass repeats them, one at a time. Each pass adds them to its result of the first.
 
     If a round has a collective, `needed` must be equal on all devices, because a device that stopped early would leave
     the others waiting in it.
@@ -57,7 +57,9 @@ def sum_of_rounds(
         inputs: the tokens, gates and experts.
         copies: int32 arrays.
     """
-    return _forward(plan, inputs, copies)[0]
+    needed, one = plan(copies)
+    y, rows = _and_further(one(0, inputs), needed, lambda number: one(number, inputs))
+    return y, needed, rows
 
 
 def _forward(plan: Plan, inputs: Inputs, copies: Any) -> tuple[tuple[Array, Array, Array], tuple]:

@@ -37,9 +37,9 @@ class Prediction(NamedTuple):
 def predict(config: Config, mesh: "Mesh", topology: Topology) -> Prediction:
     """The time of a step of a resolved config on a mesh of chips.
 
-    Assumes balanced routing, dispatch by `rounds` or `gathered`, weights in bfloat16 that every layer gathers for its forward and
-    its backward pass, and gradients that are scattered once. It does not count attention's exchanges over `tensor`,
-    forward passes that only count loads, or exchanges of less than a weight.
+    Assumes balanced routing, dispatch by `rounds` or `gathered`, weights in bfloat16 that every layer gathers for its
+    forward and its backward pass, and gradients that are scattered once. It does not count attention's exchanges over
+    `tensor`, forward passes that only count loads, or exchanges of less than a weight.
     """
     assert topology.chip
     places = [place_of(d) for d in mesh.devices.flat]
