@@ -282,6 +282,5 @@ def of_one_round(monkeypatch, dispatcher) -> int:
 def test_memory_is_at_most_that_of_two_rounds_and_does_not_grow_with_the_possible_ones(monkeypatch, dispatcher):
     # a device has 512 copies at 80 a round, or those of 8 devices at 640: 7 rounds are possible, or 28 at a quarter
     usual = temporary_bytes(dispatcher)
-    print(dispatcher, usual, of_one_round(monkeypatch, dispatcher), temporary_bytes(dispatcher, 1.25 / 4))
     assert usual <= 2 * of_one_round(monkeypatch, dispatcher)
     assert temporary_bytes(dispatcher, capacity_factor=1.25 / 4) <= usual

@@ -57,3 +57,12 @@ def test_what_is_kept_on_the_chip_already_is_room():
     assert policy(offloaded.model) == "names attention (host) residual"
     everything = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     assert keeping(everything, mesh, 10, 10)["fit"] is None
+
+
+def test_gathered_tokens_are_kept_with_the_gates_and_ids_of_their_experts():
+    # a group of four devices has 64 tokens; a device multiplies the mean of 32 copies and a quarter more
+    model = EXPERTS | dict(top_k=2, expert_ffw_dim=32, dispatch="gathered")
+    config = tiny_config(batch_size=8, sequence_length=16, model=model)
+    sizes = bytes_by_name(config, abstract_mesh(MeshConfig(data=2, expert=4), 8))
+    assert sizes["rows"] == 2 * 64 * (config.model.embed_dim + 2 * 2) * 4
+    assert sizes["hidden"] == 2 * 40 * 2 * 32 * 4
