@@ -34,6 +34,8 @@ from moe_jax.config.schema import (
     mesh_sizes,
     num_choices,
     num_moe_layers,
+    rotated_width,
+    shared_width,
 )
 
 __all__ = [
@@ -67,5 +69,7 @@ __all__ = [
     "num_choices",
     "num_moe_layers",
     "resolve",
+    "rotated_width",
+    "shared_width",
     "validate",
 ]

@@ -34,6 +34,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "latent": ("data", "expert", "sequence"),
     "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
+    "one": (),
     # of activations
     "batch": BATCH,  # sequences
     "length": ("sequence",),  # the tokens of a sequence

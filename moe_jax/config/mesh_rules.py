@@ -28,6 +28,7 @@ DIVISIBLE: tuple[tuple[str, tuple[str, ...], Callable[[ModelConfig], bool]], ...
     ("model.embed_dim", TABLE["embed"], lambda m: m.num_experts > 0),
     ("model.num_experts", TABLE["experts"], lambda m: m.num_experts > 0),
     ("model.expert_ffw_dim", TABLE["ffw"][:1], lambda m: m.num_experts > 0),
+    ("model.shared_ffw_dim", TABLE["ffw"][:1], lambda m: m.num_experts > 0),
     ("sequence_length", TABLE["length"], lambda m: True),
 )
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from moe_jax.config.mesh_rules import check_mesh, nearby
-from moe_jax.config.schema import REMAT_KEEP, Config, ModelConfig, branch_point, num_moe_layers
+from moe_jax.config.schema import REMAT_KEEP, Config, ModelConfig, branch_point, num_moe_layers, rotated_width
 
 Text = str | Callable[[Config], str]  # `{key}` in it is replaced by `key=value`
 
@@ -174,6 +174,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
         when=lambda c: c.model.attention == "mla",
     ),
     Rule(
+        "{model.qkv_bias} and {model.partial_rotary_factor} belong to grouped-query attention, but {model.attention}",
+        "set model.qkv_bias=False and model.partial_rotary_factor=1.0",
+        holds=lambda c: not c.model.qkv_bias and c.model.partial_rotary_factor == 1,
+        when=lambda c: c.model.attention == "mla",
+    ),
+    Rule(
         "{model.num_heads} must be divisible by {model.num_kv_heads}",
         lambda c: f"try {nearby(c.model.num_heads, c.model.num_kv_heads)}",
         holds=lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
@@ -183,6 +189,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
         "{model.head_dim} must be even, because RoPE rotates pairs",
         lambda c: f"try {c.model.head_dim + 1}",
         holds=lambda c: c.model.head_dim % 2 == 0,
+        when=lambda c: c.model.attention == "gqa",
+    ),
+    Rule(
+        "{model.partial_rotary_factor} of {model.head_dim} must be an even number above 0, because RoPE rotates pairs",
+        lambda c: f"try {max(1, rotated_width(c.model) // 2) * 2 / c.model.head_dim:g}",
+        holds=lambda c: rotated_width(c.model) >= 2 and rotated_width(c.model) % 2 == 0,
         when=lambda c: c.model.attention == "gqa",
     ),
     Rule(
@@ -247,6 +259,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
         "get no gradient from the language model",
         "set model.normalize_gates=False",
         holds=lambda c: c.model.num_experts <= 1 or c.model.top_k > 1 or not c.model.normalize_gates,
+    ),
+    Rule(
+        "{model.shared_gate} and {model.shared_ffw_dim} are of shared experts, but {model.num_shared_experts} has none",
+        "set model.num_shared_experts=1, or model.shared_gate=False and model.shared_ffw_dim=0",
+        holds=lambda c: c.model.num_shared_experts > 0 or not (c.model.shared_gate or c.model.shared_ffw_dim),
+        when=lambda c: c.model.num_experts > 0,
     ),
     _check_groups,
     Rule(

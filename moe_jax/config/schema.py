@@ -48,6 +48,8 @@ class ModelConfig:
     num_kv_heads: int = number(2, 1)  # gqa, like the next two keys
     head_dim: int = number(32, 2)
     qk_norm: Literal["none", "head", "projection"] = "none"  # RMSNorm of queries and keys: of each head, or of all
+    qkv_bias: bool = False  # gqa: queries, keys and values have a bias
+    partial_rotary_factor: float = number(1.0, 0.0, 1.0)  # gqa: the share of a head, from its start, that RoPE rotates
     q_lora_rank: int = number(0, 0)  # mla: width of the queries' latent; 0: queries are projected directly
     kv_lora_rank: int = number(64, 1)  # mla: width of the latent of keys and values, which decoding caches
     qk_nope_head_dim: int = number(32, 1)  # mla: width of the part of a head's query and key without RoPE ...
@@ -57,6 +59,7 @@ class ModelConfig:
     yarn: YarnConfig = field(default_factory=YarnConfig)
     ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
     norm_eps: float = number(1e-6, 0.0)
+    norm_after: bool = False  # OLMo 2: norms of what attention and feed-forward return, not of what they read
     tied_embeddings: bool = False
     init_std: float = number(0.02, 0.0, changes="numbers")
     param_dtype: DType = choice("float32", "numbers")
@@ -71,6 +74,8 @@ class ModelConfig:
     top_k: int = number(2, 1)
     num_shared_experts: int = number(0, 0)
     expert_ffw_dim: int = number(128, 1)  # hidden width of one expert, routed or shared
+    shared_ffw_dim: int = number(0, 0)  # hidden width of one shared expert; 0: expert_ffw_dim
+    shared_gate: bool = False  # Qwen2-MoE: the output of the shared experts times sigmoid(w . x)
     first_dense: int = number(0, 0)  # how many layers, from the first, have a dense feed-forward
     moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
@@ -231,6 +236,16 @@ def num_moe_layers(m: ModelConfig) -> int:
 def num_choices(m: ModelConfig) -> int:
     """The number of experts that a router chooses from, with zero-computation experts, which come last."""
     return m.num_experts + m.num_zero_experts
+
+
+def shared_width(m: ModelConfig) -> int:
+    """The hidden width of the shared experts together."""
+    return m.num_shared_experts * (m.shared_ffw_dim or m.expert_ffw_dim)
+
+
+def rotated_width(m: ModelConfig) -> int:
+    """How many dimensions of a head of grouped-query attention, the first ones, RoPE rotates."""
+    return int(m.head_dim * m.partial_rotary_factor)  # rounded as transformers does
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:

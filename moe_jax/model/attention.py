@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import ModelConfig, YarnConfig
+from moe_jax.config import ModelConfig, YarnConfig, rotated_width
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.mesh import is_sharded
 from moe_jax.model.layers import RMSNorm, normal
@@ -82,10 +82,11 @@ Cache = tuple[Array, ...]  # what one layer stores of earlier tokens, [B, slots,
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with RoPE, optional RMSNorm of queries and keys.
+    """Causal grouped-query attention with RoPE; optional biases, and RMSNorm of queries and keys.
 
-    A token sees earlier tokens of its own segment (document) only. Source: GQA arXiv 2305.13245; the norm of each
-    head as in Qwen3, of all heads together as in OLMoE.
+    A token sees earlier tokens of its own segment (document) only. Source: GQA arXiv 2305.13245; biases of queries,
+    keys and values as in Qwen2; the norm of each head as in Qwen3, of all heads together as in OLMoE; RoPE of a part
+    of each head as in GPT-NeoX (arXiv 2204.06745).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -94,6 +95,9 @@ class Attention(nnx.Module):
         self.key = normal(config, rngs, embed=width, kv_heads=kv_heads, head_dim=head)
         self.value = normal(config, rngs, embed=width, kv_heads=kv_heads, head_dim=head)
         self.out = normal(config, rngs, heads=heads, head_dim=head, embed=width)
+        self.query_bias = _bias_of_heads(config, heads)
+        self.key_bias = _bias_of_heads(config, kv_heads)
+        self.value_bias = _bias_of_heads(config, kv_heads)
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, kv_heads)
         self.config = nnx.static(config)
@@ -135,10 +139,19 @@ class Attention(nnx.Module):
 
     def _project(self, x: Array, positions: Array, mesh: Mesh | None) -> tuple[Array, Array, Array]:
         query, key, value = project(x, [self.query[...], self.key[...], self.value[...]], mesh)
+        if self.query_bias is not None and self.key_bias is not None and self.value_bias is not None:
+            query, key = plus_bias(query, self.query_bias), plus_bias(key, self.key_bias)
+            value = plus_bias(value, self.value_bias)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = over_heads(self.query_norm, query), over_heads(self.key_norm, key)
-        theta, yarn = self.config.rope_theta, self.config.yarn
-        return rope(query, positions, theta, yarn), rope(key, positions, theta, yarn), value
+        return self._rotate(query, positions), self._rotate(key, positions), value
+
+    def _rotate(self, x: Array, positions: Array) -> Array:
+        c = self.config
+        width = rotated_width(c)
+        if width == c.head_dim:
+            return rope(x, positions, c.rope_theta, c.yarn)
+        return jnp.concatenate([rope(x[..., :width], positions, c.rope_theta, c.yarn), x[..., width:]], -1)
 
 
 class LatentAttention(nnx.Module):
@@ -280,11 +293,23 @@ def remember(cache: Cache, new: Cache, positions: Int32[Array, "batch seq"]) -> 
     return jax.tree.map(one, cache, new)
 
 
+def plus_bias(x: Float[Array, "batch seq heads head_dim"], bias: nnx.Param) -> Float[Array, "batch seq heads head_dim"]:
+    """x plus a bias, which holds that of all heads in one vector."""
+    return x + bias.astype(x.dtype).reshape(1, 1, *x.shape[2:])
+
+
 def over_heads(norm: RMSNorm, x: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq heads head_dim"]:
     """The norm of each head or, if it is as wide as all of them, of all together."""
     if norm.scale.shape[-1] == x.shape[-1]:
         return norm(x)
     return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+def _bias_of_heads(config: ModelConfig, heads: int) -> nnx.Param | None:
+    """A bias of 0; a vector, so that it neither decays nor is split."""
+    if not config.qkv_bias:
+        return None
+    return nnx.Param(jnp.zeros(heads * config.head_dim, config.param_dtype), dims=("head_dim",))
 
 
 def _norm_of_heads(config: ModelConfig, heads: int) -> RMSNorm | None:

@@ -35,13 +35,17 @@ def layout(config: ModelConfig) -> tuple[Run, ...]:
 
 
 class Block(nnx.Module):
-    """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
+    """Attention and a feed-forward layer, each behind a norm and added to the residual stream.
+
+    With `norm_after` the norms are behind them instead. Source: OLMo 2 (arXiv 2501.00656), section 3.2.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: str) -> None:
         self.attention_norm = RMSNorm(config, embed=config.embed_dim)
         self.attention = make_attention(config, rngs)
         self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
         self.ffw = MoE(config, rngs) if kind == "moe" else SwiGLU(config, rngs, config.ffw_dim)
+        self.norm_after = config.norm_after
 
     def __call__(
         self,
@@ -51,18 +55,24 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
         """The residual stream after this layer, its Report if it routes, and its cache if it has one."""
         with jax.named_scope("attention"):
-            h = self.attention_norm(x)
+            h = self._before(self.attention_norm, x)
             if cache is None:
                 mixed = self.attention(h, fwd.inputs.positions, fwd.inputs.segment_ids, fwd.mesh)
             else:
                 mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh)
-            x = checkpoint_name(x + mixed, "residual")
-        h = self.ffw_norm(x)
+            x = checkpoint_name(x + self._after(self.attention_norm, mixed), "residual")
+        h = self._before(self.ffw_norm, x)
         if isinstance(self.ffw, SwiGLU):
-            return x + self.ffw(h, fwd.mesh), None, cache
+            return x + self._after(self.ffw_norm, self.ffw(h, fwd.mesh)), None, cache
         tokens = token_info(fwd.inputs, self.ffw.config.class_starts, fwd.pieces)
         y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)
-        return x + y, report, cache
+        return x + self._after(self.ffw_norm, y), report, cache
+
+    def _before(self, norm: RMSNorm, x: Array) -> Array:
+        return x if self.norm_after else norm(x)
+
+    def _after(self, norm: RMSNorm, x: Array) -> Array:
+        return norm(x) if self.norm_after else x
 
 
 class Unit(nnx.Module):

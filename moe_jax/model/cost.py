@@ -78,12 +78,16 @@ def train_flops(config: Config) -> int:
 def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
     if path.startswith("mtp/"):
         return AHEAD
+    if path.endswith("_bias"):
+        return "attention"
     if len(dims) == 1:
         return "norms"
     if "experts" in dims:
         return ROUTED if routed else "router"
+    if "/shared" in path:  # and the gate of their output
+        return "shared experts"
     if "ffw" in dims:
-        return "shared experts" if "/shared/" in path else "dense feed-forward"
+        return "dense feed-forward"
     if "vocab" in dims:
         return "embedding" if dims[0] == "vocab" else "head"
     return "attention"

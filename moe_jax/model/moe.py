@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
 from moe_jax.balance import State, Statistics, measures
-from moe_jax.config import DISPATCHERS, ModelConfig, num_choices
+from moe_jax.config import DISPATCHERS, ModelConfig, num_choices, shared_width
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
@@ -26,7 +26,8 @@ class RouterBias(nnx.Variable):
 class MoE(nnx.Module):
     """y = sum of gate x routed expert + sum of shared experts. Source: DeepSeekMoE (arXiv 2401.06066) eq. 9-11.
 
-    The shared experts, which see every token, are one SwiGLU of their joint width.
+    The shared experts, which see every token, are one SwiGLU of their joint width; with `shared_gate` their output is
+    multiplied by sigmoid(w . x), as in Qwen2-MoE (arXiv 2407.10671).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -39,7 +40,8 @@ class MoE(nnx.Module):
         self.gate = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
         self.up = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
         self.down = normal(config, rngs, experts=experts, ffw=ffw, embed=width)
-        self.shared = SwiGLU(config, rngs, config.num_shared_experts * ffw) if config.num_shared_experts else None
+        self.shared = SwiGLU(config, rngs, shared_width(config)) if config.num_shared_experts else None
+        self.shared_gate = normal(config, rngs, embed=width, one=1) if config.shared_gate else None
         self.config = nnx.static(config)
 
     def __call__(
@@ -84,7 +86,10 @@ class MoE(nnx.Module):
         if c.num_zero_experts:
             y = y + through_zero_experts(flat, sent, c.num_experts)
         if self.shared is not None:
-            y = y + self.shared(flat, fwd.mesh)
+            shared = self.shared(flat, fwd.mesh)
+            if self.shared_gate is not None:
+                shared = jax.nn.sigmoid(flat @ self.shared_gate.astype(x.dtype)) * shared
+            y = y + shared
         losses, own = self._losses(routing, fwd, state)
         aux_loss = jax.lax.stop_gradient(measures.aux_loss_value(routing, c.num_experts))
         details = self._details(routing, own, fwd, state, num_sequences)

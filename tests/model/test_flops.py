@@ -16,6 +16,17 @@ def test_a_training_token_costs_six_flops_a_parameter_and_causal_attention():
     assert train_flops(tiny_config(model=DENSE)) == 6 * weights + attention
 
 
+def test_biases_of_attention_and_the_gate_of_shared_experts_are_parameters_of_theirs():
+    # 2 heads of queries and 1 of keys and of values, of 8 each, in 3 layers; biases multiply nothing
+    sparse = dict(num_shared_experts=1)
+    plain, biased = ({p.name: p for p in parts(tiny_config(model=sparse | more))} for more in ({}, dict(qkv_bias=True)))
+    assert biased["attention"].total - plain["attention"].total == 3 * (2 + 1 + 1) * 8
+    assert biased["attention"].flops == plain["attention"].flops
+    gated = {p.name: p for p in parts(tiny_config(model=sparse | dict(shared_gate=True)))}
+    assert gated["shared experts"].total - plain["shared experts"].total == 2 * 16  # two MoE layers of width 16
+    assert gated["shared experts"].flops - plain["shared experts"].flops == 2 * 2 * 16
+
+
 def test_latent_attention_costs_its_projections_and_the_widths_of_its_queries_and_values():
     widths = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
     # a layer of 2 heads: queries 16 x 12 and 12 x 2 x 10, latent 16 x 10, rotated key 16 x 4, keys and values of it

@@ -14,7 +14,7 @@ from moe_jax import balance
 from moe_jax.config import as_dict, num_moe_layers, validate
 from moe_jax.dispatch.capacity import capacity_of
 from moe_jax.model.attention import Attention, rope
-from moe_jax.model.block import Run, layout
+from moe_jax.model.block import Block, Run, layout
 from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.model.layers import RMSNorm, SwiGLU, normal
 from moe_jax.model.moe import MoE
@@ -360,6 +360,58 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
     before = layer(x, positions, segments)
     layer.query[...] = layer.query[...] * 7.0
     np.testing.assert_allclose(layer(x, positions, segments), before, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bias_of_values_is_added_to_what_attention_returns():
+    # the weights of a mean sum to 1, so that a bias b of every value moves the mean by b, and the output by b . out
+    config = tiny_config(model=dict(qkv_bias=True)).model
+    layer = filled(lambda: Attention(config, nnx.Rngs(0)))
+    x, positions, segments = vectors(1, 4, 16), jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
+    bias = layer.value_bias.reshape(config.num_kv_heads, config.head_dim)
+    moved = jnp.einsum("hk,hkd->d", jnp.repeat(bias, config.num_heads // config.num_kv_heads, 0), layer.out[...])
+    biased = layer(x, positions, segments)
+    layer.value_bias[...] = jnp.zeros_like(layer.value_bias[...])
+    np.testing.assert_allclose(biased, layer(x, positions, segments) + moved, rtol=1e-5, atol=1e-6)
+    assert np.abs(moved).max() > 0.1
+
+
+def test_a_head_that_rotates_in_part_does_not_rotate_its_end():
+    # heads of 8, of which the first 4 dimensions rotate: with those at 0, positions make no difference
+    config = tiny_config(model=dict(partial_rotary_factor=0.5)).model
+    layer = filled(lambda: Attention(config, nnx.Rngs(0)))
+    x, segments = vectors(1, 4, 16), jnp.ones((1, 4), jnp.int32)
+    near, far = jnp.arange(4)[None], 100 * jnp.arange(4)[None]
+    assert np.abs(layer(x, near, segments) - layer(x, far, segments)).max() > 0.01
+    layer.query[...] = layer.query[...].at[..., :4].set(0.0)
+    np.testing.assert_array_equal(layer(x, near, segments), layer(x, far, segments))
+
+
+def test_a_norm_behind_a_layer_makes_the_block_blind_to_the_scale_of_what_it_returns():
+    config = tiny_config(model=dict(norm_after=True, norm_eps=1e-12)).model
+    block = filled(lambda: Block(config, nnx.Rngs(0), "dense"))
+    x, ones = vectors(1, 4, 16), jnp.ones((1, 4), jnp.int32)
+    fwd = Pass(Inputs(ones, jnp.arange(4)[None], ones), balance.make({}), PerLayer({}), jax.random.key(0))
+    before = block(x, None, fwd)[0]
+    block.attention.out[...] = block.attention.out[...] * 7.0
+    block.ffw.down[...] = block.ffw.down[...] * 7.0
+    np.testing.assert_allclose(block(x, None, fwd)[0], before, rtol=1e-4, atol=1e-5)
+    block.attention_norm.scale[...] = block.attention_norm.scale[...] * 7.0
+    assert np.abs(block(x, None, fwd)[0] - before).max() > 0.1
+
+
+def test_the_gate_of_shared_experts_is_a_sigmoid_of_the_token():
+    # weights that give every token a logit of log 3 let 3/4 of the shared experts' output through; none at all, 1/2
+    config = tiny_config(model=dict(shared_gate=True, shared_ffw_dim=12, num_shared_experts=2)).model
+    layer, x = moe_layer(config), vectors(1, 4, 16).at[..., 0].set(1.0)
+    assert layer.shared.gate.shape == (16, 2 * 12)
+    outputs = {}
+    for through, logit in ((0.75, np.log(3.0)), (0.5, 0.0), (0.0, -1e9)):
+        layer.shared_gate[...] = jnp.zeros((16, 1)).at[0].set(logit)
+        outputs[through] = apply(layer, x)[0]
+    shared = np.asarray(layer.shared(x))
+    assert np.abs(shared).max() > 0.1
+    for through, y in outputs.items():
+        np.testing.assert_allclose(y, outputs[0.0] + through * shared, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -163,8 +163,10 @@ CONFIGS = {
     # for the long product
     "mla, ahead twice": dict(model=LATENT | dict(mtp_depth=2, remat="full"), balance=STEP, micro_batches=2),
     "mla, no latent of queries": dict(model=LATENT | dict(q_lora_rank=0), balance=BALANCE),
-    "gqa": dict(model=dict(qk_norm="head"), balance=BALANCE),
-    "gqa, norm of all heads, ahead": dict(model=dict(qk_norm="projection", mtp_depth=1), balance=BALANCE),
+    "gqa": dict(model=dict(qk_norm="head", qkv_bias=True, partial_rotary_factor=0.5), balance=BALANCE),
+    "gqa, norm of all heads, ahead": dict(
+        model=dict(qk_norm="projection", norm_after=True, shared_gate=True, mtp_depth=1), balance=BALANCE
+    ),
     "gqa, yarn, ahead twice": dict(model=dict(yarn=YARN, mtp_depth=2, remat="dots"), balance=STEP, micro_batches=2),
     "draws": dict(model=dict(router_jitter=0.1, random_second=True), balance=BALANCE),
     "choice": dict(model={}, balance=dict(expert_choice=dict(scope="sequence"))),

@@ -19,7 +19,7 @@ from moe_jax.training.state import init_state, state_shardings, write_bias
 
 LENGTHS = (9, 5, 1)  # of the three prompts
 PROMPT, TOTAL = 9, 14
-GQA = dict(qk_norm="head")
+GQA = dict(qk_norm="head", qkv_bias=True, partial_rotary_factor=0.5)
 MLA = dict(
     attention="mla", q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, num_groups=2
 )
