@@ -26,6 +26,21 @@ K2_ATTENTION = 7168 * 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 * 64 * 256 + 64 
 LITE_ATTENTION = 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048
 V3_LAYER = V3_ATTENTION + 257 * 3 * 7168 * 2048 + 7168 * 256 + 2 * 7168 + 1536 + 512
 EXPERT = 3 * 2048 * 1408  # of DeepSeekMoE 16B and V2-Lite
+FLASH_ATTENTION = 2048 * 768 + 768 * 20 * 256 + 2048 * 576 + 512 * 20 * (192 + 256) + 20 * 256 * 2048  # GLM-4.7-Flash
+
+
+def grouped(width, heads, kv_heads, biased=False, norms=0):
+    """Grouped-query attention with heads of 128, and both norms of its block."""
+    biases = 128 * (heads + 2 * kv_heads) if biased else 0
+    return 2 * width * 128 * (heads + kv_heads) + biases + norms + 2 * width
+
+
+def moe(width, experts, ffw, shared=0):
+    """Experts with the router, and shared experts of a joint hidden width."""
+    return experts * 3 * width * ffw + width * experts + 3 * width * shared
+
+
+GLM_LAYER = grouped(5120, 96, 8, biased=True, norms=2 * 128) + moe(5120, 160, 1536, shared=1536)
 EXACT = {  # all parameters except those of multi-token prediction
     "deepseek_v3": 2 * 129280 * 7168
     + 61 * (V3_ATTENTION + 2 * 7168 + 1536 + 512)
@@ -52,6 +67,37 @@ EXACT = {  # all parameters except those of multi-token prediction
     + 48 * (2 * 2048 * 32 * 128 + 2 * 2048 * 4 * 128 + 2 * 128 + 2 * 2048)
     + 48 * (128 * 3 * 2048 * 768 + 2048 * 128)
     + 2048,
+    # the shared expert has a gate of one column
+    "qwen1_5_moe_a2_7b": 2 * 151936 * 2048
+    + 24 * (grouped(2048, 16, 16, biased=True) + moe(2048, 60, 1408, shared=5632) + 2048)
+    + 2048,
+    "glm_4_7_flash": 2 * 154880 * 2048
+    + 47 * (FLASH_ATTENTION + 2 * 2048 + 768 + 512)
+    + 3 * 2048 * 10240
+    + 46 * moe(2048, 64, 1536, shared=1536)
+    + 2048,
+    "glm_4_5": 2 * 151552 * 5120
+    + 89 * GLM_LAYER
+    + 3 * (grouped(5120, 96, 8, biased=True, norms=2 * 128) + 3 * 5120 * 12288)
+    + 5120,
+    "dots_llm1": 2 * 152064 * 4096
+    + 62 * grouped(4096, 32, 32, norms=2 * 128)
+    + 3 * 4096 * 10944
+    + 61 * moe(4096, 128, 1408, shared=2 * 1408)
+    + 4096,
+    "solar_open_100b": 2 * 196608 * 4096 + 48 * (grouped(4096, 64, 8) + moe(4096, 128, 1280, shared=1280)) + 4096,
+    "hy3": 2 * 120832 * 4096
+    + 80 * grouped(4096, 64, 8, norms=2 * 128)
+    + 3 * 4096 * 13312
+    + 79 * moe(4096, 192, 1536, shared=1536)
+    + 4096,
+    # norms of all 48 heads of queries and 8 of keys
+    "minimax_m2": 2 * 200064 * 3072 + 62 * (grouped(3072, 48, 8, norms=56 * 128) + moe(3072, 256, 1536)) + 3072,
+    "ernie_4_5_300b": 2 * 103424 * 8192
+    + 54 * grouped(8192, 64, 8)
+    + 3 * 3 * 8192 * 28672
+    + 51 * moe(8192, 64, 3584)
+    + 8192,
 }
 # In billions, as published in papers and model cards: total, active, and the step to which active was rounded
 PUBLISHED = {
@@ -60,6 +106,14 @@ PUBLISHED = {
     "deepseek_v2_lite": (15.7, 2.4, 0.1),
     "deepseek_moe_16b": (16.4, 2.8, 0.1),
     "qwen3_30b_a3b": (30.5, 3.3, 0.1),
+    "qwen1_5_moe_a2_7b": (14.3, 2.7, 0.1),
+    "glm_4_7_flash": (30, 3, 1),
+    "glm_4_5": (355, 32, 1),
+    "dots_llm1": (143, 14, 1),  # total: its checkpoint; 142 in the paper, rounded down
+    "solar_open_100b": (102.6, 12, 1),
+    "hy3": (295, 21, 1),
+    "minimax_m2": (229, 10, 1),  # total: its checkpoint; 230 on the card
+    "ernie_4_5_300b": (300, 47, 1),
 }
 every_model = pytest.mark.parametrize("name", EXACT)
 
@@ -92,6 +146,8 @@ def test_the_total_is_the_published_one_within_half_a_percent(name):
     if name == "kimi_k2":
         # 61 MoE layers would have the report's 1.04T; configuration and checkpoint have 60 and a dense one, 1.026T
         exact += 385 * 3 * 7168 * 2048 + 7168 * 384 - 3 * 7168 * 18432
+    if name == "glm_4_5":  # the report counts prediction ahead, but neither embedding nor head
+        exact += GLM_LAYER + 2 * 5120 * 5120 + 3 * 5120 - 2 * 151552 * 5120
     assert abs(exact / 1e9 / total - 1) < 0.005
 
 
