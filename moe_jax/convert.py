@@ -1,9 +1,13 @@
 """`python -m moe_jax.convert --input=DIR --output=DIR`: convert Hugging Face folders to workdirs, and back.
 
+`--inspect=DIR` instead says what a Hugging Face folder is, which family, its main numbers, and what of it does not fit;
+it reads no tensor, only config.json and the headers of the files, and ends with status 1 if anything does not fit.
+
 A folder with config.json and *.safetensors becomes a workdir that `evaluate` and `generate` read, and from which
 `--config.init_from=WORKDIR` starts a run. A workdir, of a run or converted, becomes a folder that transformers and vLLM
-load. The input determines the direction. The families are DeepSeek-V2, DeepSeek-V3 (with Kimi-K2), Qwen3-MoE, Mixtral
-and OLMoE; a feature that the family or our model does not have is refused by name.
+load. The input determines the direction. docs/huggingface.md lists the families; a feature that the family or our model
+does not have is refused by name. What came from a family goes back to it; a model that several families hold, and that
+came from none of them, needs `--architecture`.
 
 Tensors are converted one after the other, so that memory holds about one of them, however large the model is. The
 output appears whole or not at all. `--dtype=float32` or `bfloat16` converts the dtype; without it tensors keep theirs.
@@ -53,10 +57,12 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
     from moe_jax.huggingface.shards import INDEX, SINGLE
 
     if not is_run:
-        config = to_workdir(source, target, dtype)
-        model = config.model
+        read = to_workdir(source, target, dtype)
+        model = read.config
         if (source / SINGLE).is_file() and (source / INDEX).exists():
             print(f"read {SINGLE}, as transformers does; ignored {INDEX}, which is from another save")
+        if read.left_out:
+            print(f"left out {len(read.left_out)} tensors of multi-token prediction, as transformers does")
         print(f"wrote {target}: {model.num_layers} layers, {model.num_experts} experts, {model.param_dtype}")
     else:
         step = to_folder(source, target, dtype, architecture)
@@ -65,20 +71,39 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
             print(f"no {TOKENIZER_FILE} was written: {why_no_tokenizer(source)}")
 
 
+def inspect(folder: Path) -> bool:
+    """Print what a Hugging Face folder is; whether it fits."""
+    if is_remote(folder):
+        raise ValueError(f"--inspect={folder} must be a folder of this machine; copy a bucket's files here first.")
+    from moe_jax.huggingface.inspection import inspected
+
+    found = inspected(folder)
+    print("\n".join(found.lines()))
+    return not found.obstacles
+
+
 def main(_: list[str]) -> None:
-    """Check the flags, then convert."""
+    """Check the flags, then inspect or convert."""
     flag = flags.FLAGS
     for number in (signal.SIGTERM, signal.SIGINT):  # exit by an exception, so that a half-written output is removed
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        if flag.inspect is not None:
+            if flag.input is not None or flag.output is not None:
+                raise ValueError("--inspect reads a folder and writes nothing; leave --input and --output out.")
+            sys.exit(0 if inspect(workdir_of(flag.inspect, "--inspect")) else 1)
+        for name in ("input", "output"):
+            if flag[name].value is None:
+                raise ValueError(f"--{name} is missing; give --input=DIR and --output=DIR, or --inspect=DIR.")
         run(workdir_of(flag.input, "--input"), workdir_of(flag.output, "--output"), flag.dtype, flag.architecture)
     except (ValueError, OSError) as error:
         fail(str(error))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("input", None, "A Hugging Face folder, or a workdir.", required=True)
-    flags.DEFINE_string("output", None, "The workdir, or the folder, to create.", required=True)
+    flags.DEFINE_string("input", None, "A Hugging Face folder, or a workdir.")
+    flags.DEFINE_string("output", None, "The workdir, or the folder, to create.")
+    flags.DEFINE_string("inspect", None, "A Hugging Face folder, to say what it is and whether it fits.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The dtype of the weights; as stored if left out.")
-    flags.DEFINE_string("architecture", "", "The family to convert to, as DeepseekV3ForCausalLM; found if left out.")
+    flags.DEFINE_string("architecture", "", "The family to convert to, as DeepseekV3ForCausalLM; its own if left out.")
     app.run(main, flags_parser=parse_flags)

@@ -1,21 +1,13 @@
 """A config.json of Hugging Face becomes our configuration; a key or a value that we could only ignore is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.config import did_you_mean
-from moe_jax.huggingface.families import (
-    ALIASES,
-    FAMILIES,
-    READ_APART,
-    SPARSE_KEYS,
-    WITHOUT_EFFECT,
-    YARN_KEYS,
-    Family,
-    Key,
-)
-
-MOST_LAYERS = 10**5  # a false config.json may name more than a list can hold
+from moe_jax.huggingface.families import FAMILIES
+from moe_jax.huggingface.family import ALIASES, READ_APART, WITHOUT_EFFECT, YARN_KEYS, Family, value_of, whole
+from moe_jax.huggingface.layer_lists import first_and_every
+from moe_jax.huggingface.others import OTHERS
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
@@ -29,6 +21,12 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if kind in family.model_types and (not names or names == [family.architecture]):
             return family
+    if kind in OTHERS:
+        other = OTHERS[kind]
+        raise ValueError(
+            f"config.json is of architectures={names} and model_type={kind!r}, a family with experts that we do not "
+            f"have; the nearest that we do have is {other.nearest}, which lacks {other.lacks}."
+        )
     known = ", ".join(f"{f.architecture} ({' or '.join(f.model_types)})" for f in FAMILIES)
     raise ValueError(f"config.json is of architectures={names} and model_type={kind!r}; known are {known}.")
 
@@ -44,37 +42,23 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     family = family_of(hf)
     hf = dict(hf)
     _rename_aliases(family, hf)
-    _refuse_unknown(family, hf)
+    for obstacle in _obstacles(family, hf):
+        raise ValueError(obstacle)
     hf = _complete(family, hf)
     ours = dict(family.fixed)
     for key in family.keys:
-        ours[key.ours] = _value(hf, key)
+        value = value_of(hf, key)
+        ours[key.ours] = key.values[value] if key.values else value
     ours |= _rope(family, hf)
+    if family.partial is not None:
+        ours["partial_rotary_factor"] = _partial(family, hf)
     if family.predicts:
-        ours["mtp_depth"] = _whole(hf, "num_nextn_predict_layers", 0)
-    if family.lists_layers:
-        ours["first_dense"], ours["moe_every"] = _sparse_layers(hf)
+        ours["mtp_depth"] = whole(hf, "num_nextn_predict_layers", 0)
+    if family.layers is not None:
+        ours["first_dense"], ours["moe_every"] = first_and_every(family.layers, hf)
     if family.group_methods and (hf.get("topk_method") or family.group_methods[0]) == family.group_methods[0]:
         ours["num_groups"] = ours["top_groups"] = 1
     return family, ours
-
-
-def _value(hf: Mapping[str, Any], key: Key) -> Any:
-    value = hf.get(key.name)
-    value = key.default if value is None else value
-    if value is None:
-        raise ValueError(f"config.json has no {key.name}; give the model's own config.json.")
-    return value
-
-
-def _whole(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A number that is used before our own config checks it."""
-    value = _value(hf, Key(name, "", default))
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_LAYERS:
-        raise ValueError(
-            f"config.json has {name}={value!r}, which must be an integer from 0 to {MOST_LAYERS}; correct it."
-        )
-    return value
 
 
 def _rename_aliases(family: Family, hf: dict[str, Any]) -> None:
@@ -89,30 +73,58 @@ def _rename_aliases(family: Family, hf: dict[str, Any]) -> None:
                 )
 
 
-def _refuse_unknown(family: Family, hf: Mapping[str, Any]) -> None:
-    """Raise a ValueError at the first key or value that we could only ignore."""
-    read = {key.name for key in family.keys} | WITHOUT_EFFECT | READ_APART
-    read |= SPARSE_KEYS if family.lists_layers else set()
-    read |= {"num_nextn_predict_layers"} if family.predicts else set()
+def obstacles(hf: Mapping[str, Any]) -> list[str]:
+    """Every key and value of a config.json that this family, or our model, does not have; a sentence each.
+
+    Raises:
+        ValueError: as `family_of`, or a key has two names and two values.
+    """
+    family, hf = family_of(hf), dict(hf)
+    _rename_aliases(family, hf)
+    return list(_obstacles(family, hf))
+
+
+def _obstacles(family: Family, hf: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every key or value that we could only ignore."""
+    read = {key.name for key in family.keys} | WITHOUT_EFFECT | READ_APART | family.unread
+    read |= set(family.layers.keys) if family.layers is not None else set()
+    read |= {"partial_rotary_factor"} if family.partial is not None else set()
+    read |= {"rotary_dim"} if family.rotary_dim else set()
+    read |= {"num_nextn_predict_layers"} if family.predicts or family.leaves_out else set()
     read |= {"head_dim", "num_key_value_heads"}  # families with latent attention write both, though they read neither
     for name, value in hf.items():
         if name in family.only:
-            if value is not None and value not in family.only[name]:
+            if value is not None and _only_one(value) not in family.only[name]:
                 allowed = " or ".join(map(repr, family.only[name])) or "null"
-                raise ValueError(
+                yield (
                     f"config.json has {name}={value!r}, which our model does not have ({allowed} only); "
                     "convert another model."
                 )
         elif name not in read and value not in (None, False, 0, "", [], {}):
-            raise ValueError(
+            yield (
                 f"config.json has {name}={value!r}, a key that {family.architecture} is not known to have"
                 f"{did_you_mean(name, read)}; remove it if it changes nothing."
             )
-    if hf.get("sliding_window") is not None and hf.get("use_sliding_window", True):
-        raise ValueError(
+    if hf.get("sliding_window") is not None and _has_windows(family, hf):
+        yield (
             f"config.json has sliding_window={hf['sliding_window']!r}, but our attention sees the whole sequence; "
             "convert another model."
         )
+
+
+def _only_one(value: Any) -> Any:
+    """The value of a list that repeats one, such as one of a kind for every layer; any other value as it is."""
+    return value[0] if isinstance(value, list) and value and all(one == value[0] for one in value) else value
+
+
+def _has_windows(family: Family, hf: Mapping[str, Any]) -> bool:
+    """Whether some layer of a config.json with a sliding window uses it."""
+    if not hf.get("use_sliding_window", True):
+        return False
+    if "layer_types" in family.only and hf.get("layer_types"):
+        return False  # every layer sees the whole sequence, or the config.json would have been refused
+    layers = whole(hf, "num_hidden_layers")
+    return not family.windows_from or whole(hf, family.windows_from, layers) < layers
 
 
 def _complete(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +164,7 @@ def _rope_of(family: Family, hf: Mapping[str, Any], name: str) -> dict[str, Any]
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or family.theta
     kind = rope.pop("type", "default")  # the older name of the next key
     kind = rope.pop("rope_type", kind)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0 and family.partial is None:
         raise ValueError("config.json rotates a part of each head only (partial_rotary_factor); convert another model.")
     if kind not in ("default", "yarn"):
         raise ValueError(f"config.json has RoPE of the type {kind!r}; known are 'default' and 'yarn'.")
@@ -164,6 +176,24 @@ def _rope_of(family: Family, hf: Mapping[str, Any], name: str) -> dict[str, Any]
             "not have; correct the type, or remove it."
         )
     return {"rope_theta": theta, "yarn": _yarn(family, rope, hf) if kind == "yarn" else {}}
+
+
+def _partial(family: Family, hf: Mapping[str, Any]) -> float:
+    """Our partial_rotary_factor, which may be beside RoPE's other keys, among them, or a number of dimensions."""
+    head_dim = whole(hf, "head_dim")
+    among = [(name, (hf.get(name) or {}).get("partial_rotary_factor")) for name in ("rope_parameters", "rope_scaling")]
+    found = {f"{name}.partial_rotary_factor": factor for name, factor in among}
+    found["partial_rotary_factor"] = hf.get("partial_rotary_factor")
+    if family.rotary_dim and hf.get("rotary_dim") is not None and head_dim:
+        found["rotary_dim"] = whole(hf, "rotary_dim") / head_dim
+    found = {name: factor for name, factor in found.items() if factor is not None}
+    for name, factor in found.items():
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise ValueError(f"config.json has {name}={factor!r}, which must be a number; correct it.")
+    if len({int(head_dim * factor) for factor in found.values()}) > 1:
+        said = " and ".join(f"{name}={factor!r}" for name, factor in found.items())
+        raise ValueError(f"config.json has {said}, which rotate different parts of a head; leave one.")
+    return next(iter(found.values()), family.partial)
 
 
 def _yarn(family: Family, rope: dict[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,25 +212,3 @@ def _yarn(family: Family, rope: dict[str, Any], hf: Mapping[str, Any]) -> dict[s
     if rope.get("factor") is None or rope["original_max_position_embeddings"] is None:
         raise ValueError("config.json has YaRN without factor or original_max_position_embeddings; give them.")
     return {YARN_KEYS[k]: v for k, v in rope.items() if not (k.startswith("mscale") and not v)}
-
-
-def _sparse_layers(hf: Mapping[str, Any]) -> tuple[int, int]:
-    """(first_dense, moe_every) from `mlp_only_layers` and `decoder_sparse_step`."""
-    step = _whole(hf, "decoder_sparse_step", 1)
-    layers = _whole(hf, "num_hidden_layers")
-    dense = hf.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise ValueError(f"config.json has mlp_only_layers={dense!r}, which must be a list of layers; correct it.")
-    sparse = [i for i in range(layers) if i not in dense and step > 0 and (i + 1) % step == 0]
-    if not sparse:
-        raise ValueError(
-            f"config.json has decoder_sparse_step={step!r} and mlp_only_layers={dense!r}, so no layer has experts."
-        )
-    every = sparse[1] - sparse[0] if len(sparse) > 1 else layers - sparse[0]
-    first = sparse[0] + 1 - every
-    if first < 0 or sparse != list(range(sparse[0], layers, every)):
-        raise ValueError(
-            f"config.json has decoder_sparse_step={step!r} and mlp_only_layers={dense!r}; our model has dense layers "
-            "first and then experts in every n-th layer."
-        )
-    return first, every

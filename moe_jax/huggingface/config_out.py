@@ -4,28 +4,45 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import ModelConfig
-from moe_jax.huggingface.families import CARRIED, FAMILIES, YARN_KEYS, Family
+from moe_jax.config import ModelConfig, rotated_width
+from moe_jax.huggingface.families import FAMILIES
+from moe_jax.huggingface.family import CARRIED, YARN_KEYS, Family
 from moe_jax.model.block import layout
 
 
-def choose(config: ModelConfig, architecture: str = "") -> Family:
-    """The family that holds such a model, or the named one.
+def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Family:
+    """The family to export a model to: the named one, else that of its origin, else the only one that holds it.
+
+    Several families may hold the same model under different keys and names of tensors, so none is guessed.
+
+    Args:
+        config: of the model.
+        architecture: the class or model_type of the family that is asked for; "": none is.
+        origin: that of the family that the model was imported from; "": none.
 
     Raises:
-        ValueError: none does; the error names what the closest one does not hold.
+        ValueError: the family does not hold such a model, and the error names what it lacks; or several do, or none.
     """
-    config = without_idle_groups(config)
-    named = [f for f in FAMILIES if architecture in (f.architecture, *f.model_types)]
+    config = plainest(config)
+    name = architecture or origin
+    named = [f for f in FAMILIES if name in (f.architecture, *f.model_types)]
     if architecture and not named:
         known = ", ".join(f.architecture for f in FAMILIES)
         raise ValueError(f"{architecture!r} is not a known family; known are {known}.")
     lacking = {family.architecture: _misfits(family, config) for family in named or FAMILIES}
+    fitting = [family for family in named or FAMILIES if not lacking[family.architecture]]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{', '.join(f.architecture for f in fitting)} can all hold this model, which came from none of them; "
+            "name one as the architecture."
+        )
+    if fitting:
+        return fitting[0]
     best = min(named or FAMILIES, key=lambda family: len(lacking[family.architecture]))
-    if wrong := lacking[best.architecture]:
-        others = "" if named else " and no other family can"
-        raise ValueError(f"{best.architecture} cannot hold a model with {' and '.join(wrong)}{others}.")
-    return best
+    others = " and no other family can" if not named else "" if architecture else ", though it came from there"
+    raise ValueError(
+        f"{best.architecture} cannot hold a model with {' and '.join(lacking[best.architecture])}{others}."
+    )
 
 
 def _misfits(family: Family, c: ModelConfig) -> list[str]:
@@ -42,9 +59,11 @@ def _misfits(family: Family, c: ModelConfig) -> list[str]:
     return wrong
 
 
-def without_idle_groups(c: ModelConfig) -> ModelConfig:
-    """The config with a single group if all groups may be used, which routes the same."""
-    return dataclasses.replace(c, num_groups=1, top_groups=1) if c.num_groups == c.top_groups else c
+def plainest(c: ModelConfig) -> ModelConfig:
+    """The same model without what changes nothing: groups that may all be used, a width that is the default."""
+    if c.num_groups == c.top_groups:
+        c = dataclasses.replace(c, num_groups=1, top_groups=1)
+    return dataclasses.replace(c, shared_ffw_dim=0) if c.shared_ffw_dim == c.expert_ffw_dim else c
 
 
 def to_hf(family: Family, c: ModelConfig, dtype: str, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +76,10 @@ def to_hf(family: Family, c: ModelConfig, dtype: str, carried: Mapping[str, Any]
         carried: the `CARRIED` keys that are known.
     """
     hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_types[0]}
+    c = dataclasses.replace(c, shared_ffw_dim=c.shared_ffw_dim or c.expert_ffw_dim)
     for key in family.keys:
-        hf[key.name] = getattr(c, key.ours)
+        value = getattr(c, key.ours)
+        hf[key.name] = {ours: theirs for theirs, ours in key.values.items()}[value] if key.values else value
     hf |= {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True} | dict(family.writes)
     for name, other in family.copied.items():
         hf[other] = hf[name]
@@ -66,25 +87,27 @@ def to_hf(family: Family, c: ModelConfig, dtype: str, carried: Mapping[str, Any]
         hf |= {"num_key_value_heads": c.num_heads, "q_lora_rank": c.q_lora_rank or None}
     if family.predicts:
         hf["num_nextn_predict_layers"] = c.mtp_depth
-    if family.lists_layers:
-        kinds = [kind for run in layout(c) for kind in run.kinds * run.repeats]
-        hf["mlp_only_layers"] = [i for i, kind in enumerate(kinds) if kind == "dense"]
+    if family.layers is not None:
+        hf |= family.layers.written([kind for run in layout(c) for kind in run.kinds * run.repeats])
     if family.group_methods:
         hf["topk_method"] = family.group_methods[c.num_groups != c.top_groups]
-    hf |= _written_rope(c)
+    hf |= _written_rope(family, c)
     hf |= {"torch_dtype": dtype, "dtype": dtype}
     return hf | {k: carried[k] for k in CARRIED if k in carried}
 
 
-def _written_rope(c: ModelConfig) -> dict[str, Any]:
+def _written_rope(family: Family, c: ModelConfig) -> dict[str, Any]:
     """RoPE by its old and its new keys, for old and new readers."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if c.yarn.factor > 1:
         rope = {"rope_type": "yarn"} | {theirs: getattr(c.yarn, ours) for theirs, ours in YARN_KEYS.items()}
         if not c.yarn.mscale_all_dim:
             del rope["mscale"], rope["mscale_all_dim"]
+    part = {"partial_rotary_factor": c.partial_rotary_factor} if family.partial is not None else {}
+    rope |= part
+    part |= {"rotary_dim": rotated_width(c)} if family.rotary_dim else {}
     old = {"type": "yarn"} | rope if c.yarn.factor > 1 else None
-    return {
+    return part | {
         "rope_theta": c.rope_theta,
         "rope_scaling": old and old | {"rope_theta": c.rope_theta},
         "rope_parameters": rope | {"rope_theta": c.rope_theta},

@@ -12,13 +12,22 @@ from rich.console import Console
 from moe_jax.config import Config, as_dict, default, validate
 from moe_jax.data.corpus import check_corpus, publish_tokenizer
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from moe_jax.huggingface.weights import abstract_weights, carry, export, fill, index_axes, open_hf, refuse_balance
+from moe_jax.huggingface.weights import (
+    Source,
+    abstract_weights,
+    carry,
+    export,
+    fill,
+    index_axes,
+    open_hf,
+    refuse_balance,
+)
 from moe_jax.runtime import slices
 from moe_jax.runtime.files import new_folder, write_json
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run, versions
 
 
-def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
+def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Source:
     """Convert a Hugging Face folder to a workdir: config.json, tokenizer/, and a checkpoint with weights only.
 
     Args:
@@ -27,7 +36,7 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
         dtype: of the parameters, "float32" or "bfloat16"; None: as stored.
 
     Returns:
-        The config of the workdir.
+        What was read.
 
     Raises:
         ValueError: a file in the folder is missing, damaged or not supported, or the workdir is not empty.
@@ -47,7 +56,7 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Config:
         slices.commit(path, abstract, {"config": as_dict(config), "converted_from": folder.name})
         write_json(partial / "config.json", as_dict(config))
         write_json(partial / "run.json", versions())
-    return config
+    return source
 
 
 def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architecture: str = "") -> int:
@@ -57,7 +66,7 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
         workdir: of a training run, or from `to_workdir`.
         folder: new or empty.
         dtype: of the tensors, "float32" or "bfloat16"; None: that of the parameters.
-        architecture: the family to convert to; "": the first that can represent the model.
+        architecture: as in `save_hf`.
 
     Returns:
         The step of the checkpoint.

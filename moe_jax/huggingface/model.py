@@ -89,7 +89,8 @@ def load_hf(folder: str | Path, dtype: str | None = None) -> LanguageModel:
     """Load a model from a folder with config.json and *.safetensors.
 
     Args:
-        folder: as transformers writes and reads it; no code in it is run.
+        folder: as transformers writes and reads it; no code in it is run. Hy3's module of multi-token prediction, which
+            transformers does not read, is left out.
         dtype: "float32" or "bfloat16" for parameters and computation; None: as stored (float16 as float32, because only
             that loses nothing; DeepSeek's float8 as bfloat16). Router and bias are always float32.
 
@@ -125,13 +126,14 @@ def save_hf(
     Args:
         model: from `load_hf`, or built from a config, parameters and bias.
         folder: new or empty; appears whole or not at all.
-        architecture: "DeepseekV3ForCausalLM", for example; "": the family that holds such a model.
+        architecture: "DeepseekV3ForCausalLM", for example; "": the family that the model came from, or else the only
+            one that holds such a model.
         dtype: "float32" or "bfloat16" for all tensors but the bias; None: that of the parameters, and for routers the
             narrowest that loses nothing.
         max_length: written as max_position_embeddings if the original model had none.
 
     Raises:
-        ValueError: no family, or not the named one, holds such a model; or the folder is not empty.
+        ValueError: no family, or not the named one, holds such a model, or several do; or the folder is not empty.
     """
     leaves = jax.tree_util.tree_leaves_with_path({"params": model.params, "bias": model.bias})
     values = {path_name(path): leaf for path, leaf in leaves}

@@ -4,10 +4,11 @@ A row of the tables gives the name of a tensor, its layout, and the layout of ou
 
     v vocabulary, d embed, h heads, g kv heads, k head_dim, f dense hidden width, x experts, m an expert's hidden width,
     s the shared experts', y and u all queries and all keys, z and r the latents of queries and of keys and values,
-    n a head's part without RoPE, p with it, q both, w a value's width; b and c are d twice.
+    n a head's part without RoPE, p with it, q both, w a value's width, i is k where RoPE rotates pairs; b and c are d
+    twice, o is a single one; 1 is an axis that we do not have.
 
-`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other. In `p` and at
-the end of `q` the columns are permuted, too: their RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
+`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other. In `i`, in
+`p` and at the end of `q` the columns are permuted, too: their RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
 """
 
 import functools
@@ -17,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.config import ModelConfig
-from moe_jax.huggingface.families import GATED, Family
+from moe_jax.config import ModelConfig, shared_width
+from moe_jax.huggingface.family import GATED, Family
 from moe_jax.model.block import layout
 
 # --- tables of tensors ----------------------------------------------------------------------------------------
@@ -45,6 +46,8 @@ def _swiglu(prefix: str, ours: str, width: str, names: tuple[str, str, str] = GA
     )
 
 
+PAIRS = {"p": "p", "q": "p", "i": "i"}  # the last letter of a layout -> how many of its last columns are pairs
+
 EMBEDDING = Row("model.embed_tokens.weight", "v d", {"params/embedding": "v d"})
 
 OUTSIDE = (
@@ -64,6 +67,18 @@ GROUPED = (
     Row("self_attn.k_proj.weight", "g.k d", {"attention/key": "d g k"}),
     Row("self_attn.v_proj.weight", "g.k d", {"attention/value": "d g k"}),
     Row("self_attn.o_proj.weight", "d h.k", {"attention/out": "h k d"}),
+)
+
+PAIRED = (
+    Row("self_attn.q_proj.weight", "h.i d", {"attention/query": "d h i"}),
+    Row("self_attn.k_proj.weight", "g.i d", {"attention/key": "d g i"}),
+    *GROUPED[2:],
+)
+
+QKV_BIASES = (
+    _same("self_attn.q_proj.bias", "attention/query_bias", "y"),
+    _same("self_attn.k_proj.bias", "attention/key_bias", "u"),
+    _same("self_attn.v_proj.bias", "attention/value_bias", "u"),
 )
 
 QK_NORMS = {
@@ -98,6 +113,8 @@ ROUTER = Row("mlp.gate.weight", "x d", {"ffw/router": "d x"})
 DENSE = _swiglu("mlp", "ffw/", "f")
 
 SHARED = _swiglu("mlp.shared_experts", "ffw/shared/", "s")
+
+SHARED_GATE = Row("mlp.shared_expert_gate.weight", "o d", {"ffw/shared_gate": "d o"})
 
 BIAS = _same("mlp.gate.e_score_correction_bias", "ffw/bias", "x")
 
@@ -181,13 +198,14 @@ def _layer(
     if c.attention == "mla":
         rows += (LATENT_QUERIES if c.q_lora_rank else FULL_QUERIES) + LATENT
     else:
-        rows += GROUPED + QK_NORMS[c.qk_norm]
+        rows += (PAIRED if family.paired else GROUPED) + (QKV_BIASES if c.qkv_bias else ()) + QK_NORMS[c.qk_norm]
     if kind == "dense":
         rows += DENSE
     else:
-        rows += (ROUTER,) + (SHARED if c.num_shared_experts else ())
+        rows += (ROUTER,) + (SHARED if c.num_shared_experts else ()) + ((SHARED_GATE,) if c.shared_gate else ())
         if family.has_bias:
-            yield _tensor(own(BIAS), prefix, path.replace("params/", "bias/", 1), (at,), sizes)
+            bias = own(BIAS)._replace(layout=family.bias_layout)
+            yield _tensor(bias, prefix, path.replace("params/", "bias/", 1), (at,), sizes)
     yield from (_tensor(own(row), prefix, path, (at,), sizes) for row in rows)
     for expert in range(c.num_experts if kind == "moe" else 0):
         for row in _swiglu(family.experts.format(expert), "ffw/", "m", family.expert_names):
@@ -204,22 +222,22 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
     letters = dict(v=c.vocab_size, d=c.embed_dim, b=c.embed_dim, c=c.embed_dim, h=c.num_heads, g=c.num_kv_heads)
     letters |= dict(k=c.head_dim, f=c.ffw_dim, x=c.num_experts, m=c.expert_ffw_dim)
     letters |= dict(y=c.num_heads * c.head_dim, u=c.num_kv_heads * c.head_dim)
-    letters |= dict(s=c.num_shared_experts * c.expert_ffw_dim, z=c.q_lora_rank, r=c.kv_lora_rank)
+    letters |= dict(s=shared_width(c), z=c.q_lora_rank, r=c.kv_lora_rank, i=c.head_dim, o=1)
     return letters | dict(
         n=c.qk_nope_head_dim, p=c.qk_rope_head_dim, q=c.qk_nope_head_dim + c.qk_rope_head_dim, w=c.v_head_dim
     )
 
 
 def _tensor(row: Row, prefix: str, path: str, index: tuple[int, ...], sizes: Mapping[str, int]) -> Tensor:
-    axes = [axis for merged in row.layout.split() for axis in merged.split(".")]
-    size = {axis: sum(sizes[letter] for letter in axis.split("+")) for axis in axes}
+    axes = [axis for merged in row.layout.split() for axis in merged.split(".") if axis != "1"]
+    size = {axis: sum(sizes[letter] for letter in axis.split("+")) for axis in axes} | {"1": 1}
     shape = tuple(math.prod(size[axis] for axis in merged.split(".")) for merged in row.layout.split())
     divided = next((i for i, axis in enumerate(axes) if "+" in axis), 0)
     parts: list[Part] = []
     start = 0
     for (ours, letters), letter in zip(row.ours.items(), axes[divided].split("+"), strict=True):
         order = tuple(next(i for i, axis in enumerate(axes) if one in axis.split("+")) for one in letters.split())
-        rope = sizes["p"] if letters[-1] in "pq" else 0
+        rope = sizes[PAIRS[letters[-1]]] if letters[-1] in PAIRS else 0
         parts.append(Part(path + ours, index, slice(start, start + sizes[letter]), order, rope))
         start += sizes[letter]
     return Tensor(prefix + row.name, shape, tuple(size[axis] for axis in axes), divided, tuple(parts))

@@ -18,9 +18,9 @@ import numpy as np
 from moe_jax import balance
 from moe_jax.config import Config, ModelConfig, default, validate
 from moe_jax.huggingface import shards
-from moe_jax.huggingface.config_in import from_hf
+from moe_jax.huggingface.config_in import family_of, from_hf
 from moe_jax.huggingface.config_out import choose, to_hf
-from moe_jax.huggingface.families import CARRIED, Family, words
+from moe_jax.huggingface.family import CARRIED, Family, whole, words
 from moe_jax.huggingface.shards import Entry, Plan
 from moe_jax.huggingface.tensors import BIAS, HEAD, ROUTER, Tensor, copies, join, renamed, split, tensors
 from moe_jax.model.abstract import Tree, abstract_model
@@ -41,7 +41,10 @@ Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that sli
 
 
 class Source(NamedTuple):
-    """A folder of theirs, checked. block: rows and columns that share a float8 scale."""
+    """A folder of theirs, checked.
+
+    block: rows and columns that share a float8 scale. left_out: tensors that are not read, as in transformers.
+    """
 
     folder: Path
     family: Family
@@ -49,6 +52,7 @@ class Source(NamedTuple):
     tensors: list[Tensor]
     entries: dict[str, Entry]
     block: tuple[int, int]
+    left_out: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -65,16 +69,38 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
     hf = shards.json_object(folder, "config.json") if folder.is_dir() else {}
     entries = shards.open_folder(folder)
     try:
-        family, ours = from_hf(hf)
-        block = _block(hf, entries)
-        ours["mtp_depth"] = _depths_there(ours, entries)
-        ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(family, entries)
-        config = validate(default(model=ours)).model
-        choose(config, family.architecture)  # what is read can be written again
+        family, config, block = model_of(hf, entries, dtype)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    left_out = ahead_left_out(family, hf, entries)
+    entries = {name: entry for name, entry in entries.items() if name not in left_out}
     found = _check_tensors(folder, tensors(family, config), entries, copies(family, config))
-    return Source(folder, family, config, found, entries, block)
+    return Source(folder, family, config, found, entries, block, tuple(left_out))
+
+
+def ahead_left_out(family: Family, hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
+    """The tensors of modules of multi-token prediction that the family leaves out."""
+    depths = whole(hf, "num_nextn_predict_layers", 0) if family.leaves_out else 0
+    first = hf["num_hidden_layers"]
+    prefixes = tuple(f"model.layers.{first + depth}." for depth in range(depths))
+    return {name for name in entries if name.startswith(prefixes)} if depths else set()
+
+
+def model_of(
+    hf: Mapping[str, Any], entries: Mapping[str, Entry], dtype: str | None = None
+) -> tuple[Family, ModelConfig, tuple[int, int]]:
+    """The family of a config.json, our config of the model, and the rows and columns that share a float8 scale.
+
+    Raises:
+        ValueError: a key or a value that this family, or our model, does not have.
+    """
+    family, ours = from_hf(hf)
+    block = _block(hf, entries)
+    ours["mtp_depth"] = _depths_there(ours, entries)
+    ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(family, entries)
+    config = validate(default(model=ours)).model
+    choose(config, family.architecture)  # what is read can be written again
+    return family, config, block
 
 
 def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:
@@ -85,7 +111,8 @@ def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, in
     block = quantised.get("weight_block_size")
     narrow = [name for name, entry in entries.items() if entry.dtype.startswith("F8")]
     fits = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    if quantised and not (quantised.get("quant_method") == "fp8" and quantised.get("fmt", "e4m3") == "e4m3" and fits):
+    fits &= quantised.get("quant_method") == "fp8"
+    if quantised and not (fits and quantised.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")):  # two names of one
         raise ValueError(
             f"config.json has quantization_config={quantised!r}; known is quant_method 'fp8' with fmt 'e4m3' and a "
             "weight_block_size of two integers."
@@ -180,7 +207,7 @@ def _value(source: Source, name: str) -> np.ndarray:
     value = shards.read(entry)
     if entry.dtype.startswith("F8"):
         return dequantised(value, _scale(source, name, value.shape), source.block)
-    if name.endswith("e_score_correction_bias"):
+    if name.endswith(renamed(source.family, BIAS).name):
         _refuse_unless(np.isfinite(value), source, name, "finite")
     return value
 
@@ -240,7 +267,7 @@ def export(
         carried: folder with the tokenizer's files and the original config.json, if there is one.
         max_length: as in `save_hf`.
     """
-    family = choose(config, architecture)
+    family = choose(config, architecture, _origin(carried))
     if not family.has_bias:
         _refuse_bias(family, config, read)
     found = {tensor.name: tensor for tensor in tensors(family, config)}
@@ -262,6 +289,16 @@ def export(
     total = sum(plan.num_bytes for plan in plans)
     for plan in shards.write_folder(folder, plans, value):
         yield plan, total
+
+
+def _origin(carried: Path | None) -> str:
+    """The family of the config.json that came with the model; "" without one, or if it is none that we know."""
+    if carried is None or not (carried / "config.json").is_file():
+        return ""
+    try:
+        return family_of(shards.json_object(carried, "config.json")).architecture
+    except ValueError:
+        return ""
 
 
 def _length(config: ModelConfig, max_length: int) -> int:

@@ -20,6 +20,9 @@ LATENT |= dict(first_k_dense_replace=1, n_shared_experts=2, n_group=4, topk_grou
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0)
 YARN |= dict(rope_theta=50000.0)
 SHARPENED = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
+FINE = GROUPED | dict(moe_intermediate_size=8, routed_scaling_factor=2.0, norm_topk_prob=True)
+FINE |= dict(n_routed_experts=8, n_shared_experts=2)
+ERNIE = dict(moe_k=2, moe_num_experts=4, moe_num_shared_experts=2, moe_intermediate_size=8, num_key_value_heads=1)
 # name -> the part of transformers' class names before Config, and the keys
 CASES = {
     "mixtral": ("Mixtral", GROUPED | dict(num_local_experts=4, head_dim=12)),
@@ -30,11 +33,35 @@ CASES = {
         | dict(rope_parameters=YARN, tie_word_embeddings=True),
     ),
     "olmoe": ("Olmoe", GROUPED | dict(num_experts=4)),
+    "flex_olmo": ("FlexOlmo", GROUPED | dict(num_experts=4, norm_topk_prob=True)),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        GROUPED
+        | dict(num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=12, norm_topk_prob=False)
+        | dict(mlp_only_layers=[0]),
+    ),
+    "glm4_moe_lite": ("Glm4MoeLite", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
+    "glm4_moe": (
+        "Glm4Moe",
+        FINE
+        | dict(head_dim=8, attention_bias=True, use_qk_norm=True, n_group=2, topk_group=1, first_k_dense_replace=1)
+        | dict(num_nextn_predict_layers=0),
+    ),
+    "dots1": ("Dots1", FINE | dict(head_dim=12, first_k_dense_replace=1)),
+    "solar_open": ("SolarOpen", FINE | dict(head_dim=8, rope_parameters=YARN)),
+    "hy_v3": (
+        "HYV3",
+        GROUPED
+        | dict(num_experts=4, moe_intermediate_size=8, head_dim=12, num_shared_experts=1)
+        | dict(router_scaling_factor=2.0),
+    ),
+    "minimax_m2": ("MiniMaxM2", GROUPED | dict(num_local_experts=4, head_dim=8, rotary_dim=4)),
+    "ernie4_5_moe": ("Ernie4_5_Moe", BASE | ERNIE | dict(head_dim=8)),
     "deepseek_v2": ("DeepseekV2", LATENT | dict(topk_method="group_limited_greedy", rope_parameters=SHARPENED)),
     "deepseek_v2_lite": ("DeepseekV2", LATENT | dict(q_lora_rank=None, topk_method="greedy")),
     "deepseek_v3": ("DeepseekV3", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
 }
-TYPES = dict(Mixtral="mixtral", Qwen3Moe="qwen3_moe", Olmoe="olmoe", DeepseekV2="deepseek_v2", DeepseekV3="deepseek_v3")
+TYPES = {name: case.removesuffix("_lite") if name == "DeepseekV2" else case for case, (name, _) in CASES.items()}
 
 
 def config_of(case, **keys):

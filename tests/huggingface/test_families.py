@@ -21,7 +21,7 @@ def test_a_config_that_goes_out_and_comes_back_is_the_same(case):
     family, config = model_of(config_of(case))
     hf = to_hf(family, config, "float32", {})
     assert model_of(hf) == (family, config)
-    assert choose(config) is family
+    assert choose(config, family.architecture) is choose(config, origin=family.architecture) is family
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,6 +67,54 @@ def test_kimi_k2_is_deepseek_v3():
     family, config = model_of(config_of("deepseek_v3", **keys))
     assert family.architecture == "DeepseekV3ForCausalLM"
     assert (config.score, config.num_groups, config.yarn.beta_fast) == ("sigmoid", 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "rotated"),
+    [
+        ("glm4_moe", {}, 0.5),  # its default
+        ("glm4_moe", dict(rope_parameters=dict(partial_rotary_factor=0.25)), 0.25),
+        ("minimax_m2", {}, 0.5),  # 4 dimensions of 8
+        ("minimax_m2", dict(rotary_dim=None), 1.0),
+        ("solar_open", dict(partial_rotary_factor=0.5), 0.5),
+    ],
+)
+def test_the_part_of_a_head_that_rotates_is_read_by_all_its_names(case, keys, rotated):
+    family, config = model_of(config_of(case, **keys))
+    assert config.partial_rotary_factor == rotated
+    assert model_of(to_hf(family, config, "float32", {}))[1] == config
+
+
+def test_windows_that_no_layer_uses_are_no_obstacle():
+    # as transformers writes dots1 and Qwen2-MoE
+    full = dict(layer_types=["full_attention"] * 2)
+    assert model_of(config_of("dots1", sliding_window=8, **full))[1] == model_of(config_of("dots1"))[1]
+    assert from_hf(config_of("dots1", sliding_window=8, max_window_layers=2)) == from_hf(config_of("dots1"))
+    assert from_hf(config_of("qwen2_moe", **full)) == from_hf(config_of("qwen2_moe"))
+
+
+def test_a_shared_expert_as_wide_as_a_routed_one_has_no_width_of_its_own():
+    family, config = model_of(config_of("qwen2_moe", shared_expert_intermediate_size=8))  # as wide as the others
+    plain = dataclasses.replace(config, shared_ffw_dim=0)
+    assert choose(plain, "qwen2_moe") is family
+    assert to_hf(family, plain, "float32", {}) == to_hf(family, config, "float32", {})
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "kinds"),
+    [
+        ("hy_v3", {}, "dmmmmm"),
+        ("glm4_moe_lite", dict(first_k_dense_replace=2), "ddmmmm"),
+        ("hy_v3", dict(mlp_layer_types=["dense", "sparse"] * 3), "dmdmdm"),
+        ("ernie4_5_moe", dict(moe_layer_start_index=2), "ddmmmm"),
+        ("ernie4_5_moe", dict(moe_layer_start_index=2, moe_layer_interval=2, moe_layer_end_index=-1), "dddmdm"),
+        ("ernie4_5_moe", dict(moe_layer_start_index=0, moe_layer_interval=3), "ddmddm"),
+    ],
+)
+def test_which_layers_of_other_families_have_experts(case, keys, kinds):
+    family, config = model_of(config_of(case, num_hidden_layers=6, **keys))
+    assert "".join(kind[0] for run in layout(config) for kind in run.kinds * run.repeats) == kinds
+    assert model_of(to_hf(family, config, "float32", {}))[1] == config
 
 
 def test_deepseek_v2_ranks_groups_by_their_best_expert_and_v3_by_two():
@@ -144,6 +192,20 @@ REFUSED = [
     ("qwen3_moe", dict(rope_parameters=SHARPENED), "mscale_all_dim=0.7, which Qwen3MoeForCausalLM does not read"),
     ("olmoe", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     ("olmoe", dict(num_nextn_predict_layers=1), "num_nextn_predict_layers=1, a key that OlmoeForCausalLM"),
+    ("qwen2_moe", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types="),
+    ("dots1", dict(sliding_window=8, max_window_layers=1), "sliding_window=8"),
+    ("glm4_moe", dict(rope_parameters=dict(partial_rotary_factor=0.25), partial_rotary_factor=0.5), "different parts"),
+    ("minimax_m2", dict(rotary_dim=4, partial_rotary_factor=1.0), "different parts of a head"),
+    ("minimax_m2", dict(partial_rotary_factor="half"), "partial_rotary_factor='half', which must be a number"),
+    ("minimax_m2", dict(attn_type_list=[1, 0]), r"attn_type_list=\[1, 0\]"),
+    ("glm4_moe", dict(use_qk_norm="yes"), "use_qk_norm='yes', which must be True or False"),
+    ("solar_open", dict(first_k_dense_replace=1), "first_k_dense_replace=1"),
+    ("hy_v3", dict(mlp_layer_types=["sparse", "dense"]), "mlp_layer_types="),
+    ("hy_v3", dict(mlp_layer_types=["dense", "moe"]), "must be a list of 'dense' or 'sparse'"),
+    ("glm4_moe_lite", dict(mlp_layer_types=["sparse", "sparse"]), "say different things"),
+    ("ernie4_5_moe", dict(moe_layer_end_index=0), "moe_layer_end_index=0"),
+    ("ernie4_5_moe", dict(use_bias=True), "use_bias=True"),
+    ("flex_olmo", dict(model_type="dbrx"), "nearest that we do have is MixtralForCausalLM, which lacks LayerNorm"),
     ("mixtral", dict(use_strange_norm=True), "use_strange_norm=True, a key that MixtralForCausalLM is not known"),
     ("mixtral", dict(architectures=["LlamaForCausalLM"]), r"architectures=\['LlamaForCausalLM'\]"),
     ("mixtral", dict(model_type="llama"), "model_type='llama'"),
@@ -194,7 +256,7 @@ OUT = [
     (v3(group_top=1), "group_top=1"),
     (v3(moe_every=2, num_layers=3), "moe_every=2"),
     (ModelConfig(), "num_experts=0"),
-    (validate(default(model=dict(num_experts=4, num_shared_experts=1))).model, "attention='gqa' and no other"),
+    (validate(default(model=dict(num_experts=4, qk_norm="projection", num_shared_experts=1))).model, "and no other"),
 ]
 
 
@@ -211,9 +273,50 @@ def test_a_named_family_that_does_not_hold_the_model_says_why():
         choose(v3(), "LlamaForCausalLM")
 
 
+def test_a_model_that_several_families_hold_is_not_guessed():
+    # the same model under other keys and names of tensors
+    lite = model_of(config_of("glm4_moe_lite"))[1]
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM, Glm4MoeLiteForCausalLM can all hold this model"):
+        choose(lite)
+    assert choose(lite, origin="Glm4MoeLiteForCausalLM").architecture == "Glm4MoeLiteForCausalLM"
+    assert choose(lite, "deepseek_v3", origin="Glm4MoeLiteForCausalLM").architecture == "DeepseekV3ForCausalLM"
+    with pytest.raises(
+        ValueError, match=r"Glm4MoeLiteForCausalLM cannot .* score='softmax', though it came from there"
+    ):
+        choose(dataclasses.replace(lite, score="softmax"), origin="Glm4MoeLiteForCausalLM")
+
+
+WITHOUT_NUMBERS = {"param_dtype", "compute_dtype", "remat", "dispatch", "cpu_kernel", "quantization", "unroll_layers"}
+WITHOUT_NUMBERS |= {
+    "capacity_factor",
+    "router_jitter",
+    "random_second",
+    "zero_share",
+}  # of training, or of zero experts
+OF_ATTENTION = {
+    "gqa": {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "partial_rotary_factor"},
+    "mla": {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_every_key_of_our_model_is_written_or_the_only_one_that_the_family_holds(family):
+    # a key in none of these could be anything, and would be lost
+    told = {key.ours for key in family.keys} | family.holds.keys() | {"rope_theta", "yarn"}
+    told |= {"first_dense", "moe_every"} if family.layers is not None else set()
+    told |= {"partial_rotary_factor"} if family.partial is not None else set()
+    told |= {"mtp_depth"} if family.predicts else set()
+    told |= {"group_top"} if family.holds.get("num_groups") == (1,) else set()
+    told |= {"ffw_dim"} if family.holds.get("first_dense") == (0,) and family.holds.get("moe_every") == (1,) else set()
+    told |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
+    other = OF_ATTENTION["mla" if family.fixed["attention"] == "gqa" else "gqa"]
+    ours = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert ours - WITHOUT_NUMBERS - other - told == set()
+
+
 def test_groups_that_limit_nothing_are_no_obstacle():
     config = dataclasses.replace(model_of(config_of("mixtral"))[1], num_groups=2, top_groups=2, group_top=1)
-    assert choose(config).architecture == "MixtralForCausalLM"
+    assert choose(config, "mixtral").architecture == "MixtralForCausalLM"
 
 
 def test_published_configs_are_understood():

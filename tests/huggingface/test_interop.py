@@ -257,6 +257,19 @@ def test_multi_token_prediction_is_read_if_it_is_there_whole(tmp_path):
         load_hf(tmp_path / "part")
 
 
+def test_modules_ahead_that_transformers_does_not_read_are_left_out_and_told(tmp_path, capsys):
+    values = folders.make(tmp_path / "bare", "hy_v3")
+    ahead = {"model.layers.2.eh_proj.weight": np.zeros((16, 32), np.float32)}
+    folders.write(tmp_path / "hf", folders.config_of("hy_v3", num_nextn_predict_layers=1), values | ahead)
+    run(tmp_path / "hf", tmp_path / "run", None, "")
+    assert "left out 1 tensors of multi-token prediction" in capsys.readouterr().out
+    to_folder(tmp_path / "run", tmp_path / "back")
+    assert stored(tmp_path / "back") == stored(tmp_path / "bare")
+    folders.write(tmp_path / "other", folders.config_of("hy_v3"), values | ahead)  # which has no such module
+    with pytest.raises(ValueError, match=r"eh_proj\.weight .* is not in the model of config"):
+        load_hf(tmp_path / "other")
+
+
 def test_a_copy_that_differs_is_refused_and_one_that_is_missing_is_not(tmp_path):
     values = folders.make(tmp_path / "whole", "deepseek_v3", num_nextn_predict_layers=1)
     hf, name = folders.config_of("deepseek_v3", num_nextn_predict_layers=1), "model.layers.2.shared_head.head.weight"

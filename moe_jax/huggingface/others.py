@@ -1,0 +1,87 @@
+"""The families with experts that transformers has and we do not: which of ours is nearest, and what it lacks."""
+
+from typing import NamedTuple
+
+
+class Other(NamedTuple):
+    """nearest: the architecture of ours with most in common. lacks: what our model would need, in words."""
+
+    nearest: str
+    lacks: str
+
+
+MIXTRAL, OLMOE, QWEN2 = "MixtralForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM"
+QWEN3, V3, ERNIE = "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "Ernie4_5_MoeForCausalLM"
+GLM, DOTS, MINIMAX = "Glm4MoeForCausalLM", "Dots1ForCausalLM", "MiniMaxM2ForCausalLM"
+
+WINDOWS = "attention within a sliding window in some layers"
+INDEXER = "sparse attention, whose keys an indexer picks"
+DELTA = "layers of linear attention (gated DeltaNet)"
+MULTIPLIERS = "factors on embeddings, residuals, attention and logits"
+RELATIVE = "learned relative positions, short convolutions, sliding windows and residuals between distant blocks"
+
+# model_type -> Other
+OTHERS = {
+    "afmoe": Other(
+        DOTS, f"gated attention, norms before and after each layer, {WINDOWS}, and none of RoPE in the rest"
+    ),
+    "aria_text": Other(MIXTRAL, "shared experts beside softmax scores of the chosen experts, and fused expert tensors"),
+    "axk1": Other(V3, "a norm behind the experts"),
+    "axk2": Other(V3, INDEXER),
+    "bailing_hybrid": Other(V3, DELTA),
+    "beam": Other(DOTS, f"norms before and after each layer, residuals scaled by depth, and {WINDOWS}"),
+    "cohere2_moe": Other(MIXTRAL, f"LayerNorm, attention beside the feed-forward, and {WINDOWS}"),
+    "dbrx": Other(MIXTRAL, "LayerNorm, fused and clipped queries, keys and values, and fused expert tensors"),
+    "deepseek_v32": Other(V3, INDEXER),
+    "deepseek_v4": Other(V3, "hyper-connections, compressed attention with sinks, and clamped experts"),
+    "doge": Other(MIXTRAL, "masks that are computed from values, and experts of single vectors behind product keys"),
+    "dots3_note": Other(V3, f"{INDEXER}, and {WINDOWS}"),
+    "dots3_note_text": Other(V3, f"{INDEXER}, and {WINDOWS}"),
+    "exaone_moe": Other(DOTS, f"{WINDOWS}, and no RoPE in the rest"),
+    "flint": Other(QWEN2, f"attention sinks, and {WINDOWS}"),
+    "gemma4": Other(
+        QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
+    ),
+    "gemma4_text": Other(
+        QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
+    ),
+    "glm_moe_dsa": Other(V3, INDEXER),
+    "gpt_oss": Other(
+        MIXTRAL, f"attention sinks, biases of all projections and experts, clamped experts, and {WINDOWS}"
+    ),
+    "granitemoe": Other(MIXTRAL, f"{MULTIPLIERS}, and fused expert tensors"),
+    "granitemoe_swa": Other(MIXTRAL, f"{MULTIPLIERS}, attention sinks, and {WINDOWS}"),
+    "granitemoehybrid": Other(MIXTRAL, f"{MULTIPLIERS}, and Mamba layers"),
+    "granitemoeshared": Other(MIXTRAL, f"{MULTIPLIERS}, fused expert tensors, and a shared expert"),
+    "hunyuan_v1_moe": Other(QWEN3, "norms of queries and keys behind RoPE, and a shared expert without a gate"),
+    "hy_v4": Other(V3, f"hyper-connections, attention sinks, clamped experts, and {INDEXER}"),
+    "inkling_text": Other(DOTS, RELATIVE),
+    "inkling2_text": Other(DOTS, RELATIVE),
+    "inkling2_loop_text": Other(DOTS, f"{RELATIVE}, and layers that are run again"),
+    "jamba": Other(MIXTRAL, "Mamba layers"),
+    "jetmoe": Other(MIXTRAL, "experts in attention, and fused expert tensors"),
+    "kimi_linear": Other(V3, f"{DELTA}, and latent attention without RoPE"),
+    "kolibri1": Other(
+        DOTS, f"a bias that is added to logits, norms before and after each layer, {WINDOWS}, and no RoPE in the rest"
+    ),
+    "laguna": Other(GLM, f"gated attention, another number of heads in some layers, and {WINDOWS}"),
+    "lara_mini": Other(QWEN2, f"{DELTA}, and {WINDOWS}"),
+    "lfm2_moe": Other(DOTS, "layers of short convolutions"),
+    "llama4": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
+    "llama4_text": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
+    "longcat_flash": Other(V3, "two attentions a layer, with the experts beside the second, and scaled latents"),
+    "mellum": Other(QWEN3, f"RoPE of its own for each kind of layer, and {WINDOWS}"),
+    "mimo_v2_flash": Other(GLM, f"attention sinks, values of another width, and {WINDOWS}"),
+    "minimax": Other(MIXTRAL, "layers of linear attention (lightning), and weighted residuals"),
+    "minimax_m3_vl_text": Other(MINIMAX, f"{INDEXER}, and clamped experts"),
+    "nemotron_h": Other(DOTS, "Mamba-2 layers, and experts with a squared ReLU"),
+    "phimoe": Other(MIXTRAL, "LayerNorm, biases of all projections and of the head, and routing by SparseMixer"),
+    "qwen3_5_moe": Other(QWEN2, f"{DELTA}, and gated attention"),
+    "qwen3_5_moe_text": Other(QWEN2, f"{DELTA}, and gated attention"),
+    "qwen3_next": Other(QWEN2, f"{DELTA}, and gated attention"),
+    "qwen4_exp": Other(QWEN2, f"{DELTA}, {INDEXER}, and embeddings of n-grams"),
+    "qwen4_exp_text": Other(QWEN2, f"{DELTA}, {INDEXER}, and embeddings of n-grams"),
+    "sarvam_mla": Other(V3, "nothing but tables of its keys, whose defaults differ"),
+    "sarvam_moe": Other(GLM, "fused queries, keys and values"),
+    "zaya": Other(MIXTRAL, f"convolutions in attention, a router with layers of its own, and {WINDOWS}"),
+}
