@@ -138,16 +138,17 @@ def test_after_training_here_transformers_gives_the_same_logits(pair, tmp_path):
     agree(again.eval(), after)
 
 
-def test_multi_token_prediction_has_the_logits_of_transformers(tmp_path):
+@pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe"])
+def test_multi_token_prediction_has_the_logits_of_transformers(case, tmp_path):
     # depth k at place i reads the token i + k, and is right wherever there is one
-    model = make("deepseek_v3")
+    model = make(case)
     model.save_pretrained(tmp_path / "one")
     config = replace(load_hf(tmp_path / "one").config, mtp_depth=2)
     draw, abstract = np.random.default_rng(0), abstract_weights(config)
     weights = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.2, 0.3, leaf.shape), leaf.dtype), abstract)
-    save_hf(LanguageModel(config, **weights), tmp_path / "hf")
+    save_hf(LanguageModel(config, **weights), tmp_path / "hf", architecture=case)
     ours = load_hf(tmp_path / "hf")
-    model = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    model = type(model).from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[23]\."]  # where it looks for these weights
     ahead = modeling_layers.MtpModel.from_pretrained(model).eval()
     tokens, found = torch.tensor(TOKENS), np.asarray(ours.ahead(TOKENS))
