@@ -174,9 +174,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
         when=lambda c: c.model.attention == "mla",
     ),
     Rule(
-        "{model.qkv_bias} and {model.partial_rotary_factor} belong to grouped-query attention, but {model.attention}",
-        "set model.qkv_bias=False and model.partial_rotary_factor=1.0",
-        holds=lambda c: not c.model.qkv_bias and c.model.partial_rotary_factor == 1,
+        "{model.qkv_bias}, {model.partial_rotary_factor} and {model.attention_multiplier} belong to grouped-query "
+        "attention, but {model.attention}",
+        "set model.qkv_bias=False, model.partial_rotary_factor=1.0 and model.attention_multiplier=0.0",
+        holds=lambda c: (
+            (c.model.qkv_bias, c.model.partial_rotary_factor, c.model.attention_multiplier) == (False, 1, 0)
+        ),
         when=lambda c: c.model.attention == "mla",
     ),
     Rule(

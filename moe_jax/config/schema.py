@@ -57,6 +57,11 @@ class ModelConfig:
     v_head_dim: int = number(32, 1)  # mla
     rope_theta: float = number(10000.0, 1.0)
     yarn: YarnConfig = field(default_factory=YarnConfig)
+    attention_multiplier: float = number(0.0, 0.0)  # gqa: the factor of query . key; 0: 1 / sqrt(head_dim)
+    # Granite's factors: of embeddings, of what attention and feed-forward add, and what logits are divided by
+    embedding_multiplier: float = number(1.0, 0.0)
+    residual_multiplier: float = number(1.0, 0.0)
+    logits_scaling: float = number(1.0, 1e-6)
     ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
     norm_eps: float = number(1e-6, 0.0)
     norm_after: bool = False  # OLMo 2: norms of what attention and feed-forward return, not of what they read

@@ -63,7 +63,18 @@ def plainest(c: ModelConfig) -> ModelConfig:
     """The same model without what changes nothing: groups that may all be used, a width that is the default."""
     if c.num_groups == c.top_groups:
         c = dataclasses.replace(c, num_groups=1, top_groups=1)
-    return dataclasses.replace(c, shared_ffw_dim=0) if c.shared_ffw_dim == c.expert_ffw_dim else c
+    if c.shared_ffw_dim == c.expert_ffw_dim:
+        c = dataclasses.replace(c, shared_ffw_dim=0)
+    return dataclasses.replace(c, attention_multiplier=0.0) if c.attention_multiplier == c.head_dim**-0.5 else c
+
+
+def _spelled_out(c: ModelConfig) -> ModelConfig:
+    """The same model without a 0 that stands for a default."""
+    return dataclasses.replace(
+        c,
+        shared_ffw_dim=c.shared_ffw_dim or c.expert_ffw_dim,
+        attention_multiplier=c.attention_multiplier or c.head_dim**-0.5,
+    )
 
 
 def to_hf(family: Family, c: ModelConfig, dtype: str, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def to_hf(family: Family, c: ModelConfig, dtype: str, carried: Mapping[str, Any]
         carried: the `CARRIED` keys that are known.
     """
     hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_types[0]}
-    c = dataclasses.replace(c, shared_ffw_dim=c.shared_ffw_dim or c.expert_ffw_dim)
+    c = _spelled_out(c)
     for key in family.keys:
         value = getattr(c, key.ours)
         hf[key.name] = {ours: theirs for theirs, ours in key.values.items()}[value] if key.values else value

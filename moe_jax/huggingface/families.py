@@ -57,6 +57,20 @@ MIXTRAL = Family(
     **MIXTRAL_NAMES,
 )
 
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+GRANITE_MOE = Family(  # Granite 3.0 and 3.1
+    architecture="GraniteMoeForCausalLM",
+    model_types=("granitemoe",),
+    keys=(*MIXTRAL.keys, *(Key(name, name, 1.0) for name in MULTIPLIERS)),
+    fixed=MIXTRAL.fixed,
+    holds=without(MIXTRAL.holds, *MULTIPLIERS),
+    only=ONLY,
+    writes=dict(attention_bias=False),
+    renamed={"mlp.gate.weight": "block_sparse_moe.router.layer.weight"},
+    fused=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+)
+
 QWEN2_MOE = Family(
     architecture="Qwen2MoeForCausalLM",
     model_types=("qwen2_moe",),
@@ -360,6 +374,7 @@ ERNIE4_5_MOE = Family(
 
 FAMILIES = (
     MIXTRAL,
+    GRANITE_MOE,
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,

@@ -107,6 +107,7 @@ class Family(NamedTuple):
     renamed: the name of a tensor in the tables of `tensors.py` -> this family's name of it.
     bias_layout: of the tensor with the selection bias, in the letters of `tensors.py`.
     experts, expert_names: the prefix of an expert's tensors, and the names of its gate, up and down.
+    fused: instead of them, the names of the tensors of all gates and ups, and of all downs.
     """
 
     architecture: str
@@ -133,6 +134,7 @@ class Family(NamedTuple):
     bias_layout: str = "x"
     experts: str = "mlp.experts.{}"
     expert_names: tuple[str, str, str] = GATED
+    fused: tuple[str, str] | None = None
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -189,6 +191,10 @@ PLAIN = {
     "num_zero_experts": (0,),
     "class_starts": ((),),
     "norm_after": (False,),
+    "attention_multiplier": (0.0,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
     "shared_ffw_dim": (0,),
     "shared_gate": (False,),
 }

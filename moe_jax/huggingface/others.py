@@ -10,14 +10,13 @@ class Other(NamedTuple):
     lacks: str
 
 
-MIXTRAL, OLMOE, QWEN2 = "MixtralForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM"
-QWEN3, V3, ERNIE = "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "Ernie4_5_MoeForCausalLM"
+MIXTRAL, GRANITE, QWEN2 = "MixtralForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM"
+QWEN3, V3 = "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"
 GLM, DOTS, MINIMAX = "Glm4MoeForCausalLM", "Dots1ForCausalLM", "MiniMaxM2ForCausalLM"
 
 WINDOWS = "attention within a sliding window in some layers"
 INDEXER = "sparse attention, whose keys an indexer picks"
 DELTA = "layers of linear attention (gated DeltaNet)"
-MULTIPLIERS = "factors on embeddings, residuals, attention and logits"
 RELATIVE = "learned relative positions, short convolutions, sliding windows and residuals between distant blocks"
 
 # model_type -> Other
@@ -49,10 +48,9 @@ OTHERS = {
     "gpt_oss": Other(
         MIXTRAL, f"attention sinks, biases of all projections and experts, clamped experts, and {WINDOWS}"
     ),
-    "granitemoe": Other(MIXTRAL, f"{MULTIPLIERS}, and fused expert tensors"),
-    "granitemoe_swa": Other(MIXTRAL, f"{MULTIPLIERS}, attention sinks, and {WINDOWS}"),
-    "granitemoehybrid": Other(MIXTRAL, f"{MULTIPLIERS}, and Mamba layers"),
-    "granitemoeshared": Other(MIXTRAL, f"{MULTIPLIERS}, fused expert tensors, and a shared expert"),
+    "granitemoe_swa": Other(GRANITE, f"attention sinks, and {WINDOWS}"),
+    "granitemoehybrid": Other(GRANITE, "Mamba layers"),
+    "granitemoeshared": Other(GRANITE, "a shared expert, in fused tensors"),
     "hunyuan_v1_moe": Other(QWEN3, "norms of queries and keys behind RoPE, and a shared expert without a gate"),
     "hy_v4": Other(V3, f"hyper-connections, attention sinks, clamped experts, and {INDEXER}"),
     "inkling_text": Other(DOTS, RELATIVE),

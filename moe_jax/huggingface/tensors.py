@@ -5,16 +5,18 @@ A row of the tables gives the name of a tensor, its layout, and the layout of ou
     v vocabulary, d embed, h heads, g kv heads, k head_dim, f dense hidden width, x experts, m an expert's hidden width,
     s the shared experts', y and u all queries and all keys, z and r the latents of queries and of keys and values,
     n a head's part without RoPE, p with it, q both, w a value's width, i is k where RoPE rotates pairs; b and c are d
-    twice, o is a single one; 1 is an axis that we do not have.
+    twice, j is m again, o is a single one; 1 is an axis that we do not have.
 
-`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other. In `i`, in
-`p` and at the end of `q` the columns are permuted, too: their RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
+`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other. An `x` that
+our layout lacks is the index of an expert. In `i`, in `p` and at the end of `q` the columns are permuted, too: their
+RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +49,15 @@ def _swiglu(prefix: str, ours: str, width: str, names: tuple[str, str, str] = GA
 
 
 PAIRS = {"p": "p", "q": "p", "i": "i"}  # the last letter of a layout -> how many of its last columns are pairs
+
+
+def _fused(inputs: str, outputs: str) -> tuple[Row, Row]:
+    """The tensors of all experts of a layer: gates with ups, and downs."""
+    return (
+        Row(inputs, "x m+j d", {"ffw/gate": "d m", "ffw/up": "d j"}),
+        Row(outputs, "x d m", {"ffw/down": "m d"}),
+    )
+
 
 EMBEDDING = Row("model.embed_tokens.weight", "v d", {"params/embedding": "v d"})
 
@@ -132,24 +143,23 @@ PREDICTION = (
 class Part(NamedTuple):
     """A slice of one of our parameters, and its place in a tensor of theirs.
 
-    leaf: the parameter's path. at: the index of the layer, and of the expert. span: along the tensor's divided axis.
-    order: their axes in our order. rope: how many of the last columns are interleaved pairs.
+    leaf: the parameter's path. at: the index of the layer, and of the expert. span: in the tensor's view. order: the
+    axes of that in our order. rope: how many of the last columns are interleaved pairs.
     """
 
     leaf: str
     at: tuple[int, ...]
-    span: slice
+    span: tuple[slice | int, ...]
     order: tuple[int, ...]
     rope: int
 
 
 class Tensor(NamedTuple):
-    """A tensor of theirs: name, shape, shape with merged axes separated, the axis that parts divide, the parts."""
+    """A tensor of theirs: name, shape, shape with merged axes separated, the parts."""
 
     name: str
     shape: tuple[int, ...]
     view: tuple[int, ...]
-    axis: int
     parts: tuple[Part, ...]
 
 
@@ -207,6 +217,9 @@ def _layer(
             bias = own(BIAS)._replace(layout=family.bias_layout)
             yield _tensor(bias, prefix, path.replace("params/", "bias/", 1), (at,), sizes)
     yield from (_tensor(own(row), prefix, path, (at,), sizes) for row in rows)
+    if family.fused is not None and kind == "moe":
+        yield from (_tensor(row, prefix, path, (at,), sizes) for row in _fused(*family.fused))
+        return
     for expert in range(c.num_experts if kind == "moe" else 0):
         for row in _swiglu(family.experts.format(expert), "ffw/", "m", family.expert_names):
             yield _tensor(row, prefix, path, (at, expert), sizes)
@@ -222,7 +235,7 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
     letters = dict(v=c.vocab_size, d=c.embed_dim, b=c.embed_dim, c=c.embed_dim, h=c.num_heads, g=c.num_kv_heads)
     letters |= dict(k=c.head_dim, f=c.ffw_dim, x=c.num_experts, m=c.expert_ffw_dim)
     letters |= dict(y=c.num_heads * c.head_dim, u=c.num_kv_heads * c.head_dim)
-    letters |= dict(s=shared_width(c), z=c.q_lora_rank, r=c.kv_lora_rank, i=c.head_dim, o=1)
+    letters |= dict(j=c.expert_ffw_dim, s=shared_width(c), z=c.q_lora_rank, r=c.kv_lora_rank, i=c.head_dim, o=1)
     return letters | dict(
         n=c.qk_nope_head_dim, p=c.qk_rope_head_dim, q=c.qk_nope_head_dim + c.qk_rope_head_dim, w=c.v_head_dim
     )
@@ -232,23 +245,28 @@ def _tensor(row: Row, prefix: str, path: str, index: tuple[int, ...], sizes: Map
     axes = [axis for merged in row.layout.split() for axis in merged.split(".") if axis != "1"]
     size = {axis: sum(sizes[letter] for letter in axis.split("+")) for axis in axes} | {"1": 1}
     shape = tuple(math.prod(size[axis] for axis in merged.split(".")) for merged in row.layout.split())
-    divided = next((i for i, axis in enumerate(axes) if "+" in axis), 0)
+    by_expert = "x" in axes and not any("x" in letters for letters in row.ours.values())
+    kept = [axis for axis in axes if not (by_expert and axis == "x")]
+    divided = next((axis for axis in kept if "+" in axis), kept[0])
+    starts = itertools.accumulate((sizes[letter] for letter in divided.split("+")), initial=0)
+    slices = [slice(a, b) for a, b in itertools.pairwise(starts)]
     parts: list[Part] = []
-    start = 0
-    for (ours, letters), letter in zip(row.ours.items(), axes[divided].split("+"), strict=True):
-        order = tuple(next(i for i, axis in enumerate(axes) if one in axis.split("+")) for one in letters.split())
-        rope = sizes[PAIRS[letters[-1]]] if letters[-1] in PAIRS else 0
-        parts.append(Part(path + ours, index, slice(start, start + sizes[letter]), order, rope))
-        start += sizes[letter]
-    return Tensor(prefix + row.name, shape, tuple(size[axis] for axis in axes), divided, tuple(parts))
+    for expert in range(sizes["x"]) if by_expert else (None,):
+        at = index if expert is None else (*index, expert)
+        whole: dict[str, Any] = dict.fromkeys(axes, slice(None)) | ({} if expert is None else {"x": expert})
+        for (ours, letters), part in zip(row.ours.items(), slices, strict=True):
+            span = tuple((whole | {divided: part})[axis] for axis in axes)
+            order = tuple(next(i for i, axis in enumerate(kept) if one in axis.split("+")) for one in letters.split())
+            rope = sizes[PAIRS[letters[-1]]] if letters[-1] in PAIRS else 0
+            parts.append(Part(path + ours, at, span, order, rope))
+    return Tensor(prefix + row.name, shape, tuple(size[axis] for axis in axes), tuple(parts))
 
 
 def split(tensor: Tensor, value: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
     """The slices of our parameters in a tensor of theirs."""
     view = value.reshape(tensor.view)
     for part in tensor.parts:
-        span = (slice(None),) * tensor.axis + (part.span,)
-        yield part, _as_halves(view[span].transpose(part.order), part.rope)
+        yield part, _as_halves(view[part.span].transpose(part.order), part.rope)
 
 
 def join(tensor: Tensor, slices: list[np.ndarray]) -> np.ndarray:
@@ -257,7 +275,11 @@ def join(tensor: Tensor, slices: list[np.ndarray]) -> np.ndarray:
         _as_pairs(value, part.rope).transpose(np.argsort(part.order))
         for part, value in zip(tensor.parts, slices, strict=True)
     ]
-    whole = found[0] if len(found) == 1 else np.concatenate(found, tensor.axis)
+    if len(found) == 1:
+        return found[0].reshape(tensor.shape)
+    whole = np.empty(tensor.view, found[0].dtype)
+    for part, value in zip(tensor.parts, found, strict=True):
+        whole[part.span] = value
     return whole.reshape(tensor.shape)
 
 

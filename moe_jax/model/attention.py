@@ -135,7 +135,8 @@ class Attention(nnx.Module):
 
     @property
     def _scale(self) -> float:
-        return softmax_scale(self.config.head_dim, self.config.yarn)
+        c = self.config
+        return c.attention_multiplier or softmax_scale(c.head_dim, c.yarn)
 
     def _project(self, x: Array, positions: Array, mesh: Mesh | None) -> tuple[Array, Array, Array]:
         query, key, value = project(x, [self.query[...], self.key[...], self.value[...]], mesh)

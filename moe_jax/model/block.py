@@ -46,6 +46,7 @@ class Block(nnx.Module):
         self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
         self.ffw = MoE(config, rngs) if kind == "moe" else SwiGLU(config, rngs, config.ffw_dim)
         self.norm_after = config.norm_after
+        self.multiplier = config.residual_multiplier
 
     def __call__(
         self,
@@ -72,7 +73,8 @@ class Block(nnx.Module):
         return x if self.norm_after else norm(x)
 
     def _after(self, norm: RMSNorm, x: Array) -> Array:
-        return norm(x) if self.norm_after else x
+        x = norm(x) if self.norm_after else x
+        return x if self.multiplier == 1 else self.multiplier * x
 
 
 class Unit(nnx.Module):

@@ -100,12 +100,16 @@ class Transformer(nnx.Module):
             return jnp.einsum("...d,dv->...v", x, self.head_weight(mesh), preferred_element_type=jnp.float32)
 
     def head_weight(self, mesh: Mesh | None = None) -> Float[Array, "embed vocab"]:
-        """[D, V] in the compute dtype, gathered from its shards."""
-        head = at_use(self.embedding if self.head is None else self.head, mesh, self.config.compute_dtype)[...]
-        return (head.T if self.head is None else head).astype(self.config.compute_dtype)
+        """[D, V] in the compute dtype, gathered from its shards, and divided by `logits_scaling`."""
+        c = self.config
+        head = at_use(self.embedding if self.head is None else self.head, mesh, c.compute_dtype)[...]
+        head = (head.T if self.head is None else head).astype(c.compute_dtype)
+        return head if c.logits_scaling == 1 else head / c.logits_scaling
 
     def _embed(self, tokens: Array, mesh: Mesh | None) -> Float[Array, "batch seq embed"]:
-        return look_up(self.embedding[...].astype(self.config.compute_dtype), tokens, mesh)
+        c = self.config
+        x = look_up(self.embedding[...].astype(c.compute_dtype), tokens, mesh)
+        return x if c.embedding_multiplier == 1 else c.embedding_multiplier * x
 
     def _main_pass(self, fwd: Pass) -> Pass:
         """The pass without the layers of multi-token prediction, which are the last."""

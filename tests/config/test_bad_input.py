@@ -49,6 +49,7 @@ BAD = [
     (dict(model=dict(partial_rotary_factor=0.1)), "model.partial_rotary_factor=0.1 of model.head_dim=32", "try 0.0625"),
     (dict(model=dict(partial_rotary_factor=0.3)), "model.partial_rotary_factor=0.3 of model.head_dim=32", "try 0.25"),
     (dict(model=dict(attention="mla", qkv_bias=True)), "model.qkv_bias=True", "set model.qkv_bias=False"),
+    (dict(model=dict(attention="mla", attention_multiplier=0.5)), "model.attention_multiplier=0.5", "multiplier=0.0"),
     (dict(model=dict(num_experts=4, shared_gate=True)), "model.shared_gate=True", "set model.num_shared_experts=1"),
     (dict(model=dict(num_experts=4, shared_ffw_dim=8)), "model.shared_ffw_dim=8", "set model.num_shared_experts=1"),
     (dict(model=3), "model=3", "dict"),

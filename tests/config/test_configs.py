@@ -29,10 +29,10 @@ EXPERT = 3 * 2048 * 1408  # of DeepSeekMoE 16B and V2-Lite
 FLASH_ATTENTION = 2048 * 768 + 768 * 20 * 256 + 2048 * 576 + 512 * 20 * (192 + 256) + 20 * 256 * 2048  # GLM-4.7-Flash
 
 
-def grouped(width, heads, kv_heads, biased=False, norms=0):
-    """Grouped-query attention with heads of 128, and both norms of its block."""
-    biases = 128 * (heads + 2 * kv_heads) if biased else 0
-    return 2 * width * 128 * (heads + kv_heads) + biases + norms + 2 * width
+def grouped(width, heads, kv_heads, head=128, biased=False, norms=0):
+    """Grouped-query attention, and both norms of its block."""
+    biases = head * (heads + 2 * kv_heads) if biased else 0
+    return 2 * width * head * (heads + kv_heads) + biases + norms + 2 * width
 
 
 def moe(width, experts, ffw, shared=0):
@@ -67,6 +67,8 @@ EXACT = {  # all parameters except those of multi-token prediction
     + 48 * (2 * 2048 * 32 * 128 + 2 * 2048 * 4 * 128 + 2 * 128 + 2 * 2048)
     + 48 * (128 * 3 * 2048 * 768 + 2048 * 128)
     + 2048,
+    # tied
+    "granite_3_3b_a800m": 49155 * 1536 + 32 * (grouped(1536, 24, 8, head=64) + moe(1536, 40, 512)) + 1536,
     # the shared expert has a gate of one column
     "qwen1_5_moe_a2_7b": 2 * 151936 * 2048
     + 24 * (grouped(2048, 16, 16, biased=True) + moe(2048, 60, 1408, shared=5632) + 2048)
@@ -106,6 +108,7 @@ PUBLISHED = {
     "deepseek_v2_lite": (15.7, 2.4, 0.1),
     "deepseek_moe_16b": (16.4, 2.8, 0.1),
     "qwen3_30b_a3b": (30.5, 3.3, 0.1),
+    "granite_3_3b_a800m": (3.3, 0.8, 0.1),
     "qwen1_5_moe_a2_7b": (14.3, 2.7, 0.1),
     "glm_4_7_flash": (30, 3, 1),
     "glm_4_5": (355, 32, 1),

@@ -32,6 +32,12 @@ CASES = {
         | dict(num_experts=4, moe_intermediate_size=8, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0])
         | dict(rope_parameters=YARN, tie_word_embeddings=True),
     ),
+    "granitemoe": (
+        "GraniteMoe",
+        GROUPED
+        | dict(num_local_experts=4, embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.25)
+        | dict(logits_scaling=2.0, tie_word_embeddings=True),
+    ),
     "olmoe": ("Olmoe", GROUPED | dict(num_experts=4)),
     "flex_olmo": ("FlexOlmo", GROUPED | dict(num_experts=4, norm_topk_prob=True)),
     "qwen2_moe": (

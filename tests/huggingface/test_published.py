@@ -28,6 +28,13 @@ PUBLISHED = {
         | dict(moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
         | dict(decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1e6, use_sliding_window=False),
     ),
+    "granite_3_3b_a800m": (
+        "GraniteMoeForCausalLM",
+        dict(model_type="granitemoe", vocab_size=49155, hidden_size=1536, num_hidden_layers=32, rms_norm_eps=1e-6)
+        | dict(num_attention_heads=24, num_key_value_heads=8, intermediate_size=512, num_local_experts=40)
+        | dict(num_experts_per_tok=8, tie_word_embeddings=True, rope_theta=10000, attention_multiplier=0.015625)
+        | dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=6.0, attention_bias=False),
+    ),
     "qwen1_5_moe_a2_7b": (
         "Qwen2MoeForCausalLM",
         dict(model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, num_hidden_layers=24, rms_norm_eps=1e-6)

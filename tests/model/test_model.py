@@ -1,5 +1,6 @@
 """The models of the field, each compared with the equations of its paper written in numpy."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -397,6 +398,23 @@ def test_a_norm_behind_a_layer_makes_the_block_blind_to_the_scale_of_what_it_ret
     np.testing.assert_allclose(block(x, None, fwd)[0], before, rtol=1e-4, atol=1e-5)
     block.attention_norm.scale[...] = block.attention_norm.scale[...] * 7.0
     assert np.abs(block(x, None, fwd)[0] - before).max() > 0.1
+
+
+def test_factors_of_a_model_scale_what_they_are_named_after():
+    # a model without layers' contributions returns its embedding; factors of 2 double it before the norm, where it
+    # makes no difference, and logits are divided
+    config = tiny_config(model=dict(residual_multiplier=0.0, tied_embeddings=True, norm_eps=1e-12)).model
+    inputs = packed_inputs([[5, 6, 7, 8]], [[1, 1, 1, 1]])
+    plain = forward(config, inputs)
+    scaled = forward(dataclasses.replace(config, embedding_multiplier=2.0, logits_scaling=4.0), inputs)
+    np.testing.assert_allclose(scaled, plain / 4.0, rtol=1e-5, atol=1e-7)
+    # queries times 3 are as attention times 3, of heads of 8
+    config = tiny_config().model
+    x, positions, segments = vectors(1, 4, 16), jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
+    layer = filled(lambda: Attention(config, nnx.Rngs(0)))
+    tripled = filled(lambda: Attention(dataclasses.replace(config, attention_multiplier=3 / 8**0.5), nnx.Rngs(0)))
+    layer.query[...] = 3.0 * layer.query[...]
+    np.testing.assert_allclose(tripled(x, positions, segments), layer(x, positions, segments), rtol=1e-5, atol=1e-6)
 
 
 def test_the_gate_of_shared_experts_is_a_sigmoid_of_the_token():
