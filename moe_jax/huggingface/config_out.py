@@ -34,7 +34,7 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
     if len(fitting) > 1:
         raise ValueError(
             f"{', '.join(f.architecture for f in fitting)} can all hold this model, which came from none of them; "
-            "name one as the architecture."
+            "name one with --architecture, or as the architecture of save_hf."
         )
     if fitting:
         return fitting[0]

@@ -88,7 +88,7 @@ def make(folder: Path, case: str, dtype: str = "float32", shard_bytes: int = 10*
     family, config = model_of(hf)
     draw, values = np.random.default_rng(0), {}
     for t in tensors(family, config):
-        kind = "float32" if t.name.endswith("correction_bias") else dtype
+        kind = "float32" if t.name.endswith(("correction_bias", "expert_bias")) else dtype
         values[t.name] = draw.normal(1.0 if "norm" in t.name else 0.0, 0.3, t.shape).astype(np.float32).astype(kind)
     values |= {name: values[of] for name, of in copies(family, config).items() if name != "lm_head.weight"}
     if change is not None:

@@ -59,6 +59,8 @@ def test_every_bit_comes_back_through_a_workdir(kind, dtype, tmp_path):
     to_workdir(tmp_path / "hf", tmp_path / "run")
     to_folder(tmp_path / "run", tmp_path / "back")
     assert stored(tmp_path / "back") == stored(tmp_path / "hf")
+    of = [json.loads((tmp_path / name / "config.json").read_text())["architectures"] for name in ("hf", "back")]
+    assert of[0] == of[1]  # although other families could hold it, too
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "deepseek_v3, untied, one ahead"])
