@@ -27,7 +27,7 @@ from moe_jax.runtime.files import is_remote, read_json
 MOST_CONFIG_BYTES = 2**24  # a larger config.json is not one of ours
 
 
-def holds_a_run(folder: Path) -> bool:
+def holds_a_run(folder: Path, flag: str = "--input") -> bool:
     """Whether the folder's config.json is one of ours.
 
     Raises:
@@ -35,7 +35,7 @@ def holds_a_run(folder: Path) -> bool:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"--input={folder} has no config.json; give a Hugging Face folder, or a workdir.")
+        raise ValueError(f"{flag}={folder} has no config.json; give a Hugging Face folder, or a workdir.")
     try:
         config = read_json(file, "") if file.stat().st_size < MOST_CONFIG_BYTES else {}
     except ValueError:
@@ -75,6 +75,8 @@ def inspect(folder: Path) -> bool:
     """Print what a Hugging Face folder is; whether it fits."""
     if is_remote(folder):
         raise ValueError(f"--inspect={folder} must be a folder of this machine; copy a bucket's files here first.")
+    if holds_a_run(folder, "--inspect"):
+        raise ValueError(f"--inspect={folder} is a workdir and must be a Hugging Face folder; give one.")
     from moe_jax.huggingface.inspection import inspected
 
     found = inspected(folder)

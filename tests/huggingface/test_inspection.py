@@ -69,6 +69,14 @@ def test_a_config_of_more_layers_than_there_are_tensors_ends_soon(tmp_path):
     assert any("tensors that config.json requires are missing" in obstacle for obstacle in found)
 
 
+def test_a_workdir_and_an_empty_folder_are_told_to_be_none(tmp_path):
+    with pytest.raises(ValueError, match=r"--inspect=.* has no config\.json"):
+        convert.inspect(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match="is a workdir and must be a Hugging Face folder"):
+        convert.inspect(tmp_path)
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_family_that_we_do_not_have_is_refused_with_the_nearest_that_we_do(kind):
     with pytest.raises(ValueError, match=f"model_type='{kind}', a family with experts") as caught:
