@@ -91,8 +91,8 @@ def main(_: list[str]) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if flag.inspect is not None:
-            if flag.input is not None or flag.output is not None:
-                raise ValueError("--inspect reads a folder and writes nothing; leave --input and --output out.")
+            if given := [f"--{name}" for name in ("input", "output", "dtype", "architecture") if flag[name].value]:
+                raise ValueError(f"--inspect reads a folder and writes nothing; leave {' and '.join(given)} out.")
             sys.exit(0 if inspect(workdir_of(flag.inspect, "--inspect")) else 1)
         for name in ("input", "output"):
             if flag[name].value is None:
