@@ -51,7 +51,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         ours[key.ours] = key.values[value] if key.values else value
     ours |= _rope(family, hf)
     if family.partial is not None:
-        ours["partial_rotary_factor"] = _partial(family, hf)
+        ours["partial_rotary_factor"] = _partial(family, hf, family.partial)
     if family.predicts:
         ours["mtp_depth"] = whole(hf, "num_nextn_predict_layers", 0)
     if family.layers is not None:
@@ -178,22 +178,25 @@ def _rope_of(family: Family, hf: Mapping[str, Any], name: str) -> dict[str, Any]
     return {"rope_theta": theta, "yarn": _yarn(family, rope, hf) if kind == "yarn" else {}}
 
 
-def _partial(family: Family, hf: Mapping[str, Any]) -> float:
+def _partial(family: Family, hf: Mapping[str, Any], default: float) -> float:
     """Our partial_rotary_factor, which may be beside RoPE's other keys, among them, or a number of dimensions."""
     head_dim = whole(hf, "head_dim")
-    among = [(name, (hf.get(name) or {}).get("partial_rotary_factor")) for name in ("rope_parameters", "rope_scaling")]
-    found = {f"{name}.partial_rotary_factor": factor for name, factor in among}
-    found["partial_rotary_factor"] = hf.get("partial_rotary_factor")
+    found: dict[str, Any] = {"partial_rotary_factor": hf.get("partial_rotary_factor")}
+    for name in ("rope_parameters", "rope_scaling"):
+        found[f"{name}.partial_rotary_factor"] = (hf.get(name) or {}).get("partial_rotary_factor")
     if family.rotary_dim and hf.get("rotary_dim") is not None and head_dim:
         found["rotary_dim"] = whole(hf, "rotary_dim") / head_dim
-    found = {name: factor for name, factor in found.items() if factor is not None}
+    factors: dict[str, float] = {}
     for name, factor in found.items():
+        if factor is None:
+            continue
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             raise ValueError(f"config.json has {name}={factor!r}, which must be a number; correct it.")
-    if len({int(head_dim * factor) for factor in found.values()}) > 1:
-        said = " and ".join(f"{name}={factor!r}" for name, factor in found.items())
+        factors[name] = factor
+    if len({int(head_dim * factor) for factor in factors.values()}) > 1:
+        said = " and ".join(f"{name}={factor!r}" for name, factor in factors.items())
         raise ValueError(f"config.json has {said}, which rotate different parts of a head; leave one.")
-    return next(iter(found.values()), family.partial)
+    return next(iter(factors.values()), default)
 
 
 def _yarn(family: Family, rope: dict[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:

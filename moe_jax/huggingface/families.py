@@ -138,8 +138,8 @@ FLEX_OLMO = Family(
     architecture="FlexOlmoForCausalLM",
     model_types=("flex_olmo",),
     keys=OLMOE.keys,
-    fixed=OLMOE.fixed | dict(norm_after=True),
-    holds=OLMOE.holds | {"norm_after": (True,)},
+    fixed={**OLMOE.fixed, "norm_after": True},
+    holds={**OLMOE.holds, "norm_after": (True,)},
     only=without(ONLY, "clip_qkv"),
     writes=dict(attention_bias=False),
     renamed={
