@@ -398,6 +398,9 @@ def test_a_norm_behind_a_layer_makes_the_block_blind_to_the_scale_of_what_it_ret
     np.testing.assert_allclose(block(x, None, fwd)[0], before, rtol=1e-4, atol=1e-5)
     block.attention_norm.scale[...] = block.attention_norm.scale[...] * 7.0
     assert np.abs(block(x, None, fwd)[0] - before).max() > 0.1
+    # no norm in front: without attention, what SwiGLU adds depends on the scale of what it reads
+    block.attention_norm.scale[...] = block.attention_norm.scale[...] * 0.0
+    assert np.abs((block(7 * x, None, fwd)[0] - 7 * x) - (block(x, None, fwd)[0] - x)).max() > 0.1
 
 
 def test_factors_of_a_model_scale_what_they_are_named_after():
