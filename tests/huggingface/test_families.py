@@ -285,13 +285,9 @@ def test_a_model_that_several_families_hold_is_not_guessed():
         choose(dataclasses.replace(lite, score="softmax"), origin="Glm4MoeLiteForCausalLM")
 
 
-WITHOUT_NUMBERS = {"param_dtype", "compute_dtype", "remat", "dispatch", "cpu_kernel", "quantization", "unroll_layers"}
-WITHOUT_NUMBERS |= {
-    "capacity_factor",
-    "router_jitter",
-    "random_second",
-    "zero_share",
-}  # of training, or of zero experts
+# keys of which the weights know nothing, and those of training alone or of zero experts
+APART = {field.name for field in dataclasses.fields(ModelConfig) if field.metadata.get("changes")}
+APART |= {"quantization", "router_jitter", "random_second", "zero_share"}
 OF_ATTENTION = {
     "gqa": {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "partial_rotary_factor"},
     "mla": {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"},
@@ -310,7 +306,7 @@ def test_every_key_of_our_model_is_written_or_the_only_one_that_the_family_holds
     told |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
     other = OF_ATTENTION["mla" if family.fixed["attention"] == "gqa" else "gqa"]
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert ours - WITHOUT_NUMBERS - other - told == set()
+    assert ours - APART - other - told == set()
 
 
 def test_groups_that_limit_nothing_are_no_obstacle():
