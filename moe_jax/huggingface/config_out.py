@@ -33,8 +33,8 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
     fitting = [family for family in named or FAMILIES if not lacking[family.architecture]]
     if len(fitting) > 1:
         raise ValueError(
-            f"{', '.join(f.architecture for f in fitting)} can all hold this model, which came from none of them; "
-            "name one with --architecture, or as the architecture of save_hf."
+            f"{', '.join(f.architecture for f in fitting)} can all hold this model, and no config.json of theirs "
+            "came with it; name one with --architecture, or as the architecture of save_hf."
         )
     if fitting:
         return fitting[0]
