@@ -291,7 +291,7 @@ def with_bias(folder, value):
     folders.make(folder, "mixtral")
     model = load_hf(folder)
     filled = jax.tree.map(lambda b: jnp.broadcast_to(jnp.asarray(value, jnp.float32), b.shape), model.bias)
-    return LanguageModel(model.config, model.params, filled)
+    return LanguageModel(model.config, model.params, filled, folder)
 
 
 def test_a_bias_that_would_be_lost_is_refused_by_name(tmp_path):
