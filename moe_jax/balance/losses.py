@@ -245,6 +245,11 @@ def squared_variation(sums: Float32[Array, "experts"]) -> Float32[Array, ""]:
     return jnp.where(some, ((relative - 1.0) ** 2).mean(), 0.0)
 
 
+def of_real_experts(routing: Routing, num_experts: int) -> Routing:
+    """The routing with the scores and logits of the first `num_experts` only, without zero-computation experts."""
+    return routing._replace(scores=routing.scores[:, :num_experts], logits=routing.logits[:, :num_experts])
+
+
 class Groups(NamedTuple):
     """The groups that an auxiliary loss balances: `number` groups of consecutive experts of `num_experts` that compute.
 
@@ -292,8 +297,8 @@ def _visits(groups: Groups, group_ids: Array, is_token: Array) -> Int32[Array, "
 
 
 def _real_scores(options: AuxLoss, groups: Groups, routing: Routing) -> Float32[Array, "tokens experts"]:
-    scores, logits = (a[:, : groups.num_experts] for a in (routing.scores, routing.logits))
-    return normalized_scores(routing._replace(scores=scores, logits=logits)) if options.normalize else scores
+    real = of_real_experts(routing, groups.num_experts)
+    return normalized_scores(real) if options.normalize else real.scores
 
 
 def _summed(groups: Groups, values: Shaped[Array, "*rest experts"]) -> Shaped[Array, "*rest groups"]:

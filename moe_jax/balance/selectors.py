@@ -16,7 +16,16 @@ from jaxtyping import Array, Bool, Float32, Int32
 from moe_jax.balance.protocol import Balancer, Seen, zeros
 from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
-from moe_jax.config.balance import Bip, DeviceCapacity, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
+from moe_jax.config.selector_options import (
+    Bip,
+    DeviceCapacity,
+    ExpertChoice,
+    ExpertThreshold,
+    Forced,
+    Hash,
+    Random,
+    Sinkhorn,
+)
 from moe_jax.routing import Routing, Tokens, best, count
 
 

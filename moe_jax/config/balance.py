@@ -1,53 +1,24 @@
 """The balancing methods' names and options, with type, range and default: what `config.balance` may contain.
 
-`moe_jax.balance` implements the methods; `config/balance_rules.py` checks their options.
+The options of selectors are in `config/selector_options.py`. `moe_jax.balance` implements the methods;
+`config/balance_rules.py` checks their options.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from moe_jax.config.fields import number
-
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () means all.
-
-    The class variables hold whatever the options: whether the method moves the bias (`moves_bias`); selects experts
-    itself (`selects`); gives every token exactly `top_k` of them (`fixed_slots`); treats all experts alike, without
-    groups or zero-computation experts (`all_alike`); needs scores between 0 and 1 (`bounded_scores`).
-    """
-
-    layers: tuple[int, ...] = ()
-
-    moves_bias: ClassVar[bool] = False
-    selects: ClassVar[bool] = False
-    fixed_slots: ClassVar[bool] = True
-    all_alike: ClassVar[bool] = False
-    bounded_scores: ClassVar[bool] = False
-
-    @property
-    def beside(self) -> tuple[str, ...]:
-        """The labels of other methods that this one requires."""
-        return ()
-
-    @property
-    def by_device(self) -> bool:
-        """Whether the method needs logical devices, which are `num_devices` groups of consecutive experts."""
-        return False
-
-    @property
-    def reads_top_k(self) -> bool:
-        """Whether the method uses each token's top k experts without the bias."""
-        return False
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """Whether the numbers depend on the split of a step into micro-batches, because they are not additive."""
-        return False
-
+from moe_jax.config.options import Options, Schedule
+from moe_jax.config.selector_options import (
+    Bip,
+    DeviceCapacity,
+    ExpertChoice,
+    ExpertThreshold,
+    Forced,
+    Hash,
+    Random,
+    Sinkhorn,
+)
 
 # --- the bias family ------------------------------------------------------------------------------------------
 
@@ -224,6 +195,15 @@ class SimilarityLoss(LossOptions):
 
 
 @dataclass(frozen=True)
+class PhiLoss(LossOptions):
+    """Options of `phi_loss`: the convex `potential`, and the decay `ema` of the average over steps."""
+
+    weight: float = number(1e-1, 0.0)
+    potential: Literal["negative_entropy", "euclidean"] = "negative_entropy"
+    ema: float = number(0.99, 0.0, 0.9999)
+
+
+@dataclass(frozen=True)
 class TargetViolation(Options):
     """Options of `target_violation`, which adjusts the weight of the loss labelled `controls` to hold `target`."""
 
@@ -236,114 +216,6 @@ class TargetViolation(Options):
     def beside(self) -> tuple[str, ...]:
         """The label of the controlled loss."""
         return (self.controls,)
-
-
-# --- selectors ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SelectorOptions(Options):
-    """Options of every method that selects experts itself."""
-
-    selects = True
-    all_alike = True
-
-
-@dataclass(frozen=True)
-class ExpertChoice(SelectorOptions):
-    """Options of `expert_choice`; `scope` is the set of tokens from which an expert chooses."""
-
-    fixed_slots = False
-
-    scope: Literal["sequence", "microbatch"] = "microbatch"
-    capacity_factor: float = number(1.0, 0.01)
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """Experts choose from the tokens of the scope."""
-        return self.scope == "microbatch"
-
-
-@dataclass(frozen=True)
-class Sinkhorn(SelectorOptions):
-    """Options of `sinkhorn`."""
-
-    iterations: int = number(10, 1, 1000)
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """The factors are computed from the whole micro-batch."""
-        return True
-
-
-@dataclass(frozen=True)
-class Bip(SelectorOptions):
-    """Options of `bip`."""
-
-    iterations: int = number(4, 1, 1000)
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """The prices are computed from the whole micro-batch."""
-        return True
-
-
-@dataclass(frozen=True)
-class ExpertThreshold(SelectorOptions):
-    """Options of `expert_threshold`; a token gets at most its `slots` best experts (0: every expert that passes)."""
-
-    moves_bias = True
-    fixed_slots = False
-    bounded_scores = True
-
-    ema: float = number(0.99, 0.0, 0.9999)
-    bins: int = number(1000, 10, 1_000_000)
-    slots: int = number(0, 0)
-    freeze_step: int | None = number(None, 0)
-
-
-@dataclass(frozen=True)
-class Hash(SelectorOptions):
-    """Options of `hash`."""
-
-
-@dataclass(frozen=True)
-class Random(SelectorOptions):
-    """Options of `random`."""
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """The draw depends on the index of the token in the micro-batch."""
-        return True
-
-
-@dataclass(frozen=True)
-class Forced(SelectorOptions):
-    """Options of `forced`."""
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """The expert depends on the index of the token in the micro-batch."""
-        return True
-
-
-@dataclass(frozen=True)
-class DeviceCapacity(Options):
-    """Options of `device_capacity`; `protected` is the share of sequences from which nothing is dropped."""
-
-    num_devices: int = number(0, 0)  # logical groups of consecutive experts; 0: model.num_groups
-    capacity_factor: float = number(1.0, 0.01)
-    protected: float = number(0.1, 0.0, 1.0)
-
-    @property
-    def by_device(self) -> bool:
-        """Each device has a budget."""
-        return True
-
-    @property
-    def by_micro_batch(self) -> bool:
-        """The copies of a micro-batch compete for its budgets."""
-        return True
 
 
 BALANCE_METHODS: dict[str, type[Options]] = {
@@ -360,6 +232,7 @@ BALANCE_METHODS: dict[str, type[Options]] = {
     "load_loss": LoadLoss,
     "orthogonal_loss": OrthogonalLoss,
     "similarity_loss": SimilarityLoss,
+    "phi_loss": PhiLoss,
     "target_violation": TargetViolation,
     "expert_choice": ExpertChoice,
     "sinkhorn": Sinkhorn,

@@ -5,7 +5,8 @@ What the model requires of a method is in `config/rules.py`.
 
 from typing import Any
 
-from moe_jax.config.balance import AuxLoss, BalanceEntry, BiasPi, LossOptions, Options
+from moe_jax.config.balance import AuxLoss, BalanceEntry, BiasPi, LossOptions
+from moe_jax.config.options import Options
 
 
 def check_options(path: str, options: Options) -> None:

@@ -16,7 +16,8 @@ from conftest import assert_same_bits, strict_flags
 from moe_jax import balance
 from moe_jax.balance.measures import max_violation
 from moe_jax.config import balance_entries
-from moe_jax.config.balance import BALANCE_METHODS, BiasOptions, LossOptions, Options, smallest
+from moe_jax.config.balance import BALANCE_METHODS, BiasOptions, LossOptions, smallest
+from moe_jax.config.options import Options
 from moe_jax.routing import RouterConfig, Routing, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
