@@ -37,7 +37,9 @@ def costs(config: Config, methods: Iterable[str]) -> Iterator[tuple[str, Cost]]:
     """Yield (method, cost), one compilation after the other."""
     for method in methods:
         entries = {} if method == "none" else smallest(method, num_devices=2)
-        yield method, compiled_cost(validate(as_dict(config) | {"balance": entries}))
+        model = {} if method == "none" else BALANCE_METHODS[method].requires
+        whole = as_dict(config)
+        yield method, compiled_cost(validate(whole | {"balance": entries, "model": whole["model"] | model}))
 
 
 def main(_: list[str]) -> None:

@@ -99,6 +99,11 @@ def arm_of(name: str) -> Arm:
     return Arm(arms.write_balance(mapping), balance_entries(mapping))
 
 
+def suited(s: Settings, name: str) -> Settings:
+    """The settings with the score that the method requires."""
+    return dataclasses.replace(s, score=BALANCE_METHODS[name].requires.get("score", s.score))
+
+
 def balancer_of(name: str, s: Settings) -> Balancer:
     """The method's composition, for one layer with the sizes of the settings."""
     config = settings.config_of(s, arm_of(name).entries)
@@ -160,7 +165,7 @@ def forward(balancer: Balancer, s: Settings, logits: Any, state: Any, ids: Any) 
 
 def state_and_statistics(name: str) -> tuple[str, str]:
     """The shapes of the method's state and of its statistics."""
-    s = SHAPES
+    s = suited(SHAPES, name)
     balancer = balancer_of(name, s)
 
     def run(logits: Any, ids: Any) -> tuple[Any, Any]:
@@ -178,12 +183,12 @@ def settings_of(name: str) -> Settings:
     """The settings of a method's simulation: fewer steps if it changes nothing from one step to the next."""
     method = method_of(name)
     learns = any(f is not None for f in (method.initial_bias, method.own_loss, method.factors))
-    return SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS)
+    return suited(SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS), name)
 
 
 def is_causal(name: str) -> bool:
     """Whether changes of later tokens of a batch leave a token's experts unchanged, in a state after three steps."""
-    s = SMALL
+    s = suited(SMALL, name)
     balancer = balancer_of(name, s)
     run = jax.jit(functools.partial(forward, balancer, s))
     random = np.random.default_rng(0)
@@ -240,7 +245,7 @@ def row(name: str, result: Result, low: float) -> list[str]:
     """The table's row for one method."""
     state, statistics = state_and_statistics(name)
     causal = "yes" if is_causal(name) else "no"
-    inference = balancer_of(name, SETTINGS).inference
+    inference = balancer_of(name, suited(SETTINGS, name)).inference
     about = [f"`{name}`", family(name), equation(name), source(name), state, statistics, causal, inference]
     return about + speed_and_level(result, low)
 

@@ -86,7 +86,7 @@ class RouterConfig(NamedTuple):
     """How experts are scored, chosen and weighted; the keys of `config.model` of the same names.
 
     top_k: experts per token, 1 to E.
-    score: "sigmoid" | "softmax" | "sqrt_softplus", the affinity in [0, 1] or [0, inf).
+    score: "sigmoid" | "softmax", the affinity in [0, 1], or "sqrt_softplus" | "relu", in [0, inf).
     num_groups: G, divides E; experts e of group g have e // (E / G) == g.
     top_groups: groups a token may use, ranked by the sum of their `group_top` best biased scores.
     group_top: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
@@ -168,22 +168,26 @@ def route(
 
 
 def affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
-    """The unbiased affinity of each token to each expert: sigmoid (V3), softmax (V2) or sqrt-softplus (V4)."""
+    """The unbiased affinity of each token to each expert: sigmoid (V3), softmax (V2), sqrt-softplus (V4) or ReLU."""
     if score == "sigmoid":
         return jax.nn.sigmoid(logits)
     if score == "softmax":
         return jax.nn.softmax(logits, axis=-1)
     if score == "sqrt_softplus":
         return jnp.exp(log_affinity(logits, score))  # the square root's own gradient is not finite at underflow
-    raise ValueError(f"score={score!r} must be 'sigmoid', 'softmax' or 'sqrt_softplus'; choose one of them.")
+    if score == "relu":
+        return jax.nn.relu(logits)
+    raise ValueError(f"score={score!r} must be 'sigmoid', 'softmax', 'sqrt_softplus' or 'relu'; choose one of them.")
 
 
 def log_affinity(logits: Float32[Array, "tokens experts"], score: str) -> Float32[Array, "tokens experts"]:
-    """The logarithm of `affinity`, finite and with a gradient where the affinity itself underflows."""
+    """The logarithm of `affinity`, finite and, but for ReLU, with a gradient where the affinity itself underflows."""
     if score == "sigmoid":
         return jax.nn.log_sigmoid(logits)
     if score == "softmax":
         return jax.nn.log_softmax(logits, axis=-1)
+    if score == "relu":
+        return jnp.log(jnp.maximum(logits, jnp.finfo(jnp.float32).tiny))
     low = SOFTPLUS_IS_EXP
     return 0.5 * jnp.where(logits < low, logits, jnp.log(jax.nn.softplus(jnp.maximum(logits, low))))
 

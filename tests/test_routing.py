@@ -184,8 +184,8 @@ def test_scores_are_the_published_functions():
 
 
 def test_an_unknown_score_is_an_error_that_lists_the_choices():
-    with pytest.raises(ValueError, match=r"score='relu' must be 'sigmoid', 'softmax' or 'sqrt_softplus'"):
-        routed(top_k=1, score="relu")(random_logits(0))
+    with pytest.raises(ValueError, match=r"score='tanh' must be 'sigmoid', 'softmax', 'sqrt_softplus' or 'relu'"):
+        routed(top_k=1, score="tanh")(random_logits(0))
 
 
 def test_unnormalised_softmax_gates_are_the_scores_times_the_scale():

@@ -1,6 +1,6 @@
 """Methods that balance experts: `make(config.balance)` builds one `Balancer`; `names()` lists the methods."""
 
-from moe_jax.balance import bias, losses, phi, selectors
+from moe_jax.balance import bias, dynamic, losses, phi, selectors
 from moe_jax.balance.protocol import Balancer, Seen, State, Statistics, chain
 from moe_jax.balance.registry import (
     make,
@@ -17,6 +17,7 @@ __all__ = [
     "Statistics",
     "bias",
     "chain",
+    "dynamic",
     "losses",
     "make",
     "names",

@@ -1,14 +1,14 @@
 """The balancing methods' names and options, with type, range and default: what `config.balance` may contain.
 
-The options of selectors are in `config/selector_options.py`. `moe_jax.balance` implements the methods;
-`config/balance_rules.py` checks their options.
+Options of a whole family are in `config/options.py`, those of selectors in `config/selector_options.py`.
+`moe_jax.balance` implements the methods; `config/balance_rules.py` checks their options.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moe_jax.config.fields import number
-from moe_jax.config.options import Options, Schedule
+from moe_jax.config.options import BiasOptions, LossOptions, Options, Schedule
 from moe_jax.config.selector_options import (
     Bip,
     DeviceCapacity,
@@ -17,30 +17,11 @@ from moe_jax.config.selector_options import (
     Forced,
     Hash,
     Random,
+    Relu,
     Sinkhorn,
 )
 
 # --- the bias family ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BiasOptions(Options):
-    """Options of every method that moves the selection bias by a rate.
-
-    The rate warms up over `warmup_steps`, then follows `schedule` down to 0 at `freeze_step`. `ema` > 0 smooths loads
-    over steps. `zero_mean` subtracts the mean from each increment. `num_classes` > 1 keeps a separate bias for each
-    class of tokens (`model.class_starts`).
-    """
-
-    moves_bias = True
-
-    rate: float = number(1e-3, 0.0)
-    warmup_steps: int = number(0, 0)
-    schedule: Schedule = "constant"
-    freeze_step: int | None = number(None, 0)
-    ema: float = number(0.0, 0.0, 0.9999)
-    zero_mean: bool = False
-    num_classes: int = number(1, 1)
 
 
 @dataclass(frozen=True)
@@ -104,18 +85,6 @@ class Quantile(Options):
 
 
 # --- losses ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LossOptions(Options):
-    """Options of every loss; its weight follows the same warmup and schedule as the rate of a bias."""
-
-    balances: ClassVar[bool] = True
-
-    weight: float = number(1e-2, 0.0)
-    warmup_steps: int = number(0, 0)
-    schedule: Schedule = "constant"
-    freeze_step: int | None = number(None, 0)
 
 
 @dataclass(frozen=True)
@@ -238,6 +207,7 @@ BALANCE_METHODS: dict[str, type[Options]] = {
     "sinkhorn": Sinkhorn,
     "bip": Bip,
     "expert_threshold": ExpertThreshold,
+    "relu": Relu,
     "hash": Hash,
     "random": Random,
     "forced": Forced,

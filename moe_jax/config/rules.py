@@ -92,9 +92,9 @@ def _check_balance_fits(c: Config) -> None:
                 f"{path} has num_classes={classes}, which must be the {len(m.class_starts) + 1} of "
                 f"model.class_starts={m.class_starts} (expert_threshold supports only one); change one."
             )
-        if o.bounded_scores and m.score == "sqrt_softplus":
+        if o.bounded_scores and m.score in ("sqrt_softplus", "relu"):
             raise ValueError(
-                f"{path} counts scores between 0 and 1, but those of model.score='sqrt_softplus' are unbounded; "
+                f"{path} counts scores between 0 and 1, but those of model.score={m.score!r} are unbounded; "
                 "set model.score='sigmoid' or 'softmax'."
             )
         if o.all_alike and m.num_groups > 1 and m.top_groups < m.num_groups:
@@ -109,6 +109,18 @@ def _check_balance_fits(c: Config) -> None:
             )
         if o.by_device:
             _check_logical_devices(path, o.num_devices or m.num_groups, m)
+        for key, value in o.requires.items():
+            if getattr(m, key) != value:
+                raise ValueError(
+                    f"{path} works with model.{key}={value!r} only, but it is {getattr(m, key)!r}; set it, or another "
+                    "method."
+                )
+        slots = getattr(o, "slots", 0)
+        if slots and not m.top_k <= slots <= m.num_experts:
+            raise ValueError(
+                f"{path}.slots={slots} must be from model.top_k={m.top_k}, the mean to be reached, to "
+                f"model.num_experts={m.num_experts}; change it, or set 0 for no limit."
+            )
 
 
 def _check_logical_devices(path: str, devices: int, m: ModelConfig) -> None:
@@ -319,6 +331,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
         holds=lambda c: not c.model.class_starts or any(e.options.moves_bias for e in c.balance),
     ),
     _check_zero_experts,
+    Rule(
+        "{model.score} selects the experts for which it is not 0, as balance.relu does, but balance does not have it",
+        "add relu={}, or set model.score='sigmoid'",
+        holds=lambda c: any(e.method == "relu" for e in c.balance),
+        when=lambda c: c.model.num_experts > 0 and c.model.score == "relu",
+    ),
     # measuring
     Rule(
         "{measure_every} measures routing, but {model.num_experts} has none",

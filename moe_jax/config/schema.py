@@ -83,7 +83,7 @@ class ModelConfig:
     shared_gate: bool = False  # Qwen2-MoE: the output of the shared experts times sigmoid(w . x)
     first_dense: int = number(0, 0)  # how many layers, from the first, have a dense feed-forward
     moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
-    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
+    score: Literal["sigmoid", "softmax", "sqrt_softplus", "relu"] = "sigmoid"
     normalize_gates: bool = True
     gate_scale: float = number(1.0, 0.0)
     num_groups: int = number(1, 1)

@@ -1,18 +1,11 @@
 """The options of methods that choose experts otherwise than by the k best biased scores, and of the one that drops."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from moe_jax.config.fields import number
-from moe_jax.config.options import Options
-
-
-@dataclass(frozen=True)
-class SelectorOptions(Options):
-    """Options of every method that selects experts itself."""
-
-    selects = True
-    all_alike = True
+from moe_jax.config.options import LossOptions, Options, SelectorOptions
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,27 @@ class ExpertThreshold(SelectorOptions):
     bins: int = number(1000, 10, 1_000_000)
     slots: int = number(0, 0)
     freeze_step: int | None = number(None, 0)
+
+
+@dataclass(frozen=True)
+class Relu(SelectorOptions, LossOptions):
+    """Options of `relu`: `weight` is the first coefficient, which changes by `factor` in a step, and by `limit` in all.
+
+    A token gets at most its `slots` best experts (0: every expert with a positive score).
+    """
+
+    fixed_slots = False
+    requires: ClassVar[Mapping[str, Any]] = {"score": "relu"}
+
+    weight: float = number(1e-8, 1e-30)
+    factor: float = number(1.2, 1.0)
+    limit: float = number(1e12, 1.0)
+    slots: int = number(0, 0)
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Counts are multiplied by scores."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Settings:
     sequences: int = setting(8, "Number of sequences into which the tokens of a step are split.")
     steps: int = setting(2000, "Steps to simulate.", 10)
     seed: int = setting(0, "Seed of the first run; --seeds=N runs this one and the next N - 1.", 0)
-    score: str = setting("sigmoid", "Affinity: sigmoid, softmax or sqrt_softplus.", 0)
+    score: str = setting("sigmoid", "Affinity: sigmoid, softmax, sqrt_softplus or relu.", 0)
     stream: str = setting("skewed", "How experts' popularity changes: " + ", ".join(STREAMS) + ".", 0)
     noise: float = setting(1.0, "Standard deviation of a logit over tokens; scales the logits.", 1e-9)
     skew: float = setting(0.5, "Standard deviation of popularity over experts, in units of --noise.", 0)

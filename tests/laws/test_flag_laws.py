@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from conftest import assert_same_bits, mesh_sizes, strict_flags, tiny_config
 from moe_jax import balance
 from moe_jax.config import MeshConfig
+from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels import native
 from moe_jax.mesh import batch_sharding, make_mesh
@@ -119,7 +120,7 @@ MODELS = {
     "raw gates": dict(score="sqrt_softplus", normalize_gates=False, dispatch="capacity"),
     "classes": dict(class_starts=(5,)),
 }
-STEPS = {name: dict(balance={name: {}}) for name in balance.names()}
+STEPS = {name: dict(balance={name: {}}, model=dict(BALANCE_METHODS[name].requires)) for name in balance.names()}
 STEPS["target_violation"]["balance"]["aux_loss"] = {}
 STEPS |= {name: dict(model=model, balance=BIASED) for name, model in MODELS.items()}
 STEPS["device_capacity"] = dict(balance=dict(device_capacity=dict(num_devices=2)))

@@ -18,6 +18,7 @@ from flax import nnx
 from conftest import tiny_config
 from moe_jax import balance, generate, harness
 from moe_jax.config import as_dict
+from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.data import ByteTokenizer, get_tokenizer
 from moe_jax.data.prepare import Options, prepare
 from moe_jax.generate import chosen_layer, read_prompts
@@ -254,7 +255,8 @@ def test_at_an_end_the_text_ends_whatever_the_stop_strings(chat, stop):
 @pytest.mark.parametrize("method", balance.names())
 def test_a_method_that_needs_the_whole_batch_in_evaluation_is_refused_and_no_other(method):
     companions = dict(aux_loss={}) if method == "target_violation" else {}
-    config = tiny_config(balance={method: dict(num_devices=2) if method == "device_capacity" else {}} | companions)
+    options = dict(num_devices=2) if method == "device_capacity" else {}
+    config = tiny_config(balance={method: options} | companions, model=dict(BALANCE_METHODS[method].requires))
     if method in ("random", "forced"):
         with pytest.raises(ValueError, match=rf"balance\.{method} chooses .* by the whole batch"):
             check_model(config, BYTES)
