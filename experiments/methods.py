@@ -182,7 +182,7 @@ def state_and_statistics(name: str) -> tuple[str, str]:
 def settings_of(name: str) -> Settings:
     """The settings of a method's simulation: fewer steps if it changes nothing from one step to the next."""
     method = method_of(name)
-    learns = any(f is not None for f in (method.initial_bias, method.own_loss, method.factors))
+    learns = method.own_loss is not None or method.own_update is not Balancer().own_update
     return suited(SETTINGS if learns else dataclasses.replace(SETTINGS, steps=FEW_STEPS), name)
 
 

@@ -6,6 +6,7 @@ An empty slot is id E. T tokens, S slots, E experts, k `model.top_k`.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
@@ -13,7 +14,7 @@ from moe_jax.balance.measures import mean_over_tokens
 from moe_jax.balance.protocol import Balancer, Seen
 from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
-from moe_jax.config.selector_options import Relu
+from moe_jax.config.selector_options import Relu, TopP
 from moe_jax.routing import Routing, best
 
 
@@ -44,7 +45,7 @@ def relu(options: Relu, model: ModelConfig) -> Balancer:
         return jnp.zeros((), jnp.float32)
 
     def loss(routing: Routing, seen: Seen, router_weight: Array) -> Float32[Array, ""]:
-        tokens = jnp.maximum(routing.is_token.sum(dtype=jnp.int32), 1).astype(jnp.float32)
+        tokens = jnp.maximum(num_tokens(routing), 1).astype(jnp.float32)
         copies = routing.loads.astype(jnp.float32) * (len(routing.loads) / model.top_k) / tokens
         penalty = (copies * mean_over_tokens(routing.scores, routing)).sum()
         return options.weight * jnp.exp(seen.state) * penalty
@@ -55,8 +56,58 @@ def relu(options: Relu, model: ModelConfig) -> Balancer:
 
     return Balancer(
         own_state=zero,
-        own_statistics=lambda routing: routing.is_token.sum(dtype=jnp.int32),
+        own_statistics=num_tokens,
         own_loss=loss,
         own_update=update,
         select=select,
     )
+
+
+@register(
+    "top_p",
+    equation="token t uses its best experts up to the share P; P = I + kp e; I += ki e; e = (k - experts) / E",
+    source="DTop-p (arXiv 2512.13996), as its abstract describes it; top-p routing: arXiv 2403.07652",
+)
+def top_p(options: TopP, model: ModelConfig) -> Balancer:
+    """Dynamic top-p: a token uses its best experts until their scores reach the share P of all its scores.
+
+    A confident token needs few experts, an undecided one many. After every step a PI controller moves P, so that tokens
+    have k experts on average: e is the step's error, as a share of the experts. I and P stay within [0, 1], and a token
+    always has its best expert. P decides how many experts are used, not which: a loss has to balance them. It is
+    causal, and evaluation routes the same way.
+
+    The gains are ours. The paper shares P among the layers, whose logits it normalises with a learned scale, so that
+    layers differ in their number of experts; here each layer has a P of its own, and k experts. Own state: I and P,
+    float32 [2], from k / E, which is right where all scores are equal. Statistics: the number of valid tokens.
+    """
+
+    def select(
+        scores: Array, biased: Array, *, top_k: int, state: Array | None = None, **_: Any
+    ) -> Int32[Array, "tokens slots"]:
+        num_experts = scores.shape[1]
+        p = top_k / num_experts if state is None else state[1]
+        scores = jax.lax.stop_gradient(scores)
+        ids = best(scores, num_experts)
+        falling = jnp.take_along_axis(scores, ids, axis=-1)
+        before = jnp.cumsum(falling, axis=-1) - falling
+        total = falling.sum(-1, keepdims=True)
+        used = (before < p * total) | (jnp.arange(num_experts) == 0)[None]
+        return jnp.where(used, ids, num_experts)[:, : options.slots or num_experts]
+
+    def start(num_experts: int, layer: Any) -> Float32[Array, "2"]:
+        return jnp.full(2, model.top_k / num_experts, jnp.float32)
+
+    def update(seen: Seen) -> tuple[Array, Float32[Array, "2"]]:
+        missing = model.top_k * seen.own - seen.loads.sum(dtype=jnp.int32)
+        error = missing.astype(jnp.float32) / (jnp.maximum(seen.own, 1).astype(jnp.float32) * len(seen.loads))
+        level = jnp.clip(seen.state[0] + options.integral * error, 0.0, 1.0)
+        new = jnp.stack([level, jnp.clip(level + options.proportional * error, 0.0, 1.0)])
+        frozen = False if options.freeze_step is None else seen.step >= options.freeze_step
+        return seen.bias, jnp.where(frozen, seen.state, new)
+
+    return Balancer(own_state=start, own_statistics=num_tokens, own_update=update, select=select)
+
+
+def num_tokens(routing: Routing) -> Int32[Array, ""]:
+    """The number of valid tokens."""
+    return routing.is_token.sum(dtype=jnp.int32)

@@ -19,6 +19,7 @@ from moe_jax.config.selector_options import (
     Random,
     Relu,
     Sinkhorn,
+    TopP,
 )
 
 # --- the bias family ------------------------------------------------------------------------------------------
@@ -208,6 +209,7 @@ BALANCE_METHODS: dict[str, type[Options]] = {
     "bip": Bip,
     "expert_threshold": ExpertThreshold,
     "relu": Relu,
+    "top_p": TopP,
     "hash": Hash,
     "random": Random,
     "forced": Forced,

@@ -83,6 +83,18 @@ class Relu(SelectorOptions, LossOptions):
 
 
 @dataclass(frozen=True)
+class TopP(SelectorOptions):
+    """Options of `top_p`: the gains of its controller; a token gets at most its `slots` best experts (0: no limit)."""
+
+    fixed_slots = False
+
+    proportional: float = number(0.1, 0.0, 10.0)
+    integral: float = number(0.1, 0.0, 10.0)
+    slots: int = number(0, 0)
+    freeze_step: int | None = number(None, 0)
+
+
+@dataclass(frozen=True)
 class Hash(SelectorOptions):
     """Options of `hash`."""
 

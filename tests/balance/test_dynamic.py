@@ -130,3 +130,65 @@ def test_relu_scores_need_the_method_that_selects_by_them():
     with pytest.raises(ValueError, match=r"model\.score='relu' selects .* balance does not have it; add relu=\{\}"):
         tiny_config(model={"score": "relu"}, balance={"aux_loss": {}})
     tiny_config(model={"score": "relu"}, balance={"relu": {"slots": 3}})
+
+
+# --- top_p --------------------------------------------------------------------------------------------------
+
+SHARES = [[0.6, 0.3, 0.1], [0.4, 0.35, 0.25], [0.2, 0.1, 0.7]]
+
+
+def chosen(p: float, shares=SHARES, **options) -> list[list[int]]:
+    state = {"bias": jnp.zeros(3), "top_p": jnp.asarray([p, p])}
+    return experts(routed("top_p", jnp.log(jnp.asarray(shares)), state=state, **options)[1])
+
+
+def test_a_token_uses_its_best_experts_until_their_shares_reach_the_threshold():
+    # cumulative shares .6 .9 1, .4 .75 1 and .7 .9 1: the expert that reaches the threshold is still used
+    assert chosen(0.65) == [[0, 1], [0, 1], [2]]
+    assert chosen(0.8) == [[0, 1], [0, 1, 2], [0, 2]]
+    assert chosen(1.0) == [[0, 1, 2]] * 3
+    assert chosen(0.8, slots=2) == [[0, 1], [0, 1], [0, 2]]
+
+
+def test_a_token_always_has_its_best_expert():
+    assert chosen(0.0) == [[0], [0], [2]]
+    # all scores underflow to 0: none has a share of their sum
+    state = {"bias": jnp.zeros(3), "top_p": jnp.asarray([0.5, 0.5])}
+    select = functools.partial(balance.make({"top_p": {}}).select, state=state)
+    ids = route(jnp.full((1, 3), -200.0), RouterConfig(top_k=1), select=select).expert_ids
+    assert ids[0].tolist() == [0, 3, 3]
+
+
+def controlled(state, loads, tokens: int, step: int = 0, **options) -> list[float]:
+    """The controller's integral and threshold after a step with these loads."""
+    balancer = balance.make({"top_p": {"proportional": 0.5, "integral": 0.25} | options}, ModelConfig(top_k=2))
+    statistics = {"loads": jnp.asarray(loads, jnp.int32), "top_p": jnp.int32(tokens)}
+    state = {"bias": jnp.zeros(4), "top_p": jnp.asarray(state)}
+    return balancer.update(statistics, state, jnp.int32(step))["top_p"].tolist()
+
+
+def test_the_threshold_is_the_sum_of_the_last_error_and_of_all_errors():
+    # 10 copies of 4 tokens instead of 8: e = (2 - 2.5) / 4 = -1/8; I = 1/2 - 1/32; P = I - 1/16
+    assert controlled([0.5, 0.7], [4, 3, 2, 1], 4) == [0.46875, 0.40625]
+    # on target: P returns to I
+    assert controlled([0.5, 0.7], [2, 2, 2, 2], 4) == [0.5, 0.5]
+    # an error that cannot be corrected does not wind up
+    assert controlled([1.0, 1.0], [1, 1, 1, 1], 4) == [1.0, 1.0]
+    assert controlled([0.5, 0.7], [4, 3, 2, 1], 4, step=3, freeze_step=3) == [0.5, np.float32(0.7)]
+
+
+def test_tokens_come_to_have_k_experts_on_average_whatever_their_scores():
+    balancer = balance.make({"top_p": {}}, ModelConfig(top_k=3))
+
+    def step(state, inputs):
+        key, scale = inputs
+        logits = scale * jax.random.normal(key, (512, 8))
+        select = functools.partial(balancer.select, state=state)
+        routing = route(logits, RouterConfig(top_k=3, score="softmax"), select=select, train=True)
+        return balancer.update(balancer.observe(routing), state, jnp.int32(0)), routing.loads.sum() / 512
+
+    scales = jnp.repeat(jnp.asarray([0.3, 3.0]), 100)  # first undecided tokens, then confident ones
+    keys = jax.random.split(jax.random.key(0), 200)
+    mean = np.asarray(jax.jit(lambda x: jax.lax.scan(step, balancer.init(8), x)[1])((keys, scales)))
+    assert abs(mean[100] - 3.0) > 1.0
+    np.testing.assert_allclose([mean[80:100].mean(), mean[180:].mean()], [3.0, 3.0], atol=0.05)
