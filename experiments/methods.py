@@ -44,7 +44,7 @@ SMALL = Settings(experts=24, top_k=2, tokens=64)  # for the test of causality
 EVERY = 7  # it changes the tokens from every seventh one on
 SHAPES = Settings(experts=72, top_k=6, tokens=96)  # sizes that are all different
 DIMENSIONS = {72: "E", 6: "K", 96: "T", settings.VOCAB_SIZE: "V"}
-FAMILIES = ("bias", "loss", "control", "selector")
+FAMILIES = ("bias", "loss", "control", "router", "selector")
 
 
 class Picture(NamedTuple):
@@ -116,10 +116,12 @@ def method_of(name: str) -> Balancer:
 
 
 def family(name: str) -> str:
-    """The method's family, by its functions: a factor on a loss, a selection of its own, a bias, or a loss."""
+    """The method's family, by its functions: a factor on a loss, another router or selection, a bias, or a loss."""
     method = method_of(name)
     if method.factors is not None:
         return "control"
+    if method.router is not None:
+        return "router"
     if method.select is not None or method.drop is not None:
         return "selector"
     return "bias" if method.initial_bias is not None else "loss"

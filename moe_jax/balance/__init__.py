@@ -1,6 +1,6 @@
 """Methods that balance experts: `make(config.balance)` builds one `Balancer`; `names()` lists the methods."""
 
-from moe_jax.balance import bias, dynamic, losses, phi, selectors
+from moe_jax.balance import bias, dynamic, losses, phi, routers, selectors
 from moe_jax.balance.protocol import Balancer, Seen, State, Statistics, chain
 from moe_jax.balance.registry import (
     make,
@@ -25,5 +25,6 @@ __all__ = [
     "needs_step_statistics",
     "phi",
     "register",
+    "routers",
     "selectors",
 ]

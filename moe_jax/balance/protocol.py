@@ -49,6 +49,7 @@ class Balancer(NamedTuple):
     own_update: (Seen) -> (bias, own state), once per optimizer step; only the method that owns the bias moves it.
     at_step: (own state before step 0, step) -> own state before that step, for a run that begins there; only what the
         step alone determines may change.
+    router: (learned weight [D, E], own state) -> the router's weight [D, E] in place of the learned one.
     initial_bias: (num_experts) -> the bias before step 0; only the method that owns the bias has it.
     combine: (scores, bias) -> biased scores [T, E]; None is their sum.
     select: (scores, biased scores, *, top_k, tokens, key, train, state) -> int32 [T, S]; id == E is an empty slot.
@@ -66,6 +67,7 @@ class Balancer(NamedTuple):
     factors: Callable[[Any], dict[str, Float32[Array, ""]]] | None = None
     own_update: Callable[[Seen], tuple[Float32[Array, "..."], Any]] = lambda seen: (seen.bias, seen.state)
     at_step: Callable[[Any, Array], Any] = lambda own, step: own
+    router: Callable[[Array, Any], Float32[Array, "embed experts"]] | None = None
     initial_bias: Callable[[int], Float32[Array, "..."]] | None = None
     combine: Callable[[Array, Array], Array] | None = None
     select: Callable[..., Int32[Array, "tokens slots"]] | None = None
@@ -114,8 +116,9 @@ def chain(methods: Mapping[str, Balancer]) -> Balancer:
     """Combine methods into one, each with its own state, statistics and loss under its label, in any order.
 
     Raises:
-        ValueError: more than one method owns the bias, selects, drops or combines.
+        ValueError: more than one method owns the bias, selects, drops, combines or replaces the router.
     """
+    replacer = _only(methods, "router", "replace the router")
     owner = _only(methods, "initial_bias", "own the bias")
     selector = _only(methods, "select", "select experts")
     dropper = _only(methods, "drop", "drop experts")
@@ -127,6 +130,7 @@ def chain(methods: Mapping[str, Balancer]) -> Balancer:
         own_loss=functools.partial(_own_loss, methods),
         own_update=functools.partial(_own_update, methods),
         at_step=functools.partial(_at_step, methods),
+        router=functools.partial(_router, replacer, methods[replacer]) if replacer else None,
         initial_bias=methods.get(owner, none).initial_bias,
         combine=methods.get(combiner, none).combine,
         select=functools.partial(_select, selector, methods[selector]) if selector else None,
@@ -183,6 +187,11 @@ def _own_loss(methods: Mapping[str, Balancer], routing: Routing, seen: Seen, rou
             for controlled, factor in method.factors(seen.state[label]).items():
                 values[controlled] *= jax.lax.stop_gradient(factor)
     return values
+
+
+def _router(label: str, method: Balancer, learned: Array, state: State) -> Float32[Array, "embed experts"]:
+    assert method.router is not None
+    return method.router(learned, state[label])
 
 
 def _select(

@@ -49,7 +49,7 @@ def make(
         model: the model's config, from which some methods take groups, zero-computation experts or the vocabulary.
 
     Raises:
-        ValueError: an unknown method or option, or two methods that both own the bias, select, drop or combine.
+        ValueError: an unknown method or option, or two methods that both do what only one may.
     """
     entries = mapping if isinstance(mapping, tuple) else balance_entries(mapping)
     return chain({e.label: _wrapped(REGISTRY[e.method].build(e.options, model), e.options) for e in entries})

@@ -82,6 +82,10 @@ def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
         bias, own = choose(seen.state["active"], method.own_update(inside), (inside.bias, inside.state))
         return bias, seen.state | {"own": own}
 
+    def router(learned: Array, state: Any) -> Array:
+        assert method.router is not None
+        return jnp.where(state["active"], method.router(learned, state["own"]), learned)
+
     def select(scores: Array, biased: Array, *, top_k: int, state: Any = None, **how: Any) -> Array:
         assert method.select is not None
         if state is None:
@@ -105,7 +109,7 @@ def within(method: Balancer, layers: tuple[int, ...]) -> Balancer:
         assert method.factors is not None
         return jax.tree.map(lambda factor: jnp.where(state["active"], factor, 1.0), method.factors(state["own"]))
 
-    limited: dict[str, Any] = {f.__name__: f for f in (select, drop, own_loss, factors)}
+    limited: dict[str, Any] = {f.__name__: f for f in (router, select, drop, own_loss, factors)}
     limited = {name: f for name, f in limited.items() if getattr(method, name) is not None}
     at_step = _at_step_inside(method)
     return method._replace(own_state=own_state, own_update=own_update, at_step=at_step, **limited)

@@ -174,6 +174,13 @@ class PhiLoss(LossOptions):
 
 
 @dataclass(frozen=True)
+class FrozenRouter(Options):
+    """Options of `frozen_router`; `seed` draws its weights, others for every layer."""
+
+    seed: int = number(0, 0)
+
+
+@dataclass(frozen=True)
 class TargetViolation(Options):
     """Options of `target_violation`, which adjusts the weight of the loss labelled `controls` to hold `target`."""
 
@@ -204,6 +211,7 @@ BALANCE_METHODS: dict[str, type[Options]] = {
     "similarity_loss": SimilarityLoss,
     "phi_loss": PhiLoss,
     "target_violation": TargetViolation,
+    "frozen_router": FrozenRouter,
     "expert_choice": ExpertChoice,
     "sinkhorn": Sinkhorn,
     "bip": Bip,

@@ -342,6 +342,8 @@ def refuse_balance(config: Config) -> None:
         raise ValueError(
             f"balance ({names}) selects experts itself, in inference too, as no family does; it cannot be exported."
         )
+    if balancer.router is not None:
+        raise ValueError(f"balance ({names}) has routers that are no parameters of the model; it cannot be exported.")
 
 
 def carry(source: Path | None, target: Path, everything: bool = False) -> dict[str, Any]:

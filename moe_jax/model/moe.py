@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
-from moe_jax.balance import State, Statistics, measures
+from moe_jax.balance import Balancer, State, Statistics, measures
 from moe_jax.config import DISPATCHERS, ModelConfig, num_choices, shared_width
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.mesh import per_shard, spec, specs
@@ -109,7 +109,7 @@ class MoE(nnx.Module):
         if fwd.train and c.router_jitter > 0:
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
             wide = wide * jax.random.uniform(jitter_key, wide.shape, jnp.float32, low, high)
-        logits = jnp.matmul(wide, self.router[...], precision=jax.lax.Precision.HIGHEST)
+        logits = jnp.matmul(wide, self._router(balancer, state), precision=jax.lax.Precision.HIGHEST)
         if balancer.select is None or (not fwd.train and balancer.inference == "top_k"):
             return self._routing_by_bias(logits, state["bias"], tokens, fwd, fwd.per_layer.chosen)
         return route(
@@ -143,6 +143,11 @@ class MoE(nnx.Module):
         """The balancer's state of this layer, with the bias that the model holds."""
         return fwd.per_layer.state | {"bias": self.bias[...]}
 
+    def _router(self, balancer: Balancer, state: State) -> Float32[Array, "embed experts"]:
+        """The router's weight: the learned one, or what the balancer puts in its place."""
+        learned = self.router[...]
+        return learned if balancer.router is None else balancer.router(learned, state)
+
     def _losses(self, routing: Routing, fwd: Pass, state: State) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
         """The balancing losses, and what this forward pass adds to the statistics of the step."""
         own = fwd.balancer.observe(routing)
@@ -151,7 +156,7 @@ class MoE(nnx.Module):
             seen = fwd.per_layer.statistics
         if fwd.per_layer.earlier is not None:
             seen = jax.tree.map(jnp.add, own, fwd.per_layer.earlier)
-        return fwd.balancer.losses(routing, seen, state, self.router[...]), own
+        return fwd.balancer.losses(routing, seen, state, self._router(fwd.balancer, state)), own
 
     def _details(
         self,

@@ -35,6 +35,9 @@ FAMILIES = {
     ),
     "running counts": (dict(aux_loss=dict(scope="global_running")), {}),
     "threshold": (dict(expert_threshold=dict(bins=100)), {}),
+    "ReLU": (dict(relu=dict(weight=0.1, slots=3)), dict(score="relu", normalize_gates=False)),
+    "top-p": (dict(top_p={}, phi_loss={}), {}),
+    "frozen router": (dict(frozen_router=dict(layers=(1, 2)), quantile=dict(bins=100)), {}),
     "expert choice by sequence": (dict(expert_choice=dict(scope="sequence")), {}),
     "DeepSeek-V4": (
         dict(
@@ -49,8 +52,8 @@ FAMILIES = {
         dict(num_layers=1),  # a second layer would route by what the first one dropped
     ),
 }
-# a loss reads the counts so far, so the gradient, and only the gradient, depends on the split
-GRADIENT_DEPENDS_ON_THE_SPLIT = {"running counts"}
+# a loss reads the counts so far or of a micro-batch, so the gradient, and only the gradient, depends on the split
+GRADIENT_DEPENDS_ON_THE_SPLIT = {"running counts", "ReLU"}
 # which copies are dropped depends on all copies that are dispatched together
 LOADS_ONLY = {"capacity of devices"}
 every_family = pytest.mark.parametrize("family", FAMILIES, scope="module")
