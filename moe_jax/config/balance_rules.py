@@ -5,7 +5,7 @@ What the model requires of a method is in `config/rules.py`.
 
 from typing import Any
 
-from moe_jax.config.balance import AuxLoss, BalanceEntry, BiasPi, LossOptions
+from moe_jax.config.balance import AuxLoss, BalanceEntry, BiasPi, LossOptions, Quantile
 from moe_jax.config.options import Options
 
 
@@ -50,10 +50,17 @@ def check_together(entries: tuple[BalanceEntry, ...]) -> None:
             _check_controlled(e, entries)
     for selector in selectors:
         for owner in entries:
-            if owner.options.moves_bias and owner != selector and overlap(selector.options, owner.options):
+            if not owner.options.moves_bias or owner == selector or not overlap(selector.options, owner.options):
+                continue
+            if not selector.options.reads_bias:
                 raise ValueError(
                     f"balance.{selector.label} selects without the bias, so that balance.{owner.label} would have no "
                     "effect; remove one, or give them different layers=(start, stop)."
+                )
+            if isinstance(owner.options, Quantile):
+                raise ValueError(
+                    f"balance.{owner.label} computes the bias for a choice by scores plus bias alone, from which "
+                    f"balance.{selector.label} subtracts; use a bias that follows the loads, such as bias_sign."
                 )
     for e in entries:
         free = [s.label for s in selectors if not s.options.fixed_slots and overlap(s.options, e.options)]

@@ -14,15 +14,16 @@ class Options:
     """Options of every method. `layers=(start, stop)` are the MoE layers it acts in, counted from 0; () means all.
 
     The class variables hold whatever the options: whether the method moves the bias (`moves_bias`); selects experts
-    itself (`selects`); gives every token exactly `top_k` of them (`fixed_slots`); treats all experts alike, without
-    groups or zero-computation experts (`all_alike`); needs scores between 0 and 1 (`bounded_scores`); and the only
-    values of keys of `config.model` with which it works (`requires`).
+    itself (`selects`), by the biased scores (`reads_bias`); gives every token exactly `top_k` of them (`fixed_slots`);
+    treats all experts alike, without groups or zero-computation experts (`all_alike`); needs scores between 0 and 1
+    (`bounded_scores`); and the only values of keys of `config.model` with which it works (`requires`).
     """
 
     layers: tuple[int, ...] = ()
 
     moves_bias: ClassVar[bool] = False
     selects: ClassVar[bool] = False
+    reads_bias: ClassVar[bool] = False
     fixed_slots: ClassVar[bool] = True
     all_alike: ClassVar[bool] = False
     bounded_scores: ClassVar[bool] = False

@@ -95,6 +95,18 @@ class TopP(SelectorOptions):
 
 
 @dataclass(frozen=True)
+class MovingQuantile(SelectorOptions):
+    """Options of `moving_quantile`: the `strength` of its thresholds, the decay `ema` per token, and the bins."""
+
+    reads_bias = True
+    bounded_scores = True
+
+    strength: float = number(0.3, 0.0, 1.0)
+    ema: float = number(0.99, 0.0, 0.9999)
+    bins: int = number(100, 10, 10_000)
+
+
+@dataclass(frozen=True)
 class Hash(SelectorOptions):
     """Options of `hash`."""
 

@@ -242,8 +242,8 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
     for entry in config.balance:
         if not balance.make((entry,), config.model).by_token:
             raise ValueError(
-                f"balance.{entry.label} chooses a token's experts by the whole batch, in evaluation too, so no text "
-                "can be generated token by token; train with another method."
+                f"balance.{entry.label} does not choose a token's experts by that token alone, in evaluation either, "
+                "so no text can be generated token by token; train with another method."
             )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {name: smallest(name, num_devices=0) for name
     "expert_choice sequence": {"expert_choice": {"scope": "sequence"}},
     "expert_threshold slots": {"expert_threshold": {"slots": 2}},
     "relu": {"relu": {"weight": 0.1}},  # of 1e-8, where it starts, no law would notice its loss
+    "moving_quantile": {"moving_quantile": {"strength": 1.0}},  # in three tokens, less would change no choice
     "top_p slots": {"top_p": {"slots": 3}},
     "relu slots": {"relu": {"weight": 0.1, "slots": 3}},
 }
