@@ -45,6 +45,12 @@ class Tokens(NamedTuple):
     kind: Int32[Array, "tokens"] | None = None
     rows: Rows | None = None
 
+    def sequences(self, num_tokens: int) -> tuple[Int32[Array, "tokens"], int]:
+        """The sequence of each token, and a number that is at least that of sequences."""
+        if self.rows is not None:
+            return jnp.arange(num_tokens, dtype=jnp.int32) // (num_tokens // self.rows.count), self.rows.count
+        return (jnp.zeros(num_tokens, jnp.int32), 1) if self.row is None else (self.row, num_tokens)
+
     def valid(self, num_tokens: int) -> Bool[Array, "tokens"]:
         """True for a token, False for padding."""
         return jnp.ones(num_tokens, bool) if self.mask is None else self.mask

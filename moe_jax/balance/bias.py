@@ -6,6 +6,8 @@ expert does not move, except by the common shift of `zero_mean`: when the real e
 zero-computation experts together reach theirs. T tokens, S slots, N bins.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Shaped
@@ -172,14 +174,29 @@ def quantile(options: Quantile, _: ModelConfig) -> Balancer:
     Statistics: a histogram of r, int32 [E, N]. With scores in (0, 1), r is in [min b - 1, max b + 1], which the bins
     divide evenly: a quantile is exact to (max b - min b + 2) / N, 0.002 for small biases, and linear within a bin.
     A token that selects every expert has no alpha and is not counted; an expert without a count keeps its bias.
-    """
 
-    def histogram(routing: Routing) -> Int32[Array, "experts bins"]:
+    With `quantiles_of="sequence"` the quantile is instead the mean of those of the step's sequences, of which any sum
+    is an integer: bins in 2^16 parts of the range. It is one of the estimators that marin-community/marin, issue 8033,
+    compares; that of each device's tokens would depend on the mesh. Statistics: the sum, int32 [E], and the number of
+    sequences, int32 [E], up to 2^15.
+    """
+    by_sequence = options.quantiles_of == "sequence"
+
+    def histogram(routing: Routing) -> Any:
+        if by_sequence:
+            return sequence_quantiles(routing, options.bins)
         return needed_bias_histogram(routing, options.bins)
 
     def update(seen: Seen) -> tuple[Array, None]:
-        target = balanced_bias(seen.loads, seen.own, seen.bias)
-        known = seen.own.sum(1) > 0
+        if by_sequence:
+            total, number = seen.own
+            known = number > 0
+            mean = total.astype(jnp.float32) / jnp.maximum(number, 1).astype(jnp.float32)
+            low, width = bin_range(seen.bias, options.bins)
+            target = low + width * mean / parts_of_bin(options.bins)
+        else:
+            known = seen.own.sum(1) > 0
+            target = balanced_bias(seen.loads, seen.own, seen.bias)
         if options.zero_mean:
             target = target - jnp.where(known, target, 0.0).sum() / jnp.maximum(known.sum(dtype=jnp.float32), 1.0)
         share = options.damping * factor_at(options, seen.step)
@@ -189,7 +206,32 @@ def quantile(options: Quantile, _: ModelConfig) -> Balancer:
 
 
 def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts bins"]:
-    """For each expert, a histogram of r_tj: the bias at which a valid token t would just select expert j.
+    """For each expert, a histogram of r_tj: the bias at which a valid token t would just select expert j."""
+    return _histograms(routing, bins, None, 1)[0]
+
+
+def sequence_quantiles(routing: Routing, bins: int) -> tuple[Int32[Array, "experts"], Int32[Array, "experts"]]:
+    """For each expert, the sum of its sequences' quantiles in parts of a bin, and the number of those sequences."""
+    row, num_rows = routing.tokens.sequences(len(routing.scores))
+    copies = (routing.expert_ids < routing.loads.shape[0]).sum(1, dtype=jnp.int32)
+    totals = jnp.zeros(num_rows, jnp.int32).at[row].add(copies)
+    counts = _histograms(routing, bins, row, num_rows)
+    place, within = jax.vmap(_balanced_place)(totals, counts)
+    parts = parts_of_bin(bins)
+    places = place * parts + jnp.round(within * parts).astype(jnp.int32)
+    known = counts.sum(-1, dtype=jnp.int32) > 0
+    return jnp.where(known, places, 0).sum(0, dtype=jnp.int32), known.sum(0, dtype=jnp.int32)
+
+
+def parts_of_bin(bins: int) -> int:
+    """How finely a place within a bin is counted: all bins together have at most 2^16 parts."""
+    return max(1, 2**16 // bins)
+
+
+def _histograms(
+    routing: Routing, bins: int, row: Int32[Array, "tokens"] | None, num_rows: int
+) -> Int32[Array, "rows experts bins"]:
+    """`needed_bias_histogram` of the tokens of every row.
 
     One scatter of T x E ones; the comparison of shape [T, S, E] is fused and never held in memory.
     """
@@ -202,17 +244,27 @@ def needed_bias_histogram(routing: Routing, bins: int) -> Int32[Array, "experts 
     counted = alpha > -jnp.inf
     if routing.tokens.mask is not None:
         counted &= routing.tokens.mask[:, None]
-    empty = jnp.zeros(num_experts * bins, jnp.int32)
+    if row is not None:
+        place += num_experts * bins * row[:, None]
+    empty = jnp.zeros(num_rows * num_experts * bins, jnp.int32)
     place = jnp.where(counted, place, len(empty))  # an index past the end, which the scatter drops
-    return empty.at[place].add(1, mode="drop", wrap_negative_indices=False).reshape(num_experts, bins)
+    return empty.at[place].add(1, mode="drop", wrap_negative_indices=False).reshape(num_rows, num_experts, bins)
 
 
 def balanced_bias(
     loads: Int32[Array, "experts"], counts: Int32[Array, "experts bins"], bias: Float32[Array, "experts"]
 ) -> Float32[Array, "experts"]:
     """The bias below which each expert's histogram contains the mean load: exact ranks, linear within the bin."""
-    total = loads.sum(dtype=jnp.int32)
-    num_experts = loads.shape[0]
+    place, within = _balanced_place(loads.sum(dtype=jnp.int32), counts)
+    low, width = bin_range(bias, counts.shape[1])
+    return low + width * (place.astype(jnp.float32) + within)
+
+
+def _balanced_place(
+    total: Int32[Array, ""], counts: Int32[Array, "experts bins"]
+) -> tuple[Int32[Array, "experts"], Float32[Array, "experts"]]:
+    """The bin of each expert's histogram where its equal share of `total` copies ends, and where within the bin."""
+    num_experts = counts.shape[0]
     rank, rest = jnp.divmod(total, num_experts)  # the mean load, K / E of all tokens, without rounding
     below = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
     place = (below >= rank + (rest > 0).astype(jnp.int32)).argmax(1)[:, None].astype(jnp.int32)
@@ -220,8 +272,7 @@ def balanced_bias(
     whole = rank - (jnp.take_along_axis(below, place, axis=1) - in_bin)
     wanted = whole.astype(jnp.float32) + rest.astype(jnp.float32) / num_experts
     within = wanted / jnp.maximum(in_bin, 1).astype(jnp.float32)
-    low, width = bin_range(bias, counts.shape[1])
-    return (low + width * (place.astype(jnp.float32) + within))[:, 0]
+    return place[:, 0], within[:, 0]
 
 
 def bin_range(bias: Float32[Array, "experts"], bins: int) -> tuple[Float32[Array, ""], Float32[Array, ""]]:

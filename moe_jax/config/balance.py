@@ -71,12 +71,16 @@ class BiasSmebu(BiasOptions):
 
 @dataclass(frozen=True)
 class Quantile(Options):
-    """Options of `quantile`; each step moves the bias by the share `damping` of its distance to the balanced bias."""
+    """Options of `quantile`; each step moves the bias by the share `damping` of its distance to the balanced bias.
+
+    That bias is a quantile of all tokens of the step, or the mean over its sequences of the quantiles of each.
+    """
 
     moves_bias = True
     all_alike = True
     bounded_scores = True
 
+    quantiles_of: Literal["step", "sequence"] = "step"
     damping: float = number(1.0, 0.0, 1.0)
     bins: int = number(1000, 10, 1_000_000)
     zero_mean: bool = True

@@ -8,6 +8,8 @@ from typing import Any
 from moe_jax.config.balance import AuxLoss, BalanceEntry, BiasPi, LossOptions, Quantile
 from moe_jax.config.options import Options
 
+MOST_BINS = 2**16  # with 2^15 sequences a step, of which a sum of bins is below 2^31
+
 
 def check_options(path: str, options: Options) -> None:
     """Raise a ValueError where a method's options contradict each other."""
@@ -30,6 +32,11 @@ def check_options(path: str, options: Options) -> None:
         raise ValueError(
             f"{path}.gain={options.gain} would move the bias at {path}.rate=0, which must leave it unchanged; "
             "set gain=0, or a small rate."
+        )
+    if isinstance(options, Quantile) and options.quantiles_of == "sequence" and options.bins > MOST_BINS:
+        raise ValueError(
+            f"{path}.bins={options.bins} must be at most {MOST_BINS} with {path}.quantiles_of='sequence', which adds "
+            "up bins as integers; lower it."
         )
     if getattr(o, "num_devices", 0) == 1:
         raise ValueError(f"{path}.num_devices=1 is one group, which is always in balance; set 2 or more, or 0.")

@@ -418,6 +418,29 @@ def test_tokens_that_select_every_expert_have_nothing_to_balance():
     np.testing.assert_array_equal(after["bias"], TILT)
 
 
+def test_quantiles_of_sequences_are_averaged_over_those_that_have_tokens():
+    logits, row = random_logits(8, 72, 4), np.repeat(np.arange(3, dtype=np.int32), [24, 40, 8])
+    state = fresh("quantile") | {"bias": TILT}
+
+    def bias_of(mask, quantiles_of="step"):
+        how = {"bins": 1000, "zero_mean": False, "quantiles_of": quantiles_of}
+        tokens = Tokens(mask=jnp.asarray(mask), row=jnp.asarray(row))
+        routing = route(jnp.asarray(logits), RouterConfig(top_k=2), jnp.asarray(TILT), tokens=tokens)
+        return compiled("quantile", **how)(observer("quantile", **how)(routing), state, np.int32(0))["bias"]
+
+    span = 2 + np.ptp(TILT)
+    each = [bias_of(row == n) for n in (0, 1)]  # the third sequence is padding
+    np.testing.assert_allclose(bias_of(row < 2, "sequence"), np.mean(each, axis=0), atol=span / 2**16)
+    assert np.abs(np.mean(each, axis=0) - bias_of(row < 2)).max() > span / 1000
+    np.testing.assert_allclose(bias_of(row < 1, "sequence"), each[0], atol=span / 2**16)
+
+
+def test_too_many_bins_for_a_sum_over_sequences_are_refused():
+    with pytest.raises(ValueError, match=r"quantile\.bins=70000 must be at most 65536 with .*quantiles_of='sequence'"):
+        balance.make({"quantile": {"quantiles_of": "sequence", "bins": 70_000}})
+    balance.make({"quantile": {"bins": 70_000}})
+
+
 def test_repeated_quantiles_of_the_same_tokens_end_in_balance():
     # the fixed point: 240 tokens with 2 of 4 experts are 120 each, except for tokens whose r is in the bin of the edge
     bias = np.zeros(4, np.float32)

@@ -497,6 +497,9 @@ LOCAL = {
     "expert_choice": {"scope": "sequence"},
     "sinkhorn": {},
     "expert_threshold": {},
+    "relu": {"slots": 3},
+    "top_p": {},
+    "moving_quantile": {},
     "hash": {},
     "random": {},
 }

@@ -18,7 +18,7 @@ from moe_jax.balance.measures import max_violation
 from moe_jax.config import balance_entries
 from moe_jax.config.balance import BALANCE_METHODS, BiasOptions, LossOptions, smallest
 from moe_jax.config.options import Options
-from moe_jax.routing import RouterConfig, Routing, Tokens, best, count, route
+from moe_jax.routing import RouterConfig, Routing, Rows, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
 
@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {name: smallest(name, num_devices=0) for name
     "aux_loss device": {"aux_loss": {"level": "device", "num_devices": 2}},
     "aux_loss communication": {"aux_loss": {"level": "communication", "num_devices": 2}},
     "quantile damped": {"quantile": {"damping": 0.5, "num_classes": 2}},
+    "quantile sequence": {"quantile": {"quantiles_of": "sequence"}},
     "expert_choice sequence": {"expert_choice": {"scope": "sequence"}},
     "expert_threshold slots": {"expert_threshold": {"slots": 2}},
     "relu": {"relu": {"weight": 0.1}},  # of 1e-8, where it starts, no law would notice its loss
@@ -683,7 +684,7 @@ def skewed_logits(key):
 def loop_tokens() -> Tokens:
     """Eight sequences; every id occurs once."""
     where = jnp.arange(LOOP_TOKENS, dtype=jnp.int32)
-    return Tokens(jnp.ones(LOOP_TOKENS, bool), where // 32, where, where % 2)
+    return Tokens(jnp.ones(LOOP_TOKENS, bool), where // 32, where, where % 2, Rows(8))
 
 
 @functools.cache

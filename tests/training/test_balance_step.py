@@ -38,7 +38,7 @@ FAMILIES = {
     "ReLU": (dict(relu=dict(weight=0.1, slots=3)), dict(score="relu", normalize_gates=False)),
     "top-p": (dict(top_p={}, phi_loss={}), {}),
     "moving quantiles": (dict(moving_quantile=dict(strength=1.0, ema=0.8), bias_sign=dict(rate=1e-2)), {}),
-    "frozen router": (dict(frozen_router=dict(layers=(1, 2)), quantile=dict(bins=100)), {}),
+    "frozen router": (dict(frozen_router=dict(layers=(1, 2)), quantile=dict(bins=100, quantiles_of="sequence")), {}),
     "expert choice by sequence": (dict(expert_choice=dict(scope="sequence")), {}),
     "DeepSeek-V4": (
         dict(
