@@ -1,6 +1,6 @@
 """Methods that balance experts: `make(config.balance)` builds one `Balancer`; `names()` lists the methods."""
 
-from moe_jax.balance import bias, dynamic, losses, phi, routers, selectors, sequence
+from moe_jax.balance import bias, capacity, dynamic, losses, phi, routers, selectors, sequence
 from moe_jax.balance.protocol import Balancer, Seen, State, Statistics, chain
 from moe_jax.balance.registry import (
     make,
@@ -16,6 +16,7 @@ __all__ = [
     "State",
     "Statistics",
     "bias",
+    "capacity",
     "chain",
     "dynamic",
     "losses",

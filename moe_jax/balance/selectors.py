@@ -1,4 +1,4 @@
-"""Methods that choose experts other than by the k best biased scores, and a method that drops copies.
+"""Methods that choose experts other than by the k best biased scores.
 
 A selector's ids are int32 [T, S]; id == E is an empty slot. Padding is never chosen and never affects a choice.
 """
@@ -16,16 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from moe_jax.balance.protocol import Balancer, Seen, zeros
 from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
-from moe_jax.config.selector_options import (
-    Bip,
-    DeviceCapacity,
-    ExpertChoice,
-    ExpertThreshold,
-    Forced,
-    Hash,
-    Random,
-    Sinkhorn,
-)
+from moe_jax.config.selector_options import Bip, ExpertChoice, ExpertThreshold, Forced, Hash, Random, Sinkhorn
 from moe_jax.routing import Routing, Tokens, best, count
 
 
@@ -311,45 +302,6 @@ def forced(options: Forced, model: ModelConfig) -> Balancer:
     return Balancer(select=select, by_token=False)  # it counts the tokens before a token
 
 
-@register(
-    "device_capacity",
-    equation="each device keeps its capacity_factor x (copies / devices) copies of highest affinity s_tj",
-    source="DeepSeek-V2 (arXiv 2405.04434), sections 2.2.4 and 3.1.2",
-)
-def device_capacity(options: DeviceCapacity, model: ModelConfig) -> Balancer:
-    """Device capacity: in training, the copies beyond a device's capacity are dropped.
-
-    A dropped copy is not dispatched and adds nothing to the output, but loads count it. A device is a logical group of
-    consecutive experts; their number is `num_devices`, or model.num_groups if that is 0, or (never in a config) the
-    number of experts. A random share `protected` of the sequences, drawn in every forward pass, keeps all its copies,
-    which are the first to use their devices' budgets. It is not causal, because copies of later tokens compete, but
-    evaluation drops nothing.
-    """
-
-    def drop(routing: Routing, state: None, key: Array, train: bool) -> Bool[Array, "tokens slots"]:
-        ids = routing.expert_ids
-        num_experts = routing.loads.shape[0]
-        travels = ids < num_experts
-        if not train:
-            return travels
-        devices = _devices(num_experts)
-        copies = travels.sum(dtype=jnp.int32).astype(jnp.float32)
-        budget = jnp.round(options.capacity_factor / devices * copies).astype(jnp.int32)
-        affinity = jnp.take_along_axis(routing.scores, jnp.minimum(ids, num_experts - 1), axis=-1)
-        safe = _drawn_sequences(routing.tokens, len(ids), key, options.protected)[:, None]
-        device = jnp.where(travels, ids * devices // num_experts, devices)
-        order = lax.stop_gradient(jnp.where(safe, jnp.inf, affinity))
-        rank = rank_in_group(order.ravel(), device.ravel(), devices + 1).reshape(ids.shape)
-        return travels & (safe | (rank < budget))
-
-    def _devices(num_experts: int) -> int:
-        devices = options.num_devices or (model.num_groups if model.num_groups > 1 else num_experts)
-        assert num_experts % devices == 0, "the config's rules require that num_devices divides num_experts"
-        return devices
-
-    return Balancer(drop=drop)
-
-
 def rank_in_group(
     values: Float32[Array, "items"], group: Int32[Array, "items"], num_groups: int
 ) -> Int32[Array, "items"]:
@@ -391,12 +343,3 @@ def _uniform_table(vocab_size: int, num_experts: int, top_k: int, layer: Any) ->
     key = jax.random.fold_in(jax.random.key(0), layer)
     order = best(jax.random.uniform(key, (-(-vocab_size // period), num_experts), jnp.float32), num_experts)
     return order[ids[:, None] // period, _in_turn(ids % period, top_k, num_experts)]
-
-
-def _drawn_sequences(tokens: Tokens, num_tokens: int, key: Array, share: float) -> Bool[Array, "tokens"]:
-    """A mask that is true for the tokens of a random share of the sequences."""
-    if tokens.rows is not None:
-        drawn = jax.random.uniform(key, (tokens.rows.count,), jnp.float32) < share
-        return jnp.repeat(drawn, num_tokens // tokens.rows.count)
-    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
-    return (jax.random.uniform(key, (num_tokens,), jnp.float32) < share)[row]

@@ -385,9 +385,8 @@ def abstract_weights(config: ModelConfig) -> dict[str, Tree]:
 
 def index_axes(config: ModelConfig) -> Callable[[str], int]:
     """leaf -> number of leading axes that a slice indexes: layer, and expert."""
-    dims = {
-        path_name(p): d.names for p, d in jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
-    }
+    leaves = jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
+    dims = {path_name(path): dim.names for path, dim in leaves}
 
     def axes(leaf: str) -> int:
         if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
