@@ -35,8 +35,9 @@ def test_earlier_tokens_weigh_less():
 
 
 def test_padding_neither_counts_nor_ages_and_a_new_sequence_starts_afresh():
-    seen = quantiles([0.92, 0.32, 0.12], valid=[True, False, True], ema=0.5)
-    np.testing.assert_allclose(seen[2], 0.15)  # weights 1/2 and 1
+    # weights 1/2 and 1, so .12 has the share 2/3; with 1/4, had the padding aged it, 4/5
+    seen = quantiles([0.92, 0.32, 0.12], valid=[True, False, True], ema=0.5, level=0.7)
+    np.testing.assert_allclose(seen[2], 0.95)
     np.testing.assert_allclose(quantiles([0.92, 0.92, 0.12], first=[False, False, True]), [0.95, 0.95, 0.15])
 
 
