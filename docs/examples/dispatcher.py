@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import DISPATCHERS, Dispatcher, default, validate
-from moe_jax.dispatch import ExpertWeights, Traffic, Work, apply_experts, register, swiglu
+from moe_jax.dispatch import ExpertWeights, Traffic, Work, apply_experts, register
 from moe_jax.routing import RouterConfig, route
 
 DISPATCHERS["loop"] = Dispatcher(splits_experts=False)  # drops nothing; every device must have all experts
@@ -17,7 +17,8 @@ def loop(work: Work) -> tuple[jax.Array, Traffic]:
     def add_expert(y: jax.Array, expert: tuple[jax.Array, ExpertWeights]) -> tuple[jax.Array, None]:
         number, weights = expert
         gate = jnp.where(work.expert_ids == number, work.gates, 0.0).sum(1, keepdims=True)
-        return y + gate * swiglu(work.x, *weights), None
+        only = jax.tree.map(lambda w: w[None], weights)
+        return y + work.multiply.each(work.x, gate[None], only)[0], None
 
     experts = jnp.arange(work.num_experts), work.weights
     y, _ = jax.lax.scan(add_expert, jnp.zeros_like(work.x, jnp.float32), experts)

@@ -35,6 +35,7 @@ from moe_jax.config.schema import (
     num_choices,
     num_moe_layers,
     rotated_width,
+    routed_width,
     shared_width,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "num_moe_layers",
     "resolve",
     "rotated_width",
+    "routed_width",
     "shared_width",
     "validate",
 ]

@@ -14,7 +14,8 @@ from moe_jax.config.fields import choice, number, section
 
 DType = Literal["float32", "bfloat16"]
 # what a block can keep for its backward pass: rows that came from other devices and their gates (of the first round),
-# attention's result, the residual stream after attention, and the experts' hidden activations before SwiGLU
+# with a latent also its sum over a token's experts; attention's result, the residual stream after attention, and the
+# experts' gate and up before the activation
 Kept = Literal["rows", "attention", "residual", "hidden"]
 REMAT_KEEP: tuple[Kept, ...] = ("rows", "attention", "residual")
 
@@ -63,6 +64,10 @@ class ModelConfig:
     residual_multiplier: float = number(1.0, 0.0)
     logits_scaling: float = number(1.0, 1e-6)
     ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
+    # of all feed-forward layers, dense or of experts; the limit bounds gate and up before it (0: no limit), as in
+    # DeepSeek-V4 (swiglu, 10) and gpt-oss (swiglu_oai, 7)
+    activation: Literal["swiglu", "geglu", "swiglu_oai"] = "swiglu"
+    activation_limit: float = number(0.0, 0.0)
     norm_eps: float = number(1e-6, 0.0)
     norm_after: bool = False  # OLMo 2: norms of what attention and feed-forward return, not of what they read
     tied_embeddings: bool = False
@@ -81,6 +86,8 @@ class ModelConfig:
     expert_ffw_dim: int = number(128, 1)  # hidden width of one expert, routed or shared
     shared_ffw_dim: int = number(0, 0)  # hidden width of one shared expert; 0: expert_ffw_dim
     shared_gate: bool = False  # Qwen2-MoE: the output of the shared experts times sigmoid(w . x)
+    # LatentMoE: the width that routed experts read and write, between two projections that they share; 0: embed_dim
+    latent_dim: int = number(0, 0)
     first_dense: int = number(0, 0)  # how many layers, from the first, have a dense feed-forward
     moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
     score: Literal["sigmoid", "softmax", "sqrt_softplus", "relu"] = "sigmoid"
@@ -251,6 +258,11 @@ def shared_width(m: ModelConfig) -> int:
 def rotated_width(m: ModelConfig) -> int:
     """How many dimensions of a head of grouped-query attention, the first ones, RoPE rotates."""
     return int(m.head_dim * m.partial_rotary_factor)  # rounded as transformers does
+
+
+def routed_width(m: ModelConfig) -> int:
+    """The width of what a routed expert reads and writes, and of the rows that travel to it."""
+    return m.latent_dim or m.embed_dim
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:

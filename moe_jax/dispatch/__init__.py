@@ -2,7 +2,7 @@
 
 from moe_jax.dispatch import capacity, dense, gathered, local, ragged, rounds
 from moe_jax.dispatch.apply import apply_experts
-from moe_jax.dispatch.experts import ExpertWeights, Multiply, dense_swiglu, kernel_note, swiglu
+from moe_jax.dispatch.experts import ExpertWeights, Multiply, feed_forward, kernel_note
 from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, Traffic, Work, register
 
 __all__ = [
@@ -14,12 +14,11 @@ __all__ = [
     "apply_experts",
     "capacity",
     "dense",
-    "dense_swiglu",
+    "feed_forward",
     "gathered",
     "kernel_note",
     "local",
     "ragged",
     "register",
     "rounds",
-    "swiglu",
 ]

@@ -17,6 +17,7 @@ from moe_jax.dispatch.experts import DIMS, ExpertWeights, multiply_for
 from moe_jax.dispatch.local import local
 from moe_jax.dispatch.rounds import rounds
 from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, DispatchFunction, Traffic, Work, register
+from moe_jax.kernels.activation import SWIGLU, Activation
 from moe_jax.mesh import GATHERED, axes, is_sharded, per_shard, spec, varying_alike
 from moe_jax.routing import Routing
 
@@ -38,6 +39,7 @@ def apply_experts(
     capacity_factor: float = 1.25,
     cpu_kernel: str = "auto",
     quantization: str = "none",
+    activation: Activation = SWIGLU,
 ) -> tuple[Float[Array, "tokens embed"], Traffic]:
     """For every token the sum over its experts of gate x expert(x), and the cost of computing it.
 
@@ -55,6 +57,7 @@ def apply_experts(
             rounds).
         cpu_kernel: how CPUs multiply, see `native.chosen`.
         quantization: "none", or the format of all products with weights, see `quantize`.
+        activation: of the experts' hidden rows.
 
     Returns:
         y [T, D] in x's dtype; the cost, of the whole mesh.
@@ -69,7 +72,7 @@ def apply_experts(
             "module of its function."
         )
     function = DISPATCH_FUNCTIONS[dispatcher]
-    multiply = multiply_for(cpu_kernel, mesh, x.dtype, quantization)
+    multiply = multiply_for(cpu_kernel, mesh, x.dtype, quantization, activation)
     sequence_length = x.shape[0] // num_sequences
     if DISPATCHERS[dispatcher].is_oracle:
         mesh = None  # it gets whole arrays, which XLA splits

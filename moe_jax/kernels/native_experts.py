@@ -1,4 +1,4 @@
-"""SwiGLU experts on a CPU in C++, `cpp/experts.cc`.
+"""Gated experts on a CPU in C++, `cpp/experts.cc`.
 
 XLA:CPU multiplies a dynamic number of rows only by loops over small products, and moves every copy through memory in
 between. Here a single call sorts, multiplies, activates and combines.
@@ -11,16 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32
 
 from moe_jax.kernels import native
+from moe_jax.kernels.activation import SWIGLU, Activation
 
 
 def experts(
-    x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], keep: bool = False
+    x: Array,
+    expert_ids: Array,
+    gates: Array,
+    weights: Sequence[Array],
+    activation: Activation = SWIGLU,
+    keep: bool = False,
 ) -> Float32[Array, "tokens embed"]:
-    """sum over a token's slots of gate x (silu(x gate_e) * (x up_e)) down_e, accumulated in float32.
+    """sum over a token's slots of gate x activation(x gate_e, x up_e) down_e, accumulated in float32.
 
     The cost is proportional to the copies, whatever E and the skew of the routing. Call it only if `native.missing()`
     is None.
@@ -32,6 +39,7 @@ def experts(
         expert_ids: int32 [T, K]; E is an empty slot. Another integer dtype is cast.
         gates: float32 [T, K]; another floating dtype is cast.
         weights: gate and up [E, D, F], down [E, F, D]; cast to x's dtype.
+        activation: of the hidden rows.
         keep: name what the backward pass reads "hidden", for `model.remat_keep`.
 
     Returns:
@@ -52,7 +60,7 @@ def experts(
             "[T, D], [T, K], [T, K], [E, D, F], [E, D, F] and [E, F, D]; correct them."
         )
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-    return _experts(x, expert_ids.astype(jnp.int32), gates.astype(jnp.float32), weights, keep)
+    return _experts(x, expert_ids.astype(jnp.int32), gates.astype(jnp.float32), weights, activation, keep)
 
 
 def _fit(x: tuple, ids: tuple, gates: tuple, gate: tuple, up: tuple, down: tuple) -> bool:
@@ -65,13 +73,15 @@ def _fit(x: tuple, ids: tuple, gates: tuple, gate: tuple, up: tuple, down: tuple
     return ids[0] == tokens and gates == ids and (gate, up, down) == (wide, wide, narrow)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], keep: bool) -> Array:
-    return _forward(x, expert_ids, gates, weights, keep)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _experts(
+    x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], activation: Activation, keep: bool
+) -> Array:
+    return _forward(x, expert_ids, gates, weights, activation, keep)[0]
 
 
 def _forward(
-    x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], keep: bool
+    x: Array, expert_ids: Array, gates: Array, weights: Sequence[Array], activation: Activation, keep: bool
 ) -> tuple[Array, tuple[Any, ...]]:
     (tokens, embed), copies, (num_experts, _, ffw) = x.shape, expert_ids.size, weights[0].shape
     hidden = jax.ShapeDtypeStruct((copies, ffw), x.dtype)
@@ -81,23 +91,28 @@ def _forward(
         *(hidden, hidden, ints, ints, jax.ShapeDtypeStruct((num_experts,), jnp.int32)),
         jax.ShapeDtypeStruct((copies, embed), jnp.float32),
     ]
-    y, *residuals, _ = _call("forward", x.dtype, results, x, expert_ids, gates, *weights)
+    y, *residuals, _ = _call("forward", x.dtype, activation, results, x, expert_ids, gates, *weights)
     if keep:
         residuals = [checkpoint_name(a, "hidden") for a in residuals]
     return y, (x, gates, weights, *residuals)
 
 
-def _backward(keep: bool, residuals: tuple[Any, ...], dy: Array) -> tuple[Array, None, Array, Any]:
+def _backward(
+    activation: Activation, keep: bool, residuals: tuple[Any, ...], dy: Array
+) -> tuple[Array, None, Array, Any]:
     x, gates, weights, *rest = residuals
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, gates, *weights)]
     room = jax.ShapeDtypeStruct((gates.size, x.shape[1]), jnp.float32)
-    dx, d_gates, *d_weights, _ = _call("backward", x.dtype, [*like, room], dy, x, gates, *weights, *rest)
+    dx, d_gates, *d_weights, _ = _call("backward", x.dtype, activation, [*like, room], dy, x, gates, *weights, *rest)
     return dx, None, d_gates, jax.tree.unflatten(jax.tree.structure(weights), d_weights)
 
 
 _experts.defvjp(_forward, _backward)
 
 
-def _call(which: str, dtype: jnp.dtype, results: list[jax.ShapeDtypeStruct], *arrays: Array) -> list[Array]:
+def _call(
+    which: str, dtype: jnp.dtype, activation: Activation, results: list[jax.ShapeDtypeStruct], *arrays: Array
+) -> list[Array]:
+    numbers = {name: np.float32(value) for name, value in activation._asdict().items()}
     with jax.named_scope("experts"):  # dispatch and combine are in the same call
-        return native.call("experts", which, dtype, results, *arrays)
+        return native.call("experts", which, dtype, results, *arrays, **numbers)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Cache, make_attention
 from moe_jax.model.forward import Pass, Report, token_info
-from moe_jax.model.layers import RMSNorm, SwiGLU
+from moe_jax.model.layers import FeedForward, RMSNorm
 from moe_jax.model.moe import MoE
 
 
@@ -44,7 +44,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config, embed=config.embed_dim)
         self.attention = make_attention(config, rngs)
         self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
-        self.ffw = MoE(config, rngs) if kind == "moe" else SwiGLU(config, rngs, config.ffw_dim)
+        self.ffw = MoE(config, rngs) if kind == "moe" else FeedForward(config, rngs, config.ffw_dim)
         self.norm_after = config.norm_after
         self.multiplier = config.residual_multiplier
 
@@ -63,7 +63,7 @@ class Block(nnx.Module):
                 mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh)
             x = checkpoint_name(x + self._after(self.attention_norm, mixed), "residual")
         h = self._before(self.ffw_norm, x)
-        if isinstance(self.ffw, SwiGLU):
+        if isinstance(self.ffw, FeedForward):
             return x + self._after(self.ffw_norm, self.ffw(h, fwd.mesh)), None, cache
         tokens = token_info(fwd.inputs, self.ffw.config.class_starts, fwd.pieces)
         y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)

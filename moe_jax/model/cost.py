@@ -18,6 +18,7 @@ class Part(NamedTuple):
 AHEAD = "multi-token prediction"
 SCORES = "attention scores"
 ROUTED = "routed experts"
+LATENT = "latent projections"
 
 
 def parts(config: Config) -> list[Part]:
@@ -82,6 +83,8 @@ def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
         return "attention"
     if len(dims) == 1:
         return "norms"
+    if "ffw/latent_" in path:
+        return LATENT
     if "experts" in dims:
         return ROUTED if routed else "router"
     if "/shared" in path:  # and the gate of their output

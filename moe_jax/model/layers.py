@@ -1,4 +1,4 @@
-"""The layers that others are built of: RMSNorm, SwiGLU, and their initial weights.
+"""The layers that others are built of: RMSNorm, the gated feed-forward layer, and their initial weights.
 
 Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers, which
 weight decay and sharding read.
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
-from moe_jax.dispatch import ExpertWeights, dense_swiglu
+from moe_jax.dispatch import ExpertWeights, feed_forward
+from moe_jax.kernels.activation import Activation
 
 
 def normal(config: ModelConfig, rngs: nnx.Rngs, dtype: str | None = None, **dims: int) -> nnx.Param:
@@ -34,16 +35,18 @@ class RMSNorm(nnx.Module):
         return (scaled * jnp.broadcast_to(self.scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
-class SwiGLU(nnx.Module):
-    """A gated feed-forward layer of hidden width `ffw`."""
+class FeedForward(nnx.Module):
+    """A gated feed-forward layer of hidden width `ffw`, with the config's activation."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, ffw: int) -> None:
         self.gate = normal(config, rngs, embed=config.embed_dim, ffw=ffw)
         self.up = normal(config, rngs, embed=config.embed_dim, ffw=ffw)
         self.down = normal(config, rngs, ffw=ffw, embed=config.embed_dim)
         self.cpu_kernel = config.cpu_kernel
+        self.activation = nnx.static(Activation.of(config))
 
     def __call__(self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None) -> Float[Array, "*batch embed"]:
         """Same shape and dtype as x."""
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
-        return dense_swiglu(x.reshape(-1, x.shape[-1]), weights, mesh, self.cpu_kernel).reshape(x.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        return feed_forward(flat, weights, mesh, self.cpu_kernel, self.activation).reshape(x.shape)

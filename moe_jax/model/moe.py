@@ -8,14 +8,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32
 
 from moe_jax.balance import Balancer, State, Statistics, measures
-from moe_jax.config import DISPATCHERS, ModelConfig, num_choices, shared_width
+from moe_jax.config import DISPATCHERS, ModelConfig, num_choices, routed_width, shared_width
 from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.kernels.activation import Activation
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
-from moe_jax.model.layers import SwiGLU, normal
+from moe_jax.model.layers import FeedForward, normal
 from moe_jax.routing import RouterConfig, Routing, Tokens, count, counts_by_row, drop_second, route
 
 
@@ -26,22 +28,28 @@ class RouterBias(nnx.Variable):
 class MoE(nnx.Module):
     """y = sum of gate x routed expert + sum of shared experts. Source: DeepSeekMoE (arXiv 2401.06066) eq. 9-11.
 
-    The shared experts, which see every token, are one SwiGLU of their joint width; with `shared_gate` their output is
-    multiplied by sigmoid(w . x), as in Qwen2-MoE (arXiv 2407.10671).
+    The shared experts, which see every token, are one feed-forward layer of their joint width; with `shared_gate` their
+    output is multiplied by sigmoid(w . x), as in Qwen2-MoE (arXiv 2407.10671). With `latent_dim` routed experts work on
+    a latent, y = W_up sum of gate x routed expert(W_down x) + ..., so that experts, and the rows that travel to them,
+    are narrower; the router reads x. Source: LatentMoE (arXiv 2601.18089).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        width, experts, ffw = config.embed_dim, config.num_experts, config.expert_ffw_dim
+        embed, width = config.embed_dim, routed_width(config)
+        experts, ffw = config.num_experts, config.expert_ffw_dim
         choices = num_choices(config)
         classes = len(config.class_starts) + 1
-        self.router = normal(config, rngs, dtype="float32", embed=width, experts=choices)
+        self.router = normal(config, rngs, dtype="float32", embed=embed, experts=choices)
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
         self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
         self.gate = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
         self.up = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
         self.down = normal(config, rngs, experts=experts, ffw=ffw, embed=width)
-        self.shared = SwiGLU(config, rngs, shared_width(config)) if config.num_shared_experts else None
-        self.shared_gate = normal(config, rngs, embed=width, one=1) if config.shared_gate else None
+        self.shared = FeedForward(config, rngs, shared_width(config)) if config.num_shared_experts else None
+        self.shared_gate = normal(config, rngs, embed=embed, one=1) if config.shared_gate else None
+        latent = config.latent_dim
+        self.latent_down = normal(config, rngs, embed=embed, latent=latent) if latent else None
+        self.latent_up = normal(config, rngs, latent=latent, embed=embed) if latent else None
         self.config = nnx.static(config)
 
     def __call__(
@@ -70,7 +78,7 @@ class MoE(nnx.Module):
             sent = only(sent, drop(sent, state, second_key, fwd.train))
         weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
         y, traffic = apply_experts(
-            flat,
+            self._narrowed(flat),
             real_part(sent, c.num_experts),
             weights,
             mesh=fwd.mesh,
@@ -79,7 +87,9 @@ class MoE(nnx.Module):
             capacity_factor=c.capacity_factor,
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,
+            activation=Activation.of(c),
         )
+        y = self._widened(y)
         if drop is not None:
             lost = count(routing.expert_ids, c.num_experts) - count(sent.expert_ids, c.num_experts)
             traffic = traffic._replace(dropped=traffic.dropped + lost.sum(dtype=jnp.int32))
@@ -94,6 +104,14 @@ class MoE(nnx.Module):
         aux_loss = jax.lax.stop_gradient(measures.aux_loss_value(routing, c.num_experts))
         details = self._details(routing, own, fwd, state, num_sequences)
         return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
+
+    def _narrowed(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens width"]:
+        """What routed experts read: x, or its latent."""
+        return x if self.latent_down is None else x @ self.latent_down.astype(x.dtype)
+
+    def _widened(self, y: Float[Array, "tokens width"]) -> Float[Array, "tokens embed"]:
+        """What the layer adds of the routed experts' sum; that of a latent is kept with the rows, for the gradient."""
+        return y if self.latent_up is None else checkpoint_name(y, "rows") @ self.latent_up.astype(y.dtype)
 
     def routing(self, x: Float[Array, "tokens embed"], tokens: Tokens, fwd: Pass) -> Routing:
         """The routing of x [T, D] before any copy is dropped; in float32, with jitter in training only.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers
+from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers, routed_width
 from moe_jax.config.schema import Kept
 from moe_jax.planning.ranking import kept_names, rows_of_round, rows_that_arrive, tokens_of_device
 
@@ -52,7 +52,7 @@ def bytes_by_name(config: Config, mesh: "Mesh") -> dict[Kept, int]:
     """Bytes of a chip in which all layers keep the tensors of each name, for one micro-batch.
 
     Those of attention are its result and the logarithms of its softmax. A row travels with its gate, a gathered token
-    with the gates and ids of all its experts.
+    with the gates and ids of all its experts. With a latent its sum over a token's experts is kept beside the rows.
     """
     from moe_jax.dispatch.experts import DIMS
     from moe_jax.mesh import ways
@@ -67,8 +67,9 @@ def bytes_by_name(config: Config, mesh: "Mesh") -> dict[Kept, int]:
     multiplied = 0 if DISPATCHERS[m.dispatch].is_oracle else rows_of_round(config, mesh) or tokens * m.top_k
     numbers = 2 * m.top_k if DISPATCHERS[m.dispatch].gathers_tokens else 1
     ffw = m.expert_ffw_dim // ways(mesh, "ffw", DIMS["gate"])
+    arrived = moe_layers * rows_that_arrive(config, mesh) * (routed_width(m) * number + numbers * FLOAT32)
     return {
-        "rows": moe_layers * rows_that_arrive(config, mesh) * (m.embed_dim * number + numbers * FLOAT32),
+        "rows": arrived + num_moe_layers(m) * tokens * m.latent_dim * number,
         "attention": layers * tokens * heads * (head * number + FLOAT32),
         "residual": layers * tokens * m.embed_dim * number,
         "hidden": moe_layers * multiplied * 2 * ffw * number,

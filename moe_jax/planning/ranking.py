@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers
+from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers, routed_width
 from moe_jax.config.schema import Kept
 from moe_jax.planning.collectives import Collective
 from moe_jax.planning.topology import Topology, exchange, place_of
@@ -106,9 +106,10 @@ def kept_names(m: ModelConfig) -> tuple[Kept, ...]:
 
 
 def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
-    """What MoE layers send to experts: T K rows of D numbers with the room of a round, or T rows to every device.
+    """What MoE layers send to experts: T K rows with the room of a round, or T rows to every device.
 
-    There and back, and both gradients; there again in the backward pass, unless what arrived is kept.
+    There and back, and both gradients; there again in the backward pass, unless what arrived is kept; and for the
+    gradient of the projection from a latent, back again.
     """
     from moe_jax.mesh import axes
 
@@ -117,9 +118,10 @@ def _of_rows(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
         (axis,) = axes("experts")
         again = 0 if m.remat == "none" or "rows" in kept_names(m) else 1
         gathers = DISPATCHERS[m.dispatch].gathers_tokens
-        times = {"all-gather": 2 + again, "reduce-scatter": 2} if gathers else {"all-to-all": 4 + again}
+        back = again if m.latent_dim else 0
+        times = {"all-gather": 2 + again, "reduce-scatter": 2 + back} if gathers else {"all-to-all": 4 + again + back}
         for kind, n in times.items():
-            yield _collective(kind, rows * m.embed_dim * NARROW, axis, mesh), n * num_moe_layers(m)
+            yield _collective(kind, rows * routed_width(m) * NARROW, axis, mesh), n * num_moe_layers(m)
 
 
 class _Weight(NamedTuple):
@@ -190,7 +192,7 @@ def _products(config: Config, mesh: "Mesh") -> float:
     tokens = config.batch_size * config.sequence_length
     rows = tokens_of_device(config, mesh) * m.top_k
     groups = m.num_experts // math.prod(mesh.shape[axis] for axis in axes("experts"))
-    tile = tpu_tile(rows, m.embed_dim, m.expert_ffw_dim, groups, NARROW)[0] if groups else 0
+    tile = tpu_tile(rows, routed_width(m), m.expert_ffw_dim, groups, NARROW)[0] if groups else 0
     padded = 1 + (groups - 1) * tile / rows if groups else 1.0
     passes = sum(p.flops * (padded if p.name == ROUTED else 1.0) * (3 + _repeated(p.name, m)) for p in parts(config))
     return passes * tokens / mesh.size
@@ -199,14 +201,19 @@ def _products(config: Config, mesh: "Mesh") -> float:
 def _repeated(part: str, m: ModelConfig) -> float:
     """The share of a part's forward FLOPs that the backward pass repeats.
 
-    No gradient reads the last of the three products of a feed-forward layer. The output projection that "residual"
+    No gradient reads the last of the three products of a feed-forward layer, unless that of the projection from a
+    latent does, or the result of that projection. The output projection that "residual"
     saves is counted all the same: it takes as long on every mesh.
     """
-    from moe_jax.model.cost import ROUTED, SCORES
+    from moe_jax.model.cost import LATENT, ROUTED, SCORES
 
     if m.remat not in ("full", "names") or part in ("head", "embedding"):
         return 0.0
     kept = kept_names(m)
+    if part == LATENT:
+        return 1 / 2
+    if part == ROUTED and m.latent_dim and "rows" not in kept:
+        return 1 / 3 if "hidden" in kept else 1.0
     if (part == SCORES and "attention" in kept) or (part == ROUTED and "hidden" in kept):
         return 0.0
     return 2 / 3 if part in (ROUTED, "shared experts", "dense feed-forward") else 1.0

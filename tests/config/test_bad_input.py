@@ -134,6 +134,11 @@ BAD = [
     ),
     (dict(model=dict(ffw_dim=511), mesh=dict(tensor=2)), "model.ffw_dim=511", "try model.ffw_dim=510 or 512"),
     (dict(model=dict(EXPERTS, expert_ffw_dim=5), mesh=dict(tensor=2)), "model.expert_ffw_dim=5", "4 or 6"),
+    (
+        dict(model=dict(EXPERTS, latent_dim=12), mesh=dict(data=8)),
+        "model.latent_dim=12",
+        "try model.latent_dim=8 or 16",
+    ),
     (dict(batch_size=24, model=EXPERTS, mesh=dict(data=24)), "model.embed_dim=128", "or another mesh.data"),
     (dict(batch_size=12, mesh=dict(data=8)), "12 rows at a time", "try batch_size=8 or 16"),
     (dict(batch_size=8, micro_batches=2, mesh=dict(replica=8)), "4 rows at a time", "try batch_size=16"),

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.dispatch import ExpertWeights
-from moe_jax.dispatch.experts import IN_XLA
-from moe_jax.kernels import native, native_experts
+from moe_jax.dispatch.experts import in_cpp, in_xla
+from moe_jax.kernels import native
+from moe_jax.kernels.activation import SWIGLU, Activation
 from moe_jax.kernels.attention import attend
 from moe_jax.kernels.head import summed_nats
 
@@ -42,8 +43,9 @@ def main():
     ids = jnp.asarray(draw.integers(0, 4, (70, 2)), jnp.int32)
     gates = jnp.asarray(draw.random((70, 2)), jnp.float32)
     weights = ExpertWeights(array(3, 19, 7) / 4, array(3, 19, 7) / 4, array(3, 7, 19) / 4)
-    experts = (lambda x, w, f=f: f(x, ids, gates, w) for f in (native_experts.experts, IN_XLA.routed))
-    compare(*experts, array(70, 19), weights)
+    for activation in (SWIGLU, Activation(alpha=1.5, beta=0.1, shift=1.0, limit=3.0)):
+        both = in_cpp(activation).routed, in_xla(activation).routed
+        compare(*(lambda x, w, f=f: f(x, ids, gates, w) for f in both), array(70, 19), weights)
 
     segments = jnp.asarray(np.repeat([[1, 2]], 50, 1), jnp.int32)
     attention = (functools.partial(attend, segment_ids=segments, cpu_kernel=kind) for kind in ("native", "xla"))

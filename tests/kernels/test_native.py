@@ -14,9 +14,10 @@ import pytest
 from moe_jax import dispatch
 from moe_jax.config import MeshConfig
 from moe_jax.dispatch import ExpertWeights, Work
-from moe_jax.dispatch.experts import IN_XLA, NATIVE
+from moe_jax.dispatch.experts import in_cpp, in_xla
 from moe_jax.dispatch.local import local
 from moe_jax.kernels import native, native_experts
+from moe_jax.kernels.activation import SWIGLU
 from moe_jax.mesh import make_mesh
 
 
@@ -59,7 +60,7 @@ def value_and_gradients(multiply, x, ids, gates, weights):
 def test_values_and_gradients_are_those_of_xla(compiler, sizes):
     for ours, theirs in zip(
         value_and_gradients(native_experts.experts, *problem(*sizes)),
-        value_and_gradients(IN_XLA.routed, *problem(*sizes)),
+        value_and_gradients(in_xla().routed, *problem(*sizes)),
         strict=True,
     ):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -70,7 +71,7 @@ def test_bfloat16_is_off_by_its_rounding(compiler):
     inputs = problem(*SIZES["one expert in several chunks and parts"], jnp.bfloat16)
     x, ids, gates, weights = inputs
     wide = x.astype(jnp.float32), ids, gates, jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-    exact = value_and_gradients(IN_XLA.routed, *wide)
+    exact = value_and_gradients(in_xla().routed, *wide)
     for ours, theirs in zip(value_and_gradients(native_experts.experts, *inputs), exact, strict=True):
         # the residuals of the backward pass are rounded too: 2^-8 of the largest
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=2**-7 * float(jnp.abs(theirs).max()))
@@ -126,19 +127,19 @@ def test_dispatch_reports_the_rows_it_multiplied(compiler):
     # 3 copies: in C++ no row is padding, in XLA tiles are 128 rows
     ids = jnp.array([[0], [1], [1]])
     weights = ExpertWeights(*(jnp.ones((2, 4, 4)) for _ in range(3)))
-    for multiply, rows in ((NATIVE, 3), (IN_XLA, 256)):
+    for multiply, rows in ((in_cpp(), 3), (in_xla(), 256)):
         of = dict(weights=weights, multiply=multiply, mesh=None, sequence_length=3, capacity_factor=1.0)
         _, traffic = local(Work(jnp.ones((3, 4)), ids, jnp.ones((3, 1)), **of))
         assert int(traffic.rows) == rows
 
 
-def test_a_dense_swiglu_equals_an_expert_that_gets_every_token(compiler):
+def test_a_dense_layer_equals_an_expert_that_gets_every_token(compiler):
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.normal(size=(20, 8)), jnp.float32)
     weights = ExpertWeights(*(jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((8, 12), (8, 12), (12, 8))))
 
     def value_and_gradients(kernel):
-        run = jax.value_and_grad(lambda x, w: (dispatch.dense_swiglu(x, w, cpu_kernel=kernel) ** 2).sum(), (0, 1))
+        run = jax.value_and_grad(lambda x, w: (dispatch.feed_forward(x, w, cpu_kernel=kernel) ** 2).sum(), (0, 1))
         return jax.tree.leaves(jax.jit(run)(x, weights))
 
     for ours, theirs in zip(value_and_gradients("native"), value_and_gradients("xla"), strict=True):
@@ -210,7 +211,7 @@ def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler
         "sizes": (x, ids, gates[:5], weights),
     }
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"dtype|sizes of the arrays do not fit together"):
-        jax.block_until_ready(native_experts._experts(*arguments[wrong], False))
+        jax.block_until_ready(native_experts._experts(*arguments[wrong], SWIGLU, False))
 
 
 @pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f"])

@@ -115,10 +115,10 @@ MODELS = {
     "latent attention in bfloat16": dict(
         attention="mla", q_lora_rank=4, compute_dtype="bfloat16", param_dtype="bfloat16"
     ),
-    "norms of heads, zero experts": dict(qk_norm="head", num_zero_experts=2),
+    "norms of heads, zero experts": dict(qk_norm="head", num_zero_experts=2, latent_dim=8),
     "groups, jitter, a random second": dict(num_groups=2, router_jitter=0.1, random_second=True),
     "raw gates": dict(score="sqrt_softplus", normalize_gates=False, dispatch="capacity"),
-    "classes": dict(class_starts=(5,)),
+    "classes": dict(class_starts=(5,), activation="geglu", activation_limit=7.0),
 }
 STEPS = {name: dict(balance={name: {}}, model=dict(BALANCE_METHODS[name].requires)) for name in balance.names()}
 STEPS["target_violation"]["balance"]["aux_loss"] = {}

@@ -50,6 +50,15 @@ def test_a_token_costs_its_own_experts_and_not_the_others():
     assert train_flops(many) - train_flops(few) == 6 * 2 * 16 * 12  # what is more is the router's
 
 
+def test_experts_on_a_latent_cost_its_width_and_two_projections_that_all_share():
+    wide, narrow = ({p.name: p for p in parts(tiny_config(model=dict(latent_dim=n)))} for n in (0, 6))
+    # 2 layers of 4 experts, 2 of them active, of 3 x 6 x 8; 16 x 6 down and up
+    assert narrow["routed experts"][1:] == (2 * 4 * 144, 2 * 2 * 144, 2 * 2 * 2 * 144)
+    assert narrow["latent projections"][1:] == (2 * 192, 2 * 192, 2 * 2 * 192)
+    same = wide.keys() - {"routed experts"}
+    assert {name: narrow[name] for name in same} == {name: wide[name] for name in same}
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [

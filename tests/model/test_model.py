@@ -17,7 +17,7 @@ from moe_jax.dispatch.capacity import capacity_of
 from moe_jax.model.attention import Attention, rope
 from moe_jax.model.block import Block, Run, layout
 from moe_jax.model.forward import Inputs, Pass, PerLayer
-from moe_jax.model.layers import RMSNorm, SwiGLU, normal
+from moe_jax.model.layers import FeedForward, RMSNorm, normal
 from moe_jax.model.moe import MoE
 from moe_jax.model.transformer import Transformer
 from moe_jax.routing import Tokens
@@ -137,7 +137,7 @@ def test_rms_norm_divides_by_the_root_mean_square():
 
 
 def test_swiglu_is_gated_by_silu():
-    layer = filled(lambda: SwiGLU(validate(dict(model=SMALL)).model, nnx.Rngs(0), 3))
+    layer = filled(lambda: FeedForward(validate(dict(model=SMALL)).model, nnx.Rngs(0), 3))
     u = np.asarray(vectors(1, 1)[0, 0], np.float64)
     gate, up, down = (np.asarray(w[...], np.float64) for w in (layer.gate, layer.up, layer.down))
     np.testing.assert_allclose(layer(vectors(1, 1))[0, 0], (silu(u @ gate) * (u @ up)) @ down, rtol=1e-4, atol=1e-8)

@@ -24,6 +24,14 @@ def test_the_names_of_deepseek_v3():
     }
 
 
+def test_the_rows_of_a_latent_are_as_narrow_as_it_and_its_sum_is_kept_too():
+    # 2 layers; 4 sequences of 16 tokens a device make 128 copies, of which 80 fit into a round to each of 2 devices
+    config = tiny_config(model=EXPERTS | dict(latent_dim=6))
+    sizes = bytes_by_name(config, abstract_mesh(MeshConfig(data=1, expert=2), 2))
+    assert sizes["rows"] == 2 * (2 * 80 * (6 * 4 + 4) + 64 * 6 * 4)
+    assert sizes["residual"] == 2 * 64 * 16 * 4
+
+
 def test_devices_with_all_experts_receive_no_rows_and_multiply_their_own():
     config = tiny_config(batch_size=8, sequence_length=16, model=EXPERTS | dict(top_k=2, expert_ffw_dim=32))
     sizes = bytes_by_name(config, abstract_mesh(MeshConfig(data=2, tensor=2), 4))

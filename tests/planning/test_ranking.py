@@ -90,6 +90,18 @@ def test_gathered_tokens_are_predicted_by_the_group(remat, gathers):
     assert by_kind == {"all-gather": (group, gathers * 48), "reduce-scatter": (group, 2 * 48)}
 
 
+@pytest.mark.parametrize(("remat", "more"), [("none", 1), ("names", 1), ("full", 6 / 5)])
+def test_rows_of_a_latent_take_as_much_less_time_as_they_are_narrower(remat, more):
+    # a backward pass that keeps nothing repeats both exchanges of the forward pass, and without a latent one
+    config, mesh, topology, _ = recorded(next(file for file in FILES if "deepseek_v3" in file.stem))
+
+    def rows(latent):
+        model = dataclasses.replace(config.model, remat=remat, latent_dim=latent)
+        return predict(dataclasses.replace(config, model=model), mesh, topology).exchanges["all-to-all"]
+
+    assert rows(7168 // 4) == pytest.approx(rows(0) / 4 * more)
+
+
 def test_there_are_compilations_of_several_meshes():
     assert len({(known["topology"], known["expert"]) for known in (json.loads(f.read_text()) for f in FILES)}) >= 3
 

@@ -24,7 +24,7 @@ FAMILIES = {
     ),
     "quantile": (dict(quantile=dict(bins=100)), {}),
     "multiplicative": (dict(bias_multiplicative=dict(rate=1e-2)), dict(num_groups=2, top_groups=1)),
-    "pi with zero experts": (dict(bias_pi=dict(gain=0.1)), dict(num_zero_experts=2)),
+    "pi with zero experts": (dict(bias_pi=dict(gain=0.1)), dict(num_zero_experts=2, latent_dim=8)),
     "losses": (
         dict(
             aux_loss=dict(level="device", scope="global", num_devices=2, counts="unbiased"),
@@ -46,7 +46,7 @@ FAMILIES = {
             bias_sign=dict(rate=1e-2, layers=(1, 2)),
             aux_loss=dict(weight=1e-4, scope="sequence", counts="unbiased"),
         ),
-        dict(score="sqrt_softplus", gate_scale=1.5),
+        dict(score="sqrt_softplus", gate_scale=1.5, activation_limit=0.01),
     ),
     "capacity of devices": (
         dict(device_capacity=dict(num_devices=2), aux_loss=dict(level="communication", num_devices=2)),

@@ -1,4 +1,4 @@
-// SwiGLU experts on a CPU: sort the token copies by expert, multiply, combine; forward and backward.
+// Gated experts on a CPU: sort the token copies by expert, multiply, combine; forward and backward.
 //
 // T tokens, K slots, N = T K copies, E experts, D embed, F ffw. Products accumulate in float32; X is the type of x
 // and of the weights, float or bfloat16. A task is a run of rows of one expert: its rows of x, its hidden rows and
@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "activation.h"
 #include "interface.h"
 #include "products.h"
 #include "threads.h"
@@ -108,37 +109,10 @@ void combine(ffi::ThreadPool& pool, const Shape& s, const float* rows, const int
   });
 }
 
-// up = share silu(gate) up
-void activate(int n, float share, const float* gate, float* up) {
-  for (int j = 0; j < n; j += kLanes) {
-    Vec g = load(gate + j, n - j);
-    store(up + j, g * sigmoid(g) * load(up + j, n - j) * share, n - j);
-  }
-}
-
-// hidden is the gradient of the hidden row for a share of 1 and becomes share silu(gate) up; gate and up become their
-// gradients; returns the gradient of the share
-float activate_backward(int n, float share, float* gate, float* up, float* hidden) {
-  Vec total = {};
-  for (int j = 0; j < n; j += kLanes) {
-    int rest = n - j;
-    Vec g = load(gate + j, rest), u = load(up + j, rest), d = load(hidden + j, rest);
-    Vec sig = sigmoid(g), silu = g * sig, product = silu * u;
-    total += d * product;
-    d *= share;
-    store(gate + j, d * u * (sig + silu * (1.0f - sig)), rest);
-    store(up + j, d * silu, rest);
-    store(hidden + j, product * share, rest);
-  }
-  float sum = 0;
-  for (int j = 0; j < kLanes; j++) sum += total[j];
-  return sum;
-}
-
 // computes y [T, D], and for the backward pass gate and up [N, F] before the activation; outputs [N, D] is scratch
 template <class X>
-void forward(ffi::ThreadPool& pool, const Shape& s, const X* x, const int32_t* ids, const float* gates,
-             Weights<const X> w, float* y, X* gate, X* up, Places places, float* outputs) {
+void forward(ffi::ThreadPool& pool, const Activation& activation, const Shape& s, const X* x, const int32_t* ids,
+             const float* gates, Weights<const X> w, float* y, X* gate, X* up, Places places, float* outputs) {
   sort_copies(s, ids, places);
   std::vector<Part> parts = split(s, places.sizes, pool.num_threads());
   parallel(pool, parts.size(), [&](int64_t number) {
@@ -154,7 +128,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const X* x, const int32_t* i
       narrow(g, rows * int64_t(s.ffw), gate + first * s.ffw);
       narrow(u, rows * int64_t(s.ffw), up + first * s.ffw);
       for (int64_t i = 0; i < rows; i++)
-        activate(s.ffw, gates[places.order[first + i]], g + i * s.ffw, u + i * s.ffw);
+        activate(activation, s.ffw, gates[places.order[first + i]], g + i * s.ffw, u + i * s.ffw);
       multiply<false>(rows, s.ffw, s.embed, u, w.down + at, outputs + first * s.embed);
     });
   });
@@ -181,9 +155,9 @@ void add_parts(ffi::ThreadPool& pool, const Shape& s, const std::vector<Part>& p
 
 // computes the gradients of all inputs; outputs [N, D] is scratch
 template <class X>
-void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x, const float* gates,
-              Weights<const X> w, const X* gate, const X* up, Places places, X* dx, float* d_gates, Weights<X> dw,
-              float* outputs) {
+void backward(ffi::ThreadPool& pool, const Activation& activation, const Shape& s, const float* dy, const X* x,
+              const float* gates, Weights<const X> w, const X* gate, const X* up, Places places, X* dx, float* d_gates,
+              Weights<X> dw, float* outputs) {
   std::vector<Part> parts = split(s, places.sizes, pool.num_threads());
   std::vector<std::vector<float>> partial(parts.size());  // weight gradients of experts in several parts
   std::fill(d_gates, d_gates + s.copies(), 0.0f);
@@ -209,7 +183,7 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* dy, const X* x
       widen(up + first * s.ffw, hidden_size, u);
       multiply<true>(rows, s.embed, s.ffw, rows_dy, w.down + at, h);
       for (int64_t i = 0, j = 0; i < rows; i++, j += s.ffw)
-        d_gates[copies[i]] = activate_backward(s.ffw, gates[copies[i]], g + j, u + j, h + j);
+        d_gates[copies[i]] = activate_backward(activation, s.ffw, gates[copies[i]], g + j, u + j, h + j);
       multiply<true>(rows, s.ffw, s.embed, g, w.gate + at, outputs + first * s.embed);
       multiply<true>(rows, s.ffw, s.embed, u, w.up + at, outputs + first * s.embed, true);
       const bool add = first > part.first;
@@ -243,33 +217,33 @@ bool fit(const Shape& s, const In<T, 2>& x, const In<kFloat, 2>& gates, const In
 }
 
 template <ffi::DataType T>
-ffi::Error Forward(ffi::ThreadPool pool, In<T, 2> x, In<kInt, 2> ids, In<kFloat, 2> gates, In<T, 3> w_gate,
-                   In<T, 3> w_up, In<T, 3> w_down, Out<kFloat, 2> y, Out<T, 2> gate, Out<T, 2> up, Out<kInt, 1> order,
-                   Out<kInt, 1> place, Out<kInt, 1> sizes, Out<kFloat, 2> outputs) {
+ffi::Error Forward(ffi::ThreadPool pool, Activation activation, In<T, 2> x, In<kInt, 2> ids, In<kFloat, 2> gates,
+                   In<T, 3> w_gate, In<T, 3> w_up, In<T, 3> w_down, Out<kFloat, 2> y, Out<T, 2> gate, Out<T, 2> up,
+                   Out<kInt, 1> order, Out<kInt, 1> place, Out<kInt, 1> sizes, Out<kFloat, 2> outputs) {
   const Shape s = shape_of(x, gates, w_gate);
   const int64_t copies = s.copies();
   if (!fit(s, x, gates, w_gate, w_up, w_down) || !has(ids, {s.tokens, s.slots}) || !has(*y, {s.tokens, s.embed}) ||
       !has(*gate, {copies, s.ffw}) || !has(*up, {copies, s.ffw}) || !has(*order, {copies}) ||
       !has(*place, {copies}) || !has(*sizes, {s.experts}) || !has(*outputs, {copies, s.embed}))
     return misfit();
-  forward<Element<T>>(pool, s, data(x), data(ids), data(gates), {data(w_gate), data(w_up), data(w_down)}, data(y),
-                      data(gate), data(up), {data(order), data(place), data(sizes)}, data(outputs));
+  forward<Element<T>>(pool, activation, s, data(x), data(ids), data(gates), {data(w_gate), data(w_up), data(w_down)},
+                      data(y), data(gate), data(up), {data(order), data(place), data(sizes)}, data(outputs));
   return ffi::Error::Success();
 }
 
 template <ffi::DataType T>
-ffi::Error Backward(ffi::ThreadPool pool, In<kFloat, 2> dy, In<T, 2> x, In<kFloat, 2> gates, In<T, 3> w_gate,
-                    In<T, 3> w_up, In<T, 3> w_down, In<T, 2> gate, In<T, 2> up, In<kInt, 1> order, In<kInt, 1> place,
-                    In<kInt, 1> sizes, Out<T, 2> dx, Out<kFloat, 2> d_gates, Out<T, 3> dw_gate, Out<T, 3> dw_up,
-                    Out<T, 3> dw_down, Out<kFloat, 2> outputs) {
+ffi::Error Backward(ffi::ThreadPool pool, Activation activation, In<kFloat, 2> dy, In<T, 2> x, In<kFloat, 2> gates,
+                    In<T, 3> w_gate, In<T, 3> w_up, In<T, 3> w_down, In<T, 2> gate, In<T, 2> up, In<kInt, 1> order,
+                    In<kInt, 1> place, In<kInt, 1> sizes, Out<T, 2> dx, Out<kFloat, 2> d_gates, Out<T, 3> dw_gate,
+                    Out<T, 3> dw_up, Out<T, 3> dw_down, Out<kFloat, 2> outputs) {
   const Shape s = shape_of(x, gates, w_gate);
   const int64_t copies = s.copies();
   if (!fit(s, x, gates, w_gate, w_up, w_down) || !fit(s, *dx, *d_gates, *dw_gate, *dw_up, *dw_down) ||
       !has(dy, {s.tokens, s.embed}) || !has(gate, {copies, s.ffw}) || !has(up, {copies, s.ffw}) ||
       !has(order, {copies}) || !has(place, {copies}) || !has(sizes, {s.experts}) || !has(*outputs, {copies, s.embed}))
     return misfit();
-  backward<Element<T>>(pool, s, data(dy), data(x), data(gates), {data(w_gate), data(w_up), data(w_down)}, data(gate),
-                       data(up), {data(order), data(place), data(sizes)}, data(dx), data(d_gates),
+  backward<Element<T>>(pool, activation, s, data(dy), data(x), data(gates), {data(w_gate), data(w_up), data(w_down)},
+                       data(gate), data(up), {data(order), data(place), data(sizes)}, data(dx), data(d_gates),
                        {data(dw_gate), data(dw_up), data(dw_down)}, data(outputs));
   return ffi::Error::Success();
 }
@@ -281,7 +255,7 @@ auto bind_forward() {
   using W = In<T, 3>;
   using Floats = In<kFloat, 2>;
   using Ints = In<kInt, 1>;
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()                                                //
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs<Activation>()                            //
       .template Arg<X>().template Arg<In<kInt, 2>>().template Arg<Floats>()                     //
       .template Arg<W>().template Arg<W>().template Arg<W>()                                    //
       .template Ret<Floats>().template Ret<X>().template Ret<X>()                               //
@@ -294,7 +268,7 @@ auto bind_backward() {
   using W = In<T, 3>;
   using Floats = In<kFloat, 2>;
   using Ints = In<kInt, 1>;
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()                                                //
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs<Activation>()                            //
       .template Arg<Floats>().template Arg<X>().template Arg<Floats>()                          //
       .template Arg<W>().template Arg<W>().template Arg<W>().template Arg<X>().template Arg<X>()  //
       .template Arg<Ints>().template Arg<Ints>().template Arg<Ints>()                           //
