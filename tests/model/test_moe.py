@@ -87,8 +87,9 @@ def test_the_activation_is_that_of_dense_layers():
 
 @pytest.mark.parametrize("kernel", ["auto", "xla"])
 def test_a_latent_carries_the_routed_experts_and_nothing_else(kernel):
-    # y = W_up sum of gate E(W_down x) + shared(x) + sum of gate x over zero-computation experts; the router reads x
-    config = tiny_config(model=dict(latent_dim=6, num_zero_experts=2, cpu_kernel=kernel)).model
+    # y = W_up sum of gate E(W_down x) + sigmoid(w x) shared(x) + sum of gate x over zero-computation experts;
+    # the router reads x
+    config = tiny_config(model=dict(latent_dim=6, num_zero_experts=2, shared_gate=True, cpu_kernel=kernel)).model
     layer = filled(lambda: MoE(config, nnx.Rngs(0)))
 
     def theirs(layer, x):
@@ -97,6 +98,7 @@ def test_a_latent_carries_the_routed_experts_and_nothing_else(kernel):
         share = jax.nn.one_hot(routing.expert_ids, 6) * routing.gates[..., None]  # 4 experts and 2 of them
         own, zero = share[..., :4].sum(1), share[..., 4:].sum((1, 2))
         y = jnp.einsum("etl,te->tl", narrow, own) @ layer.latent_up[...]
-        return y + feed_forward(layer.shared, x) + zero[:, None] * x
+        shared = jax.nn.sigmoid(x @ layer.shared_gate[...]) * feed_forward(layer.shared, x)
+        return y + shared + zero[:, None] * x
 
     assert_same(layer, moe_of, theirs)
