@@ -129,7 +129,7 @@ def test_the_table_splits_every_kind_of_parameter(sizes, dims, shape, kept, used
 
 
 def test_every_dimension_of_every_parameter_is_in_the_table():
-    models = dict(qk_norm="head"), LATENT | dict(mtp_depth=1)
+    models = dict(qk_norm="head"), LATENT | dict(mtp_depth=1), dict(num_shared_experts=1, shared_gate=True)
     dims = [d for m in models for d in jax.tree.leaves(abstract_model(tiny_config(model=m).model).dims)]
     activations = {"batch", "length", "pieces", "tokens", "shards", "layers", "micro_batches"}
     activations |= {"all_heads", "own_heads", "whole"}

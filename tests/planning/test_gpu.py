@@ -54,8 +54,8 @@ def plan(repo, tmp_path, *arguments):
     return json.loads(report.read_text()), text.read_text()
 
 
-MISSING = gpu.missing_wheels()
-with_compiler = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}: pip install 'moe_jax[gpu-plan]'")
+missing = gpu.missing_wheels()
+with_compiler = pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}: pip install 'moe_jax[gpu-plan]'")
 
 
 @pytest.mark.slow
