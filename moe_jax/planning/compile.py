@@ -24,13 +24,13 @@ def prepare_environment(topology: Topology) -> None:
         ValueError: the compiler for the topology is not installed.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or XLA calls a compilation of two minutes an error
     if topology.family == "cpu":
         others = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
         os.environ["XLA_FLAGS"] = f"{others} --xla_force_host_platform_device_count={topology.dims[0]}".strip()
         return
     if topology.gpu:
         gpu.check_wheels(topology)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or XLA calls a compilation of two minutes an error
         return
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
