@@ -66,7 +66,7 @@ def sum_of_runs(runs: Array, source: Array, first: Array, longest: int) -> Array
         [N, D], in runs' dtype.
     """
     sums = runs.astype(jnp.float32)
-    added = 1  # each row is the sum of so many from itself on, as far as its run goes
+    added = 1  # each row is the sum of this many from itself on, as far as its run goes
     while added < min(longest, len(source)):
         same = source == jnp.pad(source[added:], (0, added), constant_values=-1)
         sums = sums + jnp.where(same[:, None], jnp.pad(sums[added:], ((0, added), (0, 0))), 0.0)

@@ -1,4 +1,4 @@
-"""Compile for NVIDIA GPUs that are not present: the wheels, the devices, and what XLA is told of them."""
+"""Compile for NVIDIA GPUs that are not present: the wheels, the devices, and what XLA needs to know of them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

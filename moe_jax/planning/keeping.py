@@ -39,7 +39,7 @@ def keeping(config: Config, mesh: "Mesh", total: int | None, limit: int | None) 
 
 
 def fitting(sizes: Mapping[Kept, int], room: int) -> list[Kept]:
-    """The names that fit into so many bytes, each beside those before it; one of 0 bytes keeps nothing."""
+    """The names that fit into `room` bytes, each beside those before it; one of 0 bytes keeps nothing."""
     found = []
     for name, size in sizes.items():
         if 0 < size <= room:
