@@ -33,7 +33,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Gpu(NamedTuple):
-    """What only GPUs have: the domain that NVLink joins, and what XLA's compiler needs to know of one that is not present.
+    """What only GPUs have: the domain that NVLink joins, and what XLA's compiler needs to know of an absent one.
 
     per_host: GPUs of a host, at most. hosts: of one NVLink domain, at most. name: jax's name for the device.
     capability: CUDA's. cores: streaming multiprocessors. l2: bytes of the cache. clock: GHz.

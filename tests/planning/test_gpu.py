@@ -1,4 +1,4 @@
-"""GPUs that are not present: one sentence for what is missing, and what XLA is told of them."""
+"""GPUs that are not present: one sentence for what is missing, and what XLA needs to know of them."""
 
 import json
 import os
