@@ -57,5 +57,5 @@ def _drawn_sequences(tokens: Tokens, num_tokens: int, key: Array, share: float) 
     if tokens.rows is not None:
         drawn = jax.random.uniform(key, (tokens.rows.count,), jnp.float32) < share
         return jnp.repeat(drawn, num_tokens // tokens.rows.count)
-    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
+    row, _ = tokens.sequences(num_tokens)
     return (jax.random.uniform(key, (num_tokens,), jnp.float32) < share)[row]

@@ -334,7 +334,7 @@ def _by_row(tokens: Tokens, ids: Array, scores: Array, num_counts: int) -> tuple
     if tokens.rows is not None:  # no scatter over the whole batch, which may be sharded over many devices
         num_rows = tokens.rows.count
         return counts_by_row(ids, num_rows, num_counts), scores.reshape(num_rows, -1, scores.shape[1]).sum(1)
-    row = jnp.zeros(num_tokens, jnp.int32) if tokens.row is None else tokens.row
+    row, _ = tokens.sequences(num_tokens)
     # a batch has at most as many rows as tokens, so [T, C] is always large enough
     counts = jnp.zeros((num_tokens, num_counts + 1), jnp.int32).at[row[:, None], ids].add(1)[:, :-1]
     return counts, jax.ops.segment_sum(scores, row, num_segments=num_tokens)
