@@ -17,7 +17,7 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
 
     Args:
         config: of the model.
-        architecture: the class or model_type of the family that is asked for; "": none is.
+        architecture: the class or model_type of the requested family; "" requests none.
         origin: that of the family that the model was imported from; "": none.
 
     Raises:

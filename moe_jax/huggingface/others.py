@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Other(NamedTuple):
-    """nearest: the architecture of ours with most in common. lacks: what our model would need, in words."""
+    """nearest: the most similar architecture that we do have. lacks: what our model would need, as a phrase."""
 
     nearest: str
     lacks: str

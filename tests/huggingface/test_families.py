@@ -300,16 +300,16 @@ OF_ATTENTION = {
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
 def test_every_key_of_our_model_is_written_or_the_only_one_that_the_family_holds(family):
     # a key in none of these could be anything, and would be lost
-    told = {key.ours for key in family.keys} | family.holds.keys() | {"rope_theta", "yarn"}
-    told |= {"first_dense", "moe_every"} if family.layers is not None else set()
-    told |= {"partial_rotary_factor"} if family.partial is not None else set()
-    told |= {"mtp_depth"} if family.predicts else set()
-    told |= {"group_top"} if family.holds.get("num_groups") == (1,) else set()
-    told |= {"ffw_dim"} if family.holds.get("first_dense") == (0,) and family.holds.get("moe_every") == (1,) else set()
-    told |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
+    read = {key.ours for key in family.keys} | family.holds.keys() | {"rope_theta", "yarn"}
+    read |= {"first_dense", "moe_every"} if family.layers is not None else set()
+    read |= {"partial_rotary_factor"} if family.partial is not None else set()
+    read |= {"mtp_depth"} if family.predicts else set()
+    read |= {"group_top"} if family.holds.get("num_groups") == (1,) else set()
+    read |= {"ffw_dim"} if family.holds.get("first_dense") == (0,) and family.holds.get("moe_every") == (1,) else set()
+    read |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
     other = OF_ATTENTION["mla" if family.fixed["attention"] == "gqa" else "gqa"]
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert ours - APART - other - told == set()
+    assert ours - APART - other - read == set()
 
 
 def test_groups_that_limit_nothing_are_no_obstacle():

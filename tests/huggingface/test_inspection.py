@@ -24,19 +24,19 @@ def no_tensor_is_read(monkeypatch):
     monkeypatch.setattr(shards, "digest", refuse)
 
 
-def test_a_folder_that_fits_is_told_with_its_numbers(tmp_path, capsys):
+def test_a_folder_that_fits_is_described_with_its_numbers(tmp_path, capsys):
     folders.make(tmp_path / "hf", "glm4_moe", "bfloat16", num_nextn_predict_layers=1)
     assert convert.inspect(tmp_path / "hf")
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert "Glm4MoeForCausalLM" in first and last.startswith("fits")
-    told = "\n".join(lines)
-    assert "2 layers of width 16, 2 heads (1 of keys and values), vocabulary 264" in told
-    assert "8 experts of width 8 in 1 layers, 2 a token, 2 shared of joint width 16" in told
-    assert "1 modules of multi-token prediction" in told
-    assert "BF16" in told and "F32 2" in told  # the biases of the layer and of the module
+    printed = "\n".join(lines)
+    assert "2 layers of width 16, 2 heads (1 of keys and values), vocabulary 264" in printed
+    assert "8 experts of width 8 in 1 layers, 2 a token, 2 shared of joint width 16" in printed
+    assert "1 modules of multi-token prediction" in printed
+    assert "BF16" in printed and "F32 2" in printed  # the biases of the layer and of the module
 
 
-def test_everything_that_does_not_fit_is_told_at_once(tmp_path, capsys):
+def test_everything_that_does_not_fit_is_listed_at_once(tmp_path, capsys):
     def change(values):
         values.pop("model.norm.weight")
         values["model.layers.0.self_attn.q_proj.bias"] = np.zeros(16, np.float32)
@@ -46,20 +46,20 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path, capsys):
     folders.write(tmp_path / "keys", folders.config_of("olmoe", clip_qkv=8.0, hidden_act="gelu"), values)
     folders.write(tmp_path / "tensors", folders.config_of("olmoe"), values)
     assert not convert.inspect(tmp_path / "keys")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
-    assert len(told) == 2 and "clip_qkv=8.0" in told[1] and "hidden_act='gelu'" in told[0]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
+    assert len(printed) == 2 and "clip_qkv=8.0" in printed[1] and "hidden_act='gelu'" in printed[0]
     assert not convert.inspect(tmp_path / "tensors")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
-    assert len(told) == 3
-    for line, words in zip(told, ("model.norm.weight", "[264, 17] for [264, 16]", "q_proj.bias"), strict=True):
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit: ")]
+    assert len(printed) == 3
+    for line, words in zip(printed, ("model.norm.weight", "[264, 17] for [264, 16]", "q_proj.bias"), strict=True):
         assert line.startswith("does not fit: 1 tensors") and words in line
 
 
-def test_a_config_without_its_weights_is_told_to_be_one(tmp_path, capsys):
+def test_a_config_without_its_weights_is_reported_as_one(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(folders.config_of("mixtral")))
     assert not convert.inspect(tmp_path)
-    told = capsys.readouterr().out
-    assert "MixtralForCausalLM" in told and "4 experts" in told and "does not fit" in told
+    printed = capsys.readouterr().out
+    assert "MixtralForCausalLM" in printed and "4 experts" in printed and "does not fit" in printed
 
 
 def test_a_config_of_more_layers_than_there_are_tensors_ends_soon(tmp_path):

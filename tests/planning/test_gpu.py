@@ -33,7 +33,7 @@ def test_missing_wheels_are_named_in_one_sentence(monkeypatch):
         ("gb200", 10, 152, "NVIDIA GB200"),
     ],
 )
-def test_xla_is_told_of_the_gpu_what_the_plan_assumes(family, capability, cores, name):
+def test_xla_compiles_for_the_gpu_that_the_plan_assumes(family, capability, cores, name):
     text = gpu.target(CHIPS[family])
     assert re.search(rf"cuda_compute_capability {{ major: {capability} }}", text)
     assert f"core_count: {cores}\n" in text
