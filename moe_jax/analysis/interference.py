@@ -18,15 +18,16 @@ from moe_jax.analysis import gradients as gradients_
 from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
-from moe_jax.mesh import constrain, replicated, spec, specs
+from moe_jax.mesh import constrain, replicated, spec
 from moe_jax.model.abstract import Tree
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import language_nats
 from moe_jax.training.compile import compiled_by
 from moe_jax.training.hooks import Context, Now
 from moe_jax.training.losses import model_summed_nats
+from moe_jax.training.micro_batches import Micro, micro_batches_of_step
 from moe_jax.training.state import TrainState, step_key
-from moe_jax.training.step import at_least_one, split_batch
+from moe_jax.training.step import at_least_one
 
 Measure = Any  # a jitted (TrainState, Batch, key) -> result, such as {name: [L]}
 
@@ -71,13 +72,13 @@ def measure(
         moe/microbatch_max_violation, moe/sequence_max_violation: MaxVio of the micro-batch's loads, and the mean of
             the MaxVio of each of its sequences; min_, mean_, _worst and _violation_floor as in the metrics of a step.
             moe/bias_changed: the share of choices that the bias changes, where there is a bias. moe/churn: the share
-            that the update from this micro-batch alone would change, where only the bias selects.
+            that the update from this micro-batch alone would change, where only the bias selects. Neither is measured
+            where experts are chosen some steps before.
 
     Source: LongCat-Flash (arXiv 2509.01322) monitors the ratio of the gradients; here both are pulled back through
     one linearisation.
     """
-    micro, key = first_micro_batch(config, batch, key, state, mesh)
-    gradients, details = _gradients(config, state, micro, key, mesh)
+    gradients, details = _gradients(config, state, first_micro_batch(config, state, batch, key, mesh), mesh)
     values = {}
     for name, gradient in {"": gradients.balance, "z_": gradients.z}.items():
         for place in Places._fields:
@@ -103,10 +104,9 @@ class Gradients(NamedTuple):
     z: Places
 
 
-def _gradients(
-    config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None
-) -> tuple[Gradients, Details]:
+def _gradients(config: Config, state: TrainState, micro: Micro, mesh: Mesh | None) -> tuple[Gradients, Details]:
     """Linearise one forward pass, and pull back each of the three losses through it."""
+    batch, key, chosen = micro
     balancer = balance.make(config.balance, config.model)
     z_labels = {e.label for e in config.balance if not getattr(e.options, "balances", True)}
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
@@ -115,7 +115,7 @@ def _gradients(
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
         params = with_routers(state.params, router)
         steps = jnp.full(router.shape[0], state.step)
-        per_layer = PerLayer(state.balance, offset=offset, step=steps)
+        per_layer = PerLayer(state.balance, chosen=chosen, offset=offset, step=steps)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
         nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
         assert report is not None  # only models with experts are measured
@@ -149,22 +149,21 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     }
     scopes = {"microbatch": measures.violations(loads), "sequence": measures.sequence_violations(row_loads)}
     values = {}
-    if any(e.options.moves_bias for e in config.balance):
+    chosen_here = config.anticipation.delay == 0  # or the choices of other parameters would be compared with these
+    if chosen_here and any(e.options.moves_bias for e in config.balance):
         values["moe/bias_changed"] = changed(routing.expert_ids, details.unbiased_ids, mask=mask)
     for scope, measured in scopes.items():
         values |= {f"moe/{scope}_{name}": value for name, value in measures.over_layers(measured).items()}
         values[f"moe/{scope}_violation_floor"] = floors[scope].mean()
-    if balance.make(config.balance, config.model).select is None:
+    if chosen_here and balance.make(config.balance, config.model).select is None:
         values["moe/churn"] = changed(routing.expert_ids, details.next_ids, mask=mask)
     return values
 
 
-def first_micro_batch(
-    config: Config, batch: Batch, key: Array, state: TrainState, mesh: Mesh | None
-) -> tuple[Batch, Array]:
-    """The first micro-batch of a step's batch, and the key with which that step's forward pass draws."""
-    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
-    return jax.tree.map(lambda a: a[0], micro), jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
+def first_micro_batch(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None) -> Micro:
+    """The first micro-batch of the step that follows the state, as its forward pass has it; `key` is the run's."""
+    key = jax.random.fold_in(key, state.step)
+    return jax.tree.map(lambda a: a[0], micro_batches_of_step(config, state, batch, key, mesh))
 
 
 def routers(params: Tree) -> list[tuple[Any, Array]]:

@@ -9,16 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax import balance
 from moe_jax.analysis.interference import Measure, first_micro_batch, jitted_on
 from moe_jax.config import Config, num_moe_layers
 from moe_jax.data.batches import Batch
-from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.runtime import processes
 from moe_jax.runtime.files import write_whole
 from moe_jax.training.compile import compiled_by
 from moe_jax.training.hooks import Context, Now
-from moe_jax.training.losses import model_row_nats
+from moe_jax.training.micro_batches import report_of
 from moe_jax.training.state import TrainState, step_key
 
 
@@ -52,12 +50,8 @@ class Scores(NamedTuple):
 
 def record(config: Config, state: TrainState, batch: Batch, key: Array, mesh: Mesh | None = None) -> Scores:
     """The router logits of the step's first micro-batch, as the train step is about to see them."""
-    micro, key = first_micro_batch(config, batch, key, state, mesh)
-    balancer = balance.make(config.balance, config.model)
-    fwd = Pass(inputs_of(micro), balancer, PerLayer(state.balance), key, train=True, mesh=mesh)
-    report = model_row_nats(config, state.params, state.bias, fwd, micro)[1]
-    assert report is not None  # only models with experts are recorded
-    tokens = report.details.routing.tokens
+    routing = report_of(config, state, first_micro_batch(config, state, batch, key, mesh), mesh).details.routing
+    tokens = routing.tokens
     assert tokens.mask is not None and tokens.ids is not None
-    logits = report.details.routing.logits[: num_moe_layers(config.model) - config.model.mtp_depth]
+    logits = routing.logits[: num_moe_layers(config.model) - config.model.mtp_depth]
     return Scores(logits.astype(jnp.float16), tokens.mask[0], tokens.ids[0])

@@ -17,15 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float32, Int16, Int32, Key
+from jaxtyping import Array, Float32, Int16, Int32
 
-from moe_jax import balance
 from moe_jax.config import AnticipationConfig, Config, num_moe_layers
-from moe_jax.data.batches import Batch
-from moe_jax.mesh import AnyMesh, constrain, replicated, spec
-from moe_jax.model.abstract import Tree
-from moe_jax.model.forward import Pass, PerLayer, inputs_of
-from moe_jax.training.losses import model_row_nats
+from moe_jax.mesh import AnyMesh, replicated, spec
 
 NOT_CHOSEN = -1  # the step that uses it chooses by its own parameters
 DIMS = ("layers", "tokens")  # of the choices of one step; the slots of several are stacked in front
@@ -92,33 +87,11 @@ def by_micro_batch(
     return jnp.moveaxis(by_row, 2, 0).reshape(micro_batches, layers, -1, top_k)
 
 
-def _of_step(ids: Int16[Array, "micro layers tokens top_k"], batch_size: int) -> Int16[Array, "layers tokens top_k"]:
+def of_step(ids: Int16[Array, "micro layers tokens top_k"], batch_size: int) -> Int16[Array, "layers tokens top_k"]:
     """The inverse of `by_micro_batch`."""
     micro_batches, layers, _, top_k = ids.shape
     by_row = ids.reshape(micro_batches, layers, batch_size // micro_batches, -1, top_k)
     return jnp.moveaxis(by_row, 0, 2).reshape(layers, -1, top_k)
-
-
-def choose(
-    config: Config, params: Tree, bias: Tree, layers: Tree, micro: Batch, keys: Key[Array, "micro"], mesh: Mesh | None
-) -> Int16[Array, "layers tokens top_k"]:
-    """The experts of a batch by a forward pass without gradient.
-
-    Args:
-        params, bias, layers: parameters, biases and balancer state (`TrainState.balance`) that choose.
-        micro: the batch in micro-batches, leaves [N, B / N, ...], so that the pass needs no more memory than a step's.
-        keys: of the step that will use the choices, so that router jitter is that of its own pass.
-    """
-    balancer = balance.make(config.balance, config.model)
-
-    def one(batch: Batch, key: Array) -> Int16[Array, "layers tokens top_k"]:
-        fwd = Pass(inputs_of(batch), balancer, PerLayer(layers), key, train=True, mesh=mesh)
-        report = model_row_nats(config, params, bias, fwd, batch)[1]
-        assert report is not None  # a config with anticipation has MoE layers
-        return report.details.routing.expert_ids.astype(jnp.int16)
-
-    ids = jax.lax.map(lambda pair: one(*pair), (micro, keys))
-    return constrain(_of_step(ids, config.batch_size), mesh, spec(*DIMS))
 
 
 def advance(

@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int16, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from moe_jax import balance
 from moe_jax.balance import measures
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
-from moe_jax.mesh import constrain, is_sharded, replicated, specs, ways
+from moe_jax.mesh import is_sharded, replicated, ways
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import AheadLoss, language_nats
 from moe_jax.training import anticipation
-from moe_jax.training.losses import model_row_nats, model_summed_nats
+from moe_jax.training.losses import model_summed_nats
+from moe_jax.training.micro_batches import Micro, chosen_experts, micro_batches, micro_batches_of_step, report_of
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
@@ -103,20 +104,11 @@ def _with_later_choices(
 
     def choose() -> Array:
         key_then = jax.random.fold_in(key, state.step + config.anticipation.delay)
-        micro, keys = micro_batches(config, later, key_then, mesh)
-        return anticipation.choose(config, state.params, state.bias, state.balance, micro, keys, mesh)
+        return chosen_experts(config, state, micro_batches(config, later, key_then, mesh), mesh)
 
     used = anticipation.due(state.anticipation, state.step) != anticipation.NOT_CHOSEN
     moved = anticipation.advance(config.anticipation, state.anticipation, state.step, loss, choose)
     return after._replace(anticipation=moved), {"moe/anticipated": used.any().astype(jnp.float32)}
-
-
-def micro_batches(
-    config: Config, batch: Batch, key: Key[Array, ""], mesh: Mesh | None
-) -> tuple[Batch, Key[Array, "micro"]]:
-    """A step's batch in micro-batches, leaves [N, B / N, ...], and the key of each; `key` is the step's."""
-    micro = constrain(split_batch(batch, config.micro_batches), mesh, specs(Batch.dims(), "micro_batches"))
-    return micro, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.micro_batches, dtype=jnp.int32))
 
 
 def accumulate(
@@ -127,7 +119,7 @@ def accumulate(
     Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
     weighted by their micro-batch's share of these tokens. So N micro-batches give the gradient of one batch.
     """
-    micro = Micro(*micro_batches(config, batch, key, mesh), _chosen(config, state))
+    micro = micro_batches_of_step(config, state, batch, key, mesh)
     num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     statistics = None
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
@@ -148,22 +140,6 @@ def accumulate(
 
     sums, grads = jax.tree.map(_zeros_to_add_to, jax.eval_shape(gradient, state.params, first, None))
     return jax.lax.scan(add, (sums, _sharded_as_parameters(config, grads, mesh)), micro)[0]
-
-
-class Micro(NamedTuple):
-    """One micro-batch, or all of a step with N in front: rows, key, and experts that were chosen before the step."""
-
-    batch: Batch
-    key: Key[Array, "*micro"]
-    chosen: Int16[Array, "*micro layers tokens top_k"] | None
-
-
-def _chosen(config: Config, state: TrainState) -> Int16[Array, "micro layers tokens top_k"] | None:
-    """The experts that were chosen for this step, by micro-batch; None without anticipation."""
-    if state.anticipation is None:
-        return None
-    ids = anticipation.due(state.anticipation, state.step)
-    return anticipation.by_micro_batch(ids, config.batch_size, config.micro_batches)
 
 
 def _micro_batch_gradient(
@@ -206,14 +182,9 @@ def _sharded_as_parameters(config: Config, tree: Tree, mesh: Mesh | None) -> Tre
 
 def step_statistics(config: Config, state: TrainState, micro: Micro, mesh: Mesh | None) -> balance.Statistics:
     """The statistics [L, ...] of the whole step, by a forward-only pass before the pass with gradients."""
-    balancer = balance.make(config.balance, config.model)
 
     def observe(one: Micro) -> balance.Statistics:
-        batch, key, chosen = one
-        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance, chosen=chosen), key, train=True, mesh=mesh)
-        report = model_row_nats(config, state.params, state.bias, fwd, batch)[1]
-        assert report is not None  # a config with a balancer has MoE layers
-        return report.statistics
+        return report_of(config, state, one, mesh).statistics
 
     def body(totals: Tree, one: Micro) -> tuple[Tree, None]:
         return jax.tree.map(jnp.add, totals, observe(one)), None
@@ -341,16 +312,6 @@ def balance_metrics(
         "loads": loads,
         "bias": bias,
     }
-
-
-def split_batch(batch: Batch, micro_batches: int) -> Batch:
-    """[B, ...] to [N, B / N, ...]; micro-batch i has the rows i, i + N, ..., so that rows stay on their device."""
-
-    def split(a: Any) -> Array:
-        a = jnp.asarray(a)
-        return a.reshape(a.shape[0] // micro_batches, micro_batches, *a.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
 
 
 def _zeros_to_add_to(leaf: jax.ShapeDtypeStruct) -> Array:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from conftest import assert_same_bits, mesh_sizes, tiny_config
 from moe_jax import balance
+from moe_jax.analysis.interference import make_measure_step
 from moe_jax.config import resolve
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.mesh import batch_sharding, make_mesh
@@ -104,6 +105,14 @@ def test_gates_are_the_present_scores_of_the_experts_chosen_before():
     np.testing.assert_array_equal(routing.expert_ids, [[3, 0], best, [1, 2]])
     np.testing.assert_allclose(routing.gates[0], jax.nn.sigmoid(logits[0, jnp.array([3, 0])]), rtol=1e-6)
     assert routing.loads.sum() == 6
+
+
+def test_a_step_is_measured_with_the_experts_that_were_chosen_for_it():
+    config = config_of()
+    states, values = plain()
+    measured = make_measure_step(config)(states[DELAY], batch_of(config, DELAY), step_key(config))
+    np.testing.assert_allclose(measured["moe/microbatch_max_violation"], values[DELAY]["moe/max_violation"], rtol=1e-6)
+    assert not {"moe/churn", "moe/bias_changed"} & measured.keys()
 
 
 # --- what must not change it ----------------------------------------------------------------------------------

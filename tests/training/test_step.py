@@ -14,8 +14,9 @@ from moe_jax.model.abstract import abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.training.compile import make_eval_step, make_train_step
 from moe_jax.training.losses import model_row_nats
+from moe_jax.training.micro_batches import split_batch
 from moe_jax.training.state import abstract_state, init_state, read_bias, step_key, write_bias
-from moe_jax.training.step import accumulate, advance, balance_update, first_non_finite, split_batch
+from moe_jax.training.step import accumulate, advance, balance_update, first_non_finite
 
 METHODS = {
     "bias": dict(bias_sign=dict(rate=0.01)),
