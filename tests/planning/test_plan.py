@@ -296,7 +296,11 @@ def test_the_environment_is_set_for_fake_devices(monkeypatch):
     environment = {"XLA_FLAGS": "--a=1 --xla_force_host_platform_device_count=2"}
     monkeypatch.setattr(os, "environ", environment)
     compile.prepare_environment(Topology("cpu", (8,)))
-    assert environment == {"XLA_FLAGS": "--a=1  --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    assert environment == {
+        "XLA_FLAGS": "--a=1  --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
 
 
 @pytest.mark.parametrize(
