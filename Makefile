@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp
 corpus: $(VENV)/demo.stamp
 	$(RUN) -m experiments.corpus --output=corpus
 
-# half a day on two cores; goes on where it was ended
+# half a day on two cores; resumes where it was interrupted
 study: $(VENV)/demo.stamp
 	test -d corpus/bytes || $(MAKE) corpus
 	$(RUN) -m experiments.study --workdir=runs/study

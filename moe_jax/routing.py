@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int16, Int32, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.config.rules import check_groups
+from moe_jax.config.model_rules import check_groups
 
 SOFTPLUS_IS_EXP = -20.0  # at and below it softplus(x) = e^x in float32
 

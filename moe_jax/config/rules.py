@@ -1,78 +1,19 @@
-"""Rules across the keys of a config."""
+"""Rules across the keys of a config, all of them in the order in which they are checked.
 
-import re
+Those of a model alone are in `model_rules.py`.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
 
 from moe_jax.config.mesh_rules import check_mesh, nearby
-from moe_jax.config.schema import REMAT_KEEP, Config, ModelConfig, branch_point, num_moe_layers, rotated_width
-
-Text = str | Callable[[Config], str]  # `{key}` in it is replaced by `key=value`
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule for the configs for which `when` is true, and the sentence where it is broken: `must; fix.`"""
-
-    must: Text
-    fix: Text
-    holds: Callable[[Config], bool]
-    when: Callable[[Config], bool] = lambda c: True
-
-    def __call__(self, c: Config) -> None:
-        """Raise a ValueError with the sentence if the config breaks the rule."""
-        if not self.when(c) or self.holds(c):
-            return
-        sentence = "; ".join(text if isinstance(text, str) else text(c) for text in (self.must, self.fix))
-        raise ValueError(re.sub(r"\{([\w.]+)\}", lambda key: f"{key[1]}={attrgetter(key[1])(c)!r}", f"{sentence}."))
-
-
-def _rises_within(values: tuple[float, ...], end: float) -> bool:
-    """Whether the values increase strictly and are all between 0 and `end`."""
-    return list(values) == sorted(set(values)) and all(0 < value < end for value in values)
+from moe_jax.config.model_rules import MODEL_RULES
+from moe_jax.config.rule import Rule, rises_within
+from moe_jax.config.schema import Config, ModelConfig, branch_point, num_moe_layers
 
 
 def _selectors(c: Config) -> list[str]:
     """The labels of the methods that select experts themselves."""
     return [e.label for e in c.balance if e.options.selects]
-
-
-# --- rules with several cases ---------------------------------------------------------------------------------
-
-
-def check_groups(num_experts: int, router: Any, path: str = "") -> None:
-    """Raise a ValueError where `top_k`, `num_groups`, `top_groups` and `group_top` of a router do not fit together."""
-    top_k = router.top_k
-    num_groups = router.num_groups
-    top_groups = router.top_groups
-    group_top = router.group_top
-    if num_experts % num_groups:
-        raise ValueError(
-            f"{path}num_experts={num_experts} must be divisible by {path}num_groups={num_groups}; "
-            f"try {nearby(num_experts, num_groups)}."
-        )
-    size = num_experts // num_groups
-    if not 1 <= top_groups <= num_groups:
-        raise ValueError(
-            f"{path}top_groups={top_groups} must be from 1 to {path}num_groups={num_groups}; lower top_groups."
-        )
-    if not 1 <= top_k <= top_groups * size:  # more would select experts outside the allowed groups
-        raise ValueError(
-            f"{path}top_k={top_k} must be from 1 to the {top_groups * size} experts of {path}top_groups={top_groups} "
-            f"groups of {size}; raise top_groups or lower top_k."
-        )
-    if num_groups > 1 and not 1 <= group_top <= size:
-        raise ValueError(
-            f"{path}group_top={group_top} must be from 1 to the {size} experts of a group; "
-            f"set {path}group_top={size} or fewer groups."
-        )
-
-
-def _check_groups(c: Config) -> None:
-    if c.model.num_experts:
-        check_groups(c.model.num_experts, c.model, "model.")
 
 
 def _check_balance_fits(c: Config) -> None:
@@ -153,9 +94,6 @@ def _check_zero_experts(c: Config) -> None:
             )
 
 
-# --- all rules, in the order in which they are checked --------------------------------------------------------
-
-
 RULES: tuple[Callable[[Config], None], ...] = (
     Rule(
         "{batch_size} must be divisible by {micro_batches}",
@@ -172,128 +110,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
         "leave one of them empty",
         holds=lambda c: not (c.branch_from and c.init_from),
     ),
-    # attention
-    Rule(
-        "{model.qk_rope_head_dim} must be even, because RoPE rotates pairs",
-        lambda c: f"try {c.model.qk_rope_head_dim + 1}",
-        holds=lambda c: c.model.qk_rope_head_dim % 2 == 0,
-        when=lambda c: c.model.attention == "mla",
-    ),
-    Rule(
-        "{model.qk_norm} belongs to grouped-query attention, but {model.attention} normalizes its latents",
-        "set model.qk_norm='none'",
-        holds=lambda c: c.model.qk_norm == "none",
-        when=lambda c: c.model.attention == "mla",
-    ),
-    Rule(
-        "{model.qkv_bias}, {model.partial_rotary_factor} and {model.attention_multiplier} belong to grouped-query "
-        "attention, but {model.attention}",
-        "set model.qkv_bias=False, model.partial_rotary_factor=1.0 and model.attention_multiplier=0.0",
-        holds=lambda c: (
-            (c.model.qkv_bias, c.model.partial_rotary_factor, c.model.attention_multiplier) == (False, 1, 0)
-        ),
-        when=lambda c: c.model.attention == "mla",
-    ),
-    Rule(
-        "{model.num_heads} must be divisible by {model.num_kv_heads}",
-        lambda c: f"try {nearby(c.model.num_heads, c.model.num_kv_heads)}",
-        holds=lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
-        when=lambda c: c.model.attention == "gqa",
-    ),
-    Rule(
-        "{model.head_dim} must be even, because RoPE rotates pairs",
-        lambda c: f"try {c.model.head_dim + 1}",
-        holds=lambda c: c.model.head_dim % 2 == 0,
-        when=lambda c: c.model.attention == "gqa",
-    ),
-    Rule(
-        "{model.partial_rotary_factor} of {model.head_dim} must be an even number above 0, because RoPE rotates pairs",
-        lambda c: f"try {max(1, rotated_width(c.model) // 2) * 2 / c.model.head_dim:g}",
-        holds=lambda c: rotated_width(c.model) >= 2 and rotated_width(c.model) % 2 == 0,
-        when=lambda c: c.model.attention == "gqa",
-    ),
-    Rule(
-        "{model.yarn.beta_fast} must be at least {model.yarn.beta_slow}",
-        "try 32 and 1",
-        holds=lambda c: c.model.yarn.beta_fast >= c.model.yarn.beta_slow,  # equal in Kimi-K2: frequencies then jump
-    ),
-    # rematerialisation
-    Rule(
-        "{model.remat_keep} and {model.remat_offload} apply to rematerialisation by names, but {model.remat}",
-        f"set model.remat='names', or the two to {REMAT_KEEP} and ()",
-        holds=lambda c: c.model.remat_keep == REMAT_KEEP and not c.model.remat_offload,
-        when=lambda c: c.model.remat != "names",
-    ),
-    Rule(
-        "{model.remat_keep} must have different names, at least one",
-        "write one, such as ('rows',), or set model.remat='full', which keeps none",
-        holds=lambda c: 0 < len(c.model.remat_keep) == len(set(c.model.remat_keep)),
-    ),
-    Rule(
-        "{model.remat_offload} must be different names out of {model.remat_keep}",
-        "add them to remat_keep, or write ()",
-        holds=lambda c: len(set(c.model.remat_keep) & set(c.model.remat_offload)) == len(c.model.remat_offload),
-    ),
-    # multi-token prediction
-    Rule(
-        "{model.mtp_depth} must be below {sequence_length}, so that there is a token to predict",
-        "lower it",
-        holds=lambda c: c.model.mtp_depth < c.sequence_length,
-    ),
-    Rule(
-        "{mtp_weights} must have one weight more than {mtp_milestones}, each at least 0",
-        "write (0.3,) and (), or (0.3, 0.1) and (0.676,)",
-        holds=lambda c: len(c.mtp_weights) == len(c.mtp_milestones) + 1 and all(w >= 0 for w in c.mtp_weights),
-    ),
-    Rule(
-        "{mtp_milestones} must rise strictly between 0 and 1 (shares of num_steps)",
-        "try (0.676,)",
-        holds=lambda c: _rises_within(c.mtp_milestones, 1),
-    ),
-    # experts
-    Rule(
-        "{model.top_k} must be at most {model.num_experts}",
-        "lower top_k or raise num_experts",
-        holds=lambda c: c.model.top_k <= c.model.num_experts,
-        when=lambda c: c.model.num_experts > 0,
-    ),
-    Rule(
-        "{model.first_dense} and {model.moe_every} leave no MoE layer among {model.num_layers}",
-        "lower them, or set model.num_experts=0 for a dense model",
-        holds=lambda c: c.model.first_dense + c.model.moe_every <= c.model.num_layers,
-        when=lambda c: c.model.num_experts > 0,
-    ),
-    Rule(
-        "{model.random_second} is GShard's rule for a second expert, but {model.top_k}",
-        "set top_k=2 or random_second=False",
-        holds=lambda c: not c.model.random_second or c.model.top_k == 2,
-        when=lambda c: c.model.num_experts > 0,
-    ),
-    Rule(
-        "{model.normalize_gates} with {model.top_k} makes every gate the constant gate_scale, so that the router would "
-        "get no gradient from the language model",
-        "set model.normalize_gates=False",
-        holds=lambda c: c.model.num_experts <= 1 or c.model.top_k > 1 or not c.model.normalize_gates,
-    ),
-    Rule(
-        "{model.shared_gate} and {model.shared_ffw_dim} are of shared experts, but {model.num_shared_experts} has none",
-        "set model.num_shared_experts=1, or model.shared_gate=False and model.shared_ffw_dim=0",
-        holds=lambda c: c.model.num_shared_experts > 0 or not (c.model.shared_gate or c.model.shared_ffw_dim),
-        when=lambda c: c.model.num_experts > 0,
-    ),
-    _check_groups,
-    Rule(
-        "{model.quantization} quantizes the products of routed experts, but {model.num_experts} has none",
-        "set model.quantization='none'",
-        holds=lambda c: c.model.num_experts > 0,
-        when=lambda c: c.model.quantization != "none",
-    ),
-    Rule(
-        "{model.cpu_kernel} computes in float32 and bfloat16 but not in {model.quantization}",
-        "set model.cpu_kernel='auto', or model.quantization='none'",
-        holds=lambda c: c.model.cpu_kernel != "native",
-        when=lambda c: c.model.quantization != "none",
-    ),
+    *MODEL_RULES,
     # balance
     Rule(
         lambda c: f"balance has {', '.join(e.label for e in c.balance)}, but {{model.num_experts}} has none to balance",
@@ -323,7 +140,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     Rule(
         "{model.class_starts} must rise strictly between 0 and {model.vocab_size}",
         "write (), or the first token id of each further class",
-        holds=lambda c: _rises_within(c.model.class_starts, c.model.vocab_size),
+        holds=lambda c: rises_within(c.model.class_starts, c.model.vocab_size),
     ),
     Rule(
         "{model.class_starts} gives each class of tokens its own bias, but balance has no method that moves a bias",
@@ -364,7 +181,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     Rule(
         "{optimizer.milestones} must rise strictly between 0 and 1 (shares of num_steps)",
         "try (0.8, 0.9)",
-        holds=lambda c: _rises_within(c.optimizer.milestones, 1),
+        holds=lambda c: rises_within(c.optimizer.milestones, 1),
         when=lambda c: c.optimizer.schedule == "multistep",
     ),
     Rule(

@@ -23,7 +23,8 @@ from moe_jax.config import (
     resolve,
     validate,
 )
-from moe_jax.config.rules import RULES, Rule
+from moe_jax.config.rule import Rule
+from moe_jax.config.rules import RULES
 
 MOE = dict(num_experts=4)
 
