@@ -1,11 +1,12 @@
-"""Rules across the keys of a model: attention, rematerialisation, multi-token prediction, experts."""
+"""Rules across the keys of a model: rematerialisation, multi-token prediction, experts; those of attention are beside it."""
 
 from collections.abc import Callable
 from typing import Any
 
+from moe_jax.config.attention_rules import ATTENTION_RULES
 from moe_jax.config.mesh_rules import nearby
 from moe_jax.config.rule import Rule, rises_within
-from moe_jax.config.schema import REMAT_KEEP, Config, rotated_width
+from moe_jax.config.schema import REMAT_KEEP, Config
 
 
 def check_groups(num_experts: int, router: Any, path: str = "") -> None:
@@ -42,51 +43,7 @@ def _check_groups(c: Config) -> None:
 
 
 MODEL_RULES: tuple[Callable[[Config], None], ...] = (
-    # attention
-    Rule(
-        "{model.qk_rope_head_dim} must be even, because RoPE rotates pairs",
-        lambda c: f"try {c.model.qk_rope_head_dim + 1}",
-        holds=lambda c: c.model.qk_rope_head_dim % 2 == 0,
-        when=lambda c: c.model.attention == "mla",
-    ),
-    Rule(
-        "{model.qk_norm} belongs to grouped-query attention, but {model.attention} normalizes its latents",
-        "set model.qk_norm='none'",
-        holds=lambda c: c.model.qk_norm == "none",
-        when=lambda c: c.model.attention == "mla",
-    ),
-    Rule(
-        "{model.qkv_bias}, {model.partial_rotary_factor} and {model.attention_multiplier} belong to grouped-query "
-        "attention, but {model.attention}",
-        "set model.qkv_bias=False, model.partial_rotary_factor=1.0 and model.attention_multiplier=0.0",
-        holds=lambda c: (
-            (c.model.qkv_bias, c.model.partial_rotary_factor, c.model.attention_multiplier) == (False, 1, 0)
-        ),
-        when=lambda c: c.model.attention == "mla",
-    ),
-    Rule(
-        "{model.num_heads} must be divisible by {model.num_kv_heads}",
-        lambda c: f"try {nearby(c.model.num_heads, c.model.num_kv_heads)}",
-        holds=lambda c: c.model.num_heads % c.model.num_kv_heads == 0,
-        when=lambda c: c.model.attention == "gqa",
-    ),
-    Rule(
-        "{model.head_dim} must be even, because RoPE rotates pairs",
-        lambda c: f"try {c.model.head_dim + 1}",
-        holds=lambda c: c.model.head_dim % 2 == 0,
-        when=lambda c: c.model.attention == "gqa",
-    ),
-    Rule(
-        "{model.partial_rotary_factor} of {model.head_dim} must be an even number above 0, because RoPE rotates pairs",
-        lambda c: f"try {max(1, rotated_width(c.model) // 2) * 2 / c.model.head_dim:g}",
-        holds=lambda c: rotated_width(c.model) >= 2 and rotated_width(c.model) % 2 == 0,
-        when=lambda c: c.model.attention == "gqa",
-    ),
-    Rule(
-        "{model.yarn.beta_fast} must be at least {model.yarn.beta_slow}",
-        "try 32 and 1",
-        holds=lambda c: c.model.yarn.beta_fast >= c.model.yarn.beta_slow,  # equal in Kimi-K2: frequencies then jump
-    ),
+    *ATTENTION_RULES,
     # rematerialisation
     Rule(
         "{model.remat_keep} and {model.remat_offload} apply to rematerialisation by names, but {model.remat}",

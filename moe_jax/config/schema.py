@@ -26,7 +26,7 @@ class YarnConfig:
 
     A pair of dimensions that rotates more than `beta_fast` times over the original length keeps its frequency; the
     frequency of a pair that rotates fewer than `beta_slow` times is divided by the factor. `mscale` and
-    `mscale_all_dim` sharpen the softmax, as in DeepSeek's code (`model.attention.rope`). Source: arXiv 2309.00071.
+    `mscale_all_dim` sharpen the softmax, as in DeepSeek's code (`model.rope.rope`). Source: arXiv 2309.00071.
     """
 
     factor: float = number(1.0, 1.0)
@@ -35,6 +35,15 @@ class YarnConfig:
     beta_slow: float = number(1.0, 0.0)
     mscale: float = number(1.0, 0.0)
     mscale_all_dim: float = number(0.0, 0.0)
+    truncate: bool = True  # whether these two pairs are rounded, outwards; not in gpt-oss
+
+
+@dataclass(frozen=True)
+class LocalRopeConfig:
+    """RoPE of windowed layers where it is not that of the other layers: its `theta`, without YaRN; 0: the same RoPE."""
+
+    theta: float = number(0.0, 0.0)
+    partial_rotary_factor: float = number(1.0, 0.0, 1.0)  # as model.partial_rotary_factor
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,17 @@ class ModelConfig:
     head_dim: int = number(32, 2)
     qk_norm: Literal["none", "head", "projection"] = "none"  # RMSNorm of queries and keys: of each head, or of all
     qkv_bias: bool = False  # gqa: queries, keys and values have a bias
+    out_bias: bool = False  # gqa: the projection of attention's result has a bias
     partial_rotary_factor: float = number(1.0, 0.0, 1.0)  # gqa: the share of a head, from its start, that RoPE rotates
+    # how many tokens, itself included, a token of a local layer sees; 0: all layers are global, where it sees all
+    window: int = number(0, 0)
+    window_pattern: str = "L"  # which layers are local (L) and global (G), repeated; "LLLG" ends every 4 with a global
+    rope_layers: Literal["all", "local"] = "all"  # gqa: which layers have RoPE; EXAONE 4 has none in global ones
+    local_rope: LocalRopeConfig = field(default_factory=LocalRopeConfig)
+    attention_sinks: bool = False  # gqa: every head's softmax has another term, a learned logit that belongs to no key
+    # gqa: attention's result, before its projection, times a gate of each number ("element") or of each head
+    attention_gate: Literal["none", "element", "head"] = "none"
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"  # of that gate: AFMoE's, Laguna's
     q_lora_rank: int = number(0, 0)  # mla: width of the queries' latent; 0: queries are projected directly
     kv_lora_rank: int = number(64, 1)  # mla: width of the latent of keys and values, which decoding caches
     qk_nope_head_dim: int = number(32, 1)  # mla: width of the part of a head's query and key without RoPE ...
@@ -70,6 +89,7 @@ class ModelConfig:
     activation_limit: float = number(0.0, 0.0)
     norm_eps: float = number(1e-6, 0.0)
     norm_after: bool = False  # OLMo 2: norms of what attention and feed-forward return, not of what they read
+    sandwich_norm: bool = False  # AFMoE: norms of both
     tied_embeddings: bool = False
     init_std: float = number(0.02, 0.0, changes="numbers")
     param_dtype: DType = choice("float32", "numbers")
@@ -258,6 +278,16 @@ def shared_width(m: ModelConfig) -> int:
 def rotated_width(m: ModelConfig) -> int:
     """How many dimensions of a head of grouped-query attention, the first ones, RoPE rotates."""
     return int(m.head_dim * m.partial_rotary_factor)  # rounded as transformers does
+
+
+def local_rotated_width(m: ModelConfig) -> int:
+    """As `rotated_width`, in local layers that have a RoPE of their own."""
+    return int(m.head_dim * m.local_rope.partial_rotary_factor)
+
+
+def local_layers(m: ModelConfig) -> tuple[bool, ...]:
+    """For each layer whether it sees a window only."""
+    return tuple(m.window > 0 and m.window_pattern[i % len(m.window_pattern)] == "L" for i in range(m.num_layers))
 
 
 def routed_width(m: ModelConfig) -> int:

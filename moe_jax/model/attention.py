@@ -1,21 +1,21 @@
-"""Attention layers: grouped-query and multi-head latent, rotary positions, and the cache of decoding.
+"""Attention layers: grouped-query and multi-head latent, and the cache of decoding.
 
 B batch, S sequence, D embed, H heads, G heads of keys and values, K width of a head, R width of a latent.
 """
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from moe_jax.config import ModelConfig, YarnConfig, rotated_width
+from moe_jax.config import ModelConfig, YarnConfig, local_rotated_width, rotated_width
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.mesh import is_sharded
+from moe_jax.model.kinds import Local, by_kind
 from moe_jax.model.layers import RMSNorm, normal
 from moe_jax.model.pieces import (
     expanded_for_own_heads,
@@ -24,69 +24,18 @@ from moe_jax.model.pieces import (
     put_together,
     shared_for_own_heads,
 )
-
-# --- positions ------------------------------------------------------------------------------------------------
-
-
-def rope(
-    x: Float[Array, "batch seq heads head_dim"],
-    positions: Int32[Array, "batch seq"],
-    theta: float,
-    yarn: YarnConfig = YarnConfig(),
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotate the pairs (i, i + head_dim / 2) by position x frequency; YaRN also scales their length.
-
-    Source: arXiv 2104.09864; the length, `mscale` over `mscale_all_dim`, as in DeepSeek-V2's code.
-    """
-    half = x.shape[-1] // 2
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies(half, theta, yarn)[None, None, None]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if yarn.factor > 1:
-        length = _yarn_scale(yarn, yarn.mscale) / _yarn_scale(yarn, yarn.mscale_all_dim)
-        cos, sin = length * cos, length * sin
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
-
-
-def frequencies(half: int, theta: float, yarn: YarnConfig) -> Float[Array, "half"]:
-    """theta^(-i / half), in radians a position; under YaRN slow pairs turn `factor` times slower.
-
-    Between the pairs that turn `beta_fast` and `beta_slow` times over the original length, the share of the slowing
-    rises linearly. Source: arXiv 2309.00071, section 3.2; its bounds are rounded outwards, as in its code.
-    """
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if yarn.factor == 1:
-        return frequency
-
-    def pair_turning(turns: float) -> float:
-        return half * math.log(yarn.original_length / (turns * 2 * math.pi)) / math.log(theta)
-
-    low = max(0, math.floor(pair_turning(yarn.beta_fast)))
-    high = min(2 * half - 1, math.ceil(pair_turning(yarn.beta_slow)))
-    slowed = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
-    return frequency * (slowed / yarn.factor + 1.0 - slowed)
-
-
-def softmax_scale(width: int, yarn: YarnConfig) -> float:
-    """The factor of query . key: 1 / sqrt(width), under YaRN times the square of the scale of `mscale_all_dim`."""
-    return _yarn_scale(yarn, yarn.mscale_all_dim) ** 2 / math.sqrt(width)
-
-
-def _yarn_scale(yarn: YarnConfig, mscale: float) -> float:
-    return 0.1 * mscale * math.log(yarn.factor) + 1.0
-
-
-# --- attention ------------------------------------------------------------------------------------------------
+from moe_jax.model.rope import rope, softmax_scale
 
 Cache = tuple[Array, ...]  # what one layer stores of earlier tokens, [B, slots, ...] each
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with RoPE; optional biases, and RMSNorm of queries and keys.
+    """Causal grouped-query attention with RoPE; optional biases, sinks, a gate, and RMSNorm of queries and keys.
 
-    A token sees earlier tokens of its own segment (document) only. Source: GQA arXiv 2305.13245; biases of queries,
-    keys and values as in Qwen2; the norm of each head as in Qwen3, of all heads together as in OLMoE; RoPE of a part
-    of each head as in GPT-NeoX (arXiv 2204.06745).
+    A token sees earlier tokens of its own segment (document) only, and in a local layer those within a window. Source:
+    GQA arXiv 2305.13245; biases of queries, keys and values as in Qwen2; the norm of each head as in Qwen3, of all
+    heads together as in OLMoE; RoPE of a part of each head as in GPT-NeoX (arXiv 2204.06745); sinks as in gpt-oss
+    (arXiv 2508.10925); the gate as in arXiv 2505.06708.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -98,6 +47,9 @@ class Attention(nnx.Module):
         self.query_bias = _bias_of_heads(config, heads)
         self.key_bias = _bias_of_heads(config, kv_heads)
         self.value_bias = _bias_of_heads(config, kv_heads)
+        self.out_bias = nnx.Param(jnp.zeros(width, config.param_dtype), dims=("embed",)) if config.out_bias else None
+        self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32), dims=("heads",)) if config.attention_sinks else None
+        self.gate = _gate_of_heads(config, rngs)
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, kv_heads)
         self.config = nnx.static(config)
@@ -108,12 +60,13 @@ class Attention(nnx.Module):
         positions: Int32[Array, "batch seq"],
         segment_ids: Int32[Array, "batch seq"],
         mesh: Mesh | None = None,
+        local: Local = False,
     ) -> Float[Array, "batch seq embed"]:
-        """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
-        query, *shared = self._project(x, positions, mesh)
-        key, value = (shared_for_own_heads(a, query.shape[2], mesh) for a in shared)
-        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config.cpu_kernel)
-        return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype))
+        """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
+        query, key, value, gate = self._project(x, positions, mesh, local)
+        key, value = (shared_for_own_heads(a, query.shape[2], mesh) for a in (key, value))
+        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config, local, self._sinks)
+        return self._output(mixed, gate)
 
     def extend(
         self,
@@ -121,12 +74,14 @@ class Attention(nnx.Module):
         positions: Int32[Array, "batch seq"],
         cache: Cache,
         mesh: Mesh | None = None,
+        local: Local = False,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """Attend in decoding: tokens also see those in the cache and are added to it; one document a row, -1 pads."""
-        query, key, value = self._project(x, positions, mesh)
+        query, key, value, gate = self._project(x, positions, mesh, local)
         keys, values = remember(cache, (key, value), positions)
-        mixed = attend_cached(query, keys, values, positions, scale=self._scale)
-        return jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(x.dtype)), (keys, values)
+        window = window_of(self.config, local)
+        mixed = attend_cached(query, keys, values, positions, scale=self._scale, window=window, sinks=self._sinks)
+        return self._output(mixed, gate), (keys, values)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens a row: keys and values [B, length, G, K]."""
@@ -138,21 +93,52 @@ class Attention(nnx.Module):
         c = self.config
         return c.attention_multiplier or softmax_scale(c.head_dim, c.yarn)
 
-    def _project(self, x: Array, positions: Array, mesh: Mesh | None) -> tuple[Array, Array, Array]:
-        query, key, value = project(x, [self.query[...], self.key[...], self.value[...]], mesh)
+    @property
+    def _sinks(self) -> Array | None:
+        return None if self.sinks is None else self.sinks[...]
+
+    def _project(
+        self, x: Array, positions: Array, mesh: Mesh | None, local: Local
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Queries, keys, values, and what the gate is computed from: [B, S, H, K] or [B, S, H], or None without one."""
+        weights = [self.query[...], self.key[...], self.value[...]]
+        query, key, value, *gates = project(x, weights + ([] if self.gate is None else [self.gate[...]]), mesh)
         if self.query_bias is not None and self.key_bias is not None and self.value_bias is not None:
             query, key = plus_bias(query, self.query_bias), plus_bias(key, self.key_bias)
             value = plus_bias(value, self.value_bias)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = over_heads(self.query_norm, query), over_heads(self.key_norm, key)
-        return self._rotate(query, positions), self._rotate(key, positions), value
-
-    def _rotate(self, x: Array, positions: Array) -> Array:
         c = self.config
-        width = rotated_width(c)
-        if width == c.head_dim:
-            return rope(x, positions, c.rope_theta, c.yarn)
-        return jnp.concatenate([rope(x[..., :width], positions, c.rope_theta, c.yarn), x[..., width:]], -1)
+        alike = c.rope_layers == "all" and c.local_rope.theta == 0
+        query, key = by_kind(False if alike else local, self._rotate, query, key, positions)
+        return query, key, value, gates[0] if gates else None
+
+    def _rotate(self, local: bool, query: Array, key: Array, positions: Array) -> tuple[Array, Array]:
+        """Queries and keys with the RoPE of a kind of layers."""
+        c = self.config
+        if c.rope_layers == "local" and not local:
+            return query, key
+        theta, yarn, width = c.rope_theta, c.yarn, rotated_width(c)
+        if local and c.local_rope.theta:
+            theta, yarn, width = c.local_rope.theta, YarnConfig(), local_rotated_width(c)
+
+        def rotate(x: Array) -> Array:
+            if width == c.head_dim:
+                return rope(x, positions, theta, yarn)
+            return jnp.concatenate([rope(x[..., :width], positions, theta, yarn), x[..., width:]], -1)
+
+        return rotate(query), rotate(key)
+
+    def _output(self, mixed: Array, gate: Array | None) -> Array:
+        """The layer's result of every head's, behind the gate."""
+        if gate is not None:
+            share = GATES[self.config.gate_activation](gate.astype(jnp.float32)).astype(mixed.dtype)
+            mixed = mixed * (share if share.ndim == mixed.ndim else share[..., None])
+        y = jnp.einsum("bshk,hkd->bsd", mixed, self.out.astype(mixed.dtype))
+        return y if self.out_bias is None else y + self.out_bias.astype(y.dtype)
+
+
+GATES: dict[str, Callable[[Array], Array]] = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 
 
 class LatentAttention(nnx.Module):
@@ -188,8 +174,9 @@ class LatentAttention(nnx.Module):
         positions: Int32[Array, "batch seq"],
         segment_ids: Int32[Array, "batch seq"],
         mesh: Mesh | None = None,
+        local: Local = False,
     ) -> Float[Array, "batch seq embed"]:
-        """Attend within x [B, S, D], given each token's position in its segment, and its segment."""
+        """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
         nope, rotated, latent, key_rope = self._project(x, positions, mesh)
 
         def expand(latent: Array, key_rope: Array, *up: Array) -> tuple[Array, Array]:
@@ -200,7 +187,7 @@ class LatentAttention(nnx.Module):
         up = self.key_up[...], self.value_up[...]
         key, value = expanded_for_own_heads(expand, (latent, key_rope), up, mesh)
         query = jnp.concatenate([nope, rotated], -1)
-        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config.cpu_kernel)
+        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config, local)
         return jnp.einsum("bshv,hvd->bsd", mixed, self.out.astype(x.dtype))
 
     def extend(
@@ -209,13 +196,15 @@ class LatentAttention(nnx.Module):
         positions: Int32[Array, "batch seq"],
         cache: Cache,
         mesh: Mesh | None = None,
+        local: Local = False,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """Attend in decoding: tokens also see those in the cache and are added to it; one document a row, -1 pads."""
         nope, rotated, latent, key_rope = self._project(x, positions, mesh)
         cache = remember(cache, (latent[:, :, None], key_rope), positions)
         absorbed = jnp.einsum("bshk,rhk->bshr", nope, self.key_up.astype(x.dtype))
         query, key = jnp.concatenate([absorbed, rotated], -1), jnp.concatenate(cache, -1)
-        mixed = attend_cached(query, key, cache[0], positions, scale=self._scale)
+        window = window_of(self.config, local)
+        mixed = attend_cached(query, key, cache[0], positions, scale=self._scale, window=window)
         values = jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.astype(x.dtype))
         return jnp.einsum("bshv,hvd->bsd", values, self.out.astype(x.dtype)), cache
 
@@ -259,12 +248,27 @@ def attend_to_whole(
     segment_ids: Int32[Array, "pieces length"],
     scale: float,
     mesh: Mesh | None,
-    cpu_kernel: str,
+    config: ModelConfig,
+    local: Local,
+    sinks: Float32[Array, "heads"] | None = None,
 ) -> Float[Array, "pieces length heads value_dim"]:
     """`attend` with queries, segments and results in the pieces of the mesh, and keys and values of whole sequences."""
-    query, segments = for_own_heads(query, mesh), put_together(segment_ids, mesh)
-    mixed = attend(query, key, value, segments, scale=scale, mesh=mesh, cpu_kernel=cpu_kernel)
-    return for_own_pieces(mixed, mesh)
+
+    def of_kind(local: bool, query: Array, key: Array, value: Array, segments: Array, sinks: Array | None) -> Array:
+        window = config.window if local else 0
+        return attend(
+            query, key, value, segments, scale=scale, window=window, sinks=sinks, mesh=mesh, cpu_kernel=config.cpu_kernel
+        )
+
+    whole = for_own_heads(query, mesh), key, value, put_together(segment_ids, mesh)
+    return for_own_pieces(by_kind(local, of_kind, *whole, sinks), mesh)
+
+
+def window_of(config: ModelConfig, local: Local) -> Int32[Array, ""] | int:
+    """The window of a layer, 0 if it is global."""
+    if isinstance(local, bool):
+        return config.window if local else 0
+    return jnp.where(local, config.window, 0)
 
 
 def project(
@@ -311,6 +315,14 @@ def _bias_of_heads(config: ModelConfig, heads: int) -> nnx.Param | None:
     if not config.qkv_bias:
         return None
     return nnx.Param(jnp.zeros(heads * config.head_dim, config.param_dtype), dims=("head_dim",))
+
+
+def _gate_of_heads(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
+    if config.attention_gate == "none":
+        return None
+    if config.attention_gate == "head":
+        return normal(config, rngs, embed=config.embed_dim, heads=config.num_heads)
+    return normal(config, rngs, embed=config.embed_dim, heads=config.num_heads, head_dim=config.head_dim)
 
 
 def _norm_of_heads(config: ModelConfig, heads: int) -> RMSNorm | None:

@@ -3,13 +3,15 @@
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, local_layers
 from moe_jax.model.attention import Cache, make_attention
 from moe_jax.model.forward import Pass, Report, token_info
+from moe_jax.model.kinds import Local
 from moe_jax.model.layers import FeedForward, RMSNorm
 from moe_jax.model.moe import MoE
 
@@ -34,10 +36,26 @@ def layout(config: ModelConfig) -> tuple[Run, ...]:
     return tuple(run for run in runs if run.repeats)
 
 
+def kinds_of_attention(config: ModelConfig) -> list[tuple[bool | np.ndarray, ...]]:
+    """For each run of `layout`, and each layer of its unit, whether attention is local: of all repeats, or of each.
+
+    A bool where all repeats agree, so that no other program is compiled; else bool [repeats], which is scanned.
+    """
+    local = np.array(local_layers(config))
+    found = []
+    for run in layout(config):
+        count = run.repeats * len(run.kinds)
+        columns = local[:count].reshape(run.repeats, -1).T
+        found.append(tuple(bool(column[0]) if len(set(column)) == 1 else column for column in columns))
+        local = local[count:]
+    return found
+
+
 class Block(nnx.Module):
     """Attention and a feed-forward layer, each behind a norm and added to the residual stream.
 
-    With `norm_after` the norms are behind them instead. Source: OLMo 2 (arXiv 2501.00656), section 3.2.
+    With `norm_after` the norms are behind them instead (OLMo 2, arXiv 2501.00656, section 3.2), with `sandwich_norm`
+    on both sides (CogView, arXiv 2105.13290, section 2.4).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: str) -> None:
@@ -45,6 +63,9 @@ class Block(nnx.Module):
         self.attention = make_attention(config, rngs)
         self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
         self.ffw = MoE(config, rngs) if kind == "moe" else FeedForward(config, rngs, config.ffw_dim)
+        sandwich = config.sandwich_norm
+        self.attention_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
+        self.ffw_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
         self.norm_after = config.norm_after
         self.multiplier = config.residual_multiplier
 
@@ -53,27 +74,28 @@ class Block(nnx.Module):
         x: Float[Array, "batch seq embed"],
         cache: Cache | None,
         fwd: Pass,
+        local: Local = False,
     ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
         """The residual stream after this layer, its Report if it routes, and its cache if it has one."""
         with jax.named_scope("attention"):
             h = self._before(self.attention_norm, x)
             if cache is None:
-                mixed = self.attention(h, fwd.inputs.positions, fwd.inputs.segment_ids, fwd.mesh)
+                mixed = self.attention(h, fwd.inputs.positions, fwd.inputs.segment_ids, fwd.mesh, local)
             else:
-                mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh)
-            x = checkpoint_name(x + self._after(self.attention_norm, mixed), "residual")
+                mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh, local)
+            x = checkpoint_name(x + self._after(self.attention_norm, self.attention_after_norm, mixed), "residual")
         h = self._before(self.ffw_norm, x)
         if isinstance(self.ffw, FeedForward):
-            return x + self._after(self.ffw_norm, self.ffw(h, fwd.mesh)), None, cache
+            return x + self._after(self.ffw_norm, self.ffw_after_norm, self.ffw(h, fwd.mesh)), None, cache
         tokens = token_info(fwd.inputs, self.ffw.config.class_starts, fwd.pieces)
         y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)
-        return x + self._after(self.ffw_norm, y), report, cache
+        return x + self._after(self.ffw_norm, self.ffw_after_norm, y), report, cache
 
     def _before(self, norm: RMSNorm, x: Array) -> Array:
         return x if self.norm_after else norm(x)
 
-    def _after(self, norm: RMSNorm, x: Array) -> Array:
-        x = norm(x) if self.norm_after else x
+    def _after(self, norm: RMSNorm, second: RMSNorm | None, x: Array) -> Array:
+        x = norm(x) if self.norm_after else x if second is None else second(x)
         return x if self.multiplier == 1 else self.multiplier * x
 
 
@@ -84,12 +106,12 @@ class Unit(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs, kind) for kind in kinds])
 
     def __call__(
-        self, x: Array, caches: tuple[Cache | None, ...], fwd: Pass
+        self, x: Array, caches: tuple[Cache | None, ...], fwd: Pass, local: tuple[Local, ...]
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
         """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
         report = None
         after = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x, report, cache = block(x, cache, fwd)
+        for block, cache, kind in zip(self.blocks, caches, local, strict=True):
+            x, report, cache = block(x, cache, fwd, kind)
             after.append(cache)
         return x, report, tuple(after)

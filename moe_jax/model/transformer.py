@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 from moe_jax.config import ModelConfig
 from moe_jax.mesh import constrain, is_sharded, spec
 from moe_jax.model.attention import Cache
-from moe_jax.model.block import Run, Unit, layout
+from moe_jax.model.block import Run, Unit, kinds_of_attention, layout
 from moe_jax.model.forward import NOTHING, Pass, Report
 from moe_jax.model.layers import RMSNorm, normal
 from moe_jax.model.placing import at_use, look_up, rematerialized, stacked
@@ -128,26 +128,28 @@ class Transformer(nnx.Module):
         after = []
         runs = layout(self.config)
         cache = [(None,) * len(run.kinds) for run in runs] if cache is None else cache
-        for stack, run, caches in zip(self.stacks, runs, cache, strict=True):
-            x, stack_report, caches = self._scan(stack, run, x, fwd, caches)
+        for stack, run, kinds, caches in zip(self.stacks, runs, kinds_of_attention(self.config), cache, strict=True):
+            x, stack_report, caches = self._scan(stack, run, kinds, x, fwd, caches)
             report = stack_report if stack_report is not None else report
             after.append(caches)
         return x, report, after
 
     def _scan(
-        self, stack: Unit, run: Run, x: Array, fwd: Pass, caches: tuple[Cache | None, ...]
+        self, stack: Unit, run: Run, kinds: tuple, x: Array, fwd: Pass, caches: tuple[Cache | None, ...]
     ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
         """All layers of a stack in turn."""
+        scanned = tuple(None if isinstance(kind, bool) else jnp.asarray(kind) for kind in kinds)
 
         def body(x: Array, layer: tuple) -> tuple[Array, Any]:
-            unit, index, per_layer, caches = layer
+            unit, index, per_layer, caches, own = layer
             unit = at_use(unit, fwd.mesh, self.config.compute_dtype)
-            x, *rest = unit(x, caches, fwd.layer(index, per_layer))
+            local = tuple(kind if one is None else one for kind, one in zip(kinds, own, strict=True))
+            x, *rest = unit(x, caches, fwd.layer(index, per_layer), local)
             return constrain(x, fwd.mesh, spec("pieces")), rest
 
         body = rematerialized(body, self.config, is_sharded(fwd.mesh))
         per_layer = fwd.per_layer if "moe" in run.kinds else NOTHING
-        layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), per_layer, caches
+        layers = stack, jnp.arange(run.repeats, dtype=jnp.int32), per_layer, caches, scanned
         x, (report, after) = jax.lax.scan(body, x, layers, unroll=self.config.unroll_layers)
         return x, report, after
 

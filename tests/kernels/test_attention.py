@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.axes import AXES, BATCH
 from moe_jax.kernels import attention, native, native_attention
-from moe_jax.kernels.attention import attend, in_jax, kernel_for, splash, visibility
+from moe_jax.kernels.attention import attend, attend_cached, in_jax, kernel_for, splash, visibility
 
 
 def mesh_of(devices, **sizes) -> Mesh:
@@ -49,24 +49,32 @@ def oracle(query, key, value, segment_ids, scale=None):
     return mixed
 
 
-def as_on_tpu(query, key, value, segment_ids, scale=None, mesh=None):
+def as_on_tpu(query, key, value, segment_ids, scale=None, mesh=None, **options):
     """The TPU's kernel, interpreted."""
-    return splash(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, mesh, interpret=True)
+    return splash(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, mesh, interpret=True, **options)
 
 
-def in_xla(query, key, value, segment_ids, scale=None):
+def in_xla(query, key, value, segment_ids, scale=None, window=0):
     """The path for platforms without a fitting kernel."""
-    return in_jax(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, "xla")
+    return in_jax(query, key, value, segment_ids, scale or query.shape[3] ** -0.5, "xla", window)
 
 
-def in_cpp(query, key, value, segment_ids, scale=None):
+def in_cpp(query, key, value, segment_ids, scale=None, **options):
     """A CPU's kernel in C++; without a compiler it is the next one."""
-    return attend(query, key, value, segment_ids, scale=scale, cpu_kernel="auto")
+    return attend(query, key, value, segment_ids, scale=scale, cpu_kernel="auto", **options)
 
 
-def in_blocks(query, key, value, segment_ids, scale=None):
+def in_blocks(query, key, value, segment_ids, scale=None, **options):
     """A CPU's kernel in XLA."""
-    return attend(query, key, value, segment_ids, scale=scale, cpu_kernel="xla")
+    return attend(query, key, value, segment_ids, scale=scale, cpu_kernel="xla", **options)
+
+
+def on_hopper(query, key, value, segment_ids, window=0):
+    """Hopper's kernel, by tokamax's own fallback, which is XLA's."""
+    pytest.importorskip("tokamax")
+    flags.FLAGS.mark_as_parsed()  # tokamax reads its own flags
+    scale = query.shape[3] ** -0.5
+    return attention.mosaic(query, key, value, segment_ids, scale, window=window, implementation="xla")
 
 
 ON_CPU = [in_cpp, in_blocks]
@@ -114,6 +122,55 @@ def test_every_kernel_has_the_gradients_of_xla(run, shape, small_blocks):
     expected = with_gradients(in_xla, *inputs, segment_ids, gradient)
     for ours, theirs in zip(with_gradients(run, *inputs, segment_ids, gradient), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def dense(query, key, value, segment_ids, window, sinks):
+    """Every score of a row, and the sink's, in one softmax."""
+    key, value = (jnp.repeat(a, query.shape[2] // a.shape[2], 2) for a in (key, value))
+    scores = jnp.einsum("bqhk,bshk->bhqs", query, key) * query.shape[3] ** -0.5
+    before = jnp.arange(query.shape[1])[:, None] - jnp.arange(query.shape[1])
+    seen = (segment_ids[:, None, :, None] == segment_ids[:, None, None]) & (before >= 0) & (before < window)
+    last = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+    weights = jax.nn.softmax(jnp.concatenate([jnp.where(seen, scores, -jnp.inf), last], -1))
+    return jnp.einsum("bhqs,bshv->bqhv", weights[..., :-1], value)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_all_gradients(run, window, query, key, value, sinks, segment_ids, gradient):
+    mixed, backward = jax.vjp(lambda q, k, v, z: run(q, k, v, segment_ids, window, z), query, key, value, sinks)
+    return mixed, *backward(gradient)
+
+
+WITH_SINKS = [in_cpp, in_blocks, as_on_tpu]
+WINDOWS = {"one token": 1, "within a block": 20, "over blocks": 140, "longer than the row": 400}
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("run", [*WITH_SINKS, in_xla, on_hopper])
+def test_a_token_sees_its_window_and_its_head_s_sink(run, window, small_blocks):
+    # a long document between two short ones, then one of the whole row
+    *inputs, gradient = arrays(2, 301, 4, 2, 16, 8)
+    segment_ids = jnp.asarray(np.stack([np.repeat([1, 2, 3, 0], [30, 200, 61, 10]), np.ones(301)]), jnp.int32)
+    has = run in WITH_SINKS
+    sinks = jnp.array([-1.0, 0.0, 2.0, 5.0]) if has else jnp.full(4, -jnp.inf)
+
+    def one(query, key, value, segment_ids, window, sinks):
+        return run(query, key, value, segment_ids, window=window, **(dict(sinks=sinks) if has else {}))
+
+    expected = with_all_gradients(dense, window, *inputs, sinks, segment_ids, gradient)
+    found = with_all_gradients(one, window, *inputs, sinks, segment_ids, gradient)
+    for ours, theirs in list(zip(found, expected, strict=True))[: None if has else 4]:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 4, 30])
+def test_with_a_cache_a_token_sees_its_window_and_its_head_s_sink(window):
+    query, key, value, _ = arrays(2, 20, 4, 2, 16, 8)
+    sinks, ones = jnp.array([-1.0, 0.0, 2.0, 5.0]), jnp.ones((2, 20), jnp.int32)
+    expected = dense(query, key, value, ones, window, sinks)
+    places = jnp.broadcast_to(jnp.arange(20, dtype=jnp.int32), (2, 20))[:, 12:]
+    mixed = attend_cached(query[:, 12:], key, value, places, scale=0.25, window=window, sinks=sinks)
+    np.testing.assert_allclose(mixed, expected[:, 12:], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -14,11 +14,12 @@ from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
 from moe_jax.config import as_dict, num_moe_layers, validate
 from moe_jax.dispatch.capacity import capacity_of
-from moe_jax.model.attention import Attention, rope
+from moe_jax.model.attention import Attention
 from moe_jax.model.block import Block, Run, layout
 from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.model.layers import FeedForward, RMSNorm, normal
 from moe_jax.model.moe import MoE
+from moe_jax.model.rope import rope
 from moe_jax.model.transformer import Transformer
 from moe_jax.routing import Tokens
 

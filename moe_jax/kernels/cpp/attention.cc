@@ -27,6 +27,7 @@ struct Shape {
   int64_t batch, length, heads, groups;
   int width, value;  // of queries and keys, and of values
   float scale;
+  int64_t window;  // tokens that a token sees, itself included
 };
 
 struct Scratch {
@@ -67,12 +68,13 @@ void transpose_rows(const float* from, int n, int width, float* to) {
     }
 }
 
-// which keys a block of queries sees: those of a query's document that are not later than it
+// which keys a block of queries sees: those of a query's document that are not later than it, within its window
 class Sight {
  public:
   enum Seen { kNone, kSome, kAll };
 
-  Sight(const int32_t* documents, int first, int n) : documents_(documents), first_(first) {
+  Sight(const int32_t* documents, int first, int n, int64_t window)
+      : documents_(documents), first_(first), last_(first + n - 1), window_(int(std::min<int64_t>(window, last_ + 1))) {
     for (int i = 0; i < kQueries; i++) {
       own_[i] = documents[first + std::min(i, n - 1)];
       number_[i] = first + i;
@@ -81,10 +83,13 @@ class Sight {
     high_ = *std::max_element(own_, own_ + n);
   }
 
+  int first_key() const { return std::max(0, first_ + 1 - window_); }
+
   Seen of(int first_key, int keys) const {
     auto [low, high] = std::minmax_element(documents_ + first_key, documents_ + first_key + keys);
     if (*high < low_ || *low > high_) return kNone;
-    return *low == *high && low_ == high_ && first_key + keys - 1 <= first_ ? kAll : kSome;
+    const bool one = *low == *high && low_ == high_;
+    return one && first_key + keys - 1 <= first_ && first_key > last_ - window_ ? kAll : kSome;
   }
 
   // all bits set for those of kLanes queries that see a key
@@ -92,12 +97,12 @@ class Sight {
     IntVec own, number;
     std::memcpy(&own, own_ + query, sizeof(own));
     std::memcpy(&number, number_ + query, sizeof(number));
-    return (own == documents_[key]) & (number >= key);
+    return (own == documents_[key]) & (number >= key) & (number < key + window_);
   }
 
  private:
   const int32_t* documents_;
-  int first_;
+  int first_, last_, window_;
   int32_t own_[kQueries], number_[kQueries], low_, high_;
 };
 
@@ -143,7 +148,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const X* query, const X* key
     const int64_t row = task % sequences / s.heads, head = task % s.heads, group = head / (s.heads / s.groups);
     const int first = int(block * kQueries), n = int(std::min<int64_t>(kQueries, s.length - first));
     const int64_t at = (row * s.length + first) * s.heads + head;
-    const Sight sight(documents + row * s.length, first, n);
+    const Sight sight(documents + row * s.length, first, n, s.window);
     float *rows = scratch.query.of(kQueries * width), *columns = scratch.query_columns.of(kQueries * width);
     float *keys_of = scratch.key.of(kKeys * width), *values_of = scratch.value.of(kKeys * value_width);
     float *scores = scratch.scores.of(kKeys * kQueries), *mean = scratch.y.of(kQueries * value_width);
@@ -153,7 +158,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const X* query, const X* key
     Softmax softmax;
     std::fill(softmax.largest, softmax.largest + kQueries, kHidden);
     std::fill(softmax.sum, softmax.sum + kQueries, 0.0f);
-    for (int first_key = 0; first_key < first + n; first_key += kKeys) {
+    for (int first_key = sight.first_key(); first_key < first + n; first_key += kKeys) {
       const int keys = std::min(kKeys, first + n - first_key);
       const Sight::Seen seen = sight.of(first_key, keys);
       if (seen == Sight::kNone) continue;
@@ -216,7 +221,7 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const X* query, const X* ke
       for (int first = 0; first < s.length; first += kQueries) {
         const int n = int(std::min<int64_t>(kQueries, s.length - first));
         const int64_t at = (row * s.length + first) * s.heads + head;
-        const Sight sight(documents + row * s.length, first, n);
+        const Sight sight(documents + row * s.length, first, n, s.window);
         read_rows(query + at * s.width, s.heads * s.width, n, s.width, rows, s.scale);
         read_rows(dy + at * s.value, s.heads * s.value, n, s.value, dy_rows);
         transpose_rows(rows, n, s.width, columns);
@@ -228,7 +233,7 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const X* query, const X* ke
           for (int j = 0; j < s.value; j++) inner[i] += y_row[j] * dy_rows[i * value_width + j];
         }
         std::fill(d_rows, d_rows + n * width, 0.0f);
-        for (int first_key = 0; first_key < first + n; first_key += kKeys) {
+        for (int first_key = sight.first_key(); first_key < first + n; first_key += kKeys) {
           const int keys = std::min(kKeys, first + n - first_key);
           const Sight::Seen seen = sight.of(first_key, keys);
           if (seen == Sight::kNone) continue;
@@ -264,15 +269,15 @@ bool fit(const Shape& s, const In<T, 4>& query, const In<T, 4>& key, const In<T,
 }
 
 template <ffi::DataType T>
-Shape shape_of(const In<T, 4>& query, const In<T, 4>& value, float scale) {
+Shape shape_of(const In<T, 4>& query, const In<T, 4>& value, float scale, int64_t window) {
   const auto q = query.dimensions(), v = value.dimensions();
-  return {q[0], q[1], q[2], v[2], int(q[3]), int(v[3]), scale};
+  return {q[0], q[1], q[2], v[2], int(q[3]), int(v[3]), scale, window > 0 ? window : q[1]};
 }
 
 template <ffi::DataType T>
-ffi::Error Forward(ffi::ThreadPool pool, float scale, In<T, 4> query, In<T, 4> key, In<T, 4> value,
+ffi::Error Forward(ffi::ThreadPool pool, float scale, int64_t window, In<T, 4> query, In<T, 4> key, In<T, 4> value,
                    In<kInt, 2> documents, Out<T, 4> y, Out<kFloat, 3> logarithms) {
-  const Shape s = shape_of(query, value, scale);
+  const Shape s = shape_of(query, value, scale, window);
   if (!fit(s, query, key, value, documents) || !has(*y, {s.batch, s.length, s.heads, s.value}) ||
       !has(*logarithms, {s.batch, s.heads, s.length}))
     return misfit();
@@ -281,10 +286,10 @@ ffi::Error Forward(ffi::ThreadPool pool, float scale, In<T, 4> query, In<T, 4> k
 }
 
 template <ffi::DataType T>
-ffi::Error Backward(ffi::ThreadPool pool, float scale, In<T, 4> query, In<T, 4> key, In<T, 4> value,
+ffi::Error Backward(ffi::ThreadPool pool, float scale, int64_t window, In<T, 4> query, In<T, 4> key, In<T, 4> value,
                     In<kInt, 2> documents, In<T, 4> y, In<kFloat, 3> logarithms, In<T, 4> dy, Out<T, 4> d_query,
                     Out<T, 4> d_key, Out<T, 4> d_value) {
-  const Shape s = shape_of(query, value, scale);
+  const Shape s = shape_of(query, value, scale, window);
   if (!fit(s, query, key, value, documents) || !fit(s, *d_query, *d_key, *d_value, documents) ||
       !has(y, {s.batch, s.length, s.heads, s.value}) || !has(dy, {s.batch, s.length, s.heads, s.value}) ||
       !has(logarithms, {s.batch, s.heads, s.length}))
@@ -298,7 +303,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float scale, In<T, 4> query, In<T, 4> 
 template <ffi::DataType T>
 auto bind_forward() {
   using X = In<T, 4>;
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale")                              //
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale").Attr<int64_t>("window")      //
       .template Arg<X>().template Arg<X>().template Arg<X>().template Arg<In<kInt, 2>>()           //
       .template Ret<X>().template Ret<In<kFloat, 3>>();
 }
@@ -306,7 +311,7 @@ auto bind_forward() {
 template <ffi::DataType T>
 auto bind_backward() {
   using X = In<T, 4>;
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale")                              //
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale").Attr<int64_t>("window")      //
       .template Arg<X>().template Arg<X>().template Arg<X>().template Arg<In<kInt, 2>>()           //
       .template Arg<X>().template Arg<In<kFloat, 3>>().template Arg<X>()                           //
       .template Ret<X>().template Ret<X>().template Ret<X>();
