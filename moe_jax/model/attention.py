@@ -255,9 +255,16 @@ def attend_to_whole(
     """`attend` with queries, segments and results in the pieces of the mesh, and keys and values of whole sequences."""
 
     def of_kind(local: bool, query: Array, key: Array, value: Array, segments: Array, sinks: Array | None) -> Array:
-        window = config.window if local else 0
         return attend(
-            query, key, value, segments, scale=scale, window=window, sinks=sinks, mesh=mesh, cpu_kernel=config.cpu_kernel
+            query,
+            key,
+            value,
+            segments,
+            scale=scale,
+            window=config.window if local else 0,
+            sinks=sinks,
+            mesh=mesh,
+            cpu_kernel=config.cpu_kernel,
         )
 
     whole = for_own_heads(query, mesh), key, value, put_together(segment_ids, mesh)

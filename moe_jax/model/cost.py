@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from moe_jax.config import Config
+from moe_jax.config import Config, local_layers
 
 
 class Part(NamedTuple):
@@ -55,10 +55,17 @@ def parts(config: Config) -> list[Part]:
 
 
 def _scores(config: Config) -> int:
-    """L S H (K + V): query . key and the mean of values, of widths K and V, for half of the tokens each."""
+    """2 H (K + V) for every key that a token sees: query . key and the mean of values, of widths K and V.
+
+    In a sequence of S tokens that are S / 2 on average, and W - W^2 / 2 S in a layer with a window of W.
+    """
     m = config.model
     widths = m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim if m.attention == "mla" else 2 * m.head_dim
-    return (m.num_layers + m.mtp_depth) * config.sequence_length * m.num_heads * widths
+    length = config.sequence_length
+    window = min(m.window, length)
+    layers = [*local_layers(m), *(False for _ in range(m.mtp_depth))]
+    twice_seen = sum(window * (2 * length - window) if local else length**2 for local in layers) // length
+    return twice_seen * m.num_heads * widths
 
 
 def train_flops(config: Config) -> int:
@@ -67,9 +74,9 @@ def train_flops(config: Config) -> int:
     6 x the active parameters that a token is multiplied by (2 in the forward pass, twice that in the backward pass;
     the embedding is looked up, norms are not counted, the head is counted once more for each depth of multi-token
     prediction), and 3 L S H (K + V) for causal attention over a full sequence, with queries and keys of width K and
-    values of width V: 6 L S H D where both are D, half of the 12 L S H D without a mask. K is the width that
-    attention is trained with, both parts of a latent attention's query. Recomputation (remat) and padding are not
-    counted.
+    values of width V: 6 L S H D where both are D, half of the 12 L S H D without a mask; less in layers with a window,
+    of which only visible keys count. K is the width that attention is trained with, both parts of a latent attention's
+    query. Recomputation (remat) and padding are not counted.
 
     Source: PaLM (arXiv 2204.02311), appendix B, with the causal half left out.
     """
@@ -79,7 +86,7 @@ def train_flops(config: Config) -> int:
 def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
     if path.startswith("mtp/"):
         return AHEAD
-    if path.endswith("_bias"):
+    if path.endswith(("_bias", "/sinks")):
         return "attention"
     if len(dims) == 1:
         return "norms"

@@ -15,7 +15,8 @@ SPLASH = {"fwd": FORWARD, "dq": OF_QUERIES, "dkv": OF_KEYS}
 def attention_flops(i: Instruction, here: Computation, name: str) -> int:
     """2 FLOPs a score, and width of its products, in every block of scores that the causal mask does not hide.
 
-    Documents hide more scores: only tokamax skips blocks for them, and how many depends on the text.
+    Documents hide more scores: only tokamax skips blocks for them, and how many depends on the text. A window hides more,
+    too, which only splash attention's text says, by its grid: the blocks of keys of a block of queries, or vice versa.
 
     Args:
         i: a custom call, whose operands begin with queries, keys and values: of splash attention [..., H, S, K], of
@@ -29,7 +30,12 @@ def attention_flops(i: Instruction, here: Computation, name: str) -> int:
     of_keys, of_values = _products(i, name, len(query))
     width = of_keys * query[-1] + of_values * value[-1]
     rows = math.prod(query[:-1]) // query[length]
-    return 2 * rows * _scores(query[length], key[length], *_blocks(i)) * width
+    lengths, blocks = (query[length], key[length]), _blocks(i)
+    if not name.startswith("splash_") or blocks == (1, 1):
+        return 2 * rows * _scores(*lengths, *blocks) * width
+    by_key = "_dkv" in name
+    grid = next(leaf.dims for leaf in operands if len(leaf.dims) == 3 and "f" not in leaf.dtype)
+    return 2 * rows * _scores(*lengths, *blocks, most=grid[1 if by_key else 2], by_key=by_key) * width
 
 
 def _products(i: Instruction, name: str, rank: int) -> tuple[int, int]:
@@ -48,7 +54,14 @@ def _blocks(i: Instruction) -> tuple[int, int]:
     return tuple(int(found[1]) if found else 1 for found in sizes)  # type: ignore[return-value]
 
 
-def _scores(queries: int, keys: int, block_q: int, block_kv: int) -> int:
-    """Scores in the blocks that hold a visible one."""
-    starts = range(0, queries, block_q)
-    return sum(block_q * min(keys, -(-(first + block_q) // block_kv) * block_kv) for first in starts)
+def _scores(queries: int, keys: int, block_q: int, block_kv: int, most: int | None = None, by_key: bool = False) -> int:
+    """Scores in the blocks that hold a visible one.
+
+    Args:
+        most: blocks of keys for one of queries, or with `by_key` of queries for one of keys; None is no limit.
+    """
+    if by_key:
+        found = [-(-queries // block_q) - first // block_q for first in range(0, keys, block_kv)]
+    else:
+        found = [-(-min(keys, first + block_q) // block_kv) for first in range(0, queries, block_q)]
+    return block_q * block_kv * sum(n if most is None else min(n, most) for n in found)

@@ -1,7 +1,8 @@
 """What a compiled program costs: FLOPs, bytes and collectives of an HLO module."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from moe_jax.planning.collectives import Collective, collective, is_one_ring
@@ -47,20 +48,29 @@ class Program:
     """A compiled program, and what each of its parts costs.
 
     A conditional counts as its cheapest branch: in this repository a branch that costs more is one more round of
-    dispatch, which balanced routing does not need. `untaken` has the difference.
+    dispatch, which balanced routing does not need. `untaken` has the difference. Or it is one of `shares`, of which the
+    dearest branch runs a share of the time.
     """
 
-    def __init__(self, text: str, trips: Trips = lambda loop, body: None, rows: int | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        trips: Trips = lambda loop, body: None,
+        rows: int | None = None,
+        shares: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Parse a program.
 
         Args:
             text: `compiled.as_text()`.
             trips: (loop, body) -> length of a loop whose text does not have it, or None.
             rows: rows of a grouped product that belong to a group, on each device; all, if None.
+            shares: by a word in the op_name of a conditional, how much of the time its dearest branch runs.
         """
         self.module = parse(text)
         self.trips = trips
         self.rows = rows
+        self.shares = shares
         self._known: dict[tuple[str, bool], Cost] = {}
 
     def computation(self, name: str, fused: bool = False) -> Cost:
@@ -78,7 +88,9 @@ class Program:
             inner = _times(self.computation(called(i)["body"][0], fused), 1 if length is None else length)
             return inner if length is not None else inner._replace(unknown_loops=inner.unknown_loops | {i.op_name})
         if i.opcode == "conditional":
-            return _cheapest([self.computation(name, fused) for name in called(i)["branch"]])
+            taken = [_times(self.computation(name, fused), share) for name, share in self.branches(i)]
+            untaken = [self.computation(name, fused) for name in called(i)["branch"]] if len(taken) == 1 else []
+            return _with_untaken(_sum(taken), untaken)
         callees = called(i)["call"] if i.opcode in CALLERS else []
         inside = (self.computation(name, fused or i.opcode == "fusion") for name in callees)
         return _exchanging(i, _sum([self._own(i, here, fused), *inside]))
@@ -100,9 +112,11 @@ class Program:
         length = trip_count(loop, here, self.module)
         return self.trips(loop, self.module.computations[called(loop)["body"][0]]) if length is None else length
 
-    def branch(self, conditional: Instruction) -> str:
-        """The branch that a conditional is assumed to take, the cheapest."""
-        return min(called(conditional)["branch"], key=lambda name: _price(self.computation(name)))
+    def branches(self, conditional: Instruction) -> list[tuple[str, float]]:
+        """The branches that a conditional is assumed to take, and how much of the time; the cheapest comes first."""
+        names = sorted(called(conditional)["branch"], key=lambda name: _price(self.computation(name)))
+        share = next((share for word, share in self.shares.items() if word in conditional.op_name), None)
+        return [(names[0], 1)] if share is None else [(names[0], 1 - share), (names[-1], share)]
 
 
 def analyze(text: str, trips: Trips = lambda loop, body: None, rows: int | None = None) -> Cost:
@@ -160,7 +174,7 @@ def _sum(costs: list[Cost]) -> Cost:
     )
 
 
-def _times(cost: Cost, n: int) -> Cost:
+def _times(cost: Cost, n: float) -> Cost:
     def scaled(counter: Counter) -> Counter:
         return Counter({k: v * n for k, v in counter.items()})
 
@@ -174,10 +188,10 @@ def _times(cost: Cost, n: int) -> Cost:
     )
 
 
-def _cheapest(branches: list[Cost]) -> Cost:
-    taken = min(branches, key=_price)
-    flops = max(c.flops.total() + c.untaken[0] for c in branches) - taken.flops.total()
-    sent = max(c.sent + c.untaken[1] for c in branches) - taken.sent
+def _with_untaken(taken: Cost, branches: list[Cost]) -> Cost:
+    """The cost of a conditional that runs one of the branches."""
+    flops = max((c.flops.total() + c.untaken[0] for c in branches), default=0) - taken.flops.total()
+    sent = max((c.sent + c.untaken[1] for c in branches), default=0) - taken.sent
     return taken._replace(untaken=(max(flops, taken.untaken[0]), max(sent, taken.untaken[1])))
 
 

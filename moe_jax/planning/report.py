@@ -58,7 +58,7 @@ OF_PLATFORM = {
 def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled) -> dict[str, Any]:
     """Everything that the command reports, as JSON values; bytes are per chip, FLOPs per step."""
     trips = tile_trips if topology.chip is None else lambda loop, body: None
-    program = Program(compiled.text, trips, rows_of_experts(config, mesh))
+    program = Program(compiled.text, trips, rows_of_experts(config, mesh), shares_of_kinds(config))
     cost = program.computation(program.module.entry)
     places = [place_of(d) for d in mesh.devices.flat]
     report = heading(config, topology, mesh)
@@ -121,6 +121,15 @@ def _memory(config: Config, topology: Topology, mesh: "Mesh", compiled: Compiled
         "total": max(sum_of_parts, compiled.peak),
         "hbm": topology.chip.hbm if topology.chip else None,
     }
+
+
+def shares_of_kinds(config: Config) -> dict[str, float]:
+    """The share of global layers, whose attention is the dearer one, where they are scanned with local ones."""
+    from moe_jax.model.block import kinds_of_attention
+    from moe_jax.model.kinds import BY_KIND
+
+    mixed = [kind for kinds in kinds_of_attention(config.model) for kind in kinds if not isinstance(kind, bool)]
+    return {BY_KIND: 1 - float(np.concatenate(mixed).mean())} if mixed else {}
 
 
 def rows_of_experts(config: Config, mesh: "Mesh") -> int:

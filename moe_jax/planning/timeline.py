@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
     seconds: float
     causes: dict[str, float]
 
-    def times(self, n: int) -> "Schedule":
+    def times(self, n: float) -> "Schedule":
         """The schedule of `n` runs."""
         return Schedule(n * self.seconds, {cause: n * seconds for cause, seconds in self.causes.items()})
 
@@ -69,7 +69,7 @@ def simulate(program: Program, places: Sequence[Place], topology: Topology) -> S
             length = program.length(i, here)
             return [computation(called(i)["body"][0]).times(1 if length is None else length)]
         if i.opcode == "conditional":
-            return [computation(program.branch(i))]
+            return [computation(name).times(share) for name, share in program.branches(i)]
         return [computation(name) for name in called(i)["call"]] if i.opcode == "call" else None
 
     return computation(program.module.entry)

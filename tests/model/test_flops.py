@@ -22,9 +22,22 @@ def test_biases_of_attention_and_the_gate_of_shared_experts_are_parameters_of_th
     plain, biased = ({p.name: p for p in parts(tiny_config(model=sparse | more))} for more in ({}, dict(qkv_bias=True)))
     assert biased["attention"].total - plain["attention"].total == 3 * (2 + 1 + 1) * 8
     assert biased["attention"].flops == plain["attention"].flops
+    more = dict(attention_sinks=True, attention_gate="element", out_bias=True)
+    full = {p.name: p for p in parts(tiny_config(model=sparse | more))}
+    assert full["attention"].total - plain["attention"].total == 3 * (2 + 16 * 2 * 8 + 16)
+    assert full["attention"].flops - plain["attention"].flops == 3 * 2 * 16 * 2 * 8
     gated = {p.name: p for p in parts(tiny_config(model=sparse | dict(shared_gate=True)))}
     assert gated["shared experts"].total - plain["shared experts"].total == 2 * 16  # two MoE layers of width 16
     assert gated["shared experts"].flops - plain["shared experts"].flops == 2 * 2 * 16
+
+
+def test_a_layer_with_a_window_costs_the_keys_that_are_in_it():
+    # of 16 tokens: 8 visible keys on average in a global layer, and in a window of 4 its 4 - 4^2 / 32
+    windowed = dict(window=4, window_pattern="LG", num_layers=4, first_dense=4)
+    plain, local = (
+        train_flops(tiny_config(model=DENSE | more)) for more in (dict(num_layers=4, first_dense=4), windowed)
+    )
+    assert plain - local == 6 * 2 * (8 - 3.5) * 2 * 2 * 8  # 3 passes of 2 FLOPs, layers, keys, heads, widths
 
 
 def test_latent_attention_costs_its_projections_and_the_widths_of_its_queries_and_values():

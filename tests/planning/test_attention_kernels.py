@@ -55,6 +55,14 @@ def test_attention_multiplies_the_blocks_that_the_causal_mask_does_not_hide(name
     assert splash(name, queries, keys, phase) == 2 * (2 * 4) * scores(queries, keys) * widths
 
 
+@pytest.mark.parametrize(("name", "grid"), [("fwd_segmented", "1,8,3"), ("dq", "1,8,3"), ("dkv", "1,3,8")])
+def test_attention_with_a_window_multiplies_the_blocks_that_it_does_not_hide(name, grid):
+    # a token and the 255 before it are in 3 blocks of 128, so there are 1 + 2 + 6 x 3 blocks
+    text = SPLASH.replace("NAME", name).replace("PHASE", "").replace("QUERIES", "128").replace("KEYS", "128")
+    causal, windowed = flops(text), flops(text.replace("s8[1,8,8]", f"s8[{grid}]"))
+    assert (causal * 21, scores(128, 128)) == (windowed * 36, 36 * 128**2)
+
+
 def test_attention_without_named_blocks_multiplies_what_is_visible():
     text = SPLASH.replace("NAME", "fwd_segmented").replace("block_q", "x").replace("block_kv", "y")
     assert flops(text) == 2 * (2 * 4) * (1024 * 1025 // 2) * (24 + 16)

@@ -30,9 +30,9 @@ def product(name, of="a"):
 def run(monkeypatch):
     """The schedule of the lines of an entry, or of a whole program."""
 
-    def simulated(*lines, text=None, chip=CHIP, places=PLACES, dims=(1, 1, 4)):
+    def simulated(*lines, text=None, chip=CHIP, places=PLACES, dims=(1, 1, 4), **options):
         monkeypatch.setitem(chips.CHIPS, "v5p", chip)
-        program = Program(text or HEAD + "".join(lines) + "}\n")
+        program = Program(text or HEAD + "".join(lines) + "}\n", **options)
         return simulate(program, places, Topology("v5p", dims))
 
     return simulated
@@ -157,13 +157,21 @@ BRANCHES = """HloModule branches, is_scheduled=true
 ENTRY %main (a: f32[8,8], p: pred[]) -> f32[8,8] {
   %a = f32[8,8]{1,0} parameter(0)
   %p = pred[] parameter(1)
-  ROOT %c = f32[8,8]{1,0} conditional(%p, %a, %a), true_computation=%dear, false_computation=%cheap
+  ROOT %c = f32[8,8]{1,0} conditional(%p, %a, %a), true_computation=%dear, false_computation=%cheap, \
+metadata={op_name="jit(f)/of_layers/cond"}
 }
 """
 
 
 def test_a_conditional_takes_the_branch_that_the_costs_count(run):
     assert run(text=BRANCHES).seconds == 0.0
+
+
+def test_a_conditional_whose_shares_are_known_takes_both_branches_as_often(run):
+    shares = dict(of_layers=0.25)
+    assert run(text=BRANCHES, shares=shares).seconds == pytest.approx(0.25)
+    cost = Program(BRANCHES, shares=shares).computation("main")
+    assert (cost.flops.total(), cost.untaken) == (0.25 * 2 * 8**3, (0.0, 0.0))
 
 
 FUSIONS = """HloModule fusions, is_scheduled=true, num_partitions=4
