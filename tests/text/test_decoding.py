@@ -24,12 +24,14 @@ MLA = dict(
     attention="mla", q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, num_groups=2
 )
 YARN = dict(factor=4.0, original_length=8, mscale=0.7, mscale_all_dim=0.4)
+KINDS = dict(window=4, window_pattern="LG", local_rope=dict(theta=100.0, partial_rotary_factor=0.25))
+KINDS |= dict(attention_sinks=True, attention_gate="element", gate_activation="softplus", sandwich_norm=True)
 MODELS = {
-    "gqa": GQA,
+    "gqa": GQA | KINDS,
     "gqa, mtp": GQA | dict(mtp_depth=2, qk_norm="projection"),
     "gqa, dense": dict(num_experts=0, first_dense=0, num_shared_experts=0),
     "mla": MLA | dict(top_groups=1, group_top=1, yarn=YARN),
-    "mla, mtp": MLA | dict(mtp_depth=1, q_lora_rank=0, num_groups=1),
+    "mla, mtp": MLA | dict(window=4, window_pattern="GL", mtp_depth=1, q_lora_rank=0, num_groups=1),
     "a method that drops": dict(dispatch="capacity", capacity_factor=0.5),
 }
 
