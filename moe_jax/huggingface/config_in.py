@@ -8,6 +8,7 @@ from moe_jax.huggingface.families import FAMILIES
 from moe_jax.huggingface.family import ALIASES, READ_APART, WITHOUT_EFFECT, YARN_KEYS, Family, value_of, whole
 from moe_jax.huggingface.layer_lists import first_and_every
 from moe_jax.huggingface.others import OTHERS
+from moe_jax.huggingface.windows import windows_of
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
@@ -49,9 +50,12 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     for key in family.keys:
         value = value_of(hf, key)
         ours[key.ours] = key.values[value] if key.values else value
-    ours |= _rope(family, hf)
-    if family.partial is not None:
-        ours["partial_rotary_factor"] = _partial(family, hf, family.partial)
+    if family.windows is not None:
+        ours |= windows_of(family.windows, hf, lambda hf, rope: _rope(family, {**hf, "rope_parameters": rope}))
+    else:
+        ours |= _rope(family, hf)
+    if family.scales_by_width:
+        ours["embedding_multiplier"] = ours["embed_dim"] ** 0.5 if hf.get(family.scales_by_width) else 1.0
     if family.predicts:
         ours["mtp_depth"] = whole(hf, "num_nextn_predict_layers", 0)
     if family.layers is not None:
@@ -88,6 +92,8 @@ def _obstacles(family: Family, hf: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for every key or value that we could only ignore."""
     read = {key.name for key in family.keys} | WITHOUT_EFFECT | READ_APART | family.unread
     read |= set(family.layers.keys) if family.layers is not None else set()
+    read |= {"layer_types", *family.windows.keys} if family.windows is not None else set()
+    read |= {*family.repeated, family.scales_by_width}
     read |= {"partial_rotary_factor"} if family.partial is not None else set()
     read |= {"rotary_dim"} if family.rotary_dim else set()
     read |= {"num_nextn_predict_layers"} if family.predicts or family.leaves_out else set()
@@ -105,7 +111,13 @@ def _obstacles(family: Family, hf: Mapping[str, Any]) -> Iterator[str]:
                 f"config.json has {name}={value!r}, a key that {family.architecture} is not known to have"
                 f"{did_you_mean(name, read)}; remove it if it changes nothing."
             )
-    if hf.get("sliding_window") is not None and _has_windows(family, hf):
+    for name, other in family.repeated.items():
+        if hf.get(name) is not None and _only_one(hf[name]) != hf.get(other):
+            yield (
+                f"config.json has {name}={hf[name]!r}, but the layers of our model have the same, {other}="
+                f"{hf.get(other)!r}; convert another model."
+            )
+    if hf.get("sliding_window") is not None and family.windows is None and _has_windows(family, hf):
         yield (
             f"config.json has sliding_window={hf['sliding_window']!r}, but our attention sees the whole sequence; "
             "convert another model."
@@ -146,7 +158,15 @@ def _complete(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Our rope_theta and yarn, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older)."""
+    """Our rope_theta and yarn, and partial_rotary_factor if the family has that."""
+    ours = _theta_and_yarn(family, hf)
+    if family.partial is not None:
+        ours["partial_rotary_factor"] = _partial(family, hf, family.partial)
+    return ours
+
+
+def _theta_and_yarn(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older)."""
     found = [_rope_of(family, hf, name) for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
     if len(found) == 2 and found[0] != found[1]:
         raise ValueError(
@@ -168,8 +188,6 @@ def _rope_of(family: Family, hf: Mapping[str, Any], name: str) -> dict[str, Any]
         raise ValueError("config.json rotates a part of each head only (partial_rotary_factor); convert another model.")
     if kind not in ("default", "yarn"):
         raise ValueError(f"config.json has RoPE of the type {kind!r}; known are 'default' and 'yarn'.")
-    if kind == "yarn" and not rope.pop("truncate", True):
-        raise ValueError("config.json has YaRN with truncate=false, which our model does not have.")
     if unknown := sorted(rope.keys() - (YARN_KEYS.keys() if kind == "yarn" else ())):
         raise ValueError(
             f"config.json has {name} of the type {kind!r} with {unknown[0]}={rope[unknown[0]]!r}, which our model does "

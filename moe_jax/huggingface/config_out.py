@@ -7,6 +7,7 @@ from typing import Any
 from moe_jax.config import ModelConfig, rotated_width
 from moe_jax.huggingface.families import FAMILIES
 from moe_jax.huggingface.family import CARRIED, YARN_KEYS, Family
+from moe_jax.huggingface.windows import misfits, written
 from moe_jax.model.block import layout
 
 
@@ -51,6 +52,7 @@ def _misfits(family: Family, c: ModelConfig) -> list[str]:
     if c.num_groups == 1:
         wrong = [w for w in wrong if not w.startswith("group_top=")]  # without groups nothing reads it
     wrong += [rule.misfit.format(c=c) for rule in family.rules if not rule.holds(c)]
+    wrong += [] if family.windows is None else misfits(family.windows, c)
     y = c.yarn
     if y.factor > 1 and y.mscale_all_dim and c.attention != "mla":
         wrong.append(f"yarn.mscale_all_dim={y.mscale_all_dim}")
@@ -102,7 +104,15 @@ def to_hf(family: Family, c: ModelConfig, dtype: str, carried: Mapping[str, Any]
         hf |= family.layers.written([kind for run in layout(c) for kind in run.kinds * run.repeats])
     if family.group_methods:
         hf["topk_method"] = family.group_methods[c.num_groups != c.top_groups]
-    hf |= _written_rope(family, c)
+    if family.scales_by_width:
+        hf[family.scales_by_width] = c.embedding_multiplier != 1
+    for name, other in family.repeated.items():
+        hf[name] = [hf[other]] * c.num_layers
+    rope = _written_rope(family, c)
+    if family.windows is not None:
+        by_kind = written(family.windows, c, rope["rope_parameters"])
+        rope = by_kind if "rope_parameters" in by_kind else rope | by_kind
+    hf |= rope
     hf |= {"torch_dtype": dtype, "dtype": dtype}
     return hf | {k: carried[k] for k in CARRIED if k in carried}
 

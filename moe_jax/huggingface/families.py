@@ -5,6 +5,7 @@
 
 from typing import Any
 
+from moe_jax.huggingface.families_with_windows import FAMILIES_WITH_WINDOWS
 from moe_jax.huggingface.family import (
     ANY,
     BASE,
@@ -20,6 +21,7 @@ from moe_jax.huggingface.family import (
     LATENT_HOLDS,
     LATENT_KEYS,
     MLA_ONLY,
+    MULTIPLIERS,
     NO_WINDOWS,
     NOAUX,
     NOAUX_WRITES,
@@ -56,8 +58,6 @@ MIXTRAL = Family(
     theta=1e6,
     **MIXTRAL_NAMES,
 )
-
-MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 GRANITE_MOE = Family(  # Granite 3.0 and 3.1
     architecture="GraniteMoeForCausalLM",
@@ -300,7 +300,7 @@ HY_V3 = Family(  # Hy3
     writes=dict(attention_bias=False, mlp_bias=False, qk_norm=True, route_norm=True),
     layers=BY_KIND,
     theta=11_158_840.0,
-    leaves_out=True,
+    leaves_out="model.layers.{}.",
     unread=words("enable_moe_fp32_combine enable_attention_fp32_softmax enable_lm_head_fp32"),  # where they round
     renamed={
         "mlp.gate.weight": "mlp.router.gate.weight",
@@ -388,4 +388,5 @@ FAMILIES = (
     HY_V3,
     MINIMAX_M2,
     ERNIE4_5_MOE,
+    *FAMILIES_WITH_WINDOWS,
 )

@@ -74,6 +74,22 @@ class LayerList(NamedTuple):
     written: Callable[[list[str]], dict[str, Any]]
 
 
+class Windows(NamedTuple):
+    """How a config.json says which layers have a sliding window (`sliding_window`), and which RoPE layers have.
+
+    pattern: config.json -> letters as of `model.window_pattern`, where it has no `layer_types`.
+    keys: those that this reads.
+    rope: "all" have the same, or "local" ones only have any; "by_kind": `rope_parameters` has one for each kind;
+        "by_layer": `layer_rope_theta` has a theta for each layer, 0 for none.
+    may_lack: whether a model may have no layer with a window.
+    """
+
+    pattern: Callable[[Mapping[str, Any]], str]
+    keys: tuple[str, ...] = ()
+    rope: str = "all"
+    may_lack: bool = True
+
+
 class Rule(NamedTuple):
     """A rule across our keys that a family's code relies on; `misfit` is formatted with the config as `c`."""
 
@@ -95,6 +111,9 @@ class Family(NamedTuple):
     copied: their key -> another name under which it is written, too.
     group_methods: the values of `topk_method` without and with groups; the first is the default. Empty if it is fixed.
     layers: how the layers that have experts are listed; None: `keys` or `fixed` say it.
+    windows: how those that have a sliding window are; None: there are none.
+    repeated: their key, a list with a value for each layer -> the key whose value all of them must be.
+    scales_by_width: their key that multiplies embeddings by the square root of their width.
     theta: the default of `rope_theta`.
     partial: the default of `partial_rotary_factor`; None: every head rotates whole.
     rotary_dim: whether the number of rotated dimensions is a key, too.
@@ -103,7 +122,8 @@ class Family(NamedTuple):
     unread: their keys that change no logit of this family, beside `WITHOUT_EFFECT`.
     has_bias: whether the router has a selection bias.
     predicts: whether there is multi-token prediction.
-    leaves_out: whether its modules of multi-token prediction are left out, because transformers does not read them.
+    leaves_out: how the names begin of the tensors of its modules of multi-token prediction, which are left out, because
+        transformers does not read them; {} is the module's number among the layers. Empty: there are none.
     renamed: the name of a tensor in the tables of `tensors.py` -> this family's name of it.
     bias_layout: of the tensor with the selection bias, in the letters of `tensors.py`.
     experts, expert_names: the prefix of an expert's tensors, and the names of its gate, up and down.
@@ -121,6 +141,9 @@ class Family(NamedTuple):
     copied: Mapping[str, str] = {}
     group_methods: tuple[str, ...] = ()
     layers: LayerList | None = None
+    windows: Windows | None = None
+    repeated: Mapping[str, str] = {}
+    scales_by_width: str = ""
     theta: float = 10000.0
     partial: float | None = None
     rotary_dim: bool = False
@@ -129,7 +152,7 @@ class Family(NamedTuple):
     unread: frozenset[str] = frozenset()
     has_bias: bool = False
     predicts: bool = False
-    leaves_out: bool = False
+    leaves_out: str = ""
     renamed: Mapping[str, str] = {}
     bias_layout: str = "x"
     experts: str = "mlp.experts.{}"
@@ -179,6 +202,14 @@ NORMALIZED = Key("norm_topk_prob", "normalize_gates", True)
 
 V3_ROUTER = (GATE_SCALE, Key("n_group", "num_groups"), Key("topk_group", "top_groups"), NORMALIZED)
 
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")  # Granite's
+
+# one key for the biases of all four projections
+BIASES = (Key("attention_bias", "qkv_bias", False), Key("attention_bias", "out_bias", False))
+BIASES_ALIKE = Rule(
+    lambda c: c.qkv_bias == c.out_bias, "qkv_bias={c.qkv_bias} and out_bias={c.out_bias}, which are one key there"
+)
+
 QK_NORM = Key("use_qk_norm", "qk_norm", False, {True: "head", False: "none"})
 
 # --- our keys with the values that a model of a family can have. Ranges and tuples, because both know `in`. ---
@@ -194,6 +225,11 @@ PLAIN = {
     "activation": ("swiglu",),
     "activation_limit": (0.0,),
     "norm_after": (False,),
+    "sandwich_norm": (False,),
+    "window": (0,),
+    "attention_sinks": (False,),
+    "attention_gate": ("none",),
+    "out_bias": (False,),
     "attention_multiplier": (0.0,),
     "embedding_multiplier": (1.0,),
     "residual_multiplier": (1.0,),
@@ -283,4 +319,5 @@ YARN_KEYS = {
     "beta_slow": "beta_slow",
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
 }

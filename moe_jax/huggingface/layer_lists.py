@@ -45,7 +45,7 @@ def _step_and_list(kinds: list[str]) -> dict[str, Any]:
 BY_STEP = LayerList(("decoder_sparse_step", "mlp_only_layers"), _by_step, _step_and_list)
 
 
-# --- the kind of every layer, or the number of dense ones at the start: GLM-4.7-Flash and Hy3 -----------------
+# --- the kind of every layer, or the number of dense ones at the start: GLM-4.7-Flash, Hy3; or none: Mellum -----
 
 
 def _by_kind(hf: Mapping[str, Any], count: int) -> list[int]:
@@ -72,6 +72,15 @@ def _kinds(kinds: list[str]) -> dict[str, Any]:
 
 
 BY_KIND = LayerList(("first_k_dense_replace", "mlp_layer_types"), _by_kind, _kinds)
+
+
+def _by_kind_or_all(hf: Mapping[str, Any], count: int) -> list[int]:
+    return list(range(count)) if hf.get("mlp_layer_types") is None else _by_kind(hf, count)
+
+
+BY_KIND_OR_ALL = LayerList(
+    ("mlp_layer_types",), _by_kind_or_all, lambda kinds: {"mlp_layer_types": _kinds(kinds)["mlp_layer_types"]}
+)
 
 
 # --- every n-th layer of a range: ERNIE -----------------------------------------------------------------------

@@ -21,9 +21,6 @@ RELATIVE = "learned relative positions, short convolutions, sliding windows and 
 
 # model_type -> Other
 OTHERS = {
-    "afmoe": Other(
-        DOTS, f"gated attention, norms before and after each layer, {WINDOWS}, and none of RoPE in the rest"
-    ),
     "aria_text": Other(MIXTRAL, "shared experts beside softmax scores of the chosen experts, and fused expert tensors"),
     "axk1": Other(V3, "a norm behind the experts"),
     "axk2": Other(V3, INDEXER),
@@ -36,7 +33,6 @@ OTHERS = {
     "doge": Other(MIXTRAL, "masks that are computed from values, and experts of single vectors behind product keys"),
     "dots3_note": Other(V3, f"{INDEXER}, and {WINDOWS}"),
     "dots3_note_text": Other(V3, f"{INDEXER}, and {WINDOWS}"),
-    "exaone_moe": Other(DOTS, f"{WINDOWS}, and no RoPE in the rest"),
     "flint": Other(QWEN2, f"attention sinks, and {WINDOWS}"),
     "gemma4": Other(
         QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
@@ -48,7 +44,6 @@ OTHERS = {
     "gpt_oss": Other(
         MIXTRAL, f"attention sinks, biases of all projections and experts, clamped experts, and {WINDOWS}"
     ),
-    "granitemoe_swa": Other(GRANITE, f"attention sinks, and {WINDOWS}"),
     "granitemoehybrid": Other(GRANITE, "Mamba layers"),
     "granitemoeshared": Other(GRANITE, "a shared expert, in fused tensors"),
     "hunyuan_v1_moe": Other(QWEN3, "norms of queries and keys behind RoPE, and a shared expert without a gate"),
@@ -62,13 +57,11 @@ OTHERS = {
     "kolibri1": Other(
         DOTS, f"a bias that is added to logits, norms before and after each layer, {WINDOWS}, and no RoPE in the rest"
     ),
-    "laguna": Other(GLM, f"gated attention, another number of heads in some layers, and {WINDOWS}"),
     "lara_mini": Other(QWEN2, f"{DELTA}, and {WINDOWS}"),
     "lfm2_moe": Other(DOTS, "layers of short convolutions"),
     "llama4": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
     "llama4_text": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
     "longcat_flash": Other(V3, "two attentions a layer, with the experts beside the second, and scaled latents"),
-    "mellum": Other(QWEN3, f"RoPE of its own for each kind of layer, and {WINDOWS}"),
     "mimo_v2_flash": Other(GLM, f"attention sinks, values of another width, and {WINDOWS}"),
     "minimax": Other(MIXTRAL, "layers of linear attention (lightning), and weighted residuals"),
     "minimax_m3_vl_text": Other(MINIMAX, f"{INDEXER}, and clamped experts"),

@@ -73,6 +73,13 @@ NORMS = (
     _same("post_attention_layernorm.weight", "ffw_norm/scale"),
 )
 
+SANDWICH = (
+    NORMS[0],
+    _same("post_attention_layernorm.weight", "attention_after_norm/scale"),
+    _same("pre_mlp_layernorm.weight", "ffw_norm/scale"),
+    _same("post_mlp_layernorm.weight", "ffw_after_norm/scale"),
+)
+
 GROUPED = (
     Row("self_attn.q_proj.weight", "h.k d", {"attention/query": "d h k"}),
     Row("self_attn.k_proj.weight", "g.k d", {"attention/key": "d g k"}),
@@ -91,6 +98,16 @@ QKV_BIASES = (
     _same("self_attn.k_proj.bias", "attention/key_bias", "u"),
     _same("self_attn.v_proj.bias", "attention/value_bias", "u"),
 )
+
+OUT_BIAS = _same("self_attn.o_proj.bias", "attention/out_bias")
+
+SINKS = _same("self_attn.sinks", "attention/sinks", "h")
+
+GATES = {
+    "none": (),
+    "element": (Row("self_attn.gate_proj.weight", "h.k d", {"attention/gate": "d h k"}),),
+    "head": (Row("self_attn.gate_proj.weight", "h d", {"attention/gate": "d h"}),),
+}
 
 QK_NORMS = {
     "none": (),
@@ -204,11 +221,12 @@ def _layer(
 ) -> Iterator[Tensor]:
     """The tensors of one layer."""
     own = functools.partial(renamed, family)
-    rows: tuple[Row, ...] = NORMS
+    rows: tuple[Row, ...] = SANDWICH if c.sandwich_norm else NORMS
     if c.attention == "mla":
         rows += (LATENT_QUERIES if c.q_lora_rank else FULL_QUERIES) + LATENT
     else:
         rows += (PAIRED if family.paired else GROUPED) + (QKV_BIASES if c.qkv_bias else ()) + QK_NORMS[c.qk_norm]
+        rows += GATES[c.attention_gate] + ((OUT_BIAS,) if c.out_bias else ()) + ((SINKS,) if c.attention_sinks else ())
     if kind == "dense":
         rows += DENSE
     else:

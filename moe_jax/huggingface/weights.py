@@ -82,7 +82,7 @@ def ahead_left_out(family: Family, hf: Mapping[str, Any], entries: Mapping[str, 
     """The tensors of modules of multi-token prediction that the family leaves out."""
     depths = whole(hf, "num_nextn_predict_layers", 0) if family.leaves_out else 0
     first = hf["num_hidden_layers"]
-    prefixes = tuple(f"model.layers.{first + depth}." for depth in range(depths))
+    prefixes = tuple(family.leaves_out.format(first + depth) for depth in range(depths))
     return {name for name in entries if name.startswith(prefixes)} if depths else set()
 
 
@@ -307,11 +307,11 @@ def _length(config: ModelConfig, max_length: int) -> int:
 
 
 def _written_dtype(tensor: Tensor, config: ModelConfig, read: Read, dtype: str | None) -> str:
-    """float32 for the bias, for a router the narrowest dtype that loses nothing, otherwise `dtype`."""
+    """float32 for the bias, for a router or sinks the narrowest dtype that loses nothing, otherwise `dtype`."""
     (leaf, index, *_), *_ = tensor.parts
     if leaf.startswith("bias/"):
         return "float32"
-    if dtype is None and config.param_dtype == "bfloat16" and leaf.endswith("/router"):
+    if dtype is None and config.param_dtype == "bfloat16" and leaf.endswith(("/router", "/sinks")):
         wide = read(leaf, index)
         return "bfloat16" if np.array_equal(wide, wide.astype(ml_dtypes.bfloat16).astype(np.float32)) else "float32"
     return dtype or config.param_dtype

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_jax.config import default, validate
 from moe_jax.huggingface.config_in import from_hf
+from moe_jax.huggingface.family import without
 from moe_jax.huggingface.shards import Plan, write_folder
 from moe_jax.huggingface.tensors import copies, tensors
 
@@ -23,6 +24,10 @@ SHARPENED = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
 FINE = GROUPED | dict(moe_intermediate_size=8, routed_scaling_factor=2.0, norm_topk_prob=True)
 FINE |= dict(n_routed_experts=8, n_shared_experts=2)
 ERNIE = dict(moe_k=2, moe_num_experts=4, moe_num_shared_experts=2, moe_intermediate_size=8, num_key_value_heads=1)
+TYPES_OF_LAYERS = ["sliding_attention", "full_attention"] * 2
+WINDOWED = GROUPED | dict(num_hidden_layers=4, sliding_window=3, head_dim=8, layer_types=TYPES_OF_LAYERS)
+WINDOWED |= dict(num_experts=4, moe_intermediate_size=8)
+OWN_ROPE = dict(rope_type="default", rope_theta=1000.0)
 # name -> the part of transformers' class names before Config, and the keys
 CASES = {
     "mixtral": ("Mixtral", GROUPED | dict(num_local_experts=4, head_dim=12)),
@@ -66,6 +71,36 @@ CASES = {
     "deepseek_v2": ("DeepseekV2", LATENT | dict(topk_method="group_limited_greedy", rope_parameters=SHARPENED)),
     "deepseek_v2_lite": ("DeepseekV2", LATENT | dict(q_lora_rank=None, topk_method="greedy")),
     "deepseek_v3": ("DeepseekV3", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
+    "exaone_moe": (
+        "ExaoneMoe",
+        without(WINDOWED, "layer_types")
+        | dict(sliding_window_pattern=2, routed_scaling_factor=2.0, norm_topk_prob=True),
+    ),
+    "afmoe": ("Afmoe", WINDOWED | dict(route_scale=2.0, mup_enabled=True, attention_bias=True)),
+    "mellum": (
+        "Mellum",
+        WINDOWED
+        | dict(norm_topk_prob=True, mlp_layer_types=["dense", *["sparse"] * 3], attention_bias=True)
+        | dict(rope_parameters=dict(full_attention=YARN, sliding_attention=OWN_ROPE)),
+    ),
+    "laguna": (
+        "Laguna",
+        WINDOWED
+        | dict(shared_expert_intermediate_size=12, moe_routed_scaling_factor=2.0)
+        | dict(mlp_layer_types=["dense", *["sparse"] * 3])
+        | dict(
+            rope_parameters=dict(
+                full_attention=YARN | dict(partial_rotary_factor=0.5),
+                sliding_attention=OWN_ROPE | dict(partial_rotary_factor=1.0),
+            )
+        ),
+    ),
+    "granitemoe_swa": (
+        "GraniteMoeSWA",
+        without(WINDOWED, "num_experts", "moe_intermediate_size")
+        | dict(num_local_experts=4, embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.25)
+        | dict(logits_scaling=2.0, tie_word_embeddings=True, layer_rope_theta=[100.0, 0, 100.0, 0]),
+    ),
 }
 TYPES = {name: case.removesuffix("_lite") if name == "DeepseekV2" else case for case, (name, _) in CASES.items()}
 

@@ -39,7 +39,7 @@ def make(case, **changed):
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in key:
                 value.normal_(1.0, 0.2)
-            elif "e_score_correction_bias" in key:
+            elif "e_score_correction_bias" in key or "expert_bias" in key:
                 value.normal_(0.0, 1.0)
             elif "inv_freq" not in key:
                 value.normal_(0.0, 0.3)
@@ -66,12 +66,26 @@ def theirs(model, segments=SEGMENTS):
     for row, start in np.ndindex(segments.shape):
         if start and segments[row, start] == segments[row, start - 1]:
             places[row, start] = places[row, start - 1] + 1
-    mask = torch.where(torch.tensor(allowed)[:, None], 0.0, torch.finfo(torch.float32).min)
+    mask = masks(model, allowed)
     with torch.no_grad():
         out = model(torch.tensor(TOKENS), attention_mask=mask, position_ids=torch.tensor(places), use_cache=False)
     for hook in hooks:
         hook.remove()
     return out.logits.numpy(), np.stack([i.numpy().reshape(*TOKENS.shape, -1) for i in ids])
+
+
+def masks(model, allowed):
+    """The mask that transformers adds to scores; for each kind of layers one, if there are layers with a window."""
+
+    def added(seen):
+        return torch.where(torch.tensor(seen)[:, None], 0.0, torch.finfo(torch.float32).min)
+
+    types, window = getattr(model.config, "layer_types", None) or (), getattr(model.config, "sliding_window", None)
+    if "sliding_attention" not in types:
+        return added(allowed)
+    place = np.arange(allowed.shape[1])
+    near = place[:, None] - place < window
+    return dict(full_attention=added(allowed), sliding_attention=added(allowed & near))
 
 
 def agree(model, ours):

@@ -1,0 +1,233 @@
+"""The families whose layers have sliding windows, as tables like those of `families`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.huggingface.family import (
+    ANY,
+    BASE,
+    BIASED_ONLY,
+    BIASES,
+    BIASES_ALIKE,
+    DENSE_WIDTH,
+    EVERY_LAYER,
+    EXPERT_WIDTH,
+    GATE_SCALE,
+    GATED,
+    GROUPED_KEYS,
+    MULTIPLIERS,
+    NORMALIZED,
+    ONE_GROUP,
+    ONLY,
+    SIGMOID_GROUPED,
+    SOFTMAX_GROUPED,
+    SOME,
+    V3_GROUPS,
+    Family,
+    Key,
+    Rule,
+    Windows,
+    whole,
+    without,
+    words,
+)
+from moe_jax.huggingface.layer_lists import BY_KIND, BY_KIND_OR_ALL
+
+WITHOUT_WINDOWS = "G"
+
+
+def _every(name: str) -> Windows:
+    """Every n-th layer has no window, and no RoPE either; `name` is the key of n."""
+
+    def pattern(hf: Mapping[str, Any]) -> str:
+        return "L" * (max(1, whole(hf, name, 4)) - 1) + "G"
+
+    return Windows(pattern, (name,), "local", may_lack=False)
+
+
+def _of_exaone(hf: Mapping[str, Any]) -> str:
+    pattern = hf.get("sliding_window_pattern", 4)
+    if isinstance(pattern, int):
+        return "L" * (max(1, pattern) - 1) + "G"
+    if not isinstance(pattern, str) or not pattern or set(pattern) - set("LG"):
+        raise ValueError(
+            f"config.json has sliding_window_pattern={pattern!r}, which must be a number or letters L and G; "
+            "correct it."
+        )
+    return pattern
+
+
+EXAONE_MOE = Family(  # K-EXAONE
+    architecture="ExaoneMoeForCausalLM",
+    model_types=("exaone_moe",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        DENSE_WIDTH,
+        EXPERT_WIDTH,
+        Key("num_experts", "num_experts"),
+        Key("num_shared_experts", "num_shared_experts", 1),
+        GATE_SCALE,
+        NORMALIZED,
+        *ONE_GROUP,
+    ),
+    fixed=dict(attention="gqa", qk_norm="head", score="sigmoid", group_top=2),
+    holds=without(SIGMOID_GROUPED, "moe_every", "window") | V3_GROUPS | {"qk_norm": ("head",), "window": SOME},
+    only=ONLY | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    writes={},
+    layers=BY_KIND,
+    windows=Windows(_of_exaone, ("sliding_window_pattern",), "local", may_lack=False),
+    leaves_out="mtp.",
+    unread=words("is_moe_layer"),  # the tensors tell
+    renamed={"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"},
+    has_bias=True,
+)
+
+AFMOE = Family(  # Arcee's Trinity
+    architecture="AfmoeForCausalLM",
+    model_types=("afmoe",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        DENSE_WIDTH,
+        EXPERT_WIDTH,
+        Key("num_experts", "num_experts"),
+        Key("num_shared_experts", "num_shared_experts", 2),
+        Key("num_dense_layers", "first_dense", 1),
+        Key("route_scale", "gate_scale"),
+        *BIASES,
+    ),
+    fixed=dict(
+        attention="gqa",
+        qk_norm="head",
+        score="sigmoid",
+        normalize_gates=True,
+        attention_gate="element",
+        sandwich_norm=True,
+    ),
+    holds=without(SIGMOID_GROUPED, "qkv_bias", "out_bias", "embedding_multiplier")
+    | {
+        "qk_norm": ("head",),
+        "normalize_gates": (True,),
+        "window": SOME,
+        "attention_gate": ("element",),
+        "gate_activation": ("sigmoid",),
+        "sandwich_norm": (True,),
+    },
+    only=BIASED_ONLY | {"score_func": ("sigmoid",), "route_norm": (True,), "n_group": (1,), "topk_group": (1,)},
+    writes={},
+    rules=(
+        BIASES_ALIKE,
+        Rule(
+            lambda c: c.embedding_multiplier in (1.0, c.embed_dim**0.5),
+            "embedding_multiplier={c.embedding_multiplier} other than 1 or the square root of embed_dim={c.embed_dim}",
+        ),
+    ),
+    windows=_every("global_attn_every_n_layers"),
+    scales_by_width="mup_enabled",
+    unread=words("load_balance_coeff use_grouped_mm"),  # of training, and of how products are computed
+    renamed={
+        "mlp.gate.weight": "mlp.router.gate.weight",
+        "mlp.gate.e_score_correction_bias": "mlp.expert_bias",
+    },
+    has_bias=True,
+)
+
+MELLUM = Family(  # Mellum 2
+    architecture="MellumForCausalLM",
+    model_types=("mellum",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        DENSE_WIDTH,
+        EXPERT_WIDTH,
+        Key("num_experts", "num_experts"),
+        Key("norm_topk_prob", "normalize_gates", True),
+        *BIASES,
+    ),
+    fixed=dict(attention="gqa", qk_norm="head", score="softmax"),
+    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias") | {"qk_norm": ("head",), "window": ANY},
+    only=without(ONLY, "attention_bias"),
+    writes={},
+    rules=(BIASES_ALIKE,),
+    copied={"num_experts": "num_local_experts"},
+    layers=BY_KIND_OR_ALL,
+    windows=Windows(lambda hf: WITHOUT_WINDOWS, rope="by_kind"),
+    theta=5e5,
+    leaves_out="mtp.",
+    unread=words("mtp_layer_types mtp_mlp_layer_types"),  # of modules that are left out
+)
+
+LAGUNA = Family(
+    architecture="LagunaForCausalLM",
+    model_types=("laguna",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        DENSE_WIDTH,
+        EXPERT_WIDTH,
+        Key("num_experts", "num_experts"),
+        Key("shared_expert_intermediate_size", "shared_ffw_dim"),
+        Key("moe_routed_scaling_factor", "gate_scale", 1.0),
+        Key("gating", "attention_gate", True, {True: "head", "per-head": "head", "per-element": "element"}),
+        *BIASES,
+    ),
+    fixed=dict(
+        attention="gqa",
+        qk_norm="head",
+        score="sigmoid",
+        normalize_gates=True,
+        num_shared_experts=1,
+        gate_activation="softplus",
+    ),
+    holds=without(SIGMOID_GROUPED, "moe_every", "qkv_bias", "out_bias", "partial_rotary_factor")
+    | {
+        "qk_norm": ("head",),
+        "normalize_gates": (True,),
+        "num_shared_experts": (1,),
+        "shared_ffw_dim": ANY,
+        "window": ANY,
+        "attention_gate": ("head", "element"),
+        "gate_activation": ("softplus",),
+    },
+    only=without(BIASED_ONLY, "partial_rotary_factor")
+    | {"moe_apply_router_weight_on_input": (False,), "moe_router_logit_softcapping": (0, 0.0)},
+    writes={},
+    rules=(BIASES_ALIKE,),
+    layers=BY_KIND,
+    windows=Windows(lambda hf: WITHOUT_WINDOWS, rope="by_kind"),
+    repeated={"num_attention_heads_per_layer": "num_attention_heads"},
+    theta=5e5,
+    partial=1.0,
+    renamed={
+        "mlp.gate.e_score_correction_bias": "mlp.experts.e_score_correction_bias",
+        "self_attn.gate_proj.weight": "self_attn.g_proj.weight",
+    }
+    | {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
+    has_bias=True,
+)
+
+GRANITE_MOE_SWA = Family(
+    architecture="GraniteMoeSWAForCausalLM",
+    model_types=("granitemoe_swa",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        Key("num_local_experts", "num_experts"),
+        Key("intermediate_size", "expert_ffw_dim"),
+        *(Key(name, name, 1.0) for name in MULTIPLIERS),
+        *BIASES,
+    ),
+    fixed=dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=True, attention_sinks=True),
+    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias", *MULTIPLIERS)
+    | EVERY_LAYER
+    | {"qk_norm": ("none",), "normalize_gates": (True,), "attention_sinks": (True,), "window": ANY},
+    only=BIASED_ONLY | {"shared_intermediate_size": (0,), "partial_rotary_factor": (1.0,)},
+    writes=dict(shared_intermediate_size=0),
+    rules=(BIASES_ALIKE,),
+    windows=Windows(lambda hf: "GLLL", ("layer_rope_theta",), rope="by_layer"),
+    renamed={"mlp.gate.weight": "block_sparse_moe.router.weight"},
+    fused=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+)
+
+FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA)
