@@ -16,6 +16,7 @@ from moe_jax.training.loop import run
 
 CONFIG = rig.drill_config()
 EXPERTS = dict(num_experts=8, top_k=2)
+WINDOW = dict(window=4, window_pattern="LG")
 
 # --- through validate -----------------------------------------------------------------------------------------
 
@@ -80,6 +81,34 @@ BAD = [
     (dict(seed=2**31), "seed=2147483648", "lower it"),
     (dict(model=dict(num_heads=4, num_kv_heads=3)), "model.num_kv_heads=3", "try 3 or 6"),
     (dict(model=dict(head_dim=7)), "model.head_dim=7", "try 8"),
+    (dict(model=dict(window=-1)), "model.window=-1", "raise it"),
+    (dict(model=dict(window=4, window_pattern="LS")), "model.window_pattern='LS'", "write 'L', or 'LLLG'"),
+    (dict(model=dict(window=4, window_pattern="G")), "model.window_pattern='G'", "write 'L', or 'LLLG'"),
+    (dict(model=dict(window=4, window_pattern="")), "model.window_pattern=''", "write 'L', or 'LLLG'"),
+    (dict(model=dict(window_pattern="LG")), "model.window=0 makes all of them global", "set model.window, or"),
+    (dict(model=dict(rope_layers="local")), "model.rope_layers='local'", "set model.window, or"),
+    (dict(model=dict(WINDOW, local_rope=dict(theta=0.5))), "model.local_rope.theta=0.5", "a base such as 10000.0"),
+    (
+        dict(model=dict(WINDOW, local_rope=dict(partial_rotary_factor=0.5))),
+        "model.local_rope.theta=0.0 gives them that of the others",
+        "set model.local_rope.theta, or",
+    ),
+    (
+        dict(model=dict(WINDOW, local_rope=dict(theta=10.0, partial_rotary_factor=0.1))),
+        "model.local_rope.partial_rotary_factor=0.1 of model.head_dim=32",
+        "try 1.0",
+    ),
+    (
+        dict(model=dict(WINDOW, rope_layers="local", local_rope=dict(theta=10.0))),
+        "model.local_rope.theta=10.0 is another RoPE",
+        "set model.local_rope.theta=0.0",
+    ),
+    (dict(model=dict(gate_activation="softplus")), "model.attention_gate='none'", "set model.attention_gate='element'"),
+    (dict(model=dict(attention="mla", attention_sinks=True)), "model.attention_sinks=True", "attention_sinks=False"),
+    (dict(model=dict(attention="mla", attention_gate="head")), "model.attention_gate='head'", "attention_gate='none'"),
+    (dict(model=dict(attention="mla", out_bias=True)), "model.out_bias=True", "model.out_bias=False"),
+    (dict(model=dict(WINDOW, attention="mla", rope_layers="local")), "model.rope_layers='local'", "rope_layers='all'"),
+    (dict(model=dict(norm_after=True, sandwich_norm=True)), "model.sandwich_norm=True", "set one of them to False"),
     (dict(model=dict(num_experts=8, top_k=9)), "model.top_k=9", "lower top_k"),
     (dict(model=dict(EXPERTS, num_groups=3)), "model.num_groups=3", "try 6 or 9"),
     (dict(model=dict(EXPERTS, num_groups=2, top_groups=3)), "model.top_groups=3", "lower top_groups"),

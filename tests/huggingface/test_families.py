@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from drills.folders import CASES, LATENT, SHARPENED, config_of, model_of
+from drills.folders import CASES, LATENT, OWN_ROPE, SHARPENED, YARN, config_of, model_of
 
 from moe_jax.config import ModelConfig, YarnConfig, default, validate
 from moe_jax.huggingface.config_in import from_hf
@@ -15,6 +15,8 @@ from moe_jax.huggingface.tensors import copies, tensors
 from moe_jax.huggingface.weights import abstract_weights
 from moe_jax.model.block import layout
 from moe_jax.runtime.leaves import describe_leaves
+
+KINDS = "full_attention", "sliding_attention"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,6 +118,42 @@ def test_which_layers_of_other_families_have_experts(case, keys, kinds):
     assert model_of(to_hf(family, config, "float32", {}))[1] == config
 
 
+@pytest.mark.parametrize(
+    ("case", "keys", "pattern"),
+    [
+        ("exaone_moe", dict(sliding_window_pattern=4), "LLLG"),
+        ("exaone_moe", dict(sliding_window_pattern="LLG"), "LLG"),
+        ("exaone_moe", dict(layer_types=["sliding_attention"] * 6), "L"),
+        ("afmoe", dict(layer_types=None, global_attn_every_n_layers=3), "LLG"),
+        ("mellum", dict(layer_types=None), ""),  # no layer has a window
+        ("mellum", dict(layer_types=["full_attention", *["sliding_attention"] * 4, "full_attention"]), "GLLLL"),
+        ("granitemoe_swa", dict(layer_types=None, layer_rope_theta=None), "GLLL"),
+    ],
+)
+def test_which_layers_have_a_window(case, keys, pattern):
+    dense = dict(mlp_layer_types=["sparse"] * 6) if case == "mellum" else {}
+    family, config = model_of(config_of(case, num_hidden_layers=6, **dense, **keys))
+    assert (config.window, config.window_pattern) == ((3, pattern) if pattern else (0, "L"))
+    assert model_of(to_hf(family, config, "float32", {}))[1] == config
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "rope"),
+    [
+        ("exaone_moe", {}, ("local", 10000.0, 0.0)),
+        ("mellum", {}, ("all", 50000.0, 1000.0)),
+        ("mellum", dict(rope_parameters=dict.fromkeys(KINDS, YARN)), ("all", 50000.0, 0.0)),
+        ("granitemoe_swa", {}, ("local", 100.0, 0.0)),
+        ("granitemoe_swa", dict(layer_rope_theta=[100.0, 50.0] * 2), ("all", 50.0, 100.0)),
+        ("granitemoe_swa", dict(layer_rope_theta=[100.0] * 4), ("all", 100.0, 0.0)),
+    ],
+)
+def test_which_rope_layers_have(case, keys, rope):
+    family, config = model_of(config_of(case, **keys))
+    assert (config.rope_layers, config.rope_theta, config.local_rope.theta) == rope
+    assert model_of(to_hf(family, config, "float32", {}))[1] == config
+
+
 def test_deepseek_v2_ranks_groups_by_their_best_expert_and_v3_by_two():
     assert model_of(config_of("deepseek_v2"))[1].group_top == 1
     assert model_of(config_of("deepseek_v3"))[1].group_top == 2
@@ -130,6 +168,8 @@ def test_rope_is_read_by_its_old_and_its_new_keys():
     old = model_of(config_of("deepseek_v3", rope_parameters=None, rope_scaling=OLD, rope_theta=50000.0))[1]
     assert new == old
     assert (old.rope_theta, old.yarn) == (50000.0, YarnConfig(4.0, 16, 32.0, 1.0, 1.0, 0.7))
+    family, plain = model_of(config_of("deepseek_v3", rope_parameters=SHARPENED | dict(truncate=False)))
+    assert not plain.yarn.truncate and model_of(to_hf(family, plain, "float32", {}))[1] == plain
 
 
 def test_rope_is_written_by_its_old_and_its_new_keys():
@@ -185,7 +225,6 @@ REFUSED = [
     ("deepseek_v3", dict(rope_interleave=False), "rope_interleave=False"),
     ("deepseek_v3", dict(num_key_value_heads=1), "num_key_value_heads=1"),
     ("deepseek_v3", dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "type 'llama3'"),
-    ("deepseek_v3", dict(rope_parameters=SHARPENED | dict(truncate=False)), "truncate=false"),
     ("deepseek_v3", dict(rope_parameters=SHARPENED | dict(attention_factor=2.0)), "attention_factor=2.0"),
     ("deepseek_v3", dict(rope_parameters=SHARPENED | dict(mscale=None)), "mscale=None and mscale_all_dim=0.7"),
     ("qwen3_moe", dict(rope_parameters=SHARPENED), "mscale_all_dim=0.7, which Qwen3MoeForCausalLM does not read"),
@@ -221,6 +260,20 @@ REFUSED = [
     ("deepseek_v3", dict(rope_scaling=SHARPENED | dict(factor=8.0)), "mean different things"),
     ("olmoe", dict(rope_parameters=dict(rope_type="default", factor=8.0)), "'default' with factor=8.0"),
     ("olmoe", dict(rope_scaling=[2.0]), r"rope_scaling=\[2.0\], which must be an object"),
+    ("exaone_moe", dict(layer_types=["full_attention"] * 4), "only layers with a sliding window have RoPE"),
+    ("exaone_moe", dict(layer_types=["sliding_attention"]), "for each of num_hidden_layers=4"),
+    ("exaone_moe", dict(sliding_window=None), "has no sliding_window"),
+    ("exaone_moe", dict(sliding_window_pattern="LS"), "sliding_window_pattern='LS'"),
+    ("afmoe", dict(layer_types=["chunked_attention"] * 4), "'sliding_attention' or 'full_attention'"),
+    ("afmoe", dict(score_func="softmax"), "score_func='softmax'"),
+    ("mellum", dict(rope_parameters=dict(full_attention=YARN)), "without rope_theta of 'sliding_attention'"),
+    ("mellum", dict(rope_parameters=dict(full_attention=OWN_ROPE, sliding_attention=YARN)), "YaRN in layers with a"),
+    ("mellum", dict(rope_parameters=dict.fromkeys(KINDS, YARN | dict(truncate=False))), "truncate=false for a kind"),
+    ("laguna", dict(num_attention_heads_per_layer=[2, 4, 2, 4]), r"num_attention_heads_per_layer=\[2, 4, 2, 4\]"),
+    ("laguna", dict(moe_router_logit_softcapping=3.0), "moe_router_logit_softcapping=3.0"),
+    ("granitemoe_swa", dict(layer_rope_theta=[10.0, 0.0, 20.0, 0.0]), "layer_rope_theta="),
+    ("granitemoe_swa", dict(layer_rope_theta=[0.0, 10.0, 0.0, 10.0]), "RoPE in all layers with a sliding window"),
+    ("granitemoe_swa", dict(shared_intermediate_size=8), "shared_intermediate_size=8"),
 ]
 
 
@@ -307,6 +360,9 @@ def test_every_key_of_our_model_is_written_or_the_only_one_that_the_family_holds
     read |= {"group_top"} if family.holds.get("num_groups") == (1,) else set()
     read |= {"ffw_dim"} if family.holds.get("first_dense") == (0,) and family.holds.get("moe_every") == (1,) else set()
     read |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
+    without_windows = family.holds.get("window") == (0,)  # then a rule allows only the defaults of these
+    read |= {"window_pattern", "rope_layers", "local_rope"} if family.windows is not None or without_windows else set()
+    read |= {"gate_activation"} if family.holds.get("attention_gate") == ("none",) else set()
     other = OF_ATTENTION["mla" if family.fixed["attention"] == "gqa" else "gqa"]
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
     assert ours - APART - other - read == set()

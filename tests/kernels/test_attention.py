@@ -142,11 +142,10 @@ def with_all_gradients(run, window, query, key, value, sinks, segment_ids, gradi
 
 
 WITH_SINKS = [in_cpp, in_blocks, as_on_tpu]
-WINDOWS = {"one token": 1, "within a block": 20, "over blocks": 140, "longer than the row": 400}
+OF_WINDOWS = [(run, window) for run in (in_blocks, as_on_tpu, in_xla, on_hopper) for window in (20, 140)]
 
 
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("run", [*WITH_SINKS, in_xla, on_hopper])
+@pytest.mark.parametrize(("run", "window"), [*((in_cpp, window) for window in (1, 20, 140, 400)), *OF_WINDOWS])
 def test_a_token_sees_its_window_and_its_head_s_sink(run, window, small_blocks):
     # a long document between two short ones, then one of the whole row
     *inputs, gradient = arrays(2, 301, 4, 2, 16, 8)
@@ -242,9 +241,15 @@ def test_on_a_mesh_the_kernel_has_the_values_and_gradients_of_one_device(kv_head
     shape = (2, 20, 4, 2 * kv_heads, 8, 8)
     *inputs, gradient = arrays(*shape)
     segment_ids = segments(*shape[:2])
-    mesh = mesh_of(jax.devices(), data=2, **axes)
-    expected = with_gradients(attend, *inputs, segment_ids, gradient)
-    on_mesh = with_gradients(functools.partial(as_on_tpu, mesh=mesh), *inputs, segment_ids, gradient)
+    mesh, sinks = mesh_of(jax.devices(), data=2, **axes), jnp.linspace(-1.0, 2.0, 4)
+
+    def one(query, key, value, segment_ids, window, sinks):
+        return attend(query, key, value, segment_ids, window=window, sinks=sinks)
+
+    def many(query, key, value, segment_ids, window, sinks):
+        return as_on_tpu(query, key, value, segment_ids, mesh=mesh, window=window, sinks=sinks)
+
+    expected, on_mesh = (with_all_gradients(run, 6, *inputs, sinks, segment_ids, gradient) for run in (one, many))
     for ours, theirs in zip(on_mesh, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -158,12 +158,13 @@ STEP = dict(
     device_capacity=dict(num_devices=4, capacity_factor=1.0),
     bias_sign=dict(rate=1e-2),
 )
+KINDS = dict(window=5, window_pattern="LG", local_rope=dict(theta=100.0), attention_sinks=True, attention_gate="head")
 CONFIGS = {
     "mla": dict(model=LATENT | dict(mtp_depth=1, yarn=YARN), balance=BALANCE),
     # for the long product
     "mla, ahead twice": dict(model=LATENT | dict(mtp_depth=2, remat="full"), balance=STEP, micro_batches=2),
     "mla, no latent of queries": dict(model=LATENT | dict(q_lora_rank=0), balance=BALANCE),
-    "gqa": dict(model=dict(qk_norm="head", qkv_bias=True, partial_rotary_factor=0.5), balance=BALANCE),
+    "gqa": dict(model=dict(qk_norm="head", qkv_bias=True, partial_rotary_factor=0.5) | KINDS, balance=BALANCE),
     "gqa, norm of all heads, ahead": dict(
         model=dict(qk_norm="projection", norm_after=True, shared_gate=True, mtp_depth=1), balance=BALANCE
     ),

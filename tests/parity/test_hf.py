@@ -122,6 +122,10 @@ def test_kimi_k2_is_deepseek_v3_without_groups_and_with_a_step_in_its_frequencie
     agree(model, load_hf(tmp_path))
 
 
+# what only differs where gradients do not: in the keys and names, or in what another case has
+SIMILAR = dict(deepseek_v2_lite="deepseek_v2", exaone_moe="afmoe", laguna="afmoe", mellum="granitemoe_swa")
+
+
 def trained(ours, balance, steps=2):
     """The state after some steps from the model's weights."""
     config = replace(tiny_config(balance=balance, optimizer=dict(learning_rate=1e-2)), model=ours.config)
@@ -136,8 +140,8 @@ def trained(ours, balance, steps=2):
 
 def test_after_training_here_transformers_gives_the_same_logits(pair, tmp_path):
     case, _, _, ours = pair
-    if case == "deepseek_v2_lite":
-        pytest.skip("in training it is deepseek_v2, whose compilation takes seconds")
+    if case in SIMILAR:
+        pytest.skip(f"in training it is {SIMILAR[case]}, whose compilation takes seconds")
     has_bias = model_of(config_of(case))[0].has_bias
     balance = dict(bias_sign=dict(rate=0.1)) if has_bias else dict(aux_loss=dict(weight=1e-2))
     state = trained(ours, balance)
