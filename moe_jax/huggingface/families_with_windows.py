@@ -31,7 +31,7 @@ from moe_jax.huggingface.family import (
     without,
     words,
 )
-from moe_jax.huggingface.layer_lists import BY_KIND, BY_KIND_OR_ALL
+from moe_jax.huggingface.layer_lists import BY_KIND, BY_KIND_OR_ALL, BY_STEP
 
 WITHOUT_WINDOWS = "G"
 
@@ -230,4 +230,42 @@ GRANITE_MOE_SWA = Family(
     fused=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
 )
 
-FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA)
+
+def _of_flint(hf: Mapping[str, Any]) -> str:
+    count = whole(hf, "num_hidden_layers")
+    return "".join("G" if i < 2 or i % 4 == 1 or i == count - 1 else "L" for i in range(count))
+
+
+FLINT = Family(
+    architecture="FlintForCausalLM",
+    model_types=("flint",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        DENSE_WIDTH,
+        EXPERT_WIDTH,
+        Key("num_experts", "num_experts"),
+        Key("shared_expert_intermediate_size", "shared_ffw_dim"),
+        NORMALIZED,
+        *BIASES,
+    ),
+    fixed=dict(attention="gqa", qk_norm="head", score="sigmoid", num_shared_experts=1, attention_sinks=True),
+    holds=without(SIGMOID_GROUPED, "moe_every", "qkv_bias", "out_bias")
+    | {
+        "qk_norm": ("head",),
+        "gate_scale": (1.0,),
+        "num_shared_experts": (1,),
+        "shared_ffw_dim": ANY,
+        "attention_sinks": (True,),
+        "window": SOME,
+    },
+    only=BIASED_ONLY | {"partial_rotary_factor": (1.0,)},
+    writes={},
+    rules=(BIASES_ALIKE,),
+    layers=BY_STEP,
+    windows=Windows(_of_flint, rope="local", may_lack=False),
+    renamed={"self_attn.sinks": "self_attn.softmax_offset"}
+    | {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
+)
+
+FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT)

@@ -13,6 +13,7 @@ class Other(NamedTuple):
 MIXTRAL, GRANITE, QWEN2 = "MixtralForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM"
 QWEN3, V3 = "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"
 GLM, DOTS, MINIMAX = "Glm4MoeForCausalLM", "Dots1ForCausalLM", "MiniMaxM2ForCausalLM"
+AFMOE, FLINT = "AfmoeForCausalLM", "FlintForCausalLM"
 
 WINDOWS = "attention within a sliding window in some layers"
 INDEXER = "sparse attention, whose keys an indexer picks"
@@ -25,7 +26,7 @@ OTHERS = {
     "axk1": Other(V3, "a norm behind the experts"),
     "axk2": Other(V3, INDEXER),
     "bailing_hybrid": Other(V3, DELTA),
-    "beam": Other(DOTS, f"norms before and after each layer, residuals scaled by depth, and {WINDOWS}"),
+    "beam": Other(AFMOE, "residuals scaled by depth"),
     "cohere2_moe": Other(MIXTRAL, f"LayerNorm, attention beside the feed-forward, and {WINDOWS}"),
     "dbrx": Other(MIXTRAL, "LayerNorm, fused and clipped queries, keys and values, and fused expert tensors"),
     "deepseek_v32": Other(V3, INDEXER),
@@ -33,7 +34,6 @@ OTHERS = {
     "doge": Other(MIXTRAL, "masks that are computed from values, and experts of single vectors behind product keys"),
     "dots3_note": Other(V3, f"{INDEXER}, and {WINDOWS}"),
     "dots3_note_text": Other(V3, f"{INDEXER}, and {WINDOWS}"),
-    "flint": Other(QWEN2, f"attention sinks, and {WINDOWS}"),
     "gemma4": Other(
         QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
     ),
@@ -41,9 +41,7 @@ OTHERS = {
         QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
     ),
     "glm_moe_dsa": Other(V3, INDEXER),
-    "gpt_oss": Other(
-        MIXTRAL, f"attention sinks, biases of all projections and experts, clamped experts, and {WINDOWS}"
-    ),
+    "gpt_oss": Other(FLINT, "biases of the router and of experts, and clamped experts"),
     "granitemoehybrid": Other(GRANITE, "Mamba layers"),
     "granitemoeshared": Other(GRANITE, "a shared expert, in fused tensors"),
     "hunyuan_v1_moe": Other(QWEN3, "norms of queries and keys behind RoPE, and a shared expert without a gate"),
@@ -54,15 +52,15 @@ OTHERS = {
     "jamba": Other(MIXTRAL, "Mamba layers"),
     "jetmoe": Other(MIXTRAL, "experts in attention, and fused expert tensors"),
     "kimi_linear": Other(V3, f"{DELTA}, and latent attention without RoPE"),
-    "kolibri1": Other(
-        DOTS, f"a bias that is added to logits, norms before and after each layer, {WINDOWS}, and no RoPE in the rest"
-    ),
+    "kolibri1": Other(AFMOE, "a bias that is added to logits"),
     "lara_mini": Other(QWEN2, f"{DELTA}, and {WINDOWS}"),
     "lfm2_moe": Other(DOTS, "layers of short convolutions"),
     "llama4": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
     "llama4_text": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
     "longcat_flash": Other(V3, "two attentions a layer, with the experts beside the second, and scaled latents"),
-    "mimo_v2_flash": Other(GLM, f"attention sinks, values of another width, and {WINDOWS}"),
+    "mimo_v2_flash": Other(
+        FLINT, "sinks in some layers only, which have more heads of keys, and values of another width"
+    ),
     "minimax": Other(MIXTRAL, "layers of linear attention (lightning), and weighted residuals"),
     "minimax_m3_vl_text": Other(MINIMAX, f"{INDEXER}, and clamped experts"),
     "nemotron_h": Other(DOTS, "Mamba-2 layers, and experts with a squared ReLU"),

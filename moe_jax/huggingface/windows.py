@@ -63,7 +63,7 @@ def _letters(windows: Windows, hf: Mapping[str, Any]) -> str:
 
 def _by_kind(hf: Mapping[str, Any], letters: str, rope: ReadRope) -> dict[str, Any]:
     found = hf.get("rope_parameters") or {}
-    parts = {letter: found.get(TYPES[letter]) for letter in sorted(set(letters))}
+    parts: dict[str, Any] = {letter: found.get(TYPES[letter]) for letter in sorted(set(letters))}
     for letter, part in parts.items():
         if not isinstance(part, Mapping) or part.get("rope_theta") is None:
             raise ValueError(
@@ -89,15 +89,14 @@ def _by_layer(hf: Mapping[str, Any], letters: str, ours: Mapping[str, Any]) -> d
     if thetas is None:
         return {}
     known = isinstance(thetas, list) and len(thetas) == len(letters)
-    kinds = {
-        letter: {t for t, own in zip(thetas, letters, strict=True) if own == letter} for letter in letters if known
-    }
-    if not known or any(len(kind) > 1 or not isinstance(min(kind), int | float) for kind in kinds.values()):
+    known = known and all(isinstance(theta, int | float) and not isinstance(theta, bool) for theta in thetas)
+    pairs = set(zip(letters, thetas, strict=True)) if known else set()
+    if not known or len(pairs) > len(set(letters)):
         raise ValueError(
             f"config.json has layer_rope_theta={thetas!r}, which must have a number for each layer, the same for all "
             "with a sliding window and for all without; convert another model."
         )
-    theta = {letter: min(kind) for letter, kind in kinds.items()}
+    theta = dict(pairs)
     local, other = theta.get("L", theta.get("G")), theta.get("G", theta.get("L"))
     if local and local == other:
         return {"rope_theta": local}
@@ -120,7 +119,8 @@ def written(windows: Windows, c: ModelConfig, rope: Mapping[str, Any]) -> dict[s
         rope: RoPE of layers without a window, as `rope_parameters` has it.
     """
     kinds = ["L" if local else "G" for local in local_layers(c)]
-    keys: dict[str, Any] = {"sliding_window": c.window or None, "layer_types": [TYPES[kind] for kind in kinds]}
+    keys: dict[str, Any] = {"sliding_window": c.window} if c.window else {}
+    keys["layer_types"] = [TYPES[kind] for kind in kinds]
     own = c.local_rope
     if windows.rope == "by_kind":
         local = dict(rope)

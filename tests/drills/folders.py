@@ -101,6 +101,7 @@ CASES = {
         | dict(num_local_experts=4, embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.25)
         | dict(logits_scaling=2.0, tie_word_embeddings=True, layer_rope_theta=[100.0, 0, 100.0, 0]),
     ),
+    "flint": ("Flint", WINDOWED | dict(shared_expert_intermediate_size=12, mlp_only_layers=[0], norm_topk_prob=True)),
 }
 TYPES = {name: case.removesuffix("_lite") if name == "DeepseekV2" else case for case, (name, _) in CASES.items()}
 

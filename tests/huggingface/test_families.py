@@ -128,6 +128,7 @@ def test_which_layers_of_other_families_have_experts(case, keys, kinds):
         ("mellum", dict(layer_types=None), ""),  # no layer has a window
         ("mellum", dict(layer_types=["full_attention", *["sliding_attention"] * 4, "full_attention"]), "GLLLL"),
         ("granitemoe_swa", dict(layer_types=None, layer_rope_theta=None), "GLLL"),
+        ("flint", dict(layer_types=None), "GGLLL"),  # GGLLLG
     ],
 )
 def test_which_layers_have_a_window(case, keys, pattern):
@@ -272,6 +273,7 @@ REFUSED = [
     ("laguna", dict(num_attention_heads_per_layer=[2, 4, 2, 4]), r"num_attention_heads_per_layer=\[2, 4, 2, 4\]"),
     ("laguna", dict(moe_router_logit_softcapping=3.0), "moe_router_logit_softcapping=3.0"),
     ("granitemoe_swa", dict(layer_rope_theta=[10.0, 0.0, 20.0, 0.0]), "layer_rope_theta="),
+    ("granitemoe_swa", dict(layer_rope_theta=[[10.0], 0.0, 10.0, 0.0]), "must have a number for each layer"),
     ("granitemoe_swa", dict(layer_rope_theta=[0.0, 10.0, 0.0, 10.0]), "RoPE in all layers with a sliding window"),
     ("granitemoe_swa", dict(shared_intermediate_size=8), "shared_intermediate_size=8"),
 ]
@@ -362,6 +364,7 @@ def test_every_key_of_our_model_is_written_or_the_only_one_that_the_family_holds
     read |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
     without_windows = family.holds.get("window") == (0,)  # then a rule allows only the defaults of these
     read |= {"window_pattern", "rope_layers", "local_rope"} if family.windows is not None or without_windows else set()
+    read |= {"embedding_multiplier"} if family.scales_by_width else set()
     read |= {"gate_activation"} if family.holds.get("attention_gate") == ("none",) else set()
     other = OF_ATTENTION["mla" if family.fixed["attention"] == "gqa" else "gqa"]
     ours = {field.name for field in dataclasses.fields(ModelConfig)}

@@ -123,7 +123,9 @@ def test_kimi_k2_is_deepseek_v3_without_groups_and_with_a_step_in_its_frequencie
 
 
 # what only differs where gradients do not: in the keys and names, or in what another case has
-SIMILAR = dict(deepseek_v2_lite="deepseek_v2", exaone_moe="afmoe", laguna="afmoe", mellum="granitemoe_swa")
+SIMILAR = dict(
+    deepseek_v2_lite="deepseek_v2", exaone_moe="afmoe", laguna="afmoe", mellum="granitemoe_swa", flint="granitemoe_swa"
+)
 
 
 def trained(ours, balance, steps=2):
