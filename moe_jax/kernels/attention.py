@@ -168,9 +168,7 @@ def in_jax(
         key,
         wide,
         mask=visibility(segment_ids, window),
-        # so that it skips scores that the mask hides
-        is_causal=kernel == "cudnn",
-        local_window_size=(window - 1, 0) if window and kernel == "cudnn" else None,
+        is_causal=kernel == "cudnn",  # so that it skips scores that the mask hides; beside a mask it knows no window
         scale=scale,
         implementation=kernel,
     )

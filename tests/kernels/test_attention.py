@@ -349,8 +349,10 @@ def test_without_a_compiler_a_cpu_attends_in_xla(monkeypatch):
         attend(query, key, value, segments(1, 8), cpu_kernel="native")
 
 
-@pytest.mark.parametrize(("width", "value_width", "length"), [(128, 128, 2048), (64, 64, 1000), (192, 128, 1024)])
-def test_on_tpu_scores_are_never_in_memory(tpu_devices, width, value_width, length):
+@pytest.mark.parametrize(
+    ("width", "value_width", "length", "window"), [(128, 128, 2048, 0), (64, 64, 1000, 200), (192, 128, 1024, 0)]
+)
+def test_on_tpu_scores_are_never_in_memory(tpu_devices, width, value_width, length, window):
     mesh = mesh_of(tpu_devices("v5p:2x2x1"), data=2, tensor=2)
 
     def abstract(place, *shape, dtype=jnp.bfloat16):
@@ -361,7 +363,9 @@ def test_on_tpu_scores_are_never_in_memory(tpu_devices, width, value_width, leng
     segment_ids = abstract(P(BATCH), 4, length, dtype=jnp.int32)
 
     def total(query, key, value, segment_ids):
-        return attend(query, key, value, segment_ids, mesh=mesh).astype(jnp.float32).sum()
+        sinks = jnp.arange(8, dtype=jnp.float32) if window else None
+        mixed = attend(query, key, value, segment_ids, window=window, sinks=sinks, mesh=mesh)
+        return mixed.astype(jnp.float32).sum()
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(query, key, value, segment_ids).compile()
     scores_of_a_device = 2 * 4 * length**2 * 2  # rows, heads, bfloat16
