@@ -1,4 +1,4 @@
-"""Rules across the keys of a model: rematerialisation, multi-token prediction, experts; those of attention are beside it."""
+"""Rules across the keys of a model: rematerialisation, multi-token prediction, experts; those of attention are apart."""
 
 from collections.abc import Callable
 from typing import Any
