@@ -1,4 +1,4 @@
-"""Rules across the keys of a model: rematerialisation, multi-token prediction, experts; those of attention are apart."""
+"""Rules across the keys of a model: rematerialisation, multi-token prediction, experts. Attention has its own file."""
 
 from collections.abc import Callable
 from typing import Any
