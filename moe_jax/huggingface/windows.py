@@ -23,7 +23,7 @@ def windows_of(windows: Windows, hf: Mapping[str, Any], rope: ReadRope) -> dict[
     Raises:
         ValueError: a key is not as it must be, or our model does not have such a RoPE.
     """
-    letters = _letters(windows, hf)
+    letters = _letters(windows, hf) or "G"  # a model without layers is refused when it is whole
     ours: dict[str, Any] = {"window": 0, "window_pattern": "L"}
     if "L" in letters:
         ours = {"window": whole(hf, "sliding_window"), "window_pattern": shortest(letters)}
