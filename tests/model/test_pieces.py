@@ -98,10 +98,11 @@ def test_a_token_of_a_piece_knows_its_sequence():
 # --- attention alone ------------------------------------------------------------------------------------------
 
 LATENT = dict(attention="mla", q_lora_rank=8, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6)
+LOCAL = dict(window=5, attention_sinks=True, attention_gate="head", out_bias=True)
 LAYERS = {  # model; of a token: numbers in the widest array that is gathered, and in all that are exchanged
     "mla": (LATENT, 6, 8 * (8 + 6)),
     "keys gathered": (dict(num_kv_heads=2, qk_norm="projection"), 2 * 8, 8 * (8 + 8)),
-    "keys exchanged": (dict(num_kv_heads=4, qk_norm="head"), 0, 8 * (8 + 8) + 4 * (8 + 8)),
+    "keys exchanged": (dict(num_kv_heads=4, qk_norm="head") | LOCAL, 0, 8 * (8 + 8) + 4 * (8 + 8)),
 }
 
 
@@ -116,7 +117,7 @@ def test_attention_in_pieces_has_the_values_and_gradients_of_one_device_and_exch
     inputs = x, batch.positions[4 : 4 + rows], batch.segment_ids[4 : 4 + rows], up
 
     def attended(weights, x, positions, segments, mesh):
-        return nnx.merge(graph, weights)(x, positions, segments, mesh)
+        return nnx.merge(graph, weights)(x, positions, segments, mesh, config.window > 0)
 
     def gradients(mesh, *inputs):
         def total(weights, x, positions, segments, up):
