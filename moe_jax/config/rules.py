@@ -1,12 +1,13 @@
 """Rules across the keys of a config, all of them in the order in which they are checked.
 
-Those of a model alone are in `model_rules.py`.
+Those of a model alone are in `model_rules.py`, those of the optimizer in `optimizer_rules.py`.
 """
 
 from collections.abc import Callable
 
 from moe_jax.config.mesh_rules import check_mesh, nearby
 from moe_jax.config.model_rules import MODEL_RULES
+from moe_jax.config.optimizer_rules import OPTIMIZER_RULES
 from moe_jax.config.rule import Rule, rises_within
 from moe_jax.config.schema import Config, ModelConfig, branch_point, num_moe_layers
 
@@ -172,38 +173,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
         lambda c: f"try {nearby(c.measure_every, c.log_every)}",
         holds=lambda c: c.measure_every % c.log_every == 0,
     ),
-    # optimizer
-    Rule(
-        "{optimizer.warmup_steps} must be at most {num_steps}",
-        lambda c: f"try {max(1, c.num_steps // 10)}",
-        holds=lambda c: c.optimizer.warmup_steps <= c.num_steps,
-    ),
-    Rule(
-        "{optimizer.milestones} must rise strictly between 0 and 1 (shares of num_steps)",
-        "try (0.8, 0.9)",
-        holds=lambda c: rises_within(c.optimizer.milestones, 1),
-        when=lambda c: c.optimizer.schedule == "multistep",
-    ),
-    Rule(
-        "{optimizer.warmup_steps} and the decay of {optimizer.decay_fraction} must fit into {num_steps}",
-        "lower one of them",
-        holds=lambda c: c.optimizer.warmup_steps + round(c.optimizer.decay_fraction * c.num_steps) <= c.num_steps,
-        when=lambda c: c.optimizer.schedule == "wsd",
-    ),
-    Rule(
-        "{optimizer.eps} must be above 0 in float32 (at least 2^-126), because Adam divides 0 by it where a parameter "
-        "has no gradient",
-        "try 1e-8",
-        holds=lambda c: c.optimizer.eps >= 2**-126,
-    ),
-    Rule(
-        "{optimizer.rounding} rounds parameters or moments in bfloat16, but {model.param_dtype} and "
-        "{optimizer.moment_dtype}",
-        "set one of them to 'bfloat16', or optimizer.rounding='nearest'",
-        holds=lambda c: "bfloat16" in (c.model.param_dtype, c.optimizer.moment_dtype),
-        when=lambda c: c.optimizer.rounding == "stochastic",
-    ),
-    Rule("{optimizer.b1} must be below 1", "try 0.95", holds=lambda c: c.optimizer.b1 < 1),
-    Rule("{optimizer.b2} must be below 1", "try 0.95", holds=lambda c: c.optimizer.b2 < 1),
+    *OPTIMIZER_RULES,
     check_mesh,
 )

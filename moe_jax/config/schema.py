@@ -18,6 +18,10 @@ DType = Literal["float32", "bfloat16"]
 # experts' gate and up before the activation
 Kept = Literal["rows", "attention", "residual", "hidden"]
 REMAT_KEEP: tuple[Kept, ...] = ("rows", "attention", "residual")
+# the parts of a model, one for each parameter: `head` without tied embeddings; `dense` feed-forward layers; routed
+# `experts` with their projections to a latent and back; `mtp` is what multi-token prediction has besides its block;
+# `norms` are the scales of all norms
+Part = Literal["embedding", "head", "attention", "dense", "router", "experts", "shared", "mtp", "norms"]
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,52 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW behind gradient clipping; `schedule` shapes the learning rate over `num_steps`."""
+class GroupConfig:
+    """What the optimizer does differently to one part of the model.
 
+    A frozen part keeps its values and has no moments. That does not stop the selection bias, which is no parameter:
+    it moves as long as `balance` has a method that moves it.
+    """
+
+    learning_rate: float = number(1.0, 0.0)  # times optimizer.learning_rate
+    weight_decay: float = number(1.0, 0.0)  # times optimizer.weight_decay
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class GroupsConfig:
+    """One group for every `Part`."""
+
+    embedding: GroupConfig = field(default_factory=GroupConfig)
+    head: GroupConfig = field(default_factory=GroupConfig)
+    attention: GroupConfig = field(default_factory=GroupConfig)
+    dense: GroupConfig = field(default_factory=GroupConfig)
+    router: GroupConfig = field(default_factory=GroupConfig)
+    experts: GroupConfig = field(default_factory=GroupConfig)
+    shared: GroupConfig = field(default_factory=GroupConfig)
+    mtp: GroupConfig = field(default_factory=GroupConfig)
+    norms: GroupConfig = field(default_factory=GroupConfig)
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon for the matrices of `parts`; AdamW moves the rest (`training.muon`).
+
+    An update has the root mean square `rms`; 0.2 is that of AdamW, whose learning rate then serves both.
+    Source: Jordan (2024), arXiv 2502.16982.
+    """
+
+    parts: tuple[Part, ...] = ("attention", "dense", "experts", "shared", "mtp")
+    momentum: float = number(0.95, 0.0)
+    iterations: int = number(5, 1, 20)  # of Newton-Schulz
+    rms: float = number(0.2, 0.0)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon, behind gradient clipping; `schedule` shapes the learning rate over `num_steps`."""
+
+    method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = number(1e-3, 0.0)
     schedule: Literal["constant", "cosine", "wsd", "multistep"] = "cosine"
     warmup_steps: int = number(0, 0)
@@ -150,6 +197,8 @@ class OptimizerConfig:
     clip_norm: float = number(1.0, 0.0)  # 0: no clipping
     moment_dtype: DType = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters and moments in bfloat16
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
 
 
 @dataclass(frozen=True)
@@ -263,6 +312,23 @@ def num_moe_layers(m: ModelConfig) -> int:
     if m.num_experts == 0:
         return 0
     return (m.num_layers - m.first_dense) // m.moe_every + m.mtp_depth
+
+
+def parts(m: ModelConfig) -> tuple[Part, ...]:
+    """The parts that the model has."""
+    moe = m.num_experts > 0
+    has: dict[Part, bool] = dict(
+        embedding=True,
+        head=not m.tied_embeddings,
+        attention=True,
+        dense=num_moe_layers(m) < m.num_layers + m.mtp_depth,
+        router=moe,
+        experts=moe,
+        shared=moe and m.num_shared_experts > 0,
+        mtp=m.mtp_depth > 0,
+        norms=True,
+    )
+    return tuple(part for part, present in has.items() if present)
 
 
 def num_choices(m: ModelConfig) -> int:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, Part
 from moe_jax.model.moe import RouterBias
 from moe_jax.model.transformer import Transformer
 
@@ -27,18 +27,24 @@ def abstract_model(config: ModelConfig) -> AbstractModel:
     """The structure of a model; no array is allocated."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
-    dims = jax.tree.map(lambda v: Dims(v.get_metadata()["dims"]), params, is_leaf=_is_variable)
+    dims = jax.tree.map(_dims_of, params, is_leaf=_is_variable)
     return AbstractModel(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(bias), nnx.to_pure_dict(dims))
 
 
 class Dims:
-    """A leaf's logical dimensions, wrapped so that trees treat them as one leaf."""
+    """A leaf's logical dimensions and its part of the model, wrapped so that trees treat them as one leaf."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], part: Part) -> None:
         self.names = names
+        self.part = part
 
     def __repr__(self) -> str:
-        return f"Dims({', '.join(self.names)})"
+        return f"Dims({', '.join(self.names)}; {self.part})"
+
+
+def _dims_of(variable: nnx.Variable) -> Dims:
+    metadata = variable.get_metadata()
+    return Dims(metadata["dims"], metadata["part"])
 
 
 def _is_variable(node: object) -> bool:

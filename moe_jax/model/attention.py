@@ -16,7 +16,7 @@ from moe_jax.config import ModelConfig, YarnConfig, local_rotated_width, rotated
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.mesh import is_sharded
 from moe_jax.model.kinds import Local, by_kind
-from moe_jax.model.layers import RMSNorm, normal
+from moe_jax.model.layers import RMSNorm, normal, zeros
 from moe_jax.model.pieces import (
     expanded_for_own_heads,
     for_own_heads,
@@ -40,15 +40,15 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, heads, kv_heads, head = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.query = normal(config, rngs, embed=width, heads=heads, head_dim=head)
-        self.key = normal(config, rngs, embed=width, kv_heads=kv_heads, head_dim=head)
-        self.value = normal(config, rngs, embed=width, kv_heads=kv_heads, head_dim=head)
-        self.out = normal(config, rngs, heads=heads, head_dim=head, embed=width)
+        self.query = normal(config, rngs, "attention", embed=width, heads=heads, head_dim=head)
+        self.key = normal(config, rngs, "attention", embed=width, kv_heads=kv_heads, head_dim=head)
+        self.value = normal(config, rngs, "attention", embed=width, kv_heads=kv_heads, head_dim=head)
+        self.out = normal(config, rngs, "attention", heads=heads, head_dim=head, embed=width)
         self.query_bias = _bias_of_heads(config, heads)
         self.key_bias = _bias_of_heads(config, kv_heads)
         self.value_bias = _bias_of_heads(config, kv_heads)
-        self.out_bias = nnx.Param(jnp.zeros(width, config.param_dtype), dims=("embed",)) if config.out_bias else None
-        self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32), dims=("heads",)) if config.attention_sinks else None
+        self.out_bias = zeros("attention", config.param_dtype, embed=width) if config.out_bias else None
+        self.sinks = zeros("attention", "float32", heads=heads) if config.attention_sinks else None
         self.gate = _gate_of_heads(config, rngs)
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, kv_heads)
@@ -156,16 +156,18 @@ class LatentAttention(nnx.Module):
         width, heads, rank = config.embed_dim, config.num_heads, config.kv_lora_rank
         head = config.qk_nope_head_dim + config.qk_rope_head_dim
         query_rank = config.q_lora_rank
-        self.query_down = normal(config, rngs, embed=width, latent=query_rank) if query_rank else None
+        self.query_down = normal(config, rngs, "attention", embed=width, latent=query_rank) if query_rank else None
         self.query_latent_norm = RMSNorm(config, LATENT_EPS, latent=query_rank) if query_rank else None
-        self.query_up = normal(config, rngs, latent=query_rank, heads=heads, head_dim=head) if query_rank else None
-        self.query = None if query_rank else normal(config, rngs, embed=width, heads=heads, head_dim=head)
-        self.latent_down = normal(config, rngs, embed=width, latent=rank)
-        self.key_rope = normal(config, rngs, embed=width, head_dim=config.qk_rope_head_dim)
+        self.query_up = (
+            normal(config, rngs, "attention", latent=query_rank, heads=heads, head_dim=head) if query_rank else None
+        )
+        self.query = None if query_rank else normal(config, rngs, "attention", embed=width, heads=heads, head_dim=head)
+        self.latent_down = normal(config, rngs, "attention", embed=width, latent=rank)
+        self.key_rope = normal(config, rngs, "attention", embed=width, head_dim=config.qk_rope_head_dim)
         self.latent_norm = RMSNorm(config, LATENT_EPS, latent=rank)
-        self.key_up = normal(config, rngs, latent=rank, heads=heads, head_dim=config.qk_nope_head_dim)
-        self.value_up = normal(config, rngs, latent=rank, heads=heads, head_dim=config.v_head_dim)
-        self.out = normal(config, rngs, heads=heads, head_dim=config.v_head_dim, embed=width)
+        self.key_up = normal(config, rngs, "attention", latent=rank, heads=heads, head_dim=config.qk_nope_head_dim)
+        self.value_up = normal(config, rngs, "attention", latent=rank, heads=heads, head_dim=config.v_head_dim)
+        self.out = normal(config, rngs, "attention", heads=heads, head_dim=config.v_head_dim, embed=width)
         self.config = nnx.static(config)
 
     def __call__(
@@ -321,15 +323,15 @@ def _bias_of_heads(config: ModelConfig, heads: int) -> nnx.Param | None:
     """A bias of 0; a vector, so that it neither decays nor is split."""
     if not config.qkv_bias:
         return None
-    return nnx.Param(jnp.zeros(heads * config.head_dim, config.param_dtype), dims=("head_dim",))
+    return zeros("attention", config.param_dtype, head_dim=heads * config.head_dim)
 
 
 def _gate_of_heads(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
     if config.attention_gate == "none":
         return None
     if config.attention_gate == "head":
-        return normal(config, rngs, embed=config.embed_dim, heads=config.num_heads)
-    return normal(config, rngs, embed=config.embed_dim, heads=config.num_heads, head_dim=config.head_dim)
+        return normal(config, rngs, "attention", embed=config.embed_dim, heads=config.num_heads)
+    return normal(config, rngs, "attention", embed=config.embed_dim, heads=config.num_heads, head_dim=config.head_dim)
 
 
 def _norm_of_heads(config: ModelConfig, heads: int) -> RMSNorm | None:

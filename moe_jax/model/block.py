@@ -62,7 +62,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config, embed=config.embed_dim)
         self.attention = make_attention(config, rngs)
         self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
-        self.ffw = MoE(config, rngs) if kind == "moe" else FeedForward(config, rngs, config.ffw_dim)
+        self.ffw = MoE(config, rngs) if kind == "moe" else FeedForward(config, rngs, "dense", config.ffw_dim)
         sandwich = config.sandwich_norm
         self.attention_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
         self.ffw_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None

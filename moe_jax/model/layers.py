@@ -1,7 +1,7 @@
 """The layers that others are built of: RMSNorm, the gated feed-forward layer, and their initial weights.
 
 Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers, which
-weight decay and sharding read.
+weight decay and sharding read, and the `part` of the model that it belongs to, by which the optimizer groups it.
 """
 
 import jax
@@ -10,22 +10,27 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, Part
 from moe_jax.dispatch import ExpertWeights, feed_forward
 from moe_jax.kernels.activation import Activation
 
 
-def normal(config: ModelConfig, rngs: nnx.Rngs, dtype: str | None = None, **dims: int) -> nnx.Param:
-    """A weight drawn from N(0, init_std^2), named by its dimensions: `normal(c, rngs, embed=8, ffw=32)`."""
+def normal(config: ModelConfig, rngs: nnx.Rngs, part: Part, dtype: str | None = None, **dims: int) -> nnx.Param:
+    """A weight drawn from N(0, init_std^2), named by its dimensions: `normal(c, rngs, "dense", embed=8, ffw=32)`."""
     value = config.init_std * jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32)
-    return nnx.Param(value.astype(dtype or config.param_dtype), dims=tuple(dims))
+    return nnx.Param(value.astype(dtype or config.param_dtype), dims=tuple(dims), part=part)
+
+
+def zeros(part: Part, dtype: str, **dims: int) -> nnx.Param:
+    """A bias, or another vector that begins at 0, named by its dimensions."""
+    return nnx.Param(jnp.zeros(tuple(dims.values()), dtype), dims=tuple(dims), part=part)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32. Source: arXiv 1910.07467."""
 
     def __init__(self, config: ModelConfig, eps: float | None = None, **dims: int) -> None:
-        self.scale = nnx.Param(jnp.ones(tuple(dims.values()), config.param_dtype), dims=tuple(dims))
+        self.scale = nnx.Param(jnp.ones(tuple(dims.values()), config.param_dtype), dims=tuple(dims), part="norms")
         self.eps = config.norm_eps if eps is None else eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -38,10 +43,10 @@ class RMSNorm(nnx.Module):
 class FeedForward(nnx.Module):
     """A gated feed-forward layer of hidden width `ffw`, with the config's activation."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, ffw: int) -> None:
-        self.gate = normal(config, rngs, embed=config.embed_dim, ffw=ffw)
-        self.up = normal(config, rngs, embed=config.embed_dim, ffw=ffw)
-        self.down = normal(config, rngs, ffw=ffw, embed=config.embed_dim)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, part: Part, ffw: int) -> None:
+        self.gate = normal(config, rngs, part, embed=config.embed_dim, ffw=ffw)
+        self.up = normal(config, rngs, part, embed=config.embed_dim, ffw=ffw)
+        self.down = normal(config, rngs, part, ffw=ffw, embed=config.embed_dim)
         self.cpu_kernel = config.cpu_kernel
         self.activation = nnx.static(Activation.of(config))
 

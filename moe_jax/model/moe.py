@@ -39,17 +39,17 @@ class MoE(nnx.Module):
         experts, ffw = config.num_experts, config.expert_ffw_dim
         choices = num_choices(config)
         classes = len(config.class_starts) + 1
-        self.router = normal(config, rngs, dtype="float32", embed=embed, experts=choices)
+        self.router = normal(config, rngs, "router", dtype="float32", embed=embed, experts=choices)
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
         self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
-        self.gate = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
-        self.up = normal(config, rngs, experts=experts, embed=width, ffw=ffw)
-        self.down = normal(config, rngs, experts=experts, ffw=ffw, embed=width)
-        self.shared = FeedForward(config, rngs, shared_width(config)) if config.num_shared_experts else None
-        self.shared_gate = normal(config, rngs, embed=embed, one=1) if config.shared_gate else None
+        self.gate = normal(config, rngs, "experts", experts=experts, embed=width, ffw=ffw)
+        self.up = normal(config, rngs, "experts", experts=experts, embed=width, ffw=ffw)
+        self.down = normal(config, rngs, "experts", experts=experts, ffw=ffw, embed=width)
+        self.shared = FeedForward(config, rngs, "shared", shared_width(config)) if config.num_shared_experts else None
+        self.shared_gate = normal(config, rngs, "shared", embed=embed, one=1) if config.shared_gate else None
         latent = config.latent_dim
-        self.latent_down = normal(config, rngs, embed=embed, latent=latent) if latent else None
-        self.latent_up = normal(config, rngs, latent=latent, embed=embed) if latent else None
+        self.latent_down = normal(config, rngs, "experts", embed=embed, latent=latent) if latent else None
+        self.latent_up = normal(config, rngs, "experts", latent=latent, embed=embed) if latent else None
         self.config = nnx.static(config)
 
     def __call__(

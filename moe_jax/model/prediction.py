@@ -27,8 +27,8 @@ class Ahead(nnx.Module):
         width = config.embed_dim
         self.embedding_norm = RMSNorm(config, embed=width)
         self.hidden_norm = RMSNorm(config, embed=width)
-        self.from_embedding = normal(config, rngs, embed=width, mixed=width)
-        self.from_hidden = normal(config, rngs, embed=width, mixed=width)
+        self.from_embedding = normal(config, rngs, "mtp", embed=width, mixed=width)
+        self.from_hidden = normal(config, rngs, "mtp", embed=width, mixed=width)
         self.block = Block(config, rngs, "moe" if config.num_experts else "dense")
         self.norm = RMSNorm(config, embed=width)
 

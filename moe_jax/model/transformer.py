@@ -28,11 +28,11 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.embedding = normal(config, rngs, vocab=config.vocab_size, embed=config.embed_dim)
+        self.embedding = normal(config, rngs, "embedding", vocab=config.vocab_size, embed=config.embed_dim)
         self.stacks = nnx.List([stacked(rngs, run.repeats, Unit, config, run.kinds) for run in layout(config)])
         self.final_norm = RMSNorm(config, embed=config.embed_dim)
         tied = config.tied_embeddings
-        self.head = None if tied else normal(config, rngs, embed=config.embed_dim, vocab=config.vocab_size)
+        self.head = None if tied else normal(config, rngs, "head", embed=config.embed_dim, vocab=config.vocab_size)
         self.mtp = stacked(rngs, config.mtp_depth, Ahead, config) if config.mtp_depth else None
         self.config = nnx.static(config)
 

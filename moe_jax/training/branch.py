@@ -30,6 +30,7 @@ from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.workdir import Identity, identity_of, read_run
 from moe_jax.training import anticipation
 from moe_jax.training.attempts import is_finished
+from moe_jax.training.optimizer import moved_by
 from moe_jax.training.state import TrainState, abstract_state, initial_layers, read_bias, state_shardings, write_bias
 
 
@@ -188,6 +189,11 @@ def _trunk(config: Config, extra: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"optimizer.moment_dtype={config.optimizer.moment_dtype!r} must be that of the moments in {key}; set "
             f"{there.optimizer.moment_dtype!r}."
+        )
+    if moved_by(there) != moved_by(config):
+        raise ValueError(
+            f"optimizer.method={config.optimizer.method!r}, optimizer.muon.parts and the frozen parts must give every "
+            f"parameter the moments that it has in {key}; set them as there."
         )
     return replace(config, balance=there.balance, optimizer=there.optimizer, anticipation=there.anticipation)
 

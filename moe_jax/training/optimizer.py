@@ -1,32 +1,89 @@
-"""AdamW behind gradient clipping, and the learning rate over the steps."""
+"""AdamW or Muon behind gradient clipping, by part of the model, and the learning rate over the steps."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from moe_jax.config import Config, OptimizerConfig
-from moe_jax.model.abstract import Tree
+from moe_jax.model.abstract import Dims, Tree, abstract_model
 from moe_jax.runtime.defaults import jax_defaults
+from moe_jax.training.muon import orthogonalized
 
 # --- optimizer ------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(config: OptimizerConfig, dims: Tree) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which follows the step number and is applied by the train step.
+def make_optimizer(config: OptimizerConfig, dims: Tree, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """The optimizer without its learning rate, which follows the step number and is applied by the train step.
 
     It computes in float32; `stored` converts its results. Weights with two or more logical dimensions decay; scales of
-    norms, which have one, do not. The number of array dimensions does not distinguish them, because layers are stacked.
+    norms and biases, which have one, do not. The number of array dimensions does not distinguish them, because layers
+    are stacked.
+
+    Args:
+        dims: dims and part of every parameter.
+        mesh: of the parameters, on which Muon places its matrices; None is one device.
     """
-    parts = [_clip_by_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    chain = [_clip_by_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    chain.append(_direction(config, dims, mesh))
+    decay = jax.tree.map(lambda d: weight_decay(config, d), dims)
+    chain += [optax.add_decayed_weights(value, mask) for value, mask in _by_value(decay) if value > 0]
+    factors = jax.tree.map(lambda d: getattr(config.groups, d.part).learning_rate, dims)
+    chain += [optax.masked(optax.scale(value), mask) for value, mask in _by_value(factors) if value != 1]
+    whole = optax.chain(*chain)
+    return optax.GradientTransformation(jax_defaults()(whole.init), jax_defaults()(whole.update))
+
+
+def _direction(config: OptimizerConfig, dims: Tree, mesh: Mesh | None) -> optax.GradientTransformation:
+    """The transform of each parameter's gradient by the method that moves it."""
+    methods = jax.tree.map(lambda d: method_of(config, d), dims)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    parts.append(_moments_in(adam, config.moment_dtype))
-    if config.weight_decay > 0:
-        parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask(dims)))
-    chain = optax.chain(*parts)
-    return optax.GradientTransformation(jax_defaults()(chain.init), jax_defaults()(chain.update))
+    muon = optax.chain(optax.trace(config.muon.momentum, nesterov=True), orthogonalized(config.muon, dims, mesh))
+    transforms = {
+        "adamw": _moments_in(adam, config.moment_dtype),
+        "muon": _moments_in(muon, config.moment_dtype),
+        "frozen": optax.set_to_zero(),
+    }
+    used = set(jax.tree.leaves(methods))
+    if used <= {"adamw"}:
+        return transforms["adamw"]
+    return optax.partition({name: transforms[name] for name in used}, methods)
+
+
+def method_of(config: OptimizerConfig, dims: Dims) -> str:
+    """What moves a parameter: "adamw", "muon" or nothing, "frozen"."""
+    if getattr(config.groups, dims.part).frozen:
+        return "frozen"
+    is_matrix = len(dims.names) > 1
+    return "muon" if config.method == "muon" and is_matrix and dims.part in config.muon.parts else "adamw"
+
+
+def moved_by(config: Config) -> list[str]:
+    """`method_of` every parameter, which says what moments it has."""
+    return [method_of(config.optimizer, d) for d in jax.tree.leaves(abstract_model(config.model).dims)]
+
+
+def weight_decay(config: OptimizerConfig, dims: Dims) -> float:
+    """The weight decay of a parameter; 0 for vectors and what is frozen."""
+    group = getattr(config.groups, dims.part)
+    return 0.0 if len(dims.names) < 2 or group.frozen else config.weight_decay * group.weight_decay
+
+
+def without_frozen_gradients(config: OptimizerConfig, dims: Tree, params: Tree) -> Tree:
+    """The parameters, those of frozen parts as constants, whose gradients are zeros and are never computed."""
+
+    def one(d: Dims, value: Array) -> Array:
+        return jax.lax.stop_gradient(value) if method_of(config, d) == "frozen" else value
+
+    return jax.tree.map(one, dims, params)
+
+
+def _by_value(values: Tree) -> list[tuple[float, Tree]]:
+    """Each of the different leaves, ascending, and the mask of where it stands."""
+    return [(value, jax.tree.map(value.__eq__, values)) for value in sorted(set(jax.tree.leaves(values)))]
 
 
 def _clip_by_norm(max_norm: float) -> optax.GradientTransformation:
@@ -37,11 +94,6 @@ def _clip_by_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda u: (share * u).astype(u.dtype), updates)
 
     return optax.stateless(clip)
-
-
-def decay_mask(dims: Tree) -> Tree:
-    """True for every leaf that weight decay shrinks."""
-    return jax.tree.map(lambda d: len(d.names) > 1, dims)
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -22,6 +22,7 @@ from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
 from moe_jax.training import anticipation
 from moe_jax.training.anticipation import Anticipation
+from moe_jax.training.muon import is_masked
 from moe_jax.training.optimizer import make_optimizer
 
 Entries = tuple[BalanceEntry, ...]
@@ -84,10 +85,11 @@ def _state_shardings(model: ModelConfig, entries: Entries, optimizer: OptimizerC
     state = _abstract_state(model, entries, optimizer)
     moments = optax.tree.map_params(
         make_optimizer(optimizer, abstract.dims),
-        lambda _, place: place,
+        lambda moment, place: moment if is_masked(moment) else place,
         state.optimizer,
         params,
         transform_non_params=lambda _: whole,
+        is_leaf=is_masked,
     )
     rest = jax.tree.map(lambda _: whole, state)
     return rest._replace(params=params, optimizer=moments)

@@ -26,7 +26,7 @@ from moe_jax.model.prediction import AheadLoss, language_nats
 from moe_jax.training import anticipation
 from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.micro_batches import Micro, chosen_experts, micro_batches, micro_batches_of_step, report_of
-from moe_jax.training.optimizer import learning_rate, make_optimizer, stored
+from moe_jax.training.optimizer import learning_rate, make_optimizer, stored, without_frozen_gradients
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
 
@@ -77,12 +77,13 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step)
     move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING)
+    moving = functools.partial(advance, config, mesh=mesh)
     with jax.named_scope("optimizer"):
-        moved = advance(config, *move)
+        moved = moving(*move)
         # Computed twice: `checked` is only reduced to whether it is finite, so it needs no memory, while `moved` is
         # written in place of the old state, which `make_train_step` donates. Without the barrier XLA would merge the
         # two, and keep both states at once.
-        checked = advance(config, *jax.lax.optimization_barrier(move))
+        checked = moving(*jax.lax.optimization_barrier(move))
         finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
         after = all_or_nothing(finite, moved, state)
     values = step_metrics(sums, batch, after, grad_norm, rate)
@@ -150,11 +151,13 @@ def _micro_batch_gradient(
     statistics: of the whole step if a loss reads them, else None. num_tokens: of the whole step.
     """
     balancer = balance.make(config.balance, config.model)
+    dims = abstract_model(config.model).dims
 
     def objective(params: Tree, micro: Micro, earlier: Any) -> tuple[Array, StepSums]:
         batch, key, chosen = micro
         per_layer = PerLayer(state.balance, statistics, earlier, chosen)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
+        params = without_frozen_gradients(config.optimizer, dims, params)
         nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
         total = language_nats(config, state.step, nats, ahead) / num_tokens
         share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
@@ -204,9 +207,10 @@ def advance(
     statistics: balance.Statistics | None,
     rate: Array,
     key: Key[Array, ""],
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Update the parameters by the optimizer and the bias by the balancer, each once per step."""
-    optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims)
+    optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims, mesh)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
     old = state.params, state.optimizer
@@ -338,7 +342,7 @@ def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh
     def parts(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, ...]:
         sums, grads = accumulate(config, state, batch, key, mesh)
         rate = learning_rate(config.optimizer, config.num_steps)(state.step)
-        moved = advance(config, state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING))
+        moved = advance(config, state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING), mesh)
         after = moved.params, moved.optimizer, moved.bias, moved.balance
         found = sums.total_loss, grads, optax.tree.norm(grads), *after
         return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), found)

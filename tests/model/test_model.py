@@ -138,7 +138,7 @@ def test_rms_norm_divides_by_the_root_mean_square():
 
 
 def test_swiglu_is_gated_by_silu():
-    layer = filled(lambda: FeedForward(validate(dict(model=SMALL)).model, nnx.Rngs(0), 3))
+    layer = filled(lambda: FeedForward(validate(dict(model=SMALL)).model, nnx.Rngs(0), "dense", 3))
     u = np.asarray(vectors(1, 1)[0, 0], np.float64)
     gate, up, down = (np.asarray(w[...], np.float64) for w in (layer.gate, layer.up, layer.down))
     np.testing.assert_allclose(layer(vectors(1, 1))[0, 0], (silu(u @ gate) * (u @ up)) @ down, rtol=1e-4, atol=1e-8)
@@ -454,6 +454,6 @@ def test_router_loads_and_bias_stay_float32_and_int32(dtype):
 
 def test_weights_are_drawn_with_the_configured_deviation():
     config = validate(dict(model=dict(embed_dim=64, vocab_size=300, init_std=0.006))).model
-    weights = np.asarray(normal(config, nnx.Rngs(0), vocab=300, embed=64)[...])
+    weights = np.asarray(normal(config, nnx.Rngs(0), "embedding", vocab=300, embed=64)[...])
     assert abs(weights.std() - 0.006) < 2e-4  # 19200 draws: the deviation is known to half a percent
     assert abs(weights.mean()) < 2e-4

@@ -81,7 +81,7 @@ def test_the_activation_is_that_of_routed_and_shared_experts(kernel):
 
 def test_the_activation_is_that_of_dense_layers():
     config = tiny_config(model=CLAMPED).model
-    layer = filled(lambda: FeedForward(config, nnx.Rngs(0), 5))
+    layer = filled(lambda: FeedForward(config, nnx.Rngs(0), "dense", 5))
     assert_same(layer, lambda layer, x: layer(x), functools.partial(feed_forward, activation=clamped))
 
 

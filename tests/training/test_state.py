@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from conftest import tiny_config
 from moe_jax.config import MeshConfig, OptimizerConfig, num_moe_layers
 from moe_jax.mesh import make_mesh
-from moe_jax.model.abstract import abstract_model
-from moe_jax.training.optimizer import cost_of_rounding, decay_mask, learning_rate, make_optimizer, stored
+from moe_jax.model.abstract import Dims, abstract_model
+from moe_jax.training.optimizer import cost_of_rounding, learning_rate, make_optimizer, stored, weight_decay
 from moe_jax.training.state import abstract_state, init_state, read_bias, write_bias
 
 CONFIG = tiny_config(model=dict(qk_norm="head"), balance=dict(bias_sign={}))
@@ -25,8 +25,9 @@ def leaves(tree):
 
 
 def test_every_matrix_decays_and_no_norm_scale_does():
-    mask = leaves(decay_mask(abstract_model(CONFIG.model).dims))
-    assert mask.keys() == leaves(abstract_state(CONFIG).params).keys()
+    dims = leaves(abstract_model(CONFIG.model).dims)
+    assert dims.keys() == leaves(abstract_state(CONFIG).params).keys()
+    mask = {path: weight_decay(CONFIG.optimizer, d) > 0 for path, d in dims.items()}
     for path, decays in mask.items():
         assert decays == (not path.endswith("scale")), path
     assert sum(mask.values()) > 10
@@ -72,7 +73,7 @@ def test_moments_have_the_configured_dtype_whatever_the_parameters(dtype):
 def test_bfloat16_moments_make_nearly_the_same_step():
     params = {"w": jnp.ones((4, 4))}
     grads = {"w": jax.random.normal(jax.random.key(0), (4, 4))}
-    dims = {"w": type("D", (), {"names": ("embed", "ffw")})()}
+    dims = {"w": Dims(("embed", "ffw"), "dense")}
     steps = []
     for dtype in ("float32", "bfloat16"):
         optimizer = make_optimizer(OptimizerConfig(moment_dtype=dtype, clip_norm=0.0, weight_decay=0.0), dims)

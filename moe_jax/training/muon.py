@@ -1,0 +1,98 @@
+"""Muon: the direction of a matrix is its momentum with all singular values near 1.
+
+A matrix is one weight of one layer, or of one expert of a layer; heads are the columns, or rows, of a single matrix.
+N stacked matrices (layers, experts), R rows (what a weight reads), C columns.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32
+
+from moe_jax.config import MuonConfig
+from moe_jax.mesh import AnyMesh, axes_of, is_sharded, parameter_spec
+from moe_jax.model.abstract import Dims, Tree
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic, steepest at 0: small singular values grow fastest
+STACKED = ("experts",)  # dims that count matrices, beside the layers in front
+OF_HEADS = ("heads", "kv_heads")  # dims that are one side of a matrix together with the next one
+
+
+def orthogonalized(config: MuonConfig, dims: Tree, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """Stateless: each update, a float32 weight of any rank, orthogonalised matrix by matrix and scaled.
+
+    The result is `rms sqrt(max(R, C))` times the orthogonal factor, whose root mean square is about `rms` whatever the
+    shape. Source: Jordan (2024), https://kellerjordan.github.io/posts/muon; the scale is eq. 4 of arXiv 2502.16982.
+    """
+
+    def update(updates: Tree, _: Tree) -> Tree:
+        return jax.tree.map(one, updates, dims, is_leaf=is_masked)
+
+    def one(x: Array, d: Dims) -> Array:
+        if is_masked(x):
+            return x
+        stacked, rows = sides(d.names, x.ndim)
+        placed = x
+        if is_sharded(mesh):
+            layout = NamedSharding(mesh, whole_matrices(mesh, d.names, x.shape))
+            placed = jax.lax.with_sharding_constraint(x, layout)
+        shape = *x.shape[:stacked], math.prod(x.shape[stacked : stacked + rows]), -1
+        matrices = placed.reshape(shape)
+        scale = config.rms * math.sqrt(max(matrices.shape[-2:]))
+        return scale * newton_schulz(matrices, config.iterations).reshape(x.shape)
+
+    return optax.stateless(update)
+
+
+def is_masked(x: object) -> bool:
+    """Whether this stands where a tree by parameter has nothing, because another method moves the parameter."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def newton_schulz(
+    x: Float32[Array, "*stacked rows columns"], iterations: int
+) -> Float32[Array, "*stacked rows columns"]:
+    """The matrices with singular values between about 0.7 and 1.2; a matrix of zeros stays one.
+
+    `optax.contrib.scale_by_muon` computes the same, but merges the stacked dimensions, so that a mesh that splits
+    experts would have to gather them.
+    """
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
+    a, b, c = COEFFICIENTS
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def sides(names: Sequence[str], rank: int) -> tuple[int, int]:
+    """How many axes of a weight of this rank are stacked in front, and how many after them are the rows of a matrix."""
+    stacked = rank - len(names) + sum(name in STACKED for name in names)
+    first = next(name for name in names if name not in STACKED)
+    return stacked, 2 if first in OF_HEADS else 1
+
+
+def whole_matrices(mesh: AnyMesh, names: Sequence[str], shape: Sequence[int]) -> P:
+    """The spec in which devices have whole matrices, as far as their number divides, instead of pieces of all.
+
+    A mesh axis that splits rows or columns splits a stacked axis instead, if it divides that. The others stay: their
+    devices exchange sums of products [R, R], never the weights.
+    """
+    split = parameter_spec(mesh, names, shape)
+    parts = [list(axes_of(part)) for part in (*split, *[None] * (len(shape) - len(split)))]
+    stacked, _ = sides(names, len(shape))
+    for mine in parts[stacked:]:
+        for axis in list(mine):
+            for index in reversed(range(stacked)):
+                if shape[index] % math.prod(mesh.shape[a] for a in (*parts[index], axis)) == 0:
+                    parts[index].append(axis)
+                    mine.remove(axis)
+                    break
+    return P(*(tuple(part) or None for part in parts))
