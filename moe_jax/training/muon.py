@@ -66,9 +66,12 @@ def newton_schulz(
     x = x if wide else x.mT
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
     a, b, c = COEFFICIENTS
-    for _ in range(iterations):
+
+    def iterate(_: int, x: Array) -> Array:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    x = jax.lax.fori_loop(0, iterations, iterate, x)
     return x if wide else x.mT
 
 

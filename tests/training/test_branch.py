@@ -298,6 +298,11 @@ def test_a_table_of_hash_goes_on_under_any_seed_and_a_new_one_fits_the_corpus(tr
             dict(optimizer=dict(moment_dtype="bfloat16")),
             r"moment_dtype='bfloat16' must be that of the .*; set 'float32'",
         ),
+        (dict(optimizer=dict(method="muon")), r"optimizer\.method='muon', .* must give every parameter the moments"),
+        (
+            dict(optimizer=dict(groups=dict(router=dict(frozen=True)))),
+            r"the frozen parts must give every parameter the moments that it has in .*; set them as there",
+        ),
     ],
     ids=str,
 )

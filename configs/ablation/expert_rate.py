@@ -1,0 +1,31 @@
+"""How fast should experts and router learn? Factors on the learning rate of each, and a router that never learns.
+
+Source: no published table; whether experts, which see a share of the tokens, need another rate is an open question.
+Command: python -m experiments.ablate --config=configs/ablation/expert_rate.py --workdir=runs/expert_rate
+Result: not run yet.
+"""
+
+from configs.ablation import demo
+
+GROUPS = {
+    "plain": {},
+    "experts_half": dict(experts=dict(learning_rate=0.5)),
+    "experts_double": dict(experts=dict(learning_rate=2.0)),
+    "experts_quadruple": dict(experts=dict(learning_rate=4.0)),
+    "router_tenth": dict(router=dict(learning_rate=0.1)),
+    "router_frozen": dict(router=dict(frozen=True)),
+}
+
+
+def get_config(arg: str = ""):
+    """The demo's model; `arg` is unused."""
+    return demo.get_config(arg)
+
+
+def get_hyper(h):
+    """Groups, all under the sign rule, three paired seeds."""
+    arms = {
+        name: {"balance": dict(bias_sign=dict(rate=5e-3)), "optimizer": dict(groups=groups)}
+        for name, groups in GROUPS.items()
+    }
+    return h.product(h.arms(**arms), h.sweep("seed", range(3)))

@@ -1,0 +1,35 @@
+"""Does Muon change balance? AdamW, Muon, and Muon that also moves the router, under three ways of balancing.
+
+Source: Moonlight (arXiv 2502.16982) trains a MoE with Muon and leaves the router to AdamW; it reports no balance.
+Command: python -m experiments.ablate --config=configs/ablation/muon.py --workdir=runs/muon
+Result: not run yet.
+"""
+
+from configs.ablation import demo
+
+METHODS = {
+    "none": {},
+    "sign": dict(bias_sign=dict(rate=5e-3)),
+    "aux": dict(aux_loss=dict(weight=1e-2)),
+}
+MATRICES = ("attention", "dense", "experts", "shared", "mtp")
+OPTIMIZERS = {
+    "adamw": dict(method="adamw"),
+    "muon": dict(method="muon"),
+    "muon_router": dict(method="muon", muon=dict(parts=(*MATRICES, "router"))),
+}
+
+
+def get_config(arg: str = ""):
+    """The demo's model; `arg` is unused."""
+    return demo.get_config(arg)
+
+
+def get_hyper(h):
+    """Methods x optimizers, three paired seeds."""
+    arms = {
+        f"{name}_{optimizer}": {"balance": balance, "optimizer": options}
+        for name, balance in METHODS.items()
+        for optimizer, options in OPTIMIZERS.items()
+    }
+    return h.product(h.arms(**arms), h.sweep("seed", range(3)))
