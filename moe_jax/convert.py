@@ -11,6 +11,7 @@ came from none of them, needs `--architecture`.
 
 Tensors are converted one after the other, so that memory holds about one of them, however large the model is. The
 output appears whole or not at all. `--dtype=float32` or `bfloat16` converts the dtype; without it tensors keep theirs.
+`--weights=ema` converts the moving average of a run's weights.
 """
 
 import signal
@@ -19,10 +20,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-from moe_jax.config.command import fail, parse_flags
+from moe_jax.config import Weights
+from moe_jax.config.command import check_weights, define_weights_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
 from moe_jax.data.trained import TOKENIZER_FILE
 from moe_jax.runtime.files import is_remote, read_json
+from moe_jax.runtime.workdir import config_of_run
 
 MOST_CONFIG_BYTES = 2**24  # a larger config.json is not one of ours
 
@@ -43,7 +46,7 @@ def holds_a_run(folder: Path, flag: str = "--input") -> bool:
     return isinstance(config.get("model"), dict) and "model_type" not in config
 
 
-def run(source: Path, target: Path, dtype: str | None, architecture: str) -> None:
+def run(source: Path, target: Path, dtype: str | None, architecture: str, weights: Weights = "last") -> None:
     """Convert in the direction that the input determines, and report the result."""
     if is_remote(source) or is_remote(target):
         raise ValueError("--input and --output must be folders of this machine; copy a bucket's files here first.")
@@ -52,6 +55,10 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
         raise ValueError(
             f"--architecture={architecture} is for conversion to Hugging Face; the other way, config.json names it."
         )
+    if is_run:
+        check_weights(config_of_run(source), weights)
+    elif weights != "last":
+        raise ValueError(f"--weights={weights} chooses among the weights of a run; a Hugging Face folder has only one.")
     # these load jax, which takes seconds: the mistakes above are reported before
     from moe_jax.huggingface.folders import to_folder, to_workdir, why_no_tokenizer
     from moe_jax.huggingface.shards import INDEX, SINGLE
@@ -65,7 +72,7 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str) -> Non
             print(f"left out {len(read.left_out)} tensors of multi-token prediction, as transformers does")
         print(f"wrote {target}: {model.num_layers} layers, {model.num_experts} experts, {model.param_dtype}")
     else:
-        step = to_folder(source, target, dtype, architecture)
+        step = to_folder(source, target, dtype, architecture, weights)
         print(f"wrote {target}: the model after {step} steps")
         if not (target / TOKENIZER_FILE).is_file():
             print(f"no {TOKENIZER_FILE} was written: {why_no_tokenizer(source)}")
@@ -91,13 +98,21 @@ def main(_: list[str]) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if flag.inspect is not None:
-            if given := [f"--{name}" for name in ("input", "output", "dtype", "architecture") if flag[name].value]:
+            if given := [
+                f"--{name}" for name in ("input", "output", "dtype", "architecture", "weights") if flag[name].present
+            ]:
                 raise ValueError(f"--inspect reads a folder and writes nothing; leave {' and '.join(given)} out.")
             sys.exit(0 if inspect(workdir_of(flag.inspect, "--inspect")) else 1)
         for name in ("input", "output"):
             if flag[name].value is None:
                 raise ValueError(f"--{name} is missing; give --input=DIR and --output=DIR, or --inspect=DIR.")
-        run(workdir_of(flag.input, "--input"), workdir_of(flag.output, "--output"), flag.dtype, flag.architecture)
+        run(
+            workdir_of(flag.input, "--input"),
+            workdir_of(flag.output, "--output"),
+            flag.dtype,
+            flag.architecture,
+            flag.weights,
+        )
     except (ValueError, OSError) as error:
         fail(str(error))
 
@@ -108,4 +123,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("inspect", None, "A Hugging Face folder, to say what it is and whether it fits.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The dtype of the weights; as stored if left out.")
     flags.DEFINE_string("architecture", "", "The family to convert to, as DeepseekV3ForCausalLM; its own if left out.")
+    define_weights_flag()
     app.run(main, flags_parser=parse_flags)

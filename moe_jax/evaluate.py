@@ -3,6 +3,7 @@
 Uses the config that the run was started with; `--config=FILE` evaluates its checkpoint with another config, for example
 with other data or another batch size. `--data=DIR` reads another prepared corpus, such as one with a converted model's
 tokenizer, `--sequence_length=N` sets the window, and `--eval_sequences=N` takes the first N sequences of each domain.
+`--weights=ema` evaluates the moving average of the weights, where the run keeps one (results end in _ema).
 On a cluster the same command runs in every process, as in training. On other devices than the run's, the mesh is
 data-parallel unless a config sets another.
 
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from moe_jax.config import Config, validate
-from moe_jax.config.command import define_config_flag, fail, parse_flags
+from moe_jax.config import Config, Weights, validate
+from moe_jax.config.command import check_weights, define_config_flag, define_weights_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
 from moe_jax.data import Corpus, open_corpus
 from moe_jax.runtime import processes
@@ -30,7 +31,9 @@ from moe_jax.runtime.workdir import TOKENIZER, config_of_run, identity_of, read_
 from moe_jax.training.tokenizer import has_another_tokenizer
 
 
-def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation: bool = False) -> None:
+def run(
+    config: Config, workdir: Path, *, specialisation: bool = False, ablation: bool = False, weights: Weights = "last"
+) -> None:
     """Restore the newest checkpoint, evaluate, print, and write evaluation.json and the other results.
 
     Raises:
@@ -38,6 +41,7 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
             nothing to measure.
     """
     check_flags(config, specialisation, ablation)
+    check_weights(config, weights)
     processes.by_first(lambda: check_writable(workdir, specialisation))
     corpus = processes.by_all(lambda: open_corpus(config.data.path, config.data.verify))
     check_tokenizer(config, workdir, corpus)
@@ -51,19 +55,20 @@ def run(config: Config, workdir: Path, *, specialisation: bool = False, ablation
     from moe_jax.training.restore import on_these_devices, restore_model
 
     config = on_these_devices(config)
+    suffix = "" if weights == "last" else f"_{weights}"
     mesh = make_mesh(config.mesh)
-    state = restore_model(config, workdir, mesh)
+    state = restore_model(config, workdir, mesh, weights)
     if state is None:
         raise ValueError(f"--workdir={workdir} has no finished checkpoint; train first.")
     # a signal ends a single process at once; several must end together, and JAX catches their SIGTERM
     with noted() if processes.count() > 1 else contextlib.nullcontext(never) as stopped:
         whole = evaluate(config, state, corpus, mesh, stopped=stopped)
-        results.report(workdir, "evaluation", {"step": int(state.step), **whole}, results.print_table)
+        results.report(workdir, f"evaluation{suffix}", {"step": int(state.step), **whole}, results.print_table)
         if specialisation:
-            results.write_survey(workdir, survey(config, state, corpus, mesh, stopped))
+            results.write_survey(workdir, survey(config, state, corpus, mesh, stopped), f"specialisation{suffix}")
         if ablation:
             variants = ablate(config, state, corpus, mesh, whole, stopped)
-            results.report(workdir, "ablation", variants, results.print_ablation)
+            results.report(workdir, f"ablation{suffix}", variants, results.print_ablation)
     results.report_saturation(config, workdir)
 
 
@@ -121,7 +126,7 @@ def main(_: list[str]) -> None:
         with processes.joined(config.heartbeat_seconds, lambda: "evaluation"):
             keep_compiled(workdir)
             try:
-                run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate)
+                run(config, workdir, specialisation=flag.specialisation, ablation=flag.ablate, weights=flag.weights)
             except Abandoned as stop:
                 raise SystemExit(128 + stop.number) from None
     except (ValueError, OSError) as error:
@@ -137,5 +142,6 @@ if __name__ == "__main__":
         "specialisation", False, "Also report which experts each domain uses, and which are used together."
     )
     flags.DEFINE_bool("ablate", False, "Also report the loss without the shared, and without the best routed, experts.")
+    define_weights_flag()
     define_config_flag("Another config to evaluate with.")
     app.run(main, flags_parser=parse_flags)

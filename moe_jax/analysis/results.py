@@ -51,14 +51,14 @@ def report(workdir: Path, name: str, result: Mapping[str, Any], show: Callable[[
             print(f"{workdir / name}.json was not written: {error.strerror or error}")
 
 
-def write_survey(workdir: Path, found: Survey) -> None:
-    """Write specialisation.json and specialisation.png; process 0 only."""
+def write_survey(workdir: Path, found: Survey, name: str = "specialisation") -> None:
+    """Write workdir/<name>.json and <name>.png; process 0 only."""
     if processes.index() == 0:
-        write_json(workdir / "specialisation.json", as_json(found))
+        write_json(workdir / f"{name}.json", as_json(found))
         picture = io.BytesIO()
         draw(found).savefig(picture, format="png", dpi=100)
-        write_whole(workdir / "specialisation.png", picture.getvalue())
-        print(f"wrote {workdir / 'specialisation.json'} and specialisation.png")
+        write_whole(workdir / f"{name}.png", picture.getvalue())
+        print(f"wrote {workdir / name}.json and {name}.png")
 
 
 def report_saturation(config: Config, workdir: Path) -> None:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from moe_jax.config import usage
 from moe_jax.config.build import SourceGone, article, complete, default, did_you_mean, named
 from moe_jax.config.paths import path_of
+from moe_jax.config.schema import Config, Weights
 
 T = TypeVar("T")
 
@@ -101,6 +102,17 @@ class _Dict(flags.ArgumentParser):
         if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
             raise ValueError("must be a dict; write it as \"{'name': 2.0}\".")
         return named(value)
+
+
+def define_weights_flag() -> None:
+    """Define --weights, for the commands that read a checkpoint."""
+    flags.DEFINE_enum("weights", "last", typing.get_args(Weights), "The last weights, or their moving average.")
+
+
+def check_weights(config: Config, weights: Weights) -> None:
+    """Raise a ValueError if the average is wanted of a run that keeps none."""
+    if weights == "ema" and not config.ema.decay:
+        raise ValueError("--weights=ema reads an average, but the run has ema.decay=0.0 and keeps none; leave it out.")
 
 
 def _nodes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -96,4 +96,5 @@ OPTIMIZER_RULES: tuple[Callable[[Config], None], ...] = (
     ),
     _check_muon,
     _check_groups,
+    Rule("{ema.decay} must be below 1", "try 0.999", holds=lambda c: c.ema.decay < 1),
 )

@@ -215,6 +215,16 @@ class AnticipationConfig:
     window: int = number(100, 2)
 
 
+Weights = Literal["last", "ema"]  # which weights of a checkpoint: those of its step, or their moving average
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """An exponential moving average of parameters and bias, which keeps the share `decay` of itself a step; 0: none."""
+
+    decay: float = number(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
@@ -281,6 +291,7 @@ class Config:
     balance: tuple[BalanceEntry, ...] = ()
     anticipation: AnticipationConfig = section(AnticipationConfig, "numbers")
     optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
+    ema: EmaConfig = section(EmaConfig, "numbers")
     data: DataConfig = section(DataConfig, "data")
     mesh: MeshConfig = section(MeshConfig, "speed")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")

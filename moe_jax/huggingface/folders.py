@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich import progress as bar
 from rich.console import Console
 
-from moe_jax.config import Config, as_dict, default, validate
+from moe_jax.config import Config, ModelConfig, Weights, as_dict, default, validate
 from moe_jax.data.corpus import check_corpus, publish_tokenizer
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_jax.huggingface.weights import (
@@ -59,7 +60,9 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Source:
     return source
 
 
-def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architecture: str = "") -> int:
+def to_folder(
+    workdir: Path, folder: Path, dtype: str | None = None, architecture: str = "", weights: Weights = "last"
+) -> int:
     """Convert the newest checkpoint of a workdir to a folder for transformers and vLLM.
 
     Args:
@@ -67,6 +70,7 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
         folder: new or empty.
         dtype: of the tensors, "float32" or "bfloat16"; None: that of the parameters.
         architecture: as in `save_hf`.
+        weights: "last" or "ema", their moving average.
 
     Returns:
         The step of the checkpoint.
@@ -78,19 +82,20 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
     refuse_balance(config)
     found = slices.open_newest(
         workdir / "checkpoints",
-        abstract_weights(config.model),
+        abstract_weights(config.model) if weights == "last" else _abstract_average(config.model),
         verify=config.checkpoint.verify,
         fallback=config.checkpoint.fallback,
     )
     if found is None:
         raise ValueError(f"--input={workdir} has no finished checkpoint; train first.")
     step, arrays = found
+    inside = "" if weights == "last" else "ema/"
     if (workdir / "checkpoints").resolve() in folder.resolve().parents:
         raise ValueError(f"--output={folder} is inside the checkpoints that are read; name another.")
     with new_folder(folder) as partial, tokenizer_of(workdir) as carried, progress(folder.name, None) as advance:
         for plan, total in export(
             config.model,
-            lambda leaf, index: arrays[leaf].read(index),
+            lambda leaf, index: arrays[inside + leaf].read(index),
             partial,
             architecture=architecture,
             dtype=dtype,
@@ -99,6 +104,11 @@ def to_folder(workdir: Path, folder: Path, dtype: str | None = None, architectur
         ):
             advance(plan.num_bytes, total)
     return step
+
+
+def _abstract_average(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the moving average, in its place in a checkpoint."""
+    return {"ema": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, "float32"), abstract_weights(config))}
 
 
 @contextmanager

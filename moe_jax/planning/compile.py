@@ -166,7 +166,7 @@ def out_of_memory(message: str) -> tuple[int, int]:
 
 
 def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
-    """Bytes on each chip of (parameters, optimizer, the rest of the state), from the abstract state's shardings."""
+    """Bytes on each chip of (parameters and their average, optimizer, the rest of the state), by their shardings."""
     import jax
 
     from moe_jax.mesh import bytes_on_device
@@ -177,4 +177,4 @@ def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
     def size(tree: Any) -> int:
         return sum(map(bytes_on_device, jax.tree.leaves(tree)))
 
-    return size(state.params), size(state.optimizer), size((state.bias, state.balance, state.anticipation))
+    return size((state.params, state.ema)), size(state.optimizer), size((state.bias, state.balance, state.anticipation))

@@ -28,10 +28,17 @@ from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.runtime import checkpoint, manifest, processes
 from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.workdir import Identity, identity_of, read_run
-from moe_jax.training import anticipation
 from moe_jax.training.attempts import is_finished
 from moe_jax.training.optimizer import moved_by
-from moe_jax.training.state import TrainState, abstract_state, initial_layers, read_bias, state_shardings, write_bias
+from moe_jax.training.state import (
+    TrainState,
+    abstract_state,
+    initial_layers,
+    read_bias,
+    state_shardings,
+    with_options,
+    write_bias,
+)
 
 
 class Branch(NamedTuple):
@@ -195,7 +202,9 @@ def _trunk(config: Config, extra: Mapping[str, Any]) -> Config:
             f"optimizer.method={config.optimizer.method!r}, optimizer.muon.parts and the frozen parts must give every "
             f"parameter the moments that it has in {key}; set them as there."
         )
-    return replace(config, balance=there.balance, optimizer=there.optimizer, anticipation=there.anticipation)
+    return replace(
+        config, balance=there.balance, optimizer=there.optimizer, anticipation=there.anticipation, ema=there.ema
+    )
 
 
 # --- the balance ----------------------------------------------------------------------------------------------
@@ -205,17 +214,21 @@ def _with_own_balance(config: Config, there: Config, state: TrainState, mesh: Me
     """The trunk's state in the structure of the branch, with the bias and the balancer state of the branch.
 
     Clipping and decay surround the moments in the optimizer's state, but hold no arrays, so its leaves are the same.
-    Experts that the trunk chose ahead are not used, because a branch with another seed has other batches.
+    Experts that the trunk chose ahead are not used, because a branch with another seed has other batches. The average
+    of the weights continues if both have one; that of the bias begins anew under another balance.
     """
     target = abstract_state(config)
     optimizer = jax.tree.unflatten(jax.tree.structure(target.optimizer), jax.tree.leaves(state.optimizer))
-    state = state._replace(optimizer=optimizer, anticipation=anticipation.initial(config, mesh))
-    if config.balance == there.balance:
+    state, average = state._replace(optimizer=optimizer, ema=None), state.ema
+    if config.balance != there.balance:
+        places = state_shardings(config, mesh)
+        make = jax.jit(functools.partial(own_balance, config, there), out_shardings=(places.bias, places.balance))
+        bias, layers = make(state.step, state.bias, state.balance)
+        state = state._replace(bias=bias, balance=layers)
+    state = with_options(config, state, mesh)
+    if state.ema is None or average is None:
         return state
-    places = state_shardings(config, mesh)
-    make = jax.jit(functools.partial(own_balance, config, there), out_shardings=(places.bias, places.balance))
-    bias, layers = make(state.step, state.bias, state.balance)
-    return state._replace(bias=bias, balance=layers)
+    return state._replace(ema=average if config.balance == there.balance else average._replace(bias=state.ema.bias))
 
 
 def own_balance(config: Config, there: Config, step: Array, bias: Tree, layers: Tree) -> tuple[Tree, Tree]:

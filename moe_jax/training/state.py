@@ -20,8 +20,9 @@ from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, n
 from moe_jax.mesh import AnyMesh, parameter_spec, platform, replicated
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
-from moe_jax.training import anticipation
+from moe_jax.training import anticipation, ema
 from moe_jax.training.anticipation import Anticipation
+from moe_jax.training.ema import Ema
 from moe_jax.training.muon import is_masked
 from moe_jax.training.optimizer import make_optimizer
 
@@ -34,6 +35,7 @@ class TrainState(NamedTuple):
     step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or a result of the update
     was not finite. stuck: the number of skipped steps since the last finite one. bias: the RouterBias variables.
     balance: [L, ...] by label. anticipation: the experts that were chosen for later steps; None without.
+    ema: the moving average of the weights; None without.
     """
 
     step: Int32[Array, ""]
@@ -44,19 +46,31 @@ class TrainState(NamedTuple):
     bias: Tree
     balance: Tree
     anticipation: Anticipation | None = None
+    ema: Ema | None = None
 
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     """The state before step 0, drawn from `config.seed` under jit into its shards; the same values on any mesh."""
     key = jax.random.fold_in(jax.random.key(config.seed), INIT)
     state = _initializer(config.model, config.balance, config.optimizer, mesh)(key)
-    return state._replace(anticipation=anticipation.initial(config, mesh))
+    return with_options(config, state, mesh)
+
+
+def with_options(config: Config, state: TrainState, mesh: Mesh | None = None) -> TrainState:
+    """The state with what some runs remember besides, as before their first step; placed on the mesh."""
+    places = None if mesh is None else _ema_shardings(config, state_shardings(config, mesh))
+    average = jax.jit(functools.partial(ema.initial, config.ema), out_shardings=places)(state.params, state.bias)
+    return state._replace(anticipation=anticipation.initial(config, mesh), ema=average)
+
+
+def _ema_shardings(config: Config, places: TrainState) -> Ema | None:
+    return Ema(places.params, places.bias) if config.ema.decay else None
 
 
 def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
     """Shapes and dtypes of the state, as `jax.ShapeDtypeStruct` leaves; with a mesh also their shardings."""
     state = _abstract_state(config.model, config.balance, config.optimizer)
-    state = state._replace(anticipation=jax.eval_shape(lambda: anticipation.initial(config)))
+    state = jax.eval_shape(functools.partial(with_options, config), state)
     if mesh is None:
         return state
     return jax.tree.map(
@@ -67,7 +81,7 @@ def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
 def state_shardings(config: Config, mesh: AnyMesh) -> TrainState:
     """The sharding of every leaf: parameters by the table in `mesh`, moments like parameters, the rest replicated."""
     state = _state_shardings(config.model, config.balance, config.optimizer, mesh)
-    return state._replace(anticipation=anticipation.shardings(config, mesh))
+    return state._replace(anticipation=anticipation.shardings(config, mesh), ema=_ema_shardings(config, state))
 
 
 @functools.lru_cache(maxsize=16)
@@ -145,7 +159,7 @@ def state_around(config: Config, params: Tree, bias: Tree | None, mesh: Mesh | N
     entries = config.model, config.balance, config.optimizer
     places = None if mesh is None else _state_shardings(*entries, mesh)
     state = jax.jit(functools.partial(_around, *entries), donate_argnums=0, out_shardings=places)(params, bias)
-    return state._replace(anticipation=anticipation.initial(config, mesh))
+    return with_options(config, state, mesh)
 
 
 def _init_balance(balancer: balance.Balancer, model: ModelConfig) -> Tree:

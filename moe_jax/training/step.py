@@ -23,7 +23,7 @@ from moe_jax.mesh import is_sharded, replicated, ways
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import AheadLoss, language_nats
-from moe_jax.training import anticipation
+from moe_jax.training import anticipation, ema
 from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.micro_batches import Micro, chosen_experts, micro_batches, micro_batches_of_step, report_of
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored, without_frozen_gradients
@@ -209,14 +209,16 @@ def advance(
     key: Key[Array, ""],
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """Update the parameters by the optimizer and the bias by the balancer, each once per step."""
+    """Update the parameters by the optimizer and the bias by the balancer, each once per step, and average them."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims, mesh)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
     old = state.params, state.optimizer
     params, moments = stored((params, moments), old, config.optimizer.rounding, key)
     state = state._replace(params=params, optimizer=moments)
-    return state if statistics is None else balance_update(config, state, statistics)
+    if statistics is not None:
+        state = balance_update(config, state, statistics)
+    return state._replace(ema=ema.advance(config.ema, state.ema, state.params, state.bias, state.step))
 
 
 def balance_update(config: Config, state: TrainState, statistics: balance.Statistics) -> TrainState:

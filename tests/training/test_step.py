@@ -333,11 +333,19 @@ def test_evaluation_counts_padding_nowhere():
     np.testing.assert_array_equal(result.loads.sum(-1), [128, 128])  # 4 rows x 16 tokens x top-2
 
 
+def routers(state):
+    """The routers' weights, of all MoE layers."""
+    leaves = zip(*map(jax.tree.leaves, (abstract_model(tiny_config().model).dims, state.params)), strict=True)
+    return np.concatenate([np.asarray(leaf).ravel() for dims, leaf in leaves if dims.part == "router"])
+
+
 @pytest.mark.parametrize("frozen", [dict(rate=0.0), dict(rate=0.01, freeze_step=0)])
 def test_a_frozen_bias_stays(frozen):
     config = tiny_config(balance=dict(bias_sign=frozen))
+    router = routers(init_state(config))
     state = make_train_step(config)(init_state(config), random_batch(), step_key(config))[0]
     assert (read_bias(state.bias) == 0).all()
+    assert (routers(state) != router).any()  # only the bias is frozen
 
 
 def test_an_auxiliary_loss_is_logged_unscaled_and_not_times_the_micro_batches():
