@@ -252,6 +252,15 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers of the log go besides (`runtime.sinks`); the services' own variables choose server and mode."""
+
+    wandb: str = ""  # the project in Weights & Biases; "": none
+    mlflow: str = ""  # the experiment in MLflow; "": none
+    name: str = ""  # of the run there; "": the workdir's
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """The newest `keep` checkpoints are kept; `fallback` restores an older one if the newest is damaged."""
 
@@ -295,6 +304,7 @@ class Config:
     data: DataConfig = section(DataConfig, "data")
     mesh: MeshConfig = section(MeshConfig, "speed")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")
+    tracking: TrackingConfig = section(TrackingConfig, "nothing")
     # XLA's options for the train step; xla_tpu_..., xla_gpu_... and xla_cpu_... apply on that platform only
     compiler_options: dict[str, str] = section(dict, "speed")
 

@@ -1,4 +1,4 @@
-"""The log files of a run: metrics.jsonl, layers.jsonl, TensorBoard."""
+"""The log files of a run, metrics.jsonl and layers.jsonl, and the sinks beside them."""
 
 import contextlib
 import itertools
@@ -9,19 +9,19 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from moe_jax.runtime.files import files_below, is_remote, remove_tree, size_of
+from moe_jax.runtime.sinks import Sink, board
 
 METRICS = "metrics.jsonl"
 LAYERS = "layers.jsonl"
 FLUSH_SECONDS = 60.0  # between two copies of the log to a bucket
-PART_BYTES = 8 * 2**20  # in a bucket, about the size after which a log file is continued in another part ...
-BOARD_SCALARS = 10**5  # ... and the number of values after which TensorBoard's file is
+PART_BYTES = 8 * 2**20  # in a bucket, about the size after which a log file is continued in another part
 BLOCK_BYTES = 2**16  # bytes read at once
 COPY_BYTES = 2**20  # bytes copied at once
 STEP = re.compile(rb'\{"step": (\d+)\b')  # the beginning of a line
@@ -36,11 +36,12 @@ class RunLog:
     machine, in parts, and those that changed are copied to the bucket at every `flush`, at `close`, and once a minute.
     """
 
-    def __init__(self, workdir: Path, first_step: int) -> None:
+    def __init__(self, workdir: Path, first_step: int, trackers: Sequence[Sink] = ()) -> None:
+        """Args: trackers: what takes the same numbers, besides TensorBoard's file if its package is there."""
         self._workdir = workdir
         self._folder = Path(tempfile.mkdtemp(prefix="moe_jax_log_")) if is_remote(workdir) else workdir
         self._files = {name: _StepFile(workdir, self._folder, name, first_step) for name in (METRICS, LAYERS)}
-        self._board = _Board(self._folder / "tensorboard", first_step, in_parts=is_remote(workdir))
+        self._sinks = [*board(self._folder / "tensorboard", first_step, in_parts=is_remote(workdir)), *trackers]
         self._flushed = time.monotonic()
         self._there: dict[Path, tuple[int, int]] = {}  # what is in the bucket: size and modification time of each file
 
@@ -55,14 +56,22 @@ class RunLog:
         self._files[METRICS].write(step, {k: plain(v) for k, v in values.items()})
         if layers:
             self._files[LAYERS].write(step, {k: plain(v) for k, v in layers.items()})
-        self._board.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def amend(self, step: int, values: Mapping[str, Any]) -> None:
         """Add values to the line of the newest step that were not known when it was written."""
         self._files[METRICS].amend(step, {k: plain(v) for k, v in values.items()})
-        self._board.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def picture(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
+        """Give a picture, uint8 [height, width, 3], to the sinks; it is drawn only if there are any."""
+        pixels = draw() if self._sinks else None
+        for sink in self._sinks:
+            sink.picture(step, name, pixels)
 
     def newest(self) -> dict[str, Any]:
         """The newest line of metrics.jsonl; empty if there is none."""
@@ -83,7 +92,8 @@ class RunLog:
         """Flush and close every file."""
         for file in self._files.values():
             file.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
         self.flush()
         if self._folder is not self._workdir:
             remove_tree(self._folder)
@@ -285,39 +295,3 @@ def lines_of(path: Path) -> Iterator[dict[str, Any] | None]:
                 except ValueError:
                     value = None
                 yield value if isinstance(value, dict) else None
-
-
-class _Board:
-    """TensorBoard's file of the same numbers, in a bucket in parts; nothing unless the `tensorboard` extra is there."""
-
-    def __init__(self, folder: Path, first_step: int, in_parts: bool) -> None:
-        self._folder = folder
-        self._in_parts = in_parts
-        self._written = 0
-        self._writer = _summary_writer(folder, purge_step=first_step)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the numbers of a step."""
-        if self._writer is None:
-            return
-        if self._in_parts and self._written > BOARD_SCALARS:
-            self._writer.close()
-            self._writer = _summary_writer(self._folder)
-            self._written = 0
-        for name, value in values.items():
-            if value is not None and not isinstance(value, str):
-                self._writer.add_scalar(name, float(value), step)
-        self._written += len(values)
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-def _summary_writer(folder: Path, **options: Any) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), **options)

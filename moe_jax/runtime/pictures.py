@@ -1,4 +1,4 @@
-"""Colours, smoothing and ticks of the pictures of curves."""
+"""Colours, smoothing and ticks of the pictures of curves, and the picture of loads."""
 
 from typing import Any
 
@@ -42,3 +42,25 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def heat_map(loads: np.ndarray) -> np.ndarray:
+    """The loads [L, E] over their mean, as a picture, uint8 [height, width, 3], with a row for each layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    loads = np.asarray(loads, np.float64)
+    share = loads / np.maximum(loads.mean(-1, keepdims=True), 1e-9)
+    layers, experts = loads.shape
+    figure = Figure(
+        figsize=(2.5 + min(8.0, 0.15 * experts), 1.2 + min(8.0, 0.25 * layers)), dpi=100, layout="constrained"
+    )
+    axes = figure.subplots()
+    drawn = axes.imshow(share, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
+    axes.set(xlabel="expert", ylabel="MoE layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(drawn, label="load / mean", extend="max")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -13,6 +13,7 @@ from moe_jax.runtime import processes
 from moe_jax.runtime.checkpoint import Checkpointer
 from moe_jax.runtime.chips import peak_flops
 from moe_jax.runtime.log import has_evaluation
+from moe_jax.runtime.pictures import heat_map
 from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned
 from moe_jax.training.evaluation import evaluate
@@ -142,6 +143,8 @@ class Log(Hook):
             numbers |= columns
             if context.log is not None:
                 context.log.write(now.step, numbers, layers)
+                if layers and self._evaluation.is_due(now.done):
+                    context.log.picture(now.step, "moe/load", lambda: heat_map(layers["loads"]))
             context.display.report(now.done, numbers)
             if late:
                 context.display.say(late)

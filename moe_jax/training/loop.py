@@ -8,6 +8,7 @@ from moe_jax.config import Config
 from moe_jax.runtime import processes
 from moe_jax.runtime.display import Display
 from moe_jax.runtime.ledger import Ledger
+from moe_jax.runtime.sinks import check_tracking
 from moe_jax.runtime.watchdog import Watchdog
 from moe_jax.runtime.workdir import check_workdir
 from moe_jax.training.hooks import Hook
@@ -49,6 +50,7 @@ def run(
     _refuse_interval_without_hook(config, hooks)
     with closing(watchdog or Watchdog(config.step_timeout_seconds)) as watchdog:
         ledger = Ledger(stopped_seconds=watchdog.stopped_seconds)
+        check_tracking(config)
         corpus = open_data(config)
         processes.by_first(lambda: check_workdir(workdir, config, corpus.fingerprint))
         display = Display(name, config.num_steps, quiet or processes.index() > 0)

@@ -14,6 +14,7 @@ from moe_jax.runtime.checkpoint import Checkpointer
 from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.profiling import Profiler, steps_to_trace
 from moe_jax.runtime.signals import Abandoned, noted
+from moe_jax.runtime.sinks import open_trackers
 from moe_jax.runtime.workdir import claim, record_run, versions, write_run
 from moe_jax.training.actions import Evaluate, Log, Save, Show, Stop, Trace
 from moe_jax.training.attempts import take_over, why_finished
@@ -68,7 +69,9 @@ def _opened(setup: Setup) -> Iterator[tuple[Context, Session]]:
     ended, more = processes.by_first(lambda: take_over(config, workdir, ledger, first, extra.get("seconds", {})))
     about = made_by | ended
     with ExitStack() as stack:  # each is closed, whatever error another one raises
-        log = stack.enter_context(closing(RunLog(workdir, first))) if processes.index() == 0 else None
+        log = None
+        if processes.index() == 0:
+            log = stack.enter_context(closing(RunLog(workdir, first, open_trackers(config, workdir, about))))
         checkpoints = Checkpointer(workdir / "checkpoints", config.checkpoint.keep, first)
         stack.enter_context(closing(checkpoints))
         # only now, because `start` may have refused a checkpoint of another shape

@@ -22,14 +22,15 @@ GROUPS = dict(
     router=dict(frozen=True),
     experts=dict(learning_rate=2.0, weight_decay=3.0),
 )
-OPTIMIZER = dict(method="muon", learning_rate=1e-2, groups=GROUPS, moment_dtype="bfloat16", rounding="stochastic")
+MUON = dict(method="muon", muon=dict(iterations=2), moment_dtype="bfloat16")
+OPTIMIZER = MUON | dict(learning_rate=1e-2, groups=GROUPS, rounding="stochastic")
 
 
 def config_of(mesh=(1, 1, 1, 1), **overrides):
     settings = dict(
         balance=dict(bias_sign=dict(rate=1e-2)),
         optimizer=OPTIMIZER,
-        model=dict(num_kv_heads=2, mtp_depth=1),
+        model=dict(num_kv_heads=2, num_layers=1, first_dense=0),
         mesh=mesh_sizes(mesh),
     )
     return resolve(tiny_config(**(settings | overrides)), len(jax.devices()), "cpu")
@@ -119,7 +120,7 @@ def test_a_factor_scales_a_part_s_update_and_decay_and_nothing_else():
 
 def test_gradients_of_frozen_parts_are_never_computed():
     def products(optimizer):
-        config = config_of(optimizer=optimizer, model=dict(num_layers=1, first_dense=0))
+        config = config_of(optimizer=optimizer, model=dict(num_kv_heads=2, num_layers=1, first_dense=0))
         state = abstract_state(config)
         batch = training_batches(open_corpus(""), seed=0, batch_size=8, sequence_length=16)(0)
         cost = make_train_step(config).lower(state, batch, step_key(config)).cost_analysis()
@@ -133,7 +134,9 @@ def test_gradients_of_frozen_parts_are_never_computed():
 
 
 def test_micro_batches_remat_and_a_mesh_together_change_nothing():
-    config = config_of((1, 2, 2, 2), micro_batches=2, model=dict(num_kv_heads=2, mtp_depth=1, remat="full"))
+    config = config_of(
+        (1, 2, 2, 2), micro_batches=2, model=dict(num_kv_heads=2, num_layers=1, first_dense=0, remat="full")
+    )
     state = stepped(config, init_state(config, make_mesh(config.mesh)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-4), state.params, plain().params)
     np.testing.assert_array_equal(read_bias(state.bias), read_bias(plain().bias))
