@@ -25,8 +25,8 @@ DOTS_NOTE = (
 )
 
 
-def write_branched(sweep: Branched, output: Path | None = None) -> Path:
-    """Write the page; None is report.html in the sweep's folder. Returns its path.
+def write_branched(sweep: Branched, output: Path | None = None, reload: int = 0) -> Path:
+    """Write the page, by default report.html in the sweep's folder, and return its path; `reload` as for `page.write`.
 
     Raises:
         SweepError: no branch is finished, in which case nothing is written.
@@ -39,11 +39,11 @@ def write_branched(sweep: Branched, output: Path | None = None) -> Path:
         )
     output = output or sweep.directory / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_branched(sweep), encoding="utf-8", errors="backslashreplace")
+    output.write_text(render_branched(sweep, reload), encoding="utf-8", errors="backslashreplace")
     return output
 
 
-def render_branched(sweep: Branched) -> str:
+def render_branched(sweep: Branched, reload: int = 0) -> str:
     """Render the page as one string of HTML without external references; at least one branch is finished."""
     numbers = html_table(branched_table(sweep), "numbers", sweep.baseline)
     balance = html_table(branched_table(sweep, BALANCE), "numbers", sweep.baseline)
@@ -58,6 +58,7 @@ def render_branched(sweep: Branched) -> str:
             _runs(sweep),
             _provenance(sweep),
         ],
+        reload,
     )
 
 

@@ -29,7 +29,13 @@ TIME_NOTE = (
 )
 
 
-def write(sweep: Sweep, output: Path | None = None, figures: bool = False, columns: Iterable[Column] = COLUMNS) -> Path:
+def write(
+    sweep: Sweep,
+    output: Path | None = None,
+    figures: bool = False,
+    columns: Iterable[Column] = COLUMNS,
+    reload: int = 0,
+) -> Path:
     """Write the page and, with `figures`, the pictures as PNG files.
 
     Args:
@@ -37,6 +43,7 @@ def write(sweep: Sweep, output: Path | None = None, figures: bool = False, colum
         output: the page; None is report.html in the sweep's folder.
         figures: also write <sweep folder>/figures/<name>.png.
         columns: the columns of the tables.
+        reload: seconds after which a browser that shows the page reads it again; 0 for never.
 
     Returns:
         The path of the page.
@@ -50,7 +57,7 @@ def write(sweep: Sweep, output: Path | None = None, figures: bool = False, colum
             f"{len(sweep.arms) * len(sweep.seeds)} ({sweep.problems[0]}) Run or resume the sweep first."
         )
     shown = pictures(sweep)
-    page = render(sweep, list(columns), shown)
+    page = render(sweep, list(columns), shown, reload)
     output = output or sweep.directory / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8", errors="backslashreplace")  # a folder's name may not be valid text
@@ -62,13 +69,14 @@ def write(sweep: Sweep, output: Path | None = None, figures: bool = False, colum
     return output
 
 
-def render(sweep: Sweep, columns: list[Column], shown: list[Picture]) -> str:
+def render(sweep: Sweep, columns: list[Column], shown: list[Picture], reload: int = 0) -> str:
     """Render the whole page as one string of HTML without external references.
 
     Args:
         sweep: must have at least one finished run.
         columns: the columns of the tables.
         shown: pictures to embed.
+        reload: as for `write`.
     """
     sections = [
         _header(sweep),
@@ -81,15 +89,16 @@ def render(sweep: Sweep, columns: list[Column], shown: list[Picture]) -> str:
         _settings(sweep),
         _provenance(sweep),
     ]
-    return document(sweep.name, sections)
+    return document(sweep.name, sections, reload)
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """A whole page of HTML; empty sections are left out."""
+def document(title: str, sections: Iterable[str], reload: int = 0) -> str:
+    """A whole page of HTML, without empty sections; with `reload` a browser reads it again after as many seconds."""
+    again = f'<meta http-equiv="refresh" content="{reload}">' if reload else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLESHEET.read_text(encoding='utf-8')}</style></head>\n"
+        f"{again}<title>{escape(title)}</title>\n<style>\n{STYLESHEET.read_text(encoding='utf-8')}</style></head>\n"
         "<body><main>\n" + "\n".join(filter(None, sections)) + "\n</main></body></html>\n"
     )
 

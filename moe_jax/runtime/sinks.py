@@ -153,7 +153,7 @@ class WandB:
             resume="allow",
             dir=tempfile.gettempdir() if is_remote(workdir) else str(workdir),
             config=as_dict(config) | {"made_by": dict(about)},
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, console="off"),
         )
         self._run.define_metric("*", step_metric="step")  # its own step could not go back to that of a checkpoint
 
