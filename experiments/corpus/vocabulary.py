@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.data.progress import progress
-from moe_jax.data.scan import DomainPlan, document_rank, read_documents
+from moe_jax.data.readers import read_documents
+from moe_jax.data.scan import DomainPlan, document_rank
 from moe_jax.data.sources import Options
 from moe_jax.runtime.files import read_json, write_json, write_whole
 

@@ -1,12 +1,12 @@
 """Turns a folder of text into a corpus of memory-mapped tokens.
 
     python -m moe_jax.data.prepare --input=FOLDER --output=DIR [--validation_fraction=0.05] [--text_key=text]
-                                   [--domain=NAME] [--include='*.txt,*.md,*.jsonl'] [--overwrite]
-                                   [--tokenizer=DIR_OR_JSON [--separator=TOKEN]]
+                                   [--domain=NAME] [--include='*.txt,*.parquet'] [--overwrite]
+                                   [--tokenizer=DIR_OR_JSON [--separator=TOKEN]] [--processes=N]
 
 First-level subfolders are the domains; files directly in FOLDER belong to a domain named after it, or to
---domain. A file is one document, except that every line of a .jsonl, .ndjson or .json file is one, its text under
---text_key.
+--domain. A file is one document, except that every line of a .jsonl, .ndjson or .json file is one, and every row of a
+.parquet or .arrow table, with the text under --text_key. Text and lines may be compressed (.gz, .bz2, .xz, .zst, .lz4).
 
 Tokens are bytes, or those of a trained vocabulary: --tokenizer names a tokenizer.json or the folder of the model that
 holds it. Its files are copied into the output, which needs nothing else. Documents are opened by the model's bos or eos
@@ -30,7 +30,7 @@ from moe_jax.data.scan import scan
 from moe_jax.data.sources import INCLUDE, Options, find_sources
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.data.vocabularies import get_tokenizer
-from moe_jax.data.writer import write_domain
+from moe_jax.data.writer import write_domains
 
 
 def prepare(options: Options) -> None:
@@ -64,11 +64,12 @@ def prepare(options: Options) -> None:
         elif earlier:
             output.reopen(options.output, earlier)
         output.write_plan(options.output, inputs)
-        domains = {
-            plan.name: output.finished(options, plan) or write_domain(options, plan, tokenizer) for plan in plans
-        }
+        entries = {plan.name: output.finished(options, plan) for plan in plans}
+        missing = [plan for plan in plans if not entries[plan.name]]
+        written = write_domains(options, missing, tokenizer)
+        entries |= {plan.name: entry for plan, entry in zip(missing, written, strict=True)}
         output.write_tokenizer_files(options.output, tokenizer_files)
-        output.complete(options.output, output.make_manifest(options, inputs, domains, tokenizer, described))
+        output.complete(options.output, output.make_manifest(options, inputs, entries, tokenizer, described))
     print(f"Wrote {options.output / MANIFEST}.")
 
 
@@ -77,6 +78,8 @@ def _check_options(options: Options) -> None:
         raise FileNotFoundError(f"--input={options.input} is not a folder; give the folder that holds the text.")
     if not 0 < options.validation_fraction < 1:
         raise ValueError(f"--validation_fraction={options.validation_fraction} must be above 0 and below 1; try 0.05.")
+    if options.processes < 0:
+        raise ValueError(f"--processes={options.processes} must be at least 1, or 0 to choose; leave it out.")
     if options.separator and not options.tokenizer:
         raise ValueError(f"--separator={options.separator} is a token of a --tokenizer, which is missing; give both.")
     source = options.input.resolve()
@@ -104,6 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--include", default=INCLUDE, help=f"patterns of file names ({INCLUDE})")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json, or the folder that holds it (bytes)")
     parser.add_argument("--separator", default="", help="token of the vocabulary that opens documents (its bos or eos)")
+    parser.add_argument("--processes", type=int, default=0, help="files read at a time (0: a core each, if it pays)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     values = vars(parser.parse_args(arguments))
     return Options(**values | {name: path_of(values[name], f"--{name}") for name in ("input", "output")})

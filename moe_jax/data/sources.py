@@ -8,9 +8,11 @@ from pathlib import Path
 
 from moe_jax.data.manifest import NAME
 
-INCLUDE = "*.txt,*.md,*.jsonl"
+INCLUDE = "*.txt,*.md,*.jsonl,*.txt.gz,*.jsonl.gz,*.jsonl.zst,*.parquet,*.arrow"
 LINES = (".jsonl", ".ndjson", ".json")  # suffixes, in any case, of files with one document a line
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # suffixes behind that of the file that they hold
+TABLES = (".parquet", ".arrow")
+ARCHIVES = (".zip", ".7z", ".tar", ".tgz", *(f".tar{packed}" for packed in COMPRESSED))
 MAX_IGNORED = 10  # ignored files that are listed by name
 
 
@@ -27,6 +29,7 @@ class Options:
     overwrite: bool = False
     tokenizer: str = ""
     separator: str = ""
+    processes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def find_sources(options: Options) -> dict[str, list[Source]]:
             f"{', '.join(names)}{more}"
         )
     if not matching:
-        packed = " (compressed files must be unpacked first)" if any(map(is_packed, ignored)) else ""
+        packed = " (archives must be unpacked first)" if any(n.lower().endswith(ARCHIVES) for n in ignored) else ""
         raise ValueError(
             f"--input={options.input} has no file that matches --include={options.include}; give another folder or "
             f"other patterns{packed}."
@@ -72,14 +75,19 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-def is_packed(name: str) -> bool:
-    """Whether a file is compressed or an archive, by its suffix."""
-    return name.lower().endswith(PACKED)
+def compression(name: str) -> str:
+    """The suffix that says how a file is compressed; "" if it is not."""
+    return next((suffix for suffix in COMPRESSED if name.lower().endswith(suffix)), "")
+
+
+def is_table(name: str) -> bool:
+    """Whether every row of a file is a document, by its suffix."""
+    return name.lower().endswith(TABLES)
 
 
 def has_lines(name: str) -> bool:
-    """Whether every line of a file is a document, by its suffix."""
-    return name.lower().endswith(LINES)
+    """Whether every line of a file is a document, by its suffix, or by the one before that of its compression."""
+    return name.lower().removesuffix(compression(name)).endswith(LINES)
 
 
 def _list_files(options: Options) -> tuple[list[str], list[str]]:

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,43 @@ from moe_jax.data.corpus import tokenize_documents
 from moe_jax.data.manifest import OFFSET_DTYPE, SPLITS
 from moe_jax.data.output import PARTIAL, files_of, note_of
 from moe_jax.data.progress import progress
-from moe_jax.data.scan import DomainPlan, Piece, document_rank, read_documents
+from moe_jax.data.readers import Piece, read_documents
+from moe_jax.data.scan import DomainPlan, document_rank
 from moe_jax.data.sources import Options, printable
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.workers import each_in, number_of
 from moe_jax.runtime.files import write_json
 
 CHARACTERS_AT_ONCE = 2**20  # documents are tokenized together, in groups of about this size, to use all cores
 
 
-def write_domain(options: Options, plan: DomainPlan, tokenizer: Tokenizer) -> dict[str, Any]:
+def write_domains(options: Options, plans: Sequence[DomainPlan], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Writes the domains, several at a time if there is more than one process.
+
+    Returns:
+        the entries in the manifest.
+
+    Raises:
+        ValueError: the input has changed since `scan`.
+    """
+    sizes = [sum(source.bytes for source in plan.sources) for plan in plans]
+    processes = min(len(plans), number_of(options.processes, sum(sizes)))
+    entries = []
+    if processes < 2:
+        for plan, size in zip(plans, sizes, strict=True):
+            with progress(f"writing {plan.name}", size) as advance:
+                entries.append(_write_domain(options, tokenizer, plan, advance))
+        return entries
+    with progress("writing", sum(sizes)) as advance, each_in(processes) as map_each:
+        for size, entry in zip(sizes, map_each(partial(_write_domain, options, tokenizer), plans), strict=True):
+            entries.append(entry)
+            advance(size)
+    return entries
+
+
+def _write_domain(
+    options: Options, tokenizer: Tokenizer, plan: DomainPlan, advance: Callable[[int], None] = lambda count: None
+) -> dict[str, Any]:
     """Writes a domain in `.partial`, moves its files into the output, then notes that it is finished.
 
     Returns:
@@ -35,7 +64,7 @@ def write_domain(options: Options, plan: DomainPlan, tokenizer: Tokenizer) -> di
         writers = {split: SplitWriter(partial, plan.name, split) for split in SPLITS}
         for writer in writers.values():
             stack.callback(writer.close)
-        _write_documents(options, plan, writers, tokenizer)
+        _write_documents(options, plan, writers, tokenizer, advance)
     entry = {split: writer.entry() for split, writer in writers.items()}
     for file in files_of(options.output, entry):
         os.replace(partial / file.path.name, file.path)
@@ -87,23 +116,28 @@ class SplitWriter:
         self._bytes[part] += self._files[part].write(data)
 
 
-def _write_documents(options: Options, plan: DomainPlan, writers: dict[str, SplitWriter], tokenizer: Tokenizer) -> None:
+def _write_documents(
+    options: Options,
+    plan: DomainPlan,
+    writers: dict[str, SplitWriter],
+    tokenizer: Tokenizer,
+    advance: Callable[[int], None],
+) -> None:
     changed = ChangedTexts(tokenizer)
-    with progress(f"writing {plan.name}", sum(source.bytes for source in plan.sources)) as advance:
-        for source in plan.sources:
-            digest = hashlib.sha256()
-            for pieces in _groups(read_documents(options, source.name, digest)):
-                documents = tokenize_documents([piece.text for piece in pieces], tokenizer)
-                for piece, tokens in zip(pieces, documents, strict=True):
-                    held_out = document_rank(piece.where) < plan.threshold
-                    writers["validation" if held_out else "train"].add(tokens)
-                    changed.count(piece.text, tokens)
-            if digest.hexdigest() != source.sha256:
-                raise ValueError(
-                    f"{printable(source.name)} changed while it was read; run again once nothing writes to "
-                    f"--input={options.input}."
-                )
-            advance(source.bytes)
+    for source in plan.sources:
+        digest = hashlib.sha256()
+        for pieces in _groups(read_documents(options, source.name, digest)):
+            documents = tokenize_documents([piece.text for piece in pieces], tokenizer)
+            for piece, tokens in zip(pieces, documents, strict=True):
+                held_out = document_rank(piece.where) < plan.threshold
+                writers["validation" if held_out else "train"].add(tokens)
+                changed.count(piece.text, tokens)
+        if digest.hexdigest() != source.sha256:
+            raise ValueError(
+                f"{printable(source.name)} changed while it was read; run again once nothing writes to "
+                f"--input={options.input}."
+            )
+        advance(source.bytes)
     changed.report(plan.name)
 
 

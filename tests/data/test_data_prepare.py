@@ -240,10 +240,10 @@ def test_a_link_to_a_file_is_read(source, output):
     assert "first" in texts(output, "prose")
 
 
-def test_a_compressed_file_is_refused_with_what_to_do(source, output):
-    (source / "prose" / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
-    assert "prose/more.jsonl.gz: is compressed; unpack it first" in refusal(Options(source, output, include="*.gz"))
-    assert "(compressed files must be unpacked first)" in refusal(Options(source, output, include="*.rst"))
+def test_an_archive_is_refused_with_what_to_do(source, output):
+    (source / "prose" / "more.tar.gz").write_bytes(gzip.compress(b"x"))
+    assert "prose/more.tar.gz: is an archive; unpack it first" in refusal(Options(source, output, include="*.gz"))
+    assert "(archives must be unpacked first)" in refusal(Options(source, output, include="*.rst"))
 
 
 # Names that are taken in the output folder or in the notes of a run, and one that ends as our own files do
@@ -354,6 +354,19 @@ def test_a_subfolder_and_loose_files_may_not_share_a_domain(source, output):
     (source / "loose.txt").write_text("x")
     message = refusal(Options(source, output, domain="prose"))
     assert "has a subfolder prose, and the files beside it" in message
+
+
+def test_many_processes_write_the_same_bytes_and_name_the_same_bad_documents(source, output, capfd):
+    prepare(Options(source, output))
+    other = output.with_name("other")
+    prepare(Options(source, other, processes=2))
+    assert read(other) == read(output)
+    (source / "prose" / "bad.txt").write_bytes(b"\xff")
+    (source / "lines" / "bad.jsonl").write_text("{\n" * 30)
+    sequential = refusal(Options(source, output, overwrite=True, processes=1))
+    assert refusal(Options(source, output, overwrite=True, processes=2)) == sequential
+    assert "--processes=-1 must be at least 1" in refusal(Options(source, output, processes=-1))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_run_killed_anywhere_and_run_again_gives_the_same_bytes(source, output, tmp_path):

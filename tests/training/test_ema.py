@@ -18,7 +18,7 @@ from moe_jax.runtime import checkpoint
 from moe_jax.training.branch import branch
 from moe_jax.training.ema import share_kept
 from moe_jax.training.loop import run
-from moe_jax.training.state import abstract_state, init_state, state_shardings
+from moe_jax.training.state import abstract_state, init_state, state_shardings, with_options
 from moe_jax.training.step import advance, all_or_nothing
 
 MLA = dict(attention="mla", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
@@ -60,20 +60,16 @@ def test_the_share_kept_rises_to_the_decay():
     assert shares == pytest.approx([0.1, 0.5, 80 / 89, 0.9, 0.9])
 
 
-def test_it_changes_no_number_of_the_training(trained, tmp_path):
-    _, _, states = trained
-    config = config_of(ema=dict(decay=0.0))
-    run(config, tmp_path, quiet=True)
-    last = checkpoint.restore(tmp_path / "checkpoints", abstract_state(config, make_mesh(config.mesh)))[0]
-    assert last.ema is None
-    assert_same_bits(*(jax.device_get((s.params, s.optimizer, s.bias, s.balance)) for s in (last, states[3])))
-
-
-def test_a_step_that_is_skipped_leaves_it_alone():
-    config = config_of()
-    state = init_state(config)
+def test_it_changes_no_number_of_the_training_and_a_skipped_step_leaves_it_alone(trained):
+    config, _, states = trained
+    without = config_of(ema=dict(decay=0.0))
+    state = states[1]
     grads = jax.tree.map(jnp.ones_like, state.params)
-    moved = jax.jit(functools.partial(advance, config))(state, grads, None, jnp.float32(0.1), jax.random.key(0))
+    rest = grads, None, jnp.float32(0.1), jax.random.key(0)
+    moved = jax.jit(functools.partial(advance, config))(state, *rest)
+    plain = jax.jit(functools.partial(advance, without))(state._replace(ema=None), *rest)
+    assert plain.ema is None
+    assert_same_bits(jax.device_get(moved._replace(ema=None)), jax.device_get(plain))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (moved.ema, state.ema)), strict=True))
     assert_same_bits(all_or_nothing(jnp.bool_(False), moved, state).ema, state.ema)
 
@@ -100,7 +96,7 @@ def test_evaluation_and_conversion_read_it_on_request(trained, tmp_path):
     assert last["step"] == average["step"] == 3
     assert last["eval/loss"] != average["eval/loss"]
     for weights, (params, bias) in (("last", (states[3].params, states[3].bias)), ("ema", states[3].ema)):
-        convert.run(folder, tmp_path / weights, None, "", weights)
+        convert.run(folder, tmp_path / weights, None, "DeepseekV3ForCausalLM", weights)
         found = load_hf(tmp_path / weights)
         assert_same_bits(jax.device_get((found.params, found.bias)), jax.device_get((params, bias)))
 
@@ -135,8 +131,11 @@ def test_a_branch_continues_the_average_of_its_trunk(trained, here, same):
         assert_same_bits(jax.device_get(state.ema.bias), jax.device_get(state.bias))
 
 
-def test_a_branch_of_a_trunk_without_one_begins_at_its_weights(tmp_path):
-    run(config_of(ema=dict(decay=0.0)), tmp_path / "trunk", quiet=True)
-    config = config_of(branch_from=f"{tmp_path / 'trunk'}@3", num_steps=4)
-    state = branch(config, make_mesh(config.mesh), open_corpus("")).state
+def test_where_there_was_none_it_begins_at_the_weights_in_buffers_of_its_own(trained):
+    config, _, states = trained
+    state = with_options(config, states[2]._replace(ema=None), make_mesh(config.mesh))
     assert_same_bits(jax.device_get(tuple(state.ema)), jax.device_get((state.params, state.bias)))
+    own, weights = (
+        {a.unsafe_buffer_pointer() for a in jax.tree.leaves(tree)} for tree in (state.ema, (state.params, state.bias))
+    )
+    assert not own & weights  # a step donates both

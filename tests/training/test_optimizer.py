@@ -133,6 +133,7 @@ def test_gradients_of_frozen_parts_are_never_computed():
 # --- the whole step -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_micro_batches_remat_and_a_mesh_together_change_nothing():
     config = config_of(
         (1, 2, 2, 2), micro_batches=2, model=dict(num_kv_heads=2, num_layers=1, first_dense=0, remat="full")
