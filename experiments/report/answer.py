@@ -101,9 +101,11 @@ def remarks(sweep: Sweep) -> list[str]:
     found = list(sweep.problems) + _unequal_lengths(sweep)
     for run in sweep.finished:
         name = f"{run.arm}, seed {run.seed}"
-        skipped = _largest(run, "skipped")
-        if skipped > 0:
-            found.append(f"{name}: {skipped:g} steps skipped, because loss, gradient or update was not finite.")
+        outliers = _largest(run, "outliers")
+        if (broken := _largest(run, "skipped") - outliers) > 0:
+            found.append(f"{name}: {broken:g} steps skipped, because loss, gradient or update was not finite.")
+        if outliers > 0:
+            found.append(f"{name}: {outliers:g} steps skipped, because loss or gradient was an outlier.")
         if _largest(run, "moe/dropped") > 0:
             found.append(f"{name}: tokens were dropped (moe/dropped is above 0).")
     return found

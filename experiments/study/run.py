@@ -97,8 +97,8 @@ def measure_trunks(table: Planned, shard: tuple[int, int]) -> list[str]:
     return failed
 
 
-def _evaluate(folder: Path, **measured: bool) -> None:
-    """Evaluate a run on its held-out text; `measured` is what else the evaluate command measures."""
+def _evaluate(folder: Path, **measured: Any) -> None:
+    """Evaluate a run on its held-out text; `measured` is what else the evaluate command measures, True for each."""
     from moe_jax import evaluate
     from moe_jax.runtime.workdir import config_of_run
 

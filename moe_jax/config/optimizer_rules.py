@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from moe_jax.config.rule import Rule, rises_within
-from moe_jax.config.schema import Config, GroupConfig, GroupsConfig, MuonConfig, parts
+from moe_jax.config.schema import Config, GroupConfig, GroupsConfig, GuardConfig, MuonConfig, parts
 
 
 def _check_groups(c: Config) -> None:
@@ -96,5 +96,11 @@ OPTIMIZER_RULES: tuple[Callable[[Config], None], ...] = (
     ),
     _check_muon,
     _check_groups,
+    Rule(
+        "{guard.window} and {guard.most} apply to a guard, but {guard.threshold} is none",
+        "set guard.threshold=6.0, or the two to 128 and 5",
+        holds=lambda c: c.guard == GuardConfig(),
+        when=lambda c: c.guard.threshold == 0,
+    ),
     Rule("{ema.decay} must be below 1", "try 0.999", holds=lambda c: c.ema.decay < 1),
 )

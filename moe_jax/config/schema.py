@@ -226,6 +226,19 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Skips a step whose loss or gradient norm is an outlier; threshold 0: none (`training.guard`).
+
+    An outlier is more than `threshold` robust deviations above the median of the last `window` kept steps. After `most`
+    in a row the next step is kept. 6 deviations skip what is rare beyond doubt.
+    """
+
+    threshold: float = number(0.0, 0.0)
+    window: int = number(128, 8)
+    most: int = number(5, 1)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """`path=""` is the embedded corpus; otherwise a folder written by `python -m moe_jax.data.prepare`."""
 
@@ -301,6 +314,7 @@ class Config:
     anticipation: AnticipationConfig = section(AnticipationConfig, "numbers")
     optimizer: OptimizerConfig = section(OptimizerConfig, "numbers")
     ema: EmaConfig = section(EmaConfig, "numbers")
+    guard: GuardConfig = section(GuardConfig, "numbers")
     data: DataConfig = section(DataConfig, "data")
     mesh: MeshConfig = section(MeshConfig, "speed")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "nothing")

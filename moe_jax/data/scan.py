@@ -61,7 +61,7 @@ class _Scanned(NamedTuple):
     """A file that was read: the smallest and largest rank of its documents, and what is wrong with some of them."""
 
     source: Source
-    count: int
+    num_documents: int
     smallest: int
     largest: int
     problems: list[str]
@@ -88,7 +88,7 @@ def _scan_file(options: Options, file: tuple[str, Source]) -> _Scanned:
 
 def _plan(options: Options, domain: str, files: Sequence[_Scanned]) -> DomainPlan:
     """The plan of a domain without bad documents."""
-    count = sum(file.count for file in files)
+    count = sum(file.num_documents for file in files)
     if count < 2:
         raise ValueError(
             f"Domain '{domain}' has {count} document and must have at least 2, one to train on and one to hold out; "

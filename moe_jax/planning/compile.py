@@ -177,4 +177,8 @@ def state_bytes(config: Config, mesh: "Mesh") -> tuple[int, int, int]:
     def size(tree: Any) -> int:
         return sum(map(bytes_on_device, jax.tree.leaves(tree)))
 
-    return size((state.params, state.ema)), size(state.optimizer), size((state.bias, state.balance, state.anticipation))
+    return (
+        size((state.params, state.ema)),
+        size(state.optimizer),
+        size((state.bias, state.balance, state.anticipation, state.guard)),
+    )

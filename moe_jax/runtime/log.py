@@ -69,9 +69,10 @@ class RunLog:
 
     def picture(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
         """Give a picture, uint8 [height, width, 3], to the sinks; it is drawn only if there are any."""
-        pixels = draw() if self._sinks else None
-        for sink in self._sinks:
-            sink.picture(step, name, pixels)
+        if self._sinks:
+            pixels = draw()
+            for sink in self._sinks:
+                sink.picture(step, name, pixels)
 
     def newest(self) -> dict[str, Any]:
         """The newest line of metrics.jsonl; empty if there is none."""

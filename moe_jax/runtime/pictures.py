@@ -48,6 +48,7 @@ def heat_map(loads: np.ndarray) -> np.ndarray:
     """The loads [L, E] over their mean, as a picture, uint8 [height, width, 3], with a row for each layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     loads = np.asarray(loads, np.float64)
     share = loads / np.maximum(loads.mean(-1, keepdims=True), 1e-9)
@@ -58,8 +59,8 @@ def heat_map(loads: np.ndarray) -> np.ndarray:
     axes = figure.subplots()
     drawn = axes.imshow(share, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
     axes.set(xlabel="expert", ylabel="MoE layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(drawn, label="load / mean", extend="max")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

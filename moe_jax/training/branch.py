@@ -202,9 +202,8 @@ def _trunk(config: Config, extra: Mapping[str, Any]) -> Config:
             f"optimizer.method={config.optimizer.method!r}, optimizer.muon.parts and the frozen parts must give every "
             f"parameter the moments that it has in {key}; set them as there."
         )
-    return replace(
-        config, balance=there.balance, optimizer=there.optimizer, anticipation=there.anticipation, ema=there.ema
-    )
+    carried = "balance", "optimizer", "anticipation", "ema", "guard"
+    return replace(config, **{name: getattr(there, name) for name in carried})
 
 
 # --- the balance ----------------------------------------------------------------------------------------------
@@ -215,17 +214,21 @@ def _with_own_balance(config: Config, there: Config, state: TrainState, mesh: Me
 
     Clipping and decay surround the moments in the optimizer's state, but hold no arrays, so its leaves are the same.
     Experts that the trunk chose ahead are not used, because a branch with another seed has other batches. The average
-    of the weights continues if both have one; that of the bias begins anew under another balance.
+    of the weights continues if both have one; that of the bias begins anew under another balance. A guard continues if
+    its options are the same.
     """
     target = abstract_state(config)
     optimizer = jax.tree.unflatten(jax.tree.structure(target.optimizer), jax.tree.leaves(state.optimizer))
-    state, average = state._replace(optimizer=optimizer, ema=None), state.ema
+    average, watched = state.ema, state.guard
+    state = state._replace(optimizer=optimizer, ema=None, guard=None)
     if config.balance != there.balance:
         places = state_shardings(config, mesh)
         make = jax.jit(functools.partial(own_balance, config, there), out_shardings=(places.bias, places.balance))
         bias, layers = make(state.step, state.bias, state.balance)
         state = state._replace(bias=bias, balance=layers)
     state = with_options(config, state, mesh)
+    if config.guard == there.guard:
+        state = state._replace(guard=watched)
     if state.ema is None or average is None:
         return state
     return state._replace(ema=average if config.balance == there.balance else average._replace(bias=state.ema.bias))

@@ -20,9 +20,10 @@ from moe_jax.config import BalanceEntry, Config, ModelConfig, OptimizerConfig, n
 from moe_jax.mesh import AnyMesh, parameter_spec, platform, replicated
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.transformer import Transformer
-from moe_jax.training import anticipation, ema
+from moe_jax.training import anticipation, ema, guard
 from moe_jax.training.anticipation import Anticipation
 from moe_jax.training.ema import Ema
+from moe_jax.training.guard import Guard
 from moe_jax.training.muon import is_masked
 from moe_jax.training.optimizer import make_optimizer
 
@@ -33,9 +34,9 @@ class TrainState(NamedTuple):
     """The state after `step` optimizer steps. The bias is kept once, in `bias`; other balancer state is in `balance`.
 
     step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or a result of the update
-    was not finite. stuck: the number of skipped steps since the last finite one. bias: the RouterBias variables.
+    was not finite, and outliers. stuck: the number of steps since the last finite one. bias: the RouterBias variables.
     balance: [L, ...] by label. anticipation: the experts that were chosen for later steps; None without.
-    ema: the moving average of the weights; None without.
+    ema: the moving average of the weights; None without. guard: what it compares a step with; None without.
     """
 
     step: Int32[Array, ""]
@@ -47,6 +48,7 @@ class TrainState(NamedTuple):
     balance: Tree
     anticipation: Anticipation | None = None
     ema: Ema | None = None
+    guard: Guard | None = None
 
 
 def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
@@ -60,7 +62,9 @@ def with_options(config: Config, state: TrainState, mesh: Mesh | None = None) ->
     """The state with what some runs remember besides, as before their first step; placed on the mesh."""
     places = None if mesh is None else _ema_shardings(config, state_shardings(config, mesh))
     average = jax.jit(functools.partial(ema.initial, config.ema), out_shardings=places)(state.params, state.bias)
-    return state._replace(anticipation=anticipation.initial(config, mesh), ema=average)
+    whole = None if mesh is None else replicated(mesh)
+    watched = jax.jit(functools.partial(guard.initial, config.guard), out_shardings=whole)()
+    return state._replace(anticipation=anticipation.initial(config, mesh), ema=average, guard=watched)
 
 
 def _ema_shardings(config: Config, places: TrainState) -> Ema | None:
@@ -81,7 +85,10 @@ def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
 def state_shardings(config: Config, mesh: AnyMesh) -> TrainState:
     """The sharding of every leaf: parameters by the table in `mesh`, moments like parameters, the rest replicated."""
     state = _state_shardings(config.model, config.balance, config.optimizer, mesh)
-    return state._replace(anticipation=anticipation.shardings(config, mesh), ema=_ema_shardings(config, state))
+    watched = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(lambda: guard.initial(config.guard)))
+    return state._replace(
+        anticipation=anticipation.shardings(config, mesh), ema=_ema_shardings(config, state), guard=watched
+    )
 
 
 @functools.lru_cache(maxsize=16)

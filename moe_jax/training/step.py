@@ -23,7 +23,8 @@ from moe_jax.mesh import is_sharded, replicated, ways
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import AheadLoss, language_nats
-from moe_jax.training import anticipation, ema
+from moe_jax.training import anticipation, ema, guard
+from moe_jax.training.guard import Guard
 from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.micro_batches import Micro, chosen_experts, micro_batches, micro_batches_of_step, report_of
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored, without_frozen_gradients
@@ -85,7 +86,8 @@ def train_step(
         # two, and keep both states at once.
         checked = moving(*jax.lax.optimization_barrier(move))
         finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
-        after = all_or_nothing(finite, moved, state)
+        keep, watched = _guarded(config, state, sums, batch, grad_norm, finite)
+        after = all_or_nothing(finite, keep, moved, state)._replace(guard=watched)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
         values |= {"mtp/loss": sums.ahead.nats / at_least_one(sums.ahead.tokens)}
@@ -95,6 +97,17 @@ def train_step(
         after, more = _with_later_choices(config, state, after, values["loss"], later, run_key, mesh)
         values |= more
     return after, values
+
+
+def _guarded(
+    config: Config, state: TrainState, sums: StepSums, batch: Batch, grad_norm: Array, finite: Array
+) -> tuple[Bool[Array, ""], Guard | None]:
+    """Whether a step is kept, and the guard after it."""
+    if state.guard is None:
+        return finite, None
+    loss = sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32))
+    outlier = finite & guard.is_outlier(config.guard, state.guard, loss, grad_norm)
+    return finite & ~outlier, guard.advance(config.guard, state.guard, finite, outlier, loss, grad_norm)
 
 
 def _with_later_choices(
@@ -245,22 +258,23 @@ def is_finite(state: TrainState) -> Bool[Array, ""]:
     return functools.reduce(jnp.logical_and, checks)
 
 
-def all_or_nothing(finite: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
-    """The moved state if it is finite, else the old one bit by bit; `step` advances in both cases.
+def all_or_nothing(finite: Bool[Array, ""], keep: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
+    """The moved state if it is to be kept, else the old one bit by bit; `step` advances in both cases.
 
     The values are selected, not multiplied by zero, because 0 x NaN is NaN.
     """
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    kept = jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, state)
     return kept._replace(
         step=state.step + 1,
-        skipped=state.skipped + (~finite).astype(jnp.int32),
+        skipped=state.skipped + (~keep).astype(jnp.int32),
         stuck=jnp.where(finite, 0, state.stuck + 1),
     )
 
 
 def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
     """The metrics that are logged for every step; `state` is the state after it."""
-    return {
+    outliers = {} if state.guard is None else {"outliers": state.guard.outliers}
+    return outliers | {
         "loss": sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32)),
         "total_loss": sums.total_loss,
         "tokens": batch.mask.sum(dtype=jnp.int32),

@@ -71,7 +71,7 @@ def test_it_changes_no_number_of_the_training_and_a_skipped_step_leaves_it_alone
     assert plain.ema is None
     assert_same_bits(jax.device_get(moved._replace(ema=None)), jax.device_get(plain))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (moved.ema, state.ema)), strict=True))
-    assert_same_bits(all_or_nothing(jnp.bool_(False), moved, state).ema, state.ema)
+    assert_same_bits(all_or_nothing(jnp.bool_(True), jnp.bool_(False), moved, state).ema, state.ema)
 
 
 def test_it_is_float32_and_placed_like_what_it_averages():
