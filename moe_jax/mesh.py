@@ -127,6 +127,24 @@ def parameter_spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int]) -> 
     return P(*[None] * stacked, *_by_table(dims, divide))
 
 
+def whole_spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int], stacked: int) -> P:
+    """The PartitionSpec of a parameter in which devices have whole matrices, as far as their number divides.
+
+    A mesh axis that splits rows or columns of a matrix, as in `parameter_spec`, splits one of the first `stacked` axes
+    of the array instead, if it divides that; the last of them is tried first. The other mesh axes stay where they are.
+    """
+    split = parameter_spec(mesh, dims, shape)
+    parts = [list(axes_of(part)) for part in (*split, *[None] * (len(shape) - len(split)))]
+    for mine in parts[stacked:]:
+        for axis in list(mine):
+            for index in reversed(range(stacked)):
+                if shape[index] % math.prod(mesh.shape[a] for a in (*parts[index], axis)) == 0:
+                    parts[index].append(axis)
+                    mine.remove(axis)
+                    break
+    return P(*(tuple(part) or None for part in parts))
+
+
 def _by_table(dims: Sequence[str], may_split: Callable[[int, Sequence[str]], bool]) -> Iterator[Any]:
     """The entry of a PartitionSpec for each dim: the axes of TABLE that are still free and may split it together."""
     taken: set[str] = set()

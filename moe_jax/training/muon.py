@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32
 
 from moe_jax.config import MuonConfig
-from moe_jax.mesh import AnyMesh, axes_of, is_sharded, parameter_spec
+from moe_jax.mesh import is_sharded, whole_spec
 from moe_jax.model.abstract import Dims, Tree
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic, steepest at 0: small singular values grow fastest
@@ -39,7 +38,7 @@ def orthogonalized(config: MuonConfig, dims: Tree, mesh: Mesh | None = None) -> 
         stacked, rows = sides(d.names, x.ndim)
         placed = x
         if is_sharded(mesh):
-            layout = NamedSharding(mesh, whole_matrices(mesh, d.names, x.shape))
+            layout = NamedSharding(mesh, whole_spec(mesh, d.names, x.shape, stacked))
             placed = jax.lax.with_sharding_constraint(x, layout)
         shape = *x.shape[:stacked], math.prod(x.shape[stacked : stacked + rows]), -1
         matrices = placed.reshape(shape)
@@ -80,22 +79,3 @@ def sides(names: Sequence[str], rank: int) -> tuple[int, int]:
     stacked = rank - len(names) + sum(name in STACKED for name in names)
     first = next(name for name in names if name not in STACKED)
     return stacked, 2 if first in OF_HEADS else 1
-
-
-def whole_matrices(mesh: AnyMesh, names: Sequence[str], shape: Sequence[int]) -> P:
-    """The spec in which devices have whole matrices, as far as their number divides, instead of pieces of all.
-
-    A mesh axis that splits rows or columns splits a stacked axis instead, if it divides that. The others stay: their
-    devices exchange sums of products [R, R], never the weights.
-    """
-    split = parameter_spec(mesh, names, shape)
-    parts = [list(axes_of(part)) for part in (*split, *[None] * (len(shape) - len(split)))]
-    stacked, _ = sides(names, len(shape))
-    for mine in parts[stacked:]:
-        for axis in list(mine):
-            for index in reversed(range(stacked)):
-                if shape[index] % math.prod(mesh.shape[a] for a in (*parts[index], axis)) == 0:
-                    parts[index].append(axis)
-                    mine.remove(axis)
-                    break
-    return P(*(tuple(part) or None for part in parts))

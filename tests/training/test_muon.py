@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from conftest import mesh_sizes, tiny_config
 from moe_jax.config import MeshConfig
-from moe_jax.mesh import abstract_mesh, is_expert_weight, make_mesh, ways
+from moe_jax.mesh import abstract_mesh, is_expert_weight, make_mesh, ways, whole_spec
 from moe_jax.model.abstract import abstract_model
-from moe_jax.training.muon import newton_schulz, sides, whole_matrices
+from moe_jax.training.muon import newton_schulz, sides
 from moe_jax.training.optimizer import make_optimizer, method_of
 from moe_jax.training.state import abstract_state, state_shardings
 
@@ -108,11 +108,11 @@ def test_the_axes_of_a_weight_are_stacked_or_rows_or_columns(names, rank, want):
 def test_matrices_are_placed_whole_as_far_as_their_number_divides():
     mesh = abstract_mesh(MeshConfig(data=2, expert=4), 8)
     experts = ("experts", "embed", "ffw")
-    assert whole_matrices(mesh, experts, (3, 8, 64, 64)) == P(None, ("expert", "data"), None, None)
-    assert whole_matrices(mesh, experts, (2, 4, 64, 64)) == P("data", "expert", None, None)
-    assert whole_matrices(mesh, experts, (3, 4, 64, 64)) == P(None, "expert", "data", None)  # neither 3 nor 4 / 4
-    assert whole_matrices(mesh, ("embed", "ffw"), (8, 64, 64)) == P(("data", "expert"), None, None)
-    assert whole_matrices(mesh, ("embed", "ffw"), (3, 64, 64)) == P(None, "data", "expert")
+    assert whole_spec(mesh, experts, (3, 8, 64, 64), 2) == P(None, ("expert", "data"), None, None)
+    assert whole_spec(mesh, experts, (2, 4, 64, 64), 2) == P("data", "expert", None, None)
+    assert whole_spec(mesh, experts, (3, 4, 64, 64), 2) == P(None, "expert", "data", None)  # neither 3 nor 4 / 4
+    assert whole_spec(mesh, ("embed", "ffw"), (8, 64, 64), 1) == P(("data", "expert"), None, None)
+    assert whole_spec(mesh, ("embed", "ffw"), (3, 64, 64), 1) == P(None, "data", "expert")
 
 
 @pytest.mark.parametrize("layers", [4, 3])
