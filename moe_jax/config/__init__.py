@@ -21,19 +21,15 @@ from moe_jax.config.build import (
 from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
 from moe_jax.config.mesh_rules import resolve
+from moe_jax.config.optimizer import EmaConfig, GuardConfig, MuonConfig, OptimizerConfig, Part
 from moe_jax.config.schema import (
     AnticipationConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     LocalRopeConfig,
-    EmaConfig,
-    GuardConfig,
     MeshConfig,
     ModelConfig,
-    MuonConfig,
-    OptimizerConfig,
-    Part,
     Weights,
     YarnConfig,
     branch_point,
@@ -56,9 +52,9 @@ __all__ = [
     "Config",
     "DataConfig",
     "Dispatcher",
-    "LocalRopeConfig",
     "EmaConfig",
     "GuardConfig",
+    "LocalRopeConfig",
     "MeshConfig",
     "ModelConfig",
     "MuonConfig",

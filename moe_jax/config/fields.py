@@ -8,6 +8,8 @@ from typing import Any, Literal
 # same compiled step; the speed, with numbers equal up to rounding; or nothing that the training depends on.
 Effect = Literal["model", "numbers", "data", "speed", "nothing"]
 
+DType = Literal["float32", "bfloat16"]
+
 
 def number(default: Any, low: float | None = None, high: float | None = None, changes: Effect | None = None) -> Any:
     """A numeric field with an inclusive range, and what changing it affects (None: as declared for its section)."""

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import fields
 
+from moe_jax.config.optimizer import GroupConfig, GroupsConfig, GuardConfig, MuonConfig
 from moe_jax.config.rule import Rule, rises_within
-from moe_jax.config.schema import Config, GroupConfig, GroupsConfig, GuardConfig, MuonConfig, parts
+from moe_jax.config.schema import Config, parts
 
 
 def _check_groups(c: Config) -> None:
