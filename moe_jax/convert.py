@@ -68,8 +68,8 @@ def run(source: Path, target: Path, dtype: str | None, architecture: str, weight
         model = read.config
         if (source / SINGLE).is_file() and (source / INDEX).exists():
             print(f"read {SINGLE}, as transformers does; ignored {INDEX}, which is from another save")
-        if read.left_out:
-            print(f"left out {len(read.left_out)} tensors of multi-token prediction, as transformers does")
+        for sentence in read.left_out.sentences():
+            print(f"left out {sentence}")
         print(f"wrote {target}: {model.num_layers} layers, {model.num_experts} experts, {model.param_dtype}")
     else:
         step = to_folder(source, target, dtype, architecture, weights)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from moe_jax.config import Config, Weights, validate
+from moe_jax.config import Config, Weights, check_length, validate
 from moe_jax.config.command import check_weights, define_config_flag, define_weights_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
 from moe_jax.data import Corpus, open_corpus
@@ -122,6 +122,7 @@ def main(_: list[str]) -> None:
             raise ValueError(f"--sequence_length={flag.sequence_length} must be at least 1, or 0 for the config's.")
         length = flag.sequence_length or config.sequence_length
         data = replace(config.data, path=flag.data or config.data.path, eval_sequences=flag.eval_sequences)
+        check_length(config.model, length)
         config = replace(config, data=data, sequence_length=length)
         with processes.joined(config.heartbeat_seconds, lambda: "evaluation"):
             keep_compiled(workdir)

@@ -169,7 +169,12 @@ def axes_of(part: Any) -> tuple[str, ...]:
 
 def is_expert_weight(dims: Sequence[str]) -> bool:
     """Whether a parameter belongs to the routed experts, which are never gathered over the axis that splits them."""
-    return "experts" in dims and "ffw" in dims
+    return len(dims) > 1 and dims[0] == "experts"
+
+
+def is_vector(dims: Sequence[str]) -> bool:
+    """Whether a parameter is a vector, or one for every expert: it multiplies no matrix, and does not decay."""
+    return len(dims) - is_expert_weight(dims) < 2
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:

@@ -98,6 +98,7 @@ class RouterConfig(NamedTuple):
     group_top: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
     normalize_gates: divide the selected scores by their sum.
     gate_scale: factor on the gates, after normalisation.
+    select_by: "scores" | "logits", what the bias is added to.
     """
 
     top_k: int
@@ -107,6 +108,7 @@ class RouterConfig(NamedTuple):
     group_top: int = 2
     normalize_gates: bool = True
     gate_scale: float = 1.0
+    select_by: str = "scores"
 
     @classmethod
     def of(cls, model: ModelConfig) -> "RouterConfig":
@@ -119,6 +121,7 @@ def route(
     router: RouterConfig,
     bias: Float32[Array, "*classes experts"] | None = None,
     *,
+    expert_scale: Float32[Array, "experts"] | None = None,
     tokens: Tokens = Tokens(),
     select: Select | None = None,
     combine: Combine | None = None,
@@ -128,6 +131,8 @@ def route(
 ) -> Routing:
     """Pick `router.top_k` experts for every token by `scores + bias`, and weight them by the unbiased scores.
 
+    With `router.select_by="logits"` by `logits + bias`; what is said of biased scores below is then of that sum.
+
     Equal biased scores go to the lowest expert id (`lax.top_k`): with all-equal scores every token picks
     experts 0..K-1, which is why the router is initialised away from zero.
 
@@ -136,6 +141,7 @@ def route(
         router: how many experts, by which scores, from which groups, with what gates.
         bias: float32 [E], selection only: no gradient, no effect on gates. None is zero. Or [C, E], one for each
             class of tokens, which `tokens.kind` names (0 where it is None).
+        expert_scale: float32 [E], factors on the gates. None is one.
         tokens: mask and more, see `Tokens`.
         select: replaces top-k of the biased scores: (scores, biased, *, top_k, tokens, key, train) -> ids [T, S].
         combine: replaces scores + bias: (scores, bias) -> biased scores; the bias is [1, E] or [T, E].
@@ -144,7 +150,7 @@ def route(
         train: True in training; selectors may choose differently in evaluation.
 
     Returns:
-        `Routing`; gates sum to `router.gate_scale` over a token's experts when normalised.
+        `Routing`; gates sum to `router.gate_scale` over a token's experts when normalised, before `expert_scale`.
 
     Raises:
         ValueError: top_k, groups and experts do not fit together, or `score` is unknown.
@@ -157,7 +163,8 @@ def route(
     scores = affinity(logits, router.score)
     bias = jnp.zeros(num_experts, jnp.float32) if bias is None else lax.stop_gradient(bias)
     own_bias = jnp.atleast_2d(bias)[:1] if bias.ndim == 1 or tokens.kind is None else bias[tokens.kind]
-    biased = scores + own_bias if combine is None else combine(scores, own_bias)
+    ranked = logits if router.select_by == "logits" else scores
+    biased = ranked + own_bias if combine is None else combine(ranked, own_bias)
     if select is None:
         allowed = limit_groups(biased, router.num_groups, router.top_groups, router.group_top)
         expert_ids = lax.top_k(allowed, router.top_k)[1]
@@ -169,6 +176,8 @@ def route(
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
     log_scores = log_affinity(logits, router.score)
     gates = router.gate_scale * _gates(scores, log_scores, expert_ids, router.normalize_gates)
+    if expert_scale is not None:
+        gates = gates * expert_scale.at[expert_ids].get(mode="fill", fill_value=0)
     loads = count(expert_ids, num_experts)
     return Routing(expert_ids, gates, loads, logits, scores, bias, tokens)
 

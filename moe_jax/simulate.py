@@ -119,6 +119,8 @@ def _of_the_run(scores: Path, given: set[str]) -> dict[str, Any]:
         raise ValueError(
             f"--scores={scores} has {zero} zero-computation experts, which the simulator does not support."
         )
+    if model.get("select_by", "scores") != "scores":
+        raise ValueError(f"--scores={scores} is of a run that selects by logits, which the simulator does not support.")
     return {name: model[name] for name in ("score", "top_k") if name not in given}
 
 

@@ -195,6 +195,15 @@ def test_unnormalised_softmax_gates_are_the_scores_times_the_scale():
     np.testing.assert_allclose(result.gates, [[0.8, 0.6]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("by", "chosen"), [("scores", [2, 0]), ("logits", [0, 1])])
+def test_a_bias_is_added_to_scores_or_to_logits_and_gates_are_of_scores(by, chosen):
+    # logits 4, 3 and 0 are scores 0.98, 0.95 and 0.5: a bias of 0.6 makes the last the best score, but not logit
+    routing = routed(top_k=2, select_by=by)(jnp.array([[4.0, 3.0, 0.0, -9.0]]), jnp.array([0.0, 0.0, 0.6, 0.0]))
+    assert routing.expert_ids[0].tolist() == chosen
+    scores = 1 / (1 + np.exp([-4.0, -3.0, 0.0]))[chosen]
+    np.testing.assert_allclose(routing.gates[0], scores / scores.sum(), rtol=1e-5)
+
+
 @every_score
 def test_gates_do_not_change_with_a_bias_that_selects_the_same(score):
     logits = random_logits(1)

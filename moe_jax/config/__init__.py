@@ -21,6 +21,7 @@ from moe_jax.config.build import (
 from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
 from moe_jax.config.mesh_rules import resolve
+from moe_jax.config.model_rules import check_length
 from moe_jax.config.optimizer import EmaConfig, GuardConfig, MuonConfig, OptimizerConfig, Part
 from moe_jax.config.schema import (
     AnticipationConfig,
@@ -33,6 +34,7 @@ from moe_jax.config.schema import (
     Weights,
     YarnConfig,
     branch_point,
+    is_gated,
     local_layers,
     local_rotated_width,
     mesh_sizes,
@@ -69,12 +71,14 @@ __all__ = [
     "balance_entries",
     "branch_point",
     "changed_numbers",
+    "check_length",
     "complete",
     "default",
     "did_you_mean",
     "differences",
     "flatten",
     "free_keys",
+    "is_gated",
     "keys_that_change",
     "local_layers",
     "local_rotated_width",

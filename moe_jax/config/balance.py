@@ -4,8 +4,9 @@ Options of a whole family are in `config/options.py`, those of selectors in `con
 `moe_jax.balance` implements the methods; `config/balance_rules.py` checks their options.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from moe_jax.config.fields import number
 from moe_jax.config.options import BiasOptions, LossOptions, Options, Schedule
@@ -45,6 +46,8 @@ class BiasProportional(BiasOptions):
 class BiasMultiplicative(BiasOptions):
     """Options of `bias_multiplicative`."""
 
+    requires: ClassVar[Mapping[str, Any]] = {"select_by": "scores"}  # a factor above 1 would lower a logit below 0
+
 
 @dataclass(frozen=True)
 class BiasRms(BiasOptions):
@@ -79,6 +82,7 @@ class Quantile(Options):
     moves_bias = True
     all_alike = True
     bounded_scores = True
+    requires: ClassVar[Mapping[str, Any]] = {"select_by": "scores"}
 
     quantiles_of: Literal["step", "sequence"] = "step"
     damping: float = number(1.0, 0.0, 1.0)
@@ -181,6 +185,8 @@ class PhiLoss(LossOptions):
 @dataclass(frozen=True)
 class FrozenRouter(Options):
     """Options of `frozen_router`; `seed` draws its weights, others for every layer."""
+
+    requires: ClassVar[Mapping[str, Any]] = {"router_bias": False}  # which would be learned
 
     seed: int = number(0, 0)
 

@@ -6,7 +6,7 @@ from typing import Any
 from moe_jax.config.attention_rules import ATTENTION_RULES
 from moe_jax.config.mesh_rules import nearby
 from moe_jax.config.rule import Rule, rises_within
-from moe_jax.config.schema import REMAT_KEEP, Config
+from moe_jax.config.schema import REMAT_KEEP, Config, ModelConfig, is_gated
 
 
 def check_groups(num_experts: int, router: Any, path: str = "") -> None:
@@ -42,8 +42,22 @@ def _check_groups(c: Config) -> None:
         check_groups(c.model.num_experts, c.model, "model.")
 
 
+def check_length(m: ModelConfig, length: int, what: str = "sequence_length") -> None:
+    """Raise a ValueError if a sequence is longer than those for which attention is that of the model."""
+    if m.index_topk and length > m.index_topk:
+        raise ValueError(
+            f"{what}={length} must be at most model.index_topk={m.index_topk}: of a longer sequence the model's sparse "
+            "attention sees some tokens only, but ours all; lower it."
+        )
+
+
+def _check_length(c: Config) -> None:
+    check_length(c.model, c.sequence_length)
+
+
 MODEL_RULES: tuple[Callable[[Config], None], ...] = (
     *ATTENTION_RULES,
+    _check_length,
     # rematerialisation
     Rule(
         "{model.remat_keep} and {model.remat_offload} apply to rematerialisation by names, but {model.remat}",
@@ -109,6 +123,12 @@ MODEL_RULES: tuple[Callable[[Config], None], ...] = (
         when=lambda c: c.model.num_experts > 0,
     ),
     _check_groups,
+    Rule(
+        "{model.activation_limit} bounds a gate and what it multiplies, but {model.activation} has no gate",
+        "set model.activation_limit=0.0",
+        holds=lambda c: c.model.activation_limit == 0,
+        when=lambda c: not is_gated(c.model),
+    ),
     Rule(
         "{model.quantization} quantizes the products of routed experts, but {model.num_experts} has none",
         "set model.quantization='none'",

@@ -88,3 +88,4 @@ class SelectorOptions(Options):
 
     selects = True
     all_alike = True
+    requires: ClassVar[Mapping[str, Any]] = {"select_by": "scores"}

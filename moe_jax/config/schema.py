@@ -75,6 +75,9 @@ class ModelConfig:
     qk_nope_head_dim: int = number(32, 1)  # mla: width of the part of a head's query and key without RoPE ...
     qk_rope_head_dim: int = number(16, 2)  # ... and of the part with RoPE, whose key all heads share
     v_head_dim: int = number(32, 1)  # mla
+    # mla: how many tokens the sparse attention of a converted model picks (DeepSeek-V3.2, GLM-5); ours sees all, which
+    # is the same up to this length, and longer sequences are refused; 0: no limit
+    index_topk: int = number(0, 0)
     rope_theta: float = number(10000.0, 1.0)
     yarn: YarnConfig = field(default_factory=YarnConfig)
     attention_multiplier: float = number(0.0, 0.0)  # gqa: the factor of query . key; 0: 1 / sqrt(head_dim)
@@ -84,8 +87,8 @@ class ModelConfig:
     logits_scaling: float = number(1.0, 1e-6)
     ffw_dim: int = number(512, 1)  # hidden width of a dense feed-forward layer
     # of all feed-forward layers, dense or of experts; the limit bounds gate and up before it (0: no limit), as in
-    # DeepSeek-V4 (swiglu, 10) and gpt-oss (swiglu_oai, 7)
-    activation: Literal["swiglu", "geglu", "swiglu_oai"] = "swiglu"
+    # DeepSeek-V4 (swiglu, 10) and gpt-oss (swiglu_oai, 7); with relu2 (Nemotron) layers have no gate
+    activation: Literal["swiglu", "geglu", "swiglu_oai", "relu2"] = "swiglu"
     activation_limit: float = number(0.0, 0.0)
     norm_eps: float = number(1e-6, 0.0)
     norm_after: bool = False  # OLMo 2: norms of what attention and feed-forward return, not of what they read
@@ -108,6 +111,7 @@ class ModelConfig:
     shared_gate: bool = False  # Qwen2-MoE: the output of the shared experts times sigmoid(w . x)
     # LatentMoE: the width that routed experts read and write, between two projections that they share; 0: embed_dim
     latent_dim: int = number(0, 0)
+    expert_bias: bool = False  # gpt-oss: routed experts add a bias to gate, up and down
     first_dense: int = number(0, 0)  # how many layers, from the first, have a dense feed-forward
     moe_every: int = number(1, 1)  # after them, every n-th layer is MoE
     score: Literal["sigmoid", "softmax", "sqrt_softplus", "relu"] = "sigmoid"
@@ -116,6 +120,15 @@ class ModelConfig:
     num_groups: int = number(1, 1)
     top_groups: int = number(1, 1)
     group_top: int = number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
+    # gpt-oss: a learned bias of the logits, which affects the choice and the gates
+    router_bias: bool = False
+    # RMSNorm of what the router reads, without or with a learned scale, and then a factor; Gemma 4: "scaled", and
+    # embed_dim ** -0.5
+    router_norm: Literal["none", "plain", "scaled"] = "none"
+    router_scale: float = number(1.0, 1e-6)
+    expert_scale: bool = False  # Gemma 4: a learned factor for each expert, on its gates
+    select_by: Literal["scores", "logits"] = "scores"  # what the selection bias is added to: in Marin, logits
+    gate_on: Literal["output", "input"] = "output"  # Llama 4: an expert reads gate x token, its output is not weighed
     router_jitter: float = number(0.0, 0.0, 0.99)  # Switch: router input times U(1-j, 1+j) in training
     random_second: bool = False  # GShard: the second expert is used with probability min(1, 2 x its gate)
     dispatch: str = choice("auto", "speed", among=DISPATCHERS)  # how copies reach their experts
@@ -285,6 +298,11 @@ def num_choices(m: ModelConfig) -> int:
 def shared_width(m: ModelConfig) -> int:
     """The hidden width of the shared experts together."""
     return m.num_shared_experts * (m.shared_ffw_dim or m.expert_ffw_dim)
+
+
+def is_gated(m: ModelConfig) -> bool:
+    """Whether feed-forward layers have a gate beside up and down."""
+    return m.activation != "relu2"
 
 
 def rotated_width(m: ModelConfig) -> int:

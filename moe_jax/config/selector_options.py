@@ -69,7 +69,7 @@ class Relu(SelectorOptions, LossOptions):
     """
 
     fixed_slots = False
-    requires: ClassVar[Mapping[str, Any]] = {"score": "relu"}
+    requires: ClassVar[Mapping[str, Any]] = {**SelectorOptions.requires, "score": "relu"}
 
     weight: float = number(1e-8, 1e-30)
     factor: float = number(1.2, 1.0)

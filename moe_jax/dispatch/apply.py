@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moe_jax.config import DISPATCHERS
-from moe_jax.dispatch.experts import DIMS, ExpertWeights, multiply_for
+from moe_jax.dispatch.experts import multiply_for
 from moe_jax.dispatch.local import local
 from moe_jax.dispatch.rounds import rounds
 from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, DispatchFunction, Traffic, Work, register
 from moe_jax.kernels.activation import SWIGLU, Activation
-from moe_jax.mesh import GATHERED, axes, is_sharded, per_shard, spec, varying_alike
+from moe_jax.kernels.weights import DIMS, ExpertWeights
+from moe_jax.mesh import GATHERED, axes, is_sharded, part_index, per_shard, spec, varying_alike
 from moe_jax.routing import Routing
 
 
@@ -40,6 +41,7 @@ def apply_experts(
     cpu_kernel: str = "auto",
     quantization: str = "none",
     activation: Activation = SWIGLU,
+    gate_on: str = "output",
 ) -> tuple[Float[Array, "tokens embed"], Traffic]:
     """For every token the sum over its experts of gate x expert(x), and the cost of computing it.
 
@@ -58,6 +60,7 @@ def apply_experts(
         cpu_kernel: how CPUs multiply, see `native.chosen`.
         quantization: "none", or the format of all products with weights, see `quantize`.
         activation: of the experts' hidden rows.
+        gate_on: "output", or "input" for the sum of expert(gate x x).
 
     Returns:
         y [T, D] in x's dtype; the cost, of the whole mesh.
@@ -72,7 +75,7 @@ def apply_experts(
             "module of its function."
         )
     function = DISPATCH_FUNCTIONS[dispatcher]
-    multiply = multiply_for(cpu_kernel, mesh, x.dtype, quantization, activation)
+    multiply = multiply_for(cpu_kernel, mesh, x.dtype, quantization, activation, gate_on)
     sequence_length = x.shape[0] // num_sequences
     if DISPATCHERS[dispatcher].is_oracle:
         mesh = None  # it gets whole arrays, which XLA splits
@@ -92,8 +95,8 @@ def apply_experts(
         return y, jax.tree.map(lambda number: number[None], traffic)  # [1], one entry of the shards
 
     tokens = spec("tokens")
-    experts: dict[str, Any] = {name: spec(*dims) for name, dims in DIMS.items()}
-    in_specs = (tokens, tokens, tokens, ExpertWeights(**experts))
+    experts: dict[str, Any] = {name: spec(*DIMS[name]) for name in _present(weights)}
+    in_specs = (tokens, tokens, tokens, weights._replace(**experts))
     run = per_shard(on_device, mesh, in_specs, (tokens, spec("shards")))
     y, by_shard = run(x, routing.expert_ids, routing.gates, weights)
     traffic = jax.tree.map(lambda a: a.sum(dtype=jnp.int32), by_shard)
@@ -104,14 +107,24 @@ def _on_shard(function: DispatchFunction, work: Work) -> tuple[Array, Traffic]:
     """Run a dispatcher on one device's part, as `Work` describes.
 
     Weights are gathered over the axis that splits their embed dimension (their gradient is scattered to it), and the
-    outputs are summed over the one that splits their ffw dimension.
+    outputs are summed over the one that splits their ffw dimension. The bias of down, which no axis splits there, is in
+    one part of that sum.
     """
+    parts = axes("ffw", DIMS["down"])
 
     def gathered(w: Array, dims: tuple[str, ...]) -> Array:
-        return lax.all_gather(w, axes("embed", dims), axis=dims.index("embed"), tiled=True)
+        return lax.all_gather(w, axes("embed", dims), axis=dims.index("embed"), tiled=True) if "embed" in dims else w
 
-    whole = [gathered(getattr(work.weights, name), dims) for name, dims in DIMS.items()]
-    x, gates, *whole = varying_alike(work.x, work.gates, *whole)
-    weights = ExpertWeights(*(checkpoint_name(w, GATHERED) for w in whole))
+    whole = {name: gathered(w, DIMS[name]) for name, w in _present(work.weights).items()}
+    x, gates, *varying = varying_alike(work.x, work.gates, *whole.values())
+    whole = dict(zip(whole, varying, strict=True))
+    if "down_bias" in whole:
+        whole["down_bias"] = jnp.where(part_index(parts) == 0, whole["down_bias"], 0)
+    weights = work.weights._replace(**{name: checkpoint_name(w, GATHERED) for name, w in whole.items()})
     y, traffic = function(work._replace(x=x, gates=gates, weights=weights))
-    return lax.psum(y, axes("ffw", DIMS["down"])), traffic
+    return lax.psum(y, parts), traffic
+
+
+def _present(weights: ExpertWeights) -> dict[str, Array]:
+    """The arrays that these experts have, by name."""
+    return {name: w for name, w in weights._asdict().items() if w is not None}

@@ -94,7 +94,7 @@ def _one_round(now: Round, inputs: Inputs, multiply: Multiply) -> tuple[Array, A
     with jax.named_scope("dispatch"):
         incoming = checkpoint_name(now.send(take(x, now.token, now.slot)), "rows")
         share = checkpoint_name(now.send(take(gates.reshape(-1, 1), now.copy, now.slot.reshape(-1, 1))), "rows")
-        rows = rows_multiplied(count(now.expert, weights.gate.shape[0]), multiply.tile)
+        rows = rows_multiplied(count(now.expert, weights.num_experts), multiply.tile)
     outputs = multiply.routed(incoming, now.expert[:, None], share, weights)
     with jax.named_scope("combine"):
         returned = now.send_back(outputs.astype(x.dtype))

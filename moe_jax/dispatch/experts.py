@@ -1,4 +1,4 @@
-"""The experts: their weights, and the products of rows with them in C++, in XLA or in eight bits.
+"""The products of rows with experts, in C++, in XLA or in eight bits.
 
 T tokens, K slots, E experts, D embed, F expert ffw, R rows of each expert.
 """
@@ -16,21 +16,10 @@ from jaxtyping import Array, Float
 from moe_jax.dispatch.sorting import sorting_of, take
 from moe_jax.kernels import native, native_experts, quantize
 from moe_jax.kernels.activation import SWIGLU, Activation
-from moe_jax.kernels.grouped import TILE_ROWS, grouped_matmul
+from moe_jax.kernels.grouped import TILE_ROWS, bias_of_rows, grouped_matmul
+from moe_jax.kernels.weights import ExpertWeights
 from moe_jax.mesh import is_sharded, platform
 from moe_jax.routing import count
-
-
-class ExpertWeights(NamedTuple):
-    """Gated experts: gate and up [E, D, F], down [E, F, D]; without E a dense layer's."""
-
-    gate: Float[Array, "*experts embed ffw"]
-    up: Float[Array, "*experts embed ffw"]
-    down: Float[Array, "*experts ffw embed"]
-
-
-# the logical dimensions of each field, by which `moe_jax.mesh` splits them
-DIMS = {"gate": ("experts", "embed", "ffw"), "up": ("experts", "embed", "ffw"), "down": ("experts", "ffw", "embed")}
 
 
 def feed_forward(
@@ -40,14 +29,15 @@ def feed_forward(
     cpu_kernel: str = "auto",
     activation: Activation = SWIGLU,
 ) -> Float[Array, "tokens embed"]:
-    """`activation(x gate, x up) down` with gate and up [D, F], down [F, D], in x's dtype.
+    """`activation(x gate, x up) down` with gate and up [D, F], down [F, D], in x's dtype; without biases.
 
     On a single CPU in C++, as one expert that gets every token.
     """
     if is_sharded(mesh) or not native.chosen(cpu_kernel, mesh, x.dtype):
-        return activation(x @ weights.gate, x @ weights.up) @ weights.down
+        gate = None if weights.gate is None else x @ weights.gate
+        return activation(gate, x @ weights.up) @ weights.down
     tokens = x.shape[0]
-    one = ExpertWeights(*(w[None] for w in weights))
+    one = jax.tree.map(lambda w: w[None], weights)
     all_of_it = jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32)
     return native_experts.experts(x, *all_of_it, one, activation).astype(x.dtype)
 
@@ -58,13 +48,14 @@ def feed_forward(
 class Multiply(NamedTuple):
     """One implementation of the products of rows with the matrices of their experts.
 
-    Gates weigh the hidden row, so that their gradient needs no output of an expert.
+    Gates weigh the hidden row and the bias of down, so that their gradient needs no output of an expert; or with
+    `gate_on="input"` the row that the expert reads.
 
     routed: (x [T, D], expert_ids [T, K], gates [T, K], weights) -> float32 [T, D], for every token the sum over its
         slots of gate x expert(x). Ids index the experts in `weights`, and their number is an empty slot. Exact under
         any routing, at a cost proportional to the copies. The hidden activations are named for `model.remat_keep`.
     each: (rows [E, R, D], gates [E, R, 1], weights) -> gate x expert(row) [E, R, D], R rows for each expert; rows
-        [R, D] are multiplied by every expert.
+        [R, D] are multiplied by every expert. The result for a gate of 0 is 0.
     tile: `routed` pads the rows of an expert to a multiple of it.
     """
 
@@ -74,7 +65,12 @@ class Multiply(NamedTuple):
 
 
 def multiply_for(
-    cpu_kernel: str, mesh: Mesh | None, dtype: jnp.dtype, quantization: str, activation: Activation = SWIGLU
+    cpu_kernel: str,
+    mesh: Mesh | None,
+    dtype: jnp.dtype,
+    quantization: str,
+    activation: Activation = SWIGLU,
+    gate_on: str = "output",
 ) -> Multiply:
     """The implementation that a config selects on these devices.
 
@@ -83,8 +79,10 @@ def multiply_for(
     """
     quantize.check(quantization)
     if quantization != "none":
-        return in_format(quantization, activation)
-    return in_cpp(activation) if native.chosen(cpu_kernel, mesh, dtype) else in_xla(activation)
+        multiply = in_format(quantization, activation)
+    else:
+        multiply = in_cpp(activation) if native.chosen(cpu_kernel, mesh, dtype) else in_xla(activation)
+    return on_input(multiply) if gate_on == "input" else multiply
 
 
 def kernel_note(cpu_kernel: str, mesh: Mesh, dtype: str, quantization: str = "none") -> str | None:
@@ -111,7 +109,7 @@ def by_sorting(
     activation: Activation = SWIGLU,
 ) -> Array:
     """The same as `native_experts.experts`, in XLA, for every platform."""
-    num_experts = weights.gate.shape[0]
+    num_experts = weights.num_experts
     slots = expert_ids.shape[1]
     with jax.named_scope("dispatch"):
         order, place = sorting_of(expert_ids.ravel())
@@ -133,25 +131,45 @@ def by_group(
     activation: Activation,
     keep: bool = False,
 ) -> Array:
-    """share x expert(row) for every row with its expert; rows [R, D] sorted by expert, share float32 [R, 1]."""
-    gate, up = matmul(rows, weights.gate, sizes), matmul(rows, weights.up, sizes)
+    """share x expert(row) for every row with its expert; rows [R, D] sorted by expert, share float32 [R, 1].
+
+    The result of the rows after the last expert's is 0.
+    """
+
+    def product(rows: Array, matrices: Array, bias: Array | None, share: Array | None = None) -> Array:
+        y = matmul(rows, matrices, sizes)
+        return y if bias is None else _plus(y, bias_of_rows(bias, sizes, len(rows)), share)
+
+    gate = None if weights.gate is None else product(rows, weights.gate, weights.gate_bias)
+    up = product(rows, weights.up, weights.up_bias)
     if keep:
-        gate, up = checkpoint_name(gate, "hidden"), checkpoint_name(up, "hidden")
-    return matmul(_hidden(gate, up, share, activation), weights.down, sizes)
+        gate, up = jax.tree.map(lambda a: checkpoint_name(a, "hidden"), (gate, up))
+    return product(_hidden(gate, up, share, activation), weights.down, weights.down_bias, share)
 
 
 def by_expert(rows: Array, share: Array, weights: ExpertWeights, activation: Activation = SWIGLU) -> Array:
     """share x expert(row) for rows [E, R, D], R for each expert, or rows [R, D] with every expert; share [E, R, 1]."""
 
-    def one(rows: Array, share: Array, gate: Array, up: Array, down: Array) -> Array:
-        return _hidden(rows @ gate, rows @ up, share, activation) @ down
+    def one(rows: Array, share: Array, w: ExpertWeights) -> Array:
+        gate = None if w.gate is None else _plus(rows @ w.gate, w.gate_bias)
+        hidden = _hidden(gate, _plus(rows @ w.up, w.up_bias), share, activation)
+        return _plus(hidden @ w.down, w.down_bias, share)
 
-    return jax.vmap(one, in_axes=(None if rows.ndim == 2 else 0, 0, 0, 0, 0))(rows, share, *weights)
+    return jax.vmap(one, in_axes=(None if rows.ndim == 2 else 0, 0, 0))(rows, share, weights)
 
 
-def _hidden(gate: Array, up: Array, share: Array, activation: Activation) -> Array:
+def _plus(y: Array, bias: Array | None, share: Array | None = None) -> Array:
+    """y [R, N] plus the bias, [N] or of each row, times the share [R, 1] if there is one; rounded once from float32."""
+    if bias is None:
+        return y
+    wide = jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    return (y.astype(jnp.float32) + (wide if share is None else share * wide)).astype(y.dtype)
+
+
+def _hidden(gate: Array | None, up: Array, share: Array, activation: Activation) -> Array:
     """The rows [R, F] that `down` multiplies, rounded once from float32."""
-    return (activation(gate.astype(jnp.float32), up.astype(jnp.float32)) * share).astype(gate.dtype)
+    wide = None if gate is None else gate.astype(jnp.float32)
+    return (activation(wide, up.astype(jnp.float32)) * share).astype(up.dtype)
 
 
 # --- one value per arguments, so that jit finds what was compiled with it -------------------------------------
@@ -179,7 +197,7 @@ def in_format(quantization: str, activation: Activation = SWIGLU) -> Multiply:
         return quantize.quantized_matmul(rows, w, sizes, quantization)
 
     def each(rows: Array, share: Array, weights: ExpertWeights) -> Array:
-        num_experts = weights.gate.shape[0]
+        num_experts = weights.num_experts
         rows = jnp.broadcast_to(rows, (num_experts, *rows.shape[-2:]))
         sizes = jnp.full(num_experts, rows.shape[1], jnp.int32)
         flat = rows.reshape(-1, rows.shape[2])
@@ -187,3 +205,25 @@ def in_format(quantization: str, activation: Activation = SWIGLU) -> Multiply:
 
     routed = functools.partial(by_sorting, matmul=matmul, activation=activation)
     return Multiply(routed, each, tile=TILE_ROWS)
+
+
+@functools.cache
+def on_input(multiply: Multiply) -> Multiply:
+    """The same, but an expert reads gate x row and its output is not weighed; 0 for a gate of 0. Source: Llama 4."""
+
+    def routed(x: Array, expert_ids: Array, gates: Array, weights: ExpertWeights) -> Array:
+        tokens, slots = expert_ids.shape
+        copies = (x[:, None] * gates[..., None].astype(x.dtype)).reshape(tokens * slots, -1)
+        y = multiply.routed(copies, expert_ids.reshape(-1, 1), _ones(gates).reshape(-1, 1), weights)
+        return y.reshape(tokens, slots, -1).sum(1)
+
+    def each(rows: Array, gates: Array, weights: ExpertWeights) -> Array:
+        rows = jnp.broadcast_to(rows, (*gates.shape[:2], rows.shape[-1]))
+        return multiply.each(rows * gates.astype(rows.dtype), _ones(gates), weights)
+
+    return Multiply(routed, each, multiply.tile)
+
+
+def _ones(gates: Array) -> Array:
+    """1 for every gate but 0, of rows that belong to no copy and of experts that were not chosen."""
+    return (gates != 0).astype(gates.dtype)

@@ -58,7 +58,7 @@ def gathered(work: Work) -> tuple[Array, Traffic]:
         needed = -(-own.number // capacity)
         return Repeated(needed, lambda number, inputs: _one_round(own, number * capacity, capacity, inputs, multiply))
 
-    own = _own_copies(ids, work.weights.gate.shape[0])
+    own = _own_copies(ids, work.weights.num_experts)
     y, needed, rows = sum_of_rounds(plan, Inputs(x, gates, work.weights), own)
     with jax.named_scope("combine"):
         y = lax.psum_scatter(y.astype(x.dtype), axes("experts"), tiled=True)
@@ -83,7 +83,7 @@ def _own_copies(expert_ids: Array, local_experts: int) -> Own:
 def _one_round(own: Own, first: Array | int, capacity: int, inputs: Inputs, multiply: Multiply) -> tuple[Array, Array]:
     """What the copies of `capacity` places from `first` on add to the output of the group, and the rows multiplied."""
     x, gates, weights = inputs
-    local_experts, slots = weights.gate.shape[0], own.expert.shape[1]
+    local_experts, slots = weights.num_experts, own.expert.shape[1]
     place = first + jnp.arange(capacity, dtype=jnp.int32)
     copy = own.copy.at[place].get(mode="fill", fill_value=own.copy.size)
     expert = own.expert.ravel().at[copy].get(mode="fill", fill_value=local_experts)

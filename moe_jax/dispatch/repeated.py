@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.dispatch.experts import ExpertWeights
+from moe_jax.kernels.weights import ExpertWeights
 
 
 class Inputs(NamedTuple):

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import DISPATCHERS
-from moe_jax.dispatch.experts import ExpertWeights, Multiply
+from moe_jax.dispatch.experts import Multiply
+from moe_jax.kernels.weights import ExpertWeights
 from moe_jax.mesh import ways
 
 
@@ -59,12 +60,12 @@ class Work(NamedTuple):
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.weights.gate.shape[0] * self.devices
+        return self.weights.num_experts * self.devices
 
     def visits(self, expert_ids: Array | None = None) -> Array:
         """The number of distinct devices that hold a token's experts, summed over tokens; of these ids, or of all."""
         expert_ids = self.expert_ids if expert_ids is None else expert_ids
-        device = jnp.sort(expert_ids // self.weights.gate.shape[0], axis=1)
+        device = jnp.sort(expert_ids // self.weights.num_experts, axis=1)
         new = jnp.concatenate([jnp.ones_like(device[:, :1], bool), device[:, 1:] != device[:, :-1]], 1)
         return (new & (device < self.devices)).sum(dtype=jnp.int32)
 

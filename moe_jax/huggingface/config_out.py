@@ -18,7 +18,8 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
 
     Args:
         config: of the model.
-        architecture: the class or model_type of the requested family; "" requests none.
+        architecture: the class or model_type of the requested family; "" requests none. Of a family that is not written
+            itself, the one that it is written as.
         origin: that of the family that the model was imported from; "": none.
 
     Raises:
@@ -27,11 +28,13 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
     config = plainest(config)
     name = architecture or origin
     named = [f for f in FAMILIES if name in (f.architecture, *f.model_types)]
+    named = [next(g for g in FAMILIES if g.architecture == (f.written_as or f.architecture)) for f in named]
     if architecture and not named:
         known = ", ".join(f.architecture for f in FAMILIES)
         raise ValueError(f"{architecture!r} is not a known family; known are {known}.")
-    lacking = {family.architecture: _misfits(family, config) for family in named or FAMILIES}
-    fitting = [family for family in named or FAMILIES if not lacking[family.architecture]]
+    own = [family for family in FAMILIES if not family.written_as]
+    lacking = {family.architecture: _misfits(family, config) for family in named or own}
+    fitting = [family for family in named or own if not lacking[family.architecture]]
     if len(fitting) > 1:
         raise ValueError(
             f"{', '.join(f.architecture for f in fitting)} can all hold this model, and no config.json of theirs "
@@ -39,7 +42,7 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
         )
     if fitting:
         return fitting[0]
-    best = min(named or FAMILIES, key=lambda family: len(lacking[family.architecture]))
+    best = min(named or own, key=lambda family: len(lacking[family.architecture]))
     others = " and no other family can" if not named else "" if architecture else ", though it came from there"
     raise ValueError(
         f"{best.architecture} cannot hold a model with {' and '.join(lacking[best.architecture])}{others}."

@@ -18,13 +18,9 @@ from moe_jax.huggingface.family import (
     GATE_SCALE,
     GATED,
     GROUPED_KEYS,
-    LATENT_HOLDS,
-    LATENT_KEYS,
-    MLA_ONLY,
     MULTIPLIERS,
     NO_WINDOWS,
     NOAUX,
-    NOAUX_WRITES,
     NORMALIZED,
     ONE_GROUP,
     ONLY,
@@ -34,7 +30,6 @@ from moe_jax.huggingface.family import (
     SOFTMAX_GROUPED,
     TIED,
     V3_GROUPS,
-    V3_HOLDS,
     V3_ROUTER,
     Family,
     Key,
@@ -42,6 +37,7 @@ from moe_jax.huggingface.family import (
     without,
     words,
 )
+from moe_jax.huggingface.latent_families import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE_LITE, GLM_MOE_DSA
 from moe_jax.huggingface.layer_lists import BY_INTERVAL, BY_KIND, BY_STEP
 
 MIXTRAL_NAMES: dict[str, Any] = dict(experts="block_sparse_moe.experts.{}", expert_names=("w1", "w3", "w2"))
@@ -147,63 +143,6 @@ FLEX_OLMO = Family(
         "post_attention_layernorm.weight": "post_feedforward_layernorm.weight",
     },
     theta=5e5,
-)
-
-V2_METHODS = ("greedy", "group_limited_greedy")
-
-DEEPSEEK_V2 = Family(
-    architecture="DeepseekV2ForCausalLM",
-    model_types=("deepseek_v2",),
-    keys=(
-        *BASE,
-        DENSE_WIDTH,
-        *ROUTED_AND_SHARED,
-        FIRST_DENSE,
-        *LATENT_KEYS,
-        GATE_SCALE._replace(default=1.0),
-        *ONE_GROUP,
-    ),
-    fixed=dict(attention="mla", score="softmax", normalize_gates=False, group_top=1),
-    holds=LATENT_HOLDS | {"score": ("softmax",), "normalize_gates": (False,), "group_top": (1,), "mtp_depth": (0,)},
-    only=MLA_ONLY
-    | {
-        "scoring_func": ("softmax",),
-        "norm_topk_prob": (False,),
-        "topk_method": V2_METHODS,
-    },
-    writes=dict(attention_bias=False, mlp_bias=False, moe_layer_freq=1, scoring_func="softmax", norm_topk_prob=False),
-    rules=(
-        Rule(
-            lambda c: c.embed_dim % c.num_heads == 0,
-            "embed_dim={c.embed_dim} that num_heads={c.num_heads} does not divide",
-        ),
-    ),
-    group_methods=V2_METHODS,
-)
-
-DEEPSEEK_V3 = Family(
-    architecture="DeepseekV3ForCausalLM",
-    model_types=("deepseek_v3", "kimi_k2"),
-    keys=(*BASE, DENSE_WIDTH, *ROUTED_AND_SHARED, FIRST_DENSE, *LATENT_KEYS, *V3_ROUTER),
-    fixed=dict(attention="mla", score="sigmoid", group_top=2),
-    holds=V3_HOLDS,
-    only=MLA_ONLY | NOAUX,
-    writes=dict(attention_bias=False, moe_layer_freq=1, rope_interleave=True) | NOAUX_WRITES,
-    has_bias=True,
-    predicts=True,
-)
-
-GLM4_MOE_LITE = Family(  # GLM-4.7-Flash: DeepSeek-V3, but for the list of layers
-    architecture="Glm4MoeLiteForCausalLM",
-    model_types=("glm4_moe_lite",),
-    keys=(*BASE, DENSE_WIDTH, *ROUTED_AND_SHARED, *LATENT_KEYS, *V3_ROUTER),
-    fixed=DEEPSEEK_V3.fixed,
-    holds=V3_HOLDS,
-    only=MLA_ONLY | NOAUX,
-    writes=dict(attention_bias=False, rope_interleave=True, topk_method="noaux_tc"),
-    layers=BY_KIND,
-    has_bias=True,
-    predicts=True,
 )
 
 GLM4_MOE = Family(  # GLM-4.5, 4.6 and 4.7
@@ -381,6 +320,8 @@ FAMILIES = (
     FLEX_OLMO,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    GLM_MOE_DSA,
     GLM4_MOE_LITE,
     GLM4_MOE,
     DOTS1,

@@ -107,6 +107,7 @@ class Family(NamedTuple):
     holds: our key -> the values that such a model can have.
     only: their key -> the values that our model has; a list of one value repeated counts as that value.
     writes: their keys that are the same in every such model.
+    written_as: the architecture to which such models are exported; "": its own.
     rules: what else must hold of such a model.
     copied: their key -> another name under which it is written, too.
     group_methods: the values of `topk_method` without and with groups; the first is the default. Empty if it is fixed.
@@ -122,12 +123,14 @@ class Family(NamedTuple):
     unread: their keys that change no logit of this family, beside `WITHOUT_EFFECT`.
     has_bias: whether the router has a selection bias.
     predicts: whether there is multi-token prediction.
+    has_indexer: whether attention has an indexer, which is left out.
     leaves_out: how the names begin of the tensors of its modules of multi-token prediction, which are left out, because
         transformers does not read them; {} is the module's number among the layers. Empty: there are none.
     renamed: the name of a tensor in the tables of `tensors.py` -> this family's name of it.
     bias_layout: of the tensor with the selection bias, in the letters of `tensors.py`.
     experts, expert_names: the prefix of an expert's tensors, and the names of its gate, up and down.
     fused: instead of them, the names of the tensors of all gates and ups, and of all downs.
+    in_turn: whether those are [E, in, out] with gates and ups in turn, and biases beside them, as in gpt-oss.
     """
 
     architecture: str
@@ -137,6 +140,7 @@ class Family(NamedTuple):
     holds: Mapping[str, Any]
     only: Mapping[str, tuple[Any, ...]]
     writes: Mapping[str, Any]
+    written_as: str = ""
     rules: tuple[Rule, ...] = ()
     copied: Mapping[str, str] = {}
     group_methods: tuple[str, ...] = ()
@@ -153,11 +157,13 @@ class Family(NamedTuple):
     has_bias: bool = False
     predicts: bool = False
     leaves_out: str = ""
+    has_indexer: bool = False
     renamed: Mapping[str, str] = {}
     bias_layout: str = "x"
     experts: str = "mlp.experts.{}"
     expert_names: tuple[str, str, str] = GATED
     fused: tuple[str, str] | None = None
+    in_turn: bool = False
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -221,7 +227,15 @@ PLAIN = {
     "num_experts": SOME,
     "num_zero_experts": (0,),
     "class_starts": ((),),
+    "index_topk": (0,),
     "latent_dim": (0,),
+    "expert_bias": (False,),
+    "router_bias": (False,),
+    "router_norm": ("none",),
+    "router_scale": (1.0,),
+    "expert_scale": (False,),
+    "select_by": ("scores",),
+    "gate_on": ("output",),
     "activation": ("swiglu",),
     "activation_limit": (0.0,),
     "norm_after": (False,),

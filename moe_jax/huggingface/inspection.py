@@ -11,9 +11,11 @@ from moe_jax.config import ModelConfig, num_moe_layers, shared_width
 from moe_jax.huggingface import shards
 from moe_jax.huggingface.config_in import family_of, obstacles
 from moe_jax.huggingface.family import Family
+from moe_jax.huggingface.float8 import SCALE
+from moe_jax.huggingface.left_out import LeftOut, left_out
 from moe_jax.huggingface.shards import Entry
 from moe_jax.huggingface.tensors import copies, tensors
-from moe_jax.huggingface.weights import MOST_MISSING, SCALE, ahead_left_out, model_of
+from moe_jax.huggingface.weights import MOST_MISSING, model_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Inspection:
     config: ModelConfig | None
     entries: Mapping[str, Entry]
     obstacles: tuple[str, ...]
-    left_out: frozenset[str] = frozenset()
+    left_out: LeftOut
 
     def lines(self) -> Iterator[str]:
         """What there is to say, a line each."""
@@ -40,8 +42,7 @@ class Inspection:
             yield from map("  {}".format, _numbers(self.config))
         if self.entries:
             yield f"  {_stored(self.entries)}"
-        if self.left_out:
-            yield f"  {len(self.left_out)} tensors of multi-token prediction would be left out, as in transformers"
+        yield from (f"  would leave out {sentence}" for sentence in self.left_out.sentences())
         yield from (f"does not fit: {obstacle}" for obstacle in self.obstacles)
         if not self.obstacles:
             yield "fits: every key and every tensor has its place"
@@ -68,11 +69,11 @@ def inspected(folder: Path) -> Inspection:
         config = model_of(hf, entries)[1]
     except ValueError as error:
         wrong += [] if str(error) in wrong else [str(error)]
-    left_out: set[str] = set()
+    unread = LeftOut()
     if family is not None and config is not None and entries:
-        left_out = ahead_left_out(family, hf, entries)
-        wrong += _misplaced(family, config, {name: e for name, e in entries.items() if name not in left_out})
-    return Inspection(folder, hf, family, config, entries, tuple(wrong), frozenset(left_out))
+        unread = left_out(family, hf, entries)
+        wrong += _misplaced(family, config, {name: e for name, e in entries.items() if name not in unread.names})
+    return Inspection(folder, hf, family, config, entries, tuple(wrong), unread)
 
 
 def _misplaced(family: Family, config: ModelConfig, entries: Mapping[str, Entry]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, check_length
 from moe_jax.huggingface.weights import abstract_weights, export, fill, open_hf
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import Inputs, Pass, PerLayer
@@ -60,6 +60,7 @@ class LanguageModel:
 
     def _run(self, tokens: Array, segment_ids: Array | None, positions: Array | None) -> tuple[Array, Any, Any]:
         tokens = jnp.asarray(tokens, jnp.int32)
+        check_length(self.config, tokens.shape[1], "tokens of a row")
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
         places = positions_in(segments) if positions is None else jnp.asarray(positions, jnp.int32)
         return _forward(self.config)(self.params, self.bias, Inputs(tokens, places, segments))

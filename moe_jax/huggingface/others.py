@@ -29,19 +29,13 @@ OTHERS = {
     "beam": Other(AFMOE, "residuals scaled by depth"),
     "cohere2_moe": Other(MIXTRAL, f"LayerNorm, attention beside the feed-forward, and {WINDOWS}"),
     "dbrx": Other(MIXTRAL, "LayerNorm, fused and clipped queries, keys and values, and fused expert tensors"),
-    "deepseek_v32": Other(V3, INDEXER),
-    "deepseek_v4": Other(V3, "hyper-connections, compressed attention with sinks, and clamped experts"),
+    "deepseek_v4": Other(V3, "hyper-connections, and compressed attention with sinks"),
     "doge": Other(MIXTRAL, "masks that are computed from values, and experts of single vectors behind product keys"),
     "dots3_note": Other(V3, f"{INDEXER}, and {WINDOWS}"),
     "dots3_note_text": Other(V3, f"{INDEXER}, and {WINDOWS}"),
-    "gemma4": Other(
-        QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
-    ),
-    "gemma4_text": Other(
-        QWEN3, f"a dense layer beside the experts, GeGLU, norms before and after each layer, and {WINDOWS}"
-    ),
-    "glm_moe_dsa": Other(V3, INDEXER),
-    "gpt_oss": Other(FLINT, "biases of the router and of experts, and clamped experts"),
+    "gemma4": Other(QWEN3, f"a dense layer beside the experts, norms before and after each layer, and {WINDOWS}"),
+    "gemma4_text": Other(QWEN3, f"a dense layer beside the experts, norms before and after each layer, and {WINDOWS}"),
+    "gpt_oss": Other(FLINT, "biases of the router and of experts, and clamped experts, in fused tensors"),
     "granitemoehybrid": Other(GRANITE, "Mamba layers"),
     "granitemoeshared": Other(GRANITE, "a shared expert, in fused tensors"),
     "hunyuan_v1_moe": Other(QWEN3, "norms of queries and keys behind RoPE, and a shared expert without a gate"),
@@ -55,15 +49,15 @@ OTHERS = {
     "kolibri1": Other(AFMOE, "a bias that is added to logits"),
     "lara_mini": Other(QWEN2, f"{DELTA}, and {WINDOWS}"),
     "lfm2_moe": Other(DOTS, "layers of short convolutions"),
-    "llama4": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
-    "llama4_text": Other(MIXTRAL, "gates on the experts' input, attention in chunks, and layers without RoPE"),
+    "llama4": Other(MIXTRAL, "attention in chunks, and layers without RoPE"),
+    "llama4_text": Other(MIXTRAL, "attention in chunks, and layers without RoPE"),
     "longcat_flash": Other(V3, "two attentions a layer, with the experts beside the second, and scaled latents"),
     "mimo_v2_flash": Other(
         FLINT, "sinks in some layers only, which have more heads of keys, and values of another width"
     ),
     "minimax": Other(MIXTRAL, "layers of linear attention (lightning), and weighted residuals"),
     "minimax_m3_vl_text": Other(MINIMAX, f"{INDEXER}, and clamped experts"),
-    "nemotron_h": Other(DOTS, "Mamba-2 layers, and experts with a squared ReLU"),
+    "nemotron_h": Other(DOTS, "Mamba-2 layers"),
     "phimoe": Other(MIXTRAL, "LayerNorm, biases of all projections and of the head, and routing by SparseMixer"),
     "qwen3_5_moe": Other(QWEN2, f"{DELTA}, and gated attention"),
     "qwen3_5_moe_text": Other(QWEN2, f"{DELTA}, and gated attention"),

@@ -7,9 +7,9 @@ A row of the tables gives the name of a tensor, its layout, and the layout of ou
     n a head's part without RoPE, p with it, q both, w a value's width, i is k where RoPE rotates pairs; b and c are d
     twice, j is m again, o is a single one; 1 is an axis that we do not have.
 
-`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other. An `x` that
-our layout lacks is the index of an expert. In `i`, in `p` and at the end of `q` the columns are permuted, too: their
-RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
+`h.k d` has heads and their width merged in one axis; `n+w` has two of our parameters one after the other, and `m|j` two
+in turn. An `x` that our layout lacks is the index of an expert. In `i`, in `p` and at the end of `q` the columns are
+permuted, too: their RoPE rotates the pairs (2i, 2i + 1), ours (i, i + half).
 """
 
 import functools
@@ -56,6 +56,16 @@ def _fused(inputs: str, outputs: str) -> tuple[Row, Row]:
     return (
         Row(inputs, "x m+j d", {"ffw/gate": "d m", "ffw/up": "d j"}),
         Row(outputs, "x d m", {"ffw/down": "m d"}),
+    )
+
+
+def _in_turn(inputs: str, outputs: str) -> tuple[Row, ...]:
+    """The same where gates and ups take turns, with biases: gpt-oss."""
+    return (
+        Row(inputs, "x d m|j", {"ffw/gate": "d m", "ffw/up": "d j"}),
+        Row(f"{inputs}_bias", "x m|j", {"ffw/gate_bias": "m", "ffw/up_bias": "j"}),
+        Row(outputs, "x m d", {"ffw/down": "m d"}),
+        Row(f"{outputs}_bias", "x d", {"ffw/down_bias": "d"}),
     )
 
 
@@ -141,6 +151,8 @@ ROUTER = Row("mlp.gate.weight", "x d", {"ffw/router": "d x"})
 DENSE = _swiglu("mlp", "ffw/", "f")
 
 SHARED = _swiglu("mlp.shared_experts", "ffw/shared/", "s")
+
+ROUTER_BIAS = _same("mlp.gate.bias", "ffw/router_bias", "x")
 
 SHARED_GATE = Row("mlp.shared_expert_gate.weight", "o d", {"ffw/shared_gate": "d o"})
 
@@ -230,13 +242,15 @@ def _layer(
     if kind == "dense":
         rows += DENSE
     else:
-        rows += (ROUTER,) + (SHARED if c.num_shared_experts else ()) + ((SHARED_GATE,) if c.shared_gate else ())
+        rows += (ROUTER,) + ((ROUTER_BIAS,) if c.router_bias else ())
+        rows += (SHARED if c.num_shared_experts else ()) + ((SHARED_GATE,) if c.shared_gate else ())
         if family.has_bias:
             bias = own(BIAS)._replace(layout=family.bias_layout)
             yield _tensor(bias, prefix, path.replace("params/", "bias/", 1), (at,), sizes)
     yield from (_tensor(own(row), prefix, path, (at,), sizes) for row in rows)
     if family.fused is not None and kind == "moe":
-        yield from (_tensor(row, prefix, path, (at,), sizes) for row in _fused(*family.fused))
+        fused = _in_turn if family.in_turn else _fused
+        yield from (_tensor(row, prefix, path, (at,), sizes) for row in fused(*family.fused))
         return
     for expert in range(c.num_experts if kind == "moe" else 0):
         for row in _swiglu(family.experts.format(expert), "ffw/", "m", family.expert_names):
@@ -261,23 +275,30 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
 
 def _tensor(row: Row, prefix: str, path: str, index: tuple[int, ...], sizes: Mapping[str, int]) -> Tensor:
     axes = [axis for merged in row.layout.split() for axis in merged.split(".") if axis != "1"]
-    size = {axis: sum(sizes[letter] for letter in axis.split("+")) for axis in axes} | {"1": 1}
+    size = {axis: sum(sizes[letter] for letter in axis if letter.isalpha()) for axis in axes} | {"1": 1}
     shape = tuple(math.prod(size[axis] for axis in merged.split(".")) for merged in row.layout.split())
     by_expert = "x" in axes and not any("x" in letters for letters in row.ours.values())
     kept = [axis for axis in axes if not (by_expert and axis == "x")]
-    divided = next((axis for axis in kept if "+" in axis), kept[0])
-    starts = itertools.accumulate((sizes[letter] for letter in divided.split("+")), initial=0)
-    slices = [slice(a, b) for a, b in itertools.pairwise(starts)]
+    divided = next((axis for axis in kept if len(axis) > 1), kept[0])
+    slices = _places(divided, sizes)
     parts: list[Part] = []
     for expert in range(sizes["x"]) if by_expert else (None,):
         at = index if expert is None else (*index, expert)
         whole: dict[str, Any] = dict.fromkeys(axes, slice(None)) | ({} if expert is None else {"x": expert})
         for (ours, letters), part in zip(row.ours.items(), slices, strict=True):
             span = tuple((whole | {divided: part})[axis] for axis in axes)
-            order = tuple(next(i for i, axis in enumerate(kept) if one in axis.split("+")) for one in letters.split())
+            order = tuple(next(i for i, axis in enumerate(kept) if one in axis) for one in letters.split())
             rope = sizes[PAIRS[letters[-1]]] if letters[-1] in PAIRS else 0
             parts.append(Part(path + ours, at, span, order, rope))
     return Tensor(prefix + row.name, shape, tuple(size[axis] for axis in axes), tuple(parts))
+
+
+def _places(axis: str, sizes: Mapping[str, int]) -> list[slice]:
+    """Where each of our parameters is in an axis of theirs."""
+    if "|" in axis:
+        return [slice(first, None, 2) for first in range(2)]
+    starts = itertools.accumulate((sizes[letter] for letter in axis.split("+")), initial=0)
+    return [slice(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def split(tensor: Tensor, value: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:

@@ -20,9 +20,23 @@ from moe_jax.config import Config, ModelConfig, default, validate
 from moe_jax.huggingface import shards
 from moe_jax.huggingface.config_in import family_of, from_hf
 from moe_jax.huggingface.config_out import choose, to_hf
-from moe_jax.huggingface.family import CARRIED, Family, whole, words
+from moe_jax.huggingface.family import CARRIED, Family, words
+from moe_jax.huggingface.float8 import SCALE, block_of, dequantised
+from moe_jax.huggingface.left_out import LeftOut, left_out
 from moe_jax.huggingface.shards import Entry, Plan
-from moe_jax.huggingface.tensors import BIAS, HEAD, ROUTER, Tensor, copies, join, renamed, split, tensors
+from moe_jax.huggingface.tensors import (
+    BIAS,
+    HEAD,
+    ROUTER,
+    ROUTER_BIAS,
+    Tensor,
+    copies,
+    join,
+    renamed,
+    split,
+    tensors,
+)
+from moe_jax.mesh import is_expert_weight
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.runtime.leaves import path_name
 
@@ -32,7 +46,6 @@ CARRIED_FILES = words(
 )
 MOST_FILE_BYTES = 256 * 2**20  # of a tokenizer's file
 MOST_MISSING = 4  # missing tensors that are named; a false config.json may name more than fits anywhere
-SCALE = "_scale_inv"  # DeepSeek's float8: tensor X comes with X_scale_inv, one float32 for each block
 
 Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that slice of our parameters
 
@@ -43,7 +56,7 @@ Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that sli
 class Source(NamedTuple):
     """A folder of theirs, checked.
 
-    block: rows and columns that share a float8 scale. left_out: tensors that are not read, as in transformers.
+    block: rows and columns that share a float8 scale. left_out: tensors that are not read.
     """
 
     folder: Path
@@ -52,7 +65,7 @@ class Source(NamedTuple):
     tensors: list[Tensor]
     entries: dict[str, Entry]
     block: tuple[int, int]
-    left_out: tuple[str, ...]
+    left_out: LeftOut
 
     @property
     def num_bytes(self) -> int:
@@ -72,18 +85,10 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
         family, config, block = model_of(hf, entries, dtype)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    left_out = ahead_left_out(family, hf, entries)
-    entries = {name: entry for name, entry in entries.items() if name not in left_out}
+    unread = left_out(family, hf, entries)
+    entries = {name: entry for name, entry in entries.items() if name not in unread.names}
     found = _check_tensors(folder, tensors(family, config), entries, copies(family, config))
-    return Source(folder, family, config, found, entries, block, tuple(left_out))
-
-
-def ahead_left_out(family: Family, hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
-    """The tensors of modules of multi-token prediction that the family leaves out."""
-    depths = whole(hf, "num_nextn_predict_layers", 0) if family.leaves_out else 0
-    first = hf["num_hidden_layers"]
-    prefixes = tuple(family.leaves_out.format(first + depth) for depth in range(depths))
-    return {name for name in entries if name.startswith(prefixes)} if depths else set()
+    return Source(folder, family, config, found, entries, block, unread)
 
 
 def model_of(
@@ -95,31 +100,12 @@ def model_of(
         ValueError: a key or a value that this family, or our model, does not have.
     """
     family, ours = from_hf(hf)
-    block = _block(hf, entries)
+    block = block_of(hf, entries)
     ours["mtp_depth"] = _depths_there(ours, entries)
     ours["param_dtype"] = ours["compute_dtype"] = dtype or _stored_dtype(family, entries)
     config = validate(default(model=ours)).model
     choose(config, family.architecture)  # what is read can be written again
     return family, config, block
-
-
-def _block(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:
-    """Rows and columns that share a float8 scale; any quantisation but DeepSeek's is refused."""
-    quantised = hf.get("quantization_config") or {}
-    if not isinstance(quantised, Mapping):
-        raise ValueError(f"config.json has quantization_config={quantised!r}, which must be an object; correct it.")
-    block = quantised.get("weight_block_size")
-    narrow = [name for name, entry in entries.items() if entry.dtype.startswith("F8")]
-    fits = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    fits &= quantised.get("quant_method") == "fp8"
-    if quantised and not (fits and quantised.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")):  # two names of one
-        raise ValueError(
-            f"config.json has quantization_config={quantised!r}; known is quant_method 'fp8' with fmt 'e4m3' and a "
-            "weight_block_size of two integers."
-        )
-    if narrow and not quantised:
-        raise ValueError(f"tensor {narrow[0]} is float8, but config.json has no quantization_config; give it.")
-    return (block[0], block[1]) if block else (1, 1)
 
 
 def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Entry]) -> int:
@@ -130,7 +116,7 @@ def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Entry]) -> int:
 
 def _stored_dtype(family: Family, entries: Mapping[str, Entry]) -> str:
     """The narrowest dtype that loses nothing; routers, biases and scales do not count, because they are float32."""
-    apart = (*(renamed(family, row).name for row in (ROUTER, BIAS)), SCALE)
+    apart = (*(renamed(family, row).name for row in (ROUTER, ROUTER_BIAS, BIAS)), SCALE)
     dtypes = {entry.dtype for name, entry in entries.items() if not name.endswith(apart)}
     return "bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32"
 
@@ -233,16 +219,6 @@ def _refuse_unless(good: np.ndarray, source: Source, name: str, what: str) -> No
         )
 
 
-def dequantised(value: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """float8 [O, I] times the float32 scale of each block, in float32. Source: DeepSeek-V3's published weights."""
-    rows, columns = value.shape
-    wide = value.astype(np.float32)
-    for i in range(scale.shape[0]):  # a row of blocks at a time, to avoid a second array of this size
-        factors = np.repeat(scale[i], block[1])[:columns]
-        wide[i * block[0] : min(rows, (i + 1) * block[0])] *= factors
-    return wide
-
-
 # --- out ------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +259,8 @@ def export(
         return whole.astype(kinds[name])
 
     known = {"max_position_embeddings": _length(config, max_length)} | carry(carried, folder)
+    if config.index_topk:
+        known["max_position_embeddings"] = min(known["max_position_embeddings"], config.index_topk)
     (folder / "config.json").write_text(
         json.dumps(to_hf(family, config, dtype or config.param_dtype, known), indent=2) + "\n"
     )
@@ -307,11 +285,11 @@ def _length(config: ModelConfig, max_length: int) -> int:
 
 
 def _written_dtype(tensor: Tensor, config: ModelConfig, read: Read, dtype: str | None) -> str:
-    """float32 for the bias, for a router or sinks the narrowest dtype that loses nothing, otherwise `dtype`."""
+    """float32 for the selection bias; for routers and sinks the narrowest dtype that loses nothing; else `dtype`."""
     (leaf, index, *_), *_ = tensor.parts
     if leaf.startswith("bias/"):
         return "float32"
-    if dtype is None and config.param_dtype == "bfloat16" and leaf.endswith(("/router", "/sinks")):
+    if dtype is None and config.param_dtype == "bfloat16" and leaf.endswith(("/router", "/router_bias", "/sinks")):
         wide = read(leaf, index)
         return "bfloat16" if np.array_equal(wide, wide.astype(ml_dtypes.bfloat16).astype(np.float32)) else "float32"
     return dtype or config.param_dtype
@@ -391,7 +369,7 @@ def index_axes(config: ModelConfig) -> Callable[[str], int]:
     def axes(leaf: str) -> int:
         if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
             return 0
-        return 2 if dims.get(leaf, ())[:1] == ("experts",) else 1
+        return 2 if is_expert_weight(dims.get(leaf, ())) else 1
 
     return axes
 

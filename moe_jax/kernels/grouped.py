@@ -62,6 +62,36 @@ def rows_multiplied(group_sizes: Int32[Array, "experts"], tile: int = TILE_ROWS)
     return ((group_sizes + tile - 1) // tile * tile).sum(dtype=jnp.int32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bias_of_rows(
+    bias: Float[Array, "experts out_dim"], group_sizes: Int32[Array, "experts"], num_rows: int
+) -> Float[Array, "rows out_dim"]:
+    """The bias of each row's group, `num_rows` of them, and 0 for the rows after the last group.
+
+    Its gradient is a product with rows of zeros and a one, at E / D of the cost of the product that the bias is added
+    to: a scatter, the gather's own transpose, is slow on TPUs and on GPUs adds in another order each time.
+    """
+    return bias.at[_group_of_rows(group_sizes, num_rows)].get(mode="fill", fill_value=0)
+
+
+def _bias_forward(bias: Array, group_sizes: Array, num_rows: int) -> tuple[Array, Array]:
+    return bias_of_rows(bias, group_sizes, num_rows), group_sizes
+
+
+def _bias_backward(num_rows: int, group_sizes: Array, dy: Array) -> tuple[Array, None]:
+    own = jax.nn.one_hot(_group_of_rows(group_sizes, num_rows), group_sizes.shape[0], dtype=dy.dtype)
+    return lax.dot(own.T, dy, precision=lax.Precision.HIGHEST), None
+
+
+bias_of_rows.defvjp(_bias_forward, _bias_backward)
+
+
+def _group_of_rows(group_sizes: Array, num_rows: int) -> Int32[Array, "rows"]:
+    """The group of each row; their number for the rows after the last group."""
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    return (jnp.arange(num_rows, dtype=jnp.int32)[:, None] >= ends[None]).sum(1, dtype=jnp.int32)
+
+
 # --- ragged products of XLA or tokamax -------------------------------------------------------------------------
 
 # the dimensions to sum over, the ragged dimension of the left operand, the group dimension of the right one

@@ -16,7 +16,7 @@ from moe_jax.config import ModelConfig, YarnConfig, local_rotated_width, rotated
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.mesh import is_sharded
 from moe_jax.model.kinds import Local, by_kind
-from moe_jax.model.layers import RMSNorm, normal, zeros
+from moe_jax.model.layers import RMSNorm, filled, normal
 from moe_jax.model.pieces import (
     expanded_for_own_heads,
     for_own_heads,
@@ -47,8 +47,8 @@ class Attention(nnx.Module):
         self.query_bias = _bias_of_heads(config, heads)
         self.key_bias = _bias_of_heads(config, kv_heads)
         self.value_bias = _bias_of_heads(config, kv_heads)
-        self.out_bias = zeros("attention", config.param_dtype, embed=width) if config.out_bias else None
-        self.sinks = zeros("attention", "float32", heads=heads) if config.attention_sinks else None
+        self.out_bias = filled(0.0, "attention", config.param_dtype, embed=width) if config.out_bias else None
+        self.sinks = filled(0.0, "attention", "float32", heads=heads) if config.attention_sinks else None
         self.gate = _gate_of_heads(config, rngs)
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, kv_heads)
@@ -323,7 +323,7 @@ def _bias_of_heads(config: ModelConfig, heads: int) -> nnx.Param | None:
     """A bias of 0; a vector, so that it neither decays nor is split."""
     if not config.qkv_bias:
         return None
-    return zeros("attention", config.param_dtype, head_dim=heads * config.head_dim)
+    return filled(0.0, "attention", config.param_dtype, head_dim=heads * config.head_dim)
 
 
 def _gate_of_heads(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:

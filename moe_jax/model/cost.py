@@ -30,7 +30,7 @@ def parts(config: Config) -> list[Part]:
     """
     import jax
 
-    from moe_jax.mesh import is_expert_weight
+    from moe_jax.mesh import is_expert_weight, is_vector
     from moe_jax.model.abstract import abstract_model
 
     m = config.model
@@ -46,7 +46,7 @@ def parts(config: Config) -> list[Part]:
         row = sums.setdefault(kind, [0, 0, 0])  # total, active, FLOPs
         row[0] += math.prod(leaf.shape)
         row[1] += active
-        row[2] += 2 * active if len(d.names) > 1 and kind != "embedding" else 0
+        row[2] += 2 * active if not is_vector(d.names) and kind != "embedding" else 0
     if m.tied_embeddings:
         sums["embedding"][2] = 2 * sums["embedding"][0]
     if m.mtp_depth:
@@ -86,14 +86,14 @@ def train_flops(config: Config) -> int:
 def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
     if path.startswith("mtp/"):
         return AHEAD
+    if "experts" in dims or "/router_" in path:
+        return ROUTED if routed else "router"
     if path.endswith(("_bias", "/sinks")):
         return "attention"
     if len(dims) == 1:
         return "norms"
     if "ffw/latent_" in path:
         return LATENT
-    if "experts" in dims:
-        return ROUTED if routed else "router"
     if "/shared" in path:  # and the gate of their output
         return "shared experts"
     if "ffw" in dims:

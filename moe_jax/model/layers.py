@@ -1,4 +1,4 @@
-"""The layers that others are built of: RMSNorm, the gated feed-forward layer, and their initial weights.
+"""The layers that others are built of: RMSNorm, the feed-forward layer, and their initial weights.
 
 Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers, which
 weight decay and sharding read, and the `part` of the model that it belongs to, by which the optimizer groups it.
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig, Part
+from moe_jax.config import ModelConfig, Part, is_gated
 from moe_jax.dispatch import ExpertWeights, feed_forward
 from moe_jax.kernels.activation import Activation
 
@@ -21,9 +21,9 @@ def normal(config: ModelConfig, rngs: nnx.Rngs, part: Part, dtype: str | None = 
     return nnx.Param(value.astype(dtype or config.param_dtype), dims=tuple(dims), part=part)
 
 
-def zeros(part: Part, dtype: str, **dims: int) -> nnx.Param:
-    """A bias, or another vector that begins at 0, named by its dimensions."""
-    return nnx.Param(jnp.zeros(tuple(dims.values()), dtype), dims=tuple(dims), part=part)
+def filled(value: float, part: Part, dtype: str, **dims: int) -> nnx.Param:
+    """A bias or a scale that begins as `value` everywhere, named by its dimensions."""
+    return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), dims=tuple(dims), part=part)
 
 
 class RMSNorm(nnx.Module):
@@ -41,10 +41,10 @@ class RMSNorm(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """A gated feed-forward layer of hidden width `ffw`, with the config's activation."""
+    """A feed-forward layer of hidden width `ffw`, with the config's activation and the gate that it has."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, part: Part, ffw: int) -> None:
-        self.gate = normal(config, rngs, part, embed=config.embed_dim, ffw=ffw)
+        self.gate = normal(config, rngs, part, embed=config.embed_dim, ffw=ffw) if is_gated(config) else None
         self.up = normal(config, rngs, part, embed=config.embed_dim, ffw=ffw)
         self.down = normal(config, rngs, part, ffw=ffw, embed=config.embed_dim)
         self.cpu_kernel = config.cpu_kernel
@@ -52,6 +52,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None) -> Float[Array, "*batch embed"]:
         """Same shape and dtype as x."""
-        weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
+        gate = None if self.gate is None else self.gate.astype(x.dtype)
+        weights = ExpertWeights(gate, self.up.astype(x.dtype), self.down.astype(x.dtype))
         flat = x.reshape(-1, x.shape[-1])
         return feed_forward(flat, weights, mesh, self.cpu_kernel, self.activation).reshape(x.shape)

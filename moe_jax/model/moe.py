@@ -4,6 +4,7 @@ A forward pass changes nothing: it reads the bias, which only the train step wri
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32
 
 from moe_jax.balance import Balancer, State, Statistics, measures
-from moe_jax.config import DISPATCHERS, ModelConfig, num_choices, routed_width, shared_width
+from moe_jax.config import DISPATCHERS, ModelConfig, is_gated, num_choices, routed_width, shared_width
 from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels.activation import Activation
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
-from moe_jax.model.layers import FeedForward, normal
+from moe_jax.model.layers import FeedForward, filled, normal
 from moe_jax.routing import RouterConfig, Routing, Tokens, count, counts_by_row, drop_second, route
 
 
@@ -32,6 +33,11 @@ class MoE(nnx.Module):
     output is multiplied by sigmoid(w . x), as in Qwen2-MoE (arXiv 2407.10671). With `latent_dim` routed experts work on
     a latent, y = W_up sum of gate x routed expert(W_down x) + ..., so that experts, and the rows that travel to them,
     are narrower; the router reads x. Source: LatentMoE (arXiv 2601.18089).
+
+    What the router has beside its weight is float32, like that: with `router_bias` a bias of its logits (gpt-oss), with
+    `router_norm="scaled"` a scale of what it reads, and with `expert_scale` a factor for each expert on its gates
+    (Gemma 4, whose router reads the residual stream). With `expert_bias` routed experts have biases (gpt-oss), and with
+    `gate_on="input"` y = sum of routed expert(gate x) (Llama 4).
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -40,11 +46,19 @@ class MoE(nnx.Module):
         choices = num_choices(config)
         classes = len(config.class_starts) + 1
         self.router = normal(config, rngs, "router", dtype="float32", embed=embed, experts=choices)
+        self.router_bias = filled(0.0, "router", "float32", experts=choices) if config.router_bias else None
+        self.router_norm = filled(1.0, "router", "float32", embed=embed) if config.router_norm == "scaled" else None
+        self.expert_scale = filled(1.0, "router", "float32", experts=choices) if config.expert_scale else None
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
         self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
-        self.gate = normal(config, rngs, "experts", experts=experts, embed=width, ffw=ffw)
-        self.up = normal(config, rngs, "experts", experts=experts, embed=width, ffw=ffw)
-        self.down = normal(config, rngs, "experts", experts=experts, ffw=ffw, embed=width)
+        matrix = functools.partial(normal, config, rngs, "experts", experts=experts)
+        self.gate = matrix(embed=width, ffw=ffw) if is_gated(config) else None
+        self.up = matrix(embed=width, ffw=ffw)
+        self.down = matrix(ffw=ffw, embed=width)
+        bias = functools.partial(filled, 0.0, "experts", config.param_dtype, experts=experts)
+        self.gate_bias = bias(ffw=ffw) if config.expert_bias and is_gated(config) else None
+        self.up_bias = bias(ffw=ffw) if config.expert_bias else None
+        self.down_bias = bias(embed=width) if config.expert_bias else None
         self.shared = FeedForward(config, rngs, "shared", shared_width(config)) if config.num_shared_experts else None
         self.shared_gate = normal(config, rngs, "shared", embed=embed, one=1) if config.shared_gate else None
         latent = config.latent_dim
@@ -76,7 +90,9 @@ class MoE(nnx.Module):
         sent = drop_second(routing, second_key) if fwd.train and c.random_second else routing
         if drop is not None:
             sent = only(sent, drop(sent, state, second_key, fwd.train))
-        weights = ExpertWeights(*(w.astype(x.dtype) for w in (self.gate, self.up, self.down)))
+        held = (getattr(self, name) for name in ExpertWeights._fields)
+        narrowed: Any = (None if w is None else w.astype(x.dtype) for w in held)
+        weights = ExpertWeights(*narrowed)
         y, traffic = apply_experts(
             self._narrowed(flat),
             real_part(sent, c.num_experts),
@@ -88,6 +104,7 @@ class MoE(nnx.Module):
             cpu_kernel=c.cpu_kernel,
             quantization=c.quantization,
             activation=Activation.of(c),
+            gate_on=c.gate_on,
         )
         y = self._widened(y)
         if drop is not None:
@@ -123,17 +140,20 @@ class MoE(nnx.Module):
         balancer = fwd.balancer
         state = self._state(fwd)
         jitter_key, select_key = jax.random.split(fwd.key)
-        wide = x.astype(jnp.float32)
+        wide = self._read_by_router(x.astype(jnp.float32))
         if fwd.train and c.router_jitter > 0:
             low, high = 1.0 - c.router_jitter, 1.0 + c.router_jitter
             wide = wide * jax.random.uniform(jitter_key, wide.shape, jnp.float32, low, high)
         logits = jnp.matmul(wide, self._router(balancer, state), precision=jax.lax.Precision.HIGHEST)
+        if self.router_bias is not None:
+            logits = logits + self.router_bias[...][None]
         if balancer.select is None or (not fwd.train and balancer.inference == "top_k"):
             return self._routing_by_bias(logits, state["bias"], tokens, fwd, fwd.per_layer.chosen)
         return route(
             logits,
             RouterConfig.of(c),
             state["bias"],
+            expert_scale=None if self.expert_scale is None else self.expert_scale[...],
             tokens=tokens,
             select=functools.partial(balancer.select, state=state),
             combine=balancer.combine,
@@ -146,16 +166,26 @@ class MoE(nnx.Module):
     ) -> Routing:
         """`route` by the k best biased scores, except of `chosen` tokens, on every device for its own tokens."""
 
-        def on_shard(logits: Array, bias: Array, tokens: Tokens, chosen: Array | None) -> Routing:
-            router = RouterConfig.of(self.config)
-            routing = route(logits, router, bias, tokens=tokens, combine=fwd.balancer.combine, chosen=chosen)
+        def on_shard(logits: Array, bias: Array, scale: Array | None, tokens: Tokens, chosen: Array | None) -> Routing:
+            how: Any = dict(expert_scale=scale, tokens=tokens, combine=fwd.balancer.combine, chosen=chosen)
+            routing = route(logits, RouterConfig.of(self.config), bias, **how)
             return routing._replace(loads=routing.loads[None])  # [1, E], of this shard
 
         layout = specs(Routing.dims())
-        in_specs = layout.logits, layout.bias, layout.tokens, layout.expert_ids
+        scale = None if self.expert_scale is None else self.expert_scale[...]
+        in_specs = layout.logits, layout.bias, spec(), layout.tokens, layout.expert_ids
         out_specs = layout._replace(loads=spec("shards"))
-        routing = per_shard(on_shard, fwd.mesh, in_specs, out_specs)(logits, bias, tokens, chosen)
+        routing = per_shard(on_shard, fwd.mesh, in_specs, out_specs)(logits, bias, scale, tokens, chosen)
         return routing._replace(loads=routing.loads.sum(0, dtype=jnp.int32))
+
+    def _read_by_router(self, x: Float32[Array, "tokens embed"]) -> Float32[Array, "tokens embed"]:
+        """What the router multiplies: x, or its norm, times the config's factor."""
+        c = self.config
+        if c.router_norm != "none":
+            x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
+        if self.router_norm is not None:
+            x = x * self.router_norm[...][None]
+        return x if c.router_scale == 1 else c.router_scale * x
 
     def _state(self, fwd: Pass) -> State:
         """The balancer's state of this layer, with the bias that the model holds."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers, routed_width
+from moe_jax.config import DISPATCHERS, Config, ModelConfig, is_gated, num_moe_layers, routed_width
 from moe_jax.config.schema import Kept
 from moe_jax.planning.ranking import kept_names, rows_of_round, rows_that_arrive, tokens_of_device
 
@@ -54,7 +54,7 @@ def bytes_by_name(config: Config, mesh: "Mesh") -> dict[Kept, int]:
     Those of attention are its result and the logarithms of its softmax. A row travels with its gate, a gathered token
     with the gates and ids of all its experts. With a latent its sum over a token's experts is kept beside the rows.
     """
-    from moe_jax.dispatch.experts import DIMS
+    from moe_jax.kernels.weights import DIMS
     from moe_jax.mesh import ways
 
     m = config.model
@@ -66,11 +66,11 @@ def bytes_by_name(config: Config, mesh: "Mesh") -> dict[Kept, int]:
     moe_layers = num_moe_layers(m) if DISPATCHERS[m.dispatch].dropless else 0
     multiplied = 0 if DISPATCHERS[m.dispatch].is_oracle else rows_of_round(config, mesh) or tokens * m.top_k
     numbers = 2 * m.top_k if DISPATCHERS[m.dispatch].gathers_tokens else 1
-    ffw = m.expert_ffw_dim // ways(mesh, "ffw", DIMS["gate"])
+    ffw = m.expert_ffw_dim // ways(mesh, "ffw", DIMS["up"])
     arrived = moe_layers * rows_that_arrive(config, mesh) * (routed_width(m) * number + numbers * FLOAT32)
     return {
         "rows": arrived + num_moe_layers(m) * tokens * m.latent_dim * number,
         "attention": layers * tokens * heads * (head * number + FLOAT32),
         "residual": layers * tokens * m.embed_dim * number,
-        "hidden": moe_layers * multiplied * 2 * ffw * number,
+        "hidden": moe_layers * multiplied * (2 if is_gated(m) else 1) * ffw * number,
     }

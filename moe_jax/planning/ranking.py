@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import DISPATCHERS, Config, ModelConfig, num_moe_layers, routed_width
+from moe_jax.config import DISPATCHERS, Config, ModelConfig, is_gated, num_moe_layers, routed_width
 from moe_jax.config.schema import Kept
 from moe_jax.planning.collectives import Collective
 from moe_jax.planning.topology import Topology, exchange, place_of
@@ -201,7 +201,7 @@ def _products(config: Config, mesh: "Mesh") -> float:
 def _repeated(part: str, m: ModelConfig) -> float:
     """The share of a part's forward FLOPs that the backward pass repeats.
 
-    No gradient reads the last of the three products of a feed-forward layer, unless that of the projection from a
+    No gradient reads the last of the products of a feed-forward layer, unless that of the projection from a
     latent does, or the result of that projection. The output projection that "residual"
     saves is counted all the same: it takes as long on every mesh.
     """
@@ -212,8 +212,9 @@ def _repeated(part: str, m: ModelConfig) -> float:
     kept = kept_names(m)
     if part == LATENT:
         return 1 / 2
+    products = 3 if is_gated(m) else 2
     if part == ROUTED and m.latent_dim and "rows" not in kept:
-        return 1 / 3 if "hidden" in kept else 1.0
+        return 1 / products if "hidden" in kept else 1.0
     if (part == SCORES and "attention" in kept) or (part == ROUTED and "hidden" in kept):
         return 0.0
-    return 2 / 3 if part in (ROUTED, "shared experts", "dense feed-forward") else 1.0
+    return 1 - 1 / products if part in (ROUTED, "shared experts", "dense feed-forward") else 1.0

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax import balance
-from moe_jax.config import DISPATCHERS, BalanceEntry, Config, ModelConfig
+from moe_jax.config import DISPATCHERS, BalanceEntry, Config, ModelConfig, check_length
 from moe_jax.data import Tokenizer
 from moe_jax.mesh import replicated, spec, ways
 from moe_jax.model.abstract import abstract_model
@@ -93,6 +93,7 @@ def generate(
     """
     check_model(model.config, tokenizer)
     check_prompts(prompts, max_new_tokens, stop, max_length)
+    check_length(model.config.model, max(map(len, prompts)) + max_new_tokens, "prompt and new tokens")
     count = _whole_shards(len(prompts), model.mesh)
     lengths = np.array([len(prompt) for prompt in prompts] + [0] * (count - len(prompts)))
     names = np.arange(count) if rows is None else np.resize(np.asarray(rows, np.int64), count)
@@ -223,6 +224,7 @@ def score(model: Model, sequences: Sequence[Sequence[int]]) -> list[tuple[np.nda
     inputs = [s[:-1] for s in sequences]
     targets = [s[1:] for s in sequences]
     longest = max(map(len, inputs))
+    check_length(model.config.model, longest, "tokens of a text")
     step = _score(*_compiled_by(model))
     arrays = (model.params, model.bias, model.balance)
     cache = _cache_maker(model.config.model, model.mesh, count, rounded(longest))()

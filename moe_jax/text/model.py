@@ -75,7 +75,8 @@ def known_length(workdir: Path, config: Config) -> int:
     from moe_jax.data.trained import read_settings
 
     own = read_settings(workdir / TOKENIZER / "config.json").get("max_position_embeddings")
-    return own if isinstance(own, int) else config.sequence_length
+    longest = own if isinstance(own, int) else config.sequence_length
+    return min(longest, config.model.index_topk or longest)
 
 
 def encode(tokenizer: Tokenizer, prompt: str, opened: bool) -> list[int]:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from moe_jax.config import Config, OptimizerConfig
+from moe_jax.mesh import is_vector
 from moe_jax.model.abstract import Dims, Tree, abstract_model
 from moe_jax.runtime.defaults import jax_defaults
 from moe_jax.training.muon import orthogonalized
@@ -19,9 +20,8 @@ from moe_jax.training.muon import orthogonalized
 def make_optimizer(config: OptimizerConfig, dims: Tree, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """The optimizer without its learning rate, which follows the step number and is applied by the train step.
 
-    It computes in float32; `stored` converts its results. Weights with two or more logical dimensions decay; scales of
-    norms and biases, which have one, do not. The number of array dimensions does not distinguish them, because layers
-    are stacked.
+    It computes in float32; `stored` converts its results. Matrices decay; vectors, which are scales and biases, do
+    not. The number of array dimensions does not distinguish them, because layers are stacked.
 
     Args:
         dims: dims and part of every parameter.
@@ -57,8 +57,8 @@ def method_of(config: OptimizerConfig, dims: Dims) -> str:
     """What moves a parameter: "adamw", "muon" or nothing, "frozen"."""
     if getattr(config.groups, dims.part).frozen:
         return "frozen"
-    is_matrix = len(dims.names) > 1
-    return "muon" if config.method == "muon" and is_matrix and dims.part in config.muon.parts else "adamw"
+    by_muon = config.method == "muon" and dims.part in config.muon.parts and not is_vector(dims.names)
+    return "muon" if by_muon else "adamw"
 
 
 def moved_by(config: Config) -> list[str]:
@@ -69,7 +69,7 @@ def moved_by(config: Config) -> list[str]:
 def weight_decay(config: OptimizerConfig, dims: Dims) -> float:
     """The weight decay of a parameter; 0 for vectors and what is frozen."""
     group = getattr(config.groups, dims.part)
-    return 0.0 if len(dims.names) < 2 or group.frozen else config.weight_decay * group.weight_decay
+    return 0.0 if is_vector(dims.names) or group.frozen else config.weight_decay * group.weight_decay
 
 
 def without_frozen_gradients(config: OptimizerConfig, dims: Tree, params: Tree) -> Tree:

@@ -53,6 +53,18 @@ BAD = [
     (dict(model=dict(attention="mla", attention_multiplier=0.5)), "model.attention_multiplier=0.5", "multiplier=0.0"),
     (dict(model=dict(num_experts=4, shared_gate=True)), "model.shared_gate=True", "set model.num_shared_experts=1"),
     (dict(model=dict(num_experts=4, shared_ffw_dim=8)), "model.shared_ffw_dim=8", "set model.num_shared_experts=1"),
+    (dict(model=dict(activation="relu2", activation_limit=7.0)), "model.activation_limit=7.0", "activation_limit=0.0"),
+    (dict(model=dict(attention="mla", index_topk=64)), "sequence_length=128", "model.index_topk=64"),
+    (
+        dict(model=dict(EXPERTS, select_by="logits"), balance=dict(quantile={})),
+        "balance.quantile works with model.select_by='scores' only, but it is 'logits'",
+        "another method",
+    ),
+    (
+        dict(model=dict(EXPERTS, router_bias=True), balance=dict(frozen_router={})),
+        "balance.frozen_router works with model.router_bias=False only",
+        "another method",
+    ),
     (dict(model=3), "model=3", "dict"),
     (dict(model=None), "model=None", "dict"),
     (dict(balance="bias_sign"), "balance='bias_sign'", "write balance=dict("),

@@ -15,6 +15,7 @@ from moe_jax.config import DISPATCHERS
 from moe_jax.dispatch import DISPATCH_FUNCTIONS, ExpertWeights, apply_experts, register
 from moe_jax.dispatch.capacity import capacity_of, seats_of
 from moe_jax.kernels import native
+from moe_jax.kernels.activation import Activation
 from moe_jax.routing import RouterConfig, Routing, count, route
 
 TOKENS, EXPERTS, EMBED, FFW = 6, 4, 3, 5
@@ -47,12 +48,12 @@ cpu_kernel = "auto"
 
 
 @functools.cache
-def compiled(dispatcher: str, cpu_kernel: str, num_sequences: int = 1, capacity_factor: float = 1.25):
+def compiled(dispatcher: str, cpu_kernel: str, num_sequences: int = 1, capacity_factor: float = 1.25, **how):
     """(x, gates, weights, ids) -> (y, dropped), and the gradients of a function of y in the first three."""
 
     def run(x, gates, weights, ids):
         options = {"dispatcher": dispatcher, "num_sequences": num_sequences, "capacity_factor": capacity_factor}
-        options["cpu_kernel"] = cpu_kernel
+        options |= {"cpu_kernel": cpu_kernel} | how
         y, traffic = apply_experts(x, routing_of(ids, gates), weights, **options)
         return (y * jnp.arange(1.0, y.size + 1.0).reshape(y.shape) ** 0.5).sum(), (y, traffic.dropped)
 
@@ -68,9 +69,9 @@ def applied(dispatcher: str, ids, x=None, gates=None, weights=WEIGHTS, **options
     return np.asarray(y), int(dropped), jax.tree.map(np.asarray, gradients)
 
 
-def assert_equals_dense(dispatcher: str, ids, **options) -> None:
-    y, dropped, gradients = applied(dispatcher, ids, **options)
-    exact, _, its_gradients = applied("dense", ids)
+def assert_equals_dense(dispatcher: str, ids, weights=WEIGHTS, **options) -> None:
+    y, dropped, gradients = applied(dispatcher, ids, weights=weights, **options)
+    exact, _, its_gradients = applied("dense", ids, weights=weights, **options)
     assert dropped == 0
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(its_gradients), strict=True):
@@ -91,16 +92,28 @@ def test_dense_equals_the_definition_token_by_token():
     expected = np.zeros((TOKENS, EMBED))
     for t, slot in np.ndindex(*ids.shape):
         if ids[t, slot] < EXPERTS:
-            gate, up, down = (w[ids[t, slot]].astype(np.float64) for w in WEIGHTS)
+            gate, up, down = (w[ids[t, slot]].astype(np.float64) for w in WEIGHTS[:3])
             hidden = x[t] @ gate
             expected[t] += gates[t, slot] * ((hidden / (1 + np.exp(-hidden)) * (x[t] @ up)) @ down)
     np.testing.assert_allclose(applied("dense", ids, x, gates)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+BIASES = dict(gate_bias=array(6, EXPERTS, FFW), up_bias=array(7, EXPERTS, FFW), down_bias=array(8, EXPERTS, EMBED))
+KINDS = {  # experts, and how they are used
+    "matrices only": (WEIGHTS, {}),
+    "biases": (WEIGHTS._replace(**BIASES), {}),
+    "no gate, a bias of down": (
+        WEIGHTS._replace(gate=None, down_bias=BIASES["down_bias"]),
+        dict(activation=Activation(gated=0.0)),
+    ),
+}
+
+
 @settings(deadline=None, max_examples=150)
-@given(arrays(np.int32, (TOKENS, 2), elements=st.integers(0, EXPERTS)))
-def test_local_equals_dense_under_any_routing_with_empty_slots_and_nothing_is_dropped(ids):
-    assert_equals_dense("local", ids)
+@given(arrays(np.int32, (TOKENS, 2), elements=st.integers(0, EXPERTS)), st.sampled_from(list(KINDS)))
+def test_local_equals_dense_under_any_routing_with_empty_slots_and_nothing_is_dropped(ids, kind):
+    weights, options = KINDS[kind]
+    assert_equals_dense("local", ids, weights, **options)
 
 
 SHAPES = {
@@ -144,24 +157,24 @@ def test_auto_and_every_exchange_are_local_on_one_device():
 def test_a_batch_of_no_tokens_has_an_empty_output(dispatcher):
     y, dropped, (dx, _, dw) = applied(dispatcher, np.zeros((0, 2)))
     assert (y.shape, dx.shape, dropped) == ((0, EMBED), (0, EMBED), 0)
-    assert not any(w.any() for w in dw)
+    assert not any(w.any() for w in jax.tree.leaves(dw))
 
 
 def test_experts_without_tokens_have_gradients_of_exactly_zero():
     # experts 1 and 2 are not chosen (Megatron-LM #1877, tokamax #1016)
     _, _, (_, _, dw) = applied("local", SHAPES["empty experts"])
-    for gradient in dw:
+    for gradient in jax.tree.leaves(dw):
         np.testing.assert_array_equal(gradient[[1, 2]], 0.0)
         assert gradient[[0, 3]].any()
 
 
 def test_the_weights_of_an_expert_without_tokens_are_not_read():
     # garbage in the weights of experts 1 and 2 reaches nothing
-    garbage = ExpertWeights(*(w.copy() for w in WEIGHTS))
-    for w in garbage:
+    garbage = jax.tree.map(np.copy, WEIGHTS)
+    for w in jax.tree.leaves(garbage):
         w[[1, 2]] = np.nan
     y, _, (dx, dgates, dw) = applied("local", SHAPES["empty experts"], weights=garbage)
-    for value in (y, dx, dgates, *dw):
+    for value in jax.tree.leaves((y, dx, dgates, dw)):
         assert np.isfinite(value).all()
 
 
@@ -183,7 +196,7 @@ def test_permuting_experts_changes_no_output(dispatcher):
     order = np.asarray([2, 0, 3, 1])
     place = np.append(np.argsort(order), EMPTY)
     ids = np.asarray(SHAPES["padded tokens"])
-    permuted = ExpertWeights(*(w[order] for w in WEIGHTS))
+    permuted = jax.tree.map(lambda w: w[order], WEIGHTS)
     y, dropped, _ = applied(dispatcher, ids)
     its_y, its_dropped, _ = applied(dispatcher, place[ids], weights=permuted)
     np.testing.assert_allclose(its_y, y, rtol=1e-5, atol=1e-6)
@@ -231,7 +244,7 @@ def test_copies_without_a_seat_are_dropped_and_counted():
 def test_a_dropped_copy_sends_no_gradient():
     _, _, (_, dgates, dw) = applied("capacity", CHOICES, **TIGHT)
     np.testing.assert_array_equal(dgates != 0, [[True, False], [True, False], [False, True], [True, False]])
-    assert all(np.isfinite(w).all() for w in dw)
+    assert all(np.isfinite(w).all() for w in jax.tree.leaves(dw))
 
 
 def test_loads_are_counted_before_dropping():

@@ -18,6 +18,7 @@ GROUPED = BASE | dict(num_key_value_heads=1, num_experts_per_tok=2)
 LATENT = BASE | dict(num_key_value_heads=2, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=3)
 LATENT |= dict(kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 LATENT |= dict(first_k_dense_replace=1, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=2.0)
+INDEXED = dict(index_topk=128, index_head_dim=8, index_n_heads=2)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0)
 YARN |= dict(rope_theta=50000.0)
 SHARPENED = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
@@ -70,6 +71,8 @@ CASES = {
     "ernie4_5_moe": ("Ernie4_5_Moe", BASE | ERNIE | dict(head_dim=8)),
     "deepseek_v2": ("DeepseekV2", LATENT | dict(topk_method="group_limited_greedy", rope_parameters=SHARPENED)),
     "deepseek_v2_lite": ("DeepseekV2", LATENT | dict(q_lora_rank=None, topk_method="greedy")),
+    "deepseek_v32": ("DeepseekV32", LATENT | INDEXED | dict(rope_parameters=SHARPENED)),
+    "glm_moe_dsa": ("GlmMoeDsa", LATENT | INDEXED | dict(indexer_types=["full", "shared"])),
     "deepseek_v3": ("DeepseekV3", LATENT | dict(rope_parameters=SHARPENED, num_nextn_predict_layers=0)),
     "exaone_moe": (
         "ExaoneMoe",

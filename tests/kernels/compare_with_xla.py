@@ -43,9 +43,14 @@ def main():
     ids = jnp.asarray(draw.integers(0, 4, (70, 2)), jnp.int32)
     gates = jnp.asarray(draw.random((70, 2)), jnp.float32)
     weights = ExpertWeights(array(3, 19, 7) / 4, array(3, 19, 7) / 4, array(3, 7, 19) / 4)
-    for activation in (SWIGLU, Activation(alpha=1.5, beta=0.1, shift=1.0, limit=3.0)):
+    biased = weights._replace(gate_bias=array(3, 7), up_bias=array(3, 7), down_bias=array(3, 19))
+    for activation, w in (
+        (SWIGLU, weights),
+        (Activation(alpha=1.5, beta=0.1, shift=1.0, limit=3.0), biased),
+        (Activation(gated=0.0), weights._replace(gate=None, down_bias=biased.down_bias)),
+    ):
         both = in_cpp(activation).routed, in_xla(activation).routed
-        compare(*(lambda x, w, f=f: f(x, ids, gates, w) for f in both), array(70, 19), weights)
+        compare(*(lambda x, w, f=f: f(x, ids, gates, w) for f in both), array(70, 19), w)
 
     segments = jnp.asarray(np.repeat([[1, 2]], 50, 1), jnp.int32)
     attention = (functools.partial(attend, segment_ids=segments, cpu_kernel=kind) for kind in ("native", "xla"))

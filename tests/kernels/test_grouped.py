@@ -14,7 +14,7 @@ from jax.sharding import AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.kernels import grouped
-from moe_jax.kernels.grouped import grouped_matmul
+from moe_jax.kernels.grouped import bias_of_rows, grouped_matmul
 
 ROWS, GROUPS, IN, OUT = 13, 5, 3, 2
 TILE = 4  # small tiles, so that 13 rows make groups of several, whole and partial ones
@@ -90,6 +90,25 @@ group_sizes = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).m
 @given(group_sizes)
 def test_product_and_both_gradients_equal_those_row_by_row(sizes):
     assert_equals_oracle(with_gradients, X, W, sizes, DY)
+
+
+@jax.jit
+def biases_with_gradients(bias, sizes, dy):
+    rows, backward = jax.vjp(lambda bias: bias_of_rows(bias, sizes, ROWS), bias)
+    return rows, *backward(dy)
+
+
+@settings(deadline=None, max_examples=50)
+@given(group_sizes)
+def test_a_bias_is_that_of_each_rows_group_and_its_gradient_their_sum(sizes):
+    # the rows after the last group have none; of no other group a number is read, not even NaN
+    group = np.repeat(np.arange(GROUPS), sizes)
+    bias = np.where(sizes[:, None] > 0, W[:, 0], np.nan)
+    rows, d_bias = biases_with_gradients(bias, sizes, DY)
+    np.testing.assert_array_equal(rows, np.concatenate([bias[group], np.zeros((ROWS - len(group), OUT), np.float32)]))
+    exact = np.zeros((GROUPS, OUT))
+    np.add.at(exact, group, DY[: len(group)])
+    np.testing.assert_allclose(d_bias, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", [as_on_accelerators, as_on_tpu])

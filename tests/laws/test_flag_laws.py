@@ -112,13 +112,15 @@ def test_no_flag_changes_a_number_of_a_dispatch(how, dtype):
 BIASED = dict(bias_sign={}, aux_loss=dict(scope="sequence"))
 MODELS = {
     "multi-token prediction": dict(mtp_depth=1),
-    "latent attention in bfloat16": dict(
-        attention="mla", q_lora_rank=4, compute_dtype="bfloat16", param_dtype="bfloat16"
-    ),
+    "latent attention, biases of experts and router, in bfloat16": dict(
+        attention="mla", q_lora_rank=4, compute_dtype="bfloat16", param_dtype="bfloat16", expert_bias=True
+    )
+    | dict(router_bias=True, router_norm="scaled", expert_scale=True),
     "norms of heads, zero experts": dict(qk_norm="head", num_zero_experts=2, latent_dim=8),
     "groups, jitter, a random second": dict(num_groups=2, router_jitter=0.1, random_second=True),
-    "raw gates": dict(score="sqrt_softplus", normalize_gates=False, dispatch="capacity"),
+    "raw gates": dict(score="sqrt_softplus", normalize_gates=False, dispatch="capacity", gate_on="input"),
     "classes": dict(class_starts=(5,), activation="geglu", activation_limit=7.0),
+    "no gate": dict(activation="relu2", select_by="logits"),
 }
 STEPS = {name: dict(balance={name: {}}, model=dict(BALANCE_METHODS[name].requires)) for name in balance.names()}
 STEPS["target_violation"]["balance"]["aux_loss"] = {}

@@ -13,9 +13,15 @@ import pytest
 from drills.folders import CASES, config_of, model_of
 
 from conftest import tiny_config
+from moe_jax.config import as_dict, validate
+from moe_jax.convert import run
 from moe_jax.data import open_corpus, training_batches
-from moe_jax.huggingface import LanguageModel, load_hf, save_hf
+from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.huggingface import LanguageModel, load_hf, save_hf, shards
 from moe_jax.huggingface.weights import abstract_weights
+from moe_jax.runtime.workdir import config_of_run
+from moe_jax.text.decoding import generate, score
+from moe_jax.text.model import known_length, restore
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.state import abstract_state, read_bias
 
@@ -124,7 +130,13 @@ def test_kimi_k2_is_deepseek_v3_without_groups_and_with_a_step_in_its_frequencie
 
 # what only differs where gradients do not: in the keys and names, or in what another case has
 SIMILAR = dict(
-    deepseek_v2_lite="deepseek_v2", exaone_moe="afmoe", laguna="afmoe", mellum="granitemoe_swa", flint="granitemoe_swa"
+    deepseek_v2_lite="deepseek_v2",
+    deepseek_v32="deepseek_v3",
+    glm_moe_dsa="deepseek_v3",
+    exaone_moe="afmoe",
+    laguna="afmoe",
+    mellum="granitemoe_swa",
+    flint="granitemoe_swa",
 )
 
 
@@ -156,6 +168,42 @@ def test_after_training_here_transformers_gives_the_same_logits(pair, tmp_path):
     again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, **kind)
     assert not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
     agree(again.eval(), after)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v32", "glm_moe_dsa"])
+def test_an_indexer_is_left_out_with_a_sentence_and_longer_sequences_are_refused(case, tmp_path, capsys):
+    make(case, index_topk=128).save_pretrained(tmp_path / "hf")
+    run(tmp_path / "hf", tmp_path / "run", None, "")
+    layers = 2 if case == "deepseek_v32" else 1  # the other one is shared
+    told = f"left out {5 * layers} tensors of attention's indexer, which picks every token up to index_topk=128"
+    assert told in capsys.readouterr().out
+    ours = load_hf(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"tokens of a row=129 must be at most model\.index_topk=128: .*; lower it"):
+        ours(np.zeros((1, 129), np.int32))
+    config = config_of_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"sequence_length=129 must be at most model\.index_topk=128"):
+        validate(as_dict(config) | dict(sequence_length=129))
+    model = restore(tmp_path / "run")[0]
+    prompt = [[3] * 100]
+    with pytest.raises(ValueError, match=r"prompt and new tokens=129 must be at most model\.index_topk=128"):
+        next(generate(model, prompt, ByteTokenizer(), max_new_tokens=29))
+    with pytest.raises(ValueError, match=r"tokens of a text=129 must be at most model\.index_topk=128"):
+        score(model, [[3] * 130])
+    assert known_length(tmp_path / "run", config) == 64  # its max_position_embeddings
+    save_hf(ours, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["architectures"], written["max_position_embeddings"]) == (["DeepseekV3ForCausalLM"], 64)
+    before, after = (shards.open_folder(tmp_path / name) for name in ("hf", "out"))
+    assert after.keys() == {name for name in before if "indexer" not in name}
+    assert all(shards.digest(before[name]) == shards.digest(entry) for name, entry in after.items())
+    kind = dict(dtype=torch.float32, attn_implementation="eager")
+    agree(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **kind).eval(), ours)
+
+
+def test_an_indexer_that_picks_fewer_tokens_would_give_other_logits():
+    # so that equal logits up to its number of tokens say something
+    few, all_of_them = (make("deepseek_v32", index_topk=k) for k in (4, 128))
+    assert np.abs(theirs(few)[0] - theirs(all_of_them)[0])[0, 4:].max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe"])

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import balance_entries
+from conftest import tiny_config
+from moe_jax import simulate
+from moe_jax.config import as_dict, balance_entries
 from moe_jax.config.balance import BALANCE_METHODS
 from moe_jax.simulator import arms as arms_
 from moe_jax.simulator import loop, show, streams
@@ -404,3 +406,9 @@ def test_the_command_prints_draws_and_writes(repo, tmp_path):
     assert [len(row["seeds"]) for row in found["methods"]] == [2, 2]
     assert found["settings"]["stream"] == "drifting"
     assert found["threshold"] == pytest.approx(found["floor"] + 0.1)
+
+
+def test_scores_of_a_run_that_selects_by_logits_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(tiny_config(model=dict(select_by="logits")))))
+    with pytest.raises(ValueError, match=r"--scores=.*scores is of a run that selects by logits"):
+        simulate._of_the_run(tmp_path / "scores", set())

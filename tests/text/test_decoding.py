@@ -31,8 +31,11 @@ MODELS = {
     "gqa, mtp": GQA | dict(mtp_depth=2, qk_norm="projection"),
     "gqa, dense": dict(num_experts=0, first_dense=0, num_shared_experts=0),
     "mla": MLA | dict(top_groups=1, group_top=1, yarn=YARN),
-    "mla, mtp": MLA | dict(window=4, window_pattern="GL", mtp_depth=1, q_lora_rank=0, num_groups=1),
-    "a method that drops": dict(dispatch="capacity", capacity_factor=0.5),
+    "mla, mtp": MLA
+    | dict(
+        window=4, window_pattern="GL", mtp_depth=1, q_lora_rank=0, num_groups=1, expert_bias=True, expert_scale=True
+    ),
+    "a method that drops": dict(dispatch="capacity", capacity_factor=0.5, gate_on="input", router_norm="plain"),
 }
 
 

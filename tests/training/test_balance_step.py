@@ -20,20 +20,20 @@ from moe_jax.training.state import abstract_state, init_state, read_bias, state_
 FAMILIES = {
     "bias with momentum, by class, in one layer": (
         dict(bias_smebu=dict(rate=1e-2, num_classes=2, layers=(1, 2), ema=0.5)),
-        dict(class_starts=(100,)),
+        dict(class_starts=(100,), select_by="logits"),
     ),
     "quantile": (dict(quantile=dict(bins=100)), {}),
     "multiplicative": (dict(bias_multiplicative=dict(rate=1e-2)), dict(num_groups=2, top_groups=1)),
-    "pi with zero experts": (dict(bias_pi=dict(gain=0.1)), dict(num_zero_experts=2, latent_dim=8)),
+    "pi with zero experts": (dict(bias_pi=dict(gain=0.1)), dict(num_zero_experts=2, latent_dim=8, expert_bias=True)),
     "losses": (
         dict(
             aux_loss=dict(level="device", scope="global", num_devices=2, counts="unbiased"),
             z_loss=dict(warmup_steps=4),
             target_violation={},
         ),
-        {},
+        dict(router_bias=True, router_norm="scaled", router_scale=0.25, expert_scale=True),
     ),
-    "running counts": (dict(aux_loss=dict(scope="global_running")), {}),
+    "running counts": (dict(aux_loss=dict(scope="global_running")), dict(activation="relu2", gate_on="input")),
     "threshold": (dict(expert_threshold=dict(bins=100)), {}),
     "ReLU": (dict(relu=dict(weight=0.1, slots=3)), dict(score="relu", normalize_gates=False)),
     "top-p": (dict(top_p={}, phi_loss={}), {}),

@@ -1,5 +1,6 @@
 // The activation of a hidden row: g sigmoid(alpha g + beta g^3) (u + shift), with g = min(gate, limit) and
-// u = clip(up, -limit, limit); forward and backward. kernels/activation.py has its forms and their sources.
+// u = clip(up, -limit, limit), or without a gate max(up, 0)^2; forward and backward. kernels/activation.py has its forms
+// and their sources.
 
 #pragma once
 
@@ -11,8 +12,9 @@
 namespace moe {
 
 struct Activation {
-  float alpha, beta, shift, limit;
+  float alpha, beta, shift, limit, gated;
 
+  bool has_gate() const { return gated != 0; }
   bool is_swiglu() const {
     return alpha == 1 && beta == 0 && shift == 0 && limit == std::numeric_limits<float>::infinity();
   }
@@ -56,8 +58,23 @@ void activate(const Form& form, int n, float share, const float* gate, float* up
   }
 }
 
+// up = share max(up, 0)^2; comparisons let NaN pass
+inline void activate_alone(int n, float share, float* up) {
+  for (int j = 0; j < n; j += kLanes) {
+    Vec u = load(up + j, n - j);
+    store(up + j, u < Vec{} ? Vec{} : u * u * share, n - j);
+  }
+}
+
 inline void activate(const Activation& a, int n, float share, const float* gate, float* up) {
+  if (!a.has_gate()) return activate_alone(n, share, up);
   a.is_swiglu() ? activate(Swiglu{}, n, share, gate, up) : activate(AnyForm{a}, n, share, gate, up);
+}
+
+inline float sum_of(Vec v) {
+  float sum = 0;
+  for (int j = 0; j < kLanes; j++) sum += v[j];
+  return sum;
 }
 
 // hidden is the gradient of the hidden row for a share of 1 and becomes share activation(gate, up); gate and up become
@@ -76,12 +93,24 @@ float activate_backward(const Form& form, int n, float share, float* gate, float
     store(up + j, form.through_up(raw_u, d * gated), rest);
     store(hidden + j, product * share, rest);
   }
-  float sum = 0;
-  for (int j = 0; j < kLanes; j++) sum += total[j];
-  return sum;
+  return sum_of(total);
+}
+
+inline float activate_alone_backward(int n, float share, float* up, float* hidden) {
+  Vec total = {};
+  for (int j = 0; j < n; j += kLanes) {
+    int rest = n - j;
+    Vec u = load(up + j, rest), d = load(hidden + j, rest);
+    u = u < Vec{} ? Vec{} : u;
+    total += d * u * u;
+    store(up + j, 2.0f * u * d * share, rest);
+    store(hidden + j, u * u * share, rest);
+  }
+  return sum_of(total);
 }
 
 inline float activate_backward(const Activation& a, int n, float share, float* gate, float* up, float* hidden) {
+  if (!a.has_gate()) return activate_alone_backward(n, share, up, hidden);
   return a.is_swiglu() ? activate_backward(Swiglu{}, n, share, gate, up, hidden)
                        : activate_backward(AnyForm{a}, n, share, gate, up, hidden);
 }
@@ -92,4 +121,5 @@ inline float activate_backward(const Activation& a, int n, float share, float* g
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(moe::Activation, ::xla::ffi::StructMember<float>("alpha"),
                                       ::xla::ffi::StructMember<float>("beta"),
                                       ::xla::ffi::StructMember<float>("shift"),
-                                      ::xla::ffi::StructMember<float>("limit"));
+                                      ::xla::ffi::StructMember<float>("limit"),
+                                      ::xla::ffi::StructMember<float>("gated"));
