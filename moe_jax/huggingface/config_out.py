@@ -35,6 +35,8 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
     own = [family for family in FAMILIES if not family.written_as]
     lacking = {family.architecture: _misfits(family, config) for family in named or own}
     fitting = [family for family in named or own if not lacking[family.architecture]]
+    if config.window == 0:  # families with windows are for models that have some, if others hold the model too
+        fitting = [family for family in fitting if family.windows is None] or fitting
     if len(fitting) > 1:
         raise ValueError(
             f"{', '.join(f.architecture for f in fitting)} can all hold this model, and no config.json of theirs "

@@ -331,6 +331,13 @@ def test_a_named_family_that_does_not_hold_the_model_says_why():
         choose(v3(), "LlamaForCausalLM")
 
 
+def test_a_model_without_windows_goes_to_a_family_without_any_where_there_is_one():
+    qwen = model_of(config_of("qwen3_moe"))[1]
+    assert choose(qwen).architecture == "Qwen3MoeForCausalLM"
+    assert choose(qwen, "mellum").architecture == "MellumForCausalLM"
+    assert choose(dataclasses.replace(qwen, window=4)).architecture == "MellumForCausalLM"
+
+
 def test_a_model_that_several_families_hold_is_not_guessed():
     # the same model under other keys and names of tensors
     lite = model_of(config_of("glm4_moe_lite"))[1]
