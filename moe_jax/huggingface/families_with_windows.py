@@ -268,4 +268,46 @@ FLINT = Family(
     | {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
 )
 
-FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT)
+GPT_OSS = Family(
+    architecture="GptOssForCausalLM",
+    model_types=("gpt_oss",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        Key("num_local_experts", "num_experts"),
+        Key("intermediate_size", "expert_ffw_dim"),
+        Key("swiglu_limit", "activation_limit", 7.0),
+        *(Key(name, ours, True) for name, ours in (("attention_bias", "qkv_bias"), ("attention_bias", "out_bias"))),
+    ),
+    fixed=dict(
+        attention="gqa",
+        qk_norm="none",
+        score="softmax",
+        normalize_gates=True,
+        attention_sinks=True,
+        activation="swiglu_oai",
+        router_bias=True,
+        expert_bias=True,
+    ),
+    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias", "activation_limit")
+    | EVERY_LAYER
+    | {
+        "qk_norm": ("none",),
+        "normalize_gates": (True,),
+        "attention_sinks": (True,),
+        "activation": ("swiglu_oai",),
+        "router_bias": (True,),
+        "expert_bias": (True,),
+        "window": ANY,
+    },
+    only=BIASED_ONLY | {"partial_rotary_factor": (1.0,), "swiglu_alpha": (1.702,)},
+    writes=dict(swiglu_alpha=1.702),
+    rules=(BIASES_ALIKE,),
+    windows=Windows(lambda hf: "LG"),
+    theta=150000.0,
+    renamed={"mlp.gate.weight": "mlp.router.weight", "mlp.gate.bias": "mlp.router.bias"},
+    fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    in_turn=True,
+)
+
+FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT, GPT_OSS)

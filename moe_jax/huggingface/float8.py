@@ -1,32 +1,34 @@
-"""DeepSeek's float8: weights in blocks, each with a float32 factor."""
+"""DeepSeek's float8: weights in blocks, each with a float32 factor; and which quantisations are known."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from moe_jax.huggingface.shards import Entry
+from moe_jax.huggingface.mxfp4 import Stored
 
 SCALE = "_scale_inv"  # DeepSeek's float8: tensor X comes with X_scale_inv, one float32 for each block
 
 
-def block_of(hf: Mapping[str, Any], entries: Mapping[str, Entry]) -> tuple[int, int]:
+def block_of(hf: Mapping[str, Any], entries: Mapping[str, Stored]) -> tuple[int, int]:
     """Rows and columns that share a float8 scale, (1, 1) without any.
 
     Raises:
-        ValueError: another quantisation than DeepSeek's.
+        ValueError: another quantisation than DeepSeek's and gpt-oss's, whose blocks are always alike.
     """
     quantised = hf.get("quantization_config") or {}
     if not isinstance(quantised, Mapping):
         raise ValueError(f"config.json has quantization_config={quantised!r}, which must be an object; correct it.")
+    if quantised.get("quant_method") == "mxfp4":
+        return 1, 1
     block = quantised.get("weight_block_size")
     narrow = [name for name, entry in entries.items() if entry.dtype.startswith("F8")]
     fits = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     fits &= quantised.get("quant_method") == "fp8"
     if quantised and not (fits and quantised.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")):  # two names of one
         raise ValueError(
-            f"config.json has quantization_config={quantised!r}; known is quant_method 'fp8' with fmt 'e4m3' and a "
-            "weight_block_size of two integers."
+            f"config.json has quantization_config={quantised!r}; known are quant_method 'mxfp4', and 'fp8' with fmt "
+            "'e4m3' and a weight_block_size of two integers."
         )
     if narrow and not quantised:
         raise ValueError(f"tensor {narrow[0]} is float8, but config.json has no quantization_config; give it.")

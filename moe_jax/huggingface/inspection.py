@@ -13,7 +13,7 @@ from moe_jax.huggingface.config_in import family_of, obstacles
 from moe_jax.huggingface.family import Family
 from moe_jax.huggingface.float8 import SCALE
 from moe_jax.huggingface.left_out import LeftOut, left_out
-from moe_jax.huggingface.shards import Entry
+from moe_jax.huggingface.mxfp4 import Stored, joined
 from moe_jax.huggingface.tensors import copies, tensors
 from moe_jax.huggingface.weights import MOST_MISSING, model_of
 
@@ -30,7 +30,7 @@ class Inspection:
     hf: Mapping[str, Any]
     family: Family | None
     config: ModelConfig | None
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, Stored]
     obstacles: tuple[str, ...]
     left_out: LeftOut
 
@@ -60,7 +60,7 @@ def inspected(folder: Path) -> Inspection:
     family, config, entries = None, None, {}
     wrong: list[str] = []
     try:
-        entries = shards.open_folder(folder)
+        entries = joined(shards.open_folder(folder))
     except ValueError as error:
         wrong.append(str(error))
     try:
@@ -76,7 +76,7 @@ def inspected(folder: Path) -> Inspection:
     return Inspection(folder, hf, family, config, entries, tuple(wrong), unread)
 
 
-def _misplaced(family: Family, config: ModelConfig, entries: Mapping[str, Entry]) -> Iterator[str]:
+def _misplaced(family: Family, config: ModelConfig, entries: Mapping[str, Stored]) -> Iterator[str]:
     """A sentence for the tensors that are missing, of another shape, or not of the model, with the first of each."""
     known = set(copies(family, config))
     missing, other = [], []
@@ -118,7 +118,7 @@ def _numbers(c: ModelConfig) -> Iterator[str]:
         yield f"{c.mtp_depth} modules of multi-token prediction"
 
 
-def _stored(entries: Mapping[str, Entry]) -> str:
+def _stored(entries: Mapping[str, Stored]) -> str:
     """Parameters, tensors, files and dtypes."""
     count = sum(math.prod(entry.shape) for name, entry in entries.items() if not name.endswith(SCALE))
     size = sum(entry.end - entry.begin for entry in entries.values())

@@ -35,7 +35,6 @@ OTHERS = {
     "dots3_note_text": Other(V3, f"{INDEXER}, and {WINDOWS}"),
     "gemma4": Other(QWEN3, f"a dense layer beside the experts, norms before and after each layer, and {WINDOWS}"),
     "gemma4_text": Other(QWEN3, f"a dense layer beside the experts, norms before and after each layer, and {WINDOWS}"),
-    "gpt_oss": Other(FLINT, "biases of the router and of experts, and clamped experts, in fused tensors"),
     "granitemoehybrid": Other(GRANITE, "Mamba layers"),
     "granitemoeshared": Other(GRANITE, "a shared expert, in fused tensors"),
     "hunyuan_v1_moe": Other(QWEN3, "norms of queries and keys behind RoPE, and a shared expert without a gate"),

@@ -23,6 +23,7 @@ from moe_jax.huggingface.config_out import choose, to_hf
 from moe_jax.huggingface.family import CARRIED, Family, words
 from moe_jax.huggingface.float8 import SCALE, block_of, dequantised
 from moe_jax.huggingface.left_out import LeftOut, left_out
+from moe_jax.huggingface.mxfp4 import Packed, Stored, joined
 from moe_jax.huggingface.shards import Entry, Plan
 from moe_jax.huggingface.tensors import (
     BIAS,
@@ -63,7 +64,7 @@ class Source(NamedTuple):
     family: Family
     config: ModelConfig
     tensors: list[Tensor]
-    entries: dict[str, Entry]
+    entries: Mapping[str, Stored]
     block: tuple[int, int]
     left_out: LeftOut
 
@@ -80,8 +81,9 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
         ValueError: as `load_hf`.
     """
     hf = shards.json_object(folder, "config.json") if folder.is_dir() else {}
-    entries = shards.open_folder(folder)
+    stored = shards.open_folder(folder)
     try:
+        entries = joined(stored)
         family, config, block = model_of(hf, entries, dtype)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -92,7 +94,7 @@ def open_hf(folder: Path, dtype: str | None = None) -> Source:
 
 
 def model_of(
-    hf: Mapping[str, Any], entries: Mapping[str, Entry], dtype: str | None = None
+    hf: Mapping[str, Any], entries: Mapping[str, Stored], dtype: str | None = None
 ) -> tuple[Family, ModelConfig, tuple[int, int]]:
     """The family of a config.json, our config of the model, and the rows and columns that share a float8 scale.
 
@@ -108,21 +110,21 @@ def model_of(
     return family, config, block
 
 
-def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Entry]) -> int:
+def _depths_there(ours: Mapping[str, Any], entries: Mapping[str, Stored]) -> int:
     """The number of multi-token-prediction modules in the files; transformers leaves them out when it saves."""
     first = f"model.layers.{ours['num_layers']}."
     return ours.get("mtp_depth", 0) if any(name.startswith(first) for name in entries) else 0
 
 
-def _stored_dtype(family: Family, entries: Mapping[str, Entry]) -> str:
+def _stored_dtype(family: Family, entries: Mapping[str, Stored]) -> str:
     """The narrowest dtype that loses nothing; routers, biases and scales do not count, because they are float32."""
     apart = (*(renamed(family, row).name for row in (ROUTER, ROUTER_BIAS, BIAS)), SCALE)
     dtypes = {entry.dtype for name, entry in entries.items() if not name.endswith(apart)}
-    return "bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32"
+    return "bfloat16" if dtypes <= {"BF16", "F8_E4M3", "MXFP4"} else "float32"
 
 
 def _check_tensors(
-    folder: Path, wanted: Iterator[Tensor], entries: Mapping[str, Entry], allowed_copies: Mapping[str, str]
+    folder: Path, wanted: Iterator[Tensor], entries: Mapping[str, Stored], allowed_copies: Mapping[str, str]
 ) -> list[Tensor]:
     """The tensors to read; a ValueError names one that is missing, unexpected or of another shape."""
     found, missing = [], []
@@ -149,7 +151,7 @@ def _check_tensors(
 
 
 def _check_others(
-    folder: Path, known: set[str], entries: Mapping[str, Entry], allowed_copies: Mapping[str, str]
+    folder: Path, known: set[str], entries: Mapping[str, Stored], allowed_copies: Mapping[str, str]
 ) -> None:
     """Check the tensors that are not parameters: copies, scales, tables that RoPE computes; others are refused."""
     for name, entry in entries.items():
@@ -157,7 +159,7 @@ def _check_others(
             continue
         if name in allowed_copies:
             original = allowed_copies[name]
-            if shards.digest(entry) != shards.digest(entries[original]):
+            if not _same(entry, entries[original]):
                 raise ValueError(
                     f"{folder}: tensor {name} {list(entry.shape)} must be a copy of {original}, because our model "
                     "shares it, but differs; convert another model."
@@ -177,6 +179,12 @@ def _check_others(
             raise ValueError(f"{folder}: tensor {name} {missing} {name}{SCALE}; fetch the file again.")
 
 
+def _same(one: Stored, other: Stored) -> bool:
+    if isinstance(one, Packed) or isinstance(other, Packed):
+        return False  # what may be a copy is never packed
+    return shards.digest(one) == shards.digest(other)
+
+
 def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], None]) -> Iterator[int]:
     """Read every tensor, in the order of the files, and write its slices; yields the bytes read."""
     dtypes = {path_name(p): leaf.dtype for p, leaf in _leaves(source.config)}
@@ -188,8 +196,10 @@ def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], Non
 
 
 def _value(source: Source, name: str) -> np.ndarray:
-    """A tensor as stored; float8 becomes its product with the scales, in float32."""
+    """A tensor as stored; float8 and fp4 become their products with the scales, in float32."""
     entry = source.entries[name]
+    if isinstance(entry, Packed):
+        return entry.read()
     value = shards.read(entry)
     if entry.dtype.startswith("F8"):
         return dequantised(value, _scale(source, name, value.shape), source.block)
@@ -200,7 +210,9 @@ def _value(source: Source, name: str) -> np.ndarray:
 
 def _scale(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The scales of a tensor's blocks, which must be finite and not negative."""
-    scale = shards.read(source.entries[name + SCALE]).astype(np.float32)
+    entry = source.entries[name + SCALE]
+    assert isinstance(entry, Entry)  # only blocks with their scales are packed
+    scale = shards.read(entry).astype(np.float32)
     blocks = [math.ceil(n / b) for n, b in zip(shape, source.block, strict=True)]
     if list(scale.shape) != blocks:
         raise ValueError(

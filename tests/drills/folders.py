@@ -105,6 +105,11 @@ CASES = {
         | dict(logits_scaling=2.0, tie_word_embeddings=True, layer_rope_theta=[100.0, 0, 100.0, 0]),
     ),
     "flint": ("Flint", WINDOWED | dict(shared_expert_intermediate_size=12, mlp_only_layers=[0], norm_topk_prob=True)),
+    "gpt_oss": (
+        "GptOss",
+        without(WINDOWED, "num_experts", "moe_intermediate_size", "layer_types")
+        | dict(num_local_experts=4, swiglu_limit=1.0, rope_parameters=YARN | dict(truncate=False)),
+    ),
 }
 TYPES = {name: case.removesuffix("_lite") if name == "DeepseekV2" else case for case, (name, _) in CASES.items()}
 
