@@ -305,6 +305,7 @@ GPT_OSS = Family(
     rules=(BIASES_ALIKE,),
     windows=Windows(lambda hf: "LG"),
     theta=150000.0,
+    unread=words("initial_context_length"),  # YaRN's original length, under another name
     renamed={"mlp.gate.weight": "mlp.router.weight", "mlp.gate.bias": "mlp.router.bias"},
     fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     in_turn=True,

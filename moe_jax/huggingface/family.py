@@ -300,6 +300,7 @@ ALIASES = {
     "num_experts": "num_local_experts",
     "num_mtp_layers": "num_nextn_predict_layers",
     "expert_hidden_dim": "moe_intermediate_size",
+    "experts_per_token": "num_experts_per_tok",
 }
 
 # Keys that we keep for other programs and do not read.

@@ -95,6 +95,11 @@ EXACT = {  # all parameters except those of multi-token prediction
     + 4096,
     # norms of all 48 heads of queries and 8 of keys
     "minimax_m2": 2 * 200064 * 3072 + 62 * (grouped(3072, 48, 8, norms=56 * 128) + moe(3072, 256, 1536)) + 3072,
+    # biases of all projections, a sink for each head, a bias of the router and of every expert's gate, up and down
+    "gpt_oss_120b": 2 * 201088 * 2880
+    + 36 * (grouped(2880, 64, 8, head=64, biased=True) + 2880 + 64)
+    + 36 * (moe(2880, 128, 2880) + 128 + 128 * 3 * 2880)
+    + 2880,
     "ernie_4_5_300b": 2 * 103424 * 8192
     + 54 * grouped(8192, 64, 8)
     + 3 * 3 * 8192 * 28672
@@ -116,6 +121,7 @@ PUBLISHED = {
     "solar_open_100b": (102.6, 12, 1),
     "hy3": (295, 21, 1),
     "minimax_m2": (229, 10, 1),  # total: its checkpoint; 230 on the card
+    "gpt_oss_120b": (116.8, 5.1, 0.1),
     "ernie_4_5_300b": (300, 47, 1),
 }
 every_model = pytest.mark.parametrize("name", EXACT)

@@ -11,6 +11,8 @@ from moe_jax.huggingface.config_out import to_hf
 
 YARN = dict(type="yarn", factor=2.0, original_max_position_embeddings=65536)
 # name of our config -> architecture, and the keys of the published config.json that say something of the model
+OSS_YARN = dict(rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0)
+OSS_YARN |= dict(truncate=False)
 PUBLISHED = {
     "deepseek_v2_lite": (
         "DeepseekV2ForCausalLM",
@@ -91,6 +93,14 @@ PUBLISHED = {
         | dict(num_local_experts=256, num_experts_per_tok=8, scoring_func="sigmoid", use_routing_bias=True)
         | dict(use_qk_norm=True, qk_norm_type="per_layer", shared_intermediate_size=0, attn_type_list=[1] * 62)
         | dict(use_mtp=True, num_mtp_modules=3, mtp_transformer_layers=1, rope_theta=5000000),
+    ),
+    "gpt_oss_120b": (
+        "GptOssForCausalLM",
+        dict(model_type="gpt_oss", vocab_size=201088, hidden_size=2880, num_hidden_layers=36, rms_norm_eps=1e-5)
+        | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, attention_bias=True, sliding_window=128)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 18, rope_theta=150000, rope_scaling=OSS_YARN)
+        | dict(num_local_experts=128, num_experts_per_tok=4, experts_per_token=4, intermediate_size=2880)
+        | dict(swiglu_limit=7.0, initial_context_length=4096, max_position_embeddings=131072),
     ),
 }
 # what a config.json does not decide, and what ranks groups where there is one
