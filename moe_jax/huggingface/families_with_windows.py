@@ -268,6 +268,48 @@ FLINT = Family(
     | {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
 )
 
+KOLIBRI = Family(
+    architecture="Kolibri1ForCausalLM",
+    model_types=("kolibri1",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        EXPERT_WIDTH,
+        Key("num_experts", "num_experts"),
+        Key("shared_expert_intermediate_size", "shared_ffw_dim"),
+        NORMALIZED,
+    ),
+    fixed=dict(
+        attention="gqa",
+        qk_norm="head",
+        score="sigmoid",
+        num_shared_experts=1,
+        sandwich_norm=True,
+        select_by="logits",
+    ),
+    holds=without(SIGMOID_GROUPED, "moe_every")
+    | EVERY_LAYER
+    | {
+        "qk_norm": ("head",),
+        "gate_scale": (1.0,),
+        "num_shared_experts": (1,),
+        "shared_ffw_dim": ANY,
+        "sandwich_norm": (True,),
+        "select_by": ("logits",),
+        "window": SOME,
+    },
+    only=ONLY,
+    writes={},
+    windows=Windows(lambda hf: "LLLLG", rope="local", may_lack=False),
+    renamed={
+        "post_attention_layernorm.weight": "post_attn_norm.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "post_mlp_layernorm.weight": "post_ffn_norm.weight",
+        "mlp.gate.e_score_correction_bias": "moe.router.expert_bias",
+    },
+    has_bias=True,
+)
+
 GPT_OSS = Family(
     architecture="GptOssForCausalLM",
     model_types=("gpt_oss",),
@@ -311,4 +353,4 @@ GPT_OSS = Family(
     in_turn=True,
 )
 
-FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT, GPT_OSS)
+FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT, KOLIBRI, GPT_OSS)

@@ -45,7 +45,6 @@ OTHERS = {
     "jamba": Other(MIXTRAL, "Mamba layers"),
     "jetmoe": Other(MIXTRAL, "experts in attention, and fused expert tensors"),
     "kimi_linear": Other(V3, f"{DELTA}, and latent attention without RoPE"),
-    "kolibri1": Other(AFMOE, "a bias that is added to logits"),
     "lara_mini": Other(QWEN2, f"{DELTA}, and {WINDOWS}"),
     "lfm2_moe": Other(DOTS, "layers of short convolutions"),
     "llama4": Other(MIXTRAL, "attention in chunks, and layers without RoPE"),

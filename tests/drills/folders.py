@@ -105,6 +105,7 @@ CASES = {
         | dict(logits_scaling=2.0, tie_word_embeddings=True, layer_rope_theta=[100.0, 0, 100.0, 0]),
     ),
     "flint": ("Flint", WINDOWED | dict(shared_expert_intermediate_size=12, mlp_only_layers=[0], norm_topk_prob=True)),
+    "kolibri1": ("Kolibri1", without(WINDOWED, "intermediate_size") | dict(shared_expert_intermediate_size=12)),
     "gpt_oss": (
         "GptOss",
         without(WINDOWED, "num_experts", "moe_intermediate_size", "layer_types")

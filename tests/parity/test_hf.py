@@ -137,6 +137,7 @@ SIMILAR = dict(
     laguna="afmoe",
     mellum="granitemoe_swa",
     flint="granitemoe_swa",
+    kolibri1="afmoe",
 )
 
 
