@@ -9,11 +9,11 @@ from configs.ablation import demo
 
 GROUPS = {
     "plain": {},
-    "experts_half": dict(experts=dict(learning_rate=0.5)),
-    "experts_double": dict(experts=dict(learning_rate=2.0)),
-    "experts_quadruple": dict(experts=dict(learning_rate=4.0)),
-    "router_tenth": dict(router=dict(learning_rate=0.1)),
-    "router_frozen": dict(router=dict(frozen=True)),
+    "experts_half": {"experts.learning_rate": 0.5},
+    "experts_double": {"experts.learning_rate": 2.0},
+    "experts_quadruple": {"experts.learning_rate": 4.0},
+    "router_tenth": {"router.learning_rate": 0.1},
+    "router_frozen": {"router.frozen": True},
 }
 
 
@@ -24,8 +24,9 @@ def get_config(arg: str = ""):
 
 def get_hyper(h):
     """Groups, all under the sign rule, three paired seeds."""
+    sign = dict(bias_sign=dict(rate=5e-3))
     arms = {
-        name: {"balance": dict(bias_sign=dict(rate=5e-3)), "optimizer": dict(groups=groups)}
+        name: {"balance": sign} | {f"optimizer.groups.{key}": value for key, value in groups.items()}
         for name, groups in GROUPS.items()
     }
     return h.product(h.arms(**arms), h.sweep("seed", range(3)))

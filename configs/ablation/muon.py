@@ -14,9 +14,9 @@ METHODS = {
 }
 MATRICES = ("attention", "dense", "experts", "shared", "mtp")
 OPTIMIZERS = {
-    "adamw": dict(method="adamw"),
-    "muon": dict(method="muon"),
-    "muon_router": dict(method="muon", muon=dict(parts=(*MATRICES, "router"))),
+    "adamw": {},
+    "muon": {"optimizer.method": "muon"},
+    "muon_router": {"optimizer.method": "muon", "optimizer.muon.parts": (*MATRICES, "router")},
 }
 
 
@@ -28,7 +28,7 @@ def get_config(arg: str = ""):
 def get_hyper(h):
     """Methods x optimizers, three paired seeds."""
     arms = {
-        f"{name}_{optimizer}": {"balance": balance, "optimizer": options}
+        f"{name}_{optimizer}": {"balance": balance} | options
         for name, balance in METHODS.items()
         for optimizer, options in OPTIMIZERS.items()
     }
