@@ -267,7 +267,7 @@ def test_after_a_kill_a_bucket_has_the_flushed_lines(bucket):
     assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(10))
     logged_in(bucket, 8, 12).close()
     assert [r["step"] for r in read_jsonl(bucket / "layers.jsonl")] == list(range(12))
-    for file in [*killed._files.values(), killed._board]:
+    for file in [*killed._files.values(), *killed._sinks]:
         file.close()
 
 
