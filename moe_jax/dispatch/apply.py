@@ -125,6 +125,6 @@ def _on_shard(function: DispatchFunction, work: Work) -> tuple[Array, Traffic]:
     return lax.psum(y, parts), traffic
 
 
-def _present(weights: ExpertWeights) -> dict[str, Array]:
+def _present(weights: ExpertWeights) -> dict[str, Any]:
     """The arrays that these experts have, by name."""
     return {name: w for name, w in weights._asdict().items() if w is not None}

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 TEMPORARY = 75  # exit status (EX_TEMPFAIL): not the run's fault, and the same command resumes it
 MOST_CHARACTERS = 400  # the longest quotation of a library's error in ours
-BLOCK_BYTES = 4096  # messages between processes are padded to blocks: few shapes, few compilations
+BLOCK_BYTES = 2**16  # messages between processes are padded to blocks; a config fits, so that all have one shape
 ENDING_SECONDS = 60.0  # time for the thread that ends the process, before another thread does
 COORDINATOR_LINGERS_SECONDS = 2.0  # process 0 exits this much later, because the others need it as coordinator
 NETWORK = re.compile("gloo|nccl|unavailable|connection|socket|deadline|heartbeat|barrier", re.IGNORECASE)

@@ -60,11 +60,15 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
 def with_options(config: Config, state: TrainState, mesh: Mesh | None = None) -> TrainState:
     """The state with what some runs remember besides, as before their first step; placed on the mesh."""
-    places = None if mesh is None else _ema_shardings(config, state_shardings(config, mesh))
-    average = jax.jit(functools.partial(ema.initial, config.ema), out_shardings=places)(state.params, state.bias)
-    whole = None if mesh is None else replicated(mesh)
-    watched = jax.jit(functools.partial(guard.initial, config.guard), out_shardings=whole)()
-    return state._replace(anticipation=anticipation.initial(config, mesh), ema=average, guard=watched)
+    state = state._replace(anticipation=anticipation.initial(config, mesh))
+    if config.ema.decay:
+        places = None if mesh is None else _ema_shardings(config, state_shardings(config, mesh))
+        make = jax.jit(functools.partial(ema.initial, config.ema), out_shardings=places)
+        state = state._replace(ema=make(state.params, state.bias))
+    if config.guard.threshold:
+        whole = None if mesh is None else replicated(mesh)
+        state = state._replace(guard=jax.jit(functools.partial(guard.initial, config.guard), out_shardings=whole)())
+    return state
 
 
 def _ema_shardings(config: Config, places: TrainState) -> Ema | None:

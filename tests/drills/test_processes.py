@@ -36,6 +36,7 @@ def test_a_stopped_run_resumes_bit_by_bit(uninterrupted, tmp_path, stop):
     rig.assert_same_numbers(CONFIG, workdir, uninterrupted / "run")
 
 
+@pytest.mark.slow
 def test_kills_at_random_times_change_no_number_of_a_run(uninterrupted, tmp_path):
     rig.kill_until_done(uninterrupted / "config.py", tmp_path / "run", kills=3, draw=random.Random(0))
     rig.assert_same_numbers(CONFIG, tmp_path / "run", uninterrupted / "run")

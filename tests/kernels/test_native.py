@@ -214,7 +214,7 @@ def test_the_compiled_code_itself_refuses_other_element_types_and_sizes(compiler
         jax.block_until_ready(native_experts._experts(*arguments[wrong], SWIGLU, False))
 
 
-@pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f"])
+@pytest.mark.parametrize("flags", ["-mno-avx512bf16", pytest.param("-mno-avx512f", marks=pytest.mark.slow)])
 def test_other_processors_compute_the_same(compiler, flags, tmp_path):
     # those without products of bfloat16, and with vectors half as wide
     if platform.machine() not in ("x86_64", "AMD64"):
