@@ -148,5 +148,5 @@ def test_a_damaged_folder_is_refused_by_the_name_of_a_tensor(tmp_path, damage, w
 
 def test_another_quantisation_is_refused(tmp_path):
     folders.make(tmp_path / "hf", "gpt_oss", quantization_config=dict(quant_method="awq"))
-    with pytest.raises(ValueError, match=r"known are quant_method 'mxfp4', and 'fp8' with fmt 'e4m3'"):
+    with pytest.raises(ValueError, match=r"known are quant_method 'mxfp4' and quant_method 'fp8' with fmt 'e4m3'"):
         load_hf(tmp_path / "hf")
