@@ -27,8 +27,8 @@ def block_of(hf: Mapping[str, Any], entries: Mapping[str, Stored]) -> tuple[int,
     fits &= quantised.get("quant_method") == "fp8"
     if quantised and not (fits and quantised.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")):  # two names of one
         raise ValueError(
-            f"config.json has quantization_config={quantised!r}; known are quant_method 'mxfp4' and quant_method 'fp8' with fmt "
-            "'e4m3' and a weight_block_size of two integers."
+            f"config.json has quantization_config={quantised!r}; known are quant_method 'mxfp4' and quant_method 'fp8' "
+            "with fmt 'e4m3' and a weight_block_size of two integers."
         )
     if narrow and not quantised:
         raise ValueError(f"tensor {narrow[0]} is float8, but config.json has no quantization_config; give it.")
