@@ -28,6 +28,7 @@ def config_of(**tracking):
 
 @pytest.fixture
 def offline(monkeypatch):
+    pytest.importorskip("wandb")
     for key, value in dict(WANDB_MODE="offline", WANDB__DISABLE_STATS="true", WANDB_DISABLE_GIT="true").items():
         monkeypatch.setenv(key, value)
 
