@@ -10,15 +10,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
 from moe_jax.config import MuonConfig
-from moe_jax.mesh import is_sharded, whole_spec
+from moe_jax.mesh import constrain, is_expert_weight, is_sharded, whole_spec
 from moe_jax.model.abstract import Dims, Tree
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic, steepest at 0: small singular values grow fastest
-STACKED = ("experts",)  # dims that count matrices, beside the layers in front
 OF_HEADS = ("heads", "kv_heads")  # dims that are one side of a matrix together with the next one
 
 
@@ -36,12 +35,9 @@ def orthogonalized(config: MuonConfig, dims: Tree, mesh: Mesh | None = None) -> 
         if is_masked(x):
             return x
         stacked, rows = sides(d.names, x.ndim)
-        placed = x
         if is_sharded(mesh):
-            layout = NamedSharding(mesh, whole_spec(mesh, d.names, x.shape, stacked))
-            placed = jax.lax.with_sharding_constraint(x, layout)
-        shape = *x.shape[:stacked], math.prod(x.shape[stacked : stacked + rows]), -1
-        matrices = placed.reshape(shape)
+            x = constrain(x, mesh, whole_spec(mesh, d.names, x.shape, stacked))
+        matrices = x.reshape(*x.shape[:stacked], math.prod(x.shape[stacked : stacked + rows]), -1)
         scale = config.rms * math.sqrt(max(matrices.shape[-2:]))
         return scale * newton_schulz(matrices, config.iterations).reshape(x.shape)
 
@@ -76,6 +72,5 @@ def newton_schulz(
 
 def sides(names: Sequence[str], rank: int) -> tuple[int, int]:
     """How many axes of a weight of this rank are stacked in front, and how many after them are the rows of a matrix."""
-    stacked = rank - len(names) + sum(name in STACKED for name in names)
-    first = next(name for name in names if name not in STACKED)
-    return stacked, 2 if first in OF_HEADS else 1
+    by_expert = is_expert_weight(names)  # not of the router, whose columns are experts
+    return rank - len(names) + by_expert, 2 if names[by_expert] in OF_HEADS else 1

@@ -99,6 +99,7 @@ def test_singular_values_come_near_one_and_zeros_stay_zeros():
         (("embed", "heads", "head_dim"), 4, (1, 1)),
         (("heads", "head_dim", "embed"), 4, (1, 2)),
         (("embed", "mixed"), 2, (0, 1)),
+        (("embed", "experts"), 3, (1, 1)),  # the router, one matrix a layer
     ],
 )
 def test_the_axes_of_a_weight_are_stacked_or_rows_or_columns(names, rank, want):
