@@ -22,9 +22,20 @@ class Ema(NamedTuple):
     bias: Tree
 
 
-def initial(config: EmaConfig, params: Tree, bias: Tree) -> Ema | None:
-    """The average before the first step, which is a copy of the weights; None if `ema.decay` is 0."""
-    return Ema(*jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), (params, bias))) if config.decay else None
+def initial(config: EmaConfig, weights: Ema, places: Ema | None = None) -> Ema | None:
+    """The average before the first step, a copy of the weights; None if `ema.decay` is 0.
+
+    Args:
+        weights: the parameters and the bias themselves.
+        places: the shardings of both; None is one device.
+    """
+    if not config.decay:
+        return None
+
+    def copied(weights: Ema) -> Ema:
+        return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), weights)
+
+    return jax.jit(copied, out_shardings=places)(weights)
 
 
 def share_kept(config: EmaConfig, step: Int32[Array, ""]) -> Float32[Array, ""]:

@@ -7,13 +7,15 @@ window. Whether everything is finite is checked first, and is not this file's bu
 W is `guard.window`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32
 
 from moe_jax.config import GuardConfig
+from moe_jax.mesh import AnyMesh, replicated
 
 TO_DEVIATION = 1.4826  # of a normal distribution: its standard deviation over its median distance
 LEAST_SHARE = 1e-3  # of the median, which a deviation counts at least: in a flat window everything would be an outlier
@@ -33,12 +35,24 @@ class Guard(NamedTuple):
     in_a_row: Int32[Array, ""]
 
 
-def initial(config: GuardConfig) -> Guard | None:
-    """The state before the first step; None if `guard.threshold` is 0."""
+def initial(config: GuardConfig, mesh: Mesh | None = None) -> Guard | None:
+    """The state before the first step, placed on the mesh; None if `guard.threshold` is 0."""
     if not config.threshold:
         return None
-    empty, zero = jnp.zeros(config.window, jnp.float32), jnp.zeros((), jnp.int32)
-    return Guard(empty, empty, zero, zero, zero)
+
+    def make() -> Guard:
+        empty, zero = jnp.zeros(config.window, jnp.float32), jnp.zeros((), jnp.int32)
+        return Guard(empty, empty, zero, zero, zero)
+
+    return jax.jit(make, out_shardings=None if mesh is None else shardings(config, mesh))()
+
+
+def shardings(config: GuardConfig, mesh: AnyMesh) -> Guard | None:
+    """Every device has all of it; None as in `initial`."""
+    if not config.threshold:
+        return None
+    whole: Any = replicated(mesh)
+    return Guard(whole, whole, whole, whole, whole)
 
 
 def is_outlier(config: GuardConfig, guard: Guard, loss: Array, norm: Array) -> Bool[Array, ""]:

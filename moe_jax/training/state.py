@@ -60,19 +60,12 @@ def init_state(config: Config, mesh: Mesh | None = None) -> TrainState:
 
 def with_options(config: Config, state: TrainState, mesh: Mesh | None = None) -> TrainState:
     """The state with what some runs remember besides, as before their first step; placed on the mesh."""
-    state = state._replace(anticipation=anticipation.initial(config, mesh))
-    if config.ema.decay:
-        places = None if mesh is None else _ema_shardings(config, state_shardings(config, mesh))
-        make = jax.jit(functools.partial(ema.initial, config.ema), out_shardings=places)
-        state = state._replace(ema=make(state.params, state.bias))
-    if config.guard.threshold:
-        whole = None if mesh is None else replicated(mesh)
-        state = state._replace(guard=jax.jit(functools.partial(guard.initial, config.guard), out_shardings=whole)())
-    return state
-
-
-def _ema_shardings(config: Config, places: TrainState) -> Ema | None:
-    return Ema(places.params, places.bias) if config.ema.decay else None
+    places = None if mesh is None else state_shardings(config, mesh).ema
+    return state._replace(
+        anticipation=anticipation.initial(config, mesh),
+        ema=ema.initial(config.ema, Ema(state.params, state.bias), places),
+        guard=guard.initial(config.guard, mesh),
+    )
 
 
 def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
@@ -89,9 +82,10 @@ def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:
 def state_shardings(config: Config, mesh: AnyMesh) -> TrainState:
     """The sharding of every leaf: parameters by the table in `mesh`, moments like parameters, the rest replicated."""
     state = _state_shardings(config.model, config.balance, config.optimizer, mesh)
-    watched = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(lambda: guard.initial(config.guard)))
     return state._replace(
-        anticipation=anticipation.shardings(config, mesh), ema=_ema_shardings(config, state), guard=watched
+        anticipation=anticipation.shardings(config, mesh),
+        ema=Ema(state.params, state.bias) if config.ema.decay else None,
+        guard=guard.shardings(config.guard, mesh),
     )
 
 

@@ -105,7 +105,7 @@ def _guarded(
     """Whether a step is kept, and the guard after it."""
     if state.guard is None:
         return finite, None
-    loss = sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32))
+    loss = mean_nats(sums, batch)
     outlier = finite & guard.is_outlier(config.guard, state.guard, loss, grad_norm)
     return finite & ~outlier, guard.advance(config.guard, state.guard, finite, outlier, loss, grad_norm)
 
@@ -275,7 +275,7 @@ def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Arr
     """The metrics that are logged for every step; `state` is the state after it."""
     outliers = {} if state.guard is None else {"outliers": state.guard.outliers}
     return outliers | {
-        "loss": sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32)),
+        "loss": mean_nats(sums, batch),
         "total_loss": sums.total_loss,
         "tokens": batch.mask.sum(dtype=jnp.int32),
         "bits_per_byte": sums.nats / (jnp.log(jnp.float32(2.0)) * at_least_one(batch.num_bytes.sum(dtype=jnp.int32))),
@@ -284,6 +284,11 @@ def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Arr
         "skipped": state.skipped,
         "stuck": state.stuck,
     }
+
+
+def mean_nats(sums: StepSums, batch: Batch) -> Float32[Array, ""]:
+    """The loss of a step: nats per valid token."""
+    return sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32))
 
 
 def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
