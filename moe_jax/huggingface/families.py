@@ -26,6 +26,7 @@ from moe_jax.huggingface.family import (
     ONLY,
     QK_NORM,
     ROUTED_AND_SHARED,
+    SHARED_EXPERT,
     SIGMOID_GROUPED,
     SOFTMAX_GROUPED,
     TIED,
@@ -34,6 +35,7 @@ from moe_jax.huggingface.family import (
     Family,
     Key,
     Rule,
+    complete,
     without,
     words,
 )
@@ -47,7 +49,7 @@ MIXTRAL = Family(
     model_types=("mixtral",),
     keys=(*BASE, *GROUPED_KEYS, Key("num_local_experts", "num_experts"), Key("intermediate_size", "expert_ffw_dim")),
     fixed=dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=True),
-    holds=SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("none",), "normalize_gates": (True,)},
+    holds=SOFTMAX_GROUPED | EVERY_LAYER,
     only=ONLY,
     writes=dict(sliding_window=None),
     renamed={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
@@ -81,12 +83,11 @@ QWEN2_MOE = Family(
         Key("qkv_bias", "qkv_bias", True),
     ),
     fixed=dict(attention="gqa", qk_norm="none", score="softmax", num_shared_experts=1, shared_gate=True),
-    holds=without(SOFTMAX_GROUPED, "qkv_bias")
-    | {"qk_norm": ("none",), "num_shared_experts": (1,), "shared_ffw_dim": ANY, "shared_gate": (True,)},
+    holds=without(SOFTMAX_GROUPED, "qkv_bias") | {"shared_ffw_dim": ANY},
     only=ONLY | NO_WINDOWS,
     writes=dict(use_sliding_window=False, sliding_window=None),
     layers=BY_STEP,
-    renamed={f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
+    renamed=SHARED_EXPERT,
 )
 
 QWEN3_MOE = Family(
@@ -101,7 +102,7 @@ QWEN3_MOE = Family(
         Key("norm_topk_prob", "normalize_gates", False),
     ),
     fixed=dict(attention="gqa", qk_norm="head", score="softmax"),
-    holds=SOFTMAX_GROUPED | {"qk_norm": ("head",)},
+    holds=SOFTMAX_GROUPED,
     only=ONLY | {"use_qk_norm": (True,)},  # in the config.json of Qwen3-Coder
     writes=dict(attention_bias=False, use_sliding_window=False, sliding_window=None),
     copied={"num_experts": "num_local_experts"},  # transformers 5 writes the one, everything else reads the other
@@ -119,7 +120,7 @@ OLMOE = Family(
         Key("norm_topk_prob", "normalize_gates", False),
     ),
     fixed=dict(attention="gqa", qk_norm="projection", score="softmax"),
-    holds=SOFTMAX_GROUPED | EVERY_LAYER | {"qk_norm": ("projection",)},
+    holds=SOFTMAX_GROUPED | EVERY_LAYER,
     only=ONLY,
     writes=dict(attention_bias=False, clip_qkv=None),
     rules=(
@@ -135,7 +136,7 @@ FLEX_OLMO = Family(
     model_types=("flex_olmo",),
     keys=OLMOE.keys,
     fixed={**OLMOE.fixed, "norm_after": True},
-    holds={**OLMOE.holds, "norm_after": (True,)},
+    holds=OLMOE.holds,
     only=without(ONLY, "clip_qkv"),
     writes=dict(attention_bias=False),
     renamed={
@@ -183,7 +184,7 @@ DOTS1 = Family(  # dots.llm1
         *ONE_GROUP,
     ),
     fixed=dict(attention="gqa", qk_norm="head", score="sigmoid", group_top=2),
-    holds=SIGMOID_GROUPED | V3_GROUPS | {"qk_norm": ("head",)},
+    holds=SIGMOID_GROUPED | V3_GROUPS,
     only=ONLY | NOAUX | NO_WINDOWS | {"moe_layer_freq": (1,)},
     writes=dict(attention_bias=False, sliding_window=None, scoring_func="sigmoid"),
     windows_from="max_window_layers",
@@ -203,10 +204,7 @@ SOLAR_OPEN = Family(
         Key("attention_bias", "qkv_bias", False),
     ),
     fixed=dict(attention="gqa", qk_norm="none", score="sigmoid", group_top=2),
-    holds=without(SIGMOID_GROUPED, "qkv_bias", "partial_rotary_factor")
-    | V3_GROUPS
-    | EVERY_LAYER
-    | {"qk_norm": ("none",)},
+    holds=without(SIGMOID_GROUPED, "qkv_bias", "partial_rotary_factor") | V3_GROUPS | EVERY_LAYER,
     only=BIASED_ONLY | NOAUX | {"first_k_dense_replace": (0,), "use_qk_norm": (False,)},
     writes=dict(first_k_dense_replace=0, use_qk_norm=False),  # vLLM reads them
     theta=1e6,
@@ -228,7 +226,7 @@ HY_V3 = Family(  # Hy3
         Key("router_scaling_factor", "gate_scale"),
     ),
     fixed=dict(attention="gqa", qk_norm="head", score="sigmoid", normalize_gates=True),
-    holds=without(SIGMOID_GROUPED, "moe_every") | {"qk_norm": ("head",), "normalize_gates": (True,)},
+    holds=without(SIGMOID_GROUPED, "moe_every"),
     only=ONLY
     | {
         "qk_norm": (True,),
@@ -256,7 +254,7 @@ MINIMAX_M2 = Family(  # MiniMax-M2, 2.5 and 2.7
     fixed=dict(attention="gqa", qk_norm="projection", score="sigmoid", normalize_gates=True),
     holds=without(SIGMOID_GROUPED, "partial_rotary_factor")
     | EVERY_LAYER
-    | {"qk_norm": ("projection",), "normalize_gates": (True,), "gate_scale": (1.0,), "num_shared_experts": (0,)},
+    | {"gate_scale": (1.0,), "num_shared_experts": (0,)},
     only=without(ONLY, "partial_rotary_factor")
     | {
         "scoring_func": ("sigmoid",),
@@ -293,7 +291,7 @@ ERNIE4_5_MOE = Family(
         Key("moe_num_shared_experts", "num_shared_experts", 2),
     ),
     fixed=dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=True),
-    holds=SOFTMAX_GROUPED | {"qk_norm": ("none",), "normalize_gates": (True,), "num_shared_experts": ANY},
+    holds=SOFTMAX_GROUPED | {"num_shared_experts": ANY},
     only=ONLY | {"use_bias": (False,), "moe_gate": ("topk",), "moe_gate_act": ("softmax",), "moe_norm_min": (1e-12,)},
     writes=dict(use_bias=False),
     rules=(
@@ -311,23 +309,26 @@ ERNIE4_5_MOE = Family(
     has_bias=True,
 )
 
-FAMILIES = (
-    MIXTRAL,
-    GRANITE_MOE,
-    QWEN2_MOE,
-    QWEN3_MOE,
-    OLMOE,
-    FLEX_OLMO,
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-    DEEPSEEK_V32,
-    GLM_MOE_DSA,
-    GLM4_MOE_LITE,
-    GLM4_MOE,
-    DOTS1,
-    SOLAR_OPEN,
-    HY_V3,
-    MINIMAX_M2,
-    ERNIE4_5_MOE,
-    *FAMILIES_WITH_WINDOWS,
+FAMILIES = tuple(
+    complete(family)
+    for family in (
+        MIXTRAL,
+        GRANITE_MOE,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        OLMOE,
+        FLEX_OLMO,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+        DEEPSEEK_V32,
+        GLM_MOE_DSA,
+        GLM4_MOE_LITE,
+        GLM4_MOE,
+        DOTS1,
+        SOLAR_OPEN,
+        HY_V3,
+        MINIMAX_M2,
+        ERNIE4_5_MOE,
+        *FAMILIES_WITH_WINDOWS,
+    )
 )

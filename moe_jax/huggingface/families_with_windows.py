@@ -13,12 +13,12 @@ from moe_jax.huggingface.family import (
     EVERY_LAYER,
     EXPERT_WIDTH,
     GATE_SCALE,
-    GATED,
     GROUPED_KEYS,
     MULTIPLIERS,
     NORMALIZED,
     ONE_GROUP,
     ONLY,
+    SHARED_EXPERT,
     SIGMOID_GROUPED,
     SOFTMAX_GROUPED,
     SOME,
@@ -36,19 +36,14 @@ from moe_jax.huggingface.layer_lists import BY_KIND, BY_KIND_OR_ALL, BY_STEP
 WITHOUT_WINDOWS = "G"
 
 
-def _every(name: str) -> Windows:
-    """Every n-th layer has no window, and no RoPE either; `name` is the key of n."""
-
-    def pattern(hf: Mapping[str, Any]) -> str:
-        return "L" * (max(1, whole(hf, name, 4)) - 1) + "G"
-
-    return Windows(pattern, (name,), "local", may_lack=False)
+def _global_every(number: int) -> str:
+    return "L" * (max(1, number) - 1) + "G"
 
 
 def _of_exaone(hf: Mapping[str, Any]) -> str:
     pattern = hf.get("sliding_window_pattern", 4)
     if isinstance(pattern, int):
-        return "L" * (max(1, pattern) - 1) + "G"
+        return _global_every(pattern)
     if not isinstance(pattern, str) or not pattern or set(pattern) - set("LG"):
         raise ValueError(
             f"config.json has sliding_window_pattern={pattern!r}, which must be a number or letters L and G; "
@@ -72,7 +67,7 @@ EXAONE_MOE = Family(  # K-EXAONE
         *ONE_GROUP,
     ),
     fixed=dict(attention="gqa", qk_norm="head", score="sigmoid", group_top=2),
-    holds=without(SIGMOID_GROUPED, "moe_every", "window") | V3_GROUPS | {"qk_norm": ("head",), "window": SOME},
+    holds=without(SIGMOID_GROUPED, "moe_every", "window") | V3_GROUPS | {"window": SOME},
     only=ONLY | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     writes={},
     layers=BY_KIND,
@@ -82,6 +77,11 @@ EXAONE_MOE = Family(  # K-EXAONE
     renamed={"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"},
     has_bias=True,
 )
+
+
+def _of_afmoe(hf: Mapping[str, Any]) -> str:
+    return _global_every(whole(hf, "global_attn_every_n_layers", 4))
+
 
 AFMOE = Family(  # Arcee's Trinity
     architecture="AfmoeForCausalLM",
@@ -107,12 +107,8 @@ AFMOE = Family(  # Arcee's Trinity
     ),
     holds=without(SIGMOID_GROUPED, "qkv_bias", "out_bias", "embedding_multiplier")
     | {
-        "qk_norm": ("head",),
-        "normalize_gates": (True,),
         "window": SOME,
-        "attention_gate": ("element",),
         "gate_activation": ("sigmoid",),
-        "sandwich_norm": (True,),
     },
     only=BIASED_ONLY | {"score_func": ("sigmoid",), "route_norm": (True,), "n_group": (1,), "topk_group": (1,)},
     writes={},
@@ -123,7 +119,7 @@ AFMOE = Family(  # Arcee's Trinity
             "embedding_multiplier={c.embedding_multiplier} other than 1 or the square root of embed_dim={c.embed_dim}",
         ),
     ),
-    windows=_every("global_attn_every_n_layers"),
+    windows=Windows(_of_afmoe, ("global_attn_every_n_layers",), "local", may_lack=False),
     scales_by_width="mup_enabled",
     unread=words("load_balance_coeff use_grouped_mm"),  # of training, and of how products are computed
     renamed={
@@ -146,7 +142,7 @@ MELLUM = Family(  # Mellum 2
         *BIASES,
     ),
     fixed=dict(attention="gqa", qk_norm="head", score="softmax"),
-    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias") | {"qk_norm": ("head",), "window": ANY},
+    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias") | {"window": ANY},
     only=without(ONLY, "attention_bias"),
     writes={},
     rules=(BIASES_ALIKE,),
@@ -182,13 +178,9 @@ LAGUNA = Family(
     ),
     holds=without(SIGMOID_GROUPED, "moe_every", "qkv_bias", "out_bias", "partial_rotary_factor")
     | {
-        "qk_norm": ("head",),
-        "normalize_gates": (True,),
-        "num_shared_experts": (1,),
         "shared_ffw_dim": ANY,
         "window": ANY,
         "attention_gate": ("head", "element"),
-        "gate_activation": ("softplus",),
     },
     only=without(BIASED_ONLY, "partial_rotary_factor")
     | {"moe_apply_router_weight_on_input": (False,), "moe_router_logit_softcapping": (0, 0.0)},
@@ -203,7 +195,7 @@ LAGUNA = Family(
         "mlp.gate.e_score_correction_bias": "mlp.experts.e_score_correction_bias",
         "self_attn.gate_proj.weight": "self_attn.g_proj.weight",
     }
-    | {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
+    | SHARED_EXPERT,
     has_bias=True,
 )
 
@@ -219,9 +211,7 @@ GRANITE_MOE_SWA = Family(
         *BIASES,
     ),
     fixed=dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=True, attention_sinks=True),
-    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias", *MULTIPLIERS)
-    | EVERY_LAYER
-    | {"qk_norm": ("none",), "normalize_gates": (True,), "attention_sinks": (True,), "window": ANY},
+    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias", *MULTIPLIERS) | EVERY_LAYER | {"window": ANY},
     only=BIASED_ONLY | {"shared_intermediate_size": (0,), "partial_rotary_factor": (1.0,)},
     writes=dict(shared_intermediate_size=0),
     rules=(BIASES_ALIKE,),
@@ -252,11 +242,8 @@ FLINT = Family(
     fixed=dict(attention="gqa", qk_norm="head", score="sigmoid", num_shared_experts=1, attention_sinks=True),
     holds=without(SIGMOID_GROUPED, "moe_every", "qkv_bias", "out_bias")
     | {
-        "qk_norm": ("head",),
         "gate_scale": (1.0,),
-        "num_shared_experts": (1,),
         "shared_ffw_dim": ANY,
-        "attention_sinks": (True,),
         "window": SOME,
     },
     only=BIASED_ONLY | {"partial_rotary_factor": (1.0,)},
@@ -264,8 +251,7 @@ FLINT = Family(
     rules=(BIASES_ALIKE,),
     layers=BY_STEP,
     windows=Windows(_of_flint, rope="local", may_lack=False),
-    renamed={"self_attn.sinks": "self_attn.softmax_offset"}
-    | {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED},
+    renamed={"self_attn.sinks": "self_attn.softmax_offset"} | SHARED_EXPERT,
 )
 
 KOLIBRI = Family(
@@ -290,12 +276,8 @@ KOLIBRI = Family(
     holds=without(SIGMOID_GROUPED, "moe_every")
     | EVERY_LAYER
     | {
-        "qk_norm": ("head",),
         "gate_scale": (1.0,),
-        "num_shared_experts": (1,),
         "shared_ffw_dim": ANY,
-        "sandwich_norm": (True,),
-        "select_by": ("logits",),
         "window": SOME,
     },
     only=ONLY,
@@ -319,7 +301,7 @@ GPT_OSS = Family(
         Key("num_local_experts", "num_experts"),
         Key("intermediate_size", "expert_ffw_dim"),
         Key("swiglu_limit", "activation_limit", 7.0),
-        *(Key(name, ours, True) for name, ours in (("attention_bias", "qkv_bias"), ("attention_bias", "out_bias"))),
+        *(key._replace(default=True) for key in BIASES),
     ),
     fixed=dict(
         attention="gqa",
@@ -334,12 +316,6 @@ GPT_OSS = Family(
     holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias", "activation_limit")
     | EVERY_LAYER
     | {
-        "qk_norm": ("none",),
-        "normalize_gates": (True,),
-        "attention_sinks": (True,),
-        "activation": ("swiglu_oai",),
-        "router_bias": (True,),
-        "expert_bias": (True,),
         "window": ANY,
     },
     only=BIASED_ONLY | {"partial_rotary_factor": (1.0,), "swiglu_alpha": (1.702,)},

@@ -104,7 +104,7 @@ class Family(NamedTuple):
     model_types: the first one is written.
     keys: the keys that translate one to one.
     fixed: our keys that are the same in every such model.
-    holds: our key -> the values that such a model can have.
+    holds: our key -> the values that such a model can have; of fixed keys `complete` adds the one value.
     only: their key -> the values that our model has; a list of one value repeated counts as that value.
     writes: their keys that are the same in every such model.
     written_as: the architecture to which such models are exported; "": its own.
@@ -166,6 +166,11 @@ class Family(NamedTuple):
     in_turn: bool = False
 
 
+def complete(family: Family) -> Family:
+    """The family, which holds only models with its fixed values."""
+    return family._replace(holds={**family.holds, **{key: (value,) for key, value in family.fixed.items()}})
+
+
 # --- keys -----------------------------------------------------------------------------------------------------
 
 COMMON = (
@@ -209,6 +214,9 @@ NORMALIZED = Key("norm_topk_prob", "normalize_gates", True)
 V3_ROUTER = (GATE_SCALE, Key("n_group", "num_groups"), Key("topk_group", "top_groups"), NORMALIZED)
 
 MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")  # Granite's
+
+# the names of a shared expert's tensors where a family has only one
+SHARED_EXPERT = {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED}
 
 # one key for the biases of all four projections
 BIASES = (Key("attention_bias", "qkv_bias", False), Key("attention_bias", "out_bias", False))

@@ -42,7 +42,7 @@ DEEPSEEK_V2 = Family(
         *ONE_GROUP,
     ),
     fixed=dict(attention="mla", score="softmax", normalize_gates=False, group_top=1),
-    holds=LATENT_HOLDS | {"score": ("softmax",), "normalize_gates": (False,), "group_top": (1,), "mtp_depth": (0,)},
+    holds=LATENT_HOLDS | {"mtp_depth": (0,)},
     only=MLA_ONLY
     | {
         "scoring_func": ("softmax",),
