@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config.command import fail
+from moe_jax.data.workers import cores
 from moe_jax.runtime.files import output_of, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "torchtitan", "maxtext")
@@ -142,7 +143,7 @@ def machine() -> dict[str, Any]:
 
 def num_threads() -> int:
     """The number of processors that this process may use, which is the number of threads of every contestant."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def _cpu_model() -> str:

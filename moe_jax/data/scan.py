@@ -39,14 +39,15 @@ def scan(options: Options, domains: dict[str, list[Source]]) -> list[DomainPlan]
     Raises:
         ValueError: bad documents, up to 20 of them named one a line; or a domain with fewer than two documents.
     """
-    files = [(domain, source) for domain, sources in domains.items() for source in sources]
-    total = sum(source.bytes for _, source in files)
+    files = [(domain, source) for domain, own in domains.items() for source in own]
+    sources = [source for _, source in files]
+    total = sum(source.bytes for source in sources)
     found: dict[str, list[_Scanned]] = {domain: [] for domain in domains}
     problems: list[str] = []
     with progress("checking", total) as advance, each_in(number_of(options.processes, total)) as map_each:
-        for (domain, source), scanned in zip(files, map_each(partial(_scan_file, options), files), strict=True):
-            found[domain].append(scanned)
-            problems += scanned.problems
+        for (domain, source), one in zip(files, map_each(partial(_scan_file, options), sources), strict=True):
+            found[domain].append(one)
+            problems += one.problems
             if len(problems) >= MAX_PROBLEMS:
                 break
             advance(source.bytes)
@@ -54,7 +55,7 @@ def scan(options: Options, domains: dict[str, list[Source]]) -> list[DomainPlan]
         more = f" (the first {MAX_PROBLEMS}; there may be more)" if len(problems) >= MAX_PROBLEMS else ""
         lines = [f"--input={options.input} has bad documents; correct or remove them{more}:", *problems[:MAX_PROBLEMS]]
         raise ValueError("\n".join(lines))
-    return [_plan(options, domain, files) for domain, files in found.items()]
+    return [_plan(options, domain, scanned) for domain, scanned in found.items()]
 
 
 class _Scanned(NamedTuple):
@@ -67,9 +68,8 @@ class _Scanned(NamedTuple):
     problems: list[str]
 
 
-def _scan_file(options: Options, file: tuple[str, Source]) -> _Scanned:
+def _scan_file(options: Options, source: Source) -> _Scanned:
     """Reads one file, up to MAX_PROBLEMS bad documents."""
-    _, source = file
     smallest, largest = 2 ** (8 * RANK_BYTES), -1
     digest = hashlib.sha256()
     problems: list[str] = []

@@ -24,11 +24,11 @@ class Map(Protocol):
 
 def number_of(processes: int, num_bytes: int) -> int:
     """How many processes to use: the given number, or for 0 one a core if the input is large, else 1."""
-    return processes or (_cores() if num_bytes >= WORTH_IT else 1)
+    return processes or (cores() if num_bytes >= WORTH_IT else 1)
 
 
-def _cores() -> int:
-    """The cores that this process may use, where the system says so, else those of the machine."""
+def cores() -> int:
+    """The number of cores that this process may use, where the system says so, else of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -38,7 +38,7 @@ def each_in(processes: int) -> Iterator[Map]:
     if processes < 2:
         yield map
         return
-    threads = max(1, _cores() // processes)
+    threads = max(1, cores() // processes)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _begin, (threads,)) as pool:
         try:
