@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from moe_jax.config import ModelConfig, Part, is_gated
 from moe_jax.dispatch import ExpertWeights, feed_forward
@@ -26,17 +26,21 @@ def filled(value: float, part: Part, dtype: str, **dims: int) -> nnx.Param:
     return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), dims=tuple(dims), part=part)
 
 
+def over_rms(x: Float32[Array, "*batch width"], eps: float) -> Float32[Array, "*batch width"]:
+    """x / rms(x) over the last axis."""
+    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32. Source: arXiv 1910.07467."""
 
     def __init__(self, config: ModelConfig, eps: float | None = None, **dims: int) -> None:
-        self.scale = nnx.Param(jnp.ones(tuple(dims.values()), config.param_dtype), dims=tuple(dims), part="norms")
+        self.scale = filled(1.0, "norms", config.param_dtype, **dims)
         self.eps = config.norm_eps if eps is None else eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Same shape and dtype as x."""
-        wide = x.astype(jnp.float32)
-        scaled = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.eps)
+        scaled = over_rms(x.astype(jnp.float32), self.eps)
         return (scaled * jnp.broadcast_to(self.scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 

@@ -18,7 +18,7 @@ from moe_jax.dispatch import ExpertWeights, apply_experts
 from moe_jax.kernels.activation import Activation
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
-from moe_jax.model.layers import FeedForward, filled, normal
+from moe_jax.model.layers import FeedForward, filled, normal, over_rms
 from moe_jax.routing import RouterConfig, Routing, Tokens, count, counts_by_row, drop_second, route
 
 
@@ -182,7 +182,7 @@ class MoE(nnx.Module):
         """What the router multiplies: x, or its norm, times the config's factor."""
         c = self.config
         if c.router_norm != "none":
-            x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
+            x = over_rms(x, c.norm_eps)
         if self.router_norm is not None:
             x = x * self.router_norm[...][None]
         return x if c.router_scale == 1 else c.router_scale * x
