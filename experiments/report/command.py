@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="?",
         const=WATCH,
-        help=f"look at the runs every so many seconds ({WATCH}), and keep the page current until all are finished",
+        help=f"check the runs every SECONDS ({WATCH}) and keep the page current until all are finished",
     )
     parser.add_argument("--figures", action="store_true", help="also write the pictures to DIR/figures/*.png")
     return parser

@@ -16,8 +16,8 @@ def attention_flops(i: Instruction, here: Computation, name: str) -> int:
     """2 FLOPs a score, and width of its products, in every block of scores that the causal mask does not hide.
 
     Documents hide more scores: only tokamax skips blocks for them, and how many depends on the text. Windows hide more,
-    too, and only the text of splash attention tells, by its grid: the most blocks of keys for one of queries, or for
-    the gradients of keys and values the most blocks of queries for one of keys.
+    too. Only the text of splash attention shows how many, by its grid: the most blocks of keys for one of queries, or
+    for the gradients of keys and values the most blocks of queries for one of keys.
 
     Args:
         i: a custom call, whose operands begin with queries, keys and values: of splash attention [..., H, S, K], of

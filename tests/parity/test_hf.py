@@ -176,8 +176,8 @@ def test_an_indexer_is_left_out_with_a_sentence_and_longer_sequences_are_refused
     make(case, index_topk=128).save_pretrained(tmp_path / "hf")
     run(tmp_path / "hf", tmp_path / "run", None, "")
     layers = 2 if case == "deepseek_v32" else 1  # the other one is shared
-    told = f"left out {5 * layers} tensors of attention's indexer, which picks every token up to index_topk=128"
-    assert told in capsys.readouterr().out
+    sentence = f"left out {5 * layers} tensors of attention's indexer, which picks every token up to index_topk=128"
+    assert sentence in capsys.readouterr().out
     ours = load_hf(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"tokens of a row=129 must be at most model\.index_topk=128: .*; lower it"):
         ours(np.zeros((1, 129), np.int32))
