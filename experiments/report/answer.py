@@ -97,7 +97,7 @@ def seeds_text(n: int) -> str:
 
 
 def remarks(sweep: Sweep) -> list[str]:
-    """Sentences about irregularities: runs not counted, unequal lengths, skipped steps, dropped tokens."""
+    """Sentences about irregularities: runs not counted, unequal lengths, steps skipped or undone, dropped tokens."""
     found = list(sweep.problems) + _unequal_lengths(sweep)
     for run in sweep.finished:
         name = f"{run.arm}, seed {run.seed}"
@@ -106,6 +106,8 @@ def remarks(sweep: Sweep) -> list[str]:
             found.append(f"{name}: {broken:g} steps skipped, because loss, gradient or update was not finite.")
         if outliers > 0:
             found.append(f"{name}: {outliers:g} steps skipped, because loss or gradient was an outlier.")
+        for back in run.info.get("rollbacks", []):
+            found.append(f"{name}: went back from step {back['at']} to {back['to']}, and on with other batches.")
         if _largest(run, "moe/dropped") > 0:
             found.append(f"{name}: tokens were dropped (moe/dropped is above 0).")
     return found

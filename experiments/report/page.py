@@ -23,9 +23,10 @@ DPI = 144  # of PNG files, and of the heatmaps in SVG drawings
 STYLESHEET = Path(__file__).with_name("page.css")
 TIME_NOTE = (
     "Wall-clock time of all finished runs, including every attempt; the share of step is the goodput. compile: until "
-    "the first step after a start is done; lost: steps repeated after a crash, and all other time. Data wait: the "
-    "share of the stepping time in which the devices had no batch. GFLOP/s: the model's own FLOPs, forward and "
-    "backward, in the median logged step; MFU: their share of the devices' bf16 peak, where that is known."
+    "the first step after a start is done; rolled_back: steps that a run went back from; lost: steps repeated after a "
+    "crash, and all other time. Data wait: the share of the stepping time in which the devices had no batch. GFLOP/s: "
+    "the model's own FLOPs, forward and backward, in the median logged step; MFU: their share of the devices' bf16 "
+    "peak, where that is known."
 )
 
 

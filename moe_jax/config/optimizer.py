@@ -89,8 +89,13 @@ class GuardConfig:
 
     An outlier is more than `threshold` robust deviations above the median of the last `window` kept steps. After `most`
     in a row the next step is kept. 6 deviations skip what is rare beyond doubt.
+
+    After `rollback` steps in a row that were outliers or not finite, the run goes back to its newest checkpoint from
+    before them and continues with the batches after them (`training.rollback`); 0: never.
     """
 
     threshold: float = number(0.0, 0.0)
     window: int = number(128, 8)
     most: int = number(5, 1)
+    rollback: int = number(0, 0)
+    rollbacks: int = number(3, 1, changes="nothing")  # how often; then the run ends

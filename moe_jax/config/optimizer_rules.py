@@ -98,6 +98,23 @@ OPTIMIZER_RULES: tuple[Callable[[Config], None], ...] = (
     _check_muon,
     _check_groups,
     Rule(
+        "{guard.rollback} goes back from steps that a guard skips, but {guard.threshold} is none",
+        "set guard.threshold=6.0, or guard.rollback=0",
+        holds=lambda c: c.guard.threshold > 0,
+        when=lambda c: c.guard.rollback > 0,
+    ),
+    Rule(
+        "{guard.rollback} is never reached by outliers, because after {guard.most} in a row the next step is kept",
+        "set guard.most to guard.rollback or more, or guard.rollback=0",
+        holds=lambda c: c.guard.rollback <= c.guard.most,
+    ),
+    Rule(
+        "{guard.rollbacks} limits what {guard.rollback} never does",
+        "set guard.rollback=3, or guard.rollbacks=3",
+        holds=lambda c: c.guard.rollbacks == GuardConfig().rollbacks,
+        when=lambda c: c.guard.rollback == 0,
+    ),
+    Rule(
         "{guard.window} and {guard.most} apply to a guard, but {guard.threshold} is none",
         "set guard.threshold=6.0, or the two to 128 and 5",
         holds=lambda c: c.guard == GuardConfig(),

@@ -60,13 +60,14 @@ class Checkpointer:
             if first is not None and step > first:
                 _rename_damaged(of_step(self._directory, step))
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], keep_all: bool = False) -> None:
         """Copy the state to the host, then write it in the background; the state may be donated at once.
 
         Args:
             step: steps done by the state; the folder's name.
             state: pytree of arrays.
             extra: JSON values stored in the manifest (config, tokens seen, versions).
+            keep_all: whether no older checkpoint is removed.
 
         Raises:
             OSError, ValueError: the error of an earlier background save.
@@ -81,16 +82,16 @@ class Checkpointer:
             raise FloatingPointError(f"{name} is not finite after {step} steps: {path} was not written.")
         self._orbax.save(orbax_path(path), args=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_in_chunks, state)))
         record = {"step": step, "leaves": describe_leaves(state), "extra": dict(extra)}
-        self._pending = self._worker.submit(self._commit, path, record)
+        self._pending = self._worker.submit(self._commit, path, record, keep_all)
 
-    def _commit(self, path: Path, record: dict[str, Any]) -> None:
+    def _commit(self, path: Path, record: dict[str, Any], keep_all: bool) -> None:
         self._orbax.wait_until_finished()
         if processes.index() > 0:
             hand_in_hashes(path, processes.index())
             return
         write_manifest(path, record, processes.count())
         earlier = [s for s in committed(self._directory) if s <= record["step"]]  # a later one may be damaged
-        for old in earlier[: -self._keep]:
+        for old in () if keep_all else earlier[: -self._keep]:
             _remove(of_step(self._directory, old))
 
     def wait(self) -> None:
@@ -324,6 +325,12 @@ def committed(directory: Path) -> list[int]:
     return sorted(
         int(f.name) for f in _inside(directory) if re.fullmatch(r"\d{8}", f.name) and (f / MANIFEST).is_file()
     )
+
+
+def remove_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, the newest first, so that a kill leaves none without those before it."""
+    for later in reversed([s for s in committed(directory) if s > step]):
+        _remove(of_step(directory, later))
 
 
 def remove_unfinished(directory: Path) -> None:

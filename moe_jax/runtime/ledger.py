@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-KINDS = ("init", "compile", "data", "step", "evaluation", "checkpoint", "lost")
+KINDS = ("init", "compile", "data", "step", "evaluation", "checkpoint", "rolled_back", "lost")
 Kind = str | Callable[[], str]  # one of KINDS, or a function that returns one at the end of a block
 
 
@@ -20,8 +20,8 @@ class Ledger:
 
     init: until the first batch is loaded. compile: until the first step of a start is done. data: waiting for a batch
     while no device works. step: all other steps. evaluation: on held-out text, and measures beside steps. checkpoint:
-    the part of a save that delays the steps. lost: repeated steps, time in which the process was stopped, writing the
-    log, and blocks that were cut off.
+    the part of a save that delays the steps. rolled_back: steps, waiting and evaluations that a run went back from.
+    lost: repeated steps, time in which the process was stopped, writing the log, and blocks that were cut off.
     """
 
     def __init__(
@@ -76,6 +76,13 @@ class Ledger:
         """Add the seconds of earlier attempts."""
         for kind, spent in seconds.items():
             self._seconds[kind] += spent
+
+    def roll_back(self, before: Mapping[str, float]) -> None:
+        """Charge to `rolled_back` what was spent on steps since a checkpoint, whose seconds by kind are given."""
+        for kind in ("data", "step", "evaluation"):
+            spent = max(0.0, self.seconds[kind] - before.get(kind, 0.0))
+            self._seconds[kind] -= spent
+            self._seconds["rolled_back"] += spent
 
     def count(self, tokens: int) -> int:
         """Add to the tokens trained on since `restart`; returns its argument."""

@@ -252,17 +252,18 @@ def has_evaluation(line: Mapping[str, Any], done: int) -> bool:
 
 
 def set_aside(workdir: Path, first_step: int) -> Path:
-    """Rename the log files to metrics.jsonl.1, ..., and continue with copies of them unless `first_step` is 0.
+    """Keep the log files as metrics.jsonl.1, ...: copies of them, or they themselves if `first_step` is 0.
 
     Returns:
-        the new name of the first file.
+        the name of the first file that is kept.
     """
     files = [file for name in (METRICS, LAYERS) for file in parts(workdir / name)]
     number = next(n for n in itertools.count(1) if not any(_renamed(file, n).exists() for file in files))
     for file in files:
-        file.rename(_renamed(file, number))
-        if first_step:
-            _copy(_renamed(file, number), file)
+        if first_step:  # the log continues
+            _copy(file, _renamed(file, number))
+        else:
+            file.rename(_renamed(file, number))
     return _renamed(files[0], number)
 
 

@@ -109,8 +109,8 @@ def record_run(workdir: Path, config: Config, about: dict[str, Any]) -> None:
 
 
 def write_run(workdir: Path, about: dict[str, Any]) -> None:
-    """Write run.json: versions, identity, and where the time went."""
-    write_json(workdir / "run.json", about)
+    """Write run.json: versions, identity, rollbacks, and where the time went."""
+    write_json(workdir / "run.json", about, durable=True)
 
 
 def read_run(workdir: Path) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from moe_jax.runtime.pictures import heat_map
 from moe_jax.runtime.profiling import Profiler
 from moe_jax.runtime.signals import Abandoned
 from moe_jax.training.evaluation import evaluate
+from moe_jax.training.guard import has_failed
 from moe_jax.training.hooks import Context, Hook, Now
+from moe_jax.training.rollback import GoBack, not_kept
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import first_non_finite
 from moe_jax.training.stragglers import Stragglers
@@ -138,6 +140,8 @@ class Log(Hook):
             numbers = {k: mean_of_layers(v) if k in layers else v for k, v in numbers.items() if np.ndim(v) < 2}
             stuck = int(numbers.pop("stuck"))
             del numbers["tokens"]
+            if context.config.guard.rollback:
+                numbers["rollbacks"] = len(context.rollbacks)
             numbers |= {"tokens_seen": context.tokens.seen, **self._speed(context)} | context.ledger.columns()
             columns, late = self._stragglers.compare()
             numbers |= columns
@@ -148,7 +152,7 @@ class Log(Hook):
             context.display.report(now.done, numbers)
             if late:
                 context.display.say(late)
-            if stuck >= MAX_STUCK:
+            if stuck >= MAX_STUCK and not context.config.guard.rollback:
                 raise FloatingPointError(_why_stuck(context, now, stuck))
         context.ledger.restart()
 
@@ -178,6 +182,44 @@ def _why_stuck(context: Context, now: Now, stuck: int) -> str:
         f"(first: {where}); the parameters are those before these steps. Lower optimizer.learning_rate="
         f"{context.config.optimizer.learning_rate} or look at the data."
     )
+
+
+class WatchForRollback(Hook):
+    """Ends a session whose last steps were not kept, wherever a line is logged; the steps since then were not kept."""
+
+    def __init__(self, config: Config, log: Log) -> None:
+        self._guard = config.guard
+        self._log = log
+
+    def is_due(self, done: int) -> bool:
+        """Where a line is logged, because there the run waits for the devices anyway; never without `rollback`."""
+        return self._guard.rollback > 0 and self._log.is_due(done)
+
+    def begin(self, context: Context, state: TrainState) -> None:
+        """Look at a state that was saved before its steps were logged."""
+        self._look(context, state)
+
+    def after(self, context: Context, now: Now) -> None:
+        """Look at the state after a step.
+
+        Raises:
+            GoBack: `guard.rollback` steps in a row were not kept.
+            FloatingPointError: the same after `guard.rollbacks` rollbacks.
+        """
+        self._look(context, now.state)
+
+    def _look(self, context: Context, state: TrainState) -> None:
+        stuck = int(state.stuck)
+        if not has_failed(self._guard, stuck):
+            return
+        first = int(state.step) - stuck
+        at = first + self._guard.rollback
+        if (done := len(context.rollbacks)) >= self._guard.rollbacks:
+            raise FloatingPointError(
+                f"{not_kept(first, at)}, and guard.rollbacks={self._guard.rollbacks} allows no rollback after the "
+                f"{done} so far. Lower optimizer.learning_rate, look at the data, or raise guard.rollbacks."
+            )
+        raise GoBack(first, at)
 
 
 class Save(Hook):
@@ -212,7 +254,10 @@ class Save(Hook):
             self.save(context, now.state, now.done)
 
     def save(self, context: Context, state: TrainState, done: int) -> None:
-        """Save the state after `done` steps, unless it is saved already; the log is flushed to the workdir before."""
+        """Save the state after `done` steps, unless it is saved already; the log is flushed to the workdir before.
+
+        Amid steps that are not kept, no older checkpoint is removed, because the run may go back to it.
+        """
         with context.ledger("step"):
             context.tokens.fetch()  # waits for the steps
         with context.ledger("checkpoint"):
@@ -220,7 +265,8 @@ class Save(Hook):
                 context.log.flush()
             extra = {"config": as_dict(context.config), "tokens_seen": context.tokens.seen}
             extra["seconds"] = context.ledger.seconds
-            self._checkpoints.save(done, state, extra | dict(self._made_by))
+            keep_all = context.config.guard.rollback > 0 and int(state.stuck) > 0
+            self._checkpoints.save(done, state, extra | dict(self._made_by), keep_all)
         self._saved = time.monotonic()
 
     def finish(self, context: Context, state: TrainState, done: int) -> None:

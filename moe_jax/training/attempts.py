@@ -33,7 +33,9 @@ class Before(NamedTuple):
     remarks: list[str]
 
 
-def take_over(config: Config, workdir: Path, ledger: Ledger, first: int, saved: dict[str, float]) -> Before:
+def take_over(
+    config: Config, workdir: Path, ledger: Ledger, first: int, saved: dict[str, float], rollbacks: int = 0
+) -> Before:
     """Carry over the time that earlier attempts spent, and rename a log whose checkpoints are gone.
 
     Args:
@@ -42,13 +44,18 @@ def take_over(config: Config, workdir: Path, ledger: Ledger, first: int, saved: 
         ledger: of this attempt.
         first: the steps done by the checkpoint that this attempt resumes from.
         saved: seconds by kind in that checkpoint.
+        rollbacks: of the run so far; lines from before the last one are kept under another name too.
     """
     ended = read_run(workdir)
     logged = newest(workdir / METRICS)
     ledger.carry(of_earlier_attempts(first, saved, ended, logged))
     done = logged.get("step", -1) + 1
     remarks = []
-    if is_unaccounted(done, first, ended.get("step", 0), config.save_every, config.save_every_seconds):
+    if done > first and logged.get("rollbacks", rollbacks) < rollbacks:
+        remarks.append(
+            f"the log with the steps after {first} that no longer count is kept as {set_aside(workdir, first)}"
+        )
+    elif is_unaccounted(done, first, ended.get("step", 0), config.save_every, config.save_every_seconds):
         kept = set_aside(workdir, first)
         remarks.append(f"the log has {done} steps, but the newest checkpoint has {first}: the log is kept as {kept}")
     return Before({key: ended[key] for key in ("step", "seconds", "time", "goodput") if key in ended}, remarks)

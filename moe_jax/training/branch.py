@@ -30,6 +30,7 @@ from moe_jax.runtime.files import is_remote
 from moe_jax.runtime.workdir import Identity, identity_of, read_run
 from moe_jax.training.attempts import is_finished
 from moe_jax.training.optimizer import moved_by
+from moe_jax.training.rollback import known, recorded
 from moe_jax.training.state import (
     TrainState,
     abstract_state,
@@ -37,6 +38,7 @@ from moe_jax.training.state import (
     read_bias,
     state_shardings,
     with_options,
+    with_other_batches,
     write_bias,
 )
 
@@ -44,12 +46,13 @@ from moe_jax.training.state import (
 class Branch(NamedTuple):
     """What a branched run begins with.
 
-    state: before the step of the branch. tokens_seen: valid tokens that led to it. trunk: "step" and "fingerprint" of
-    the trunk's checkpoint. known: labels of the methods whose state is the trunk's. remarks: lines to print.
+    state: before the step of the branch. extra: the trunk's valid tokens and rollbacks up to it. trunk: "step" and
+    "fingerprint" of the trunk's checkpoint. known: labels of the methods whose state is the trunk's. remarks: lines to
+    print.
     """
 
     state: TrainState
-    tokens_seen: int
+    extra: dict[str, Any]
     trunk: dict[str, Any]
     known: set[str]
     remarks: list[str]
@@ -74,7 +77,7 @@ def branch(config: Config, mesh: Mesh, corpus: Corpus) -> Branch:
         state = checkpoint.restore_step(folder, step, abstract_state(there, mesh), verify=config.checkpoint.verify)
     return Branch(
         _with_own_balance(config, there, state, mesh),
-        extra.get("tokens_seen", 0),
+        {"tokens_seen": extra.get("tokens_seen", 0), **recorded(known(extra))},
         {"step": step, "fingerprint": fingerprint},
         {entry.label for entry, _ in _shared(config, there)},
         [f"branching from {config.branch_from}", *_differences(config, extra, corpus), *reset_notes(config, there)],
@@ -214,8 +217,8 @@ def _with_own_balance(config: Config, there: Config, state: TrainState, mesh: Me
 
     Clipping and decay surround the moments in the optimizer's state, but hold no arrays, so its leaves are the same.
     Experts that the trunk chose ahead are not used, because a branch with another seed has other batches. The average
-    of the weights continues if both have one; that of the bias begins anew under another balance. A guard continues if
-    its options are the same.
+    of the weights continues if both have one; that of the bias begins anew under another balance. The window of a
+    guard continues if its options are the same.
     """
     target = abstract_state(config)
     optimizer = jax.tree.unflatten(jax.tree.structure(target.optimizer), jax.tree.leaves(state.optimizer))
@@ -228,7 +231,7 @@ def _with_own_balance(config: Config, there: Config, state: TrainState, mesh: Me
         state = state._replace(bias=bias, balance=layers)
     state = with_options(config, state, mesh)
     if config.guard == there.guard:
-        state = state._replace(guard=watched)
+        state = with_other_batches(config, state._replace(guard=watched), mesh)
     if state.ema is None or average is None:
         return state
     return state._replace(ema=average if config.balance == there.balance else average._replace(bias=state.ema.bias))

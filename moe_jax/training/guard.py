@@ -64,6 +64,14 @@ def is_outlier(config: GuardConfig, guard: Guard, loss: Array, norm: Array) -> B
     return above & (guard.seen >= config.window) & (guard.in_a_row < config.most)
 
 
+def has_failed(config: GuardConfig, stuck: Any) -> Any:
+    """Whether so many steps in a row were not kept that the run goes back; given `TrainState.stuck`, here or there.
+
+    From then on no step is kept, so that no number depends on how soon the run is told.
+    """
+    return (stuck >= config.rollback) & (config.rollback > 0)
+
+
 def _is_above(config: GuardConfig, window: Float32[Array, "window"], value: Array) -> Bool[Array, ""]:
     median = jnp.median(window)
     deviation = TO_DEVIATION * jnp.median(jnp.abs(window - median))

@@ -15,6 +15,7 @@ from moe_jax.runtime.watchdog import Watchdog
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from moe_jax.training.rollback import Rollback
     from moe_jax.training.state import TrainState
 
 
@@ -46,7 +47,7 @@ class Context(NamedTuple):
     corpus, mesh: the data, and the devices. ledger: `with ledger("evaluation"):` charges time that is not a step's.
     tokens: `tokens.fetch(values)` copies numbers to the host. display: `display.say(line)` prints a line. log:
     metrics.jsonl in process 0, None in the others. stopped: `stopped()` returns the signal that ends the run, or None;
-    every process must call it equally often and in the same places.
+    every process must call it equally often and in the same places. rollbacks: of the run so far (`guard.rollback`).
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Context(NamedTuple):
     watchdog: Watchdog
     log: RunLog | None
     stopped: Stopped
+    rollbacks: "tuple[Rollback, ...]" = ()
 
 
 class Now(NamedTuple):
@@ -95,7 +97,7 @@ class Hook:
         return self.every > 0 and done % self.every == 0
 
     def begin(self, context: Context, state: "TrainState") -> None:
-        """Called once before the first step of this start; `state.step` steps are done already."""
+        """Called before the first step of this start, and after a rollback; `state.step` steps are done already."""
 
     def before(self, context: Context, now: Now) -> Mapping[str, Any]:
         """Called before a step; returns arrays to log with its numbers: float32[], or float32[L, ...] by layer."""

@@ -1,5 +1,6 @@
 """One session of a run, from the state it begins with to its last save: the loop around the train step."""
 
+import functools
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -11,14 +12,16 @@ from moe_jax.config import resolve
 from moe_jax.mesh import make_mesh
 from moe_jax.runtime import processes
 from moe_jax.runtime.checkpoint import Checkpointer
+from moe_jax.runtime.ledger import Ledger
 from moe_jax.runtime.log import RunLog
 from moe_jax.runtime.profiling import Profiler, steps_to_trace
 from moe_jax.runtime.signals import Abandoned, noted
 from moe_jax.runtime.sinks import open_trackers
 from moe_jax.runtime.workdir import claim, record_run, versions, write_run
-from moe_jax.training.actions import Evaluate, Log, Save, Show, Stop, Trace
+from moe_jax.training.actions import Evaluate, Log, Save, Show, Stop, Trace, WatchForRollback
 from moe_jax.training.attempts import take_over, why_finished
 from moe_jax.training.hooks import Context, Hook, Now, TokenCount
+from moe_jax.training.rollback import GoBack, go_back, recorded
 from moe_jax.training.setup import Outcome, Setup
 from moe_jax.training.start import start
 from moe_jax.training.state import TrainState
@@ -27,7 +30,7 @@ from moe_jax.training.timed import TimedStep, timed_batches
 
 
 def train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outcome:
-    """Claim the workdir and train up to `last` steps, unless the run in it is finished.
+    """Claim the workdir and train up to `last` steps, unless the run in it is finished; go back where that is due.
 
     Args:
         setup: the checked config, its data and its workdir.
@@ -41,13 +44,21 @@ def train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outco
         if line := processes.by_first(lambda: why_finished(config, workdir)):
             setup.display.say(line)
             return Outcome(config.num_steps, None, {})
-        return _train(setup, hooks, last, profile)
+        while True:
+            try:
+                return _train(setup, hooks, last, profile)
+            except GoBack as steps:
+                gone_back = functools.partial(go_back, config, workdir, setup.ledger, steps)
+                setup.display.say(processes.by_first(gone_back))
+            setup = setup._replace(ledger=Ledger(stopped_seconds=setup.watchdog.stopped_seconds))
+            profile = 0  # what was to be traced has been
 
 
 class Session(NamedTuple):
     """What a session has before its first step, besides the context of its hooks.
 
-    state: that it begins with, after `first` steps. made_by: versions and identity, stored in every checkpoint.
+    state: that it begins with, after `first` steps. made_by: versions, identity and rollbacks, stored in every
+    checkpoint.
     about: the content of run.json until the session ends.
     """
 
@@ -63,10 +74,11 @@ def _opened(setup: Setup) -> Iterator[tuple[Context, Session]]:
     """Restore or initialise the state, open the log and the checkpoints, and note signals, while the block runs."""
     config, workdir, corpus, ledger, display, watchdog = setup
     mesh = make_mesh(config.mesh)
-    state, extra, identity, remarks = start(config, mesh, workdir, corpus)
+    state, extra, identity, remarks, rollbacks = start(config, mesh, workdir, corpus)
     first = int(state.step)
-    made_by = versions() | {"identity": identity._asdict()}
-    ended, more = processes.by_first(lambda: take_over(config, workdir, ledger, first, extra.get("seconds", {})))
+    made_by = versions() | {"identity": identity._asdict()} | recorded(rollbacks)
+    seconds = extra.get("seconds", {})
+    ended, more = processes.by_first(lambda: take_over(config, workdir, ledger, first, seconds, len(rollbacks)))
     about = made_by | ended
     with ExitStack() as stack:  # each is closed, whatever error another one raises
         log = None
@@ -80,12 +92,16 @@ def _opened(setup: Setup) -> Iterator[tuple[Context, Session]]:
             display.say(line)
         stopped = stack.enter_context(noted())  # a second signal must not end the save that the first one caused
         tokens = TokenCount(ledger, extra.get("tokens_seen", 0))
-        context = Context(config, workdir, corpus, mesh, ledger, tokens, display, watchdog, log, stopped)
+        context = Context(config, workdir, corpus, mesh, ledger, tokens, display, watchdog, log, stopped, rollbacks)
         yield context, Session(state, first, checkpoints, made_by, about)
 
 
 def _train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outcome:
-    """Train in the claimed workdir up to `last` steps, then save and close."""
+    """Train in the claimed workdir up to `last` steps, then save and close.
+
+    Raises:
+        GoBack: the run is to go back; nothing is being saved or logged any more.
+    """
     config, workdir = setup.config, setup.workdir
     with _opened(setup) as (context, session):
         first = session.first
@@ -95,7 +111,7 @@ def _train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outc
         train_step = TimedStep(context)
         log = Log(config, context.mesh, evaluation, Stragglers(context.ledger, lambda: train_step.before_dispatch))
         # an evaluation may take long and fail: the line and the save of its step come before
-        in_order = [trace, log, save, evaluation, *hooks, Show(), Stop()]
+        in_order = [trace, log, WatchForRollback(config, log), save, evaluation, *hooks, Show(), Stop()]
         try:
             with context.display.running(first):
                 state, done = _steps(context, train_step, in_order, session.state, first, last)

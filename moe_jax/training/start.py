@@ -14,21 +14,23 @@ from moe_jax.config.paths import workdir_of
 from moe_jax.data import Corpus, token_frequencies
 from moe_jax.runtime import checkpoint, manifest, processes
 from moe_jax.runtime.signals import can_be_noted
-from moe_jax.runtime.workdir import Identity, config_of_run, identity_of, refuse_another_run
+from moe_jax.runtime.workdir import Identity, config_of_run, identity_of, read_run, refuse_another_run
 from moe_jax.training.branch import branch, refuse_other_beginning, refuse_other_trunk, use_of_bias
 from moe_jax.training.optimizer import cost_of_rounding
 from moe_jax.training.restore import restore_run
-from moe_jax.training.state import TrainState, abstract_state, init_state, state_around
+from moe_jax.training.rollback import Rollback, batch_of, known
+from moe_jax.training.state import TrainState, abstract_state, init_state, state_around, with_other_batches
 from moe_jax.training.tokenizer import carry_tokenizer
 
 
 class Start(NamedTuple):
-    """What a run begins with: its state, `extra` of its checkpoint, its identity, and lines to print."""
+    """What a run begins with: its state, `extra` of its checkpoint, its identity, lines to print, and its rollbacks."""
 
     state: TrainState
     extra: dict[str, Any]
     identity: Identity
     remarks: list[str]
+    rollbacks: tuple[Rollback, ...] = ()
 
 
 def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
@@ -44,7 +46,17 @@ def start(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
         ValueError: a damaged checkpoint, one of another run or another model, or weights that this run cannot use.
     """
     begun = _resumed(config, mesh, workdir, corpus) or _fresh(config, mesh, workdir, corpus)
-    return begun._replace(remarks=[*begun.remarks, *_remarks(config, mesh)])
+    return _after_rollbacks(config, mesh, workdir, begun._replace(remarks=[*begun.remarks, *_remarks(config, mesh)]))
+
+
+def _after_rollbacks(config: Config, mesh: Mesh, workdir: Path, begun: Start) -> Start:
+    """The beginning with the rollbacks of the run, of which its checkpoint does not know the last one to it."""
+    there = known(begun.extra)
+    rollbacks = known(begun.extra, processes.by_first(lambda: read_run(workdir)))
+    step = int(begun.state.step)
+    if batch_of(rollbacks, step) == batch_of(there, step):
+        return begun._replace(rollbacks=rollbacks)
+    return begun._replace(rollbacks=rollbacks, state=with_other_batches(config, begun.state, mesh))
 
 
 def _remarks(config: Config, mesh: Mesh) -> list[str]:
@@ -119,16 +131,16 @@ def _fresh(config: Config, mesh: Mesh, workdir: Path, corpus: Corpus) -> Start:
     weights = None
     trunk = None
     extra: dict[str, Any] = {}
-    known: set[str] = set()
+    labels: set[str] = set()
     branching: list[str] = []
     if config.branch_from:
-        state, extra["tokens_seen"], trunk, known, branching = branch(config, mesh, corpus)
+        state, extra, trunk, labels, branching = branch(config, mesh, corpus)
     elif config.init_from:
         state, weights = _weights_of(config, mesh)
     else:
         state = init_state(config, mesh)
     processes.by_first(lambda: refuse_other_beginning(workdir, trunk))
-    state = _with_hash_tables(config, state, corpus, known)
+    state = _with_hash_tables(config, state, corpus, labels)
     remarks = processes.by_first(lambda: [*_changes_of_model(config), *carry_tokenizer(config, workdir, corpus)])
     return Start(state, extra, Identity(corpus.fingerprint, weights, trunk), [*branching, *remarks])
 

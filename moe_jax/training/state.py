@@ -34,7 +34,8 @@ class TrainState(NamedTuple):
     """The state after `step` optimizer steps. The bias is kept once, in `bias`; other balancer state is in `balance`.
 
     step: steps done, skipped ones included. skipped: steps in which the loss, the gradient or a result of the update
-    was not finite, and outliers. stuck: the number of steps since the last finite one. bias: the RouterBias variables.
+    was not finite, and outliers. stuck: the number of steps since the last finite one, or with `guard.rollback` since
+    the last one that was kept. bias: the RouterBias variables.
     balance: [L, ...] by label. anticipation: the experts that were chosen for later steps; None without.
     ema: the moving average of the weights; None without. guard: what it compares a step with; None without.
     """
@@ -66,6 +67,26 @@ def with_options(config: Config, state: TrainState, mesh: Mesh | None = None) ->
         ema=ema.initial(config.ema, Ema(state.params, state.bias), places),
         guard=guard.initial(config.guard, mesh),
     )
+
+
+def with_other_batches(config: Config, state: TrainState, mesh: Mesh) -> TrainState:
+    """The state before a step whose batch is not the one that was expected: neither are those of the steps after it.
+
+    What was chosen for them is forgotten, and the steps since the last one that was kept are not counted on.
+    """
+    places = state_shardings(config, mesh)
+
+    def zeroed(*counts: Array) -> tuple[Array, ...]:
+        return tuple(map(jnp.zeros_like, counts))
+
+    if state.guard is None:
+        return state
+    make = jax.jit(zeroed, out_shardings=(places.stuck, places.stuck))
+    stuck, in_a_row = make(state.stuck, state.guard.in_a_row)
+    chosen = anticipation.initial(config, mesh)
+    if chosen is not None and state.anticipation is not None:
+        chosen = state.anticipation._replace(ids=chosen.ids)
+    return state._replace(stuck=stuck, guard=state.guard._replace(in_a_row=in_a_row), anticipation=chosen)
 
 
 def abstract_state(config: Config, mesh: AnyMesh | None = None) -> TrainState:

@@ -87,7 +87,8 @@ def train_step(
         checked = moving(*jax.lax.optimization_barrier(move))
         finite = jnp.isfinite(sums.total_loss) & jnp.isfinite(grad_norm) & is_finite(checked)
         keep, watched = _guarded(config, state, sums, batch, grad_norm, finite)
-        after = all_or_nothing(finite, keep, moved, state)._replace(guard=watched)
+        fine = keep if config.guard.rollback else finite
+        after = all_or_nothing(fine, keep, moved, state)._replace(guard=watched)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
         values |= {"mtp/loss": sums.ahead.nats / at_least_one(sums.ahead.tokens)}
@@ -106,6 +107,7 @@ def _guarded(
     if state.guard is None:
         return finite, None
     loss = mean_nats(sums, batch)
+    finite &= ~guard.has_failed(config.guard, state.stuck)
     outlier = finite & guard.is_outlier(config.guard, state.guard, loss, grad_norm)
     return finite & ~outlier, guard.advance(config.guard, state.guard, finite, outlier, loss, grad_norm)
 
@@ -258,16 +260,16 @@ def is_finite(state: TrainState) -> Bool[Array, ""]:
     return functools.reduce(jnp.logical_and, checks)
 
 
-def all_or_nothing(finite: Bool[Array, ""], keep: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
+def all_or_nothing(fine: Bool[Array, ""], keep: Bool[Array, ""], moved: TrainState, state: TrainState) -> TrainState:
     """The moved state if it is to be kept, else the old one bit by bit; `step` advances in both cases.
 
-    The values are selected, not multiplied by zero, because 0 x NaN is NaN.
+    A `fine` step ends a row of stuck ones. The values are selected, not multiplied by zero, because 0 x NaN is NaN.
     """
     kept = jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, state)
     return kept._replace(
         step=state.step + 1,
         skipped=state.skipped + (~keep).astype(jnp.int32),
-        stuck=jnp.where(finite, 0, state.stuck + 1),
+        stuck=jnp.where(fine, 0, state.stuck + 1),
     )
 
 

@@ -16,6 +16,7 @@ from moe_jax.runtime.profiling import named
 from moe_jax.runtime.watchdog import Watched
 from moe_jax.training import compile
 from moe_jax.training.hooks import Context, Now
+from moe_jax.training.rollback import batch_of
 from moe_jax.training.state import TrainState, step_key
 
 
@@ -88,7 +89,8 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
 
     def load(step: int) -> list[Batch]:
         steps = (step, step + delay) if delay else (step,)
-        return [processes.from_rows(functools.partial(batch_at, n), whole) for n in steps]
+        numbers = (batch_of(context.rollbacks, n) for n in steps)
+        return [processes.from_rows(functools.partial(batch_at, n), whole) for n in numbers]
 
     batches = prefetched(load, first, last)
     while True:

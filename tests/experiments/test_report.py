@@ -134,12 +134,12 @@ def test_the_time_of_an_arms_runs_is_added_up_and_shared_out(tmp_path: Path) -> 
     keep_account(sweep / "none" / "seed1", 30.0, init=6, compile=0, data=3, step=51, lost=0)
     keep_account(sweep / "aux_loss" / "seed0", 2048.0, mfu=0.4, step=30)
     headers, rows = time_table(read_sweep(sweep), COLUMNS)
-    kinds = ["init", "compile", "data", "step", "evaluation", "checkpoint", "lost"]
+    kinds = ["init", "compile", "data", "step", "evaluation", "checkpoint", "rolled_back", "lost"]
     assert headers == ["arm", "minutes", *kinds, "data wait", "GFLOP/s", "MFU, %"]
     # 120 s: 12 init, 12 compile, 6 data, 84 step, 3 evaluation, 2 checkpoint, 1 lost; data 6 of 90
-    shares = ["10.0%", "10.0%", "5.0%", "70.0%", "2.5%", "1.7%", "0.8%"]
+    shares = ["10.0%", "10.0%", "5.0%", "70.0%", "2.5%", "1.7%", "0.0%", "0.8%"]
     assert rows[0] == ["none", "2.0", *shares, "6.67%", "20.0", "-"]
-    assert rows[1] == ["aux_loss", "0.5", *["0.0%"] * 3, "100.0%", *["0.0%"] * 3, "0.00%", "2,048.0", "40.0"]
+    assert rows[1] == ["aux_loss", "0.5", *["0.0%"] * 3, "100.0%", *["0.0%"] * 4, "0.00%", "2,048.0", "40.0"]
     assert len(rows) == 2  # the third arm's runs are older than the account
 
 
@@ -245,6 +245,18 @@ def test_skipped_steps_and_partial_lines_are_reported(tmp_path: Path) -> None:
     assert remarks(read_sweep(tmp_path)) == [
         "none, seed 0: 1 unreadable line was left out.",
         "none, seed 0: 2 steps skipped, because loss, gradient or update was not finite.",
+    ]
+
+
+def test_what_a_guard_skipped_and_went_back_from_is_reported(tmp_path: Path) -> None:
+    tiny_sweep(tmp_path, {"none": [1.0]})
+    path = tmp_path / "none/seed0/metrics.jsonl"
+    path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 2, "outliers": 2'))
+    back = {"first": 12, "at": 15, "to": 10, "offset": 5}
+    (path.parent / "run.json").write_text(json.dumps({"rollbacks": [back]}))
+    assert remarks(read_sweep(tmp_path)) == [
+        "none, seed 0: 2 steps skipped, because loss or gradient was an outlier.",
+        "none, seed 0: went back from step 15 to 10, and on with other batches.",
     ]
 
 

@@ -72,6 +72,18 @@ def test_speed_counts_only_steps_and_waits_for_their_data(clock):
     assert ledger.speed() == (200.0, 0.25)  # 800 tokens in 4 s, 1 of them without a batch
 
 
+def test_the_steps_since_a_checkpoint_are_charged_to_a_rollback_and_nothing_else(clock):
+    ledger = Ledger(clock)
+    spend(ledger, clock, ("step", 4.0), ("data", 1.0))
+    saved = ledger.seconds
+    spend(ledger, clock, ("compile", 2.0), ("step", 8.0), ("data", 0.5), ("evaluation", 3.0), ("checkpoint", 0.25))
+    ledger.roll_back(saved)
+    seconds = ledger.seconds
+    assert seconds["rolled_back"] == 11.5
+    assert (seconds["step"], seconds["data"], seconds["evaluation"]) == (4.0, 1.0, 0.0)
+    assert (seconds["compile"], seconds["checkpoint"]) == (2.0, 0.25)
+
+
 def test_without_a_timed_step_there_is_no_speed_and_no_goodput(clock):
     ledger = Ledger(clock)
     assert ledger.speed() == (None, None)
