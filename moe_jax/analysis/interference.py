@@ -117,7 +117,7 @@ def _gradients(config: Config, state: TrainState, micro: Micro, mesh: Mesh | Non
         steps = jnp.full(router.shape[0], state.step)
         per_layer = PerLayer(state.balance, chosen=chosen, offset=offset, step=steps)
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
-        nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
+        nats, ahead, report, _ = model_summed_nats(config, params, state.bias, fwd, batch)
         assert report is not None  # only models with experts are measured
         sums = {True: jnp.float32(0.0), False: jnp.float32(0.0)}  # whether it is a z-loss -> sum of such losses
         for label, value in report.losses.items():

@@ -72,6 +72,9 @@ class OptimizerConfig:
     clip_norm: float = number(1.0, 0.0)  # 0: no clipping
     moment_dtype: DType = "float32"
     rounding: Literal["nearest", "stochastic"] = "nearest"  # of parameters and moments in bfloat16
+    # the largest logit of a head of attention, above which its queries and keys are shrunk after a step
+    # (`training.qk_clip`); 0: no limit, Kimi K2: 100
+    qk_clip: float = number(0.0, 0.0)
     muon: MuonConfig = field(default_factory=MuonConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
 

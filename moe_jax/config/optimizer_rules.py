@@ -95,6 +95,18 @@ OPTIMIZER_RULES: tuple[Callable[[Config], None], ...] = (
         "try 0.95",
         holds=lambda c: c.optimizer.muon.momentum < 1,
     ),
+    Rule(
+        "{optimizer.qk_clip} shrinks queries and keys, but {model.qk_norm} makes logits independent of their size",
+        "set optimizer.qk_clip=0.0, or model.qk_norm='none'",
+        holds=lambda c: c.model.qk_norm == "none",
+        when=lambda c: c.optimizer.qk_clip > 0,
+    ),
+    Rule(
+        "{optimizer.qk_clip} shrinks queries and keys, but {optimizer.groups.attention.frozen} leaves them as they are",
+        "set optimizer.qk_clip=0.0",
+        holds=lambda c: not c.optimizer.groups.attention.frozen,
+        when=lambda c: c.optimizer.qk_clip > 0,
+    ),
     _check_muon,
     _check_groups,
     Rule(

@@ -79,7 +79,7 @@ def _forward(config: ModelConfig) -> Callable[..., tuple[Array, Any, Any]]:
 
     def forward(params: Tree, bias: Tree, inputs: Inputs) -> tuple[Array, Any, Any]:
         model = nnx.merge(graphdef, params, bias)
-        x, ahead, report = model.before_head(Pass(inputs, balancer, PerLayer({}), jax.random.key(0)))
+        x, ahead, report, _ = model.before_head(Pass(inputs, balancer, PerLayer({}), jax.random.key(0)))
         ids = None if report is None else report.details.routing.expert_ids
         return model.logits(x), None if ahead is None else model.logits(ahead), ids
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from moe_jax.config import ModelConfig, YarnConfig, local_rotated_width, rotated_width
 from moe_jax.kernels.attention import attend, attend_cached
+from moe_jax.kernels.max_logits import largest_logits
 from moe_jax.mesh import is_sharded
 from moe_jax.model.kinds import Local, by_kind
 from moe_jax.model.layers import RMSNorm, filled, normal
@@ -63,10 +64,24 @@ class Attention(nnx.Module):
         local: Local = False,
     ) -> Float[Array, "batch seq embed"]:
         """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
+        return self.observed(x, positions, segment_ids, mesh, local)[0]
+
+    def observed(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        mesh: Mesh | None = None,
+        local: Local = False,
+        max_logits: bool = False,
+    ) -> tuple[Float[Array, "batch seq embed"], Float32[Array, "heads"] | None]:
+        """As a call, and on request also the largest logit of every head [H], else None."""
         query, key, value, gate = self._project(x, positions, mesh, local)
         key, value = (shared_for_own_heads(a, query.shape[2], mesh) for a in (key, value))
-        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config, local, self._sinks)
-        return self._output(mixed, gate)
+        mixed, top = attend_to_whole(
+            query, key, value, segment_ids, self._scale, mesh, self.config, local, self._sinks, max_logits
+        )
+        return self._output(mixed, gate), top
 
     def extend(
         self,
@@ -179,6 +194,18 @@ class LatentAttention(nnx.Module):
         local: Local = False,
     ) -> Float[Array, "batch seq embed"]:
         """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
+        return self.observed(x, positions, segment_ids, mesh, local)[0]
+
+    def observed(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        mesh: Mesh | None = None,
+        local: Local = False,
+        max_logits: bool = False,
+    ) -> tuple[Float[Array, "batch seq embed"], Float32[Array, "heads"] | None]:
+        """As a call, and on request also the largest logit of every head [H], else None."""
         nope, rotated, latent, key_rope = self._project(x, positions, mesh)
 
         def expand(latent: Array, key_rope: Array, *up: Array) -> tuple[Array, Array]:
@@ -189,8 +216,10 @@ class LatentAttention(nnx.Module):
         up = self.key_up[...], self.value_up[...]
         key, value = expanded_for_own_heads(expand, (latent, key_rope), up, mesh)
         query = jnp.concatenate([nope, rotated], -1)
-        mixed = attend_to_whole(query, key, value, segment_ids, self._scale, mesh, self.config, local)
-        return jnp.einsum("bshv,hvd->bsd", mixed, self.out.astype(x.dtype))
+        mixed, top = attend_to_whole(
+            query, key, value, segment_ids, self._scale, mesh, self.config, local, max_logits=max_logits
+        )
+        return jnp.einsum("bshv,hvd->bsd", mixed, self.out.astype(x.dtype)), top
 
     def extend(
         self,
@@ -253,24 +282,34 @@ def attend_to_whole(
     config: ModelConfig,
     local: Local,
     sinks: Float32[Array, "heads"] | None = None,
-) -> Float[Array, "pieces length heads value_dim"]:
-    """`attend` with queries, segments and results in the pieces of the mesh, and keys and values of whole sequences."""
+    max_logits: bool = False,
+) -> tuple[Float[Array, "pieces length heads value_dim"], Float32[Array, "heads"] | None]:
+    """`attend` with queries, segments and results in the pieces of the mesh, and keys and values of whole sequences.
 
-    def of_kind(local: bool, query: Array, key: Array, value: Array, segments: Array, sinks: Array | None) -> Array:
-        return attend(
+    Returns:
+        the result, and the largest logit of every head if `max_logits`, else None.
+    """
+
+    def of_kind(
+        local: bool, query: Array, key: Array, value: Array, segments: Array, sinks: Array | None
+    ) -> tuple[Array, Array | None]:
+        window = config.window if local else 0
+        mixed = attend(
             query,
             key,
             value,
             segments,
             scale=scale,
-            window=config.window if local else 0,
+            window=window,
             sinks=sinks,
             mesh=mesh,
             cpu_kernel=config.cpu_kernel,
         )
+        return mixed, largest_logits(query, key, segments, scale, window) if max_logits else None
 
     whole = for_own_heads(query, mesh), key, value, put_together(segment_ids, mesh)
-    return for_own_pieces(by_kind(local, of_kind, *whole, sinks), mesh)
+    mixed, top = by_kind(local, of_kind, *whole, sinks)
+    return for_own_pieces(mixed, mesh), top
 
 
 def window_of(config: ModelConfig, local: Local) -> Int32[Array, ""] | int:

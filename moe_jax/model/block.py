@@ -75,21 +75,26 @@ class Block(nnx.Module):
         cache: Cache | None,
         fwd: Pass,
         local: Local = False,
-    ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | None]:
-        """The residual stream after this layer, its Report if it routes, and its cache if it has one."""
+    ) -> tuple[Float[Array, "batch seq embed"], Report | None, Cache | Array | None]:
+        """The residual stream after this layer, its Report if it routes, and what attention leaves.
+
+        That is its cache if it has one, and otherwise the largest logit of every head [H] if the pass asks for it.
+        """
         with jax.named_scope("attention"):
             h = self._before(self.attention_norm, x)
+            positions, segments = fwd.inputs.positions, fwd.inputs.segment_ids
+            left: Cache | Array | None
             if cache is None:
-                mixed = self.attention(h, fwd.inputs.positions, fwd.inputs.segment_ids, fwd.mesh, local)
+                mixed, left = self.attention.observed(h, positions, segments, fwd.mesh, local, fwd.max_logits)
             else:
-                mixed, cache = self.attention.extend(h, fwd.inputs.positions, cache, fwd.mesh, local)
+                mixed, left = self.attention.extend(h, positions, cache, fwd.mesh, local)
             x = checkpoint_name(x + self._after(self.attention_norm, self.attention_after_norm, mixed), "residual")
         h = self._before(self.ffw_norm, x)
         if isinstance(self.ffw, FeedForward):
-            return x + self._after(self.ffw_norm, self.ffw_after_norm, self.ffw(h, fwd.mesh)), None, cache
+            return x + self._after(self.ffw_norm, self.ffw_after_norm, self.ffw(h, fwd.mesh)), None, left
         tokens = token_info(fwd.inputs, self.ffw.config.class_starts, fwd.pieces)
         y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)
-        return x + self._after(self.ffw_norm, self.ffw_after_norm, y), report, cache
+        return x + self._after(self.ffw_norm, self.ffw_after_norm, y), report, left
 
     def _before(self, norm: RMSNorm, x: Array) -> Array:
         return x if self.norm_after else norm(x)
@@ -107,11 +112,11 @@ class Unit(nnx.Module):
 
     def __call__(
         self, x: Array, caches: tuple[Cache | None, ...], fwd: Pass, local: tuple[Local, ...]
-    ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
-        """All layers in order; the Report of the MoE layer, which is the last, and the caches of all."""
+    ) -> tuple[Array, Report | None, tuple[Cache | Array | None, ...]]:
+        """All layers in order; the Report of the MoE layer, which is the last, and what attention leaves in each."""
         report = None
         after = []
         for block, cache, kind in zip(self.blocks, caches, local, strict=True):
-            x, report, cache = block(x, cache, fwd, kind)
-            after.append(cache)
+            x, report, left = block(x, cache, fwd, kind)
+            after.append(left)
         return x, report, tuple(after)

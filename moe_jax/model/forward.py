@@ -68,6 +68,7 @@ class Pass(NamedTuple):
     key: the randomness of this pass (router jitter, random second expert, selectors).
     train: False turns that randomness off, except in the method `random`, which consists of it.
     mesh: where parameters and tokens are placed; None for one device.
+    max_logits: whether attention reports the largest logit of every head.
     pieces: C, of how many rows of `inputs` a sequence consists; 1 until the Transformer cuts them.
     """
 
@@ -77,6 +78,7 @@ class Pass(NamedTuple):
     key: Key[Array, ""]
     train: bool = False
     mesh: Mesh | None = None
+    max_logits: bool = False
     pieces: int = 1
 
     def only(self, layers: slice) -> "Pass":
@@ -147,3 +149,13 @@ class Report(NamedTuple):
     aux_loss: Float32[Array, "*layers"]
     traffic: Traffic
     details: Details
+
+
+class MaxLogits(NamedTuple):
+    """The largest logit of every head of attention in a forward pass, float32, with the layers as they are stacked.
+
+    stacks: [repeats, H] for each layer of the unit of each stack. ahead: [depth, H] of multi-token prediction.
+    """
+
+    stacks: tuple[tuple[Float32[Array, "repeats heads"], ...], ...]
+    ahead: Float32[Array, "depth heads"] | None = None

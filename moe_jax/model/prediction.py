@@ -1,7 +1,7 @@
 """Multi-token prediction: the modules that predict the tokens after the next, their inputs, targets and loss."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -32,12 +32,17 @@ class Ahead(nnx.Module):
         self.block = Block(config, rngs, "moe" if config.num_experts else "dense")
         self.norm = RMSNorm(config, embed=width)
 
-    def __call__(self, x: Array, embedded: Array, fwd: Pass) -> tuple[Float[Array, "batch seq embed"], Report | None]:
-        """Map x [B, S, D] of the previous depth and the embedded tokens k places later to this depth's x and Report."""
+    def __call__(
+        self, x: Array, embedded: Array, fwd: Pass
+    ) -> tuple[Float[Array, "batch seq embed"], Report | None, Any]:
+        """Map x [B, S, D] of the previous depth and the embedded tokens k places later to this depth's x and Report.
+
+        The third value is what attention leaves, as from a block without a cache.
+        """
         known, seen = self.embedding_norm(embedded), self.hidden_norm(x)
         mixed = known @ self.from_embedding.astype(x.dtype) + seen @ self.from_hidden.astype(x.dtype)
-        x, report, _ = self.block(mixed, None, fwd)
-        return self.norm(x), report
+        x, report, max_logits = self.block(mixed, None, fwd)
+        return self.norm(x), report, max_logits
 
 
 AHEAD = 2**31  # folded into the key for multi-token prediction; larger than every layer's index

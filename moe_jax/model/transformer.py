@@ -15,10 +15,11 @@ from moe_jax.config import ModelConfig
 from moe_jax.mesh import constrain, is_sharded, spec
 from moe_jax.model.attention import Cache
 from moe_jax.model.block import Run, Unit, kinds_of_attention, layout
-from moe_jax.model.forward import NOTHING, Pass, Report
+from moe_jax.model.forward import NOTHING, MaxLogits, Pass, Report
 from moe_jax.model.layers import RMSNorm, normal
 from moe_jax.model.placing import at_use, look_up, rematerialized, stacked
 from moe_jax.model.prediction import AHEAD, Ahead, ahead_of
+from moe_jax.model.shrinking import shrink_logits
 
 
 class Transformer(nnx.Module):
@@ -43,24 +44,39 @@ class Transformer(nnx.Module):
             logits float32 [B, S, V], in the pieces of `Pass.cut`; Report with leaves [L, ...], or None for a dense
             model.
         """
-        x, _, report = self.before_head(fwd)
+        x, _, report, _ = self.before_head(fwd)
         return self.logits(x, fwd.mesh), report
 
     def before_head(
         self, fwd: Pass
-    ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "depth batch seq embed"] | None, Report | None]:
+    ) -> tuple[
+        Float[Array, "batch seq embed"],
+        Float[Array, "depth batch seq embed"] | None,
+        Report | None,
+        MaxLogits | None,
+    ]:
         """The vectors that the head multiplies, in the compute dtype: of the next token [B, S, D], and of multi-token
-        prediction; and the layers' Report. Vectors are in the pieces of `Pass.cut`.
+        prediction; the layers' Report; and the largest logits, if the pass asks for them. Vectors are in the pieces of
+        `Pass.cut`.
         """
-        x, report, _ = self._layers(self._main_pass(fwd).cut())
+        x, report, left = self._layers(self._main_pass(fwd).cut())
         x = self.final_norm(x)
+        max_logits = MaxLogits(tuple(left)) if fwd.max_logits else None
         if self.mtp is None:
-            return x, None, report
+            return x, None, report, max_logits
         with jax.named_scope("ahead"):
-            ahead, more = self._ahead(x, self._ahead_pass(fwd))
+            ahead, more, of_ahead = self._ahead(x, self._ahead_pass(fwd))
         if report is not None:
             report = jax.tree.map(lambda *parts: jnp.concatenate(parts), report, more)
-        return x, ahead, report
+        return x, ahead, report, None if max_logits is None else max_logits._replace(ahead=of_ahead)
+
+    def shrink_logits(self, share: MaxLogits) -> None:
+        """Make the logits of every head of attention `share` times what they are, in place."""
+        for stack, of_unit in zip(self.stacks, share.stacks, strict=True):
+            for block, of_layers in zip(stack.blocks, of_unit, strict=True):
+                shrink_logits(block.attention, of_layers)
+        if self.mtp is not None and share.ahead is not None:
+            shrink_logits(self.mtp.block.attention, share.ahead)
 
     def extend(
         self, fwd: Pass, cache: Any, *, last_only: bool = False
@@ -122,7 +138,7 @@ class Transformer(nnx.Module):
         return last._replace(key=jax.random.fold_in(fwd.key, AHEAD))
 
     def _layers(self, fwd: Pass, cache: Any = None) -> tuple[Array, Report | None, Any]:
-        """Embedding and all layers except multi-token prediction's; with a cache, also the cache afterwards."""
+        """Embedding and all layers except multi-token prediction's, and what attention leaves: such as its cache."""
         x = self._embed(fwd.inputs.tokens, fwd.mesh)
         report = None
         after = []
@@ -136,7 +152,7 @@ class Transformer(nnx.Module):
 
     def _scan(
         self, stack: Unit, run: Run, kinds: tuple, x: Array, fwd: Pass, caches: tuple[Cache | None, ...]
-    ) -> tuple[Array, Report | None, tuple[Cache | None, ...]]:
+    ) -> tuple[Array, Report | None, tuple[Cache | Array | None, ...]]:
         """All layers of a stack in turn."""
         scanned = tuple(None if isinstance(kind, bool) else jnp.asarray(kind) for kind in kinds)
 
@@ -153,7 +169,7 @@ class Transformer(nnx.Module):
         x, (report, after) = jax.lax.scan(body, x, layers, unroll=self.config.unroll_layers)
         return x, report, after
 
-    def _ahead(self, x: Array, fwd: Pass) -> tuple[Float[Array, "depth batch seq embed"], Report | None]:
+    def _ahead(self, x: Array, fwd: Pass) -> tuple[Float[Array, "depth batch seq embed"], Report | None, Array | None]:
         """Every depth of multi-token prediction in turn."""
         depth = self.config.mtp_depth
         # shifted before they are cut, so that a piece has the tokens that come after it
@@ -163,9 +179,9 @@ class Transformer(nnx.Module):
             module, index, per_layer, inputs = depth
             module = at_use(module, fwd.mesh, self.config.compute_dtype)
             embedded = self._embed(inputs.tokens, fwd.mesh)
-            x, report = module(x, embedded, passes[0].layer(index, per_layer)._replace(inputs=inputs))
+            x, report, max_logits = module(x, embedded, passes[0].layer(index, per_layer)._replace(inputs=inputs))
             x = constrain(x, fwd.mesh, spec("pieces"))
-            return x, (x, report)
+            return x, (x, report, max_logits)
 
         body = rematerialized(body, self.config, is_sharded(fwd.mesh))
         per_layer = fwd.per_layer if self.config.num_experts else NOTHING

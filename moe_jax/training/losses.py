@@ -9,7 +9,7 @@ from moe_jax.data.batches import Batch
 from moe_jax.kernels import head
 from moe_jax.mesh import is_sharded
 from moe_jax.model.abstract import Tree, abstract_model
-from moe_jax.model.forward import Pass, Report
+from moe_jax.model.forward import MaxLogits, Pass, Report
 from moe_jax.model.pieces import cut
 from moe_jax.model.prediction import AheadLoss, ahead_loss
 
@@ -30,13 +30,13 @@ def model_row_nats(
 
 def model_summed_nats(
     config: Config, params: Tree, bias: Tree, fwd: Pass, batch: Batch
-) -> tuple[Float32[Array, ""], AheadLoss, Report | None]:
-    """Run the model: the sum of `model_row_nats`, multi-token prediction's loss, and the layers' reports.
+) -> tuple[Float32[Array, ""], AheadLoss, Report | None, MaxLogits | None]:
+    """Run the model: the sum of `model_row_nats`, multi-token prediction's loss, and what the layers report.
 
     On one device the logits of all tokens are never in memory at once.
     """
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
-    x, ahead, report = model.before_head(fwd)
+    x, ahead, report, max_logits = model.before_head(fwd)
 
     def nats(x: Array, targets: Array, mask: Array) -> Float32[Array, ""]:
         if is_sharded(fwd.mesh):
@@ -47,4 +47,4 @@ def model_summed_nats(
 
     depths = range(config.model.mtp_depth)
     later = ahead_loss(batch, [ahead[depth] for depth in depths], nats)
-    return nats(x, batch.targets, batch.mask), later, report
+    return nats(x, batch.targets, batch.mask), later, report, max_logits

@@ -21,13 +21,14 @@ from moe_jax.data.batches import Batch
 from moe_jax.dispatch import Traffic
 from moe_jax.mesh import is_sharded, replicated, ways
 from moe_jax.model.abstract import Tree, abstract_model
-from moe_jax.model.forward import Pass, PerLayer, inputs_of
+from moe_jax.model.forward import MaxLogits, Pass, PerLayer, inputs_of
 from moe_jax.model.prediction import AheadLoss, language_nats
 from moe_jax.training import anticipation, ema, guard
 from moe_jax.training.guard import Guard
 from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.micro_batches import Micro, chosen_experts, micro_batches, micro_batches_of_step, report_of
 from moe_jax.training.optimizer import learning_rate, make_optimizer, stored, without_frozen_gradients
+from moe_jax.training.qk_clip import clipped, largest
 from moe_jax.training.state import TrainState, read_bias, state_shardings, step_key, write_bias
 
 
@@ -39,6 +40,7 @@ class StepSums(NamedTuple):
     total_loss: the loss that was differentiated.
     statistics, losses, aux_loss, traffic: the sums of the MoE layers' `Report`s, leaves [L, ...]; None for a dense
         model. The balancer moves the bias by the statistics.
+    max_logits: the largest logits, of which not the sum but the largest counts; None without `optimizer.qk_clip`.
     """
 
     nats: Float32[Array, ""]
@@ -48,6 +50,12 @@ class StepSums(NamedTuple):
     losses: dict[str, Float32[Array, "layers"]] | None = None
     aux_loss: Float32[Array, "layers"] | None = None
     traffic: Traffic | None = None
+    max_logits: MaxLogits | None = None
+
+    def plus(self, other: "StepSums") -> "StepSums":
+        """The sums over two parts of a step."""
+        sums = jax.tree.map(jnp.add, self._replace(max_logits=None), other._replace(max_logits=None))
+        return sums._replace(max_logits=jax.tree.map(jnp.maximum, self.max_logits, other.max_logits))
 
 
 def train_step(
@@ -77,7 +85,7 @@ def train_step(
     sums, grads = accumulate(config, state, batch, key, mesh)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config.optimizer, config.num_steps)(state.step)
-    move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING)
+    move = state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING), sums.max_logits
     moving = functools.partial(advance, config, mesh=mesh)
     with jax.named_scope("optimizer"):
         moved = moving(*move)
@@ -151,10 +159,12 @@ def accumulate(
         earlier = None
         if balance.needs_running_statistics(config.balance):
             earlier = totals[0].statistics
-        sums, grads = jax.tree.map(lambda total, new: total + new, totals, gradient(state.params, one, earlier))
-        return (sums, _sharded_as_parameters(config, grads, mesh)), None
+        sums, grads = gradient(state.params, one, earlier)
+        grads = jax.tree.map(jnp.add, totals[1], grads)
+        return (totals[0].plus(sums), _sharded_as_parameters(config, grads, mesh)), None
 
     sums, grads = jax.tree.map(_zeros_to_add_to, jax.eval_shape(gradient, state.params, first, None))
+    sums = sums._replace(max_logits=jax.tree.map(lambda a: jnp.full_like(a, -jnp.inf), sums.max_logits))
     return jax.lax.scan(add, (sums, _sharded_as_parameters(config, grads, mesh)), micro)[0]
 
 
@@ -171,16 +181,17 @@ def _micro_batch_gradient(
     def objective(params: Tree, micro: Micro, earlier: Any) -> tuple[Array, StepSums]:
         batch, key, chosen = micro
         per_layer = PerLayer(state.balance, statistics, earlier, chosen)
-        fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
+        clips = config.optimizer.qk_clip > 0
+        fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh, max_logits=clips)
         params = without_frozen_gradients(config.optimizer, dims, params)
-        nats, ahead, report = model_summed_nats(config, params, state.bias, fwd, batch)
+        nats, ahead, report, max_logits = model_summed_nats(config, params, state.bias, fwd, batch)
         total = language_nats(config, state.step, nats, ahead) / num_tokens
         share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
         if report is None:
-            return total, StepSums(nats, ahead, total)
+            return total, StepSums(nats, ahead, total, max_logits=max_logits)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
         total = sum((value.sum() for value in losses.values()), total)
-        return total, StepSums(nats, ahead, total, report.statistics, losses, aux_loss, report.traffic)
+        return total, StepSums(nats, ahead, total, report.statistics, losses, aux_loss, report.traffic, max_logits)
 
     differentiate = jax.jit(jax.grad(objective, has_aux=True))  # jitted, so that it is traced once, not at every call
 
@@ -222,12 +233,15 @@ def advance(
     statistics: balance.Statistics | None,
     rate: Array,
     key: Key[Array, ""],
+    max_logits: MaxLogits | None = None,
     mesh: Mesh | None = None,
 ) -> TrainState:
     """Update the parameters by the optimizer and the bias by the balancer, each once per step, and average them."""
     optimizer = make_optimizer(config.optimizer, abstract_model(config.model).dims, mesh)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p.astype(jnp.float32) + -rate * u, state.params, updates)
+    if max_logits is not None:
+        params = clipped(config, params, state.bias, max_logits)
     old = state.params, state.optimizer
     params, moments = stored((params, moments), old, config.optimizer.rounding, key)
     state = state._replace(params=params, optimizer=moments)
@@ -275,8 +289,10 @@ def all_or_nothing(fine: Bool[Array, ""], keep: Bool[Array, ""], moved: TrainSta
 
 def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Array, rate: Array) -> dict[str, Array]:
     """The metrics that are logged for every step; `state` is the state after it."""
-    outliers = {} if state.guard is None else {"outliers": state.guard.outliers}
-    return outliers | {
+    some = {} if state.guard is None else {"outliers": state.guard.outliers}
+    if sums.max_logits is not None:
+        some["max_logit"] = largest(sums.max_logits)
+    return some | {
         "loss": mean_nats(sums, batch),
         "total_loss": sums.total_loss,
         "tokens": batch.mask.sum(dtype=jnp.int32),
@@ -365,7 +381,8 @@ def first_non_finite(config: Config, state: TrainState, batch: Batch, mesh: Mesh
     def parts(state: TrainState, batch: Batch, key: Array) -> tuple[Tree, ...]:
         sums, grads = accumulate(config, state, batch, key, mesh)
         rate = learning_rate(config.optimizer, config.num_steps)(state.step)
-        moved = advance(config, state, grads, sums.statistics, rate, jax.random.fold_in(key, ROUNDING), mesh)
+        key = jax.random.fold_in(key, ROUNDING)
+        moved = advance(config, state, grads, sums.statistics, rate, key, sums.max_logits, mesh)
         after = moved.params, moved.optimizer, moved.bias, moved.balance
         found = sums.total_loss, grads, optax.tree.norm(grads), *after
         return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), found)

@@ -11,6 +11,7 @@ step is written to standard error.
 - die=N: SIGKILL inside save N (1-based), between the rename and the manifest
 - slow=S: sleep S seconds inside every save, before its manifest
 - full=STEP: from the save of that step on, no file may grow beyond 4 KiB
+- spoil=N: three batches, from the N-th, ask for the same token everywhere, so that their gradients are large
 - poison=STEP: from that step on, an embedding row is not a number
 """
 
@@ -40,6 +41,8 @@ def main() -> None:
         linger(float(accidents["linger"]))
     if "die" in accidents or "slow" in accidents:
         disturb_manifest(int(accidents.get("die", 0)), float(accidents.get("slow", 0)))
+    if "spoil" in accidents:
+        spoil(int(accidents["spoil"]))
     if "full" in accidents:
         fill_disk(int(accidents["full"]))
     try:
@@ -95,6 +98,27 @@ def stop_clock(seconds: float) -> None:
     from moe_jax.training import actions
 
     actions.time = SimpleNamespace(monotonic=lambda: seconds)
+
+
+def spoil(first: int) -> None:
+    import numpy as np
+
+    from moe_jax import data
+
+    make = data.training_batches
+
+    def training_batches(*args, **settings):
+        batch_at = make(*args, **settings)
+
+        def at(number, *rows):
+            batch = batch_at(number, *rows)
+            if not first <= number < first + 3:
+                return batch
+            return batch._replace(tokens=np.full_like(batch.tokens, 200), targets=np.full_like(batch.targets, 201))
+
+        return at
+
+    data.training_batches = training_batches
 
 
 def linger(seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Drills with two real processes of one run, with two devices each, that communicate over Gloo."""
 
 import dataclasses
+import json
 import os
 import platform
 import re
@@ -74,6 +75,19 @@ def test_two_processes_branch_from_the_run_of_one(one_process, tmp_path):
     (ours,), theirs = rig.curve(workdir), rig.curve(one_process / "run")[4]
     assert (ours["step"], ours["tokens_seen"]) == (4, theirs["tokens_seen"])
     assert abs(ours["total_loss"] - theirs["total_loss"]) <= 1e-5 * theirs["total_loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_alike(tmp_path):
+    guard = dict(threshold=6.0, window=8, rollback=3)
+    config = rig.drill_config(num_steps=16, save_every=5, mesh=dict(data=2, expert=2), guard=guard)
+    workdir, file = tmp_path / "run", rig.write_config(tmp_path / "config.py", config)
+    with rig.Processes(file, workdir, devices=(2, 2), accident="spoil=12") as processes:
+        assert processes.wait() == [0, 0], processes.text
+    (rollback,) = json.loads((workdir / "run.json").read_text())["rollbacks"]
+    assert tuple(rollback.values()) == (12, 15, 10, 5)
+    assert [line["rollbacks"] for line in rig.curve(workdir)] == [0] * 10 + [1] * 6
+    assert committed(workdir / "checkpoints") == [15, 16]
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_the_bias_moves_in_its_layers_against_their_own_loads():
 
 def test_the_loss_weights_the_mean_over_depths_and_divides_by_the_tokens_of_the_step():
     config, before, (_, values) = stepped(2)
-    nats, ahead, _ = model_summed_nats(
+    nats, ahead, *_ = model_summed_nats(
         config, before.params, before.bias, pass_through(config, before.balance), packed()
     )
     assert ahead.tokens == 5 + 3
