@@ -185,7 +185,7 @@ def _why_stuck(context: Context, now: Now, stuck: int) -> str:
 
 
 class WatchForRollback(Hook):
-    """Ends a session whose last steps were not kept, wherever a line is logged; the steps since then were not kept."""
+    """Ends a session after `guard.rollback` steps in a row that were not kept, at the next step that is logged."""
 
     def __init__(self, config: Config, log: Log) -> None:
         self._guard = config.guard

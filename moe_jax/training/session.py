@@ -51,7 +51,7 @@ def train(setup: Setup, hooks: Sequence[Hook], last: int, profile: int) -> Outco
                 gone_back = functools.partial(go_back, config, workdir, setup.ledger, steps)
                 setup.display.say(processes.by_first(gone_back))
             setup = setup._replace(ledger=Ledger(stopped_seconds=setup.watchdog.stopped_seconds))
-            profile = 0  # what was to be traced has been
+            profile = 0  # a trace is of the first steps of a start
 
 
 class Session(NamedTuple):

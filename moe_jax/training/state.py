@@ -70,19 +70,18 @@ def with_options(config: Config, state: TrainState, mesh: Mesh | None = None) ->
 
 
 def with_other_batches(config: Config, state: TrainState, mesh: Mesh) -> TrainState:
-    """The state before a step whose batch is not the one that was expected: neither are those of the steps after it.
+    """The state before steps that have other batches than they would have had; on the mesh.
 
-    What was chosen for them is forgotten, and the steps since the last one that was kept are not counted on.
+    Experts that were chosen for the batches that they would have had are forgotten, and steps that were not kept do not
+    count any more as in a row with them.
     """
-    places = state_shardings(config, mesh)
+    if state.guard is None:
+        return state
 
     def zeroed(*counts: Array) -> tuple[Array, ...]:
         return tuple(map(jnp.zeros_like, counts))
 
-    if state.guard is None:
-        return state
-    make = jax.jit(zeroed, out_shardings=(places.stuck, places.stuck))
-    stuck, in_a_row = make(state.stuck, state.guard.in_a_row)
+    stuck, in_a_row = jax.jit(zeroed, out_shardings=replicated(mesh))(state.stuck, state.guard.in_a_row)
     chosen = anticipation.initial(config, mesh)
     if chosen is not None and state.anticipation is not None:
         chosen = state.anticipation._replace(ids=chosen.ids)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from conftest import assert_same_bits, mesh_sizes, tiny_config
+from moe_jax import balance
 from moe_jax.config import resolve
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.kernels import max_logits
@@ -16,8 +17,10 @@ from moe_jax.kernels.attention import visibility
 from moe_jax.kernels.max_logits import largest_logits
 from moe_jax.mesh import batch_sharding, make_mesh
 from moe_jax.model.attention import make_attention
+from moe_jax.model.forward import Pass, PerLayer, inputs_of
 from moe_jax.model.rope import rope
 from moe_jax.model.shrinking import shrink_logits
+from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.qk_clip import clipped
 from moe_jax.training.state import init_state, step_key
 from moe_jax.training.step import accumulate, advance, train_step
@@ -166,6 +169,28 @@ def test_a_step_clips_every_layer_after_its_update():
         jax.tree_util.keystr(path, simple=True, separator="/") for (path, a), b in clipped_or_not if (a != b).any()
     }
     assert changed == {f"{where}/attention/query" for where in ("mtp/block", "stacks/0/blocks/0", "stacks/1/blocks/0")}
+
+
+def test_devices_with_parts_of_the_batch_the_heads_and_the_sequences_find_the_same():
+    config = config_of(mesh=(1, 2, 1, 2), sequence=2)
+    mesh = make_mesh(config.mesh)
+    batch = training_batches(open_corpus(""), seed=0, batch_size=8, sequence_length=16)(0)
+    balancer = balance.make(config.balance, config.model)
+
+    def forward(state, batch):
+        fwd = Pass(inputs_of(batch), balancer, PerLayer(state.balance), jax.random.key(0), mesh=mesh, max_logits=True)
+        return model_summed_nats(config, state.params, state.bias, fwd, batch)[3]
+
+    found = jax.jit(forward)(init_state(config, mesh), jax.device_put(batch, batch_sharding(mesh)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, plain()[2][0].max_logits)
+
+
+def test_of_two_micro_batches_the_larger_logit_counts_and_all_else_is_summed():
+    sums = plain()[2][0]
+    less = sums._replace(max_logits=jax.tree.map(lambda a: a - 1.0, sums.max_logits))
+    for total in (sums.plus(less), less.plus(sums)):
+        assert_same_bits(jax.device_get(total.max_logits), sums.max_logits)
+        assert (total.nats, total.total_loss) == (2 * sums.nats, 2 * sums.total_loss)
 
 
 @pytest.mark.slow
