@@ -52,9 +52,8 @@ def take_over(
     done = logged.get("step", -1) + 1
     remarks = []
     if done > first and logged.get("rollbacks", rollbacks) < rollbacks:
-        remarks.append(
-            f"the log with the steps after {first} that no longer count is kept as {set_aside(workdir, first)}"
-        )
+        kept = set_aside(workdir, first)
+        remarks.append(f"the log with the steps from {first} on, which no longer count, is kept as {kept}")
     elif is_unaccounted(done, first, ended.get("step", 0), config.save_every, config.save_every_seconds):
         kept = set_aside(workdir, first)
         remarks.append(f"the log has {done} steps, but the newest checkpoint has {first}: the log is kept as {kept}")

@@ -299,11 +299,14 @@ def steps_reported(command: Command) -> int:
     return max(map(int, re.findall(r"train step (\d+)/", command.text)), default=0)
 
 
-def kill_until_done(file: Path, workdir: Path, kills: int, draw: random.Random) -> None:
-    """Repeatedly start the command and kill it after a random number of steps and milliseconds; then let it end."""
+def kill_until_done(file: Path, workdir: Path, kills: int, draw: random.Random, accident: str = "") -> None:
+    """Repeatedly start the command and kill it after a random number of steps and milliseconds; then let it end.
+
+    The accident happens in every start.
+    """
     for _ in range(kills):
         last = draw.randrange(NUM_STEPS)
-        command = start_training(file, workdir, accident="pace=0.05")
+        command = start_training(file, workdir, accident=f"pace=0.05,{accident}")
 
         def far_enough(command: Command = command, last: int = last) -> bool:
             return steps_reported(command) > last
@@ -311,4 +314,4 @@ def kill_until_done(file: Path, workdir: Path, kills: int, draw: random.Random) 
         wait_until(far_enough, command)
         time.sleep(draw.random() * 0.3)
         command.kill()
-    train(file, workdir)
+    train(file, workdir, accident=accident)

@@ -87,7 +87,7 @@ def test_two_processes_go_back_alike(tmp_path):
     (rollback,) = json.loads((workdir / "run.json").read_text())["rollbacks"]
     assert tuple(rollback.values()) == (12, 15, 10, 5)
     assert [line["rollbacks"] for line in rig.curve(workdir)] == [0] * 10 + [1] * 6
-    assert committed(workdir / "checkpoints") == [15, 16]
+    assert committed(workdir / "checkpoints")[-1] == 16
 
 
 @pytest.fixture(scope="module")

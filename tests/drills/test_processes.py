@@ -43,6 +43,16 @@ def test_kills_at_random_times_change_no_number_of_a_run(uninterrupted, tmp_path
     assert rig.folders(tmp_path / "run") == ["00000015", "00000020"]
 
 
+@pytest.mark.slow
+def test_kills_at_random_times_change_no_number_of_a_run_that_goes_back(tmp_path):
+    config = rig.drill_config(guard=dict(threshold=6.0, window=8, rollback=3))
+    file = rig.write_config(tmp_path / "config.py", config)
+    rig.train(file, tmp_path / "whole", accident="spoil=12")
+    rig.kill_until_done(file, tmp_path / "killed", kills=3, draw=random.Random(1), accident="spoil=12")
+    rig.assert_same_numbers(config, tmp_path / "killed", tmp_path / "whole")
+    assert [line["rollbacks"] for line in rig.curve(tmp_path / "killed")] == [0] * 10 + [1] * 10
+
+
 def test_a_kill_between_the_rename_and_the_manifest_loses_that_save_only(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     command = rig.start_training(uninterrupted / "config.py", workdir, accident="pace=0.02,die=2")
