@@ -13,16 +13,8 @@ from rich.console import Console
 from moe_jax.config import Config, ModelConfig, Weights, as_dict, default, validate
 from moe_jax.data.corpus import check_corpus, publish_tokenizer
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from moe_jax.huggingface.weights import (
-    Source,
-    abstract_weights,
-    carry,
-    export,
-    fill,
-    index_axes,
-    open_hf,
-    refuse_balance,
-)
+from moe_jax.huggingface.weights import Source, carry, export, fill, open_hf, refuse_balance
+from moe_jax.model.abstract import Read, abstract_weights, index_axes
 from moe_jax.runtime import slices
 from moe_jax.runtime.files import new_folder, write_json
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run, versions
@@ -80,6 +72,29 @@ def to_folder(
     """
     config = config_of_run(workdir)
     refuse_balance(config)
+    step, read = open_weights(workdir, config, weights)
+    if (workdir / "checkpoints").resolve() in folder.resolve().parents:
+        raise ValueError(f"--output={folder} is inside the checkpoints that are read; name another.")
+    with new_folder(folder) as partial, tokenizer_of(workdir) as carried, progress(folder.name, None) as advance:
+        for plan, total in export(
+            config.model,
+            read,
+            partial,
+            architecture=architecture,
+            dtype=dtype,
+            carried=carried,
+            max_length=config.sequence_length,
+        ):
+            advance(plan.num_bytes, total)
+    return step
+
+
+def open_weights(workdir: Path, config: Config, weights: Weights) -> tuple[int, Read]:
+    """The step of the newest checkpoint, and a function that reads a slice of its weights, or of their average.
+
+    Raises:
+        ValueError: the checkpoint is missing or damaged.
+    """
     found = slices.open_newest(
         workdir / "checkpoints",
         abstract_weights(config.model) if weights == "last" else _abstract_average(config.model),
@@ -90,20 +105,7 @@ def to_folder(
         raise ValueError(f"--input={workdir} has no finished checkpoint; train first.")
     step, arrays = found
     inside = "" if weights == "last" else "ema/"
-    if (workdir / "checkpoints").resolve() in folder.resolve().parents:
-        raise ValueError(f"--output={folder} is inside the checkpoints that are read; name another.")
-    with new_folder(folder) as partial, tokenizer_of(workdir) as carried, progress(folder.name, None) as advance:
-        for plan, total in export(
-            config.model,
-            lambda leaf, index: arrays[inside + leaf].read(index),
-            partial,
-            architecture=architecture,
-            dtype=dtype,
-            carried=carried,
-            max_length=config.sequence_length,
-        ):
-            advance(plan.num_bytes, total)
-    return step
+    return step, lambda leaf, index: arrays[inside + leaf].read(index)
 
 
 def _abstract_average(config: ModelConfig) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float32, Int32
 
 from moe_jax import balance
 from moe_jax.config import ModelConfig, check_length
-from moe_jax.huggingface.weights import abstract_weights, export, fill, open_hf
-from moe_jax.model.abstract import Tree, abstract_model
+from moe_jax.huggingface.weights import export, fill, open_hf
+from moe_jax.model.abstract import Tree, abstract_model, abstract_weights
 from moe_jax.model.forward import Inputs, Pass, PerLayer
 from moe_jax.runtime.files import new_folder
 from moe_jax.runtime.leaves import path_name

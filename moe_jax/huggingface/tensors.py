@@ -22,7 +22,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig, shared_width
 from moe_jax.huggingface.family import GATED, Family
-from moe_jax.model.block import layout
+from moe_jax.model.block import places
 
 # --- tables of tensors ----------------------------------------------------------------------------------------
 
@@ -199,20 +199,12 @@ def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
     def place(rows: tuple[Row, ...], prefix: str, path: str, index: tuple[int, ...] = ()) -> Iterator[Tensor]:
         return (_tensor(renamed(family, row), prefix, path, index, sizes) for row in rows)
 
-    yield from place(OUTSIDE, "", "")
-    layer = 0
-    for number, run in enumerate(layout(c)):
-        for repeat in range(run.repeats):
-            for block, kind in enumerate(run.kinds):
-                path = f"params/stacks/{number}/blocks/{block}/"
-                yield from _layer(family, c, f"model.layers.{layer}.", path, repeat, kind, sizes)
-                layer += 1
-    if not c.tied_embeddings:
-        yield from place((HEAD,), "", "")
-    for depth in range(c.mtp_depth):
-        prefix = f"model.layers.{c.num_layers + depth}."
-        yield from place(PREDICTION, prefix, "params/mtp/", (depth,))
-        yield from _layer(family, c, prefix, "params/mtp/block/", depth, "moe", sizes)
+    yield from place(OUTSIDE if c.tied_embeddings else (*OUTSIDE, HEAD), "", "")
+    for layer, where in enumerate(places(c)):
+        prefix = f"model.layers.{layer}."
+        if layer >= c.num_layers:
+            yield from place(PREDICTION, prefix, "params/mtp/", (where.index,))
+        yield from _layer(family, c, prefix, f"params/{where.path}", where.index, where.kind, sizes)
 
 
 def copies(family: Family, c: ModelConfig) -> dict[str, str]:

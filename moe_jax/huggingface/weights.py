@@ -37,8 +37,7 @@ from moe_jax.huggingface.tensors import (
     split,
     tensors,
 )
-from moe_jax.mesh import is_expert_weight
-from moe_jax.model.abstract import Tree, abstract_model
+from moe_jax.model.abstract import Read, abstract_weights
 from moe_jax.runtime.leaves import path_name
 
 CARRIED_FILES = words(
@@ -47,8 +46,6 @@ CARRIED_FILES = words(
 )
 MOST_FILE_BYTES = 256 * 2**20  # of a tokenizer's file
 MOST_MISSING = 4  # missing tensors that are named; a false config.json may name more than fits anywhere
-
-Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (leaf, index) -> that slice of our parameters
 
 
 # --- in -------------------------------------------------------------------------------------------------------
@@ -365,25 +362,6 @@ def _copy(source: Path, target: Path, name: str) -> None:
 
 
 # --- our leaves -----------------------------------------------------------------------------------------------
-
-
-def abstract_weights(config: ModelConfig) -> dict[str, Tree]:
-    """Shapes and dtypes of parameters and bias."""
-    model = abstract_model(config)
-    return {"params": model.params, "bias": model.bias}
-
-
-def index_axes(config: ModelConfig) -> Callable[[str], int]:
-    """leaf -> number of leading axes that a slice indexes: layer, and expert."""
-    leaves = jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
-    dims = {path_name(path): dim.names for path, dim in leaves}
-
-    def axes(leaf: str) -> int:
-        if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
-            return 0
-        return 2 if is_expert_weight(dims.get(leaf, ())) else 1
-
-    return axes
 
 
 def _leaves(config: ModelConfig) -> list[tuple[Any, jax.ShapeDtypeStruct]]:

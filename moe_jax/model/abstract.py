@@ -1,16 +1,21 @@
 """The model without values: shape, dtype and named dimensions of every parameter."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from moe_jax.config import ModelConfig, Part
+from moe_jax.mesh import is_expert_weight
 from moe_jax.model.moe import RouterBias
 from moe_jax.model.transformer import Transformer
+from moe_jax.runtime.leaves import path_name
 
 Tree = Any  # a nested dict of arrays
+Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (path of a leaf, index of its first axes) -> that slice
 
 
 class AbstractModel(NamedTuple):
@@ -29,6 +34,30 @@ def abstract_model(config: ModelConfig) -> AbstractModel:
     graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
     dims = jax.tree.map(_dims_of, params, is_leaf=_is_variable)
     return AbstractModel(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(bias), nnx.to_pure_dict(dims))
+
+
+def abstract_weights(config: ModelConfig) -> dict[str, Tree]:
+    """Shapes and dtypes of parameters and bias, as checkpoints have them."""
+    model = abstract_model(config)
+    return {"params": model.params, "bias": model.bias}
+
+
+def dims_by_name(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Path of each parameter, from "params/" -> its logical dimensions, without the axis of stacked layers."""
+    leaves = jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
+    return {path_name(path): dim.names for path, dim in leaves}
+
+
+def index_axes(config: ModelConfig) -> Callable[[str], int]:
+    """leaf -> number of leading axes that index its slices: layer, and expert."""
+    dims = dims_by_name(config)
+
+    def axes(leaf: str) -> int:
+        if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
+            return 0
+        return 2 if is_expert_weight(dims.get(leaf, ())) else 1
+
+    return axes
 
 
 class Dims:

@@ -51,6 +51,29 @@ def kinds_of_attention(config: ModelConfig) -> list[tuple[bool | np.ndarray, ...
     return found
 
 
+class Place(NamedTuple):
+    """Where a layer's leaves are: their common path, such as "stacks/0/blocks/1/", and the index in the stack.
+
+    kind: "dense" or "moe".
+    """
+
+    path: str
+    index: int
+    kind: str
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """Every layer in its order, then those of multi-token prediction."""
+    found = [
+        Place(f"stacks/{number}/blocks/{block}/", repeat, kind)
+        for number, run in enumerate(layout(config))
+        for repeat in range(run.repeats)
+        for block, kind in enumerate(run.kinds)
+    ]
+    ahead = "moe" if config.num_experts else "dense"
+    return found + [Place("mtp/block/", depth, ahead) for depth in range(config.mtp_depth)]
+
+
 class Block(nnx.Module):
     """Attention and a feed-forward layer, each behind a norm and added to the residual stream.
 

@@ -12,7 +12,7 @@ from moe_jax.huggingface.config_in import from_hf
 from moe_jax.huggingface.config_out import choose, to_hf
 from moe_jax.huggingface.families import FAMILIES
 from moe_jax.huggingface.tensors import copies, tensors
-from moe_jax.huggingface.weights import abstract_weights
+from moe_jax.model.abstract import abstract_weights
 from moe_jax.model.block import layout
 from moe_jax.runtime.leaves import describe_leaves
 

@@ -25,8 +25,9 @@ from moe_jax.huggingface import LanguageModel, load_hf, save_hf, shards
 from moe_jax.huggingface.folders import to_folder, to_workdir
 from moe_jax.huggingface.model import positions_in
 from moe_jax.huggingface.shards import open_folder
-from moe_jax.huggingface.weights import abstract_weights, refuse_balance
+from moe_jax.huggingface.weights import refuse_balance
 from moe_jax.mesh import make_mesh
+from moe_jax.model.abstract import abstract_weights
 from moe_jax.runtime.checkpoint import Checkpointer, restore, restore_weights
 from moe_jax.runtime.files import new_folder
 from moe_jax.runtime.leaves import describe_leaves

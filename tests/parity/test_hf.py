@@ -18,7 +18,7 @@ from moe_jax.convert import run
 from moe_jax.data import open_corpus, training_batches
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.huggingface import LanguageModel, load_hf, save_hf, shards
-from moe_jax.huggingface.weights import abstract_weights
+from moe_jax.model.abstract import abstract_weights
 from moe_jax.runtime.workdir import config_of_run
 from moe_jax.text.decoding import generate, score
 from moe_jax.text.model import known_length, restore
