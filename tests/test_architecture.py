@@ -108,7 +108,7 @@ def test_files_that_run_before_jax_is_loaded_do_not_import_it(file):
     assert not any(n.split(".")[0] in ("jax", "flax") for n in imports(file))
 
 
-COMMANDS = ["train", "evaluate", "generate", "harness", "describe", "plan", "simulate", "convert"]
+COMMANDS = ["train", "evaluate", "generate", "harness", "describe", "plan", "simulate", "convert", "upcycle"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -78,7 +78,12 @@ FROM_DENSE = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_DENSE)
+def fast(table, *names):
+    """The cases of a table, of which only the named ones run in the usual tests: each compiles two models."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in table]
+
+
+@pytest.mark.parametrize("name", fast(FROM_DENSE, "slices", "shared experts, multi-token prediction"))
 def test_a_dense_model_computes_the_same_afterwards(name):
     options = FROM_DENSE[name]
     same = {key: options[key] for key in ("activation", "mtp_depth", "num_layers") if key in options}
@@ -103,7 +108,7 @@ FROM_EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_EXPERTS)
+@pytest.mark.parametrize("name", fast(FROM_EXPERTS, "copies in slices"))
 def test_experts_compute_the_same_with_all_their_copies_and_slices(name):
     own, options = FROM_EXPERTS[name]
     source, target = model_of(**SPARSE | own), model_of(**SPARSE | own | options)
@@ -133,7 +138,7 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERWISE)
+@pytest.mark.parametrize("name", fast(OTHERWISE, "some slices of a copy"))
 def test_what_changes_the_output_is_reported(name):
     there, here, recipe, reason = OTHERWISE[name]
     source, target = model_of(**there), model_of(**there | here)
