@@ -83,8 +83,8 @@ def main(_: list[str]) -> None:
     try:
         config = validate(flag.config)
         options = {name: flag[name].value for name in ("router", "noise", "reinit", "seed")}
-        folders = (workdir_of(flag[name].value, f"--{name}") for name in ("input", "output"))
-        run(config, *folders, options, flag.weights)
+        source, target = workdir_of(flag.input, "--input"), workdir_of(flag.output, "--output")
+        run(config, source, target, options, flag.weights)
     except (ValueError, OSError) as error:
         fail(str(error))
 
