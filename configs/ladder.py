@@ -1,11 +1,12 @@
 """A ladder of models from 0.1M to 2.8B active parameters: one rule for each of width, depth, rate, batch and bias.
 
 `configs/ladder.py:22m` has 64 experts, of which a token uses 7, and a shared one; `configs/ladder.py:22m,dense` is the
-dense model with the same FLOPs for a token. Active parameters are counted without embedding and head. Training takes 20
-tokens for each of them (Chinchilla, arXiv 2203.15556). Learning rate and batch follow from the FLOPs C of the run:
-0.3118 C^-0.125 and 0.292 C^0.3271 tokens (DeepSeek LLM, arXiv 2401.02954, section 3.1). The bias moves by the peak's
-learning rate at every step, because scores move by about that; it is 1e-3 at about 1B, as in Loss-Free Balancing
-(2408.15664). Initial weights have deviation 0.5 / sqrt(width): 0.02 at 640, and 0.006 at DeepSeek-V3's 7168.
+dense model with the same FLOPs for a token. Active parameters are counted without embedding and head, and training takes
+20 tokens for each. With C the FLOPs of a run, the learning rate is 0.3118 C^-0.125 and the batch 0.292 C^0.3271 tokens.
+The bias moves by the peak's learning rate at every step, because scores move by about that; it is 1e-3 at about 1B, as
+in Loss-Free Balancing. Initial weights have deviation 0.5 / sqrt(width): 0.02 at 640, 0.006 at DeepSeek-V3's 7168.
+Source: tokens, Chinchilla (arXiv 2203.15556); rate and batch, DeepSeek LLM (2401.02954), section 3.1; experts in slices
+of a third of the width, DeepSeekMoE (2401.06066). The other rules are this project's, and untuned.
 Command: python -m moe_jax.train --config=configs/ladder.py:3m --workdir=DIR --config.data.path=corpus/bytes
 `configs/ablation/ladder.py` trains the small ones, and `python -m experiments.ladder` predicts the next.
 """

@@ -203,8 +203,8 @@ def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
     for layer, where in enumerate(places(c)):
         prefix = f"model.layers.{layer}."
         if layer >= c.num_layers:
-            yield from place(PREDICTION, prefix, "params/mtp/", (where.index,))
-        yield from _layer(family, c, prefix, f"params/{where.path}", where.index, where.kind, sizes)
+            yield from place(PREDICTION, prefix, "params/mtp/", (where.repeat,))
+        yield from _layer(family, c, prefix, f"params/{where.path}", where.repeat, where.kind, sizes)
 
 
 def copies(family: Family, c: ModelConfig) -> dict[str, str]:

@@ -52,13 +52,13 @@ def kinds_of_attention(config: ModelConfig) -> list[tuple[bool | np.ndarray, ...
 
 
 class Place(NamedTuple):
-    """Where a layer's leaves are: their common path, such as "stacks/0/blocks/1/", and the index in the stack.
+    """Where a layer's leaves are: their common path, such as "stacks/0/blocks/1/", and its number in that stack.
 
     kind: "dense" or "moe".
     """
 
     path: str
-    index: int
+    repeat: int
     kind: str
 
 

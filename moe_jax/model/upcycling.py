@@ -204,7 +204,7 @@ def upcycled(source: ModelConfig, target: ModelConfig, read: Read, recipe: Recip
             prefix = f"{tree}/{here.path}"
             for leaf in (leaf for leaf in dtypes if leaf.startswith(prefix)):
                 for index, value in made.slices(tree, leaf.removeprefix(prefix), here.kind):
-                    yield leaf, (here.index, *index), value.astype(dtypes[leaf])
+                    yield leaf, (here.repeat, *index), value.astype(dtypes[leaf])
 
 
 class _Layer(NamedTuple):
@@ -238,7 +238,7 @@ class _Layer(NamedTuple):
 
     def _there(self, tree: str, name: str, *index: int) -> np.ndarray:
         """A leaf of the source's layer, float32."""
-        return self.read(f"{tree}/{self.there.path}{name}", (self.there.index, *index)).astype(np.float32)
+        return self.read(f"{tree}/{self.there.path}{name}", (self.there.repeat, *index)).astype(np.float32)
 
     def _rng(self, *what: int) -> np.random.Generator:
         return np.random.default_rng((self.recipe.seed, self.number, *what))
