@@ -1,8 +1,8 @@
 """A ladder of models from 0.1M to 2.8B active parameters: one rule for each of width, depth, rate, batch and bias.
 
 `configs/ladder.py:22m` has 64 experts, of which a token uses 7, and a shared one; `configs/ladder.py:22m,dense` is the
-dense model with the same FLOPs for a token. Active parameters are counted without embedding and head, and training takes
-20 tokens for each. With C the FLOPs of a run, the learning rate is 0.3118 C^-0.125 and the batch 0.292 C^0.3271 tokens.
+dense model with the same FLOPs for a token. Active parameters are counted without embedding and head; training takes 20
+tokens for each. With C the FLOPs of a run, the learning rate is 0.3118 C^-0.125 and the batch 0.292 C^0.3271 tokens.
 The bias moves by the peak's learning rate at every step, because scores move by about that; it is 1e-3 at about 1B, as
 in Loss-Free Balancing. Initial weights have deviation 0.5 / sqrt(width): 0.02 at 640, 0.006 at DeepSeek-V3's 7168.
 Source: tokens, Chinchilla (arXiv 2203.15556); rate and batch, DeepSeek LLM (2401.02954), section 3.1; experts in slices
