@@ -33,6 +33,7 @@ ALLOWED = {
     "ml_collections": {"config"},
     "grain": {"data"},
     "tokenizers": {"data"},
+    "jinja2": {"data/chat"},
     "lm_eval": {"text", "harness"},
     "qwix": {"kernels/quantize"},
 }

@@ -17,7 +17,7 @@ from moe_jax import balance
 from moe_jax.analysis import gradients as gradients_
 from moe_jax.balance import measures
 from moe_jax.config import Config
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import Batch, total_of
 from moe_jax.mesh import constrain, replicated, spec
 from moe_jax.model.abstract import Tree
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
@@ -27,7 +27,7 @@ from moe_jax.training.hooks import Context, Now
 from moe_jax.training.losses import model_summed_nats
 from moe_jax.training.micro_batches import Micro, micro_batches_of_step
 from moe_jax.training.state import TrainState, step_key
-from moe_jax.training.step import at_least_one
+from moe_jax.training.step import divisor
 
 Measure = Any  # a jitted (TrainState, Batch, key) -> result, such as {name: [L]}
 
@@ -109,7 +109,7 @@ def _gradients(config: Config, state: TrainState, micro: Micro, mesh: Mesh | Non
     batch, key, chosen = micro
     balancer = balance.make(config.balance, config.model)
     z_labels = {e.label for e in config.balance if not getattr(e.options, "balances", True)}
-    num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
+    num_targets = divisor(total_of(batch.mask))
     router = jnp.concatenate([leaf for _, leaf in routers(state.params)])
 
     def losses(router: Array, offset: Array) -> tuple[tuple[Array, Array, Array], Details]:
@@ -122,7 +122,7 @@ def _gradients(config: Config, state: TrainState, micro: Micro, mesh: Mesh | Non
         sums = {True: jnp.float32(0.0), False: jnp.float32(0.0)}  # whether it is a z-loss -> sum of such losses
         for label, value in report.losses.items():
             sums[label in z_labels] += value.sum()
-        language = language_nats(config, state.step, nats, ahead) / num_tokens
+        language = language_nats(config, state.step, nats, ahead) / num_targets
         return (language, sums[False], sums[True]), report.details
 
     shape = (router.shape[0], batch.tokens.size, config.model.embed_dim)
@@ -141,7 +141,7 @@ def _choices(config: Config, details: Details) -> dict[str, Array]:
     mask = routing.tokens.mask
     changed = jax.vmap(functools.partial(measures.decisions_changed, num_experts=num_choices))
     assert mask is not None
-    tokens = at_least_one(mask.sum(-1, dtype=jnp.int32))
+    tokens = divisor(mask.sum(-1, dtype=jnp.int32))
     copies = loads.sum(-1, dtype=jnp.int32).astype(jnp.float32) / tokens
     floors = {
         "microbatch": measures.violation_floor(tokens, copies, real),

@@ -168,6 +168,8 @@ class DataConfig:
 
     path: str = choice("", "nothing")  # the contents change numbers, and are identified by a fingerprint
     weights: dict[str, float] = field(default_factory=dict)  # domain -> share; empty: in proportion to size
+    # a sequence is a window of the stream, or holds whole documents, packed by best fit and padded
+    packing: Literal["stream", "best_fit"] = "stream"
     verify: Literal["auto", "full", "sizes"] = choice("auto", "nothing")  # auto: sha256 below 10 GB
     # held-out sequences per domain while training; 0: all of them
     eval_sequences: int = number(0, 0, changes="nothing")

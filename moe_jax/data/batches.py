@@ -1,28 +1,25 @@
 """A step number becomes a batch, without any state in between.
 
-A sequence is window i of a domain's stream: inputs are tokens [i*S, i*S + S), targets the same shifted by
-one, so every token but the very first is a target exactly once. Which windows make up batch n is computed
-from (seed, n) alone, by grain: each domain's windows get a new permutation every epoch, and the domains are
-interleaved by weight. So a run resumes at step n by computing batch n, and one of many processes computes only its rows
-of it.
+A sequence is row i of a domain: window i of its stream, with tokens [i*S, i*S + S) as inputs and the same shifted by
+one as targets, or documents packed by best fit. Every token but the very first is a target exactly once. Which rows
+make up batch n is computed from (seed, n) alone, by grain: each domain's rows get a new permutation every epoch, and
+the domains are interleaved by weight. So a run resumes at step n by computing batch n, and one of many processes
+computes only its rows of it.
 
 Legend: B batch, S sequence, V vocabulary.
 """
 
 import bisect
 import itertools
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from moe_jax.data.corpus import Corpus, Stream
-
-# grain does arithmetic on the length, so "endless" must stay well inside 64 bits
-_ENDLESS = 2**60
+from moe_jax.data.corpus import Corpus
+from moe_jax.data.mixture import Interleave, ceil_divide, shares_of
+from moe_jax.data.packing import layout_of
 
 
 class Batch(NamedTuple):
@@ -36,9 +33,12 @@ class Batch(NamedTuple):
         positions: int32[B, S], offset from the document's start or, for a document that began in an earlier
             window, from the window's start: always below S. Attention depends only on differences of positions
             within a document, which are the same either way. 0 at padding.
-        mask: bool[B, S], True where the target counts: exactly where segment_ids > 0.
+        mask: bool[B, S], True where the target counts: exactly where segment_ids > 0. Of a corpus with weights
+            float32[B, S], how much it counts in the training loss, at least 0; in evaluation bool, True where that is
+            not 0. A token whose target does not count is attended to and routed all the same.
         domain: int32[B], index into `Corpus.domains`; -1 for a row that is all padding.
-        num_bytes: int32[B], UTF-8 bytes of the row's valid targets (separators are 0 bytes).
+        num_bytes: int32[B], UTF-8 bytes of the targets that count (separators are 0 bytes); with weights float32[B],
+            each byte as much as its target counts.
     """
 
     tokens: Any
@@ -48,6 +48,11 @@ class Batch(NamedTuple):
     mask: Any
     domain: Any
     num_bytes: Any
+
+    @property
+    def num_tokens(self) -> Any:
+        """int32[]: the tokens that are not padding, whether their targets count or not."""
+        return (self.segment_ids > 0).sum(dtype=np.int32)
 
     @classmethod
     def dims(cls) -> "Batch":
@@ -64,8 +69,18 @@ class Batch(NamedTuple):
         )
 
 
+def total_of(counts: Any) -> Any:
+    """The sum of a mask or of other counts: int32[] of flags and integers, float32[] of weights."""
+    return counts.sum(dtype=np.float32 if counts.dtype == np.float32 else np.int32)
+
+
 class BatchAt(Protocol):
-    """(step, rows) -> those rows of the step's batch; all of them where `rows` is left out."""
+    """(step, rows) -> those rows of the step's batch; all of them where `rows` is left out.
+
+    padding: the share of the places in its rows that are padding, on average.
+    """
+
+    padding: float
 
     def __call__(self, step: int, rows: tuple[int, int] | None = None) -> Batch:
         """See `training_batches`."""
@@ -82,7 +97,8 @@ def count_windows(corpus: Corpus, split: str, sequence_length: int) -> tuple[int
     Returns:
         One count for each of `corpus.domains`, the last partial window included.
     """
-    return tuple(_count(corpus.stream(split, domain), sequence_length) for domain in corpus.domains)
+    streams = (corpus.stream(split, domain) for domain in corpus.domains)
+    return tuple(len(layout_of("stream", stream, sequence_length)) for stream in streams)
 
 
 def training_batches(
@@ -92,6 +108,7 @@ def training_batches(
     batch_size: int,
     sequence_length: int,
     weights: Mapping[str, float] | None = None,
+    packing: str = "stream",
 ) -> BatchAt:
     """Makes `batch_at(step, rows=None)`, a pure function of (seed, step).
 
@@ -104,8 +121,10 @@ def training_batches(
         batch_size: B, rows of the whole batch.
         sequence_length: S, tokens a row.
         weights: domain -> share of the rows, any scale, naming every domain; 0 leaves a domain out. None or
-            empty: proportional to the number of windows, so that one epoch of the mixture is every window
-            exactly once.
+            empty: proportional to the number of rows, so that one epoch of the mixture is every row exactly
+            once.
+        packing: "stream" cuts a domain's stream into windows of S tokens; "best_fit" packs whole documents into rows
+            and pads them; the plan is made here, in 0.2 to 2 s a million documents.
 
     Returns:
         batch_at: int step >= 0, rows (0 <= start < stop <= B, or None for all) -> Batch of those rows.
@@ -114,23 +133,40 @@ def training_batches(
         ValueError: an argument is out of range, or weights name an unknown domain, miss one, are negative or
             all 0.
     """
-    import grain  # two seconds; reading a corpus or checking a config does not need it
-
     if seed < 0:
         raise ValueError(f"seed={seed} must be at least 0.")
     _check_sizes(batch_size, sequence_length)
-    shares = _shares(corpus, sequence_length, weights)
-    used = [i for i, share in enumerate(shares) if share]
-    datasets = [_shuffled(grain.MapDataset, corpus, i, sequence_length, seed) for i in used]
-    mixture = grain.MapDataset.select_from_datasets(datasets, _Interleave([shares[i] for i in used]))
+    domains = range(len(corpus.domains))
+    named = shares_of(corpus.domains, weights) if weights else [1] * len(domains)
+    weighted = corpus.weighted
+    rows = {i: _Rows(corpus, "train", i, sequence_length, packing, weighted) for i in domains if named[i]}
+    return _TrainingBatches(rows, [named[i] if weights else len(own) for i, own in rows.items()], seed, batch_size)
 
-    def batch_at(step: int, rows: tuple[int, int] | None = None) -> Batch:
+
+class _TrainingBatches:
+    """The rows of domains, shuffled and interleaved by their shares; see `training_batches`."""
+
+    def __init__(self, rows: Mapping[int, "_Rows"], shares: Sequence[int], seed: int, batch_size: int) -> None:
+        import grain  # two seconds; checking a config does not need it
+
+        def shuffled(domain: int, own: _Rows) -> Any:
+            # a hash of (seed, domain), not seed + domain: neighbouring seeds must not share permutations, and
+            # leaving one domain out must not change the order of the others
+            of_domain = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
+            return grain.MapDataset.source(own).seed(of_domain).shuffle().repeat()
+
+        datasets = [shuffled(domain, own) for domain, own in rows.items()]
+        self._mixture = grain.MapDataset.select_from_datasets(datasets, Interleave(shares))
+        self._batch_size = batch_size
+        paddings = (share * own.padding for share, own in zip(shares, rows.values(), strict=True))
+        self.padding = sum(paddings) / sum(shares)
+
+    def __call__(self, step: int, rows: tuple[int, int] | None = None) -> Batch:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step={step} must be at least 0.")
-        return _stack([mixture[step * batch_size + row] for row in _rows(rows, batch_size)])
-
-    return batch_at
+        first = step * self._batch_size
+        return _stack([self._mixture[first + row] for row in _rows(rows, self._batch_size)])
 
 
 def evaluation_batches(
@@ -157,7 +193,7 @@ def evaluation_batches(
     _check_sizes(batch_size, sequence_length)
     if max_sequences_per_domain < 0:
         raise ValueError(f"max_sequences_per_domain={max_sequences_per_domain} must be at least 0; 0 is all of them.")
-    sources = [_Windows(corpus, "validation", i, sequence_length) for i in range(len(corpus.domains))]
+    sources = [_Rows(corpus, "validation", i, sequence_length) for i in range(len(corpus.domains))]
     counts = [min(len(source), max_sequences_per_domain or len(source)) for source in sources]
     return EvaluationBatches(sources, counts, batch_size)
 
@@ -165,13 +201,13 @@ def evaluation_batches(
 class EvaluationBatches:
     """Batches that are computed each time they are indexed; see `evaluation_batches`."""
 
-    def __init__(self, sources: "Sequence[_Windows]", counts: Sequence[int], batch_size: int) -> None:
+    def __init__(self, sources: "Sequence[_Rows]", counts: Sequence[int], batch_size: int) -> None:
         self._sources = sources
         self._ends = list(itertools.accumulate(counts))
         self._batch_size = batch_size
 
     def __len__(self) -> int:
-        return _ceil_divide(self._ends[-1], self._batch_size)
+        return ceil_divide(self._ends[-1], self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
@@ -190,94 +226,81 @@ class EvaluationBatches:
 
     def _row(self, row: int) -> Batch:
         if row >= self._ends[-1]:
-            return self._sources[0].padding()
+            return self._sources[0].empty()
         domain = bisect.bisect_right(self._ends, row)
         return self._sources[domain][row - (self._ends[domain - 1] if domain else 0)]
 
 
-class _Windows:
-    """One stream as a random-access source of windows: what grain calls a RandomAccessDataSource."""
+class _Rows:
+    """The rows of one domain as a random-access source: what grain calls a RandomAccessDataSource.
 
-    def __init__(self, corpus: Corpus, split: str, domain: int, sequence_length: int) -> None:
+    Args:
+        weighted: whether masks are the weights of the targets; otherwise they are True where that is not 0.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str,
+        domain: int,
+        sequence_length: int,
+        packing: str = "stream",
+        weighted: bool = False,
+    ) -> None:
         self._stream = corpus.stream(split, corpus.domains[domain])
+        self._layout = layout_of(packing, self._stream, sequence_length)
         self._domain = domain
         self._sequence_length = sequence_length
+        self._weighted = weighted
         self._tokenizer = corpus.tokenizer
         self._bytes_per_token = corpus.tokenizer.bytes_per_token
 
     def __len__(self) -> int:
-        return _count(self._stream, self._sequence_length)
+        return len(self._layout)
 
     def __repr__(self) -> str:
-        return f"_Windows(domain={self._domain}, sequence_length={self._sequence_length}, length={len(self)})"
+        return f"_Rows(domain={self._domain}, sequence_length={self._sequence_length}, length={len(self)})"
 
-    def padding(self) -> Batch:
+    @property
+    def padding(self) -> float:
+        """The share of the rows' places that are padding."""
+        return 1 - (self._stream.num_tokens - 1) / (len(self) * self._sequence_length)
+
+    def empty(self) -> Batch:
         """A row that is all padding."""
-        zeros = np.zeros(self._sequence_length, np.int32)
-        return Batch(zeros, zeros, zeros, zeros, zeros > 0, np.array(-1, np.int32), np.array(0, np.int32))
+        tokens, targets, segment_ids, positions = np.zeros((4, self._sequence_length), np.int32)
+        mask = np.zeros(self._sequence_length, np.float32 if self._weighted else bool)
+        num_bytes = np.array(0, np.float32 if self._weighted else np.int32)
+        return Batch(tokens, targets, segment_ids, positions, mask, np.array(-1, np.int32), num_bytes)
 
     def __getitem__(self, index: int) -> Batch:
-        start = index * self._sequence_length
-        piece = self._stream.tokens[start : start + self._sequence_length + 1].astype(np.int32)
-        segment_ids, positions = _documents(self._stream.offsets, start, len(piece) - 1)
-        num_bytes = self._bytes_per_token[piece[1:]].sum() - self._leads(start, len(piece) - 1)
-        pad = self._padded
-        return Batch(
-            pad(piece[:-1]),
-            pad(piece[1:]),
-            pad(segment_ids),
-            pad(positions),
-            pad(segment_ids) > 0,
-            np.array(self._domain, np.int32),
-            np.array(num_bytes, np.int32),
-        )
-
-    def _leads(self, start: int, length: int) -> int:
-        """Bytes put before the texts whose first token is a target of [start, start + length) by the tokenizer."""
-        if not self._tokenizer.lead_bytes:
-            return 0
-        offsets = self._stream.offsets
-        first, last = np.searchsorted(offsets[:-1], [start, start + length])
-        texts = (self._stream.tokens[offsets[i] + 1 : offsets[i + 1]] for i in range(first, last))
-        return sum(self._tokenizer.lead(text[: 2 * self._tokenizer.lead_bytes]) for text in texts)
-
-    def _padded(self, values: np.ndarray) -> np.ndarray:
-        row = np.zeros(self._sequence_length, np.int32)
-        row[: len(values)] = values
+        row = self.empty()
+        row.domain[()] = self._domain
+        weights = self._stream.weights
+        place = documents = 0
+        for start, length in self._layout[index]:
+            own = slice(place, place + length)
+            stop = start + length
+            tokens = self._stream.tokens[start : stop + 1]
+            segment_ids, row.positions[own] = _documents(self._stream.offsets, start, length)
+            row.tokens[own], row.targets[own] = tokens[:-1], tokens[1:]
+            row.segment_ids[own] = segment_ids + documents
+            row.mask[own] = True if weights is None else weights[start + 1 : stop + 1]
+            row.num_bytes[()] += (row.mask[own] * self._bytes(start, tokens[1:])).sum(dtype=row.num_bytes.dtype)
+            place += length
+            documents += segment_ids[-1]
         return row
 
-
-class _Interleave:
-    """k -> (domain, index in the domain) of element k: grain's selection map, with exact shares.
-
-    Of the first k elements, ceil(k * share / total) come from the first domain; the others divide the rest in the same
-    way. So of every `total` elements each domain supplies exactly its share. (`MapDataset.mix` does the same after
-    rounding weights to about 1 %, which would repeat some windows before others were seen.)
-    """
-
-    def __init__(self, shares: Sequence[int]) -> None:
-        self._shares = shares
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, k: int) -> tuple[int, int]:
-        rest = sum(self._shares)
-        for domain, share in enumerate(self._shares):
-            before = _ceil_divide(k * share, rest)  # elements of this domain among the first k
-            if _ceil_divide((k + 1) * share, rest) > before:
-                return domain, before
-            k -= before
-            rest -= share
-        raise AssertionError("the last domain supplies whatever is left")
-
-
-def _count(stream: Stream, sequence_length: int) -> int:
-    return _ceil_divide(stream.num_tokens - 1, sequence_length)
-
-
-def _ceil_divide(a: int, b: int) -> int:
-    return (a + b - 1) // b
+    def _bytes(self, start: int, targets: np.ndarray) -> np.ndarray:
+        """The bytes of the texts in each target of [start, ...), without those that the tokenizer put before a text."""
+        counts = self._bytes_per_token[targets]
+        if self._tokenizer.lead_bytes:
+            offsets = self._stream.offsets
+            first, last = np.searchsorted(offsets[:-1], [start, start + len(targets)])
+            for i in range(first, last):  # the texts whose first token is a target
+                text = self._stream.tokens[offsets[i] + 1 : offsets[i + 1]]
+                counts[offsets[i] - start] -= self._tokenizer.lead(text[: 2 * self._tokenizer.lead_bytes])
+        return counts
 
 
 def _documents(offsets: np.ndarray, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -289,43 +312,8 @@ def _documents(offsets: np.ndarray, start: int, length: int) -> tuple[np.ndarray
     return segment_ids, places - starts[segment_ids - 1]
 
 
-def _shuffled(map_dataset: Any, corpus: Corpus, domain: int, sequence_length: int, seed: int) -> Any:
-    # a hash of (seed, domain), not seed + domain: neighbouring seeds must not share permutations, and
-    # leaving one domain out must not change the order of the others
-    seed = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
-    windows = _Windows(corpus, "train", domain, sequence_length)
-    return map_dataset.source(windows).seed(seed).shuffle().repeat()
-
-
 def _stack(rows: Sequence[Batch]) -> Batch:
     return Batch(*map(np.stack, zip(*rows, strict=True)))
-
-
-def _shares(corpus: Corpus, sequence_length: int, weights: Mapping[str, float] | None) -> list[int]:
-    """Integer shares of the domains, exactly proportional to the weights as written in decimal."""
-    if not weights:
-        return list(count_windows(corpus, "train", sequence_length))
-    check_weights(corpus.domains, weights)
-    fractions = [Fraction(repr(float(weights[domain]))) for domain in corpus.domains]
-    scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    return [int(fraction * scale) for fraction in fractions]
-
-
-def check_weights(domains: Sequence[str], weights: Mapping[str, float]) -> None:
-    """Raises a ValueError unless `weights` names every domain, and no other, with a share of 0 or more."""
-    names = f"the domains are {', '.join(domains)}"
-    for domain, weight in weights.items():
-        if domain not in domains:
-            raise ValueError(f"data.weights has {domain}={weight}, but the corpus has no such domain; {names}.")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ValueError(f"data.weights.{domain}={weight!r} must be a finite number of at least 0.")
-    missing = [domain for domain in domains if domain not in weights]
-    if missing:
-        raise ValueError(
-            f"data.weights does not name {missing[0]} and must name every domain ({names}); give 0 to leave one out."
-        )
-    if not any(weights.values()):
-        raise ValueError(f"data.weights are all 0 and at least one must be positive; {names}.")
 
 
 def _check_sizes(batch_size: int, sequence_length: int) -> None:

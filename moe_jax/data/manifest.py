@@ -6,7 +6,7 @@ Legend: N tokens, D documents.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from moe_jax.runtime.files import read_json, sha256_of
 
 SPLITS = ("train", "validation")
 PARTS = ("tokens", "offsets")
+WEIGHTS = "weights"  # a part that only streams have in which some token counts otherwise than once
 MANIFEST = "manifest.json"
 FORMAT = "moe_jax corpus"
 EMBEDDED_FORMAT = "moe_jax embedded corpus"
 VERSION = 1
+VERSION_WITH_WEIGHTS = 2  # which programs that know none must not train on
 OFFSET_DTYPE = np.dtype("<i8")
+WEIGHT_DTYPE = np.dtype("<f2")
 TOKENIZER_FOLDER = "tokenizer"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a domain, and of a file in the folder
 REPAIR = "prepare it again with python -m moe_jax.data.prepare --overwrite, or copy it again."
@@ -46,7 +49,7 @@ class Manifest:
         folder: the folder it is in.
         tokenizer: what the token ids mean.
         domains: names, in order.
-        files: (split, domain, "tokens" or "offsets") -> File.
+        files: (split, domain, part) -> File, for both of PARTS and for WEIGHTS where there are any.
         counts: (split, domain) -> (N, D).
         fingerprint: as of the opened `Corpus`.
     """
@@ -76,11 +79,28 @@ def read_prepared(folder: Path) -> Manifest:
     for domain, splits in domains.items():
         for split in SPLITS:
             entry = _field(folder, splits, split, dict)
-            parts = {part: _file(folder, _field(folder, entry, part, dict)) for part in PARTS}
+            parts = {part: _file(folder, _field(folder, entry, part, dict)) for part in parts_of(entry)}
             files |= {(split, domain, part): file for part, file in parts.items()}
-            counts[split, domain] = _counts(folder, entry, list(parts.values()), tokenizer)
+            counts[split, domain] = _counts(folder, entry, parts, tokenizer)
+    _check_version(folder, raw, version_of(domains))
     found = _fingerprint_of_prepared(raw["tokenizer"], files)
     return Manifest(folder, tokenizer, tuple(domains), files, counts, found)
+
+
+def parts_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of which a split's entry lists a file."""
+    return (*PARTS, WEIGHTS) if WEIGHTS in entry else PARTS
+
+
+def version_of(domains: Mapping[str, Any]) -> int:
+    """The version of a manifest with these entries."""
+    weighted = any(WEIGHTS in splits[split] for splits in domains.values() for split in SPLITS)
+    return VERSION_WITH_WEIGHTS if weighted else VERSION
+
+
+def part_dtypes(tokenizer: Tokenizer) -> dict[str, np.dtype]:
+    """The dtype of each part's file."""
+    return {"tokens": token_dtype(tokenizer.vocab_size), "offsets": OFFSET_DTYPE, WEIGHTS: WEIGHT_DTYPE}
 
 
 def read_embedded(folder: Path) -> dict[str, File]:
@@ -148,12 +168,16 @@ def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
             f"data.path={folder}: {MANIFEST} has format={manifest.get('format')!r} and must have '{expected}'; "
             "set data.path to a folder written by python -m moe_jax.data.prepare."
         )
-    if manifest.get("version") != VERSION:
+    _check_version(folder, manifest, VERSION, VERSION_WITH_WEIGHTS)
+    return manifest
+
+
+def _check_version(folder: Path, manifest: dict[str, Any], *versions: int) -> None:
+    if manifest.get("version") not in versions:
         raise ValueError(
             f"data.path={folder}: {MANIFEST} has version={manifest.get('version')!r} and this program reads version "
-            f"{VERSION}; {REPAIR}"
+            f"{VERSION}, or {VERSION_WITH_WEIGHTS} where tokens have weights; {REPAIR}"
         )
-    return manifest
 
 
 def _check_file(file: File, full: bool) -> None:
@@ -209,13 +233,15 @@ def _read_tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _counts(folder: Path, entry: dict[str, Any], files: Sequence[File], tokenizer: Tokenizer) -> tuple[int, int]:
+def _counts(folder: Path, entry: dict[str, Any], files: Mapping[str, File], tokenizer: Tokenizer) -> tuple[int, int]:
     """(N, D) of a split, checked against the sizes of its files."""
     tokens = _field(folder, entry, "num_tokens", int)
     documents = _field(folder, entry, "num_documents", int)
-    expected = (tokens * token_dtype(tokenizer.vocab_size).itemsize, (documents + 1) * OFFSET_DTYPE.itemsize)
+    lengths = {"tokens": tokens, "offsets": documents + 1, WEIGHTS: tokens}
+    dtypes = part_dtypes(tokenizer)
+    fits = all(file.bytes == lengths[part] * dtypes[part].itemsize for part, file in files.items())
     # a document has its separator and at least one token of text
-    if documents < 1 or tokens < 2 * documents or tuple(file.bytes for file in files) != expected:
+    if documents < 1 or tokens < 2 * documents or not fits:
         raise ValueError(
             f"data.path={folder}: {MANIFEST} has num_tokens={tokens}, num_documents={documents}, which do not fit the "
             f"sizes of its files; {REPAIR}"

@@ -14,11 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config.paths import path_of
+from moe_jax.data.chat import TEMPLATE_FILE
 from moe_jax.data.corpus import open_corpus
-from moe_jax.data.manifest import FORMAT, MANIFEST, PARTS, SPLITS, TOKENIZER_FOLDER, VERSION, File, check_files
+from moe_jax.data.documents import chat_digest, keys_of
+from moe_jax.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    VERSION,
+    WEIGHTS,
+    File,
+    check_files,
+    part_dtypes,
+    parts_of,
+    version_of,
+)
 from moe_jax.data.scan import DomainPlan
 from moe_jax.data.sources import LINES, Options, Source, has_lines
-from moe_jax.data.tokenizer import Tokenizer, token_dtype
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runtime.files import lock, read_json, write_json, write_whole
 
 PARTIAL = ".partial"
@@ -90,8 +104,9 @@ def locked(output: Path) -> Iterator[Path]:
 def discard(output: Path) -> None:
     """Removes a corpus of ours, data first: after a kill in between, what is left still shows that it is ours."""
     for split in SPLITS:
-        for path in [*output.glob(f"*.{split}.bin"), *output.glob(f"*.{split}.offsets.bin")]:
-            path.unlink()
+        for ending in ("bin", "offsets.bin", "weights.bin"):
+            for path in output.glob(f"*.{split}.{ending}"):
+                path.unlink()
     shutil.rmtree(output / TOKENIZER_FOLDER, ignore_errors=True)
     for note in (output / PARTIAL / FINISHED).iterdir():
         note.unlink()
@@ -136,7 +151,7 @@ def finished(options: Options, plan: DomainPlan) -> dict[str, Any] | None:
 
 def files_of(folder: Path, entry: dict[str, Any]) -> list[File]:
     """The files of a domain, from its entry in the manifest."""
-    parts = [entry[split][part] for split in SPLITS for part in PARTS]
+    parts = [entry[split][part] for split in SPLITS for part in parts_of(entry[split])]
     return [File(folder / part["file"], part["bytes"], part["sha256"]) for part in parts]
 
 
@@ -149,6 +164,8 @@ def input_hash(options: Options, plans: Sequence[DomainPlan], tokenizer: Tokeniz
         options.text_key,
         [[plan.name, [_identity(source) for source in plan.sources]] for plan in plans],
     ]
+    if list(keys := keys_of(options)) != ["text_key"]:
+        everything += [keys, chat_digest(options)]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
@@ -165,6 +182,8 @@ def read_tokenizer_files(options: Options) -> dict[str, bytes]:
     from moe_jax.data.trained import TOKENIZER_FILE, tokenizer_files
 
     first, *others = tokenizer_files(path_of(options.tokenizer, "--tokenizer"))
+    template = first.parent / TEMPLATE_FILE
+    others += [template] if options.messages_key and template.is_file() else []
     return {TOKENIZER_FILE: first.read_bytes()} | {file.name: file.read_bytes() for file in others}
 
 
@@ -199,16 +218,16 @@ def make_manifest(
         tokenizer: what the token ids mean.
         described: its entry, as `describe_tokenizer`.
     """
+    weighted = version_of(domains) != VERSION
+    keys = keys_of(options)
+    dtypes = {part: dtype for part, dtype in part_dtypes(tokenizer).items() if part != WEIGHTS or weighted}
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version_of(domains),
         "fingerprint": inputs,
-        "options": {"validation_fraction": options.validation_fraction, "text_key": options.text_key},
+        "options": {"validation_fraction": options.validation_fraction, **keys},
         "tokenizer": described,
         "vocab_size": tokenizer.vocab_size,
-        "dtypes": {
-            "tokens": f"{token_dtype(tokenizer.vocab_size).name}, little-endian",
-            "offsets": "int64, little-endian",
-        },
+        "dtypes": {part: f"{dtype.name}, little-endian" for part, dtype in dtypes.items()},
         "domains": domains,
     }

@@ -3,6 +3,7 @@
     python -m moe_jax.data.prepare --input=FOLDER --output=DIR [--validation_fraction=0.05] [--text_key=text]
                                    [--domain=NAME] [--include='*.txt,*.parquet'] [--overwrite]
                                    [--tokenizer=DIR_OR_JSON [--separator=TOKEN]] [--processes=N]
+                                   [--prompt_key=KEY --answer_key=KEY | --messages_key=KEY] [--weight_key=KEY]
 
 First-level subfolders are the domains; files directly in FOLDER belong to a domain named after it, or to
 --domain. A file is one document, except that every line of a .jsonl, .ndjson or .json file is one, and every row of a
@@ -11,6 +12,10 @@ First-level subfolders are the domains; files directly in FOLDER belong to a dom
 Tokens are bytes, or those of a trained vocabulary: --tokenizer names a tokenizer.json or the folder of the model that
 holds it. Its files are copied into the output, which needs nothing else. Documents are opened by the model's bos or eos
 token, or by --separator; names of special tokens in the text are text.
+
+For fine-tuning, --prompt_key and --answer_key name two fields of which only the second is trained on, and
+--messages_key a list of {"role", "content"} that the tokenizer's chat template renders, of which only what the
+assistant writes is trained on. --weight_key names a number by which a document's loss is multiplied.
 
 Everything is read twice. The first reading checks it, so that bad input is reported before anything is written, and
 decides by a hash of each document's path and line which documents are held out. The second reading writes, domain after
@@ -25,6 +30,7 @@ from collections.abc import Sequence
 from moe_jax.config.command import fail, print_any_name
 from moe_jax.config.paths import path_of
 from moe_jax.data import output
+from moe_jax.data.documents import chat_digest, check_keys
 from moe_jax.data.manifest import MANIFEST
 from moe_jax.data.scan import scan
 from moe_jax.data.sources import INCLUDE, Options, find_sources
@@ -45,8 +51,10 @@ def prepare(options: Options) -> None:
         FileNotFoundError: the input is not a folder.
     """
     _check_options(options)
+    check_keys(options)
     output.refuse_foreign(options)
     tokenizer = get_tokenizer(options.tokenizer, options.separator) if options.tokenizer else ByteTokenizer()
+    chat_digest(options)  # refuses a tokenizer without a template before anything is read
     tokenizer_files = output.read_tokenizer_files(options)
     described = output.describe_tokenizer(tokenizer, tokenizer_files)
     plans = scan(options, find_sources(options))
@@ -103,6 +111,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--output", required=True, help="folder to create")
     parser.add_argument("--validation_fraction", type=float, default=0.05, help="share held out (0.05)")
     parser.add_argument("--text_key", default="text", help="key of the text in a .jsonl line (text)")
+    parser.add_argument("--prompt_key", default="", help="key of a prompt, which is not trained on")
+    parser.add_argument("--answer_key", default="", help="key of the answer to --prompt_key")
+    parser.add_argument("--messages_key", default="", help="key of a list of messages, for a chat template")
+    parser.add_argument("--weight_key", default="", help="key of how much a document counts (1)")
     parser.add_argument("--domain", default="", help="domain of files directly in the input")
     parser.add_argument("--include", default=INCLUDE, help=f"patterns of file names ({INCLUDE})")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json, or the folder that holds it (bytes)")

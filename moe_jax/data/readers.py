@@ -9,11 +9,12 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+from moe_jax.data.documents import Piece, check_text, decode, keys_of, read_row
 from moe_jax.data.sources import ARCHIVES, LINES, Options, compression, has_lines, is_table
 
 ROWS_AT_ONCE = 1024  # of a table
@@ -21,14 +22,6 @@ ARROW_FILE = b"ARROW1"  # how a file begins that is no stream
 READ_BYTES = 2**20  # expanded at once
 # what the libraries raise for a file that is damaged or truncated; pyarrow's errors are ValueErrors or OSErrors
 DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
-
-
-class Piece(NamedTuple):
-    """A document as found: where ("folder/file", or "folder/file:line" or row), and its text or what is wrong."""
-
-    where: str
-    text: str
-    problem: str = ""
 
 
 def read_documents(options: Options, name: str, digest: Any) -> Iterator[Piece]:
@@ -50,7 +43,7 @@ def read_documents(options: Options, name: str, digest: Any) -> Iterator[Piece]:
     read = _read_table if is_table(name) else _read_lines if has_lines(name) else _read_text
     number = 0
     try:
-        for piece in read(path, name, options.text_key, digest):
+        for piece in read(path, name, options, digest):
             number += 1
             yield piece
     except DAMAGED as error:
@@ -98,44 +91,28 @@ def _open(path: Path) -> AbstractContextManager[BinaryIO]:
     return OPENERS[packed](path) if packed else open(path, "rb")
 
 
-def _read_text(path: Path, name: str, _: str, digest: Any) -> Iterator[Piece]:
+def _read_text(path: Path, name: str, options: Options, digest: Any) -> Iterator[Piece]:
+    flag, key = next(iter(keys_of(options).items()))
+    if flag != "text_key" or options.weight_key:
+        yield Piece(name, "", f"is text, without a field for --{flag}={key}; leave it out with --include='*.jsonl'")
+        return
     with _open(path) as file:
         data = file.read().removeprefix(codecs.BOM_UTF8)
     digest.update(data)
-    yield _check_text(name, data, *_decode(data))
+    yield check_text(name, data, *decode(data))
 
 
-def _read_lines(path: Path, name: str, text_key: str, digest: Any) -> Iterator[Piece]:
+def _read_lines(path: Path, name: str, options: Options, digest: Any) -> Iterator[Piece]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             own = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if own:
                 digest.update(own)
-                yield _read_line(f"{name}:{number}", own, text_key)
+                yield _read_line(f"{name}:{number}", own, options)
 
 
-def _decode(data: bytes) -> tuple[str, str]:
-    """The text, and what is wrong with it."""
-    try:
-        return data.decode("utf-8"), ""
-    except UnicodeDecodeError as error:
-        return "", f"is not UTF-8 (byte {error.start}, line {_line_number(data, error.start)})"
-
-
-def _line_number(data: bytes, place: int) -> int:
-    return data.count(b"\n", 0, place) + 1
-
-
-def _check_text(where: str, data: bytes, text: str, problem: str) -> Piece:
-    if b"\0" in data:
-        problem = f"has a NUL byte (line {_line_number(data, data.index(0))}): it is not text"
-    if not problem and not text.strip():
-        problem = "is empty"
-    return Piece(where, "" if problem else text, problem)
-
-
-def _read_line(where: str, line: bytes, text_key: str) -> Piece:
-    text, problem = _decode(line)
+def _read_line(where: str, line: bytes, options: Options) -> Piece:
+    text, problem = decode(line)
     if problem:
         return Piece(where, "", problem)
     if not text.strip():
@@ -144,46 +121,41 @@ def _read_line(where: str, line: bytes, text_key: str) -> Piece:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Piece(where, "", f"is not JSON ({error}), as every line of a {', '.join(LINES)} file must be")
-    if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
-        return Piece(where, "", f"must be a JSON object with a string under '{text_key}' (see --text_key)")
-    try:
-        data = value[text_key].encode("utf-8")
-    except UnicodeEncodeError as error:
-        return Piece(where, "", f"has half a surrogate pair (character {error.start} of its text)")
-    return _check_text(where, data, value[text_key], "")
+    return read_row(where, value, options, needs="must be a JSON object with")
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, name: str, text_key: str, digest: Any) -> Iterator[Piece]:
-    """The rows of a table; each updates the digest with its length and its text."""
+def _read_table(path: Path, name: str, options: Options, digest: Any) -> Iterator[Piece]:
+    """The rows of a table; each updates the digest with the length and the content of what is read of it."""
+    keys = keys_of(options)
     with open(path, "rb") as file:
-        columns, batches = _batches(file, name, text_key)
-        if text_key not in columns:
-            yield Piece(name, "", f"has no column '{text_key}', only {', '.join(columns)}; give --text_key=COLUMN")
-            return
+        columns, batches = _batches(file, name, list(keys.values()))
+        for flag, key in keys.items():
+            if key not in columns:
+                yield Piece(name, "", f"has no column '{key}', only {', '.join(columns)}; give --{flag}=COLUMN")
+                return
         number = 0
         for batch in batches:
-            for value in batch.column(text_key).to_pylist():
+            for values in zip(*(batch.column(key).to_pylist() for key in keys.values()), strict=True):
                 number += 1
-                where = f"{name}:{number}"
-                if not isinstance(value, str):
-                    yield Piece(where, "", f"must be a string under '{text_key}' (see --text_key)")
-                    continue
-                data = value.encode("utf-8")
-                digest.update(len(data).to_bytes(8, "little") + data)
-                yield _check_text(where, data, value, "")
+                row = dict(zip(keys.values(), values, strict=True))
+                piece = read_row(f"{name}:{number}", row, options)
+                if not piece.problem:
+                    data = (piece.text if list(keys) == ["text_key"] else json.dumps(values, default=repr)).encode()
+                    digest.update(len(data).to_bytes(8, "little") + data)
+                yield piece
 
 
-def _batches(file: BinaryIO, name: str, text_key: str) -> tuple[list[str], Iterator[Any]]:
-    """The names of a table's columns, and its rows, of which only the column of texts is read from Parquet."""
+def _batches(file: BinaryIO, name: str, keys: Sequence[str]) -> tuple[list[str], Iterator[Any]]:
+    """The names of a table's columns, and its rows, of which only the columns of `keys` are read from Parquet."""
     if name.lower().endswith(".parquet"):
         from pyarrow import parquet
 
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
-        return names, table.iter_batches(ROWS_AT_ONCE, columns=[text_key] if text_key in names else [])
+        return names, table.iter_batches(ROWS_AT_ONCE, columns=[key for key in keys if key in names])
     from pyarrow import ipc
 
     is_file = file.read(len(ARROW_FILE)) == ARROW_FILE  # otherwise a stream, as datasets writes it

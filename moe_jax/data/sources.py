@@ -30,6 +30,10 @@ class Options:
     tokenizer: str = ""
     separator: str = ""
     processes: int = 0
+    prompt_key: str = ""
+    answer_key: str = ""
+    messages_key: str = ""
+    weight_key: str = ""
 
 
 @dataclass(frozen=True)

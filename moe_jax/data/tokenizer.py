@@ -50,8 +50,11 @@ class Tokenizer(Protocol):
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """uint16[N] or uint32[N]; with `special`, names of special tokens in the text stand for them."""
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_all(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
         """Each text's ids, as `encode` gives them."""
+
+    def encode_later(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's ids where it continues another one: as `encode_all`, without what is put before a text."""
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for, concatenated; one token may be half a character."""
@@ -129,9 +132,13 @@ class ByteTokenizer:
         """
         return self.to_bytes(ids).decode("utf-8", errors="replace")
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_all(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
         """Each text's ids."""
         return [self.encode(text) for text in texts]
+
+    def encode_later(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's ids: nothing is put before any."""
+        return self.encode_all(texts)
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; a ValueError as in `decode`."""

@@ -78,11 +78,23 @@ class TrainedTokenizer:
         encoding = self.inner.encode(text, add_special_tokens=False)
         return self._array(encoding.ids) if special else self._as_text(encoding.ids)
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_all(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
         """Encodes each text, as `encode`, on all cores."""
-        self.inner.encode_special_tokens = True
+        self.inner.encode_special_tokens = not special
         found = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._as_text(encoding.ids) for encoding in found]
+        return [(self._array if special else self._as_text)(encoding.ids) for encoding in found]
+
+    def encode_later(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes each text as plain text that continues another one: nothing is put before it."""
+        return self._without_lead.encode_all(texts)
+
+    @functools.cached_property
+    def _without_lead(self) -> "TrainedTokenizer":
+        from tokenizers import Tokenizer
+
+        raw = json.loads(self.inner.to_str())
+        parts = {name: _without_lead(raw[name]) for name in ("normalizer", "pre_tokenizer")}
+        return dataclasses.replace(self, inner=Tokenizer.from_str(json.dumps(raw | parts)), before=b"")
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for, concatenated; a ValueError for an id outside the vocabulary."""
@@ -264,6 +276,18 @@ def _kinds(part: Any) -> Iterator[str]:
         yield str(part.get("type"))
         for inner in [*part.get("decoders", []), *part.get("normalizers", [])]:
             yield from _kinds(inner)
+
+
+def _without_lead(part: Any) -> Any:
+    """A normalizer or pre-tokenizer, with those inside it, without what puts a space before a text."""
+    if not isinstance(part, dict):
+        return part
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    part = part | {key: value for key, value in never.items() if key in part}
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [_without_lead(one) for one in part[name] if one["type"] != "Prepend"]
+    return None if part["type"] == "Prepend" else part
 
 
 def byte_alphabet() -> dict[str, int]:

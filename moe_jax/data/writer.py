@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from moe_jax.data.corpus import tokenize_documents
-from moe_jax.data.manifest import OFFSET_DTYPE, SPLITS
+from moe_jax.data.chat import special_names
+from moe_jax.data.documents import Piece, Tokens, tokenize
+from moe_jax.data.manifest import OFFSET_DTYPE, SPLITS, WEIGHT_DTYPE, WEIGHTS
 from moe_jax.data.output import PARTIAL, files_of, note_of
 from moe_jax.data.progress import progress
-from moe_jax.data.readers import Piece, read_documents
+from moe_jax.data.readers import read_documents
 from moe_jax.data.scan import DomainPlan, document_rank
 from moe_jax.data.sources import Options, printable
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.workers import each_in, number_of
 from moe_jax.runtime.files import write_json
 
+ONES_AT_ONCE = 2**20  # weights of tokens before the first with a weight of its own
 CHARACTERS_AT_ONCE = 2**20  # documents are tokenized together, in groups of about this size, to use all cores
 
 
@@ -76,20 +78,41 @@ class SplitWriter:
     """Writes one split of one domain, document by document, and keeps count of sizes and hashes."""
 
     def __init__(self, folder: Path, domain: str, split: str) -> None:
-        names = {"tokens": f"{domain}.{split}.bin", "offsets": f"{domain}.{split}.offsets.bin"}
-        self._files = {part: open(folder / name, "wb") for part, name in names.items()}  # noqa: SIM115
-        self._digests = {part: hashlib.sha256() for part in names}
-        self._bytes = dict.fromkeys(names, 0)
+        self._path = folder / f"{domain}.{split}"
+        self._files: dict[str, BinaryIO] = {}
+        self._digests: dict[str, Any] = {}
+        self._bytes: dict[str, int] = {}
         self._num_tokens = 0
         self._num_documents = 0
+        self._end: float = 1.0  # how much the end of the newest document counts, the separator of the next one
+        self._open("tokens", ".bin")
+        self._open("offsets", ".offsets.bin")
         self._write("offsets", np.zeros(1, OFFSET_DTYPE))
 
-    def add(self, tokens: np.ndarray) -> None:
+    def add(self, document: Tokens) -> None:
         """Writes a document."""
-        self._num_tokens += len(tokens)
+        self._write("tokens", document.ids)
+        self._add_weights(document)
+        self._num_tokens += len(document.ids)
         self._num_documents += 1
-        self._write("tokens", tokens)
         self._write("offsets", np.array([self._num_tokens], OFFSET_DTYPE))
+
+    def _add_weights(self, document: Tokens) -> None:
+        """Writes how much each token counts, from the first that does not count once on, and 1 for all before it."""
+        weights = np.ones(len(document.ids), WEIGHT_DTYPE) if document.weights is None else document.weights.copy()
+        self._end, weights[0] = float(weights[0]), self._end
+        if WEIGHTS not in self._files:
+            if (weights == 1).all():
+                return
+            self._open(WEIGHTS, ".weights.bin")
+            for start in range(0, self._num_tokens, ONES_AT_ONCE):
+                self._write(WEIGHTS, np.ones(min(ONES_AT_ONCE, self._num_tokens - start), WEIGHT_DTYPE))
+        self._write(WEIGHTS, weights)
+
+    def _open(self, part: str, ending: str) -> None:
+        self._files[part] = open(f"{self._path}{ending}", "wb")  # noqa: SIM115
+        self._digests[part] = hashlib.sha256()
+        self._bytes[part] = 0
 
     def close(self) -> None:
         """Makes sure that everything is on disk."""
@@ -124,14 +147,16 @@ def _write_documents(
     advance: Callable[[int], None],
 ) -> None:
     changed = ChangedTexts(tokenizer)
+    # what a chat template writes may be special tokens, which are no text
+    silent = special_names(tuple(tokenizer.names.values())) if options.messages_key else None
     for source in plan.sources:
         digest = hashlib.sha256()
         for pieces in _groups(read_documents(options, source.name, digest)):
-            documents = tokenize_documents([piece.text for piece in pieces], tokenizer)
-            for piece, tokens in zip(pieces, documents, strict=True):
+            documents = tokenize(pieces, tokenizer, special=bool(options.messages_key))
+            for piece, document in zip(pieces, documents, strict=True):
                 held_out = document_rank(piece.where) < plan.threshold
-                writers["validation" if held_out else "train"].add(tokens)
-                changed.count(piece.text, tokens)
+                writers["validation" if held_out else "train"].add(document)
+                changed.count(silent.sub("", piece.text) if silent else piece.text, document.ids)
         if digest.hexdigest() != source.sha256:
             raise ValueError(
                 f"{printable(source.name)} changed while it was read; run again once nothing writes to "

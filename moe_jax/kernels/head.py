@@ -16,24 +16,27 @@ from moe_jax.kernels import native
 BLOCK_BYTES = 16 * 2**20  # of the logits in memory at a time: they fit into caches, with enough rows for a fast product
 LEAST_ROWS = 128  # tokens of a block
 
+# how much each target counts: not or once, or any weight of at least 0
+Mask = Bool[Array, "batch seq"] | Float32[Array, "batch seq"]
+
 
 def row_nats(
-    logits: Float32[Array, "batch seq vocab"], targets: Int32[Array, "batch seq"], mask: Bool[Array, "batch seq"]
+    logits: Float32[Array, "batch seq vocab"], targets: Int32[Array, "batch seq"], mask: Mask
 ) -> Float32[Array, "batch"]:
-    """The cross-entropy of every row in nats, summed over its valid targets, from all logits."""
+    """The cross-entropy of every row in nats, summed over its targets as much as each counts, from all logits."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(mask, nats, 0.0).sum(-1)
+    return _counted(mask, nats).sum(-1)
 
 
 def summed_nats(
     x: Float[Array, "batch seq embed"],
     head: Float[Array, "embed vocab"],
     targets: Int32[Array, "batch seq"],
-    mask: Bool[Array, "batch seq"],
+    mask: Mask,
     cpu_kernel: str = "auto",
     mesh: Mesh | None = None,
 ) -> Float32[Array, ""]:
-    """The cross-entropy of `x head` in nats, summed over all valid targets, block by block of tokens.
+    """The cross-entropy of `x head` in nats, summed over all targets as much as each counts, block by block of tokens.
 
     The backward pass only scales the gradient by a number, so the forward pass also computes the gradient while a
     block's logits are in memory: three products in all, and never [T, V]. For one device: on several, every block would
@@ -43,7 +46,7 @@ def summed_nats(
         x: [B, S, D], the output of the final norm, in the compute dtype; logits are float32.
         head: [D, V], in the same dtype.
         targets: int32 [B, S] in [0, V).
-        mask: bool [B, S], False where there is no target.
+        mask: [B, S], how much each target counts: bool, or float32 of at least 0; 0 where there is no target.
         cpu_kernel: on one CPU "native" is C++, "xla" is not, and "auto" is C++ if it can run.
         mesh: the one device that the program is compiled for; JAX's default device if None.
 
@@ -81,7 +84,7 @@ def _gradient_in_xla(x: Array, head: Array, targets: Array, mask: Array) -> tupl
 
 
 def _gradient_in_cpp(x: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, Array, Array]:
-    """As `_gradient_in_xla`, by `cpp/head.cc`, which also refuses a valid target outside of the vocabulary."""
+    """As `_gradient_in_xla`, by `cpp/head.cc`, which also refuses a target that counts outside of the vocabulary."""
     embed, vocab = head.shape
     block = _rows_of_block(targets.size, vocab)
     results = [
@@ -91,7 +94,8 @@ def _gradient_in_cpp(x: Array, head: Array, targets: Array, mask: Array) -> tupl
         jax.ShapeDtypeStruct((block, embed), jnp.float32),
         jax.ShapeDtypeStruct((block, vocab), jnp.float32),
     ]
-    arrays = x.reshape(-1, embed), head.astype(x.dtype), targets.ravel().astype(jnp.int32), mask.ravel()
+    weights = mask.ravel().astype(jnp.float32)
+    arrays = x.reshape(-1, embed), head.astype(x.dtype), targets.ravel().astype(jnp.int32), weights
     nats, dx, d_head, _, _ = native.call("head", "gradient", x.dtype, results, *arrays)
     return nats, dx, d_head
 
@@ -135,5 +139,12 @@ def _nats(head: Array, x: Array, targets: Array, mask: Array) -> tuple[Array, Ar
     total = powers.sum(-1, keepdims=True)
     chosen = jax.nn.one_hot(targets, logits.shape[1], dtype=bool)
     nats = jnp.log(total[:, 0]) - jnp.where(chosen, shifted, 0.0).sum(-1)
-    d_logits = jnp.where(mask[:, None], powers / total - chosen.astype(jnp.float32), 0.0)
-    return jnp.where(mask, nats, 0.0).sum(), d_logits
+    d_logits = _counted(mask[:, None], powers / total - chosen.astype(jnp.float32))
+    return _counted(mask, nats).sum(), d_logits
+
+
+def _counted(mask: Array, values: Array) -> Array:
+    """The values as much as each counts; exactly 0 where it does not, whatever the value."""
+    if mask.dtype == bool:
+        return jnp.where(mask, values, 0.0)
+    return jnp.where(mask > 0, mask * values, 0.0)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from moe_jax.config import Config, ModelConfig
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import Batch, total_of
 from moe_jax.model.block import Block
 from moe_jax.model.forward import Inputs, Pass, Report, inputs_of
 from moe_jax.model.layers import RMSNorm, normal
@@ -65,17 +65,18 @@ def shifted(x: Array, depth: int) -> Array:
 # --- its loss -----------------------------------------------------------------------------------------------
 
 
-def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """The targets t_{i+k+1} of depth k of multi-token prediction, and where they are valid: inside one document."""
+def ahead_targets(batch: Batch, depth: int) -> tuple[Int32[Array, "batch seq"], Array]:
+    """The targets t_{i+k+1} of depth k of multi-token prediction, and their mask: 0 outside of the token's document."""
     seen = ahead_of(inputs_of(batch), depth).segment_ids > 0
-    return shifted(batch.targets, depth), seen & shifted(batch.mask, depth)
+    mask = shifted(batch.mask, depth)
+    return shifted(batch.targets, depth), jnp.where(seen, mask, jnp.zeros_like(mask))
 
 
 class AheadLoss(NamedTuple):
-    """The loss of multi-token prediction: nats, and the number of targets, both summed over its depths."""
+    """The loss of multi-token prediction: nats, and how much its targets count, both summed over its depths."""
 
     nats: Float32[Array, ""]
-    tokens: Int32[Array, ""]
+    targets: Int32[Array, ""] | Float32[Array, ""]
 
 
 def ahead_loss(
@@ -85,12 +86,12 @@ def ahead_loss(
 
     Args:
         ahead: the vectors before the head [B, S, D], of every depth.
-        nats: (x, targets, mask) -> the cross-entropy in nats, summed over the valid targets.
+        nats: (x, targets, mask) -> the cross-entropy in nats, summed over the targets as much as each counts.
     """
-    total = AheadLoss(jnp.float32(0.0), jnp.int32(0))
+    total = AheadLoss(jnp.float32(0.0), jnp.zeros_like(total_of(batch.mask)))
     for depth, x in enumerate(ahead, 1):
         targets, mask = ahead_targets(batch, depth)
-        total = AheadLoss(total.nats + nats(x, targets, mask), total.tokens + mask.sum(dtype=jnp.int32))
+        total = AheadLoss(total.nats + nats(x, targets, mask), total.targets + total_of(mask))
     return total
 
 
@@ -99,7 +100,7 @@ def language_nats(
 ) -> Float32[Array, ""]:
     """The nats that training minimises: those of the next token, plus lambda times the mean over later depths.
 
-    The caller divides them by the tokens of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
+    The caller divides them by the targets of the step, as in DeepSeek-V3 (arXiv 2412.19437) eq. 24-25.
     """
     depth = config.model.mtp_depth
     if depth == 0:

@@ -54,14 +54,15 @@ def make_eval_step(
     return _eval_step(compiled_by(config), mesh, balancer)
 
 
-def abstract_batch(config: Config, mesh: Mesh | None = None) -> Batch:
-    """Shapes and dtypes of a step's batch; with a mesh also its sharding."""
+def abstract_batch(config: Config, mesh: Mesh | None = None, weighted: bool = False) -> Batch:
+    """Shapes and dtypes of a step's batch, of a corpus with weights or not; with a mesh also its sharding."""
+    dtypes = {"mask": jnp.float32, "num_bytes": jnp.float32} if weighted else {"mask": jnp.bool_}
     sizes = {"batch": config.batch_size, "length": config.sequence_length}
 
     def leaf(name: str, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape = tuple(sizes[dim] for dim in dims)
         sharding = None if mesh is None else batch_sharding(mesh, dims)
-        return jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
 
     return Batch(**{name: leaf(name, dims) for name, dims in Batch.dims()._asdict().items()})
 
@@ -118,12 +119,14 @@ def _check_options(options: dict[str, str], mesh: Mesh) -> None:
 class Evaluation(NamedTuple):
     """Sums over one held-out batch, by row and over all rows; None without experts, or without a bias.
 
-    nats, tokens, domain, num_bytes: of a row, counting only valid targets. row_loads: of a row's sequence.
+    nats, targets, domain, num_bytes: of a row, counting only the targets that count. tokens: of a row, all that are
+    computed. row_loads: of a row's sequence.
     kept: the number of decisions that are the same without the bias. chosen: the number of decisions. dropped: the
     number of copies that no expert saw; None where none can be dropped.
     """
 
     nats: Float32[Array, "batch"]
+    targets: Int32[Array, "batch"]
     tokens: Int32[Array, "batch"]
     domain: Int32[Array, "batch"]
     num_bytes: Int32[Array, "batch"]
@@ -153,7 +156,8 @@ def _eval_step(
         nats, report = model_row_nats(config, state.params, state.bias, fwd, batch)
         row_loads = None if report is None else report.details.row_loads.swapaxes(0, 1)
         rows = jnp.asarray(batch.domain), jnp.asarray(batch.num_bytes)
-        result = Evaluation(nats, batch.mask.sum(-1, dtype=jnp.int32), *rows, row_loads)
+        targets, tokens = (flags.sum(-1, dtype=jnp.int32) for flags in (batch.mask, batch.segment_ids > 0))
+        result = Evaluation(nats, targets, tokens, *rows, row_loads)
         if report is not None and can_drop:
             result = result._replace(dropped=report.traffic.dropped)
         if report is None or not has_bias:

@@ -35,7 +35,8 @@ def evaluate(
 ) -> dict[str, float | int]:
     """Evaluate loss, bits per byte (all and per domain) and balance over the held-out documents.
 
-    Bits per byte is nats / (ln 2 x UTF-8 bytes of the targets), which is comparable across tokenizers. Violations are
+    Bits per byte is nats / (ln 2 x UTF-8 bytes of the targets), which is comparable across tokenizers. Of a corpus with
+    weights it counts the targets that are trained on, once each; balance is that of all tokens. Violations are
     those of the loads of the whole set (MaxVio_global), by layer, then mean and worst over layers.
 
     Args:
@@ -104,7 +105,8 @@ class Totals:
         self.num_experts = num_experts  # those that compute; loads of zero-computation experts come after them
         self.nats = np.zeros(num_domains)
         self.num_bytes = np.zeros(num_domains, np.int64)
-        self.lengths: collections.Counter[int] = collections.Counter()  # valid tokens of a sequence -> sequences
+        self.num_targets = 0
+        self.lengths: collections.Counter[int] = collections.Counter()  # tokens of a sequence -> sequences
         self.by_sequence: dict[str, float] = collections.defaultdict(float)  # measure -> sum of its means over layers
         self.loads: Any = None  # [D, L, E]
         self.kept = 0  # decisions that the bias does not change
@@ -117,6 +119,7 @@ class Totals:
         domain = sums.domain[real]
         np.add.at(self.nats, domain, sums.nats[real].astype(np.float64))
         np.add.at(self.num_bytes, domain, sums.num_bytes[real])
+        self.num_targets += int(sums.targets[real].sum())
         self.lengths.update(sums.tokens[real].tolist())
         if sums.row_loads is not None:
             self._add_loads(domain, sums.row_loads[real][..., : self.num_experts])
@@ -135,14 +138,14 @@ class Totals:
 
     @property
     def num_tokens(self) -> int:
-        """The number of valid targets."""
+        """The number of tokens that were computed."""
         return sum(length * count for length, count in self.lengths.items())
 
     def losses(self, domains: Sequence[str]) -> dict[str, float]:
-        """eval/loss, and eval/bits_per_byte of all text and of each domain that has text."""
+        """eval/loss, and eval/bits_per_byte of all text and of each domain that has text; 0 where no target counts."""
         numbers = {
-            "eval/loss": float(self.nats.sum()) / self.num_tokens,
-            "eval/bits_per_byte": float(self.nats.sum()) / (math.log(2) * int(self.num_bytes.sum())),
+            "eval/loss": float(self.nats.sum()) / max(1, self.num_targets),
+            "eval/bits_per_byte": float(self.nats.sum()) / (math.log(2) * max(1, int(self.num_bytes.sum()))),
         }
         for name, nats, num_bytes in zip(domains, self.nats, self.num_bytes, strict=True):
             if num_bytes:

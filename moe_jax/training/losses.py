@@ -17,7 +17,8 @@ from moe_jax.model.prediction import AheadLoss, ahead_loss
 def model_row_nats(
     config: Config, params: Tree, bias: Tree, fwd: Pass, batch: Batch
 ) -> tuple[Float32[Array, "batch"], Report | None]:
-    """Run the model: the cross-entropy of every row in nats, summed over its valid targets, and the layers' reports.
+    """Run the model: the cross-entropy of every row in nats, summed over its targets as much as each counts, and
+    the layers' reports.
 
     Args:
         fwd: the forward pass of the batch, with `inputs_of(batch)`.

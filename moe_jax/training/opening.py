@@ -2,7 +2,7 @@
 
 from moe_jax.config import Config
 from moe_jax.data import Corpus, open_corpus
-from moe_jax.data.batches import check_weights
+from moe_jax.data.mixture import check_weights
 from moe_jax.runtime import processes
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 from moe_jax import balance
 from moe_jax.balance import measures
 from moe_jax.config import Config
-from moe_jax.data.batches import Batch
+from moe_jax.data.batches import Batch, total_of
 from moe_jax.dispatch import Traffic
 from moe_jax.mesh import is_sharded, replicated, ways
 from moe_jax.model.abstract import Tree, abstract_model
@@ -36,7 +36,7 @@ class StepSums(NamedTuple):
     """What `accumulate` sums over the micro-batches of a step; the metrics are computed from it.
 
     nats: the cross-entropy of the next tokens.
-    ahead: nats and number of targets of multi-token prediction, summed over its depths.
+    ahead: nats and targets of multi-token prediction, summed over its depths.
     total_loss: the loss that was differentiated.
     statistics, losses, aux_loss, traffic: the sums of the MoE layers' `Report`s, leaves [L, ...]; None for a dense
         model. The balancer moves the bias by the statistics.
@@ -99,7 +99,7 @@ def train_step(
         after = all_or_nothing(fine, keep, moved, state)._replace(guard=watched)
     values = step_metrics(sums, batch, after, grad_norm, rate)
     if config.model.mtp_depth:
-        values |= {"mtp/loss": sums.ahead.nats / at_least_one(sums.ahead.tokens)}
+        values |= {"mtp/loss": sums.ahead.nats / divisor(sums.ahead.targets)}
     if sums.statistics is not None:
         values |= balance_metrics(config, sums, batch, state, after, mesh)
     if later is not None:
@@ -140,15 +140,15 @@ def accumulate(
 ) -> tuple[StepSums, Tree]:
     """Sum the loss, its gradient and the reports over the micro-batches, by scan.
 
-    Nats are divided once, by the valid tokens of the whole step; token-averaged balancing losses are
-    weighted by their micro-batch's share of these tokens. So N micro-batches give the gradient of one batch.
+    Nats are divided once, by the targets of the whole step, each as much as it counts; where none does, loss and
+    gradient of the language model are 0. Token-averaged balancing losses are weighted by their micro-batch's share of
+    the tokens, which count once each whatever their targets do. So N micro-batches give the gradient of one batch.
     """
     micro = micro_batches_of_step(config, state, batch, key, mesh)
-    num_tokens = at_least_one(batch.mask.sum(dtype=jnp.int32))
     statistics = None
     if config.micro_batches > 1 and balance.needs_step_statistics(config.balance):
         statistics = step_statistics(config, state, micro, mesh)
-    gradient = _micro_batch_gradient(config, state, statistics, num_tokens, mesh)
+    gradient = _micro_batch_gradient(config, state, statistics, batch, mesh)
     first: Micro = jax.tree.map(lambda a: a[0], micro)
 
     if config.micro_batches == 1:  # without a scan, which would add all gradients to zeros
@@ -169,12 +169,13 @@ def accumulate(
 
 
 def _micro_batch_gradient(
-    config: Config, state: TrainState, statistics: balance.Statistics | None, num_tokens: Array, mesh: Mesh | None
+    config: Config, state: TrainState, statistics: balance.Statistics | None, step: Batch, mesh: Mesh | None
 ) -> Callable[[Tree, Micro, balance.Statistics | None], tuple[StepSums, Tree]]:
     """(params, micro-batch, statistics of the earlier ones) -> its part of the step's sums, and its gradient.
 
-    statistics: of the whole step if a loss reads them, else None. num_tokens: of the whole step.
+    statistics: of the whole step if a loss reads them, else None. step: the batch of the whole step.
     """
+    num_targets, num_tokens = divisor(total_of(step.mask)), divisor(step.num_tokens)
     balancer = balance.make(config.balance, config.model)
     dims = abstract_model(config.model).dims
 
@@ -185,8 +186,8 @@ def _micro_batch_gradient(
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh, max_logits=clips)
         params = without_frozen_gradients(config.optimizer, dims, params)
         nats, ahead, report, max_logits = model_summed_nats(config, params, state.bias, fwd, batch)
-        total = language_nats(config, state.step, nats, ahead) / num_tokens
-        share = batch.mask.sum(dtype=jnp.int32).astype(jnp.float32) / num_tokens
+        total = language_nats(config, state.step, nats, ahead) / num_targets
+        share = batch.num_tokens.astype(jnp.float32) / num_tokens
         if report is None:
             return total, StepSums(nats, ahead, total, max_logits=max_logits)
         losses, aux_loss = jax.tree.map(lambda value: share * value, (report.losses, report.aux_loss))
@@ -295,8 +296,8 @@ def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Arr
     return some | {
         "loss": mean_nats(sums, batch),
         "total_loss": sums.total_loss,
-        "tokens": batch.mask.sum(dtype=jnp.int32),
-        "bits_per_byte": sums.nats / (jnp.log(jnp.float32(2.0)) * at_least_one(batch.num_bytes.sum(dtype=jnp.int32))),
+        "tokens": batch.num_tokens,
+        "bits_per_byte": sums.nats / (jnp.log(jnp.float32(2.0)) * divisor(total_of(batch.num_bytes))),
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "skipped": state.skipped,
@@ -305,13 +306,13 @@ def step_metrics(sums: StepSums, batch: Batch, state: TrainState, grad_norm: Arr
 
 
 def mean_nats(sums: StepSums, batch: Batch) -> Float32[Array, ""]:
-    """The loss of a step: nats per valid token."""
-    return sums.nats / at_least_one(batch.mask.sum(dtype=jnp.int32))
+    """The loss of a step: nats per target, each as much as it counts; 0 where none does."""
+    return sums.nats / divisor(total_of(batch.mask))
 
 
-def at_least_one(count: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """The count as a divisor, float32."""
-    return jnp.maximum(count, 1).astype(jnp.float32)
+def divisor(total: Int32[Array, "*shape"] | Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """A number or a sum of weights, float32, to divide by: 1 where it is 0."""
+    return jnp.where(total > 0, total, 1).astype(jnp.float32)
 
 
 def balance_metrics(
@@ -327,7 +328,7 @@ def balance_metrics(
     Losses are logged once, as in the total loss, summed over layers. `moe/dropped` counts copies, and `moe/drop_rate`
     is their share.
     """
-    m, bias, tokens = config.model, read_bias(after.bias), batch.mask.sum(dtype=jnp.int32)
+    m, bias, tokens = config.model, read_bias(after.bias), batch.num_tokens
     statistics, losses, aux_loss, traffic = sums.statistics, sums.losses, sums.aux_loss, sums.traffic
     assert statistics is not None and losses is not None and aux_loss is not None and traffic is not None
     loads = statistics["loads"]
@@ -343,7 +344,7 @@ def balance_metrics(
         values |= {"moe/device_violation": on_devices.mean(), "moe/device_violation_worst": on_devices.max()}
     if m.num_zero_experts:
         to_zero = loads[:, m.num_experts :].sum(-1, dtype=jnp.int32).astype(jnp.float32)
-        values |= {"moe/zero_share": (to_zero / at_least_one(loads.sum(-1, dtype=jnp.int32))).mean()}
+        values |= {"moe/zero_share": (to_zero / divisor(loads.sum(-1, dtype=jnp.int32))).mean()}
     return values | {
         "moe/bias_range": measures.bias_range(bias).max(),
         "moe/aux_loss": aux_loss.mean(),
@@ -351,7 +352,7 @@ def balance_metrics(
         "moe/drop_rate": (dropped / copies).mean(),
         "moe/rounds": rounds.mean() / config.micro_batches,
         "moe/padding": (rows / copies).mean(),
-        "moe/devices_per_token": (visits / at_least_one(tokens)).mean(),
+        "moe/devices_per_token": (visits / divisor(tokens)).mean(),
         "loads": loads,
         "bias": bias,
     }

@@ -81,10 +81,11 @@ def timed_batches(context: Context, first: int, last: int, train_step: TimedStep
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
         weights=config.data.weights,
+        packing=config.data.packing,
     )
-
-    whole = compile.abstract_batch(config, context.mesh)
-
+    if config.data.packing != "stream":
+        context.display.say(f"data.packing={config.data.packing}: {batch_at.padding:.1%} of the tokens are padding")
+    whole = compile.abstract_batch(config, context.mesh, context.corpus.weighted)
     delay = config.anticipation.delay
 
     def load(step: int) -> list[Batch]:

@@ -1,12 +1,14 @@
 """Laws of batches: windows checkable by hand, and `batch_at` as a pure function of (seed, step)."""
 
 import concurrent.futures
+import dataclasses
 import random
 
 import numpy as np
 import pytest
 
 from moe_jax.data import count_windows, evaluation_batches, make_corpus, training_batches
+from moe_jax.data.batches import total_of
 
 SEPARATOR = 256
 # Streams: "a" trains on 256 97 98 256 99 and "b" on 256 and 13 letters.
@@ -174,8 +176,8 @@ def test_a_process_reads_only_its_own_rows(monkeypatch):
     from moe_jax.data import batches
 
     seen = []
-    real = batches._Windows.__getitem__
-    monkeypatch.setattr(batches._Windows, "__getitem__", lambda self, i: seen.append(i) or real(self, i))
+    real = batches._Rows.__getitem__
+    monkeypatch.setattr(batches._Rows, "__getitem__", lambda self, i: seen.append(i) or real(self, i))
     training_batches(LARGE, seed=2, batch_size=6, sequence_length=12)(4, (2, 4))
     assert len(seen) == 2
     evaluation_batches(LARGE, batch_size=3, sequence_length=1).batch_at(0, (2, 3))
@@ -248,6 +250,7 @@ def test_bad_weights_are_refused_in_a_sentence(weights, message):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"packing": "first_fit"}, "data.packing='first_fit' is not known; use one of: stream, best_fit"),
     ],
 )
 def test_bad_sizes_are_refused_in_a_sentence(change, message):
@@ -297,3 +300,92 @@ def test_an_evaluation_batch_is_the_same_however_it_is_split_over_processes(spli
     batches = evaluation_batches(SMALL, batch_size=4, sequence_length=1)
     for index, whole in enumerate(batches):
         assert same(rows([batches.batch_at(index, part) for part in split]), whole)
+
+
+# --- weights and packing ----------------------------------------------------------------------------------------
+
+
+def weighing(corpus, **weights):
+    """The corpus with weights of the training and held-out tokens of some domains."""
+    streams = dict(corpus.streams)
+    for domain, by_split in weights.items():
+        for split, values in by_split.items():
+            streams[split, domain] = dataclasses.replace(streams[split, domain], weights=np.float16(values))
+    return dataclasses.replace(corpus, streams=streams)
+
+
+WEIGHED = weighing(SMALL, a={"train": [1, 0, 2, 0.5, 0], "validation": [1, 0, 2, 0.5, 0]})
+
+
+def test_weights_are_those_of_the_targets_and_of_their_bytes():
+    # "a" trains on 256 97 98 256 99, whose targets 97 98 256 99 weigh 0 2 0.5 0; 98 is one byte, which weighs 2
+    batch = training_batches(WEIGHED, seed=0, batch_size=1, sequence_length=6, weights={"a": 1, "b": 0})(0)
+    assert batch.mask.dtype == batch.num_bytes.dtype == np.float32
+    assert batch.mask.tolist() == [[0, 2, 0.5, 0, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 0, 0]]
+    assert batch.num_bytes.tolist() == [2]
+    assert batch.num_tokens == 4
+    assert total_of(batch.mask) == 2.5
+
+
+def test_a_domain_without_weights_counts_once_beside_one_that_has_some():
+    batch = training_batches(WEIGHED, seed=0, batch_size=1, sequence_length=16, weights={"a": 0, "b": 1})(0)
+    assert batch.mask.dtype == np.float32
+    assert batch.mask.tolist() == [[1] * 13 + [0] * 3]
+    assert batch.num_bytes.tolist() == [13]
+
+
+def test_weights_of_held_out_tokens_alone_leave_training_as_it_is():
+    corpus = weighing(SMALL, a={"validation": [1, 0, 2, 0.5, 0]})
+    ours, theirs = (training_batches(c, seed=0, batch_size=2, sequence_length=4)(0) for c in (corpus, SMALL))
+    assert same(ours, theirs)
+
+
+def test_evaluation_counts_a_target_that_is_trained_on_once_whatever_it_weighs():
+    # "a" holds out 256 x y 256 z, whose targets x y 256 z weigh 0 2 0.5 0
+    first, _ = evaluation_batches(WEIGHED, batch_size=1, sequence_length=6)
+    assert first.mask.dtype == bool
+    assert first.mask.tolist() == [[False, True, True, False, False, False]]
+    assert first.num_bytes.dtype == np.int32
+    assert first.num_bytes.tolist() == [1]
+    assert first.num_tokens == 4
+
+
+def test_packed_rows_by_hand():
+    # "a" is 256 a b | 256 c: three inputs and one, in one row; the stream's last token is no input
+    batch_at = training_batches(
+        WEIGHED, seed=0, batch_size=1, sequence_length=6, weights={"a": 1, "b": 0}, packing="best_fit"
+    )
+    batch = batch_at(0)
+    assert batch.tokens.tolist() == [[256, 97, 98, 256, 0, 0]]
+    assert batch.targets.tolist() == [[97, 98, 256, 99, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 0]]
+    assert batch.mask.tolist() == [[0, 2, 0.5, 0, 0, 0]]
+    assert batch_at.padding == pytest.approx(2 / 6)
+
+
+def test_packed_rows_hold_whole_documents_and_every_target_once_in_an_epoch():
+    batch_at = training_batches(LARGE, seed=0, batch_size=7, sequence_length=200, packing="best_fit")
+    found = []
+    for step in range(100):
+        batch = batch_at(step)
+        for row in range(7):
+            tokens, targets, segments = (field[row] for field in (batch.tokens, batch.targets, batch.segment_ids))
+            for number in range(1, segments.max() + 1):
+                own = segments == number
+                found.append((tokens[own].tobytes(), targets[own].tobytes()))
+                assert tokens[own][0] == SEPARATOR
+                assert batch.positions[row][own].tolist() == list(range(own.sum()))
+    documents = sum(LARGE.stream("train", domain).num_documents for domain in LARGE.domains)
+    assert len(set(found)) == documents
+
+
+def test_packed_batches_are_a_function_of_seed_and_step_alone_however_they_are_split():
+    batch_at = training_batches(LARGE, seed=3, batch_size=6, sequence_length=64, packing="best_fit")
+    again = training_batches(LARGE, seed=3, batch_size=6, sequence_length=64, packing="best_fit")
+    for step in (5, 0, 2):
+        halves = [again(step, (0, 2)), again(step, (2, 6))]
+        assert same(rows(halves), batch_at(step))
+    other = training_batches(LARGE, seed=4, batch_size=6, sequence_length=64, packing="best_fit")
+    assert windows_of(other(0)) != windows_of(batch_at(0))

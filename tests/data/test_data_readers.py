@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data import open_corpus, readers
+from moe_jax.data.documents import Piece
 from moe_jax.data.prepare import prepare
 from moe_jax.data.readers import read_documents
 from moe_jax.data.sources import Options
@@ -59,7 +60,7 @@ def test_a_compressed_file_has_the_documents_and_the_hash_of_what_it_holds(tmp_p
         assert packed[0][1].where == f"{name}{ending}:2"
         assert packed[1] == plain[1]
     (tmp_path / f"y.txt{ending}").write_bytes(COMPRESSED[ending]("über\nzwei Zeilen".encode()))
-    assert found(tmp_path, f"y.txt{ending}")[0] == [(f"y.txt{ending}", "über\nzwei Zeilen", "")]
+    assert found(tmp_path, f"y.txt{ending}")[0] == [Piece(f"y.txt{ending}", "über\nzwei Zeilen")]
 
 
 @pytest.mark.parametrize("ending", COMPRESSED)
@@ -91,7 +92,7 @@ TABLES = ("a.parquet", "a.arrow", "a_file.arrow")
 def test_every_row_of_a_table_is_a_document(tmp_path, name):
     write_table(tmp_path / name, pyarrow.table({"text": ["eins", "zwei ü", "drei"], "n": [1, 2, 3]}))
     pieces, digest = found(tmp_path, name)
-    assert pieces == [(f"{name}:{n}", text, "") for n, text in enumerate(["eins", "zwei ü", "drei"], 1)]
+    assert pieces == [Piece(f"{name}:{n}", text) for n, text in enumerate(["eins", "zwei ü", "drei"], 1)]
     write_table(tmp_path / name, pyarrow.table({"text": ["einsz", "wei ü", "drei"], "n": [1, 2, 3]}))
     assert found(tmp_path, name)[1] != digest  # the same bytes, divided otherwise
 

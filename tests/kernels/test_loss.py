@@ -78,6 +78,30 @@ def test_a_masked_target_gives_no_nats_and_no_gradient(summed_nats):
     assert not any(g.any() for g in gradients)
 
 
+def test_a_weight_multiplies_the_nats_and_the_gradient_of_its_target(summed_nats, blocks):
+    x, head, targets, mask = problem()
+    weights = mask * jnp.asarray(np.random.default_rng(1).uniform(0.1, 3.0, mask.shape), jnp.float32)
+    ours = value_and_gradients(summed_nats, x, head, targets, weights)
+
+    def oracle(x, head, targets, weights):
+        logs = jax.nn.log_softmax(x @ head)
+        return -(weights * jnp.take_along_axis(logs, targets[..., None], -1)[..., 0]).sum()
+
+    theirs = value_and_gradients(oracle, x, head, targets, weights)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert row_nats(x @ head, targets, weights).sum() == pytest.approx(
+        float(oracle(x, head, targets, weights)), rel=1e-6
+    )
+
+
+def test_weights_of_0_and_1_give_the_bits_of_a_mask(summed_nats, blocks):
+    x, head, targets, mask = problem()
+    ours = value_and_gradients(summed_nats, x, head, targets, mask.astype(jnp.float32))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(value_and_gradients(summed_nats, *problem())), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_gradients_have_the_dtypes_of_their_arguments(summed_nats):
     x, head, targets, mask = problem(jnp.bfloat16)
     value, (dx, d_head) = value_and_gradients(summed_nats, x, head, targets, mask)

@@ -52,6 +52,13 @@ def test_a_position_sees_the_token_k_later_and_predicts_the_next_within_its_docu
     assert ahead_targets(packed(), 3)[1].sum() == 1  # of 4 and 3 tokens, three positions later: 1 and 0
 
 
+def test_a_target_weighs_the_same_at_every_depth_and_nothing_outside_its_document():
+    weights = jnp.array([[0.0, 2.0, 0.5, 3.0, 1.0, 0.0, 4.0, 0.0]])
+    (_, first), (_, third) = (ahead_targets(packed()._replace(mask=weights), depth) for depth in (1, 3))
+    np.testing.assert_array_equal(first, [[2.0, 0.5, 3.0, 0.0, 0.0, 4.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(third, [[3.0, 0, 0, 0, 0, 0, 0, 0]])
+
+
 @functools.cache
 def stepped(depth):
     config = config_with(depth)

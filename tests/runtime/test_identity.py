@@ -73,6 +73,7 @@ OTHER = {
     "checkpoint.keep": 5,
     "compiler_options": {"xla_cpu_enable_fast_math": "true"},
     "data.weights": {"austen": 1.0},
+    "data.packing": "best_fit",
     "balance": {},
 }
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,9 @@ def fake_step(nats_of):
         def eval_step(state, batch):
             tokens = batch.mask.sum(-1)
             row_loads = jnp.zeros((len(tokens), 2, 4), jnp.int32).at[:, :, 0].set(2 * tokens[:, None])
-            return Evaluation(nats_of(batch).astype(jnp.float32), tokens, batch.domain, batch.num_bytes, row_loads)
+            return Evaluation(
+                nats_of(batch).astype(jnp.float32), tokens, tokens, batch.domain, batch.num_bytes, row_loads
+            )
 
         return eval_step
 
@@ -118,7 +121,7 @@ def spread_step(config, mesh, balancer=None):
         row_loads = (tokens[:, None] * expert)[:, None].repeat(2, 1)
         decisions = tokens.sum() * jnp.ones(2, jnp.int32)
         nats = tokens.astype(jnp.float32)
-        return Evaluation(nats, tokens, batch.domain, batch.num_bytes, row_loads, decisions // 4, decisions)
+        return Evaluation(nats, tokens, tokens, batch.domain, batch.num_bytes, row_loads, decisions // 4, decisions)
 
     return eval_step
 
@@ -179,6 +182,25 @@ def test_a_model_with_uniform_predictions_has_a_loss_of_log_v(state):
     tokens = sum(int(b.mask.sum()) for b in batches)
     num_bytes = sum(int(b.num_bytes.sum()) for b in batches)
     assert result["eval/bits_per_byte"] == pytest.approx(math.log2(264) * tokens / num_bytes, rel=1e-6)
+
+
+def test_targets_that_are_not_trained_on_count_no_nats_and_no_bytes_but_are_routed(state):
+    # 12[345]12[345]...: three of five bytes count, whatever they weigh; a head of zeros costs log2 264 bits each
+    corpus = make_corpus({"one": {"train": ["x" * 99], "validation": ["12345" * 16]}})
+    stream = corpus.stream("validation", "one")
+    weights = np.float16([1, *[0, 0, 0.5, 3, 1] * 16])
+    masked = replace(corpus, streams=dict(corpus.streams) | {("validation", "one"): replace(stream, weights=weights)})
+    config = rig.drill_config(data=dict(eval_sequences=0))
+    uniform = state._replace(params=state.params | {"head": jnp.zeros_like(state.params["head"])})
+    plain, found = (evaluate(config, uniform, data) for data in (corpus, masked))
+    assert found["eval/loss"] == pytest.approx(math.log(264), rel=1e-6)
+    assert found["eval/bits_per_byte"] == pytest.approx(math.log2(264), rel=1e-6)
+    nats = [name for name in plain if "loss" in name or "bits" in name]
+    assert {**found, **dict.fromkeys(nats)} == {**plain, **dict.fromkeys(nats)}
+
+    nothing = replace(stream, weights=np.zeros_like(weights))
+    silent = replace(corpus, streams=dict(corpus.streams) | {("validation", "one"): nothing})
+    assert evaluate(config, uniform, silent)["eval/loss"] == 0
 
 
 def test_domains_average_to_the_total_by_bytes(state):

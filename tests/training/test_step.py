@@ -91,6 +91,48 @@ def test_a_mean_of_micro_batch_means_would_be_another_gradient():
     assert np.abs((own[0] + own[1]) / 2 - one).max() > 0.05 * np.abs(one).max()
 
 
+WEIGHTS = (0.0, 0.25, 1.0, 3.0)
+
+
+def weighted_batch() -> Batch:
+    batch = random_batch(padding=UNEQUAL)
+    return batch._replace(mask=batch.mask * np.random.default_rng(1).choice(np.float32(WEIGHTS), batch.mask.shape))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_loss_is_the_weighted_mean_over_the_targets_of_the_whole_step(micro_batches):
+    # the targets of each weight alone have nats and a gradient that are divided by their number
+    state, batch, key = state_of("bias"), weighted_batch(), jax.random.key(1)
+    nats, gradient = 0.0, 0.0
+    for weight in WEIGHTS[1:]:
+        sums, grads = gradient_of("bias", 1)(state, batch._replace(mask=batch.mask == weight), key)
+        nats += weight * sums.nats
+        gradient += weight * (batch.mask == weight).sum() * grads["head"]
+    sums, grads = gradient_of("bias", micro_batches)(state, batch, key)
+    np.testing.assert_allclose(sums.nats, nats, rtol=1e-6)
+    np.testing.assert_allclose(sums.total_loss, nats / batch.mask.sum(), rtol=1e-6)
+    assert_trees_close(grads["head"], gradient / batch.mask.sum())
+
+
+def test_balancing_sees_every_token_whatever_its_target_weighs():
+    state, key = state_of("losses"), jax.random.key(1)
+    plain, weighted = (
+        gradient_of("losses", 2)(state, batch, key)[0] for batch in (random_batch(padding=UNEQUAL), weighted_batch())
+    )
+    np.testing.assert_array_equal(plain.statistics["loads"], weighted.statistics["loads"])
+    np.testing.assert_array_equal(plain.aux_loss, weighted.aux_loss)
+    assert_trees_close(plain.losses, weighted.losses)
+
+
+def test_a_step_in_which_no_target_counts_has_no_loss_and_no_gradient_and_moves_the_bias():
+    batch = random_batch()
+    state, metrics = stepped("bias", [batch._replace(mask=0.0 * batch.mask)])
+    assert metrics["loss"] == metrics["total_loss"] == metrics["bits_per_byte"] == metrics["grad_norm"] == 0
+    assert metrics["tokens"] == 8 * 16
+    assert state.skipped == 0
+    assert (read_bias(state.bias) != 0).any()
+
+
 @pytest.mark.parametrize("remat", ["dots", "full", "names"])
 @pytest.mark.parametrize("name", ["losses"])
 def test_rematerialisation_changes_no_gradient_and_counts_nothing_twice(name, remat):

@@ -32,8 +32,8 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-// the cross-entropy of one token in nats; its logits become their gradient
-float cross_entropy(int vocab, int target, float* logits) {
+// the cross-entropy of one token in nats, times its weight; its logits become the gradient of that
+float cross_entropy(int vocab, int target, float weight, float* logits) {
   Vec largest = all(logits[0]);
   for (int j = 0; j < vocab; j += kLanes) {
     Vec x = j + kLanes <= vocab ? load(logits + j) : largest;
@@ -55,9 +55,9 @@ float cross_entropy(int vocab, int target, float* logits) {
       for (int i = 0; i < vocab - j; i++) total += e[i];
   }
   for (int i = 0; i < kLanes; i++) total += sums[i];
-  for (int j = 0; j < vocab; j++) logits[j] *= 1.0f / total;
-  logits[target] -= 1.0f;
-  return std::log(total) - chosen;
+  for (int j = 0; j < vocab; j++) logits[j] *= weight / total;
+  logits[target] -= weight;
+  return weight * (std::log(total) - chosen);
 }
 
 // even tasks for all threads, in whole tiles
@@ -66,10 +66,10 @@ int64_t rows_of_task(int64_t tokens, int64_t threads) {
   return ((tokens + tasks - 1) / tasks + kTileRows - 1) / kTileRows * kTileRows;
 }
 
-// nats, dx [T, D] and d_head [D, V] of the valid tokens; wide [block, D] and logits [block, V] are scratch
+// nats, dx [T, D] and d_head [D, V] of the tokens that count; wide [block, D] and logits [block, V] are scratch
 template <class X>
 void gradient(ffi::ThreadPool& pool, const Shape& s, const X* x, const X* head, const int32_t* targets,
-              const bool* valid, float* nats, X* dx, float* d_head, int64_t block, float* wide, float* logits) {
+              const float* weights, float* nats, X* dx, float* d_head, int64_t block, float* wide, float* logits) {
   std::vector<float> of_token(s.tokens, 0.0f);
   for (int64_t first = 0; first < s.tokens; first += block) {
     const int64_t tokens = std::min(block, s.tokens - first), rows = rows_of_task(tokens, pool.num_threads());
@@ -80,8 +80,9 @@ void gradient(ffi::ThreadPool& pool, const Shape& s, const X* x, const X* head, 
       widen(x + at * s.embed, n * int64_t(s.embed), own_x);
       multiply<false>(n, s.embed, s.vocab, own_x, head, own_logits);
       for (int i = 0; i < n; i++)
-        if (valid[at + i])
-          of_token[at + i] = cross_entropy(s.vocab, targets[at + i], own_logits + int64_t(i) * s.vocab);
+        if (weights[at + i] > 0)
+          of_token[at + i] =
+              cross_entropy(s.vocab, targets[at + i], weights[at + i], own_logits + int64_t(i) * s.vocab);
         else
           std::fill_n(own_logits + int64_t(i) * s.vocab, s.vocab, 0.0f);
       float* own_dx = scratch.dx.of(n * int64_t(s.embed));
@@ -101,19 +102,19 @@ void gradient(ffi::ThreadPool& pool, const Shape& s, const X* x, const X* head, 
 // --- the interface to XLA -----------------------------------------------------------------------------------------
 
 template <ffi::DataType T>
-ffi::Error Gradient(ffi::ThreadPool pool, In<T, 2> x, In<T, 2> head, In<kInt, 1> targets, In<ffi::PRED, 1> valid,
+ffi::Error Gradient(ffi::ThreadPool pool, In<T, 2> x, In<T, 2> head, In<kInt, 1> targets, In<kFloat, 1> weights,
                     Out<kFloat, 0> nats, Out<T, 2> dx, Out<kFloat, 2> d_head, Out<kFloat, 2> wide,
                     Out<kFloat, 2> logits) {
   const Shape s = {x.dimensions()[0], int(x.dimensions()[1]), int(head.dimensions()[1])};
   const int64_t block = wide->dimensions()[0];
-  if (!has(head, {s.embed, s.vocab}) || !has(targets, {s.tokens}) || !has(valid, {s.tokens}) ||
+  if (!has(head, {s.embed, s.vocab}) || !has(targets, {s.tokens}) || !has(weights, {s.tokens}) ||
       !has(*dx, {s.tokens, s.embed}) || !has(*d_head, {s.embed, s.vocab}) ||
       !has(*wide, {block, s.embed}) || !has(*logits, {block, s.vocab}) || !block)
     return misfit();
   const int32_t* ids = data(targets);
   for (int64_t i = 0; i < s.tokens; i++)
-    if (data(valid)[i] && (ids[i] < 0 || ids[i] >= s.vocab)) return ffi::Error::InvalidArgument("a target is outside of the vocabulary");
-  gradient<Element<T>>(pool, s, data(x), data(head), ids, data(valid), data(nats), data(dx), data(d_head), block,
+    if (data(weights)[i] > 0 && (ids[i] < 0 || ids[i] >= s.vocab)) return ffi::Error::InvalidArgument("a target is outside of the vocabulary");
+  gradient<Element<T>>(pool, s, data(x), data(head), ids, data(weights), data(nats), data(dx), data(d_head), block,
                        data(wide), data(logits));
   return ffi::Error::Success();
 }
@@ -124,7 +125,7 @@ auto bind_gradient() {
   using X = In<T, 2>;
   using Floats = In<kFloat, 2>;
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()                                                //
-      .template Arg<X>().template Arg<X>().template Arg<In<kInt, 1>>().template Arg<In<ffi::PRED, 1>>()  //
+      .template Arg<X>().template Arg<X>().template Arg<In<kInt, 1>>().template Arg<In<kFloat, 1>>()  //
       .template Ret<In<kFloat, 0>>().template Ret<X>().template Ret<Floats>()                    //
       .template Ret<Floats>().template Ret<Floats>();
 }
