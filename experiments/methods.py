@@ -318,8 +318,8 @@ with {what}.
 {within:g} above the floor {floor:.3g} of a uniform random router. *Final*: the mean of max violation over the last
 fifth of {steps} steps. A loss moves an offset of each expert's logits by `router_rate x E x gradient` per step, with
 router_rate={router_rate:g}. No language model counteracts it: any loss that is lower for smaller differences in
-popularity reaches balance here, and its cost to the language model is not visible; a loss that reads only the router's
-weights has no effect. The logits are given, so another router has none either. A method that requires a score is run
+popularity reaches balance here, and its cost to the language model is not visible; a loss that reads only weights has
+no effect. The logits are given, so another router has none either. A method that requires a score is run
 with it, and one that changes nothing from step to step for {few} steps.
 
 {table}

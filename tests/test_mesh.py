@@ -31,7 +31,7 @@ ONE = (1, 1, 1, 1)
 MESHES = [(1, 1, 8, 1), (1, 8, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)]
 MODEL = dict(num_layers=2, first_dense=0, num_experts=8, num_heads=4, num_kv_heads=2)
 LATENT = dict(attention="mla", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6)
-BALANCE = dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2))
+BALANCE = dict(bias_sign=dict(rate=1e-2), aux_loss=dict(weight=1e-2), coupling_loss=dict(weight=1e-2))
 
 
 def config_on(sizes, **overrides):

@@ -67,8 +67,8 @@ def measure(
         interference/router_ratio: the norm of the balancing losses' gradient over that of the language model's, at the
             router weight; 0 for methods without a loss. interference/router_cosine: the cosine of the angle between
             the two, NaN where one is 0. interference/input_ratio, input_cosine: the same at the layer's input.
-            interference/z_...: the same for z-losses, which do not balance and are not included above. Losses of
-            scope global read the counts of this micro-batch alone.
+            interference/z_...: the same for losses that do not balance, which are not included above: z-losses, and
+            that of coupling. Losses of scope global read the counts of this micro-batch alone.
         moe/microbatch_max_violation, moe/sequence_max_violation: MaxVio of the micro-batch's loads, and the mean of
             the MaxVio of each of its sequences; min_, mean_, _worst and _violation_floor as in the metrics of a step.
             moe/bias_changed: the share of choices that the bias changes, where there is a bias. moe/churn: the share
@@ -97,7 +97,7 @@ class Places(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the cross-entropy, of the losses that balance, and of z-losses."""
+    """The gradients of the cross-entropy, of the losses that balance, and of the others, such as z-losses."""
 
     language: Places
     balance: Places
@@ -119,7 +119,7 @@ def _gradients(config: Config, state: TrainState, micro: Micro, mesh: Mesh | Non
         fwd = Pass(inputs_of(batch), balancer, per_layer, key, train=True, mesh=mesh)
         nats, ahead, report, _ = model_summed_nats(config, params, state.bias, fwd, batch)
         assert report is not None  # only models with experts are measured
-        sums = {True: jnp.float32(0.0), False: jnp.float32(0.0)}  # whether it is a z-loss -> sum of such losses
+        sums = {True: jnp.float32(0.0), False: jnp.float32(0.0)}  # whether it is such a loss -> their sum
         for label, value in report.losses.items():
             sums[label in z_labels] += value.sum()
         language = language_nats(config, state.step, nats, ahead) / num_targets

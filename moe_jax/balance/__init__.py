@@ -1,6 +1,6 @@
 """Methods that balance experts: `make(config.balance)` builds one `Balancer`; `names()` lists the methods."""
 
-from moe_jax.balance import bias, capacity, dynamic, losses, phi, routers, selectors, sequence
+from moe_jax.balance import bias, capacity, coupling, dynamic, losses, phi, routers, selectors, sequence
 from moe_jax.balance.protocol import Balancer, Seen, State, Statistics, chain
 from moe_jax.balance.registry import (
     make,
@@ -18,6 +18,7 @@ __all__ = [
     "bias",
     "capacity",
     "chain",
+    "coupling",
     "dynamic",
     "losses",
     "make",

@@ -17,6 +17,7 @@ from moe_jax.routing import Routing
 
 State = dict[str, Any]  # {"bias": float32 [E] or [C, E], <label>: own state}
 Statistics = dict[str, Any]  # {"loads": int32 [E], <label>: own statistics}
+Responses = Callable[[Float32[Array, "vectors embed"]], Float32[Array, "vectors experts"]]
 
 
 class Seen(NamedTuple):
@@ -25,6 +26,8 @@ class Seen(NamedTuple):
     loads: those of the optimizer step; float32 if smoothed. own: the method's own statistics of the step.
     bias: the selection bias [E]. state: the method's own state. step: the optimizer step. For a composition `own` and
     `state` hold those of all its methods, by label.
+    responses: for losses, (vectors [V, D]) -> float32 [V, experts that compute], the norm of what the first matrix of
+    each expert makes of each vector; None where there are no experts. Computed where they are, and only if called.
     """
 
     loads: Shaped[Array, "experts"]
@@ -32,6 +35,7 @@ class Seen(NamedTuple):
     bias: Any = None
     state: Any = None
     step: Any = 0
+    responses: Responses | None = None
 
     def by(self, label: str) -> "Seen":
         """The inputs of one method of a composition."""
@@ -43,6 +47,7 @@ class Balancer(NamedTuple):
 
     own_state: (num_experts, layer) -> own state, a pytree of arrays.
     own_statistics: (Routing) -> own statistics, a pytree of arrays, ADDITIVE over micro-batches and shards.
+    reads_inputs: whether own_statistics gets what the router read, too: (Routing, float32 [T, D] or None).
     own_loss: (Routing, Seen, router_weight [D, E]) -> float32 [], or a dict of them; differentiable, averaged over the
         valid tokens of the Routing.
     factors: (own state) -> {label: float32 []}, factors on the losses of other methods in the composition.
@@ -62,7 +67,8 @@ class Balancer(NamedTuple):
     """
 
     own_state: Callable[[int, Any], Any] = lambda num_experts, layer: None
-    own_statistics: Callable[[Routing], Any] = lambda routing: None
+    own_statistics: Callable[..., Any] = lambda routing: None
+    reads_inputs: bool = False
     own_loss: Callable[[Routing, Seen, Array], Any] | None = None
     factors: Callable[[Any], dict[str, Float32[Array, ""]]] | None = None
     own_update: Callable[[Seen], tuple[Float32[Array, "..."], Any]] = lambda seen: (seen.bias, seen.state)
@@ -83,23 +89,40 @@ class Balancer(NamedTuple):
         bias = self.initial_bias(num_experts)
         return {"bias": bias, "direction": jnp.zeros(bias.shape, jnp.int8)} | own
 
-    def observe(self, routing: Routing) -> Statistics:
-        """The statistics of one forward pass, which are summed over the step; always with `loads`, int32 [E]."""
-        return jax.lax.stop_gradient({"loads": routing.loads} | self.own_statistics(routing))
+    def observe(self, routing: Routing, inputs: Float32[Array, "tokens embed"] | None = None) -> Statistics:
+        """The statistics of one forward pass, which are summed over the step; always with `loads`, int32 [E].
+
+        inputs: what the router read; None where only logits are known.
+        """
+        return jax.lax.stop_gradient({"loads": routing.loads} | self.own_statistics(routing, inputs))
 
     def losses(
-        self, routing: Routing, statistics: Statistics, state: State, router_weight: Float32[Array, "embed experts"]
+        self,
+        routing: Routing,
+        statistics: Statistics,
+        state: State,
+        router_weight: Float32[Array, "embed experts"],
+        responses: Responses | None = None,
     ) -> dict[str, Any]:
         """The losses by label, float32 [] each.
 
         statistics: of this forward pass, or of more of the optimizer step where the scope of a loss says so.
+        responses: of the layer's experts, as in `Seen`.
         """
         assert self.own_loss is not None, "a composition always has own_loss, which may return no loss"
-        return self.own_loss(routing, Seen(statistics["loads"], statistics, state["bias"], state), router_weight)
+        seen = Seen(statistics["loads"], statistics, state["bias"], state, responses=responses)
+        return self.own_loss(routing, seen, router_weight)
 
-    def loss(self, routing: Routing, statistics: Statistics, state: State, router_weight: Array) -> Float32[Array, ""]:
+    def loss(
+        self,
+        routing: Routing,
+        statistics: Statistics,
+        state: State,
+        router_weight: Float32[Array, "embed experts"],
+        responses: Responses | None = None,
+    ) -> Float32[Array, ""]:
         """The sum of all losses; 0 for methods without one."""
-        losses = jax.tree.leaves(self.losses(routing, statistics, state, router_weight))
+        losses = jax.tree.leaves(self.losses(routing, statistics, state, router_weight, responses))
         return sum(losses, jnp.zeros((), jnp.float32))
 
     def update(self, statistics: Statistics, state: State, step: Array) -> State:
@@ -127,6 +150,7 @@ def chain(methods: Mapping[str, Balancer]) -> Balancer:
     return Balancer(
         own_state=functools.partial(_own_state, methods),
         own_statistics=functools.partial(_own_statistics, methods),
+        reads_inputs=True,
         own_loss=functools.partial(_own_loss, methods),
         own_update=functools.partial(_own_update, methods),
         at_step=functools.partial(_at_step, methods),
@@ -161,8 +185,11 @@ def _own_state(methods: Mapping[str, Balancer], num_experts: int, layer: Any) ->
     return _present({label: m.own_state(num_experts, layer) for label, m in methods.items()})
 
 
-def _own_statistics(methods: Mapping[str, Balancer], routing: Routing) -> dict[str, Any]:
-    return _present({label: m.own_statistics(routing) for label, m in methods.items()})
+def _own_statistics(methods: Mapping[str, Balancer], routing: Routing, inputs: Array | None) -> dict[str, Any]:
+    def of(method: Balancer) -> Any:
+        return method.own_statistics(routing, inputs) if method.reads_inputs else method.own_statistics(routing)
+
+    return _present({label: of(method) for label, method in methods.items()})
 
 
 def _own_update(methods: Mapping[str, Balancer], seen: Seen) -> tuple[Array, dict[str, Any]]:

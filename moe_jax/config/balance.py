@@ -183,11 +183,33 @@ class PhiLoss(LossOptions):
 
 
 @dataclass(frozen=True)
+class CouplingLoss(LossOptions):
+    """Options of `coupling_loss`; `noise` is the share of the largest noise at which a column keeps its place."""
+
+    balances = False
+
+    weight: float = number(1.0, 0.0)
+    alpha: float = number(1.0, 0.0)
+    noise: float = number(1.0, 0.0, 1.0)
+    seed: int = number(0, 0)
+
+
+@dataclass(frozen=True)
 class FrozenRouter(Options):
     """Options of `frozen_router`; `seed` draws its weights, others for every layer."""
 
     requires: ClassVar[Mapping[str, Any]] = {"router_bias": False}  # which would be learned
 
+    seed: int = number(0, 0)
+
+
+@dataclass(frozen=True)
+class KmeansRouter(Options):
+    """Options of `kmeans_router`: the decay `ema` of the centroids by step, and the `seed` of the first ones."""
+
+    requires: ClassVar[Mapping[str, Any]] = {"router_bias": False}  # which would be learned
+
+    ema: float = number(0.99, 0.0, 0.9999)
     seed: int = number(0, 0)
 
 
@@ -221,8 +243,10 @@ BALANCE_METHODS: dict[str, type[Options]] = {
     "orthogonal_loss": OrthogonalLoss,
     "similarity_loss": SimilarityLoss,
     "phi_loss": PhiLoss,
+    "coupling_loss": CouplingLoss,
     "target_violation": TargetViolation,
     "frozen_router": FrozenRouter,
+    "kmeans_router": KmeansRouter,
     "expert_choice": ExpertChoice,
     "sinkhorn": Sinkhorn,
     "bip": Bip,

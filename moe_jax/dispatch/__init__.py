@@ -3,6 +3,7 @@
 from moe_jax.dispatch import capacity, dense, gathered, local, ragged, rounds
 from moe_jax.dispatch.apply import apply_experts
 from moe_jax.dispatch.experts import Multiply, feed_forward, kernel_note
+from moe_jax.dispatch.response import responses
 from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, Traffic, Work, register
 from moe_jax.kernels.weights import ExpertWeights
 
@@ -21,5 +22,6 @@ __all__ = [
     "local",
     "ragged",
     "register",
+    "responses",
     "rounds",
 ]

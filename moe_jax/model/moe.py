@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
 from moe_jax.balance import Balancer, State, Statistics, measures
 from moe_jax.config import DISPATCHERS, ModelConfig, is_gated, num_choices, routed_width, shared_width
-from moe_jax.dispatch import ExpertWeights, apply_experts
+from moe_jax.dispatch import ExpertWeights, apply_experts, responses
 from moe_jax.kernels.activation import Activation
 from moe_jax.mesh import per_shard, spec, specs
 from moe_jax.model.forward import Details, Pass, Report
@@ -117,7 +118,7 @@ class MoE(nnx.Module):
             if self.shared_gate is not None:
                 shared = jax.nn.sigmoid(flat @ self.shared_gate.astype(x.dtype)) * shared
             y = y + shared
-        losses, own = self._losses(routing, fwd, state)
+        losses, own = self._losses(flat, routing, fwd, state)
         aux_loss = jax.lax.stop_gradient(measures.aux_loss_value(routing, c.num_experts))
         details = self._details(routing, own, fwd, state, num_sequences)
         return y.reshape(x.shape), Report(own, losses, aux_loss, traffic, details)
@@ -196,15 +197,22 @@ class MoE(nnx.Module):
         learned = self.router[...]
         return learned if balancer.router is None else balancer.router(learned, state)
 
-    def _losses(self, routing: Routing, fwd: Pass, state: State) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
+    def _losses(
+        self, x: Float[Array, "tokens embed"], routing: Routing, fwd: Pass, state: State
+    ) -> tuple[dict[str, Float32[Array, ""]], Statistics]:
         """The balancing losses, and what this forward pass adds to the statistics of the step."""
-        own = fwd.balancer.observe(routing)
+        own = fwd.balancer.observe(routing, self._read_by_router(x.astype(jnp.float32)))
         seen = own
         if fwd.per_layer.statistics is not None:
             seen = fwd.per_layer.statistics
         if fwd.per_layer.earlier is not None:
             seen = jax.tree.map(jnp.add, own, fwd.per_layer.earlier)
-        return fwd.balancer.losses(routing, seen, state, self._router(fwd.balancer, state)), own
+        weight = self._router(fwd.balancer, state)
+        return fwd.balancer.losses(routing, seen, state, weight, functools.partial(self._responses, mesh=fwd.mesh)), own
+
+    def _responses(self, x: Float32[Array, "vectors embed"], mesh: Mesh | None) -> Float32[Array, "vectors experts"]:
+        """How strongly the routed experts respond to vectors, for `Seen.responses`."""
+        return responses(self._narrowed(x), (self.up if self.gate is None else self.gate)[...], mesh)
 
     def _details(
         self,

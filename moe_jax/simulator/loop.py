@@ -105,13 +105,16 @@ def closed_loop(
     import jax.numpy as jnp
 
     from moe_jax.balance.measures import bias_range, dead_experts, flip_rate, max_violation
+    from moe_jax.dispatch import responses
 
-    router = jax.random.normal(jax.random.key(0), (ROUTER_DIM, s.experts), jnp.float32)  # fixed, for losses on it
+    # both fixed, for losses on them: the router, and first matrices of experts
+    router = jax.random.normal(jax.random.key(0), (ROUTER_DIM, s.experts), jnp.float32)
+    first = jax.random.normal(jax.random.key(1), (s.experts, ROUTER_DIM, ROUTER_DIM), jnp.float32)
 
     def forward(offset: Any, logits: Any, tokens: Any, state: Any, key: Any) -> tuple[Any, Any]:
         routing = routed(balancer, s, logits + offset[None], tokens, state, key)
         statistics = balancer.observe(routing)
-        return balancer.loss(routing, statistics, state, router), statistics
+        return balancer.loss(routing, statistics, state, router, lambda x: responses(x, first)), statistics
 
     def step(carry: tuple[Any, ...], inputs: tuple[Any, Any]) -> tuple[tuple[Any, ...], Trace]:
         world, offset, state, last_loads, last_direction = carry

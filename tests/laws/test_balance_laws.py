@@ -15,9 +15,10 @@ import pytest
 from conftest import assert_same_bits, strict_flags
 from moe_jax import balance
 from moe_jax.balance.measures import max_violation
-from moe_jax.config import balance_entries
+from moe_jax.config import ModelConfig, balance_entries
 from moe_jax.config.balance import BALANCE_METHODS, BiasOptions, LossOptions, smallest
 from moe_jax.config.options import Options
+from moe_jax.dispatch import responses
 from moe_jax.routing import RouterConfig, Routing, Rows, Tokens, best, count, route
 
 EXPERTS, TOP_K, TOKENS, EMBED, MICRO = 4, 2, 12, 3, 4
@@ -40,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {name: smallest(name, num_devices=0) for name
     "expert_threshold slots": {"expert_threshold": {"slots": 2}},
     "relu": {"relu": {"weight": 0.1}},  # of 1e-8, where it starts, no law would notice its loss
     "moving_quantile": {"moving_quantile": {"strength": 1.0}},  # in three tokens, less would change no choice
+    "coupling_loss exact": {"coupling_loss": {"noise": 0.0}},
     "top_p slots": {"top_p": {"slots": 3}},
     "relu slots": {"relu": {"weight": 0.1, "slots": 3}},
 }
@@ -68,6 +70,7 @@ BREAKS: dict[str, dict[str, str]] = {
         "forced": FIXED,
         "aux_loss device": GROUPS,
         "aux_loss communication": GROUPS,
+        "coupling_loss": "draws the noise of an expert by its number",
     },
     "shift": {"expert_threshold": "a bias common to all experts lets more or fewer tokens pass"},
     "evaluation draws nothing": {"random": "is nothing but a draw"},
@@ -76,6 +79,8 @@ BREAKS: dict[str, dict[str, str]] = {
         "z_loss": "keeps logits small, wherever they point",
         "aux_loss device": "balances devices, not the experts of one",
         "aux_loss communication": "balances what devices receive, not their experts",
+        "coupling_loss": "brings router and experts together; the loads depend on the tokens",
+        "coupling_loss exact": "as coupling_loss",
         "orthogonal_loss": "separates the experts' directions; the loads depend on the directions of the tokens",
         "similarity_loss": "separates the experts' directions; the loads depend on the directions of the tokens",
         "relu": "only ever makes experts rarer, until k are left; the language model makes them more frequent",
@@ -160,23 +165,38 @@ def forward(balancer, logits, tokens, state, key, train=True, score="sigmoid"):
     return routing, jnp.where(keep, routing.expert_ids, logits.shape[1])
 
 
+def responses_to(router):
+    """Of experts whose first matrix is a column, made of that of the router so that it is permuted like it."""
+    return lambda x: responses(x, jnp.sin(3.0 * router).T[:, :, None])
+
+
+def observed(balancer, routing):
+    """The statistics of tokens whose vectors are whole numbers near their logits, whose sums do not round."""
+    tiled = jnp.tile(jnp.round(routing.logits), (1, -(-WIDTH // routing.logits.shape[1])))
+    return balancer.observe(routing, tiled[:, :WIDTH])
+
+
+def loss_of(balancer, routing, statistics, state, router):
+    return balancer.loss(routing, statistics, state, router, responses_to(router))
+
+
 def look(balancer, in_step, score, logits, tokens, state, router, key) -> Seen:
     """One forward pass and its micro-batches; with `in_step` a loss reads the statistics of the whole step."""
 
     def pass_through(logits, bias):
         routing, sent = forward(balancer, logits, tokens, state | {"bias": bias}, key, score=score)
-        statistics = balancer.observe(routing)
-        loss = balancer.loss(routing, statistics, state | {"bias": bias}, router)
+        statistics = observed(balancer, routing)
+        loss = loss_of(balancer, routing, statistics, state | {"bias": bias}, router)
         weights = jnp.arange(1, routing.gates.shape[1] + 1, dtype=jnp.float32)
         gates = (routing.gates * weights[None]).sum()
         return (loss, gates), (routing, sent, statistics)
 
     def alone(logits, tokens, of_step):
         routing, sent = forward(balancer, logits, tokens, state, key, score=score)
-        own = balancer.observe(routing)
+        own = observed(balancer, routing)
         part, whole = (m.sum(dtype=jnp.int32).astype(jnp.float32) for m in (tokens.mask, mask))
         share = part / whole
-        return own, sent, share * balancer.loss(routing, of_step or own, state, router)
+        return own, sent, share * loss_of(balancer, routing, of_step or own, state, router)
 
     mask = tokens.mask
     (loss, _), pull, (routing, sent, statistics) = jax.vjp(pass_through, logits, state["bias"], has_aux=True)
@@ -188,7 +208,7 @@ def look(balancer, in_step, score, logits, tokens, state, router, key) -> Seen:
     evaluated = forward(balancer, logits, tokens, state, key, train=False, score=score)
     return Seen(
         *(routing, sent, statistics),
-        sliced=added(jax.vmap(balancer.observe, in_axes=(SLICED,))(slices(routing, parts))),
+        sliced=added(jax.vmap(functools.partial(observed, balancer), in_axes=(SLICED,))(slices(routing, parts))),
         apart=added(apart),
         apart_sent=apart_sent.reshape(sent.shape),
         apart_loss=apart_loss.sum(),
@@ -238,6 +258,7 @@ def random_logits(seed: int) -> np.ndarray:
 
 
 ROUTER = np.random.default_rng(99).normal(size=(EMBED, EXPERTS)).astype(np.float32)
+WIDTH = ModelConfig().embed_dim  # of tokens, for methods that keep vectors of their own
 BIAS = np.asarray([0.1, -0.2, 0.05, 0.0], np.float32)  # added to the initial bias
 
 
@@ -566,8 +587,8 @@ def compiled_in_layer(case: str):
         state = balancer.init(EXPERTS, layer)
         state["bias"] += BIAS
         routing, sent = forward(balancer, logits, tokens, state, jax.random.key(0), score=score_of(case))
-        statistics = balancer.observe(routing)
-        loss = balancer.loss(routing, statistics, state, jnp.asarray(ROUTER))
+        statistics = observed(balancer, routing)
+        loss = loss_of(balancer, routing, statistics, state, jnp.asarray(ROUTER))
         return sent, routing.gates, loss, balancer.update(statistics, state, jnp.int32(0))["bias"]
 
     return jax.jit(step)
@@ -627,12 +648,12 @@ def compiled_pair(case: str):
         both = balance.make(CASES[case] | {label: partner(case)})
         state = both.init(EXPERTS)
         routing, sent = forward(both, logits, tokens, state, jax.random.key(0), score=score_of(case))
-        statistics = both.observe(routing)
+        statistics = observed(both, routing)
         router = jnp.asarray(ROUTER)
-        losses = both.losses(routing, statistics, state, router)
+        losses = both.losses(routing, statistics, state, router, responses_to(router))
         after = both.update(statistics, state, jnp.int32(0))
         loss, *_ = losses.pop(label), statistics.pop(label, None), after.pop(label, None)
-        expected = alone.loss(routing, alone.observe(routing), alone.init(EXPERTS), router)
+        expected = alone.loss(routing, observed(alone, routing), alone.init(EXPERTS), router)
         return sent, sum(losses.values()), statistics, after, loss, expected
 
     return jax.jit(lambda *inputs: [step(*inputs, label) for label in ("aaa", "zzz")])
@@ -703,8 +724,8 @@ def closed_loop(case: str):
 
         def loss(offset):
             routing, _ = forward(balancer, logits + offset, tokens, state, key, score=score_of(case))
-            statistics = balancer.observe(routing)
-            return balancer.loss(routing, statistics, state, router), statistics
+            statistics = observed(balancer, routing)
+            return loss_of(balancer, routing, statistics, state, router), statistics
 
         gradient, statistics = jax.grad(loss, has_aux=True)(offset)
         new = balancer.update(statistics, state, index)
