@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from conftest import tiny_config
 from moe_jax import balance
 from moe_jax.config import ModelConfig
 from moe_jax.dispatch import responses
+from moe_jax.model.forward import Inputs, Pass, PerLayer, token_info
+from moe_jax.model.moe import MoE
 from moe_jax.routing import RouterConfig, Tokens, route
 
 EMBED, EXPERTS, FFW = 6, 4, 3
@@ -125,3 +129,20 @@ def test_a_call_without_the_responses_is_refused_in_a_sentence():
     routing = route(jnp.zeros((2, 4)), RouterConfig(top_k=1), jnp.zeros(4))
     with pytest.raises(ValueError, match=r"coupling_loss reads the weights of the experts, .*; give losses\("):
         balancer.loss(routing, balancer.observe(routing), balancer.init(4), jnp.asarray(ROUTER))
+
+
+@pytest.mark.parametrize("keys", [{}, dict(activation="relu2"), dict(latent_dim=6)], ids=str)
+def test_a_layer_asks_the_first_matrices_of_its_experts_and_what_narrows_their_input(keys):
+    config = tiny_config(model=keys, balance={"coupling_loss": {}}).model
+    balancer = balance.make({"coupling_loss": {}}, config)
+    layer = MoE(config, nnx.Rngs(0))
+    ids = jnp.arange(8, dtype=jnp.int32)[None]
+    inputs = Inputs(ids, ids, jnp.ones_like(ids))
+    fwd = Pass(inputs, balancer, PerLayer(balancer.init(config.num_experts)), jax.random.key(0), train=True)
+    x = jnp.ones((1, 8, config.embed_dim))
+    found = jax.jit(lambda x: layer(x, token_info(inputs), fwd)[1].losses["coupling_loss"])(x)
+    first = layer.up[...] if layer.gate is None else layer.gate[...]
+    if layer.latent_down is not None:
+        first = jnp.einsum("dl,elf->edf", layer.latent_down[...], first)
+    np.testing.assert_allclose(found, loss_of(layer.router[...], first), rtol=1e-5)
+    assert found > 0
