@@ -112,6 +112,16 @@ CASES = {
         | dict(num_local_experts=4, swiglu_limit=1.0, rope_parameters=YARN | dict(truncate=False)),
     ),
 }
+# name -> the case, and keys that are changed: all cases, and models whose layers are not those of any
+KINDS: dict[str, tuple[str, dict]] = {case: (case, {}) for case in CASES}
+KINDS["qwen3_moe, every second"] = ("qwen3_moe", dict(num_hidden_layers=4, mlp_only_layers=[], decoder_sparse_step=2))
+KINDS["deepseek_v3, tied, two ahead"] = ("deepseek_v3", dict(num_nextn_predict_layers=2, tie_word_embeddings=True))
+KINDS["deepseek_v3, untied, one ahead"] = ("deepseek_v3", dict(num_nextn_predict_layers=1))
+PARTLY = dict(partial_rotary_factor=0.5)
+KINDS["laguna, local heads rotate in part"] = (
+    "laguna",
+    dict(rope_parameters=dict(full_attention=YARN | PARTLY, sliding_attention=OWN_ROPE | PARTLY)),
+)
 TYPES = {name: case.removesuffix("_lite") if name == "DeepseekV2" else case for case, (name, _) in CASES.items()}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import vocabularies
 from drills import folders, rig
+from drills.folders import KINDS
 
 from configs import from_checkpoint
 from conftest import tiny_config
@@ -38,14 +39,6 @@ from moe_jax.training import evaluation, loop
 from moe_jax.training.compile import make_train_step
 from moe_jax.training.start import start
 from moe_jax.training.state import TrainState, abstract_state, initial_balance, read_bias
-
-KINDS = {case: (case, {}) for case in folders.CASES}
-KINDS["qwen3_moe, every second"] = ("qwen3_moe", dict(num_hidden_layers=4, mlp_only_layers=[], decoder_sparse_step=2))
-KINDS["deepseek_v3, tied, two ahead"] = (
-    "deepseek_v3",
-    dict(num_nextn_predict_layers=2, tie_word_embeddings=True),
-)
-KINDS["deepseek_v3, untied, one ahead"] = ("deepseek_v3", dict(num_nextn_predict_layers=1))
 
 
 def stored(folder):
