@@ -11,7 +11,8 @@ Command:
   run upcycle copies --input=runs/upcycling/dense --output=runs/upcycling/reinit --reinit=0.5
   run upcycle slices --input=runs/upcycling/dense --output=runs/upcycling/slices
   python -m experiments.ablate --config=configs/ablation/upcycling.py --workdir=runs/upcycling/sweep
-Result: not run yet.
+Result: under the sign rule held-out max violation 0.08 (copies), 0.10 (reinit), 0.14 (slices), 0.10 (scratch), without
+balancing 2.3 to 2.5 for all; bits per byte 3.086, 3.084, 3.086, 3.452. More in experiments/LOG.md.
 """
 
 from configs.ablation import demo
