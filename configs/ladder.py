@@ -1,4 +1,4 @@
-"""A ladder of models from 0.1M to 2.8B active parameters: one rule for each of width, depth, rate, batch and bias.
+"""A ladder of models from 0.05M to 2.8B active parameters: one rule for each of width, depth, rate, batch and bias.
 
 `configs/ladder.py:22m` has 64 experts, of which a token uses 7, and a shared one; `configs/ladder.py:22m,dense` is the
 dense model with the same FLOPs for a token. Active parameters are counted without embedding and head; training takes 20
@@ -14,6 +14,7 @@ Command: python -m moe_jax.train --config=configs/ladder.py:3m --workdir=DIR --c
 from moe_jax.config import default
 
 SIZES = {  # active parameters -> layers, width
+    "0.05m": (2, 48),
     "0.1m": (2, 64),
     "0.2m": (2, 96),
     "0.4m": (2, 128),

@@ -2,8 +2,8 @@
 
 Source: no published table; whether experts, which see a share of the tokens, need another rate is an open question.
 Command: python -m experiments.ablate --config=configs/ablation/expert_rate.py --workdir=runs/expert_rate
-Result: held-out max violation 0.125 (plain), 0.168, 0.149, 0.168 (experts at 1/2, 2, 4 times the rate), 0.26 (router at a
-tenth), 0.36 (frozen); a frozen router costs no loss that 3 seeds resolve. More in experiments/LOG.md.
+Result: held-out max violation 0.125 (plain), 0.168, 0.149, 0.168 (experts at 1/2, 2, 4 times the rate), 0.26 (router
+at a tenth), 0.36 (frozen); a frozen router costs no loss that 3 seeds resolve. More in experiments/LOG.md.
 """
 
 from configs.ablation import demo

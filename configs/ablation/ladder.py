@@ -10,7 +10,7 @@ Result: not run yet.
 from configs import ladder
 from moe_jax.config import flatten
 
-SIZES = ("0.1m", "0.2m", "0.4m", "0.8m")  # the last is predicted from the others
+SIZES = ("0.05m", "0.1m", "0.2m", "0.4m")  # the last is predicted from the others
 KINDS = {"moe": "", "dense": ",dense"}
 
 

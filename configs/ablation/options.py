@@ -2,8 +2,8 @@
 
 Source: no published table; docs/models.md names the models that have each option.
 Command: python -m experiments.ablate --config=configs/ablation/options.py --workdir=runs/options
-Result: held-out max violation 0.11 to 0.17 for all but the selection by logits, which has 1.80: its scores are larger, and
-a rate of 5e-3 is too small for them. More in experiments/LOG.md.
+Result: held-out max violation 0.11 to 0.17 for all but the selection by logits, which has 1.80: its scores are larger,
+and a rate of 5e-3 is too small for them. More in experiments/LOG.md.
 """
 
 from configs.ablation import demo

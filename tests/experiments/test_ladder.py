@@ -13,7 +13,7 @@ from experiments.report import read_sweep
 from moe_jax.config import as_dict, validate
 from moe_jax.model.cost import parts, train_flops
 
-SIZES = ("0.1m", "0.2m", "0.4m", "0.8m")
+SIZES = ("0.05m", "0.1m", "0.2m", "0.4m")
 SPEED = {"moe": 1000.0, "dense": 4000.0}  # tokens per second
 
 
@@ -29,7 +29,7 @@ def test_a_size_has_the_active_parameters_of_its_name_and_the_flops_of_its_dense
 
 
 def test_an_unknown_size_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"ladder.py:5m must end in one of 0\.1m, "):
+    with pytest.raises(ValueError, match=r"ladder.py:5m must end in one of 0\.05m, "):
         rules.get_config("5m")
     with pytest.raises(ValueError, match="with ,dense or without it"):
         rules.get_config("3m,sparse")
@@ -59,7 +59,7 @@ def test_the_fit_finds_the_exponent_and_the_largest_size_is_inside(tmp_path):
     found = ladder.rungs(read_sweep(made(tmp_path / "ladder", law)))
     assert len(found) == 24
     for one in ladder.predictions(found):
-        assert one.arm == ("moe_0.8m" if one.kind == "experts" else "dense_0.8m")
+        assert one.arm == ("moe_0.4m" if one.kind == "experts" else "dense_0.4m")
         assert one.line.slope == pytest.approx(-0.04, abs=1e-4)
         assert one.predicted == pytest.approx(one.measured.mean, rel=1e-3)
         assert one.low < one.measured.mean < one.high
@@ -79,14 +79,14 @@ def test_experts_are_compared_with_dense_models_at_equal_flops_and_at_equal_time
     assert [pair.arm for pair in pairs] == [f"moe_{size}" for size in SIZES]
     one = pairs[1]
     own = {(r.arm, r.seed): r for r in found}
-    apart = [own["moe_0.2m", s].bits - own["dense_0.2m", s].bits for s in range(3)]
+    apart = [own["moe_0.1m", s].bits - own["dense_0.1m", s].bits for s in range(3)]
     assert one.equal_flops.mean == pytest.approx(np.mean(apart)) and one.equal_flops.n == 3
     # in four times the seconds the dense line is further down, so experts gain less
     assert one.equal_flops.mean < one.equal_time.mean
     seconds = [r.seconds for r in found if r.kind == "dense"]
     bits = [r.bits for r in found if r.kind == "dense"]
     slope, start = np.polyfit(np.log(seconds), np.log(bits), 1)
-    expected = own["moe_0.2m", 1].bits - math.exp(start + slope * math.log(own["moe_0.2m", 1].seconds))
+    expected = own["moe_0.1m", 1].bits - math.exp(start + slope * math.log(own["moe_0.1m", 1].seconds))
     assert one.equal_time.mean == pytest.approx(expected, rel=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_the_command_prints_and_writes_the_numbers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "inside" in printed and "at equal time" in printed
     written = json.loads((tmp_path / "ladder.json").read_text())
-    assert [one["size"] for one in written["predictions"]] == ["dense_0.8m", "moe_0.8m"]
+    assert [one["size"] for one in written["predictions"]] == ["dense_0.4m", "moe_0.4m"]
     assert len(written["comparisons"]) == 4
 
 
