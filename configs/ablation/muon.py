@@ -3,7 +3,7 @@
 Source: Moonlight (arXiv 2502.16982) trains a MoE with Muon and leaves the router to AdamW; it reports no balance.
 Command: python -m experiments.ablate --config=configs/ablation/muon.py --workdir=runs/muon
 Result: held-out max violation with AdamW, Muon, Muon with router: 2.75, 2.74, 2.13 (none), 0.13, 0.20, 0.20 (sign),
-0.21, 0.24, 0.30 (aux). Only that of the router without balancing is resolved: -0.62 +- 0.42. More in experiments/LOG.md.
+0.21, 0.24, 0.30 (aux). Resolved: only the router without balancing, -0.62 +- 0.42. More in experiments/LOG.md.
 """
 
 from configs.ablation import demo
