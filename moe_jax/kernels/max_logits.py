@@ -1,4 +1,4 @@
-"""The largest logit of attention, by head, of which no kernel of attention tells.
+"""The largest logit of attention, by head, which no kernel of attention reports.
 
 B batch, S sequence, H query heads, G heads of keys, R query heads for each, K width of a head, Q tokens of a block.
 """
