@@ -1,4 +1,4 @@
-"""Conversations become text by a model's chat template, and what its assistant says is told apart from the rest.
+"""Conversations become text by a model's chat template, and what its assistant says is separated from the rest.
 
 A template is a Jinja program that comes with a tokenizer. It runs in a sandbox without access to files, to Python's
 objects or to the clock, so that a corpus is the same whenever it is prepared.

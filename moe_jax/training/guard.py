@@ -65,9 +65,9 @@ def is_outlier(config: GuardConfig, guard: Guard, loss: Array, norm: Array) -> B
 
 
 def has_failed(config: GuardConfig, stuck: Any) -> Any:
-    """Whether so many steps in a row were not kept that the run goes back; given `TrainState.stuck`, here or there.
+    """Whether the run goes back, because enough steps in a row were not kept; given `TrainState.stuck`, here or there.
 
-    From then on no step is kept, so that no number depends on how soon the run is told.
+    From then on no step is kept, so that no number depends on how soon the run notices.
     """
     return (stuck >= config.rollback) & (config.rollback > 0)
 

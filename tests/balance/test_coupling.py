@@ -42,15 +42,15 @@ def test_the_loss_by_hand():
 
 
 def proxies(state, **options):
-    """The vectors to which the experts are asked to respond, in the place of the router's columns [E, D]."""
-    asked = []
+    """The vectors to which the experts respond, in the place of the router's columns [E, D]."""
+    given = []
 
     def respond(x):
-        asked.append(x)
+        given.append(x)
         return jnp.zeros((len(x), len(x)))
 
     loss_of(ROUTER, respond, state, **options)
-    return np.asarray(asked[0])
+    return np.asarray(given[0])
 
 
 def test_the_noise_keeps_a_column_nearer_to_itself_than_to_any_other():
