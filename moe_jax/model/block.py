@@ -1,5 +1,6 @@
 """One block of the transformer, and how blocks are stacked."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -62,16 +63,14 @@ class Place(NamedTuple):
     kind: str
 
 
-def places(config: ModelConfig) -> list[Place]:
-    """Every layer in its order, then those of multi-token prediction."""
-    found = [
-        Place(f"stacks/{number}/blocks/{block}/", repeat, kind)
-        for number, run in enumerate(layout(config))
-        for repeat in range(run.repeats)
-        for block, kind in enumerate(run.kinds)
-    ]
-    ahead = "moe" if config.num_experts else "dense"
-    return found + [Place("mtp/block/", depth, ahead) for depth in range(config.mtp_depth)]
+def places(config: ModelConfig) -> Iterator[Place]:
+    """Every layer in its order, then those of multi-token prediction; one by one, as a file may claim any number."""
+    for number, run in enumerate(layout(config)):
+        for repeat in range(run.repeats):
+            for block, kind in enumerate(run.kinds):
+                yield Place(f"stacks/{number}/blocks/{block}/", repeat, kind)
+    for depth in range(config.mtp_depth):
+        yield Place("mtp/block/", depth, "moe" if config.num_experts else "dense")
 
 
 class Block(nnx.Module):
