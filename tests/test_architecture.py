@@ -1,6 +1,8 @@
 """Imports follow the reading order of docs/reading.md, and each library is imported only at its place."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,17 @@ def test_commands_import_jax_late(command):
         f"import sys, moe_jax.{command}; sys.exit(any(n in sys.modules for n in ('jax', 'flax', 'optax', 'grain')))"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "package", sorted(p.parent for p in (ROOT / "moe_jax").glob("*/__init__.py")), ids=lambda p: p.name
+)
+def test_no_module_hides_a_name_that_its_package_exports(package):
+    """The import of a module sets it as an attribute of its package, in place of a function of that name."""
+    exported = importlib.import_module(f"moe_jax.{package.name}")
+    modules = {file.stem for file in package.glob("*.py")} | {p.parent.name for p in package.glob("*/__init__.py")}
+    hidden = [n for n in modules & set(getattr(exported, "__all__", ())) if not inspect.ismodule(getattr(exported, n))]
+    assert hidden == []
 
 
 SPECS_BY_HAND = {"mesh"}  # where an axis may be named in a PartitionSpec

@@ -16,7 +16,6 @@ from typing import Any
 from moe_jax.config.paths import path_of
 from moe_jax.data.chat import TEMPLATE_FILE
 from moe_jax.data.corpus import open_corpus
-from moe_jax.data.documents import chat_digest, keys_of
 from moe_jax.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -32,6 +31,7 @@ from moe_jax.data.manifest import (
 )
 from moe_jax.data.scan import DomainPlan
 from moe_jax.data.sources import LINES, Options, Source, has_lines
+from moe_jax.data.spans import chat_digest, keys_of
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runtime.files import lock, read_json, write_json, write_whole
 

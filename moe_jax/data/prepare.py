@@ -30,10 +30,10 @@ from collections.abc import Sequence
 from moe_jax.config.command import fail, print_any_name
 from moe_jax.config.paths import path_of
 from moe_jax.data import output
-from moe_jax.data.documents import chat_digest, check_keys
 from moe_jax.data.manifest import MANIFEST
 from moe_jax.data.scan import scan
 from moe_jax.data.sources import INCLUDE, Options, find_sources
+from moe_jax.data.spans import chat_digest, check_keys
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.data.vocabularies import get_tokenizer
 from moe_jax.data.writer import write_domains

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_jax.data.documents import Piece, check_text, decode, keys_of, read_row
 from moe_jax.data.sources import ARCHIVES, LINES, Options, compression, has_lines, is_table
+from moe_jax.data.spans import Piece, check_text, decode, keys_of, read_row
 
 ROWS_AT_ONCE = 1024  # of a table
 ARROW_FILE = b"ARROW1"  # how a file begins that is no stream

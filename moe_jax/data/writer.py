@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moe_jax.data.chat import special_names
-from moe_jax.data.documents import Piece, Tokens, tokenize
 from moe_jax.data.manifest import OFFSET_DTYPE, SPLITS, WEIGHT_DTYPE, WEIGHTS
 from moe_jax.data.output import PARTIAL, files_of, note_of
 from moe_jax.data.progress import progress
 from moe_jax.data.readers import read_documents
 from moe_jax.data.scan import DomainPlan, document_rank
 from moe_jax.data.sources import Options, printable
+from moe_jax.data.spans import Piece, Tokens, tokenize
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.workers import each_in, number_of
 from moe_jax.runtime.files import write_json

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from moe_jax.data import open_corpus, readers
-from moe_jax.data.documents import Piece
 from moe_jax.data.prepare import prepare
 from moe_jax.data.readers import read_documents
 from moe_jax.data.sources import Options
+from moe_jax.data.spans import Piece
 
 pyarrow = pytest.importorskip("pyarrow")
 
