@@ -84,7 +84,7 @@ def test_the_loss_weights_the_mean_over_depths_and_divides_by_the_tokens_of_the_
     nats, ahead, *_ = model_summed_nats(
         config, before.params, before.bias, pass_through(config, before.balance), packed()
     )
-    assert ahead.tokens == 5 + 3
+    assert ahead.targets == 5 + 3
     np.testing.assert_allclose(values["total_loss"], (nats + 0.3 / 2 * ahead.nats) / 7, rtol=1e-6)
     np.testing.assert_allclose(values["loss"], nats / 7, rtol=1e-6)
     np.testing.assert_allclose(values["mtp/loss"], ahead.nats / 8, rtol=1e-6)
