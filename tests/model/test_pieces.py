@@ -243,7 +243,7 @@ def assert_same_step(ours, theirs):
     np.testing.assert_allclose(sums.total_loss, its.total_loss, rtol=0, atol=1e-5)
     np.testing.assert_allclose(sums.nats, its.nats, rtol=1e-5)
     np.testing.assert_allclose(sums.ahead.nats, its.ahead.nats, rtol=1e-5)
-    assert sums.ahead.tokens == its.ahead.tokens
+    assert sums.ahead.targets == its.ahead.targets
     assert (sums.traffic.dropped == its.traffic.dropped).all()
     for label, value in its.losses.items():
         np.testing.assert_allclose(sums.losses[label], value, rtol=1e-5, atol=1e-8, err_msg=label)
@@ -260,7 +260,7 @@ def test_three_steps_with_cut_sequences_are_those_of_one_device():
     ours, theirs = (steps("mla", ("text", 3), **ONE | mesh) for mesh in (EVERY_DAY, {}))
     assert_same_step(ours, theirs)
     assert all(value.sum() > 0 for value in theirs[0].losses.values())
-    assert 0 < theirs[0].ahead.tokens < ROWS * LENGTH
+    assert 0 < theirs[0].ahead.targets < ROWS * LENGTH
 
 
 def test_documents_that_end_at_or_near_the_end_of_a_piece_are_those_of_one_device():
