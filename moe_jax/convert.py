@@ -46,10 +46,15 @@ def holds_a_run(folder: Path, flag: str = "--input") -> bool:
     return isinstance(config.get("model"), dict) and "model_type" not in config
 
 
-def run(source: Path, target: Path, dtype: str | None, architecture: str, weights: Weights = "last") -> None:
-    """Convert in the direction that the input determines, and report the result."""
+def refuse_buckets(source: Path, target: Path) -> None:
+    """Raise a ValueError unless both are folders of this machine."""
     if is_remote(source) or is_remote(target):
         raise ValueError("--input and --output must be folders of this machine; copy a bucket's files here first.")
+
+
+def run(source: Path, target: Path, dtype: str | None, architecture: str, weights: Weights = "last") -> None:
+    """Convert in the direction that the input determines, and report the result."""
+    refuse_buckets(source, target)
     is_run = holds_a_run(source)
     if architecture and not is_run:
         raise ValueError(

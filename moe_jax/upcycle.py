@@ -20,12 +20,12 @@ from typing import Any
 
 from absl import app, flags
 
-from moe_jax.config import Config, Weights, as_dict, validate
+from moe_jax.config import Config, Weights, validate
 from moe_jax.config.command import check_weights, define_config_flag, define_weights_flag, fail, parse_flags
 from moe_jax.config.paths import workdir_of
-from moe_jax.convert import holds_a_run
-from moe_jax.runtime.files import is_remote, new_folder, write_json
-from moe_jax.runtime.workdir import TOKENIZER, config_of_run, versions
+from moe_jax.convert import holds_a_run, refuse_buckets
+from moe_jax.runtime.files import new_folder
+from moe_jax.runtime.workdir import TOKENIZER, config_of_run
 
 
 def run(config: Config, source: Path, target: Path, options: dict[str, Any], weights: Weights = "last") -> None:
@@ -41,34 +41,25 @@ def run(config: Config, source: Path, target: Path, options: dict[str, Any], wei
     Raises:
         ValueError, OSError: the models do not fit, the checkpoint is missing or damaged, or the output is not empty.
     """
-    if is_remote(source) or is_remote(target):
-        raise ValueError("--input and --output must be folders of this machine; copy a bucket's files here first.")
+    refuse_buckets(source, target)
     if not holds_a_run(source):
         raise ValueError(f"--input={source} is a Hugging Face folder; convert it with python -m moe_jax.convert first.")
     there = config_of_run(source)
     check_weights(there, weights)
     # these load jax, which takes seconds: the mistakes above are reported before
-    from moe_jax.huggingface.folders import open_weights, progress, tokenizer_of
+    from moe_jax.huggingface.folders import open_weights, progress, tokenizer_of, weights_of_workdir
     from moe_jax.huggingface.weights import carry
-    from moe_jax.model.abstract import abstract_weights, index_axes
     from moe_jax.model.upcycling import Recipe, changes, plan, upcycled
-    from moe_jax.runtime import slices
 
     recipe = Recipe(**options)
     how = plan(there.model, config.model)
     step, read = open_weights(source, there, weights)
     with new_folder(target) as partial, tokenizer_of(source) as carried, progress(target.name, None) as advance:
         carry(carried, partial / TOKENIZER, everything=True)
-        path = partial / "checkpoints" / "00000000"
-        path.parent.mkdir()
-        abstract = abstract_weights(config.model)
-        arrays = slices.create(path, abstract, index_axes(config.model))
-        for leaf, index, value in upcycled(there.model, config.model, read, recipe):
-            arrays[leaf].write(index, value)
-            advance(value.nbytes)
-        slices.commit(path, abstract, {"config": as_dict(config), "upcycled_from": f"{source.name}@{step}"})
-        write_json(partial / "config.json", as_dict(config))
-        write_json(partial / "run.json", versions())
+        with weights_of_workdir(partial, config, {"upcycled_from": f"{source.name}@{step}"}) as write:
+            for leaf, index, value in upcycled(there.model, config.model, read, recipe):
+                write(leaf, index, value)
+                advance(value.nbytes)
     made = f"{config.model.num_experts} experts a layer: {how.copies} copies in {how.slices} slices"
     of = f"each of {how.originals} experts" if there.model.num_experts else "the dense layer"
     print(f"wrote {target}: {made} of {of} after {step} steps")

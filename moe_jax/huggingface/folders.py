@@ -14,7 +14,7 @@ from moe_jax.config import Config, ModelConfig, Weights, as_dict, default, valid
 from moe_jax.data.corpus import check_corpus, publish_tokenizer
 from moe_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_jax.huggingface.weights import Source, carry, export, fill, open_hf, refuse_balance
-from moe_jax.model.abstract import Read, abstract_weights, index_axes
+from moe_jax.model.abstract import Read, Write, abstract_weights, index_axes
 from moe_jax.runtime import slices
 from moe_jax.runtime.files import new_folder, write_json
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run, versions
@@ -39,17 +39,32 @@ def to_workdir(folder: Path, workdir: Path, dtype: str | None = None) -> Source:
         model = as_dict(Config(model=source.config))["model"]
         config = validate(default(model=model, balance=dict(bias_sign={}) if source.family.has_bias else {}))
         carry(folder, partial / TOKENIZER, everything=True)
-        path = partial / "checkpoints" / "00000000"
-        abstract = abstract_weights(source.config)
-        path.parent.mkdir()
-        arrays = slices.create(path, abstract, index_axes(source.config))
-        with progress(workdir.name, source.num_bytes) as advance:
-            for num_bytes in fill(source, lambda leaf, index, value: arrays[leaf].write(index, value)):
+        with (
+            weights_of_workdir(partial, config, {"converted_from": folder.name}) as write,
+            progress(workdir.name, source.num_bytes) as advance,
+        ):
+            for num_bytes in fill(source, write):
                 advance(num_bytes)
-        slices.commit(path, abstract, {"config": as_dict(config), "converted_from": folder.name})
-        write_json(partial / "config.json", as_dict(config))
-        write_json(partial / "run.json", versions())
     return source
+
+
+@contextmanager
+def weights_of_workdir(workdir: Path, config: Config, origin: dict[str, str]) -> Iterator[Write]:
+    """Make a new folder a workdir with weights only; yields a function that writes a slice of them.
+
+    Args:
+        workdir: the folder, without checkpoints.
+        config: of the workdir.
+        origin: where the weights come from, for the checkpoint's manifest.
+    """
+    path = workdir / "checkpoints" / "00000000"
+    abstract = abstract_weights(config.model)
+    path.parent.mkdir()
+    arrays = slices.create(path, abstract, index_axes(config.model))
+    yield lambda leaf, index, value: arrays[leaf].write(index, value)
+    slices.commit(path, abstract, {"config": as_dict(config)} | origin)
+    write_json(workdir / "config.json", as_dict(config))
+    write_json(workdir / "run.json", versions())
 
 
 def to_folder(

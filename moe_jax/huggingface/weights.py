@@ -7,7 +7,7 @@ model in memory.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from moe_jax.huggingface.tensors import (
     split,
     tensors,
 )
-from moe_jax.model.abstract import Read, abstract_weights
+from moe_jax.model.abstract import Read, Write, abstract_weights
 from moe_jax.runtime.leaves import path_name
 
 CARRIED_FILES = words(
@@ -182,7 +182,7 @@ def _same(one: Stored, other: Stored) -> bool:
     return shards.digest(one) == shards.digest(other)
 
 
-def fill(source: Source, write: Callable[[str, tuple[int, ...], np.ndarray], None]) -> Iterator[int]:
+def fill(source: Source, write: Write) -> Iterator[int]:
     """Read every tensor, in the order of the files, and write its slices; yields the bytes read."""
     dtypes = {path_name(p): leaf.dtype for p, leaf in _leaves(source.config)}
     for tensor in sorted(source.tensors, key=lambda t: (source.entries[t.name].file, source.entries[t.name].begin)):

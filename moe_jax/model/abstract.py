@@ -16,6 +16,7 @@ from moe_jax.runtime.leaves import path_name
 
 Tree = Any  # a nested dict of arrays
 Read = Callable[[str, tuple[int, ...]], np.ndarray]  # (path of a leaf, index of its first axes) -> that slice
+Write = Callable[[str, tuple[int, ...], np.ndarray], None]  # the same, and the slice's value
 
 
 class AbstractModel(NamedTuple):
@@ -42,15 +43,10 @@ def abstract_weights(config: ModelConfig) -> dict[str, Tree]:
     return {"params": model.params, "bias": model.bias}
 
 
-def dims_by_name(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Path of each parameter, from "params/" -> its logical dimensions, without the axis of stacked layers."""
-    leaves = jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
-    return {path_name(path): dim.names for path, dim in leaves}
-
-
 def index_axes(config: ModelConfig) -> Callable[[str], int]:
     """leaf -> number of leading axes that index its slices: layer, and expert."""
-    dims = dims_by_name(config)
+    leaves = jax.tree_util.tree_leaves_with_path({"params": abstract_model(config).dims})
+    dims = {path_name(path): dim.names for path, dim in leaves}
 
     def axes(leaf: str) -> int:
         if not leaf.startswith(("params/stacks/", "params/mtp/", "bias/")):
