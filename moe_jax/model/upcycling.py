@@ -14,6 +14,7 @@ re-initialisation of hidden units (2502.19261); more experts from experts (2604.
 Legend: E experts, D embed, F hidden units of an expert.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -224,7 +225,7 @@ class _Layer(NamedTuple):
         if kind == "dense" or own == name:
             yield (), self._there(tree, name)
         elif own in ExpertWeights._fields:
-            yield from (((expert,), self._expert(own, expert)) for expert in range(self.target.num_experts))
+            yield from self._experts(own)
         elif own in BY_EXPERT:
             yield (), self._by_expert(tree, own)
         elif own.startswith("shared/") and from_dense:
@@ -243,14 +244,22 @@ class _Layer(NamedTuple):
     def _rng(self, *what: int) -> np.random.Generator:
         return np.random.default_rng((self.recipe.seed, self.number, *what))
 
-    def _expert(self, name: str, expert: int) -> np.ndarray:
-        """A matrix or a bias of an expert."""
+    def _experts(self, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """A matrix or a bias of every expert; each original is read once."""
         how, width = self.how, self.target.expert_ffw_dim
         from_dense = self.there.kind == "dense"
-        if from_dense and name.endswith("_bias"):
-            return np.zeros(self.target.embed_dim if name == "down_bias" else width)
-        rest, part = divmod(expert, how.slices)
-        whole = self._there("params", f"ffw/{name}", *(() if from_dense else (rest % how.originals,)))
+        for original in range(how.originals):
+            if from_dense and name.endswith("_bias"):
+                whole = np.zeros(self.target.embed_dim if name == "down_bias" else how.first + how.slices * width)
+            else:
+                whole = self._there("params", f"ffw/{name}", *(() if from_dense else (original,)))
+            for copy, part in itertools.product(range(how.copies), range(how.slices)):
+                expert = (copy * how.originals + original) * how.slices + part
+                yield (expert,), self._expert(name, whole, expert, part)
+
+    def _expert(self, name: str, whole: np.ndarray, expert: int, part: int) -> np.ndarray:
+        """A matrix or a bias of one expert, a slice of the original's."""
+        how, width = self.how, self.target.expert_ffw_dim
         if name == "down_bias":
             return whole * (how.scale / how.slices)  # every slice adds it
         axis = DIMS[name].index("ffw") - 1  # without the axis of experts
