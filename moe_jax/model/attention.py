@@ -30,7 +30,24 @@ from moe_jax.model.rope import rope, softmax_scale
 Cache = tuple[Array, ...]  # what one layer stores of earlier tokens, [B, slots, ...] each
 
 
-class Attention(nnx.Module):
+class _Attends(nnx.Module):
+    """Both kinds of attention; each has `observed`."""
+
+    observed: Callable[..., tuple[Array, Array | None]]
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        mesh: Mesh | None = None,
+        local: Local = False,
+    ) -> Float[Array, "batch seq embed"]:
+        """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
+        return self.observed(x, positions, segment_ids, mesh, local)[0]
+
+
+class Attention(_Attends):
     """Causal grouped-query attention with RoPE; optional biases, sinks, a gate, and RMSNorm of queries and keys.
 
     A token sees earlier tokens of its own segment (document) only, and in a local layer those within a window. Source:
@@ -54,17 +71,6 @@ class Attention(nnx.Module):
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, kv_heads)
         self.config = nnx.static(config)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        positions: Int32[Array, "batch seq"],
-        segment_ids: Int32[Array, "batch seq"],
-        mesh: Mesh | None = None,
-        local: Local = False,
-    ) -> Float[Array, "batch seq embed"]:
-        """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
-        return self.observed(x, positions, segment_ids, mesh, local)[0]
 
     def observed(
         self,
@@ -156,7 +162,7 @@ class Attention(nnx.Module):
 GATES: dict[str, Callable[[Array], Array]] = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 
 
-class LatentAttention(nnx.Module):
+class LatentAttention(_Attends):
     """Multi-head latent attention: keys and values of all heads from one narrow latent a token.
 
     `[c^Q] = norm(W^DQ x), q = [W^UQ c^Q; RoPE(W^QR c^Q)]; c = norm(W^DKV x), k = [W^UK c; RoPE(W^KR x)], v = W^UV c`.
@@ -184,17 +190,6 @@ class LatentAttention(nnx.Module):
         self.value_up = normal(config, rngs, "attention", latent=rank, heads=heads, head_dim=config.v_head_dim)
         self.out = normal(config, rngs, "attention", heads=heads, head_dim=config.v_head_dim, embed=width)
         self.config = nnx.static(config)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        positions: Int32[Array, "batch seq"],
-        segment_ids: Int32[Array, "batch seq"],
-        mesh: Mesh | None = None,
-        local: Local = False,
-    ) -> Float[Array, "batch seq embed"]:
-        """Attend within x [B, S, D], given each token's position in its segment, its segment, and the layer's kind."""
-        return self.observed(x, positions, segment_ids, mesh, local)[0]
 
     def observed(
         self,
