@@ -24,7 +24,7 @@ from moe_jax.runtime.files import output_of, write_json
 
 from .report import read_sweep
 from .report.columns import QUALITY
-from .report.numbers import typical
+from .report.numbers import for_programs, typical
 from .report.sweep import Run, Sweep
 from .statistics.intervals import CONFIDENCE, Interval, interval, t_quantile
 
@@ -207,32 +207,29 @@ def _shown(value: Interval, sign: str = "") -> str:
 def as_json(predicted: list[Prediction], compared: list[Comparison]) -> dict[str, Any]:
     """The same numbers for programs; null for a number that is not known."""
 
-    def number(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
-    def both(value: Interval) -> dict[str, float | int | None]:
-        return {"mean": number(value.mean), "half": number(value.half), "n": value.n}
-
-    return {
-        "measure": QUALITY.title,
-        "confidence": CONFIDENCE,
-        "predictions": [
-            {
-                "kind": one.kind,
-                "size": one.arm,
-                "exponent": {"mean": one.line.slope, "half": number(one.line.half), "n": len(one.line.x)},
-                "predicted": number(one.predicted),
-                "low": number(one.low),
-                "high": number(one.high),
-                "measured": both(one.measured),
-            }
-            for one in predicted
-        ],
-        "comparisons": [
-            {"experts": c.arm, "dense": c.other, "equal_flops": both(c.equal_flops), "equal_time": both(c.equal_time)}
-            for c in compared
-        ],
-    }
+    fits = [
+        {
+            "kind": one.kind,
+            "size": one.arm,
+            "exponent": {"mean": one.line.slope, "half": one.line.half, "n": len(one.line.x)},
+            "predicted": one.predicted,
+            "low": one.low,
+            "high": one.high,
+            "measured": one.measured._asdict(),
+        }
+        for one in predicted
+    ]
+    pairs = [
+        {
+            "experts": one.arm,
+            "dense": one.other,
+            "equal_flops": one.equal_flops._asdict(),
+            "equal_time": one.equal_time._asdict(),
+        }
+        for one in compared
+    ]
+    numbers = {"measure": QUALITY.title, "confidence": CONFIDENCE, "predictions": fits, "comparisons": pairs}
+    return for_programs(numbers)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from moe_jax.runtime.files import output_of, write_json
 from .report import is_branched, read_branched, read_sweep
 from .report.branched import Branched
 from .report.columns import QUALITY
+from .report.numbers import for_programs
 from .report.sweep import Run, Sweep, SweepError, planned_steps
 from .statistics.blocks import effect, pairs
 from .statistics.components import Components, Spread, components, spread
@@ -209,16 +210,8 @@ def as_json(found: Iterable[Pair], difference: float, branched: bool, directory:
         "difference": difference,
         "tokens": None,
         "notes": notes(branched),
-        "pairs": _plain([asdict(pair) | {"sd": pair.sd._asdict()} for pair in found]),
+        "pairs": for_programs([asdict(pair) | {"sd": pair.sd._asdict()} for pair in found]),
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> None:

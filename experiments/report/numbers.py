@@ -12,6 +12,16 @@ from moe_jax.runtime.log import LAYERS
 from ..statistics.intervals import finite_of
 from .sweep import Run, as_number, by_step
 
+
+def for_programs(value: Any) -> Any:
+    """A value for JSON, with null for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: for_programs(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [for_programs(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # --- one run --------------------------------------------------------------------------------------------
 
 
