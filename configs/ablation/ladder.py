@@ -14,11 +14,16 @@ SIZES = ("0.05m", "0.1m", "0.2m", "0.4m")  # the last is predicted from the othe
 KINDS = {"moe": "", "dense": ",dense"}
 
 
-def get_config(arg: str = ""):
-    """The smallest rung on the corpus of `make corpus`; `arg` is unused."""
-    config = ladder.get_config(SIZES[0])
+def rung(arg):
+    """A rung on the corpus of `make corpus`."""
+    config = ladder.get_config(arg)
     config.data.path = "corpus/bytes"
     return config
+
+
+def get_config(arg: str = ""):
+    """The smallest rung; `arg` is unused."""
+    return rung(SIZES[0])
 
 
 def get_hyper(h):
@@ -27,8 +32,7 @@ def get_hyper(h):
     arms = {}
     for size in SIZES:
         for kind, ending in KINDS.items():
-            own = ladder.get_config(size + ending).to_dict()
+            own = rung(size + ending).to_dict()
             keys = {"balance": own.pop("balance")} | flatten(own)
             arms[f"{kind}_{size}"] = {key: value for key, value in keys.items() if base.get(key) != value}
-            arms[f"{kind}_{size}"].pop("data.path", None)
     return h.product(h.arms(**arms), h.sweep("seed", range(3)))

@@ -51,10 +51,10 @@ def test_every_option_of_the_schema_has_a_row_and_every_row_is_in_the_table():
 
 
 def test_every_word_that_an_option_may_be_has_a_row():
-    words = {f.name: get_args(f.type) for f in FIELDS if get_origin(f.type) is Literal and f.name not in APART}
-    for key, known in words.items():
+    choices = {f.name: get_args(f.type) for f in FIELDS if get_origin(f.type) is Literal and f.name not in APART}
+    for key, allowed in choices.items():
         rows = [row.keys[key] for row in ROWS if key in row.keys]
-        assert {*rows, BASE.get(key, getattr(ModelConfig(), key))} == set(known), key
+        assert {*rows, BASE.get(key, getattr(ModelConfig(), key))} == set(allowed), key
 
 
 @pytest.fixture(autouse=True)
