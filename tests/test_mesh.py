@@ -188,8 +188,11 @@ def one_step(sizes):
     config, mesh = config_on(sizes)
     plain = balance.make(config.balance)
 
-    def own_statistics(routing):
-        return plain.own_statistics(routing) | {"ids": routing.expert_ids, "scores": routing.scores + routing.bias}
+    def own_statistics(routing, inputs):
+        return plain.own_statistics(routing, inputs) | {
+            "ids": routing.expert_ids,
+            "scores": routing.scores + routing.bias,
+        }
 
     def loss(params, bias, state, batch, key):
         balancer = plain._replace(own_statistics=own_statistics)

@@ -159,11 +159,11 @@ def fill_disk(step: int) -> None:
 
     original = checkpoint.Checkpointer.save
 
-    def save(self, done, state, extra):
+    def save(self, done, state, extra, keep_all=False):
         self.wait()
         if done >= step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        original(self, done, state, extra)
+        original(self, done, state, extra, keep_all)
 
     checkpoint.Checkpointer.save = save
 

@@ -127,7 +127,7 @@ def training(config: Config) -> Run:
     def total(params: Any, bias: Any, state: Any, inputs: Inputs) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, bias)
         fwd = Pass(inputs, balancer, PerLayer(state), jax.random.key(2), train=True, mesh=mesh)
-        x, ahead, _ = model.before_head(fwd)
+        x, ahead, *_ = model.before_head(fwd)
         outputs = model.logits(x, mesh), ahead
         return weighed(outputs), outputs
 

@@ -344,7 +344,9 @@ def test_the_drop_rate_is_of_the_copies_of_every_layer(monkeypatch):
     totals = Totals(1, 4)
     for _ in range(2):
         loads = np.full((1, 2, 4), 2)
-        one = Evaluation(np.ones(1), np.full(1, 4), np.zeros(1, int), np.ones(1, int), loads, dropped=np.array([1, 3]))
+        tokens = np.full(1, 4)
+        own = np.ones(1), tokens, tokens, np.zeros(1, int), np.ones(1, int), loads
+        one = Evaluation(*own, dropped=np.array([1, 3]))
         totals.add(one)
     assert totals.balance(["a"])["eval/drop_rate"] == 0.25
 
