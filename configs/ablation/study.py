@@ -24,6 +24,10 @@ FIRST = (  # trained first, because the most claims need them; a sweep trains ar
     "multiplicative",
     "two_sequences_1e-1",
     "aux_1e-4",
+    "proportional",
+    "rms",
+    "pi",
+    "smebu",
     "bias_1e-4",
 )
 _ALL = trade_off.ARMS | rules.ARMS | scopes.ARMS
