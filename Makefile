@@ -1,6 +1,7 @@
 # make demo, make corpus, make study, make test, make lint, make docs: each sets itself up in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
+RESULTS ?= runs/study_results
 RUN := $(VENV)/bin/python
 
 .PHONY: demo corpus study test laws lint docs clean
@@ -14,8 +15,8 @@ corpus: $(VENV)/demo.stamp
 # half a day on two cores; resumes where it was interrupted
 study: $(VENV)/demo.stamp
 	test -d corpus/bytes || $(MAKE) corpus
-	$(RUN) -m experiments.study --workdir=runs/study
-	$(RUN) -m experiments.report experiments/results/study
+	$(RUN) -m experiments.study --workdir=runs/study --results=$(RESULTS)
+	$(RUN) -m experiments.report $(RESULTS)
 
 test: $(VENV)/peers.stamp
 	$(RUN) -m pytest

@@ -9,6 +9,7 @@ and share the branches of others; such a branch is reported if its trunk is not 
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +183,7 @@ def execute_branched(
     shard: tuple[int, int] = (0, 1),
     discard_weights: bool = False,
     progress: Progress | None = None,
+    restore: Callable[["Job"], Any] = lambda job: None,
 ) -> tuple[int | None, list[str]]:
     """Train the trunks of a shard that are not finished, then its branches.
 
@@ -192,6 +194,7 @@ def execute_branched(
         shard: (i, n) as in --shard=i/n.
         discard_weights: remove the checkpoints of finished branches; those of trunks are kept.
         progress: of all runs of which these are the next ones; None for these alone.
+        restore: called for every branch before it is trained, which it may finish.
 
     Returns:
         the signal that stopped them, or None, and a sentence for every trunk and branch that failed, now or earlier,
@@ -214,6 +217,8 @@ def execute_branched(
             if blocked[part.name]:
                 _fail(failed, f"every unfinished branch of {part.name}: {blocked[part.name]}")
         if part is None or not job.steps or not blocked[part.name]:
+            if part is not None and job.steps:
+                restore(job)
             stopped, why = train(job.run.config, job.folder, f"[{number}/{len(jobs)}] {job.name}")
             if stopped:
                 return stopped, failed

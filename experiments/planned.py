@@ -1,5 +1,6 @@
 """A sweep as a config file lists it, plain or branched: planned as a whole, then claimed and trained alike."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +53,15 @@ class Planned(NamedTuple):
         return [planned_steps(run, folder_of(self.folder, run)) * _tokens(run) for run in self.share(shard)]
 
     def train(
-        self, shard: tuple[int, int], progress: Progress | None = None, discard_weights: bool = False
+        self,
+        shard: tuple[int, int],
+        progress: Progress | None = None,
+        discard_weights: bool = False,
+        restore: Callable[[Job], Any] = lambda job: None,
     ) -> tuple[int | None, list[str]]:
-        """Train a shard's runs, as `runs.execute` does; `discard_weights` removes those of finished branches."""
+        """Train a shard's runs, as `runs.execute` and `execute_branched` do."""
         if self.parts:
-            return execute_branched(self.parts, self.folder, self.at, shard, discard_weights, progress)
+            return execute_branched(self.parts, self.folder, self.at, shard, discard_weights, progress, restore)
         return execute(self.share(shard), self.folder, progress)
 
     def jobs(self) -> dict[str, Job]:

@@ -21,7 +21,7 @@ import lzma
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from ..branched import branches_in, trunks_in
 from ..report.branched import Branched, is_branched, read_branched
 from ..report.sweep import Run, Sweep, SweepError, by_step, read_spec, read_sweep
 from ..runs import SWEEP
+from ..runs import Run as PlannedRun
 from .devices import ROUNDS, rounds_record
 from .excerpts import FILE as EXCERPTS
 from .plan import TABLES
@@ -46,6 +47,7 @@ DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError)
 
 Files = dict[str, str]  # name in an archive -> text
 Layers = Literal["all", "first seeds", "none"]  # the runs whose layers.jsonl is kept whole
+TRAINED = ("loss", "moe/max_violation", "eval/bits_per_byte")  # the numbers by which a trunk is known
 MOST_LINES = 60  # of layers.jsonl, of which the loads are kept in the other runs
 
 
@@ -143,11 +145,15 @@ def collect(workdir: Path, results: Path) -> list[str]:
         a line for every archive that lacks planned runs, and for every run that has a problem other than that.
 
     Raises:
-        SweepError: a text names this machine; an archive is damaged, or has runs of an arm with other settings.
+        SweepError: a text names this machine; an archive is damaged, or has runs of an arm with other settings, or of
+            a trunk with other numbers.
     """
     private = Private(workdir)
     lines = []
     for folder in sorted(spec.parent for spec in workdir.glob(f"*/{SWEEP}")):
+        if is_branched(folder):
+            for method, seed in read_spec(folder)["parts"]:
+                check_trunk(folder, method, seed, results)
         for plain, layers in _plain_sweeps(folder):
             lines += _pack(plain, plain.relative_to(workdir), results, layers, private)
         if is_branched(folder):
@@ -157,6 +163,41 @@ def collect(workdir: Path, results: Path) -> list[str]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(target, plan)
     return lines
+
+
+def check_trunk(table: Path, method: str, seed: int, results: Path) -> None:
+    """Raise a SweepError if the archives have branches of a trunk with other numbers than the workdir's.
+
+    A trunk that is not in both places is not compared.
+
+    Args:
+        table: the folder of the trunk's table in the workdir.
+        method: the arm of the trunk.
+        seed: of the trunk.
+        results: the folder of the archives.
+    """
+    sweep = trunks_in(table)
+    archive = archive_of(sweep, table, results)
+    there = read_archive(archive).get(f"{method}/seed{seed}/{METRICS}", "")
+    here = sweep / method / f"seed{seed}" / METRICS
+    branches = archive_of(branches_in(table, method, seed), table, results)
+    if not there or not here.is_file() or not branches.is_file():
+        return
+    known = {line["step"]: line for line in map(json.loads, there.splitlines())}
+    for line in map(json.loads, as_lines(by_step(here)[0]).splitlines()):
+        for key in TRAINED:
+            numbers = known.get(line["step"], {}).get(key), line.get(key)
+            if None not in numbers and repr(numbers[0]) != repr(numbers[1]):
+                raise SweepError(
+                    f"{branches} has branches of a trunk with {key}={numbers[0]} after step {line['step']}, and the "
+                    f"trunk of {here.parent} has {numbers[1]}, so that branches of the two cannot be compared; give "
+                    "another folder as --results."
+                )
+
+
+def archive_of(sweep: Path, table: Path, results: Path) -> Path:
+    """The archive of a plain sweep in the workdir: of a plain table, of trunks, or of the branches of one."""
+    return results / f"{sweep.relative_to(table.parent)}{ENDING}"
 
 
 def _plain_sweeps(table: Path) -> Iterator[tuple[Path, Layers]]:
@@ -202,9 +243,8 @@ def _kept(there: Files, plan: str, sweep: Sweep, archive: Path) -> set[tuple[str
     names = {run for name in there if (run := _run_in(name))}
     kept = {(arm, seed) for arm, seed in names if arm in sweep.runs and seed in sweep.seeds}
     kept = {(arm, seed) for arm, seed in kept if seed not in sweep.runs[arm]}
-    old, new = json.loads(there.get(SWEEP, "{}")), json.loads(plan)
     for arm in sorted({arm for arm, _ in kept}):
-        if _settings(old, arm) != _settings(new, arm):
+        if _settings(there.get(SWEEP, "{}"), arm) != _settings(plan, arm):
             raise SweepError(
                 f"{archive} has runs of {arm} with other settings than {sweep.directory}; finish those of the workdir, "
                 "give another folder as --results, or delete the archive."
@@ -212,8 +252,30 @@ def _kept(there: Files, plan: str, sweep: Sweep, archive: Path) -> set[tuple[str
     return kept
 
 
-def _settings(spec: Mapping[str, Any], arm: str) -> tuple[Any, Any]:
-    return spec.get("config"), spec.get("arms_config", {}).get(arm)
+def archived_run(run: PlannedRun, sweep: Path, table: Path, results: Path) -> Files:
+    """The files of a planned run in an archive, by their names in the run's folder.
+
+    Args:
+        run: as it is planned.
+        sweep: the folder of its plain sweep in the workdir.
+        table: the folder of its table there.
+        results: the folder of the archives.
+
+    Returns:
+        nothing if the archive lacks it, or has it with other settings.
+    """
+    there = read_archive(archive_of(sweep, table, results))
+    plan = _spec_text(sweep, Private(table.parent))
+    if _settings(there.get(SWEEP, "{}"), run.arm) != _settings(plan, run.arm):
+        return {}
+    place = f"{run.arm}/seed{run.seed}/"
+    return {name.removeprefix(place): text for name, text in there.items() if name.startswith(place)}
+
+
+def _settings(spec: str, arm: str) -> tuple[Any, Any]:
+    """The settings of an arm in the text of a sweep.json."""
+    content = json.loads(spec)
+    return content.get("config"), content.get("arms_config", {}).get(arm)
 
 
 def _run_in(name: str) -> tuple[str, int] | None:

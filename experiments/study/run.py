@@ -18,6 +18,7 @@ from .arms import BASELINE
 from .arms import TABLE as MAIN
 from .excerpts import FILE as EXCERPTS
 from .excerpts import write_excerpts
+from .restore import restore_branch, restore_whole_runs
 
 
 def check_corpora(tables: Sequence[Planned]) -> None:
@@ -52,6 +53,7 @@ def run_study(
     for table in tables:
         for line in table.claim(command):
             print(line)
+        restore_whole_runs(table, results)
     fit_devices([run for table in tables for run in table.every_run])
     collect(workdir, results)  # before hours of work: whether it can be packed
     progress = Progress([tokens for table in tables for tokens in table.work(shard)])
@@ -59,7 +61,8 @@ def run_study(
     with _signals_raise():
         for table in tables:
             try:
-                stopped, sentences = table.train(shard, progress, discard_weights=True)
+                restore = partial(restore_branch, table=table.folder, results=results)
+                stopped, sentences = table.train(shard, progress, discard_weights=True, restore=restore)
                 failed += sentences
                 if stopped:
                     return stopped, failed

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -206,6 +207,45 @@ def test_a_full_disk_ends_it_after_what_is_finished_is_packed(study, tmp_path):
     errors[BRANCHES[1]] = OSError(errno.ENOSPC, "No space left on device")
     run(status=2)
     assert packed(tmp_path) == sorted([*TRUNKS, BRANCHES[0]])
+
+
+def test_a_lost_workdir_costs_the_trunks_alone(study, tmp_path, capsys):
+    run, done, _ = study
+    run()
+    before = {file: file.read_bytes() for file in (tmp_path / "results").rglob("*.tar.xz")}
+    shutil.rmtree(tmp_path / "work")
+    done.clear()
+    run()
+    assert [place for place in done if " " not in place] == TRUNKS
+    assert capsys.readouterr().out.count(": restored from the archives") == len(EVERY) - len(TRUNKS)
+    assert {file: file.read_bytes() for file in (tmp_path / "results").rglob("*.tar.xz")} == before
+
+
+def test_an_arm_with_other_settings_is_not_restored(study, tmp_path):
+    run, done, _ = study
+    run()
+    shutil.rmtree(tmp_path / "work")
+    done.clear()
+    (tmp_path / "gates.py").write_text(GATES.format(base=BASE | {"seed": 7}))
+    run(status=2)  # what the archive has of it is not mixed with
+    assert not list((tmp_path / "work").glob("gates/*/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("branches", ["kept", "lost"])
+def test_branches_of_a_trunk_with_other_numbers_are_not_mixed(study, tmp_path, capsys, monkeypatch, branches):
+    run, done, _ = study
+    run()
+    before = {file: file.read_bytes() for file in (tmp_path / "results").rglob("*.tar.xz")}
+    shutil.rmtree(tmp_path / "work" / ("arms/branches" if branches == "lost" else "gates"))
+    file = tmp_path / "work" / TRUNKS[1] / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"eval/bits_per_byte": 2.0', '"eval/bits_per_byte": 2.5'))
+    done.clear()
+    run(status=2)
+    error = capsys.readouterr().err
+    assert "branches of a trunk with eval/bits_per_byte=2.0 after step" in error and "has 2.5" in error
+    assert error.rstrip().endswith("give another folder as --results.")
+    assert done == []
+    assert {file: file.read_bytes() for file in (tmp_path / "results").rglob("*.tar.xz")} == before
 
 
 def test_shards_do_every_run_once(study, tmp_path, capsys):
