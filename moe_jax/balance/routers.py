@@ -11,6 +11,7 @@ from moe_jax.balance.protocol import Balancer, Seen
 from moe_jax.balance.registry import register
 from moe_jax.config import ModelConfig
 from moe_jax.config.balance import FrozenRouter, KmeansRouter
+from moe_jax.config.multipliers import of_matrix
 from moe_jax.routing import Routing
 
 
@@ -27,12 +28,14 @@ def frozen_router(options: FrozenRouter, model: ModelConfig) -> Balancer:
     learned weight, which nothing reads, gets no gradient. It does not balance: combine it with a bias, `quantile` or a
     selector. A loss has nothing to train but the layers below.
 
-    Own state: W, float32 [D, E], the same in every run with this `seed`: init_std with random signs, which gives logits
-    the deviation of a learned router's first ones, and has the same bits however it is compiled, as normals have not.
+    Own state: W, float32 [D, E], the same in every run with this `seed`: the standard deviation of a learned router
+    with random signs, which gives logits the deviation of a learned router's first ones, and has the same bits however
+    it is compiled, as normals have not.
     """
 
     def weight(num_experts: int, layer: Any) -> Float32[Array, "embed experts"]:
-        return model.init_std * _signs(options.seed, layer, model.embed_dim, num_experts)
+        std = model.init_std * of_matrix(model, "router", dict(embed=model.embed_dim, experts=num_experts)).std
+        return std * _signs(options.seed, layer, model.embed_dim, num_experts)
 
     return Balancer(own_state=weight, router=lambda learned, own: own)
 

@@ -22,7 +22,9 @@ from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
 from moe_jax.config.mesh_rules import resolve
 from moe_jax.config.model_rules import check_length
+from moe_jax.config.multipliers import Multipliers
 from moe_jax.config.optimizer import EmaConfig, GuardConfig, MuonConfig, OptimizerConfig, Part
+from moe_jax.config.scaling import ScalingConfig
 from moe_jax.config.schema import (
     AnticipationConfig,
     CheckpointConfig,
@@ -59,9 +61,11 @@ __all__ = [
     "LocalRopeConfig",
     "MeshConfig",
     "ModelConfig",
+    "Multipliers",
     "MuonConfig",
     "OptimizerConfig",
     "Part",
+    "ScalingConfig",
     "SourceGone",
     "Weights",
     "YarnConfig",

@@ -32,6 +32,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor", "expert"),
     "head_dim": ("expert",),
     "latent": ("data", "expert", "sequence"),
+    "query_latent": ("data", "expert", "sequence"),
     "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
     "one": (),

@@ -1,6 +1,7 @@
 """Rules across the keys of a config, all of them in the order in which they are checked.
 
-Those of a model alone are in `model_rules.py`, those of the optimizer in `optimizer_rules.py`.
+Those of a model alone are in `model_rules.py`, those of the optimizer in `optimizer_rules.py`, and those of scaling,
+which read both, in `scaling_rules.py`.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from moe_jax.config.mesh_rules import check_mesh, nearby
 from moe_jax.config.model_rules import MODEL_RULES
 from moe_jax.config.optimizer_rules import OPTIMIZER_RULES
 from moe_jax.config.rule import Rule, rises_within
+from moe_jax.config.scaling_rules import SCALING_RULES
 from moe_jax.config.schema import Config, ModelConfig, branch_point, num_moe_layers
 
 
@@ -174,5 +176,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
         holds=lambda c: c.measure_every % c.log_every == 0,
     ),
     *OPTIMIZER_RULES,
+    *SCALING_RULES,
     check_mesh,
 )

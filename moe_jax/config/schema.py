@@ -12,6 +12,7 @@ from moe_jax.config.balance import BalanceEntry
 from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.fields import DType, choice, number, section
 from moe_jax.config.optimizer import EmaConfig, GuardConfig, OptimizerConfig, Part
+from moe_jax.config.scaling import ScalingConfig
 
 # what a block can keep for its backward pass: rows that came from other devices and their gates (of the first round),
 # with a latent also its sum over a token's experts; attention's result, the residual stream after attention, and the
@@ -95,6 +96,8 @@ class ModelConfig:
     sandwich_norm: bool = False  # AFMoE: norms of both
     tied_embeddings: bool = False
     init_std: float = number(0.02, 0.0, changes="numbers")
+    # the small model whose hyperparameters this one takes over, by multipliers that follow from the sizes of both
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     param_dtype: DType = choice("float32", "numbers")
     compute_dtype: DType = choice("float32", "numbers")
     # what a layer keeps for the backward pass: all activations, the matrix products, only its input, or its input and

@@ -38,6 +38,7 @@ from moe_jax.huggingface.tensors import (
     tensors,
 )
 from moe_jax.model.abstract import Read, Write, abstract_weights
+from moe_jax.model.folding import folded
 from moe_jax.runtime.leaves import path_name
 
 CARRIED_FILES = words(
@@ -252,6 +253,7 @@ def export(
         carried: folder with the tokenizer's files and the original config.json, if there is one.
         max_length: as in `save_hf`.
     """
+    config, read = folded(config, read)
     family = choose(config, architecture, _origin(carried))
     if not family.has_bias:
         _refuse_bias(family, config, read)

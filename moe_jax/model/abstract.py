@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe_jax.config import ModelConfig, Part
+from moe_jax.config import ModelConfig, Multipliers, Part
 from moe_jax.mesh import is_expert_weight
 from moe_jax.model.moe import RouterBias
 from moe_jax.model.transformer import Transformer
@@ -57,11 +57,12 @@ def index_axes(config: ModelConfig) -> Callable[[str], int]:
 
 
 class Dims:
-    """A leaf's logical dimensions and its part of the model, wrapped so that trees treat them as one leaf."""
+    """A leaf's logical dimensions, its part of the model and its multipliers, wrapped so that trees see one leaf."""
 
-    def __init__(self, names: tuple[str, ...], part: Part) -> None:
+    def __init__(self, names: tuple[str, ...], part: Part, multipliers: Multipliers = Multipliers()) -> None:
         self.names = names
         self.part = part
+        self.multipliers = multipliers
 
     def __repr__(self) -> str:
         return f"Dims({', '.join(self.names)}; {self.part})"
@@ -69,7 +70,7 @@ class Dims:
 
 def _dims_of(variable: nnx.Variable) -> Dims:
     metadata = variable.get_metadata()
-    return Dims(metadata["dims"], metadata["part"])
+    return Dims(metadata["dims"], metadata["part"], metadata["multipliers"])
 
 
 def _is_variable(node: object) -> bool:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
 from moe_jax.config import ModelConfig, YarnConfig, local_rotated_width, rotated_width
+from moe_jax.config.multipliers import attention_multiplier
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.kernels.max_logits import largest_logits
 from moe_jax.mesh import is_sharded
@@ -65,8 +66,8 @@ class Attention(_Attends):
         self.query_bias = _bias_of_heads(config, heads)
         self.key_bias = _bias_of_heads(config, kv_heads)
         self.value_bias = _bias_of_heads(config, kv_heads)
-        self.out_bias = filled(0.0, "attention", config.param_dtype, embed=width) if config.out_bias else None
-        self.sinks = filled(0.0, "attention", "float32", heads=heads) if config.attention_sinks else None
+        self.out_bias = filled(config, 0.0, "attention", config.param_dtype, embed=width) if config.out_bias else None
+        self.sinks = filled(config, 0.0, "attention", "float32", heads=heads) if config.attention_sinks else None
         self.gate = _gate_of_heads(config, rngs)
         self.query_norm = _norm_of_heads(config, heads)
         self.key_norm = _norm_of_heads(config, kv_heads)
@@ -112,7 +113,7 @@ class Attention(_Attends):
     @property
     def _scale(self) -> float:
         c = self.config
-        return c.attention_multiplier or softmax_scale(c.head_dim, c.yarn)
+        return c.attention_multiplier or attention_multiplier(c) * softmax_scale(c.head_dim, c.yarn)
 
     @property
     def _sinks(self) -> Array | None:
@@ -177,10 +178,10 @@ class LatentAttention(_Attends):
         width, heads, rank = config.embed_dim, config.num_heads, config.kv_lora_rank
         head = config.qk_nope_head_dim + config.qk_rope_head_dim
         query_rank = config.q_lora_rank
-        self.query_down = normal(config, rngs, "attention", embed=width, latent=query_rank) if query_rank else None
-        self.query_latent_norm = RMSNorm(config, LATENT_EPS, latent=query_rank) if query_rank else None
+        self.query_down = normal(config, rngs, "attention", embed=width, query_latent=query_rank) if query_rank else None
+        self.query_latent_norm = RMSNorm(config, LATENT_EPS, query_latent=query_rank) if query_rank else None
         self.query_up = (
-            normal(config, rngs, "attention", latent=query_rank, heads=heads, head_dim=head) if query_rank else None
+            normal(config, rngs, "attention", query_latent=query_rank, heads=heads, head_dim=head) if query_rank else None
         )
         self.query = None if query_rank else normal(config, rngs, "attention", embed=width, heads=heads, head_dim=head)
         self.latent_down = normal(config, rngs, "attention", embed=width, latent=rank)
@@ -243,7 +244,7 @@ class LatentAttention(_Attends):
     @property
     def _scale(self) -> float:
         c = self.config
-        return softmax_scale(c.qk_nope_head_dim + c.qk_rope_head_dim, c.yarn)
+        return attention_multiplier(c) * softmax_scale(c.qk_nope_head_dim + c.qk_rope_head_dim, c.yarn)
 
     def _project(self, x: Array, positions: Array, mesh: Mesh | None) -> tuple[Array, Array, Array, Array]:
         """Queries without and with RoPE [B, S, H, K] each, the latent [B, S, R], the key with RoPE [B, S, 1, K]."""
@@ -357,7 +358,7 @@ def _bias_of_heads(config: ModelConfig, heads: int) -> nnx.Param | None:
     """A bias of 0; a vector, so that it neither decays nor is split."""
     if not config.qkv_bias:
         return None
-    return filled(0.0, "attention", config.param_dtype, head_dim=heads * config.head_dim)
+    return filled(config, 0.0, "attention", config.param_dtype, head_dim=heads * config.head_dim)
 
 
 def _gate_of_heads(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:

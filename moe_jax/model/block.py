@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig, local_layers
+from moe_jax.config.multipliers import residual_multiplier
 from moe_jax.model.attention import Cache, make_attention
 from moe_jax.model.forward import Pass, Report, token_info
 from moe_jax.model.kinds import Local
@@ -89,7 +90,7 @@ class Block(nnx.Module):
         self.attention_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
         self.ffw_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
         self.norm_after = config.norm_after
-        self.multiplier = config.residual_multiplier
+        self.multiplier = residual_multiplier(config)
 
     def __call__(
         self,

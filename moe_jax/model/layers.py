@@ -1,7 +1,8 @@
 """The layers that others are built of: RMSNorm, the feed-forward layer, and their initial weights.
 
 Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers, which
-weight decay and sharding read, and the `part` of the model that it belongs to, by which the optimizer groups it.
+weight decay and sharding read, the `part` of the model that it belongs to, by which the optimizer groups it, and the
+`multipliers` of its learning rate.
 """
 
 import jax
@@ -11,19 +12,26 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from moe_jax.config import ModelConfig, Part, is_gated
+from moe_jax.config.multipliers import of_matrix, of_vector
 from moe_jax.dispatch import ExpertWeights, feed_forward
 from moe_jax.kernels.activation import Activation
 
 
 def normal(config: ModelConfig, rngs: nnx.Rngs, part: Part, dtype: str | None = None, **dims: int) -> nnx.Param:
-    """A weight drawn from N(0, init_std^2), named by its dimensions: `normal(c, rngs, "dense", embed=8, ffw=32)`."""
-    value = config.init_std * jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32)
-    return nnx.Param(value.astype(dtype or config.param_dtype), dims=tuple(dims), part=part)
+    """A weight drawn from N(0, init_std^2), named by its dimensions: `normal(c, rngs, "dense", embed=8, ffw=32)`.
+
+    With `model.scaling` its standard deviation is a multiple of init_std (`config.multipliers`).
+    """
+    multipliers = of_matrix(config, part, dims)
+    value = config.init_std * multipliers.std * jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32)
+    value = value.astype(dtype or config.param_dtype)
+    return nnx.Param(value, dims=tuple(dims), part=part, multipliers=multipliers)
 
 
-def filled(value: float, part: Part, dtype: str, **dims: int) -> nnx.Param:
+def filled(config: ModelConfig, value: float, part: Part, dtype: str, **dims: int) -> nnx.Param:
     """A bias or a scale that begins as `value` everywhere, named by its dimensions."""
-    return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), dims=tuple(dims), part=part)
+    multipliers = of_vector(config, part, dims)
+    return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), dims=tuple(dims), part=part, multipliers=multipliers)
 
 
 def over_rms(x: Float32[Array, "*batch width"], eps: float) -> Float32[Array, "*batch width"]:
@@ -35,7 +43,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32. Source: arXiv 1910.07467."""
 
     def __init__(self, config: ModelConfig, eps: float | None = None, **dims: int) -> None:
-        self.scale = filled(1.0, "norms", config.param_dtype, **dims)
+        self.scale = filled(config, 1.0, "norms", config.param_dtype, **dims)
         self.eps = config.norm_eps if eps is None else eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

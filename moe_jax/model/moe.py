@@ -47,16 +47,16 @@ class MoE(nnx.Module):
         choices = num_choices(config)
         classes = len(config.class_starts) + 1
         self.router = normal(config, rngs, "router", dtype="float32", embed=embed, experts=choices)
-        self.router_bias = filled(0.0, "router", "float32", experts=choices) if config.router_bias else None
-        self.router_norm = filled(1.0, "router", "float32", embed=embed) if config.router_norm == "scaled" else None
-        self.expert_scale = filled(1.0, "router", "float32", experts=choices) if config.expert_scale else None
+        self.router_bias = filled(config, 0.0, "router", "float32", experts=choices) if config.router_bias else None
+        self.router_norm = filled(config, 1.0, "router", "float32", embed=embed) if config.router_norm == "scaled" else None
+        self.expert_scale = filled(config, 1.0, "router", "float32", experts=choices) if config.expert_scale else None
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
         self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
         matrix = functools.partial(normal, config, rngs, "experts", experts=experts)
         self.gate = matrix(embed=width, ffw=ffw) if is_gated(config) else None
         self.up = matrix(embed=width, ffw=ffw)
         self.down = matrix(ffw=ffw, embed=width)
-        bias = functools.partial(filled, 0.0, "experts", config.param_dtype, experts=experts)
+        bias = functools.partial(filled, config, 0.0, "experts", config.param_dtype, experts=experts)
         self.gate_bias = bias(ffw=ffw) if config.expert_bias and is_gated(config) else None
         self.up_bias = bias(ffw=ffw) if config.expert_bias else None
         self.down_bias = bias(embed=width) if config.expert_bias else None

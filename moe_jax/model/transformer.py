@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from moe_jax.config import ModelConfig
+from moe_jax.config.multipliers import logits_divisor, without_depth
 from moe_jax.mesh import constrain, is_sharded, spec
 from moe_jax.model.attention import Cache
 from moe_jax.model.block import Run, Unit, kinds_of_attention, layout
@@ -29,12 +30,13 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.embedding = normal(config, rngs, "embedding", vocab=config.vocab_size, embed=config.embed_dim)
+        outside = without_depth(config)
+        self.embedding = normal(outside, rngs, "embedding", vocab=config.vocab_size, embed=config.embed_dim)
         self.stacks = nnx.List([stacked(rngs, run.repeats, Unit, config, run.kinds) for run in layout(config)])
-        self.final_norm = RMSNorm(config, embed=config.embed_dim)
+        self.final_norm = RMSNorm(outside, embed=config.embed_dim)
         tied = config.tied_embeddings
-        self.head = None if tied else normal(config, rngs, "head", embed=config.embed_dim, vocab=config.vocab_size)
-        self.mtp = stacked(rngs, config.mtp_depth, Ahead, config) if config.mtp_depth else None
+        self.head = None if tied else normal(outside, rngs, "head", embed=config.embed_dim, vocab=config.vocab_size)
+        self.mtp = stacked(rngs, config.mtp_depth, Ahead, outside) if config.mtp_depth else None
         self.config = nnx.static(config)
 
     def __call__(self, fwd: Pass) -> tuple[Float32[Array, "batch seq vocab"], Report | None]:
@@ -116,11 +118,12 @@ class Transformer(nnx.Module):
             return jnp.einsum("...d,dv->...v", x, self.head_weight(mesh), preferred_element_type=jnp.float32)
 
     def head_weight(self, mesh: Mesh | None = None) -> Float[Array, "embed vocab"]:
-        """[D, V] in the compute dtype, gathered from its shards, and divided by `logits_scaling`."""
+        """[D, V] in the compute dtype, gathered from its shards, and divided by `logits_divisor`."""
         c = self.config
         head = at_use(self.embedding if self.head is None else self.head, mesh, c.compute_dtype)[...]
         head = (head.T if self.head is None else head).astype(c.compute_dtype)
-        return head if c.logits_scaling == 1 else head / c.logits_scaling
+        divisor = logits_divisor(c)
+        return head if divisor == 1 else head / divisor
 
     def _embed(self, tokens: Array, mesh: Mesh | None) -> Float[Array, "batch seq embed"]:
         c = self.config

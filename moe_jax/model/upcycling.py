@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from moe_jax.config import DISPATCHERS, Config, ModelConfig, as_dict, flatten, keys_that_change, shared_width
+from moe_jax.config.multipliers import of_matrix
 from moe_jax.kernels.weights import DIMS, ExpertWeights
 from moe_jax.model.abstract import Read, abstract_weights
 from moe_jax.model.block import Place, places
@@ -32,6 +33,7 @@ from moe_jax.runtime.leaves import path_name
 WITH_EXPERTS = {
     *("num_experts", "top_k", "expert_ffw_dim", "shared_ffw_dim", "normalize_gates", "gate_scale"),
     *("num_groups", "top_groups", "group_top", "router_jitter", "random_second", "dispatch", "quantization"),
+    *("scaling.base_ffw_dim", "scaling.base_expert_ffw_dim", "scaling.base_shared_ffw_dim"),
 }
 FROM_DENSE = WITH_EXPERTS | {
     *("num_shared_experts", "first_dense", "moe_every", "score", "router_bias", "router_norm", "router_scale"),
@@ -284,7 +286,9 @@ class _Layer(NamedTuple):
         how, target, rng = self.how, self.target, self._rng(0, 0)
         if name == "router" and (self.there.kind == "dense" or self.recipe.router == "random"):
             count = target.num_experts // (how.slices if self.recipe.router == "grouped" else 1)
-            columns = rng.normal(0, target.init_std, (target.embed_dim, count))
+            dims = dict(embed=target.embed_dim, experts=target.num_experts)
+            std = target.init_std * of_matrix(target, "router", dims).std
+            columns = rng.normal(0, std, (target.embed_dim, count))
             return np.repeat(columns, target.num_experts // count, 1)
         if self.there.kind == "dense":
             classes = () if tree == "params" or not target.class_starts else (len(target.class_starts) + 1,)

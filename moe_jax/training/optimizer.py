@@ -23,16 +23,19 @@ def make_optimizer(config: OptimizerConfig, dims: Tree, mesh: Mesh | None = None
     It computes in float32; `stored` converts its results. Matrices decay; vectors, which are scales and biases, do
     not. The number of array dimensions does not distinguish them, because layers are stacked.
 
+    Adam divides by sqrt(v) + eps; another epsilon for a parameter is the same one after its gradient was divided by the
+    ratio of the two, by which its moments are divided, too.
+
     Args:
-        dims: dims and part of every parameter.
+        dims: dims, part and multipliers of every parameter.
         mesh: of the parameters, on which Muon places its matrices; None is one device.
     """
     chain = [_clip_by_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    chain += _scaled(jax.tree.map(lambda d: 1 / d.multipliers.epsilon, dims))
     chain.append(_direction(config, dims, mesh))
     decay = jax.tree.map(lambda d: weight_decay(config, d), dims)
     chain += [optax.add_decayed_weights(value, mask) for value, mask in _by_value(decay) if value > 0]
-    factors = jax.tree.map(lambda d: getattr(config.groups, d.part).learning_rate, dims)
-    chain += [optax.masked(optax.scale(value), mask) for value, mask in _by_value(factors) if value != 1]
+    chain += _scaled(jax.tree.map(lambda d: rate_factor(config, d), dims))
     whole = optax.chain(*chain)
     return optax.GradientTransformation(jax_defaults()(whole.init), jax_defaults()(whole.update))
 
@@ -66,10 +69,24 @@ def moved_by(config: Config) -> list[str]:
     return [method_of(config.optimizer, d) for d in jax.tree.leaves(abstract_model(config.model).dims)]
 
 
+def rate_factor(config: OptimizerConfig, dims: Dims) -> float:
+    """The factor of a parameter's learning rate: of its group, times that of its sizes."""
+    return getattr(config.groups, dims.part).learning_rate * _rate_by_size(config, dims)
+
+
 def weight_decay(config: OptimizerConfig, dims: Dims) -> float:
-    """The weight decay of a parameter; 0 for vectors and what is frozen."""
+    """The weight decay of a parameter; 0 for vectors and what is frozen.
+
+    What the sizes multiply the learning rate by divides it, so that a step shrinks weights as in the base.
+    """
     group = getattr(config.groups, dims.part)
-    return 0.0 if is_vector(dims.names) or group.frozen else config.weight_decay * group.weight_decay
+    if is_vector(dims.names) or group.frozen:
+        return 0.0
+    return config.weight_decay * group.weight_decay / _rate_by_size(config, dims)
+
+
+def _rate_by_size(config: OptimizerConfig, dims: Dims) -> float:
+    return dims.multipliers.muon if method_of(config, dims) == "muon" else dims.multipliers.adamw
 
 
 def without_frozen_gradients(config: OptimizerConfig, dims: Tree, params: Tree) -> Tree:
@@ -79,6 +96,11 @@ def without_frozen_gradients(config: OptimizerConfig, dims: Tree, params: Tree) 
         return jax.lax.stop_gradient(value) if method_of(config, d) == "frozen" else value
 
     return jax.tree.map(one, dims, params)
+
+
+def _scaled(factors: Tree) -> list[optax.GradientTransformation]:
+    """Each update times its factor."""
+    return [optax.masked(optax.scale(value), mask) for value, mask in _by_value(factors) if value != 1]
 
 
 def _by_value(values: Tree) -> list[tuple[float, Tree]]:
