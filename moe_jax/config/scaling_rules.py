@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from moe_jax.config.rule import Rule
-from moe_jax.config.schema import Config, ModelConfig, parts
 from moe_jax.config.scaling import ScalingConfig
+from moe_jax.config.schema import Config, ModelConfig, parts
 
 OF_WIDTH = (
     *("base_ffw_dim", "base_expert_ffw_dim", "base_shared_ffw_dim", "base_latent_dim", "base_num_heads"),

@@ -3,6 +3,7 @@
 B batch, S sequence, D embed, H heads, G heads of keys and values, K width of a head, R width of a latent.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -178,18 +179,17 @@ class LatentAttention(_Attends):
         width, heads, rank = config.embed_dim, config.num_heads, config.kv_lora_rank
         head = config.qk_nope_head_dim + config.qk_rope_head_dim
         query_rank = config.q_lora_rank
-        self.query_down = normal(config, rngs, "attention", embed=width, query_latent=query_rank) if query_rank else None
+        matrix = functools.partial(normal, config, rngs, "attention")
+        self.query_down = matrix(embed=width, query_latent=query_rank) if query_rank else None
         self.query_latent_norm = RMSNorm(config, LATENT_EPS, query_latent=query_rank) if query_rank else None
-        self.query_up = (
-            normal(config, rngs, "attention", query_latent=query_rank, heads=heads, head_dim=head) if query_rank else None
-        )
-        self.query = None if query_rank else normal(config, rngs, "attention", embed=width, heads=heads, head_dim=head)
-        self.latent_down = normal(config, rngs, "attention", embed=width, latent=rank)
-        self.key_rope = normal(config, rngs, "attention", embed=width, head_dim=config.qk_rope_head_dim)
+        self.query_up = matrix(query_latent=query_rank, heads=heads, head_dim=head) if query_rank else None
+        self.query = None if query_rank else matrix(embed=width, heads=heads, head_dim=head)
+        self.latent_down = matrix(embed=width, latent=rank)
+        self.key_rope = matrix(embed=width, head_dim=config.qk_rope_head_dim)
         self.latent_norm = RMSNorm(config, LATENT_EPS, latent=rank)
-        self.key_up = normal(config, rngs, "attention", latent=rank, heads=heads, head_dim=config.qk_nope_head_dim)
-        self.value_up = normal(config, rngs, "attention", latent=rank, heads=heads, head_dim=config.v_head_dim)
-        self.out = normal(config, rngs, "attention", heads=heads, head_dim=config.v_head_dim, embed=width)
+        self.key_up = matrix(latent=rank, heads=heads, head_dim=config.qk_nope_head_dim)
+        self.value_up = matrix(latent=rank, heads=heads, head_dim=config.v_head_dim)
+        self.out = matrix(heads=heads, head_dim=config.v_head_dim, embed=width)
         self.config = nnx.static(config)
 
     def observed(

@@ -47,9 +47,10 @@ class MoE(nnx.Module):
         choices = num_choices(config)
         classes = len(config.class_starts) + 1
         self.router = normal(config, rngs, "router", dtype="float32", embed=embed, experts=choices)
-        self.router_bias = filled(config, 0.0, "router", "float32", experts=choices) if config.router_bias else None
-        self.router_norm = filled(config, 1.0, "router", "float32", embed=embed) if config.router_norm == "scaled" else None
-        self.expert_scale = filled(config, 1.0, "router", "float32", experts=choices) if config.expert_scale else None
+        beside = functools.partial(filled, config, part="router", dtype="float32")
+        self.router_bias = beside(0.0, experts=choices) if config.router_bias else None
+        self.router_norm = beside(1.0, embed=embed) if config.router_norm == "scaled" else None
+        self.expert_scale = beside(1.0, experts=choices) if config.expert_scale else None
         shape, dims = ((choices,), ("experts",)) if classes == 1 else ((classes, choices), ("classes", "experts"))
         self.bias = RouterBias(jnp.zeros(shape, jnp.float32), dims=dims)
         matrix = functools.partial(normal, config, rngs, "experts", experts=experts)

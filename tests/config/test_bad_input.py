@@ -187,6 +187,32 @@ BAD = [
     (dict(checkpoint=dict(keep=0)), "checkpoint.keep=0", "raise it"),
     (dict(checkpoint=dict(verify="no")), "checkpoint.verify='no'", "full"),
     (dict(data=dict(path=3)), "data.path=3", "a string"),
+    (dict(model=dict(scaling=dict(base_width=-1))), "model.scaling.base_width=-1", "raise it"),
+    (dict(model=dict(scaling=dict(base_head_dim=16))), "model.scaling.base_width=0 is none", "or base_head_dim=0"),
+    (
+        dict(model=dict(scaling=dict(base_width=32, base_expert_ffw_dim=16))),
+        "model.scaling.base_expert_ffw_dim=16",
+        "set it to 0",
+    ),
+    (
+        dict(model=dict(scaling=dict(base_width=32, base_kv_lora_rank=16))),
+        "model.scaling.base_kv_lora_rank=16",
+        "set it to 0",
+    ),
+    (dict(model=dict(scaling=dict(depth_exponent=0.5))), "model.scaling.base_depth=0", "or depth_exponent=1.0"),
+    (dict(model=dict(scaling=dict(base_depth=2, depth_exponent=0.4))), "depth_exponent=0.4", "raise it"),
+    (
+        dict(model=dict(attention_multiplier=0.1, scaling=dict(base_width=32, base_head_dim=16))),
+        "model.attention_multiplier=0.1",
+        "set one of them to 0",
+    ),
+    (
+        dict(
+            model=dict(scaling=dict(base_width=32)), optimizer=dict(method="muon", muon=dict(parts=("head", "dense")))
+        ),
+        "model.scaling.base_width=32",
+        "leave them to AdamW",
+    ),
     (dict(data=dict(weights=dict(austen="much"))), "data.weights.austen='much'", "a number"),
     (dict(data=dict(weights=[1, 2])), "data.weights=[1, 2]", "dict"),
     (dict(data=dict(eval_sequences=-1)), "data.eval_sequences=-1", "raise it"),

@@ -104,7 +104,8 @@ ROWS = [
     Row(dict(router_jitter=0.3)),
     Row(dict(random_second=True)),
 ]
-# the model's other keys, besides those that change only numbers or speed: sizes, embedding and head, a column, a target
+# the model's other keys, besides those that change only numbers or speed: sizes, embedding and head, a column, a
+# target, and scaling, whose factors tests/model/test_folding.py and tests/training/test_scaling.py look at
 SIZES = "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim ffw_dim num_experts top_k expert_ffw_dim"
 SIZES += " kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim norm_eps"
-APART = f"{SIZES} tied_embeddings embedding_multiplier logits_scaling quantization zero_share".split()
+APART = f"{SIZES} tied_embeddings embedding_multiplier logits_scaling quantization zero_share scaling".split()
