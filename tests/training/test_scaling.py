@@ -189,16 +189,39 @@ def slopes(configs, sizes):
     """name -> the exponent with which the change of an activation grows with the size."""
     found = [changes(config) for config in configs]
     by = {name: np.polyfit(np.log(sizes), [np.log(f[name]) for f in found], 1)[0] for name in found[0]}
-    print({name: round(float(slope), 2) for name, slope in by.items()})
+    print({name: (round(float(by[name]), 2), [round(f[name], 3) for f in found]) for name in by})
     return by
 
 
+FACTORS = {"attention": 2}  # how many factors of an activation change: its exponent is the sum of theirs
+
+
+def assert_level(slopes):
+    assert all(abs(slope) < 0.3 * FACTORS.get(name, 1) for name, slope in slopes.items()), slopes
+
+
 def of_widths(widths, base=0, **settings):
+    """The slopes over these widths; at the base's own every multiplier is 1, so that one run serves with and without."""
     scaling = dict(base_width=base) | settings.pop("scaling", {}) if base else {}
-    return slopes([sized(width, scaling=scaling, **settings) for width in widths], widths)
+    return slopes([sized(w, scaling=None if w == base else scaling, **settings) for w in widths], widths)
 
 
 def test_activations_change_as_much_at_any_width():
     level, steep = of_widths((32, 128), base=32), of_widths((32, 128))
-    assert all(abs(slope) < 0.3 for slope in level.values()), level
-    assert all(slope > 0.5 for slope in steep.values()), steep
+    assert_level(level)
+    assert all(slope > 0.5 * FACTORS.get(name, 1) for name, slope in steep.items()), steep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [dict(), dict(optimizer=dict(method="muon"))], ids=["adamw", "muon"])
+def test_activations_change_as_much_at_three_widths(settings):
+    assert_level(of_widths((32, 64, 128), base=32, **settings))
+
+
+@pytest.mark.slow
+def test_activations_change_as_much_at_any_depth():
+    depths = 2, 4, 8
+    level = slopes([sized(layers=n, scaling=dict(base_depth=2)) for n in depths], depths)
+    steep = slopes([sized(layers=n) for n in depths], depths)
+    assert abs(level["stream"]) < 0.3, level
+    assert steep["stream"] > 0.5, steep
