@@ -201,7 +201,7 @@ def assert_level(slopes):
 
 
 def of_widths(widths, base=0, **settings):
-    """The slopes over these widths; at the base's own every multiplier is 1, so that one run serves with and without."""
+    """The slopes over these widths; at the base's own every multiplier is 1, so one run serves with and without."""
     scaling = dict(base_width=base) | settings.pop("scaling", {}) if base else {}
     return slopes([sized(w, scaling=None if w == base else scaling, **settings) for w in widths], widths)
 
