@@ -98,6 +98,7 @@ class RouterConfig(NamedTuple):
     group_top: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
     normalize_gates: divide the selected scores by their sum.
     gate_scale: factor on the gates, after normalisation.
+    sparsemixer: above 0, gates are those of `gates_in_turn`.
     select_by: "scores" | "logits", what the bias is added to.
     """
 
@@ -108,6 +109,7 @@ class RouterConfig(NamedTuple):
     group_top: int = 2
     normalize_gates: bool = True
     gate_scale: float = 1.0
+    sparsemixer: float = 0.0
     select_by: str = "scores"
 
     @classmethod
@@ -174,8 +176,11 @@ def route(
         expert_ids = jnp.where(chosen < 0, expert_ids, chosen)
     if tokens.mask is not None:
         expert_ids = jnp.where(tokens.mask[:, None], expert_ids, num_experts)
-    log_scores = log_affinity(logits, router.score)
-    gates = router.gate_scale * _gates(scores, log_scores, expert_ids, router.normalize_gates)
+    if router.sparsemixer:
+        gates = router.gate_scale * gates_in_turn(logits, expert_ids, router.sparsemixer)
+    else:
+        log_scores = log_affinity(logits, router.score)
+        gates = router.gate_scale * _gates(scores, log_scores, expert_ids, router.normalize_gates)
     if expert_scale is not None:
         gates = gates * expert_scale.at[expert_ids].get(mode="fill", fill_value=0)
     loads = count(expert_ids, num_experts)
@@ -272,6 +277,30 @@ def drop_second(routing: Routing, key: Key[Array, ""]) -> Routing:
     expert_ids = routing.expert_ids.at[:, 1].set(jnp.where(keep, routing.expert_ids[:, 1], num_experts))
     gates = routing.gates.at[:, 1].multiply(keep.astype(jnp.float32))
     return routing._replace(expert_ids=expert_ids, gates=gates, loads=count(expert_ids, num_experts))
+
+
+def gates_in_turn(
+    logits: Float32[Array, "tokens experts"], expert_ids: Int32[Array, "tokens slots"], jitter: float
+) -> Float32[Array, "tokens slots"]:
+    """SparseMixer's gates: each is a softmax over the experts left for its slot, 0 in empty slots.
+
+    Left are the experts that no slot before it holds and whose logit l is near the best of these, m:
+    (m - l) / max(|l|, m) <= 2 jitter. A slot's own expert always is, if a bias chose one that is not near.
+
+    Source: GRIN (arXiv 2409.12136) section 2, without its sampling in training; what is near, as in the code of
+    Phi-3.5-MoE.
+    """
+
+    def gate(free: Array, ids: Array) -> tuple[Array, Array]:
+        own = jax.nn.one_hot(ids, logits.shape[1], dtype=bool)
+        best = jnp.where(free, logits, -jnp.inf).max(-1, keepdims=True)
+        near = best - logits <= 2 * jitter * jnp.maximum(jnp.abs(logits), best)
+        empty = ~own.any(-1, keepdims=True)  # a softmax needs something, even if its result is not read
+        share = jax.nn.softmax(jnp.where((free & near) | own | empty, logits, -jnp.inf), axis=-1)
+        return free & ~own, jnp.where(own, share, 0.0).sum(-1)
+
+    every = logits < jnp.inf  # split over devices as the logits are
+    return lax.scan(gate, every, expert_ids.T)[1].T
 
 
 def _gates(scores: Array, log_scores: Array, expert_ids: Array, normalize: bool) -> Float32[Array, "tokens slots"]:

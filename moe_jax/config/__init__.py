@@ -21,7 +21,7 @@ from moe_jax.config.build import (
 from moe_jax.config.dispatchers import DISPATCHERS, Dispatcher
 from moe_jax.config.effects import at_defaults, changed_numbers, free_keys, keys_that_change
 from moe_jax.config.mesh_rules import resolve
-from moe_jax.config.model_rules import check_length
+from moe_jax.config.model_rules import check_length, longest
 from moe_jax.config.multipliers import Multipliers
 from moe_jax.config.optimizer import EmaConfig, GuardConfig, MuonConfig, OptimizerConfig, Part
 from moe_jax.config.scaling import ScalingConfig
@@ -31,6 +31,7 @@ from moe_jax.config.schema import (
     Config,
     DataConfig,
     LocalRopeConfig,
+    LongRopeConfig,
     MeshConfig,
     ModelConfig,
     Weights,
@@ -59,6 +60,7 @@ __all__ = [
     "EmaConfig",
     "GuardConfig",
     "LocalRopeConfig",
+    "LongRopeConfig",
     "MeshConfig",
     "ModelConfig",
     "Multipliers",
@@ -86,6 +88,7 @@ __all__ = [
     "keys_that_change",
     "local_layers",
     "local_rotated_width",
+    "longest",
     "mesh_sizes",
     "named",
     "num_choices",

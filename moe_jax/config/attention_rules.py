@@ -2,7 +2,7 @@
 
 from moe_jax.config.mesh_rules import nearby
 from moe_jax.config.rule import Rule
-from moe_jax.config.schema import ModelConfig, local_rotated_width, rotated_width
+from moe_jax.config.schema import LongRopeConfig, ModelConfig, local_rotated_width, rotated_width
 
 
 def _has_sinks_gate_or_bias(m: ModelConfig) -> bool:
@@ -16,6 +16,14 @@ def _has_rope_by_kind(m: ModelConfig) -> bool:
 
 def _is_even(width: int) -> bool:
     return width >= 2 and width % 2 == 0
+
+
+def _rotated_pairs(m: ModelConfig) -> int:
+    return (m.qk_rope_head_dim if m.attention == "mla" else rotated_width(m)) // 2
+
+
+def _fit_pairs(factors: tuple[float, ...], m: ModelConfig) -> bool:
+    return len(factors) == _rotated_pairs(m) and min(factors) > 0
 
 
 ATTENTION_RULES = (
@@ -115,6 +123,31 @@ ATTENTION_RULES = (
         "{model.yarn.beta_fast} must be at least {model.yarn.beta_slow}",
         "try 32 and 1",
         holds=lambda c: c.model.yarn.beta_fast >= c.model.yarn.beta_slow,  # equal in Kimi-K2: frequencies then jump
+    ),
+    Rule(
+        "{model.longrope.short_factor} must have a number above 0 for every pair of dimensions that RoPE rotates",
+        lambda c: f"give {_rotated_pairs(c.model)} numbers, or () for RoPE as it was",
+        holds=lambda c: _fit_pairs(c.model.longrope.short_factor, c.model),
+        when=lambda c: c.model.longrope.short_factor != (),
+    ),
+    Rule(
+        "{model.longrope.long_factor} must have a number above 0 for every pair of dimensions that RoPE rotates",
+        lambda c: f"give {_rotated_pairs(c.model)} numbers, or () where no export needs them",
+        holds=lambda c: _fit_pairs(c.model.longrope.long_factor, c.model),
+        when=lambda c: c.model.longrope.long_factor != (),
+    ),
+    Rule(
+        "{model.longrope.long_factor}, {model.longrope.short_mscale}, {model.longrope.long_mscale} and "
+        "{model.longrope.original_length} belong to LongRoPE, but {model.longrope.short_factor} has no factors",
+        "set model.longrope.short_factor, or model.longrope=dict()",
+        holds=lambda c: c.model.longrope == LongRopeConfig(),
+        when=lambda c: c.model.longrope.short_factor == (),
+    ),
+    Rule(
+        "{model.longrope.short_factor} and {model.yarn.factor} are two ways to slow down RoPE",
+        "set model.longrope.short_factor=() or model.yarn.factor=1.0",
+        holds=lambda c: c.model.yarn.factor == 1,
+        when=lambda c: c.model.longrope.short_factor != (),
     ),
     Rule(
         "{model.norm_after} puts all norms behind their layers, but {model.sandwich_norm} puts one on each side",

@@ -1,5 +1,6 @@
 """Rules across the keys of a model: rematerialisation, multi-token prediction, experts. Attention has its own file."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,12 +43,24 @@ def _check_groups(c: Config) -> None:
         check_groups(c.model.num_experts, c.model, "model.")
 
 
+def longest(m: ModelConfig) -> float:
+    """The most tokens of a sequence for which attention is that of the model; infinity without a limit."""
+    by_rope = m.longrope.original_length if m.longrope.short_factor else math.inf
+    return min(m.index_topk or math.inf, by_rope)
+
+
 def check_length(m: ModelConfig, length: int, what: str = "sequence_length") -> None:
-    """Raise a ValueError if a sequence is longer than those for which attention is that of the model."""
+    """Raise a ValueError if a sequence is longer than those for which attention is that of the model (`longest`)."""
     if m.index_topk and length > m.index_topk:
         raise ValueError(
             f"{what}={length} must be at most model.index_topk={m.index_topk}: of a longer sequence the model's sparse "
             "attention sees some tokens only, but ours all; lower it."
+        )
+    long = m.longrope
+    if long.short_factor and length > long.original_length:
+        raise ValueError(
+            f"{what}={length} must be at most model.longrope.original_length={long.original_length}: a longer sequence "
+            "has other factors of RoPE, by which our model does not rotate; lower it."
         )
 
 
@@ -121,6 +134,12 @@ MODEL_RULES: tuple[Callable[[Config], None], ...] = (
         "set model.num_shared_experts=1, or model.shared_gate=False and model.shared_ffw_dim=0",
         holds=lambda c: c.model.num_shared_experts > 0 or not (c.model.shared_gate or c.model.shared_ffw_dim),
         when=lambda c: c.model.num_experts > 0,
+    ),
+    Rule(
+        "{model.sparsemixer} has gates that are not divided by their sum, but {model.normalize_gates}",
+        "set model.normalize_gates=False, or model.sparsemixer=0.0",
+        holds=lambda c: not c.model.normalize_gates,
+        when=lambda c: c.model.num_experts > 0 and c.model.sparsemixer > 0,
     ),
     _check_groups,
     Rule(

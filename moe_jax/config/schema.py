@@ -40,8 +40,25 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class LongRopeConfig:
+    """LongRoPE: every pair of dimensions turns slower by a factor of its own; without factors RoPE is as it was.
+
+    Sequences of at most `original_length` tokens have the `short_factor` of each pair, and rotated queries and keys are
+    `short_mscale` times as long. A longer sequence is refused: of `long_factor` and `long_mscale`, which are for it,
+    implementations differ in how they pass from the one to the other. They are kept for export. Source: arXiv
+    2402.13753; the two lengths as in Phi-3.5-MoE's code.
+    """
+
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    short_mscale: float = number(1.0, 0.0)
+    long_mscale: float = number(1.0, 0.0)
+    original_length: int = number(4096, 1)
+
+
+@dataclass(frozen=True)
 class LocalRopeConfig:
-    """RoPE of windowed layers where it is not that of the other layers: its `theta`, without YaRN; 0: the same RoPE."""
+    """RoPE of windowed layers if it is not that of the others: its `theta`, without YaRN or LongRoPE; 0: the same."""
 
     theta: float = number(0.0, 0.0)
     partial_rotary_factor: float = number(1.0, 0.0, 1.0)  # as model.partial_rotary_factor
@@ -81,6 +98,7 @@ class ModelConfig:
     index_topk: int = number(0, 0)
     rope_theta: float = number(10000.0, 1.0)
     yarn: YarnConfig = field(default_factory=YarnConfig)
+    longrope: LongRopeConfig = field(default_factory=LongRopeConfig)
     attention_multiplier: float = number(0.0, 0.0)  # gqa: the factor of query . key; 0: 1 / sqrt(head_dim)
     # Granite's factors: of embeddings, of what attention and feed-forward add, and what logits are divided by
     embedding_multiplier: float = number(1.0, 0.0)
@@ -91,10 +109,14 @@ class ModelConfig:
     # DeepSeek-V4 (swiglu, 10) and gpt-oss (swiglu_oai, 7); with relu2 (Nemotron) layers have no gate
     activation: Literal["swiglu", "geglu", "swiglu_oai", "relu2"] = "swiglu"
     activation_limit: float = number(0.0, 0.0)
+    # of the residual stream: RMSNorm, or LayerNorm with scale and shift (Phi-3.5-MoE); norms within attention and of
+    # what the router reads are RMSNorm
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = number(1e-6, 0.0)
     norm_after: bool = False  # OLMo 2: norms of what attention and feed-forward return, not of what they read
     sandwich_norm: bool = False  # AFMoE: norms of both
     tied_embeddings: bool = False
+    head_bias: bool = False  # Phi-3.5-MoE: logits have a bias
     init_std: float = number(0.02, 0.0, changes="numbers")
     # the small model whose hyperparameters this one takes over, by multipliers that follow from the sizes of both
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -120,6 +142,9 @@ class ModelConfig:
     score: Literal["sigmoid", "softmax", "sqrt_softplus", "relu"] = "sigmoid"
     normalize_gates: bool = True
     gate_scale: float = number(1.0, 0.0)
+    # SparseMixer's gates (Phi-3.5-MoE, 0.01): of experts chosen one after the other, each gate is a softmax over those
+    # that are left and whose logits are no more than twice this share below the best of them; 0: gates of scores
+    sparsemixer: float = number(0.0, 0.0)
     num_groups: int = number(1, 1)
     top_groups: int = number(1, 1)
     group_top: int = number(2, 1)  # how many experts' scores rank a group: 2 in DeepSeek-V3, 1 in V2
@@ -283,7 +308,7 @@ def parts(m: ModelConfig) -> tuple[Part, ...]:
     moe = m.num_experts > 0
     has: dict[Part, bool] = dict(
         embedding=True,
-        head=not m.tied_embeddings,
+        head=not m.tied_embeddings or m.head_bias,
         attention=True,
         dense=num_moe_layers(m) < m.num_layers + m.mtp_depth,
         router=moe,

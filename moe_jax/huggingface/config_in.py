@@ -5,7 +5,16 @@ from typing import Any
 
 from moe_jax.config import did_you_mean
 from moe_jax.huggingface.families import FAMILIES
-from moe_jax.huggingface.family import ALIASES, READ_APART, WITHOUT_EFFECT, YARN_KEYS, Family, value_of, whole
+from moe_jax.huggingface.family import (
+    ALIASES,
+    LONGROPE_KEYS,
+    READ_APART,
+    WITHOUT_EFFECT,
+    YARN_KEYS,
+    Family,
+    value_of,
+    whole,
+)
 from moe_jax.huggingface.layer_lists import first_and_every
 from moe_jax.huggingface.others import OTHERS
 from moe_jax.huggingface.windows import windows_of
@@ -20,7 +29,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     names = hf.get("architectures") or []
     kind = hf.get("model_type")
     for family in FAMILIES:
-        if kind in family.model_types and (not names or names == [family.architecture]):
+        if kind in family.model_types and (not names or names in [[one] for one in _classes(family)]):
             return family
     if kind in OTHERS:
         other = OTHERS[kind]
@@ -30,6 +39,10 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         )
     known = ", ".join(f"{f.architecture} ({' or '.join(f.model_types)})" for f in FAMILIES)
     raise ValueError(f"config.json is of architectures={names} and model_type={kind!r}; known are {known}.")
+
+
+def _classes(family: Family) -> tuple[str, ...]:
+    return family.architecture, *family.spellings
 
 
 def from_hf(hf: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
@@ -92,7 +105,8 @@ def _obstacles(family: Family, hf: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for every key or value that we could only ignore."""
     read = {key.name for key in family.keys} | WITHOUT_EFFECT | READ_APART | family.unread
     read |= set(family.layers.keys) if family.layers is not None else set()
-    read |= {"layer_types", *family.windows.keys} if family.windows is not None else set()
+    read |= {*family.windows.keys} if family.windows is not None else set()
+    read |= {"layer_types"} if family.windows is not None and family.windows.listed else set()
     read |= {*family.repeated, family.scales_by_width}
     read |= {"partial_rotary_factor"} if family.partial is not None else set()
     read |= {"rotary_dim"} if family.rotary_dim else set()
@@ -158,14 +172,14 @@ def _complete(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Our rope_theta and yarn, and partial_rotary_factor if the family has that."""
-    ours = _theta_and_yarn(family, hf)
+    """Our rope_theta, yarn and longrope, and partial_rotary_factor if the family has that."""
+    ours = _whole_rope(family, hf)
     if family.partial is not None:
         ours["partial_rotary_factor"] = _partial(family, hf, family.partial)
     return ours
 
 
-def _theta_and_yarn(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+def _whole_rope(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older)."""
     found = [_rope_of(family, hf, name) for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
     if len(found) == 2 and found[0] != found[1]:
@@ -186,14 +200,35 @@ def _rope_of(family: Family, hf: Mapping[str, Any], name: str) -> dict[str, Any]
     kind = rope.pop("rope_type", kind)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0 and family.partial is None:
         raise ValueError("config.json rotates a part of each head only (partial_rotary_factor); convert another model.")
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"config.json has RoPE of the type {kind!r}; known are 'default' and 'yarn'.")
-    if unknown := sorted(rope.keys() - (YARN_KEYS.keys() if kind == "yarn" else ())):
+    if kind not in family.rope_types:
+        known = " and ".join(map(repr, family.rope_types))
+        raise ValueError(f"config.json has RoPE of the type {kind!r}; known are {known}.")
+    if unknown := sorted(rope.keys() - SCALED.get(kind, {}).keys()):
         raise ValueError(
             f"config.json has {name} of the type {kind!r} with {unknown[0]}={rope[unknown[0]]!r}, which our model does "
             "not have; correct the type, or remove it."
         )
-    return {"rope_theta": theta, "yarn": _yarn(family, rope, hf) if kind == "yarn" else {}}
+    return {
+        "rope_theta": theta,
+        "yarn": _yarn(family, rope, hf) if kind == "yarn" else {},
+        "longrope": _longrope(rope, hf) if kind == "longrope" else {},
+    }
+
+
+SCALED = {"yarn": YARN_KEYS, "longrope": LONGROPE_KEYS}  # the type of RoPE -> its keys
+
+
+def _longrope(rope: dict[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
+    length = "original_max_position_embeddings"
+    beside = hf.get(length)
+    if beside is not None and rope.setdefault(length, beside) != beside:
+        raise ValueError(
+            f"config.json has {length}={beside!r} and in its LongRoPE {rope[length]!r}, of which programs read the one "
+            "or the other; remove one."
+        )
+    if missing := [name for name in LONGROPE_KEYS if rope.get(name) in (None, [])]:
+        raise ValueError(f"config.json has LongRoPE without {missing[0]}; give the model's own config.json.")
+    return {LONGROPE_KEYS[name]: value for name, value in rope.items()}
 
 
 def _partial(family: Family, hf: Mapping[str, Any], default: float) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_jax.config import ModelConfig, rotated_width
 from moe_jax.huggingface.families import FAMILIES
-from moe_jax.huggingface.family import CARRIED, YARN_KEYS, Family
+from moe_jax.huggingface.family import CARRIED, LONGROPE_KEYS, YARN_KEYS, Family
 from moe_jax.huggingface.windows import misfits, written
 from moe_jax.model.block import layout
 
@@ -27,7 +27,7 @@ def choose(config: ModelConfig, architecture: str = "", origin: str = "") -> Fam
     """
     config = plainest(config)
     name = architecture or origin
-    named = [f for f in FAMILIES if name in (f.architecture, *f.model_types)]
+    named = [f for f in FAMILIES if name in (f.architecture, *f.spellings, *f.model_types)]
     named = [next(g for g in FAMILIES if g.architecture == (f.written_as or f.architecture)) for f in named]
     if architecture and not named:
         known = ", ".join(f.architecture for f in FAMILIES)
@@ -129,10 +129,14 @@ def _written_rope(family: Family, c: ModelConfig) -> dict[str, Any]:
         rope = {"rope_type": "yarn"} | {theirs: getattr(c.yarn, ours) for theirs, ours in YARN_KEYS.items()}
         if not c.yarn.mscale_all_dim:
             del rope["mscale"], rope["mscale_all_dim"]
+    if c.longrope.short_factor:
+        values = {theirs: getattr(c.longrope, ours) for theirs, ours in LONGROPE_KEYS.items()}
+        scaled = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        rope = {"rope_type": "longrope"} | scaled
     part = {"partial_rotary_factor": c.partial_rotary_factor} if family.partial is not None else {}
     rope |= part
     part |= {"rotary_dim": rotated_width(c)} if family.rotary_dim else {}
-    old = {"type": "yarn"} | rope if c.yarn.factor > 1 else None
+    old = None if rope["rope_type"] == "default" else {"type": rope["rope_type"]} | rope
     return part | {
         "rope_theta": c.rope_theta,
         "rope_scaling": old and old | {"rope_theta": c.rope_theta},

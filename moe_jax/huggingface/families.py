@@ -3,8 +3,6 @@
 `config_in` and `config_out` translate a config.json by these tables; neither knows a family by name.
 """
 
-from typing import Any
-
 from moe_jax.huggingface.families_with_windows import FAMILIES_WITH_WINDOWS
 from moe_jax.huggingface.family import (
     ANY,
@@ -18,6 +16,7 @@ from moe_jax.huggingface.family import (
     GATE_SCALE,
     GATED,
     GROUPED_KEYS,
+    MIXTRAL_NAMES,
     MULTIPLIERS,
     NO_WINDOWS,
     NOAUX,
@@ -41,8 +40,6 @@ from moe_jax.huggingface.family import (
 )
 from moe_jax.huggingface.latent_families import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, GLM4_MOE_LITE, GLM_MOE_DSA
 from moe_jax.huggingface.layer_lists import BY_INTERVAL, BY_KIND, BY_STEP
-
-MIXTRAL_NAMES: dict[str, Any] = dict(experts="block_sparse_moe.experts.{}", expert_names=("w1", "w3", "w2"))
 
 MIXTRAL = Family(
     architecture="MixtralForCausalLM",

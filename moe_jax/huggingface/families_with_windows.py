@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.config import YarnConfig
 from moe_jax.huggingface.family import (
     ANY,
     BASE,
@@ -14,6 +15,7 @@ from moe_jax.huggingface.family import (
     EXPERT_WIDTH,
     GATE_SCALE,
     GROUPED_KEYS,
+    MIXTRAL_NAMES,
     MULTIPLIERS,
     NORMALIZED,
     ONE_GROUP,
@@ -329,4 +331,43 @@ GPT_OSS = Family(
     in_turn=True,
 )
 
-FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT, KOLIBRI, GPT_OSS)
+PHIMOE = Family(  # Phi-3.5-MoE, whose layers have the same window, if any
+    architecture="PhimoeForCausalLM",
+    spellings=("PhiMoEForCausalLM",),
+    model_types=("phimoe",),
+    keys=(
+        *BASE,
+        *GROUPED_KEYS,
+        Key("num_local_experts", "num_experts"),
+        Key("intermediate_size", "expert_ffw_dim"),
+        Key("lm_head_bias", "head_bias", False),
+        Key("router_jitter_noise", "sparsemixer", 0.01),
+        *BIASES,
+    ),
+    fixed=dict(attention="gqa", qk_norm="none", score="softmax", normalize_gates=False, norm="layer"),
+    holds=without(SOFTMAX_GROUPED, "qkv_bias", "out_bias", "longrope", "head_bias", "sparsemixer")
+    | EVERY_LAYER
+    | {
+        "window": ANY,
+        "yarn": (YarnConfig(),),
+    },
+    only=without(ONLY, "attention_bias"),
+    writes={},
+    rules=(
+        BIASES_ALIKE,
+        Rule(lambda c: c.sparsemixer > 0, "sparsemixer={c.sparsemixer}"),
+        Rule(lambda c: c.top_k == 2, "top_k={c.top_k}"),
+        Rule(
+            lambda c: len(c.longrope.short_factor) == len(c.longrope.long_factor),
+            "longrope.long_factor={c.longrope.long_factor}",
+        ),
+    ),
+    windows=Windows(lambda hf: WITHOUT_WINDOWS if hf.get("sliding_window") is None else "L", listed=False),
+    theta=1e6,
+    rope_types=("default", "longrope"),
+    unread=words("input_jitter_noise original_max_position_embeddings"),  # of training; beside RoPE's keys, among them
+    renamed={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
+    **MIXTRAL_NAMES,
+)
+
+FAMILIES_WITH_WINDOWS = (EXAONE_MOE, AFMOE, MELLUM, LAGUNA, GRANITE_MOE_SWA, FLINT, KOLIBRI, GPT_OSS, PHIMOE)

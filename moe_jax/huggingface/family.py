@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import LongRopeConfig, ModelConfig
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 MOST_LAYERS = 10**5  # a false config.json may name more than a list can hold
@@ -82,12 +82,14 @@ class Windows(NamedTuple):
     rope: "all" have the same, or "local" ones only have any; "by_kind": `rope_parameters` has one for each kind;
         "by_layer": `layer_rope_theta` has a theta for each layer, 0 for none.
     may_lack: whether a model may have no layer with a window.
+    listed: whether `layer_types` may list the kinds of layers; else all layers are of the same kind.
     """
 
     pattern: Callable[[Mapping[str, Any]], str]
     keys: tuple[str, ...] = ()
     rope: str = "all"
     may_lack: bool = True
+    listed: bool = True
 
 
 class Rule(NamedTuple):
@@ -101,6 +103,7 @@ class Family(NamedTuple):
     """One architecture: its names, how its keys translate, which models it holds, and its tensors.
 
     architecture: its class in transformers.
+    spellings: other names of its class in published config.json files.
     model_types: the first one is written.
     keys: the keys that translate one to one.
     fixed: our keys that are the same in every such model.
@@ -116,6 +119,7 @@ class Family(NamedTuple):
     repeated: their key, a list with a value for each layer -> the key whose value all of them must be.
     scales_by_width: their key that multiplies embeddings by the square root of their width.
     theta: the default of `rope_theta`.
+    rope_types: the values of `rope_type`.
     partial: the default of `partial_rotary_factor`; None: every head rotates whole.
     rotary_dim: whether the number of rotated dimensions is a key, too.
     paired: whether RoPE rotates the pairs (2i, 2i + 1) of grouped-query attention.
@@ -141,6 +145,7 @@ class Family(NamedTuple):
     only: Mapping[str, tuple[Any, ...]]
     writes: Mapping[str, Any]
     written_as: str = ""
+    spellings: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     copied: Mapping[str, str] = {}
     group_methods: tuple[str, ...] = ()
@@ -149,6 +154,7 @@ class Family(NamedTuple):
     repeated: Mapping[str, str] = {}
     scales_by_width: str = ""
     theta: float = 10000.0
+    rope_types: tuple[str, ...] = ("default", "yarn")
     partial: float | None = None
     rotary_dim: bool = False
     paired: bool = False
@@ -218,6 +224,9 @@ MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multipl
 # the names of a shared expert's tensors where a family has only one
 SHARED_EXPERT = {f"mlp.shared_experts.{name}.weight": f"mlp.shared_expert.{name}.weight" for name in GATED}
 
+# the tensors of an expert of Mixtral
+MIXTRAL_NAMES: dict[str, Any] = dict(experts="block_sparse_moe.experts.{}", expert_names=("w1", "w3", "w2"))
+
 # one key for the biases of all four projections
 BIASES = (Key("attention_bias", "qkv_bias", False), Key("attention_bias", "out_bias", False))
 BIASES_ALIKE = Rule(
@@ -236,6 +245,10 @@ PLAIN = {
     "num_zero_experts": (0,),
     "class_starts": ((),),
     "index_topk": (0,),
+    "longrope": (LongRopeConfig(),),
+    "norm": ("rms",),
+    "head_bias": (False,),
+    "sparsemixer": (0.0,),
     "latent_dim": (0,),
     "expert_bias": (False,),
     "router_bias": (False,),
@@ -343,4 +356,12 @@ YARN_KEYS = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
     "truncate": "truncate",
+}
+
+LONGROPE_KEYS = {
+    "short_factor": "short_factor",
+    "long_factor": "long_factor",
+    "short_mscale": "short_mscale",
+    "long_mscale": "long_mscale",
+    "original_max_position_embeddings": "original_length",
 }

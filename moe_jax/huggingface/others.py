@@ -56,7 +56,6 @@ OTHERS = {
     "minimax": Other(MIXTRAL, "layers of linear attention (lightning), and weighted residuals"),
     "minimax_m3_vl_text": Other(MINIMAX, f"{INDEXER}, and clamped experts"),
     "nemotron_h": Other(DOTS, "Mamba-2 layers"),
-    "phimoe": Other(MIXTRAL, "LayerNorm, biases of all projections and of the head, and routing by SparseMixer"),
     "qwen3_5_moe": Other(QWEN2, f"{DELTA}, and gated attention"),
     "qwen3_5_moe_text": Other(QWEN2, f"{DELTA}, and gated attention"),
     "qwen3_next": Other(QWEN2, f"{DELTA}, and gated attention"),

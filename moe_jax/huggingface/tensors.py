@@ -76,6 +76,8 @@ OUTSIDE = (
     _same("model.norm.weight", "params/final_norm/scale"),
 )
 
+HEAD_BIAS = _same("lm_head.bias", "params/head_bias", "v")
+
 HEAD = Row("lm_head.weight", "v d", {"params/head": "d v"})
 
 NORMS = (
@@ -199,7 +201,8 @@ def tensors(family: Family, c: ModelConfig) -> Iterator[Tensor]:
     def place(rows: tuple[Row, ...], prefix: str, path: str, index: tuple[int, ...] = ()) -> Iterator[Tensor]:
         return (_tensor(renamed(family, row), prefix, path, index, sizes) for row in rows)
 
-    yield from place(OUTSIDE if c.tied_embeddings else (*OUTSIDE, HEAD), "", "")
+    outside = _with_shifts(OUTSIDE, c) + (() if c.tied_embeddings else (HEAD,)) + ((HEAD_BIAS,) if c.head_bias else ())
+    yield from place(outside, "", "")
     for layer, where in enumerate(places(c)):
         prefix = f"model.layers.{layer}."
         if layer >= c.num_layers:
@@ -225,7 +228,7 @@ def _layer(
 ) -> Iterator[Tensor]:
     """The tensors of one layer."""
     own = functools.partial(renamed, family)
-    rows: tuple[Row, ...] = SANDWICH if c.sandwich_norm else NORMS
+    rows = _with_shifts(SANDWICH if c.sandwich_norm else NORMS, c)
     if c.attention == "mla":
         rows += (LATENT_QUERIES if c.q_lora_rank else FULL_QUERIES) + LATENT
     else:
@@ -247,6 +250,18 @@ def _layer(
     for expert in range(c.num_experts if kind == "moe" else 0):
         for row in _swiglu(family.experts.format(expert), "ffw/", "m", family.expert_names):
             yield _tensor(row, prefix, path, (at, expert), sizes)
+
+
+def _with_shifts(rows: tuple[Row, ...], c: ModelConfig) -> tuple[Row, ...]:
+    """The rows, and those of the shifts of LayerNorm if they have the scales of norms."""
+    if c.norm == "rms":
+        return rows
+    suffix = "norm/scale"
+    scales = [(row, ours) for row in rows for ours in row.ours if ours.endswith(suffix)]
+    shifts = (
+        _same(row.name.removesuffix("weight") + "bias", ours.removesuffix("scale") + "shift") for row, ours in scales
+    )
+    return (*rows, *shifts)
 
 
 def renamed(family: Family, row: Row) -> Row:

@@ -49,7 +49,7 @@ def shortest(letters: str) -> str:
 
 def _letters(windows: Windows, hf: Mapping[str, Any]) -> str:
     """L or G for each layer."""
-    count, types = whole(hf, "num_hidden_layers"), hf.get("layer_types")
+    count, types = whole(hf, "num_hidden_layers"), hf.get("layer_types") if windows.listed else None
     if types is None:
         pattern = windows.pattern(hf)
         return "".join(pattern[i % len(pattern)] for i in range(count))
@@ -120,7 +120,7 @@ def written(windows: Windows, c: ModelConfig, rope: Mapping[str, Any]) -> dict[s
     """
     kinds = ["L" if local else "G" for local in local_layers(c)]
     keys: dict[str, Any] = {"sliding_window": c.window} if c.window else {}
-    keys["layer_types"] = [TYPES[kind] for kind in kinds]
+    keys |= {"layer_types": [TYPES[kind] for kind in kinds]} if windows.listed else {}
     own = c.local_rope
     if windows.rope == "by_kind":
         local = dict(rope)
@@ -140,6 +140,8 @@ def misfits(windows: Windows, c: ModelConfig) -> list[str]:
     if c.window == 0 and not windows.may_lack:
         found.append("window=0")
     mixed = len(set(local_layers(c))) > 1
+    if mixed and not windows.listed:
+        found.append(f"window_pattern={c.window_pattern!r}")
     if mixed and c.rope_layers != windows.rope and (c.rope_layers == "local" or windows.rope == "local"):
         found += [] if windows.rope == "by_layer" else [f"rope_layers={c.rope_layers!r}"]
     if c.local_rope.theta and windows.rope not in ("by_kind", "by_layer"):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
-from moe_jax.config import ModelConfig, YarnConfig, local_rotated_width, rotated_width
+from moe_jax.config import LongRopeConfig, ModelConfig, YarnConfig, local_rotated_width, rotated_width
 from moe_jax.config.multipliers import attention_multiplier
 from moe_jax.kernels.attention import attend, attend_cached
 from moe_jax.kernels.max_logits import largest_logits
@@ -141,14 +141,14 @@ class Attention(_Attends):
         c = self.config
         if c.rope_layers == "local" and not local:
             return query, key
-        theta, yarn, width = c.rope_theta, c.yarn, rotated_width(c)
+        how, width = (c.rope_theta, c.yarn, c.longrope), rotated_width(c)
         if local and c.local_rope.theta:
-            theta, yarn, width = c.local_rope.theta, YarnConfig(), local_rotated_width(c)
+            how, width = (c.local_rope.theta, YarnConfig(), LongRopeConfig()), local_rotated_width(c)
 
         def rotate(x: Array) -> Array:
             if width == c.head_dim:
-                return rope(x, positions, theta, yarn)
-            return jnp.concatenate([rope(x[..., :width], positions, theta, yarn), x[..., width:]], -1)
+                return rope(x, positions, *how)
+            return jnp.concatenate([rope(x[..., :width], positions, *how), x[..., width:]], -1)
 
         return rotate(query), rotate(key)
 
@@ -255,8 +255,8 @@ class LatentAttention(_Attends):
         if self.query_latent_norm is not None and self.query_up is not None:
             query = project(self.query_latent_norm(query), [self.query_up[...]], mesh)[0]
         nope, rotated = jnp.split(query, [c.qk_nope_head_dim], -1)
-        rotated = rope(rotated, positions, c.rope_theta, c.yarn)
-        key_rope = rope(key_rope[:, :, None], positions, c.rope_theta, c.yarn)
+        rotated = rope(rotated, positions, c.rope_theta, c.yarn, c.longrope)
+        key_rope = rope(key_rope[:, :, None], positions, c.rope_theta, c.yarn, c.longrope)
         return nope, rotated, self.latent_norm(latent), key_rope
 
 

@@ -14,7 +14,7 @@ from moe_jax.config.multipliers import residual_multiplier
 from moe_jax.model.attention import Cache, make_attention
 from moe_jax.model.forward import Pass, Report, token_info
 from moe_jax.model.kinds import Local
-from moe_jax.model.layers import FeedForward, RMSNorm
+from moe_jax.model.layers import FeedForward, Norm, make_norm
 from moe_jax.model.moe import MoE
 
 
@@ -82,13 +82,13 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, kind: str) -> None:
-        self.attention_norm = RMSNorm(config, embed=config.embed_dim)
+        self.attention_norm = make_norm(config)
         self.attention = make_attention(config, rngs)
-        self.ffw_norm = RMSNorm(config, embed=config.embed_dim)
+        self.ffw_norm = make_norm(config)
         self.ffw = MoE(config, rngs) if kind == "moe" else FeedForward(config, rngs, "dense", config.ffw_dim)
         sandwich = config.sandwich_norm
-        self.attention_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
-        self.ffw_after_norm = RMSNorm(config, embed=config.embed_dim) if sandwich else None
+        self.attention_after_norm = make_norm(config) if sandwich else None
+        self.ffw_after_norm = make_norm(config) if sandwich else None
         self.norm_after = config.norm_after
         self.multiplier = residual_multiplier(config)
 
@@ -119,10 +119,10 @@ class Block(nnx.Module):
         y, report = self.ffw(h, tokens, fwd, dropless=cache is not None)
         return x + self._after(self.ffw_norm, self.ffw_after_norm, y), report, left
 
-    def _before(self, norm: RMSNorm, x: Array) -> Array:
+    def _before(self, norm: Norm, x: Array) -> Array:
         return x if self.norm_after else norm(x)
 
-    def _after(self, norm: RMSNorm, second: RMSNorm | None, x: Array) -> Array:
+    def _after(self, norm: Norm, second: Norm | None, x: Array) -> Array:
         x = norm(x) if self.norm_after else x if second is None else second(x)
         return x if self.multiplier == 1 else self.multiplier * x
 

@@ -89,7 +89,7 @@ def _kind(path: str, dims: tuple[str, ...], routed: bool) -> str:
     if "experts" in dims or "/router_" in path:
         return ROUTED if routed else "router"
     if path.endswith(("_bias", "/sinks")):
-        return "attention"
+        return "head" if "vocab" in dims else "attention"
     if len(dims) == 1:
         return "norms"
     if "ffw/latent_" in path:

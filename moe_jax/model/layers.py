@@ -1,4 +1,4 @@
-"""The layers that others are built of: RMSNorm, the feed-forward layer, and their initial weights.
+"""The layers that others are built of: norms, the feed-forward layer, and their initial weights.
 
 Every parameter carries `dims`, the logical dimension of each of its axes without the axis of stacked layers, which
 weight decay and sharding read, the `part` of the model that it belongs to, by which the optimizer groups it, and the
@@ -50,6 +50,30 @@ class RMSNorm(nnx.Module):
         """Same shape and dtype as x."""
         scaled = over_rms(x.astype(jnp.float32), self.eps)
         return (scaled * jnp.broadcast_to(self.scale.astype(jnp.float32), x.shape)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + shift over the last axis, in float32. Source: arXiv 1607.06450."""
+
+    def __init__(self, config: ModelConfig, **dims: int) -> None:
+        self.scale = filled(1.0, "norms", config.param_dtype, **dims)
+        self.shift = filled(0.0, "norms", config.param_dtype, **dims)
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Same shape and dtype as x."""
+        wide = x.astype(jnp.float32)
+        scaled = over_rms(wide - wide.mean(-1, keepdims=True), self.eps)
+        scale, shift = (jnp.broadcast_to(v.astype(jnp.float32), x.shape) for v in (self.scale, self.shift))
+        return (scaled * scale + shift).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig) -> Norm:
+    """The norm of the residual stream that `model.norm` names."""
+    return (LayerNorm if config.norm == "layer" else RMSNorm)(config, embed=config.embed_dim)
 
 
 class FeedForward(nnx.Module):

@@ -11,7 +11,7 @@ from moe_jax.config import Config, ModelConfig
 from moe_jax.data.batches import Batch, total_of
 from moe_jax.model.block import Block
 from moe_jax.model.forward import Inputs, Pass, Report, inputs_of
-from moe_jax.model.layers import RMSNorm, normal
+from moe_jax.model.layers import make_norm, normal
 
 
 class Ahead(nnx.Module):
@@ -25,12 +25,12 @@ class Ahead(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width = config.embed_dim
-        self.embedding_norm = RMSNorm(config, embed=width)
-        self.hidden_norm = RMSNorm(config, embed=width)
+        self.embedding_norm = make_norm(config)
+        self.hidden_norm = make_norm(config)
         self.from_embedding = normal(config, rngs, "mtp", embed=width, mixed=width)
         self.from_hidden = normal(config, rngs, "mtp", embed=width, mixed=width)
         self.block = Block(config, rngs, "moe" if config.num_experts else "dense")
-        self.norm = RMSNorm(config, embed=width)
+        self.norm = make_norm(config)
 
     def __call__(
         self, x: Array, embedded: Array, fwd: Pass

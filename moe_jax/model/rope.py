@@ -1,11 +1,11 @@
-"""Rotary positions (RoPE), and YaRN for long contexts."""
+"""Rotary positions (RoPE), and YaRN and LongRoPE for long contexts."""
 
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import YarnConfig
+from moe_jax.config import LongRopeConfig, YarnConfig
 
 
 def rope(
@@ -13,18 +13,24 @@ def rope(
     positions: Int32[Array, "batch seq"],
     theta: float,
     yarn: YarnConfig = YarnConfig(),
+    longrope: LongRopeConfig = LongRopeConfig(),
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotate the pairs (i, i + head_dim / 2) by position x frequency; YaRN also scales their length.
+    """Rotate the pairs (i, i + head_dim / 2) by position x frequency; YaRN and LongRoPE also scale their length.
 
     Source: arXiv 2104.09864; the length, `mscale` over `mscale_all_dim`, as in DeepSeek-V2's code.
     """
     half = x.shape[-1] // 2
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies(half, theta, yarn)[None, None, None]
+    frequency = frequencies(half, theta, yarn)
+    if longrope.short_factor:
+        frequency = frequency / jnp.asarray(longrope.short_factor, jnp.float32)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if yarn.factor > 1:
         length = _yarn_scale(yarn, yarn.mscale) / _yarn_scale(yarn, yarn.mscale_all_dim)
         cos, sin = length * cos, length * sin
+    if longrope.short_factor:
+        cos, sin = longrope.short_mscale * cos, longrope.short_mscale * sin
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 

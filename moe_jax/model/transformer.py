@@ -17,7 +17,7 @@ from moe_jax.mesh import constrain, is_sharded, spec
 from moe_jax.model.attention import Cache
 from moe_jax.model.block import Run, Unit, kinds_of_attention, layout
 from moe_jax.model.forward import NOTHING, MaxLogits, Pass, Report
-from moe_jax.model.layers import RMSNorm, normal
+from moe_jax.model.layers import filled, make_norm, normal
 from moe_jax.model.placing import at_use, look_up, rematerialized, stacked
 from moe_jax.model.prediction import AHEAD, Ahead, ahead_of
 from moe_jax.model.shrinking import shrink_logits
@@ -33,9 +33,11 @@ class Transformer(nnx.Module):
         outside = without_depth(config)
         self.embedding = normal(outside, rngs, "embedding", vocab=config.vocab_size, embed=config.embed_dim)
         self.stacks = nnx.List([stacked(rngs, run.repeats, Unit, config, run.kinds) for run in layout(config)])
-        self.final_norm = RMSNorm(outside, embed=config.embed_dim)
+        self.final_norm = make_norm(outside)
         tied = config.tied_embeddings
         self.head = None if tied else normal(outside, rngs, "head", embed=config.embed_dim, vocab=config.vocab_size)
+        biased = config.head_bias
+        self.head_bias = filled(0.0, "head", config.param_dtype, vocab=config.vocab_size) if biased else None
         self.mtp = stacked(rngs, config.mtp_depth, Ahead, outside) if config.mtp_depth else None
         self.config = nnx.static(config)
 
@@ -115,7 +117,9 @@ class Transformer(nnx.Module):
     def logits(self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None) -> Float32[Array, "*batch vocab"]:
         """The logits of vectors before the head."""
         with jax.named_scope("head"):
-            return jnp.einsum("...d,dv->...v", x, self.head_weight(mesh), preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...d,dv->...v", x, self.head_weight(mesh), preferred_element_type=jnp.float32)
+            bias = self._bias_of_logits(mesh)
+            return logits if bias is None else logits + bias.astype(jnp.float32)
 
     def head_weight(self, mesh: Mesh | None = None) -> Float[Array, "embed vocab"]:
         """[D, V] in the compute dtype, gathered from its shards, and divided by `logits_divisor`."""
@@ -124,6 +128,23 @@ class Transformer(nnx.Module):
         head = (head.T if self.head is None else head).astype(c.compute_dtype)
         divisor = logits_divisor(c)
         return head if divisor == 1 else head / divisor
+
+    def factors(
+        self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None
+    ) -> tuple[Float[Array, "*batch width"], Float[Array, "width vocab"]]:
+        """Two arrays whose product is the logits: x and the head, with a bias [x, 1] and the head above the bias."""
+        head, bias = self.head_weight(mesh), self._bias_of_logits(mesh)
+        if bias is None:
+            return x, head
+        ones = jnp.ones((*x.shape[:-1], 1), x.dtype)
+        return jnp.concatenate([x, ones], -1), jnp.concatenate([head, bias[None]])
+
+    def _bias_of_logits(self, mesh: Mesh | None) -> Float[Array, "vocab"] | None:
+        """[V] in the compute dtype, divided by `logits_scaling`."""
+        if self.head_bias is None:
+            return None
+        bias = at_use(self.head_bias, mesh, self.config.compute_dtype).astype(self.config.compute_dtype)
+        return bias if self.config.logits_scaling == 1 else bias / self.config.logits_scaling
 
     def _embed(self, tokens: Array, mesh: Mesh | None) -> Float[Array, "batch seq embed"]:
         c = self.config

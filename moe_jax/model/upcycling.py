@@ -37,7 +37,7 @@ WITH_EXPERTS = {
 }
 FROM_DENSE = WITH_EXPERTS | {
     *("num_shared_experts", "first_dense", "moe_every", "score", "router_bias", "router_norm", "router_scale"),
-    *("expert_scale", "expert_bias", "select_by", "class_starts"),
+    *("expert_scale", "expert_bias", "select_by", "class_starts", "sparsemixer"),
 }
 BY_EXPERT = ("router", "router_bias", "expert_scale", "bias")  # leaves with a number or a column for each expert
 # the gate that a score gives to a logit of 0
@@ -143,6 +143,8 @@ def _sum_of_gates(model: ModelConfig) -> float:
     """The sum of a token's gates if all logits are 0."""
     if model.normalize_gates:
         return model.gate_scale
+    if model.sparsemixer:
+        return model.gate_scale * sum(1 / (model.num_experts - place) for place in range(model.top_k))
     each = 1 / model.num_experts if model.score == "softmax" else AT_ZERO[model.score]
     return model.gate_scale * model.top_k * each
 
@@ -161,6 +163,8 @@ def changes(source: ModelConfig, target: ModelConfig, recipe: Recipe) -> list[st
             found.append(f"model.top_k={target.top_k} is not {whole}, all copies and slices of {source.top_k} experts")
         if how.copies > 1 and recipe.noise:
             found.append(f"--noise={recipe.noise} changes the router")
+        if target.sparsemixer and how.copies * how.slices > 1:
+            found.append(f"model.sparsemixer={target.sparsemixer} has gates that an expert's copies share")
         if source.normalize_gates != target.normalize_gates:
             found.append("model.normalize_gates changes the gates")
     else:

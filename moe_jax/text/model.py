@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from moe_jax.config import Config
+from moe_jax.config import Config, longest
 from moe_jax.data import Tokenizer
 from moe_jax.runtime.workdir import TOKENIZER, config_of_run
 
@@ -75,8 +75,8 @@ def known_length(workdir: Path, config: Config) -> int:
     from moe_jax.data.trained import read_settings
 
     own = read_settings(workdir / TOKENIZER / "config.json").get("max_position_embeddings")
-    longest = own if isinstance(own, int) else config.sequence_length
-    return min(longest, config.model.index_topk or longest)
+    length = own if isinstance(own, int) else config.sequence_length
+    return int(min(length, longest(config.model)))
 
 
 def encode(tokenizer: Tokenizer, prompt: str, opened: bool) -> list[int]:

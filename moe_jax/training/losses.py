@@ -44,7 +44,7 @@ def model_summed_nats(
             return head.row_nats(model.logits(x, fwd.mesh), *cut((targets, mask), fwd.mesh)).sum()
         with jax.named_scope("head"):
             kernel = config.model.cpu_kernel
-            return head.summed_nats(x, model.head_weight(fwd.mesh), targets, mask, kernel, fwd.mesh)
+            return head.summed_nats(*model.factors(x, fwd.mesh), targets, mask, kernel, fwd.mesh)
 
     depths = range(config.model.mtp_depth)
     later = ahead_loss(batch, [ahead[depth] for depth in depths], nats)

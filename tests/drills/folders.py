@@ -29,6 +29,8 @@ TYPES_OF_LAYERS = ["sliding_attention", "full_attention"] * 2
 WINDOWED = GROUPED | dict(num_hidden_layers=4, sliding_window=3, head_dim=8, layer_types=TYPES_OF_LAYERS)
 WINDOWED |= dict(num_experts=4, moe_intermediate_size=8)
 OWN_ROPE = dict(rope_type="default", rope_theta=1000.0)
+LONGROPE = dict(rope_type="longrope", rope_theta=1000.0, short_factor=[1.0, 1.25, 1.5, 3.0], short_mscale=1.25)
+LONGROPE |= dict(long_factor=[1.0, 2.0, 4.0, 8.0], long_mscale=1.5, original_max_position_embeddings=128)
 # name -> the part of transformers' class names before Config, and the keys
 CASES = {
     "mixtral": ("Mixtral", GROUPED | dict(num_local_experts=4, head_dim=12)),
@@ -110,6 +112,12 @@ CASES = {
         "GptOss",
         without(WINDOWED, "num_experts", "moe_intermediate_size", "layer_types")
         | dict(num_local_experts=4, swiglu_limit=1.0, rope_parameters=YARN | dict(truncate=False)),
+    ),
+    "phimoe": (
+        "Phimoe",
+        GROUPED
+        | dict(num_local_experts=4, attention_bias=True, lm_head_bias=True, router_jitter_noise=0.5, sliding_window=64)
+        | dict(rope_parameters=LONGROPE),
     ),
 }
 # name -> the case, and keys that are changed: all cases, and models whose layers are not those of any

@@ -372,6 +372,7 @@ def test_every_key_of_our_model_is_written_or_the_only_one_that_the_family_holds
     read |= {"top_groups"} if family.holds.get("num_groups") == (1,) else set()
     without_windows = family.holds.get("window") == (0,)  # then a rule allows only the defaults of these
     read |= {"window_pattern", "rope_layers", "local_rope"} if family.windows is not None or without_windows else set()
+    read |= {"longrope"} if "longrope" in family.rope_types else set()
     read |= {"embedding_multiplier"} if family.scales_by_width else set()
     read |= {"gate_activation"} if family.holds.get("attention_gate") == ("none",) else set()
     other = OF_ATTENTION["mla" if family.fixed["attention"] == "gqa" else "gqa"]
