@@ -271,6 +271,44 @@ def test_routing_is_float32_and_loads_are_int32():
     assert (result.expert_ids.dtype, result.loads.dtype) == (jnp.int32, jnp.int32)
 
 
+# --- gates in turn ------------------------------------------------------------------------------------------
+
+
+IN_TURN = dict(top_k=2, score="softmax", normalize_gates=False, sparsemixer=0.25)  # near: at most half below the best
+
+
+def test_gates_in_turn_are_shares_among_the_experts_that_are_left_and_near_the_best():
+    # 4 is the best: 3 is a quarter below it, 1.6 more than half. Without it 1.6 is less than half below 3, -1 is not
+    logits = row(-1.0, 4.0, 1.6, 3.0)
+    result = routed(**IN_TURN)(logits)
+    assert result.expert_ids.tolist() == [[1, 3]]
+    np.testing.assert_allclose(result.gates, [[1 / (1 + np.exp(3.0 - 4.0)), 1 / (1 + np.exp(1.6 - 3.0))]], rtol=1e-6)
+    # below 0 the distance is a share of the lower one: from -3 to -4 a quarter, from -3 to -7 more than half
+    result = routed(**IN_TURN)(row(-7.0, -3.0, -9.0, -4.0))
+    np.testing.assert_allclose(result.gates, [[1 / (1 + np.exp(-4.0 + 3.0)), 1 / (1 + np.exp(-7.0 + 4.0))]], rtol=1e-6)
+
+
+def test_an_expert_that_a_bias_chose_has_a_gate_in_turn_though_it_is_not_near():
+    logits = row(-1.0, 4.0, 1.6, 3.0)
+    result = routed(**IN_TURN)(logits, vector(9.0, 0.0, 0.0, 0.0))
+    assert result.expert_ids.tolist() == [[0, 1]]
+    first = np.exp(-1.0) / (np.exp(-1.0) + np.exp(4.0) + np.exp(3.0))
+    np.testing.assert_allclose(result.gates, [[first, 1 / (1 + np.exp(3.0 - 4.0))]], rtol=1e-6)
+
+
+def test_gates_in_turn_are_finite_in_empty_slots_and_at_extreme_logits():
+    ids = np.asarray([[0, 3, 3], [3, 3, 3], [1, 0, 2]], np.int32)
+    logits = random_logits(0, tokens=3, experts=3)
+    gates = np.asarray(replayed(**IN_TURN)(logits, np.zeros(3, np.float32), ids).gates)
+    assert (gates[ids == 3] == 0).all() and (gates[ids < 3] > 0).all()
+    assert gates[2, 2] == 1  # the last that is left
+    run = differentiated(select=Replay(ids.tobytes(), ids.shape), **IN_TURN)
+    for shift in (-200, -90, 0, 90, 200):
+        value, (to_logits, _) = run(logits + np.float32(shift), np.zeros(3, np.float32))
+        assert np.isfinite(value) and np.isfinite(to_logits).all()
+        assert not np.asarray(to_logits)[1].any()
+
+
 # --- custom selection, empty slots, padding -----------------------------------------------------------------
 
 

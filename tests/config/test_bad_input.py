@@ -16,6 +16,7 @@ from moe_jax.training.loop import run
 
 CONFIG = rig.drill_config()
 EXPERTS = dict(num_experts=8, top_k=2)
+LONG = dict(short_factor=(1.0, 2.0))
 WINDOW = dict(window=4, window_pattern="LG")
 
 # --- through validate -----------------------------------------------------------------------------------------
@@ -121,6 +122,34 @@ BAD = [
     (dict(model=dict(attention="mla", out_bias=True)), "model.out_bias=True", "model.out_bias=False"),
     (dict(model=dict(WINDOW, attention="mla", rope_layers="local")), "model.rope_layers='local'", "rope_layers='all'"),
     (dict(model=dict(norm_after=True, sandwich_norm=True)), "model.sandwich_norm=True", "set one of them to False"),
+    (dict(model=dict(norm="batch")), "model.norm='batch'", "'rms', 'layer'"),
+    (dict(model=dict(head_dim=8, longrope=LONG)), "model.longrope.short_factor=(1.0, 2.0)", "give 4 numbers, or ()"),
+    (
+        dict(model=dict(head_dim=4, longrope=dict(short_factor=(1.0, 0.0)))),
+        "model.longrope.short_factor=(1.0, 0.0) must have a number above 0",
+        "give 2 numbers",
+    ),
+    (
+        dict(model=dict(head_dim=4, longrope=dict(LONG, long_factor=(1.0,)))),
+        "model.longrope.long_factor=(1.0,)",
+        "give 2 numbers, or ()",
+    ),
+    (
+        dict(model=dict(longrope=dict(short_mscale=2.0))),
+        "model.longrope.short_mscale=2.0",
+        "set model.longrope.short_factor, or model.longrope=dict()",
+    ),
+    (
+        dict(model=dict(head_dim=4, longrope=LONG, yarn=dict(factor=2.0))),
+        "model.yarn.factor=2.0",
+        "set model.longrope.short_factor=() or model.yarn.factor=1.0",
+    ),
+    (
+        dict(model=dict(head_dim=4, longrope=LONG), sequence_length=5000),
+        "sequence_length=5000 must be at most model.longrope.original_length=4096",
+        "lower it",
+    ),
+    (dict(model=dict(EXPERTS, sparsemixer=0.01)), "model.sparsemixer=0.01", "set model.normalize_gates=False"),
     (dict(model=dict(num_experts=8, top_k=9)), "model.top_k=9", "lower top_k"),
     (dict(model=dict(EXPERTS, num_groups=3)), "model.num_groups=3", "try 6 or 9"),
     (dict(model=dict(EXPERTS, num_groups=2, top_groups=3)), "model.top_groups=3", "lower top_groups"),

@@ -56,6 +56,7 @@ ROWS = [
     Row(dict(partial_rotary_factor=0.5)),
     Row(dict(rope_theta=100.0)),
     Row(dict(yarn=dict(factor=4.0, original_length=8))),
+    Row(dict(longrope=dict(short_factor=(1.0, 1.5, 2.0, 4.0), short_mscale=1.25))),
     Row(dict(window=3)),
     ALSO[0],
     Row(dict(window_pattern="LG"), dict(window=3)),
@@ -68,6 +69,7 @@ ROWS = [
     Row(dict(attention_multiplier=0.3)),
     # blocks
     Row(dict(residual_multiplier=0.5)),
+    Row(dict(norm="layer")),
     Row(dict(norm_after=True)),
     Row(dict(sandwich_norm=True)),
     Row(dict(first_dense=1)),
@@ -92,6 +94,7 @@ ROWS = [
     Row(dict(score="relu"), dict(normalize_gates=False), dict(relu={})),
     Row(dict(normalize_gates=False)),
     Row(dict(gate_scale=2.0)),
+    Row(dict(sparsemixer=0.25), dict(normalize_gates=False)),
     Row(dict(num_groups=2, top_groups=1)),
     Row(dict(group_top=1), dict(num_groups=2, top_groups=1)),
     Row(dict(router_bias=True)),
@@ -108,4 +111,5 @@ ROWS = [
 # target, and scaling, whose factors tests/model/test_folding.py and tests/training/test_scaling.py look at
 SIZES = "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim ffw_dim num_experts top_k expert_ffw_dim"
 SIZES += " kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim norm_eps"
-APART = f"{SIZES} tied_embeddings embedding_multiplier logits_scaling quantization zero_share scaling".split()
+SIZES += " embedding_multiplier"
+APART = f"{SIZES} tied_embeddings head_bias logits_scaling quantization zero_share scaling".split()

@@ -12,12 +12,13 @@ from flax import nnx
 
 from conftest import TINY_MODEL, tiny_config
 from moe_jax import balance
-from moe_jax.config import as_dict, num_moe_layers, validate
+from moe_jax.config import LongRopeConfig, as_dict, num_moe_layers, validate
 from moe_jax.dispatch.capacity import capacity_of
+from moe_jax.kernels.head import row_nats, summed_nats
 from moe_jax.model.attention import Attention
 from moe_jax.model.block import Block, Run, layout
 from moe_jax.model.forward import Inputs, Pass, PerLayer
-from moe_jax.model.layers import FeedForward, RMSNorm, normal
+from moe_jax.model.layers import FeedForward, LayerNorm, RMSNorm, make_norm, normal
 from moe_jax.model.moe import MoE
 from moe_jax.model.rope import rope
 from moe_jax.model.transformer import Transformer
@@ -135,6 +136,31 @@ def test_rope_depends_on_differences_of_positions_only():
 def test_rms_norm_divides_by_the_root_mean_square():
     norm = RMSNorm(validate(dict(model=dict(norm_eps=0.0))).model, embed=2)
     np.testing.assert_allclose(norm(jnp.array([[3.0, 4.0]])), [[3 / 12.5**0.5, 4 / 12.5**0.5]], rtol=1e-6)
+
+
+def test_longrope_turns_every_pair_slower_by_its_own_factor_and_scales_its_length():
+    # pairs (0, 2) and (1, 3): the second turns half as fast, as at half of the position
+    x, longrope = vectors(1, 1).reshape(1, 1, 2, 4), LongRopeConfig(short_factor=(1.0, 2.0), short_mscale=3.0)
+    found = rope(x, jnp.array([[6]]), 100.0, longrope=longrope)
+    at_6, at_3 = (rope(x, jnp.array([[place]]), 100.0) for place in (6, 3))
+    np.testing.assert_allclose(found[..., ::2], 3 * at_6[..., ::2], rtol=1e-5)
+    np.testing.assert_allclose(found[..., 1::2], 3 * at_3[..., 1::2], rtol=1e-5)
+
+
+def test_layer_norm_divides_what_is_off_the_mean_by_the_deviation():
+    # the mean of 1 and 5 is 3, their deviation 2
+    norm = make_norm(validate(dict(model=dict(norm="layer", norm_eps=0.0, embed_dim=2))).model)
+    assert isinstance(norm, LayerNorm)
+    norm.scale[...], norm.shift[...] = jnp.array([10.0, 20.0]), jnp.array([1.0, 2.0])
+    np.testing.assert_allclose(norm(jnp.array([[1.0, 5.0]])), [[-10.0 + 1, 20.0 + 2]], rtol=1e-6)
+
+
+def test_all_norms_of_the_residual_stream_are_of_one_kind_and_those_of_heads_are_not():
+    config = tiny_config(model=dict(norm="layer", sandwich_norm=True, qk_norm="head", mtp_depth=1)).model
+    params = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))), nnx.Param))
+    norms = [{path[-2] for path, _ in params if path[-1] == name} for name in ("shift", "scale")]
+    assert norms[1] - norms[0] == {"query_norm", "key_norm"}
+    assert {"final_norm", "attention_norm", "ffw_norm", "attention_after_norm", "embedding_norm", "norm"} <= norms[0]
 
 
 def test_swiglu_is_gated_by_silu():
@@ -352,6 +378,31 @@ def test_tied_embeddings_have_one_matrix():
     assert nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))).head is None
     logits = forward(config, packed_inputs([[5, 6, 7, 8]], [[1, 1, 1, 1]]))
     assert logits.shape == (1, 4, config.vocab_size)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "auto"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_bias_of_the_head_is_added_to_logits_before_they_are_divided_and_learns_from_the_loss(kernel, tied):
+    config = tiny_config(model=dict(head_bias=True, tied_embeddings=tied, logits_scaling=4.0)).model
+    model = filled(lambda: Transformer(config, nnx.Rngs(0)))
+    x, targets = vectors(2, 6, 16), jnp.arange(12).reshape(2, 6)
+    mask = jnp.asarray([[1.0] * 6, [0.5] * 5 + [0.0]])
+    head = model.embedding.T if tied else model.head[...]
+    logits = model.logits(x)
+    np.testing.assert_allclose(logits, (x @ head + model.head_bias[...]) / 4.0, rtol=1e-5, atol=1e-5)
+    graphdef, state = nnx.split(model)
+
+    def loss(state, in_blocks):
+        model = nnx.merge(graphdef, state)
+        if in_blocks:
+            return summed_nats(*model.factors(x), targets, mask, kernel)
+        return row_nats(model.logits(x), targets, mask).sum()
+
+    (value, gradient), (expected, wanted) = (jax.value_and_grad(loss)(state, kind) for kind in (True, False))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert np.abs(wanted["head_bias"][...]).max() > 0.01
+    for found, one in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, one, rtol=1e-4, atol=1e-5)
 
 
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries():
