@@ -100,6 +100,11 @@ EXACT = {  # all parameters except those of multi-token prediction
     + 36 * (grouped(2880, 64, 8, head=64, biased=True) + 2880 + 64)
     + 36 * (moe(2880, 128, 2880) + 128 + 128 * 3 * 2880)
     + 2880,
+    # biases of all projections and of the head, LayerNorm's shifts
+    "phi_3_5_moe": 2 * 32064 * 4096
+    + 32064
+    + 32 * (grouped(4096, 32, 8, biased=True) + 4096 + 2 * 4096 + moe(4096, 16, 6400))
+    + 2 * 4096,
     "ernie_4_5_300b": 2 * 103424 * 8192
     + 54 * grouped(8192, 64, 8)
     + 3 * 3 * 8192 * 28672
@@ -122,6 +127,7 @@ PUBLISHED = {
     "hy3": (295, 21, 1),
     "minimax_m2": (229, 10, 1),  # total: its checkpoint; 230 on the card
     "gpt_oss_120b": (116.8, 5.1, 0.1),
+    "phi_3_5_moe": (41.9, 6.6, 0.1),
     "ernie_4_5_300b": (300, 47, 1),
 }
 every_model = pytest.mark.parametrize("name", EXACT)

@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from drills.folders import CASES, LATENT, OWN_ROPE, SHARPENED, YARN, config_of, model_of
+from drills.folders import CASES, LATENT, LONGROPE, OWN_ROPE, SHARPENED, YARN, config_of, model_of
 
-from moe_jax.config import ModelConfig, YarnConfig, default, validate
+from moe_jax.config import LongRopeConfig, ModelConfig, YarnConfig, default, validate
 from moe_jax.huggingface.config_in import from_hf
 from moe_jax.huggingface.config_out import choose, to_hf
 from moe_jax.huggingface.families import FAMILIES
+from moe_jax.huggingface.family import without
 from moe_jax.huggingface.tensors import copies, tensors
 from moe_jax.model.abstract import abstract_weights
 from moe_jax.model.block import layout
@@ -182,6 +183,26 @@ def test_rope_is_written_by_its_old_and_its_new_keys():
     assert hf["rope_theta"] == 50000.0 and hf["rope_scaling"]["type"] == "yarn"
 
 
+def test_longrope_is_read_and_written_by_its_old_and_its_new_keys():
+    family, config = model_of(config_of("phimoe"))
+    old = {"type": "longrope"} | without(LONGROPE, "rope_type", "rope_theta")  # as published
+    keys = dict(rope_parameters=None, rope_scaling=old, rope_theta=1000.0, original_max_position_embeddings=128)
+    assert model_of(config_of("phimoe", **keys, architectures=["PhiMoEForCausalLM"])) == (family, config)
+    assert config.longrope.short_factor == (1.0, 1.25, 1.5, 3.0) and config.longrope.original_length == 128
+    hf = to_hf(family, config, "float32", {})
+    for key in ("rope_scaling", "rope_parameters"):
+        assert hf[key].items() >= LONGROPE.items()
+    assert hf["rope_scaling"]["type"] == "longrope"
+
+
+def test_a_window_of_every_layer_is_no_list_of_layers():
+    family, config = model_of(config_of("phimoe", sliding_window=3))
+    assert (config.window, config.window_pattern) == (3, "L")
+    written = to_hf(family, config, "float32", {})
+    assert written["sliding_window"] == 3 and "layer_types" not in written
+    assert model_of(config_of("phimoe", sliding_window=None))[1].window == 0
+
+
 def test_without_a_theta_it_is_that_of_the_family():
     assert from_hf(config_of("mixtral"))[1]["rope_theta"] == 1e6
     assert from_hf(config_of("olmoe"))[1]["rope_theta"] == 1e4
@@ -246,6 +267,13 @@ REFUSED = [
     ("ernie4_5_moe", dict(moe_layer_end_index=0), "moe_layer_end_index=0"),
     ("ernie4_5_moe", dict(use_bias=True), "use_bias=True"),
     ("flex_olmo", dict(model_type="dbrx"), "nearest that we do have is MixtralForCausalLM, which lacks LayerNorm"),
+    ("phimoe", dict(rope_parameters=YARN), "type 'yarn'; known are 'default' and 'longrope'"),
+    ("mixtral", dict(rope_parameters=LONGROPE), "type 'longrope'; known are 'default' and 'yarn'"),
+    ("phimoe", dict(rope_parameters=without(LONGROPE, "long_mscale")), "LongRoPE without long_mscale"),
+    ("phimoe", dict(rope_parameters=LONGROPE | dict(factor=8.0)), "'longrope' with factor=8.0"),
+    ("phimoe", dict(original_max_position_embeddings=64), "of which programs read the one or the other"),
+    ("phimoe", dict(layer_types=["full_attention"] * 2), "layer_types="),
+    ("phimoe", dict(architectures=["PhiForCausalLM"]), r"architectures=\['PhiForCausalLM'\]"),
     ("mixtral", dict(use_strange_norm=True), "use_strange_norm=True, a key that MixtralForCausalLM is not known"),
     ("mixtral", dict(architectures=["LlamaForCausalLM"]), r"architectures=\['LlamaForCausalLM'\]"),
     ("mixtral", dict(model_type="llama"), "model_type='llama'"),
@@ -303,12 +331,26 @@ def v3(**keys):
     return dataclasses.replace(model_of(config_of("deepseek_v3"))[1], **keys)
 
 
+def phimoe(**keys):
+    """Our config of the Phi-3.5-MoE case with keys changed."""
+    return dataclasses.replace(model_of(config_of("phimoe"))[1], **keys)
+
+
 OUT = [
     (v3(score="sqrt_softplus"), "score='sqrt_softplus'"),
     (v3(num_zero_experts=2), "num_zero_experts=2"),
     (v3(class_starts=(5,)), r"class_starts=\(5,\)"),
     (v3(latent_dim=16), "latent_dim=16"),
     (v3(activation="geglu"), "activation='geglu'"),
+    (v3(norm="layer"), "norm='layer'"),
+    (v3(head_bias=True), "head_bias=True"),
+    (v3(normalize_gates=False, sparsemixer=0.1), "sparsemixer=0.1"),
+    (v3(longrope=LongRopeConfig(short_factor=(1.0, 2.0))), "longrope="),
+    (phimoe(sparsemixer=0.0), "sparsemixer=0.0"),
+    (phimoe(top_k=3), "top_k=3"),
+    (phimoe(norm="rms"), "norm='rms'"),
+    (phimoe(window=3, window_pattern="LG"), "window_pattern='LG'"),
+    (phimoe(longrope=LongRopeConfig(short_factor=(1.0,) * 4)), "longrope.long_factor"),
     (v3(activation_limit=10.0), "activation_limit=10.0"),
     (v3(num_shared_experts=0), "num_shared_experts=0"),
     (v3(group_top=1), "group_top=1"),

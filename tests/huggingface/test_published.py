@@ -102,6 +102,13 @@ PUBLISHED = {
         | dict(num_local_experts=128, num_experts_per_tok=4, experts_per_token=4, intermediate_size=2880)
         | dict(swiglu_limit=7.0, initial_context_length=4096, max_position_embeddings=131072),
     ),
+    "phi_3_5_moe": (  # without its LongRoPE, and the window that its context does not fill
+        "PhiMoEForCausalLM",
+        dict(model_type="phimoe", vocab_size=32064, hidden_size=4096, num_hidden_layers=32, rms_norm_eps=1e-5)
+        | dict(num_attention_heads=32, num_key_value_heads=8, attention_bias=True, lm_head_bias=True)
+        | dict(num_local_experts=16, num_experts_per_tok=2, intermediate_size=6400, router_jitter_noise=0.01)
+        | dict(input_jitter_noise=0.01, hidden_dropout=0.0, original_max_position_embeddings=4096, rope_theta=10000.0),
+    ),
 }
 # what a config.json does not decide, and what ranks groups where there is one
 APART = ("init_std", "compute_dtype", "remat", "group_top")
