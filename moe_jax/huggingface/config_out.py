@@ -136,6 +136,8 @@ def _written_rope(family: Family, c: ModelConfig) -> dict[str, Any]:
     part = {"partial_rotary_factor": c.partial_rotary_factor} if family.partial is not None else {}
     rope |= part
     part |= {"rotary_dim": rotated_width(c)} if family.rotary_dim else {}
+    length = "original_max_position_embeddings"
+    part |= {length: rope[length]} if c.longrope.short_factor else {}  # beside LongRoPE's keys, too, as published
     old = None if rope["rope_type"] == "default" else {"type": rope["rope_type"]} | rope
     return part | {
         "rope_theta": c.rope_theta,

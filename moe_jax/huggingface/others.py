@@ -51,7 +51,8 @@ OTHERS = {
     "llama4_text": Other(MIXTRAL, "attention in chunks, and layers without RoPE"),
     "longcat_flash": Other(V3, "two attentions a layer, with the experts beside the second, and scaled latents"),
     "mimo_v2_flash": Other(
-        FLINT, "sinks in some layers only, which have more heads of keys, and values of another width"
+        FLINT,
+        "sinks in layers with a window only, which have twice the heads of keys, and scaled values of another width",
     ),
     "minimax": Other(MIXTRAL, "layers of linear attention (lightning), and weighted residuals"),
     "minimax_m3_vl_text": Other(MINIMAX, f"{INDEXER}, and clamped experts"),

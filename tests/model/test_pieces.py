@@ -170,6 +170,9 @@ CONFIGS = {
         model=dict(qk_norm="projection", norm_after=True, shared_gate=True, mtp_depth=1), balance=BALANCE
     ),
     "gqa, yarn, ahead twice": dict(model=dict(yarn=YARN, mtp_depth=2, remat="dots"), balance=STEP, micro_batches=2),
+    "gqa, LayerNorm, gates in turn, ahead": dict(
+        model=dict(norm="layer", head_bias=True, sparsemixer=0.2, normalize_gates=False, mtp_depth=1), balance=BALANCE
+    ),
     "draws": dict(model=dict(router_jitter=0.1, random_second=True), balance=BALANCE),
     "choice": dict(model={}, balance=dict(expert_choice=dict(scope="sequence"))),
     "running": dict(model={}, balance=dict(aux_loss=dict(weight=1e-2, scope="global_running")), micro_batches=2),

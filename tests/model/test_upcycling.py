@@ -125,6 +125,12 @@ OTHERWISE = {
         EXACT,
         "normalize_gates",
     ),
+    "gates that copies share": (
+        SPARSE | dict(normalize_gates=False, sparsemixer=0.3, score="softmax"),
+        dict(num_experts=8, top_k=4),
+        EXACT,
+        "model.sparsemixer=0.3",
+    ),
     "a random router": (DENSE, dict(num_experts=8, top_k=2, expert_ffw_dim=12), Recipe("random"), "--router=random"),
     "new units": (DENSE, dict(num_experts=4, top_k=2, expert_ffw_dim=24), Recipe(reinit=0.5), "--reinit=0.5"),
     "as many choices as before": (SPARSE, dict(num_experts=8), EXACT, "model.top_k=2 is not 4"),

@@ -12,7 +12,7 @@ from moe_jax.huggingface.families import MIXTRAL
 from moe_jax.huggingface.tensors import join, split, tensors
 from moe_jax.model.forward import Pass, PerLayer
 from moe_jax.model.moe import MoE
-from moe_jax.routing import Tokens
+from moe_jax.routing import RouterConfig, Tokens, route
 
 torch = pytest.importorskip("torch", reason="needs torch and transformers: pip install 'moe_jax[peers]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'moe_jax[peers]'")
@@ -93,6 +93,32 @@ def test_the_router_of_gemma_4_has_a_norm_a_scale_a_factor_and_scales_of_experts
     keys = dict(router_norm="scaled", router_scale=16**-0.5, expert_scale=True, score="softmax")
     _, gates, ids = theirs(torch.from_numpy(X))
     assert_same_routing(computed(layer_of(keys, ours)), ids, gates)
+
+
+# with the least share of gates below 1; a distance is never more than twice the larger logit
+@pytest.mark.parametrize(("jitter", "shared"), [(0.01, 0.0), (0.3, 0.2), (2.0, 1.0)])
+@torch.no_grad()
+def test_the_router_of_phi_3_5_chooses_and_weighs_one_expert_after_the_other(jitter, shared):
+    theirs = modeling("phimoe").PhimoeTopKRouter(
+        transformers.PhimoeConfig(hidden_size=16, num_local_experts=4, router_jitter_noise=jitter)
+    )
+    theirs, stored = drawn(theirs)
+    keys = dict(score="softmax", normalize_gates=False, sparsemixer=jitter)
+    _, gates, ids = theirs(torch.from_numpy(X))
+    found = computed(layer_of(keys, dict(router=stored["weight"].T) | UNREAD))
+    assert_same_routing(found, ids, gates)
+    assert (found[2] < 1).mean() >= shared
+
+
+def test_the_gradient_of_gates_in_turn_is_that_of_phi_3_5_where_it_draws_nothing():
+    logits = torch.from_numpy(X[:, :8]).clone().requires_grad_()
+    weights = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
+    gates, _ = modeling("phimoe").sparsemixer(logits, 0.3, training=False)
+    (gates * torch.from_numpy(weights)).sum().backward()
+    router = RouterConfig(2, "softmax", normalize_gates=False, sparsemixer=0.3)
+    ours = jax.grad(lambda logits: (route(logits, router).gates * weights).sum())(X[:, :8])
+    assert np.abs(ours).max() > 0.1
+    np.testing.assert_allclose(ours, logits.grad.numpy(), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

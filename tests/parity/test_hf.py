@@ -207,6 +207,18 @@ def test_an_indexer_that_picks_fewer_tokens_would_give_other_logits():
     assert np.abs(theirs(few)[0] - theirs(all_of_them)[0])[0, 4:].max() > 100 * TOLERANCE
 
 
+def test_a_sequence_for_which_longrope_has_other_factors_is_refused(tmp_path):
+    make("phimoe", max_position_embeddings=512).save_pretrained(tmp_path / "hf")
+    run(tmp_path / "hf", tmp_path / "run", None, "")
+    with pytest.raises(ValueError, match=r"tokens of a row=129 must be at most model\.longrope\.original_length=128"):
+        load_hf(tmp_path / "hf")(np.zeros((1, 129), np.int32))
+    assert known_length(tmp_path / "run", config_of_run(tmp_path / "run")) == 128
+    run(tmp_path / "run", tmp_path / "out", None, "")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "out"))
+    assert after["max_position_embeddings"] == 512
+    assert after["rope_parameters"] == before["rope_parameters"]
+
+
 @pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe"])
 def test_multi_token_prediction_has_the_logits_of_transformers(case, tmp_path):
     # depth k at place i reads the token i + k, and is right wherever there is one
