@@ -44,7 +44,8 @@ def model_summed_nats(
             return head.row_nats(model.logits(x, fwd.mesh), *cut((targets, mask), fwd.mesh)).sum()
         with jax.named_scope("head"):
             kernel = config.model.cpu_kernel
-            return head.summed_nats(*model.factors(x, fwd.mesh), targets, mask, kernel, fwd.mesh)
+            vectors, weight = model.factors(x, fwd.mesh)
+            return head.summed_nats(vectors, weight, targets, mask, kernel, fwd.mesh)
 
     depths = range(config.model.mtp_depth)
     later = ahead_loss(batch, [ahead[depth] for depth in depths], nats)

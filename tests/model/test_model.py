@@ -395,7 +395,8 @@ def test_a_bias_of_the_head_is_added_to_logits_before_they_are_divided_and_learn
     def loss(state, in_blocks):
         model = nnx.merge(graphdef, state)
         if in_blocks:
-            return summed_nats(*model.factors(x), targets, mask, kernel)
+            longer, weight = model.factors(x)
+            return summed_nats(longer, weight, targets, mask, kernel)
         return row_nats(model.logits(x), targets, mask).sum()
 
     (value, gradient), (expected, wanted) = (jax.value_and_grad(loss)(state, kind) for kind in (True, False))
