@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Float32
 
 from moe_jax.config import ModelConfig
 from moe_jax.config.multipliers import logits_divisor, without_depth
-from moe_jax.mesh import constrain, is_sharded, spec
+from moe_jax.kernels.head import WEIGHT_DIMS
+from moe_jax.mesh import constrain, gather, is_sharded, spec
 from moe_jax.model.attention import Cache
 from moe_jax.model.block import Run, Unit, kinds_of_attention, layout
 from moe_jax.model.forward import NOTHING, MaxLogits, Pass, Report
@@ -117,33 +118,33 @@ class Transformer(nnx.Module):
     def logits(self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None) -> Float32[Array, "*batch vocab"]:
         """The logits of vectors before the head."""
         with jax.named_scope("head"):
-            logits = jnp.einsum("...d,dv->...v", x, self.head_weight(mesh), preferred_element_type=jnp.float32)
-            bias = self._bias_of_logits(mesh)
+            head = gather(self.head_weight(), mesh, WEIGHT_DIMS)
+            logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
+            bias = self._bias_of_logits()
             return logits if bias is None else logits + bias.astype(jnp.float32)
 
-    def head_weight(self, mesh: Mesh | None = None) -> Float[Array, "embed vocab"]:
-        """[D, V] in the compute dtype, gathered from its shards, and divided by `logits_divisor`."""
+    def head_weight(self) -> Float[Array, "embed vocab"]:
+        """[D, V] in the compute dtype, divided by `logits_divisor`, and split over the mesh like a parameter."""
         c = self.config
-        head = at_use(self.embedding if self.head is None else self.head, mesh, c.compute_dtype)[...]
-        head = (head.T if self.head is None else head).astype(c.compute_dtype)
+        head = (self.embedding[...].T if self.head is None else self.head[...]).astype(c.compute_dtype)
         divisor = logits_divisor(c)
         return head if divisor == 1 else head / divisor
 
     def factors(
-        self, x: Float[Array, "*batch embed"], mesh: Mesh | None = None
+        self, x: Float[Array, "*batch embed"]
     ) -> tuple[Float[Array, "*batch width"], Float[Array, "width vocab"]]:
         """Two arrays whose product is the logits: x and the head, with a bias [x, 1] and the head above the bias."""
-        head, bias = self.head_weight(mesh), self._bias_of_logits(mesh)
+        head, bias = self.head_weight(), self._bias_of_logits()
         if bias is None:
             return x, head
         ones = jnp.ones((*x.shape[:-1], 1), x.dtype)
         return jnp.concatenate([x, ones], -1), jnp.concatenate([head, bias[None]])
 
-    def _bias_of_logits(self, mesh: Mesh | None) -> Float[Array, "vocab"] | None:
+    def _bias_of_logits(self) -> Float[Array, "vocab"] | None:
         """[V] in the compute dtype, divided by `logits_scaling`."""
         if self.head_bias is None:
             return None
-        bias = at_use(self.head_bias, mesh, self.config.compute_dtype).astype(self.config.compute_dtype)
+        bias = self.head_bias[...].astype(self.config.compute_dtype)
         return bias if self.config.logits_scaling == 1 else bias / self.config.logits_scaling
 
     def _embed(self, tokens: Array, mesh: Mesh | None) -> Float[Array, "batch seq embed"]:

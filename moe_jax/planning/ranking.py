@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 GATHERS = 2  # of a layer's weights: its backward pass gathers them again
-NARROW, WIDE = 2, 4  # bytes of a number in the compute dtype, and in the gradient of the head
+NARROW = 2  # bytes of a number in the compute dtype
 
 
 class Prediction(NamedTuple):
@@ -129,30 +129,25 @@ class _Weight(NamedTuple):
 
     size: bytes of the part that a device multiplies by, in the compute dtype. axes: over which it is gathered, in this
     order. gathers, gradients: how often a micro-batch gathers it, and how many gradients of it there are, each over all
-    layers. is_head: whether it is the model's head.
+    layers.
     """
 
     size: int
     axes: tuple[str, ...]
     gathers: int
     gradients: int
-    is_head: bool
 
 
 def _of_weights(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]]:
     """What gathers weights for their use and scatters their gradients, axis by axis.
 
-    Prediction ahead shares the gathered embedding and head, and adds a gradient of each. That of the head is summed
-    whole, in float32.
+    Prediction ahead shares the gathered embedding, and adds a gradient of it; it gathers and scatters the head again.
     """
     for w in _weights(config, mesh):
         for n, axis in enumerate(w.axes):
             left = math.prod(mesh.shape[later] for later in w.axes[n + 1 :])  # parts of what is gathered so far
             yield _collective("all-gather", w.size / left, axis, mesh), w.gathers
-            if w.is_head:
-                yield _collective("all-reduce", w.size * WIDE / NARROW / left, axis, mesh), w.gradients
-            else:
-                yield _collective("reduce-scatter", w.size / left, axis, mesh), w.gradients
+            yield _collective("reduce-scatter", w.size / left, axis, mesh), w.gradients
 
 
 def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
@@ -178,7 +173,6 @@ def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
             axes=tuple(gathered[::-1] if dims[0] == "vocab" else gathered),  # columns of an embedding before its rows
             gathers=1 if of_vocabulary else GATHERS * layers,
             gradients=1 + config.model.mtp_depth if of_vocabulary else layers,
-            is_head=of_vocabulary and dims[0] != "vocab",
         )
 
 

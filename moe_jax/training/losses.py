@@ -7,7 +7,6 @@ from jaxtyping import Array, Float32
 from moe_jax.config import Config
 from moe_jax.data.batches import Batch
 from moe_jax.kernels import head
-from moe_jax.mesh import is_sharded
 from moe_jax.model.abstract import Tree, abstract_model
 from moe_jax.model.forward import MaxLogits, Pass, Report
 from moe_jax.model.pieces import cut
@@ -34,18 +33,16 @@ def model_summed_nats(
 ) -> tuple[Float32[Array, ""], AheadLoss, Report | None, MaxLogits | None]:
     """Run the model: the sum of `model_row_nats`, multi-token prediction's loss, and what the layers report.
 
-    On one device the logits of all tokens are never in memory at once.
+    The logits of all tokens are never in memory at once.
     """
     model = nnx.merge(abstract_model(config.model).graphdef, params, bias)
     x, ahead, report, max_logits = model.before_head(fwd)
 
     def nats(x: Array, targets: Array, mask: Array) -> Float32[Array, ""]:
-        if is_sharded(fwd.mesh):
-            return head.row_nats(model.logits(x, fwd.mesh), *cut((targets, mask), fwd.mesh)).sum()
         with jax.named_scope("head"):
-            kernel = config.model.cpu_kernel
-            vectors, weight = model.factors(x, fwd.mesh)
-            return head.summed_nats(vectors, weight, targets, mask, kernel, fwd.mesh)
+            vectors, weight = model.factors(x)
+            targets, mask = cut((targets, mask), fwd.mesh)
+            return head.summed_nats(vectors, weight, targets, mask, config.model.cpu_kernel, fwd.mesh)
 
     depths = range(config.model.mtp_depth)
     later = ahead_loss(batch, [ahead[depth] for depth in depths], nats)

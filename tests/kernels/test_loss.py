@@ -1,6 +1,7 @@
 """Laws of the loss: block by block it is the cross-entropy of all logits, and so is its gradient."""
 
 import functools
+import re
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from moe_jax.config import MeshConfig
 from moe_jax.kernels import head as loss
 from moe_jax.kernels import native
 from moe_jax.kernels.head import row_nats
+from moe_jax.mesh import make_mesh, parameter_spec, spec
 
 ROWS, LENGTH, WIDTH, VOCAB = 3, 150, 8, 40
 
@@ -40,7 +43,7 @@ def summed_nats(request):
 @pytest.fixture(params=[1, 3], ids=["one block", "blocks with a rest"])
 def blocks(request, monkeypatch):
     """450 tokens are one block, or three of 150."""
-    monkeypatch.setattr(loss, "BLOCK_BYTES", 4 * VOCAB * ROWS * LENGTH // request.param + 1)
+    monkeypatch.setattr(loss, "CPU_BLOCK_BYTES", 4 * VOCAB * ROWS * LENGTH // request.param + 1)
     return request.param
 
 
@@ -61,7 +64,7 @@ def test_without_a_gradient_the_sum_is_the_same(summed_nats, blocks):
 
 def test_tokens_that_do_not_fill_the_last_block_count_once(summed_nats, monkeypatch):
     # 450 tokens in blocks of at least 128: 3 blocks of 150, or with 449 tokens one empty place
-    monkeypatch.setattr(loss, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(loss, "CPU_BLOCK_BYTES", 1)
     x, head, targets, mask = (a[:1, :] if a.ndim != 2 or a.shape[0] == ROWS else a for a in problem())
     short = x[:, :149], head, targets[:, :149], mask[:, :149]
     assert summed_nats(*short) == pytest.approx(float(all_at_once(*short)), rel=1e-6)
@@ -117,7 +120,7 @@ def test_huge_logits_do_not_overflow(summed_nats):
 
 
 def test_all_logits_are_never_in_memory(summed_nats, monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(loss, "CPU_BLOCK_BYTES", 1)
     arguments = problem()
     whole = 4 * VOCAB * ROWS * LENGTH
     gradient = jax.grad(summed_nats, (0, 1))
@@ -159,7 +162,7 @@ def test_a_value_that_is_not_finite_stays_so(summed_nats):
 def test_a_program_for_another_platform_has_no_kernel_of_this_cpu():
     device = SimpleNamespace(platform="tpu")
     mesh = mock.create_autospec(Mesh, instance=True)
-    mesh.devices = np.full((1, 1, 1, 1), device)
+    mesh.devices, mesh.size = np.full((1, 1, 1, 1), device), 1
     gradient = jax.grad(functools.partial(loss.summed_nats, mesh=mesh), (0, 1))
     assert "ffi_call" not in str(jax.make_jaxpr(gradient)(*problem()))
 
@@ -173,3 +176,62 @@ def test_a_valid_target_outside_of_the_vocabulary_is_refused_and_a_masked_one_ig
     assert np.isfinite(gradient(x, head, outside, mask.at[0, 0].set(False))).all()
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="a target is outside of the vocabulary"):
         jax.block_until_ready(gradient(x, head, outside, mask.at[0, 0].set(True)))
+
+
+# --- on a mesh ----------------------------------------------------------------------------------------------------
+
+MESHES = [
+    dict(data=4),
+    dict(data=2, tensor=2),
+    dict(data=2, expert=2, sequence=2),
+    dict(replica=2, data=2, expert=2),
+    dict(expert=2, sequence=2, tensor=2),
+    dict(tensor=8),
+]
+
+
+def on_mesh(sizes, dtype=jnp.float32, **how):
+    """The function under test on a mesh, from arguments that are split as the model's are."""
+    mesh = make_mesh(MeshConfig(**(dict(data=1) | sizes)))
+    rows = NamedSharding(mesh, spec("pieces"))
+    place = NamedSharding(mesh, parameter_spec(mesh, loss.WEIGHT_DIMS, (WIDTH, VOCAB)))
+
+    def put(x, head, targets, mask):
+        return jax.device_put((x, head, targets, mask), (rows, place, rows, rows))
+
+    return jax.jit(functools.partial(loss.summed_nats, mesh=mesh, **how)), put
+
+
+def problem_of_8_rows(dtype=jnp.float32):
+    x, head, targets, mask = problem(dtype)
+    return jnp.resize(x, (8, 25, WIDTH)), head, jnp.resize(targets, (8, 25)), jnp.resize(mask, (8, 25))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("kernel", ["auto", "xla"])
+def test_on_a_mesh_sum_and_gradients_are_those_of_one_device(sizes, kernel, monkeypatch):
+    monkeypatch.setattr(loss, "LEAST_ROWS", 4)
+    monkeypatch.setattr(loss, "CPU_BLOCK_BYTES", 4 * VOCAB * 10)
+    f, put = on_mesh(sizes, cpu_kernel=kernel)
+    arguments = problem_of_8_rows()
+    theirs = value_and_gradients(all_at_once, *arguments)
+    ours = value_and_gradients(f, *put(*arguments))
+    assert f(*put(*arguments)) == pytest.approx(float(theirs[0]) / 3, rel=1e-6)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert ours[1][1].sharding.is_equivalent_to(put(*arguments)[1].sharding, 2)
+
+
+def test_on_a_mesh_the_head_is_gathered_once_and_its_gradient_scattered_once(monkeypatch):
+    monkeypatch.setattr(loss, "LEAST_ROWS", 4)
+    monkeypatch.setattr(loss, "CPU_BLOCK_BYTES", 4 * VOCAB * 10)
+    f, put = on_mesh(dict(data=4))
+    text = jax.jit(jax.grad(f, (0, 1))).lower(*put(*problem_of_8_rows())).compile().as_text()
+    found = {
+        kind: re.findall(rf"= (\w+\[[\d,]*\])\S* {kind}(?:-start)?\(", text)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    }
+    assert found["all-gather"] == [f"f32[{WIDTH},{VOCAB}]"]
+    assert found["reduce-scatter"] == [f"f32[{WIDTH // 4},{VOCAB}]"]
+    assert set(found["all-reduce"]) <= {"f32[]", f"f32[{WIDTH // 4},{VOCAB}]"}  # of the sum, and of the part
+    assert not re.search(rf"\[(50|200|2,25|8,25),{VOCAB}\]", text), "logits of more than a block"
