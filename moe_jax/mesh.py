@@ -5,18 +5,20 @@ No other file names a mesh axis in a spec or a collective: it names dims, and `s
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from moe_jax import torus
 from moe_jax.config import MeshConfig, mesh_sizes
-from moe_jax.config.axes import AXES, BETWEEN_SLICES, TABLE
+from moe_jax.config.axes import AXES, BETWEEN_SLICES, CONFIG_AXES, TABLE
 from moe_jax.runtime.defaults import jax_defaults
 
 GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
@@ -37,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: sizes and devices do not fit together.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(AXES, mesh_sizes(config, len(devices)), strict=True))
+    sizes = dict(zip(CONFIG_AXES, mesh_sizes(config, len(devices)), strict=True))
     num_used = math.prod(sizes.values())
     if num_used < len(devices) and len({d.process_index for d in devices}) > 1:
         raise ValueError(
@@ -46,22 +48,41 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     devices = devices[:num_used]
     # GPUs have a slice for each NVLink domain, which any axis may cross: neighbours are on the last ones
-    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform != "gpu"})
-    if slices > 1:
-        outer = sizes[BETWEEN_SLICES]
-        if outer % slices:
-            raise ValueError(
-                f"mesh.{BETWEEN_SLICES}={outer} must be a multiple of the {slices} slices, because only replicas "
-                f"cross the network between them; set mesh.{BETWEEN_SLICES}={slices}."
-            )
-        inside = sizes | {BETWEEN_SLICES: outer // slices}
-        between = dict.fromkeys(AXES, 1) | {BETWEEN_SLICES: slices}
-        grid = mesh_utils.create_hybrid_device_mesh(
-            tuple(inside.values()), tuple(between.values()), devices, allow_split_physical_axes=True
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform != "gpu"}) or 1
+    if slices > 1 and sizes[BETWEEN_SLICES] % slices:
+        raise ValueError(
+            f"mesh.{BETWEEN_SLICES}={sizes[BETWEEN_SLICES]} must be a multiple of the {slices} slices, because only "
+            f"replicas cross the network between them; set mesh.{BETWEEN_SLICES}={slices}."
         )
-    else:
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    grid = _on_tori(sizes, devices, slices)
+    if grid is None:
+        grid = _in_order(sizes, devices, slices).reshape([sizes.get(axis, 1) for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # sort and gather fail on Explicit axes
+
+
+def _on_tori(sizes: Mapping[str, int], devices: Sequence[Any], slices: int) -> np.ndarray | None:
+    """The devices as an array of AXES, placed on each slice by `torus.placed`; None if another axis is split."""
+    if math.prod(size for axis, size in sizes.items() if axis not in ("data", "expert")) > slices:
+        return None
+    numbers = sorted({getattr(d, "slice_index", 0) for d in devices})
+    tori = []
+    for number in numbers:
+        one = torus.placed([d for d in devices if getattr(d, "slice_index", 0) == number], sizes["expert"])
+        if one is None or len(numbers) != slices:
+            return None
+        tori.append(one)
+    return np.stack(tori).reshape(slices, *tori[0].shape, *[1] * (len(AXES) - AXES.index("expert") - 1))
+
+
+def _in_order(sizes: Mapping[str, int], devices: Sequence[Any], slices: int) -> np.ndarray:
+    """The devices as an array of CONFIG_AXES, in JAX's order."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    inside = sizes | {BETWEEN_SLICES: sizes[BETWEEN_SLICES] // slices}
+    between = dict.fromkeys(sizes, 1) | {BETWEEN_SLICES: slices}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inside.values()), tuple(between.values()), devices, allow_split_physical_axes=True
+    )
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
@@ -70,7 +91,8 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     Raises:
         ValueError: sizes and devices do not fit together.
     """
-    return AbstractMesh(mesh_sizes(config, num_devices), AXES)
+    sizes = dict(zip(CONFIG_AXES, mesh_sizes(config, num_devices), strict=True))
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
 def platform(mesh: Mesh) -> str:

@@ -52,9 +52,9 @@ def batch_of(config, mesh, step: int = 0):
 # --- how arrays are split -------------------------------------------------------------------------------------
 
 
-def test_a_mesh_has_five_auto_axes_and_minus_one_takes_what_is_left():
+def test_a_mesh_has_seven_auto_axes_and_minus_one_takes_what_is_left():
     mesh = make_mesh(MeshConfig(replica=1, data=-1, expert=2, tensor=2))
-    assert dict(mesh.shape) == {"replica": 1, "data": 2, "expert": 2, "sequence": 1, "tensor": 2}
+    assert dict(mesh.shape) == dict(replica=1, data=2, data_y=1, data_z=1, expert=2, sequence=1, tensor=2)
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert platform(mesh) == "cpu"
     assert make_mesh(MeshConfig(data=2)).size == 2  # a smaller mesh leaves devices unused
@@ -137,12 +137,12 @@ def test_every_dimension_of_every_parameter_is_in_the_table():
 
 
 def test_axes_that_the_batch_takes_are_left_to_no_later_dimension_of_an_activation():
-    batch = ("replica", "data", "expert")
+    batch = ("replica", "data", "data_y", "data_z", "expert")
     assert spec("batch", "length") == P(batch, "sequence")
     assert spec("pieces", "length", "all_heads", "head_dim") == P((*batch, "sequence"), None, "tensor", None)
     assert spec("batch", "whole", "own_heads", "head_dim") == P(batch, None, ("tensor", "sequence"), None)
     assert spec("layers", "batch") == P(None, batch)
-    assert spec("experts", "ffw", "embed") == P("expert", "tensor", ("data", "sequence"))
+    assert spec("experts", "ffw", "embed") == P("expert", "tensor", ("data", "data_y", "data_z", "sequence"))
     assert spec() == P()
 
 

@@ -1,6 +1,7 @@
 """The axes of the device mesh, and ONE table for parameters and activations: logical dimension -> mesh axes.
 
-An axis splits devices (`replica data expert sequence tensor`), a dim names an axis of an array (`embed ffw ...`).
+An axis splits devices (`replica data expert sequence tensor`), a dim names an axis of an array (`embed ffw ...`). The
+config's `data` is three axes of the mesh, one for each dimension of a torus; elsewhere two of them have size 1.
 The sequences of a batch are split over replica, data and expert, and each is cut into pieces over `sequence`; experts
 are placed on `expert`; weights are split fully, so that a device keeps one part in data x expert x sequence x tensor of
 them; replica repeats everything, across slow links.
@@ -11,8 +12,10 @@ from dataclasses import fields
 
 from moe_jax.config.schema import MeshConfig
 
-AXES = tuple(f.name for f in fields(MeshConfig))  # outermost first
-BATCH = ("replica", "data", "expert")  # the axes that the rows of a batch are split over
+CONFIG_AXES = tuple(f.name for f in fields(MeshConfig))  # outermost first
+DATA = ("data", "data_y", "data_z")  # weights are gathered over one after the other, from the last to the first
+AXES = tuple(axis for name in CONFIG_AXES for axis in (DATA if name == "data" else (name,)))
+BATCH = ("replica", *DATA, "expert")  # the axes that the rows of a batch are split over
 TOKENS = (*BATCH, "sequence")  # the axes that its tokens are split over
 BETWEEN_SLICES = "replica"  # the only axis that may cross the network between slices
 
@@ -26,13 +29,13 @@ BETWEEN_SLICES = "replica"  # the only axis that may cross the network between s
 TABLE: dict[str, tuple[str, ...]] = {
     # of parameters
     "experts": ("expert",),
-    "embed": ("data", "sequence"),
+    "embed": (*DATA, "sequence"),
     "ffw": ("tensor", "expert"),
     "heads": ("tensor", "expert"),
     "kv_heads": ("tensor", "expert"),
     "head_dim": ("expert",),
-    "latent": ("data", "expert", "sequence"),
-    "query_latent": ("data", "expert", "sequence"),
+    "latent": (*DATA, "expert", "sequence"),
+    "query_latent": (*DATA, "expert", "sequence"),
     "mixed": ("expert",),
     "vocab": ("tensor", "expert"),
     "one": (),

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from operator import attrgetter
 
-from moe_jax.config.axes import AXES, BATCH, TABLE
+from moe_jax.config.axes import BATCH, CONFIG_AXES, TABLE
 from moe_jax.config.dispatchers import DISPATCHERS
 from moe_jax.config.schema import Config, MeshConfig, ModelConfig, mesh_sizes
 
@@ -40,7 +40,7 @@ def check_mesh(c: Config) -> None:
     `resolve` calls it again when all of them are known.
     """
     m = c.model
-    sizes = {axis: getattr(c.mesh, axis) for axis in AXES}
+    sizes = {axis: getattr(c.mesh, axis) for axis in CONFIG_AXES}
     for axis, size in sizes.items():
         if size == 0:
             raise ValueError(f"mesh.{axis}=0 must be at least 1, or -1 for all remaining devices; set mesh.{axis}=1.")
@@ -49,19 +49,20 @@ def check_mesh(c: Config) -> None:
         raise ValueError(f"mesh.{' and mesh.'.join(unknown)} are -1, but only one axis can be; give the others.")
     for key, axes, is_used in DIVISIBLE:
         value = attrgetter(key)(c)
-        split = {f"mesh.{axis}": sizes[axis] for axis in axes if sizes[axis] > 1}  # -1 is not known yet
+        split = {f"mesh.{axis}": sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}  # -1 is not known yet
         ways = math.prod(split.values())
         if is_used(m) and value % ways:
             raise ValueError(
                 f"{key}={value} must be divisible by {' x '.join(f'{axis}={size}' for axis, size in split.items())}; "
                 f"try {key}={nearby(value, ways)}, or another {' or '.join(split)}."
             )
-    shards = math.prod(max(1, sizes[axis]) for axis in BATCH)
+    shared = [axis for axis in BATCH if axis in sizes]
+    shards = math.prod(max(1, sizes[axis]) for axis in shared)
     rows = c.batch_size // c.micro_batches
     if rows % shards:
         raise ValueError(
             f"batch_size={c.batch_size} in micro_batches={c.micro_batches} is {rows} rows at a time, which must be "
-            f"divisible by mesh.{' x '.join(BATCH)} = {shards}; "
+            f"divisible by mesh.{' x '.join(shared)} = {shards}; "
             f"try batch_size={nearby(c.batch_size, shards * c.micro_batches)}, "
             f"{'fewer micro_batches, ' if c.micro_batches > 1 else ''}or a mesh of at most {rows} of these "
             "(mesh.data=1 is one)."
@@ -96,6 +97,6 @@ def resolve(config: Config, num_devices: int, platform: str = "") -> Config:
             f"model.dispatch={config.model.dispatch!r} needs {dispatcher.needs}, which {platform.upper()}s do not "
             "have; set model.dispatch='auto' or 'rounds'."
         )
-    config = dataclasses.replace(config, mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    config = dataclasses.replace(config, mesh=MeshConfig(**dict(zip(CONFIG_AXES, sizes, strict=True))))
     check_mesh(config)
     return config

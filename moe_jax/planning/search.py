@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moe_jax.config import Config
-from moe_jax.config.axes import AXES
+from moe_jax.config.axes import CONFIG_AXES
 from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
 from moe_jax.planning.keeping import keeping
 from moe_jax.planning.ranking import predict
@@ -139,7 +139,7 @@ def meshes(config: Config, devices: int) -> list[Config]:
     from moe_jax.config import resolve
 
     found: list[Config] = []
-    kept = {axis: max(1, getattr(config.mesh, axis)) for axis in AXES if axis not in SEARCHED}
+    kept = {axis: max(1, getattr(config.mesh, axis)) for axis in CONFIG_AXES if axis not in SEARCHED}
     own = max(1, config.mesh.expert)
     rest = devices // math.prod(kept.values())
     sizes = [n for n in range(1, rest + 1) if rest % n == 0]

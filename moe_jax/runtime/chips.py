@@ -24,12 +24,19 @@ def peak_flops(device_kind: str) -> float | None:
         device_kind: "TPU v5 lite", "TPU v6e", "TPU7x", "NVIDIA H100 80GB HBM3", ...
     """
     if device_kind.startswith("TPU"):
-        name = device_kind.lower().replace(" ", "").removeprefix("tpu")
-        name = {"v5": "v5p", "7x": "tpu7x"}.get(name, name)
-        chip = CHIPS.get(ALIASES.get(name, name))
+        chip = chip_of(device_kind)
         return chip.flops if chip else None
     found = next((name for name in GPUS if name in device_kind), None)
     return GPUS[found] if found else None
+
+
+def chip_of(device_kind: str) -> "Chip | None":
+    """The figures of a TPU, by jax's name for it; None for other devices."""
+    if not device_kind.startswith("TPU"):
+        return None
+    name = device_kind.lower().replace(" ", "").removeprefix("tpu")
+    name = {"v5": "v5p", "7x": "tpu7x"}.get(name, name)
+    return CHIPS.get(ALIASES.get(name, name))
 
 
 class Gpu(NamedTuple):

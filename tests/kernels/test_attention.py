@@ -19,7 +19,9 @@ from moe_jax.kernels.attention import attend, attend_cached, in_jax, kernel_for,
 
 def mesh_of(devices, **sizes) -> Mesh:
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return Mesh(np.array(devices).ravel()[: np.prod(shape)].reshape(shape), AXES, axis_types=(AxisType.Auto,) * 5)
+    return Mesh(
+        np.array(devices).ravel()[: np.prod(shape)].reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def arrays(rows, length, heads, kv_heads, width, value_width, dtype=jnp.float32):
