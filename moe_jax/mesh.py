@@ -277,6 +277,17 @@ def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, 
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=not kernel)
 
 
+def whole_of(part: Array, axes: Sequence[str], dim: int) -> Array:
+    """An array from the parts that these mesh axes split a dimension into, inside `per_shard`; its gradient is scattered.
+
+    It is gathered over one axis after the other, innermost first: over several at once XLA may pad every part with
+    zeros and sum the whole over all devices, and only what is exchanged along one dimension of a torus is asynchronous.
+    """
+    for axis in reversed(axes):
+        part = jax.lax.all_gather(part, axis, axis=dim, tiled=True)
+    return part
+
+
 def part_index(axes: Sequence[str]) -> Array:
     """The index of this device's part of a dimension that these mesh axes split, int32 [], inside `per_shard`."""
     first, *others = axes

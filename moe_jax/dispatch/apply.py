@@ -19,7 +19,7 @@ from moe_jax.dispatch.rounds import rounds
 from moe_jax.dispatch.work import DISPATCH_FUNCTIONS, DispatchFunction, Traffic, Work, register
 from moe_jax.kernels.activation import SWIGLU, Activation
 from moe_jax.kernels.weights import DIMS, ExpertWeights
-from moe_jax.mesh import GATHERED, axes, is_sharded, part_index, per_shard, spec, varying_alike
+from moe_jax.mesh import GATHERED, axes, is_sharded, part_index, per_shard, spec, varying_alike, whole_of
 from moe_jax.routing import Routing
 
 
@@ -113,7 +113,7 @@ def _on_shard(function: DispatchFunction, work: Work) -> tuple[Array, Traffic]:
     parts = axes("ffw", DIMS["down"])
 
     def gathered(w: Array, dims: tuple[str, ...]) -> Array:
-        return lax.all_gather(w, axes("embed", dims), axis=dims.index("embed"), tiled=True) if "embed" in dims else w
+        return whole_of(w, axes("embed", dims), dims.index("embed")) if "embed" in dims else w
 
     whole = {name: gathered(w, DIMS[name]) for name, w in _present(work.weights).items()}
     x, gates, *varying = varying_alike(work.x, work.gates, *whole.values())

@@ -15,7 +15,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from moe_jax.kernels import native
-from moe_jax.mesh import axes, axes_of, is_sharded, parameter_spec, part_index, per_shard, platform, spec, varying_alike
+from moe_jax.mesh import (
+    axes,
+    axes_of,
+    is_sharded,
+    parameter_spec,
+    part_index,
+    per_shard,
+    platform,
+    spec,
+    varying_alike,
+    whole_of,
+)
 
 # of the logits in memory at a time: on a CPU they fit into caches, with enough rows for a fast product; on an
 # accelerator each block reads the head, and reads and writes its gradient, so that a few large ones are faster
@@ -142,7 +153,7 @@ def _in_specs(split: _Split) -> tuple[P, P, P, P]:
 def _gathered(part: Array, split: _Split) -> Array:
     """All rows of the head, and the columns of this device's part of the vocabulary, axis by axis, innermost first."""
     for axis, index in reversed(split.gathered):
-        part = jax.lax.all_gather(part, axis, axis=index, tiled=True)
+        part = whole_of(part, (axis,), index)
     return part
 
 

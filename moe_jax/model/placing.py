@@ -21,6 +21,7 @@ from moe_jax.mesh import (
     parameter_spec,
     part_index,
     spec,
+    whole_of,
 )
 
 
@@ -41,8 +42,8 @@ def look_up(
     split_rows = tuple(name for name in rows if name not in axes("tokens"))
 
     def on_shard(part: Array, tokens: Array) -> Array:
-        for axis, names in ((1, columns), (0, gathered_rows)):
-            part = jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
+        for dim, names in ((1, columns), (0, gathered_rows)):
+            part = whole_of(part, names, dim)
         if not split_rows:
             return part[tokens]
         first = part_index(split_rows) * part.shape[0]

@@ -263,7 +263,7 @@ def machine(platform: str, kind: str, tensor: int = 1, capability: str = "9.0"):
     """A mesh of devices that are not present."""
     device = SimpleNamespace(platform=platform, device_kind=kind, id=0, compute_capability=capability)
     mesh = mock.create_autospec(Mesh, instance=True)
-    sizes = 1, 1, 1, 1, tensor
+    sizes = (*[1] * (len(AXES) - 1), tensor)
     mesh.devices, mesh.shape = np.full(sizes, device), dict(zip(AXES, sizes, strict=True))
     mesh.size = tensor
     return mesh
