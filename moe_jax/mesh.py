@@ -278,7 +278,7 @@ def per_shard(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any, *, 
 
 
 def whole_of(part: Array, axes: Sequence[str], dim: int) -> Array:
-    """An array from the parts that these mesh axes split a dimension into, inside `per_shard`; its gradient is scattered.
+    """An array from the parts into which mesh axes split a dimension, inside `per_shard`; its gradient is scattered.
 
     It is gathered over one axis after the other, innermost first: over several at once XLA may pad every part with
     zeros and sum the whole over all devices, and only what is exchanged along one dimension of a torus is asynchronous.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.config import Config
+from moe_jax.config.axes import CONFIG_AXES
 from moe_jax.planning import hlo, loops
 from moe_jax.planning.compile import Compiled, compiler_version, state_bytes
 from moe_jax.planning.cost import Cost, Program
@@ -87,6 +88,11 @@ def make_report(config: Config, topology: Topology, mesh: "Mesh", compiled: Comp
     return report
 
 
+def sizes_of(mesh: "Mesh") -> dict[str, int]:
+    """The sizes of a config's axes, and of those among the others that split anything."""
+    return {axis: int(size) for axis, size in mesh.shape.items() if axis in CONFIG_AXES or size > 1}
+
+
 def heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
     """What was compiled, and for which machine."""
     import jax
@@ -96,7 +102,7 @@ def heading(config: Config, topology: Topology, mesh: "Mesh") -> dict[str, Any]:
     return {
         "topology": str(topology),
         "chips": mesh.devices.size,
-        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "mesh": sizes_of(mesh),
         "remat": policy(config.model),
         "dispatch": config.model.dispatch,
         "micro_batches": config.micro_batches,

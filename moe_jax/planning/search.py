@@ -14,7 +14,7 @@ from moe_jax.config.axes import CONFIG_AXES
 from moe_jax.planning.compile import DoesNotFit, compile_step, state_bytes, topology_devices
 from moe_jax.planning.keeping import keeping
 from moe_jax.planning.ranking import predict
-from moe_jax.planning.report import heading, make_report
+from moe_jax.planning.report import heading, make_report, sizes_of
 from moe_jax.planning.topology import Topology
 from moe_jax.runtime.chips import GIB
 from moe_jax.runtime.files import write_whole
@@ -81,7 +81,7 @@ def search(config: Config, topology: Topology, minutes: float, best: int) -> Ite
     fitting = 0
     for seconds, resolved in ranked(meshes(config, len(devices)), topology, devices):
         mesh = make_mesh(resolved.mesh, devices)
-        sizes = {name: int(size) for name, size in mesh.shape.items()}
+        sizes = sizes_of(mesh)
         state = sum(state_bytes(resolved, mesh))
         if topology.chip and state > topology.chip.hbm:
             yield Trial(sizes, "any", f"the state alone takes {state / GIB:.1f} GiB", {"fits": False}, seconds)
@@ -110,7 +110,7 @@ def _remats(config: Config, topology: Topology, mesh: "Mesh", until: float) -> I
     """The policies of rematerialisation on one mesh, up to the first that fits."""
     import jax
 
-    sizes = {name: int(size) for name, size in mesh.shape.items()}
+    sizes = sizes_of(mesh)
     for remat in REMATS:
         if time.monotonic() > until:
             yield Trial(sizes, remat, "not tried: time is up", {})
