@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from moe_jax import torus
 from moe_jax.config import MeshConfig, mesh_sizes
-from moe_jax.config.axes import AXES, BETWEEN_SLICES, CONFIG_AXES, TABLE
+from moe_jax.config.axes import AXES, BETWEEN_SLICES, CONFIG_AXES, DATA, axes_of_dim
 from moe_jax.runtime.defaults import jax_defaults
 
 GATHERED = "gathered"  # the checkpoint name of weights gathered from their shards: gathered again for backward
@@ -170,9 +170,9 @@ def whole_spec(mesh: AnyMesh, dims: Sequence[str], shape: Sequence[int], stacked
 def _by_table(dims: Sequence[str], may_split: Callable[[int, Sequence[str]], bool]) -> Iterator[Any]:
     """The entry of a PartitionSpec for each dim: the axes of TABLE that are still free and may split it together."""
     taken: set[str] = set()
-    for index, dim in enumerate(dims):
+    for index in range(len(dims)):
         mine: list[str] = []
-        for axis in TABLE[dim]:
+        for axis in axes_of_dim(dims, index):
             if axis not in taken and may_split(index, [*mine, axis]):
                 mine.append(axis)
         taken |= set(mine)
@@ -242,7 +242,9 @@ def _gathering_layouts(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) ->
     """
     parts = [list(axes_of(part)) for part in parameter_spec(mesh, dims, shape)]
     layouts = [P(*map(tuple, parts))]
-    for axis in reversed(axes("tokens")):
+    own = iter([axis for mine in parts for axis in mine if axis in DATA])
+    split = [axis for axis in axes("tokens") if any(axis in mine for mine in parts)]
+    for axis in reversed([next(own) if axis in DATA else axis for axis in split]):
         for mine in parts:
             if axis in mine:
                 mine.remove(axis)

@@ -221,6 +221,33 @@ def test_one_step_from_equal_state_is_the_step_of_one_device(sizes):
         assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
 
 
+@pytest.fixture
+def torus_of_devices(monkeypatch):
+    """Eight devices that are placed like the chips of a torus: 2 x 2 x 1 groups of 2 that share experts."""
+
+    def placed(devices, experts):
+        return np.array(devices, object).reshape(2, 2, 1, experts) if len(devices) == 8 else None
+
+    monkeypatch.setattr("moe_jax.torus.placed", placed)
+    one_step.cache_clear()
+    yield
+    one_step.cache_clear()
+
+
+def test_on_two_axes_of_data_a_step_is_that_of_one_device(torus_of_devices):
+    config, mesh = config_on((1, 4, 2, 1))
+    assert (mesh.shape["data"], mesh.shape["data_y"]) == (2, 2)
+    up, down = (parameter_spec(mesh, dims, (8, 16, 16)) for dims in (("embed", "ffw"), ("ffw", "embed")))
+    assert (up, down) == (P(None, ("data", "data_y"), "expert"), P(None, "expert", ("data_y", "data")))
+    test_one_step_from_equal_state_is_the_step_of_one_device((1, 4, 2, 1))
+    state, values = make_train_step(config, mesh)(init_state(config, mesh), batch_of(config, mesh), step_key(config))
+    alone, one = config_on(ONE)
+    its, exact = make_train_step(alone, one)(init_state(alone, one), batch_of(alone, one), step_key(alone))
+    np.testing.assert_allclose(values["loss"], exact["loss"], atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(state.bias), jax.tree.leaves(its.bias), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_latent_attention_and_multi_token_prediction_give_the_step_of_one_device():
     model = LATENT | dict(mtp_depth=1, init_std=0.1)
     by_names = dict(remat="names", remat_keep=get_args(Kept), remat_offload=("rows",))

@@ -8,6 +8,7 @@ them; replica repeats everything, across slow links.
 Imports no jax: the rules of a config and `moe_jax.mesh` read the same table.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from moe_jax.config.schema import MeshConfig
@@ -17,12 +18,16 @@ DATA = ("data", "data_y", "data_z")  # weights are gathered over one after the o
 AXES = tuple(axis for name in CONFIG_AXES for axis in (DATA if name == "data" else (name,)))
 BATCH = ("replica", *DATA, "expert")  # the axes that the rows of a batch are split over
 TOKENS = (*BATCH, "sequence")  # the axes that its tokens are split over
+# A matrix that ends a layer of attention or a feed-forward layer has the first two of DATA in the other order. The last
+# stage of a gather moves the most bytes: over the links of one dimension for some matrices, of another for the rest.
+TURNED = ("data_y", "data", "data_z")
 BETWEEN_SLICES = "replica"  # the only axis that may cross the network between slices
 
 # The axes that may split a dimension, tried in this order. An axis is skipped if an earlier dimension of the same
 # array took it, or if it does not divide the dimension: so rows of a weight are split by `data` and columns by
 # `expert`, because 7168 does not split 2048 ways.
-# The axes of a dim that TOKENS has too are in that order, in which parameters are gathered.
+# The axes of a dim that TOKENS has too are in that order, from the last of which to the first parameters are gathered;
+# but for TURNED.
 # In an activation the batch takes all axes except `tensor`, which is left for the heads: one table serves both.
 # Rows of activations are pieces: row b C + c of [B C, S / C] is piece c of sequence b, so that tokens stay in the order
 # of the batch [B, S] however it is cut. Only attention puts pieces together, and gives each device some of the heads.
@@ -52,3 +57,11 @@ TABLE: dict[str, tuple[str, ...]] = {
     "layers": (),
     "micro_batches": (),
 }
+
+
+def axes_of_dim(dims: Sequence[str], index: int) -> tuple[str, ...]:
+    """The axes that may split one dimension of an array with these dims, in the order in which they are tried."""
+    mine = TABLE[dims[index]]
+    if dims[index] == "embed" and index and dims[index - 1] in ("ffw", "head_dim"):
+        return tuple(TURNED[DATA.index(axis)] if axis in DATA else axis for axis in mine)
+    return mine
