@@ -10,6 +10,7 @@ attention; bound on MFU 63.4 %, by compute; scheduled 27.3 %. The names that are
 """
 
 from moe_jax.config import default
+from moe_jax.config.xla_options import SPARSE_CORES
 
 
 def get_config(arg: str = ""):
@@ -47,6 +48,5 @@ def get_config(arg: str = ""):
         balance=dict(aux_loss=dict(weight=1e-3, scope="sequence")),
         optimizer=dict(learning_rate=4.2e-4, schedule="multistep", warmup_steps=2000, moment_dtype="bfloat16"),
         mesh=dict(data=-1, expert=8),
-        # without it XLA waits for every all_to_all; with it, shared experts compute while tokens travel
-        compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
+        compiler_options=SPARSE_CORES,
     )

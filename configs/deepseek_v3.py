@@ -13,6 +13,7 @@ arithmetic.
 """
 
 from moe_jax.config import default
+from moe_jax.config.xla_options import SPARSE_CORES
 
 
 def get_config(arg: str = ""):
@@ -61,7 +62,6 @@ def get_config(arg: str = ""):
             decay_fraction=0.32,
             moment_dtype="bfloat16",
         ),
-        mesh=dict(data=-1, expert=64),
-        # without it XLA waits for every all_to_all; with it, shared experts compute while tokens travel
-        compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
+        mesh=dict(data=-1, expert=32),
+        compiler_options=SPARSE_CORES,
     )

@@ -14,6 +14,7 @@ the global loss needs another forward pass for its counts.
 """
 
 from moe_jax.config import default
+from moe_jax.config.xla_options import SPARSE_CORES
 
 
 def get_config(arg: str = ""):
@@ -37,6 +38,7 @@ def get_config(arg: str = ""):
             ffw_dim=6144,
             compute_dtype="bfloat16",
             remat="names",
+            remat_keep=("attention", "residual", "hidden"),
             num_experts=128,
             top_k=8,
             expert_ffw_dim=768,
@@ -44,7 +46,6 @@ def get_config(arg: str = ""):
         ),
         balance=dict(aux_loss=dict(weight=1e-3, scope="global")),
         optimizer=dict(learning_rate=4e-4, warmup_steps=2000, moment_dtype="bfloat16"),
-        mesh=dict(data=-1, expert=8),
-        # without it XLA waits for every all_to_all
-        compiler_options=dict(xla_tpu_enable_async_all_to_all="true"),
+        mesh=dict(data=-1),
+        compiler_options=SPARSE_CORES,
     )
