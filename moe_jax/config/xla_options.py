@@ -1,7 +1,7 @@
 """XLA's options for a family of chips, as values of `compiler_options`."""
 
-# For TPUs with SparseCores (v5p, v6e, tpu7x): they exchange weights and gradients while the TensorCore multiplies, and a
-# layer's gather begins during the layer before. Without the first option XLA waits for every all_to_all.
+# For TPUs with SparseCores (v5p, v6e, tpu7x): they exchange weights and gradients while the TensorCore multiplies, and
+# a layer's gather begins during the layer before. Without the first option XLA waits for every all_to_all.
 SPARSE_CORES = {
     "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",

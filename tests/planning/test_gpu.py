@@ -62,6 +62,7 @@ with_compiler = pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing
 @with_compiler
 def test_two_layers_of_qwen3_on_two_hosts_multiply_nothing_in_vain(repo, tmp_path):
     of_qwen3 = "--config=configs/qwen3_30b_a3b.py", "--config.model.num_layers=2", "--config.model.remat=full"
+    of_qwen3 += ("--config.mesh.expert=8",)
     report, text = plan(repo, tmp_path, "--topology=h100:2x8", *of_qwen3, "--config.batch_size=16")
     assert report["fits"] and report["not_counted"]["kernels_without_flops"] == []
     tokamax = {f"PallasMosaicGpu{kernel}" for kernel in ("RaggedDot", "FlashAttention", "FlashAttentionVjp")}

@@ -32,7 +32,7 @@ def recorded(file):
     config = dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, expert=known["expert"]),
-        model=dataclasses.replace(config.model, remat="full"),  # as it was compiled
+        model=dataclasses.replace(config.model, remat=known["remat"]),  # as it was compiled
     )
     offsets = [np.array(known["places"].get(axis, [[0] * len(topology.dims)])) for axis in AXES]
     shape = tuple(map(len, offsets))
