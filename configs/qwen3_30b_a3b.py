@@ -14,7 +14,7 @@ the global loss needs another forward pass for its counts.
 """
 
 from moe_jax.config import default
-from moe_jax.config.xla_options import SPARSE_CORES
+from moe_jax.config.xla_options import BETWEEN_LAYERS, SPARSE_CORES
 
 
 def get_config(arg: str = ""):
@@ -47,5 +47,5 @@ def get_config(arg: str = ""):
         balance=dict(aux_loss=dict(weight=1e-3, scope="global")),
         optimizer=dict(learning_rate=4e-4, warmup_steps=2000, moment_dtype="bfloat16"),
         mesh=dict(data=-1),
-        compiler_options=SPARSE_CORES,
+        compiler_options=SPARSE_CORES | BETWEEN_LAYERS,
     )

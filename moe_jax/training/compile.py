@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int32
 from moe_jax import balance
 from moe_jax.balance import measures
 from moe_jax.config import DISPATCHERS, Config, MeshConfig, at_defaults
-from moe_jax.config.xla_options import SPARSE_CORES
+from moe_jax.config.xla_options import BETWEEN_LAYERS, SPARSE_CORES
 from moe_jax.data.batches import Batch
 from moe_jax.mesh import HOST_MEMORY, batch_sharding, platform, replicated
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
@@ -90,10 +90,10 @@ def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
 def compiler_options(config: Config, platform: str) -> dict[str, str]:
     """The options of `config.compiler_options` for XLA on a platform.
 
-    One named xla_tpu_... is for "tpu" only, and so are all of SPARSE_CORES.
+    One named xla_tpu_... is for "tpu" only, and so are all of `config.xla_options`.
     """
     others = tuple(f"xla_{name}_" for name in ("cpu", "gpu", "tpu") if name != platform)
-    elsewhere = () if platform == "tpu" else SPARSE_CORES
+    elsewhere = {} if platform == "tpu" else SPARSE_CORES | BETWEEN_LAYERS
     options = config.compiler_options.items()
     return {name: value for name, value in options if not name.startswith(others) and name not in elsewhere}
 
