@@ -240,16 +240,22 @@ def _gathering_layouts(mesh: Mesh, dims: Sequence[str], shape: Sequence[int]) ->
     others (`tensor`) it stays split. In a single step XLA would pad every shard with zeros and sum the whole over all
     devices, and likewise the gradient; axis by axis it gathers, and scatters the sums of the gradient.
     """
-    parts = [list(axes_of(part)) for part in parameter_spec(mesh, dims, shape)]
-    layouts = [P(*map(tuple, parts))]
-    own = iter([axis for mine in parts for axis in mine if axis in DATA])
-    split = [axis for axis in axes("tokens") if any(axis in mine for mine in parts)]
-    for axis in reversed([next(own) if axis in DATA else axis for axis in split]):
+    split = parameter_spec(mesh, dims, shape)
+    parts = [list(axes_of(part)) for part in split]
+    layouts = [split]
+    for axis in gathering_axes(split):
         for mine in parts:
             if axis in mine:
                 mine.remove(axis)
                 layouts.append(P(*map(tuple, parts)))
     return tuple(NamedSharding(mesh, layout) for layout in layouts)
+
+
+def gathering_axes(split: P) -> list[str]:
+    """The axes over which an array with a spec is gathered for use, in this order: those that split tokens."""
+    mine = [axis for part in split for axis in axes_of(part)]
+    own = iter([axis for axis in mine if axis in DATA])  # which may be TURNED
+    return [next(own) if axis in DATA else axis for axis in axes("tokens") if axis in mine][::-1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

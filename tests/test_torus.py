@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from chips import Device, chips
 
 from moe_jax.config import MeshConfig
 from moe_jax.config.axes import AXES, DATA
@@ -12,24 +13,6 @@ from moe_jax.mesh import make_mesh
 from moe_jax.planning.collectives import Collective
 from moe_jax.planning.topology import Place, exchange, parse_topology
 from moe_jax.torus import blocks, cost, placed
-
-KINDS = {"v5p": "TPU v5", "v5e": "TPU v5 lite"}
-
-
-class Device:
-    """A chip of another machine, with the attributes that a mesh reads."""
-
-    platform, process_index, core_on_chip = "tpu", 0, 0
-
-    def __init__(self, number, coords, kind, slice_index=0):
-        self.id, self.coords, self.device_kind, self.slice_index = number, coords, kind, slice_index
-
-
-def chips(text, slice_index=0, first=0):
-    """The devices of a topology."""
-    topology = parse_topology(text)
-    corners = itertools.product(*map(range, topology.dims))
-    return [Device(first + n, at, KINDS[topology.family], slice_index) for n, at in enumerate(corners)]
 
 
 def spans(devices):

@@ -153,7 +153,7 @@ def _of_weights(config: Config, mesh: "Mesh") -> Iterator[tuple[Collective, int]
 def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
     import jax
 
-    from moe_jax.mesh import axes, axes_of, is_expert_weight, parameter_spec
+    from moe_jax.mesh import axes, axes_of, gathering_axes, is_expert_weight, parameter_spec
     from moe_jax.model.abstract import abstract_model
 
     model = abstract_model(config.model)
@@ -163,8 +163,9 @@ def _weights(config: Config, mesh: "Mesh") -> Iterator[_Weight]:
             continue
         shape = leaf.shape[-len(dims) :]
         kept = axes("experts") if is_expert_weight(dims) else ()
-        split = [axis for part in parameter_spec(mesh, dims, shape) for axis in axes_of(part)]
-        gathered = [axis for axis in reversed(axes("tokens")) if axis in split and axis not in kept]  # innermost first
+        place = parameter_spec(mesh, dims, shape)
+        split = [axis for part in place for axis in axes_of(part)]
+        gathered = [axis for axis in gathering_axes(place) if axis not in kept]
         elsewhere = math.prod(mesh.shape[axis] for axis in split if axis not in gathered)
         layers = leaf.shape[0] if len(leaf.shape) > len(dims) else 1
         of_vocabulary = "vocab" in dims

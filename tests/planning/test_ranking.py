@@ -1,8 +1,8 @@
 """The time of a step predicted from its config, against real compilations, and the order that a search follows from it.
 
-A file of `compiled/` has what one compilation exchanged: seconds by kind, the sum of every exchange alone on its links;
-the seconds of its schedule; and where the mesh's axes lie in the torus, as offsets along each. `summed_whole` has the
-seconds that XLA adds by summing a gradient whole instead of scattering it, which nothing in a config foretells.
+A file of `compiled/`, which `record.py` makes, has what one compilation exchanged: seconds by kind, the sum of every
+exchange alone on its links, and the seconds of its schedule. `summed_whole` has the seconds that XLA adds by summing a
+gradient whole instead of scattering it, which nothing in a config foretells.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from chips import chips
 
-from moe_jax.config import resolve, validate
-from moe_jax.config.axes import AXES
+from moe_jax.config import MeshConfig, resolve, validate
 from moe_jax.config.command import load
+from moe_jax.mesh import make_mesh
 from moe_jax.planning import ranking, search
 from moe_jax.planning.ranking import predict
 from moe_jax.planning.topology import parse_topology
@@ -29,21 +29,10 @@ def recorded(file):
     known = json.loads(file.read_text())
     topology = parse_topology(known["topology"])
     config = validate(load(Path(__file__).parents[2] / known["config"]).get_config())
-    config = dataclasses.replace(
-        config,
-        mesh=dataclasses.replace(config.mesh, expert=known["expert"]),
-        model=dataclasses.replace(config.model, remat=known["remat"]),  # as it was compiled
-    )
-    offsets = [np.array(known["places"].get(axis, [[0] * len(topology.dims)])) for axis in AXES]
-    shape = tuple(map(len, offsets))
-    devices = np.empty(shape, object)
-    for at in np.ndindex(*shape):
-        coords = sum(offset[n] for offset, n in zip(offsets, at, strict=True))
-        devices[at] = SimpleNamespace(slice_index=0, coords=tuple(map(int, coords)))
-    mesh = SimpleNamespace(
-        devices=devices, axis_names=AXES, shape=dict(zip(AXES, shape, strict=True)), size=devices.size
-    )
-    return resolve(config, devices.size, "tpu"), mesh, topology, known
+    model = dataclasses.replace(config.model, remat=known["remat"], remat_keep=tuple(known["remat_keep"]))
+    config = dataclasses.replace(config, mesh=MeshConfig(expert=known["expert"]), model=model)
+    devices = chips(known["topology"])
+    return resolve(config, len(devices), "tpu"), make_mesh(config.mesh, devices), topology, known
 
 
 def by_kind(seconds):
