@@ -165,9 +165,9 @@ def _scattered(d_head: Array, split: _Split) -> Array:
     return _over(tuple(axis for axis in split.tokens if axis not in gathered), jax.lax.psum, d_head)
 
 
-def _over(axes: tuple[str, ...], reduce: Callable[[Array, tuple[str, ...]], Array], x: Array) -> Array:
+def _over(names: tuple[str, ...], reduce: Callable[[Array, tuple[str, ...]], Array], x: Array) -> Array:
     """x reduced over mesh axes, if there are any."""
-    return reduce(x, axes) if axes else x
+    return reduce(x, names) if names else x
 
 
 def _gradient_in_xla(
