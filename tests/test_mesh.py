@@ -264,6 +264,23 @@ def test_latent_attention_and_multi_token_prediction_give_the_step_of_one_device
         assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
 
 
+def test_a_batch_of_weighted_targets_gives_the_step_of_one_device():
+    results = []
+    for sizes in (ONE, (1, 2, 2, 2)):
+        config, mesh = config_on(sizes, micro_batches=2)
+        batch = batch_of(config, mesh)
+        draws = np.random.default_rng(0).uniform(0.0, 3.0, batch.mask.shape)
+        weights = np.where(np.asarray(batch.mask) & (draws > 0.5), draws, 0.0).astype(np.float32)
+        batch = batch._replace(mask=jax.device_put(weights, batch.mask.sharding))
+        args = init_state(config, mesh), batch, step_key(config)
+        results.append(jax.device_get(jax.jit(functools.partial(accumulate, config, mesh=mesh))(*args)))
+    (exact, its_grads), (sums, grads) = results
+    np.testing.assert_array_equal(sums.statistics["loads"], exact.statistics["loads"])
+    np.testing.assert_allclose(sums.total_loss, exact.total_loss, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(its_grads), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
 def test_a_train_step_keeps_every_sharding_and_compiles_once_without_warnings(capfd):
     config, mesh = config_on((1, 2, 2, 2), micro_batches=2, model=dict(remat="full"))
     step = make_train_step(config, mesh)
