@@ -23,6 +23,9 @@ WEIGHTS_TO_ROWS = 12
 def placed(devices: Sequence[Any], experts: int) -> np.ndarray | None:
     """The devices of one slice as an array [n0, n1, n2, experts]: weights are gathered over n2, then n1, then n0.
 
+    Some are gathered over n0 before n1, to use the links of both (`config.axes.TURNED`). So n1 is 1 if the second
+    dimension has fewer links than the first, and no third one is left.
+
     Args:
         devices: of one slice.
         experts: how many of them share the experts of a layer.
@@ -47,7 +50,11 @@ def placed(devices: Sequence[Any], experts: int) -> np.ndarray | None:
     order = gathering_order(dims, block, chip.ring_multiple)
     left = split.transpose([*(2 * n for n in order), *(2 * n + 1 for n in range(len(dims)))])
     sizes = [dims[n] // block[n] for n in order]
-    return left.reshape(*sizes, *[1] * (GATHERED - len(sizes)), experts)
+    rates = [_links(dims[n], dims[n] // block[n], block[n], chip.ring_multiple) for n in order]
+    sizes += [1] * (GATHERED - len(sizes))
+    if sizes[2] == 1 and rates[1] < rates[0]:
+        sizes = [sizes[0], 1, sizes[1]]
+    return left.reshape(*sizes, experts)
 
 
 def blocks(dims: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -362,6 +362,7 @@ def test_compiler_options_of_another_platform_are_not_read_and_unknown_ones_are_
     assert compiler_options(config, "tpu") == {"xla_tpu_enable_async_all_to_all": "true", "xla_embed_ir": "true"}
     config, mesh = config_on(ONE, compiler_options=SPARSE_CORES | BETWEEN_LAYERS)
     assert compiler_options(config, "tpu") == SPARSE_CORES | BETWEEN_LAYERS
+    assert compiler_options(config, "tpu", 2) == SPARSE_CORES
     assert compiler_options(config, "cpu") == compiler_options(config, "gpu") == {}
     config, mesh = config_on(ONE, compiler_options={"xla_no_such_thing": "1"})
     with pytest.raises(

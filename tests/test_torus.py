@@ -24,12 +24,12 @@ def spans(devices):
 @pytest.mark.parametrize(
     ("text", "experts", "block", "stages"),
     [
-        ("v5p:8x16x16", 64, (8, 2, 4), [8, 4, 1]),
-        ("v5p:8x16x16", 32, (8, 1, 4), [16, 4, 1]),
+        ("v5p:8x16x16", 64, (8, 2, 4), [8, 1, 4]),
+        ("v5p:8x16x16", 32, (8, 1, 4), [16, 1, 4]),
         ("v5p:8x16x16", 8, (8, 1, 1), [16, 16, 1]),
         ("v5p:4x8x8", 1, (1, 1, 1), [8, 8, 4]),
         ("v5e:16x16", 64, (4, 16), [4, 1, 1]),
-        ("v5e:8x16", 8, (4, 2), [8, 2, 1]),
+        ("v5e:8x16", 8, (4, 2), [8, 1, 2]),
     ],
 )
 def test_experts_are_on_a_block_and_every_axis_of_weights_is_along_one_dimension(text, experts, block, stages):

@@ -14,7 +14,7 @@ SPARSE_CORES = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
 }
 # A layer's weights are gathered during the layer before, and its gradients scattered during the one after. libtpu
-# 0.0.42.1 aborts on programs with further rounds of dispatch, so it is for meshes where every device has all experts.
+# 0.0.42.1 aborts on programs with further rounds of dispatch, so the step has them where every device has all experts.
 BETWEEN_LAYERS = {
     "xla_tpu_enable_ici_ag_pipelining": "true",
     "xla_tpu_enable_ici_rs_pipelining": "true",

@@ -15,7 +15,7 @@ from moe_jax.balance import measures
 from moe_jax.config import DISPATCHERS, Config, MeshConfig, at_defaults
 from moe_jax.config.xla_options import BETWEEN_LAYERS, SPARSE_CORES
 from moe_jax.data.batches import Batch
-from moe_jax.mesh import HOST_MEMORY, batch_sharding, platform, replicated
+from moe_jax.mesh import HOST_MEMORY, batch_sharding, platform, replicated, ways
 from moe_jax.model.forward import Details, Pass, PerLayer, inputs_of
 from moe_jax.training.losses import model_row_nats
 from moe_jax.training.state import TrainState, abstract_state, read_bias, state_shardings
@@ -81,19 +81,20 @@ def _train_step(config: Config, mesh: Mesh | None) -> TrainStep:
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = state_shardings(config, mesh), replicated(mesh)
-    options = compiler_options(config, platform(mesh))
+    options = compiler_options(config, platform(mesh), ways(mesh, "experts"))
     if options:
         _check_options(options, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
-def compiler_options(config: Config, platform: str) -> dict[str, str]:
-    """The options of `config.compiler_options` for XLA on a platform.
+def compiler_options(config: Config, platform: str, ways: int = 1) -> dict[str, str]:
+    """The options of `config.compiler_options` for XLA on a platform with experts split over `ways` devices.
 
-    One named xla_tpu_... is for "tpu" only, and so are all of `config.xla_options`.
+    One named xla_tpu_... is for "tpu" only, and so are all of `config.xla_options`; those BETWEEN_LAYERS are for meshes
+    where every device has all experts.
     """
     others = tuple(f"xla_{name}_" for name in ("cpu", "gpu", "tpu") if name != platform)
-    elsewhere = {} if platform == "tpu" else SPARSE_CORES | BETWEEN_LAYERS
+    elsewhere = SPARSE_CORES | BETWEEN_LAYERS if platform != "tpu" else BETWEEN_LAYERS if ways > 1 else {}
     options = config.compiler_options.items()
     return {name: value for name, value in options if not name.startswith(others) and name not in elsewhere}
 
