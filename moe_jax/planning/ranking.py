@@ -3,15 +3,17 @@
 T tokens of a device in a micro-batch, K experts per token, D embed, E experts.
 """
 
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moe_jax.config import DISPATCHERS, Config, ModelConfig, is_gated, num_moe_layers, routed_width
 from moe_jax.config.schema import Kept
+from moe_jax.config.xla_options import SPARSE_CORES
 from moe_jax.planning.collectives import Collective
 from moe_jax.planning.topology import Topology, exchange, place_of
 
@@ -23,15 +25,28 @@ NARROW = 2  # bytes of a number in the compute dtype
 
 
 class Prediction(NamedTuple):
-    """Seconds of a step on one chip: its products at peak, and each kind of exchange alone on its links."""
+    """Seconds of a step on one chip: its products at peak, and each kind of exchange alone on its links.
+
+    rows, weights: the exchanges of rows, and those that gather weights and scatter their gradients, by kind. beside:
+    whether SparseCores make the latter beside the products.
+    """
 
     compute: float
-    exchanges: dict[str, float]
+    rows: dict[str, float]
+    weights: dict[str, float]
+    beside: bool = False
+
+    @property
+    def exchanges(self) -> dict[str, float]:
+        """Seconds of every kind of exchange."""
+        return dict(Counter(self.rows) + Counter(self.weights))
 
     @property
     def seconds(self) -> float:
-        """A step in which the core waits for every exchange, as it does for most of those that XLA compiles today."""
-        return self.compute + sum(self.exchanges.values())
+        """A step in which the core waits for every exchange of rows, and for weights unless they move beside it."""
+        weights = sum(self.weights.values())
+        core = max(self.compute, weights) if self.beside else self.compute + weights
+        return core + sum(self.rows.values())
 
 
 def predict(config: Config, mesh: "Mesh", topology: Topology) -> Prediction:
@@ -43,17 +58,28 @@ def predict(config: Config, mesh: "Mesh", topology: Topology) -> Prediction:
     """
     assert topology.chip
     places = [place_of(d) for d in mesh.devices.flat]
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for c, n in expected(config, mesh).items():
-        if one := exchange(c, places, topology):
-            seconds[c.kind] += n * one.seconds
-    return Prediction(_products(config, mesh) / topology.chip.flops, dict(seconds))
+
+    def seconds(exchanges: Iterator[tuple[Collective, int]]) -> dict[str, float]:
+        sums: defaultdict[str, float] = defaultdict(float)
+        for c, n in _in_step(exchanges, config).items():
+            if one := exchange(c, places, topology):
+                sums[c.kind] += n * one.seconds
+        return dict(sums)
+
+    beside = topology.platform == "tpu" and SPARSE_CORES.items() <= config.compiler_options.items()
+    rows, weights = seconds(_of_rows(config, mesh)), seconds(_of_weights(config, mesh))
+    return Prediction(_products(config, mesh) / topology.chip.flops, rows, weights, beside)
 
 
 def expected(config: Config, mesh: "Mesh") -> Counter[Collective]:
     """The exchanges of a step, and how often it makes each."""
+    return _in_step(itertools.chain(_of_rows(config, mesh), _of_weights(config, mesh)), config)
+
+
+def _in_step(exchanges: Iterable[tuple[Collective, int]], config: Config) -> Counter[Collective]:
+    """How often a step makes each exchange, from how often a micro-batch does; those of one device are none."""
     found: Counter[Collective] = Counter()
-    for c, n in (*_of_rows(config, mesh), *_of_weights(config, mesh)):
+    for c, n in exchanges:
         if len(c.group) > 1:
             found[c] += n * config.micro_batches
     return found

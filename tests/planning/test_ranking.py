@@ -120,7 +120,7 @@ def searched(monkeypatch):
         )
         monkeypatch.setattr(search, "state_bytes", lambda config, mesh: (0, 0, 0))
         monkeypatch.setattr(
-            search, "predict", lambda config, mesh, topology: ranking.Prediction(sizes[config.mesh.expert], {})
+            search, "predict", lambda config, mesh, topology: ranking.Prediction(sizes[config.mesh.expert], {}, {})
         )
         monkeypatch.setattr(search, "plan_on", lambda config, topology, mesh: {"fits": fits(mesh.shape["expert"])})
         return list(search.search(config, topology, 1.0, best))
