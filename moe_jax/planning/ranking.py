@@ -88,14 +88,25 @@ def _in_step(exchanges: Iterable[tuple[Collective, int]], config: Config) -> Cou
 def _collective(kind: str, size: float, axis: str, mesh: "Mesh") -> Collective:
     """An exchange over one axis.
 
-    XLA gathers and scatters around one ring. If the axis has all devices, it reduces instead: zeros with the part.
+    XLA gathers and scatters around one ring, but on a block of experts over the links of all its sides. If the axis has
+    all devices, it reduces instead: zeros with the part.
     """
+    from moe_jax.mesh import axes
+
     numbers = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
     along = np.moveaxis(numbers, mesh.axis_names.index(axis), 0)
     group = tuple(along.reshape(len(along), -1)[:, 0].tolist())
     if kind in ("all-gather", "reduce-scatter") and len(group) == mesh.devices.size:
         kind = "all-reduce"
-    return Collective(kind, round(size), group, False, "", "", one_ring=kind in ("all-gather", "reduce-scatter"))
+    return Collective(
+        kind,
+        round(size),
+        group,
+        False,
+        "",
+        "",
+        one_ring=kind in ("all-gather", "reduce-scatter") and axis not in axes("experts"),
+    )
 
 
 def tokens_of_device(config: Config, mesh: "Mesh") -> int:
