@@ -5,8 +5,8 @@ batch is 4.5K sequences; 4608 divides by the chips.
 Source: DeepSeekMoE (arXiv 2401.06066), section 5.1, and the configuration published with its weights.
 Command: python -m moe_jax.train --config=configs/deepseek_moe_16b.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_moe_16b.py --topology=v5p:4x8x8
-Result of an earlier plan, with model.remat="full": fits, 8.5 of 95 GiB per chip; 1.52 x the ideal FLOPs, with those of
-attention; bound on MFU 65.8 %, by compute; scheduled 28.3 %. The names that are kept now add 8.1 GiB by arithmetic.
+Result: fits, 16.9 of 95 GiB per chip; 1.41 x the ideal FLOPs, with those of attention; bound on MFU 71.0 % (77.4 % with
+causal attention in the ideal), by compute; scheduled 40.3 % (43.9 %); no weight travels while the core waits.
 """
 
 from moe_jax.config import default

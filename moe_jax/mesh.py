@@ -78,7 +78,7 @@ def _in_order(sizes: Mapping[str, int], devices: Sequence[Any], slices: int) -> 
     """The devices as an array of CONFIG_AXES, in JAX's order."""
     if slices == 1:
         return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    inside = sizes | {BETWEEN_SLICES: sizes[BETWEEN_SLICES] // slices}
+    inside = {**sizes, BETWEEN_SLICES: sizes[BETWEEN_SLICES] // slices}
     between = dict.fromkeys(sizes, 1) | {BETWEEN_SLICES: slices}
     return mesh_utils.create_hybrid_device_mesh(
         tuple(inside.values()), tuple(between.values()), devices, allow_split_physical_axes=True

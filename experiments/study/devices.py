@@ -24,7 +24,7 @@ from ..report.sweep import Run
 DEVICES = 8
 DRAWS = 200  # batches of a random router
 # in the plan of configs/deepseek_v3.py on 2048 v5p chips (docs/planning.md): seconds of a step, and of its exchanges
-POD_STEP, POD_EXCHANGES = 8.69, 3.876
+POD_STEP, POD_EXCHANGES = 6.08, 1.547
 ROUNDS = "rounds.json"  # in a run's folder, beside its logs
 
 

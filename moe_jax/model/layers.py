@@ -56,8 +56,8 @@ class LayerNorm(nnx.Module):
     """(x - mean(x)) / std(x) * scale + shift over the last axis, in float32. Source: arXiv 1607.06450."""
 
     def __init__(self, config: ModelConfig, **dims: int) -> None:
-        self.scale = filled(1.0, "norms", config.param_dtype, **dims)
-        self.shift = filled(0.0, "norms", config.param_dtype, **dims)
+        self.scale = filled(config, 1.0, "norms", config.param_dtype, **dims)
+        self.shift = filled(config, 0.0, "norms", config.param_dtype, **dims)
         self.eps = config.norm_eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
         tied = config.tied_embeddings
         self.head = None if tied else normal(outside, rngs, "head", embed=config.embed_dim, vocab=config.vocab_size)
         biased = config.head_bias
-        self.head_bias = filled(0.0, "head", config.param_dtype, vocab=config.vocab_size) if biased else None
+        self.head_bias = filled(outside, 0.0, "head", config.param_dtype, vocab=config.vocab_size) if biased else None
         self.mtp = stacked(rngs, config.mtp_depth, Ahead, outside) if config.mtp_depth else None
         self.config = nnx.static(config)
 
