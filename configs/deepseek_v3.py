@@ -8,8 +8,8 @@ Source: DeepSeek-V3 (arXiv 2412.19437), section 4.2, and the configuration publi
 Command: python -m moe_jax.train --config=configs/deepseek_v3.py --workdir=DIR --config.data.path=DIR
 Plan: python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
 Result: fits, 75.4 of 95 GiB per chip; 1.49 x the ideal FLOPs, with those of attention; bound on MFU 67.1 % (76.2 % with
-causal attention in the ideal), by compute; scheduled 33.7 % (38.3 %); of what gathers and scatters send, 2 % is sent while
-the core waits for the whole of it.
+causal attention in the ideal), by compute; scheduled 33.7 % (38.3 %); the core waits for the whole of 2 % of the bytes
+that gathers and scatters send.
 """
 
 from moe_jax.config import default
