@@ -111,7 +111,7 @@ PUBLISHED = {
     ),
 }
 # what a config.json does not decide, and what ranks groups where there is one
-APART = ("init_std", "compute_dtype", "remat", "group_top")
+APART = ("init_std", "compute_dtype", "remat", "remat_keep", "group_top")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
