@@ -88,9 +88,9 @@ def test_on_a_mesh_every_leaf_is_listed_with_its_axes_and_its_part_on_a_device()
 def test_the_command_shows_the_sharding_on_devices_that_are_not_present(repo):
     command = [sys.executable, "-m", "moe_jax.describe", "--config=configs/deepseek_v3.py", "--num_devices=2048"]
     result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
-    for word in ("2048 devices", "data 32, expert 64", "stacks/1/blocks/0/ffw/down", "memory of each device"):
+    for word in ("2048 devices", "data 64, expert 32", "stacks/1/blocks/0/ffw/down", "memory of each device"):
         assert word in result.stdout
     command[-1] = "--num_devices=100"
     result = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "needs a multiple of 64 devices, but there are 100" in result.stderr
+    assert "needs a multiple of 32 devices, but there are 100" in result.stderr
