@@ -393,9 +393,10 @@ def test_a_model_that_several_families_hold_is_not_guessed():
         choose(dataclasses.replace(lite, score="softmax"), origin="Glm4MoeLiteForCausalLM")
 
 
-# keys of which the weights know nothing, and those of training alone or of zero experts
+# keys of which the weights know nothing, those of training alone or of zero experts, and one that exported weights have
+# in them (tests/model/test_folding.py)
 APART = {field.name for field in dataclasses.fields(ModelConfig) if field.metadata.get("changes")}
-APART |= {"quantization", "router_jitter", "random_second", "zero_share"}
+APART |= {"quantization", "router_jitter", "random_second", "zero_share", "scaling"}
 OF_ATTENTION = {
     "gqa": {"num_kv_heads", "head_dim", "qk_norm", "qkv_bias", "partial_rotary_factor"},
     "mla": {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"},
