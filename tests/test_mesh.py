@@ -16,6 +16,7 @@ from moe_jax import balance
 from moe_jax.config import MeshConfig, resolve
 from moe_jax.config.axes import BATCH, TABLE
 from moe_jax.config.schema import Kept
+from moe_jax.config.xla_options import BETWEEN_LAYERS, SPARSE_CORES
 from moe_jax.data import Batch, open_corpus, training_batches
 from moe_jax.mesh import batch_sharding, gather, make_mesh, parameter_spec, platform, spec, specs
 from moe_jax.model.abstract import abstract_model
@@ -142,7 +143,8 @@ def test_axes_that_the_batch_takes_are_left_to_no_later_dimension_of_an_activati
     assert spec("pieces", "length", "all_heads", "head_dim") == P((*batch, "sequence"), None, "tensor", None)
     assert spec("batch", "whole", "own_heads", "head_dim") == P(batch, None, ("tensor", "sequence"), None)
     assert spec("layers", "batch") == P(None, batch)
-    assert spec("experts", "ffw", "embed") == P("expert", "tensor", ("data", "data_y", "data_z", "sequence"))
+    assert spec("experts", "embed", "ffw") == P("expert", ("data", "data_y", "data_z", "sequence"), "tensor")
+    assert spec("experts", "ffw", "embed") == P("expert", "tensor", ("data_y", "data", "data_z", "sequence"))
     assert spec() == P()
 
 
