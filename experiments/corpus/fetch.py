@@ -134,7 +134,8 @@ def report(record: Mapping[str, Any]) -> str:
     there = f"{listed.version}, sha256 {listed.sha256[:12]}"
     return (
         f"{record['name']} is {record['version']}, sha256 {record['sha256'][:12]}, and not {there}: other data, so "
-        "the corpus has another fingerprint, and runs on it compare only with each other."
+        "the corpus has another fingerprint, and runs on it compare only with each other; if apt-get's lists are old, "
+        "run apt-get update as root, and repeat with another --output."
     )
 
 
