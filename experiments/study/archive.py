@@ -15,6 +15,7 @@ An archive has the same bytes whenever it has the same runs, and is written only
 has and the workdir has not, such as another machine's, are kept.
 """
 
+import functools
 import io
 import json
 import lzma
@@ -26,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_jax.config import as_dict, validate
 from moe_jax.runtime.files import read_json, write_whole
 from moe_jax.runtime.log import LAYERS, METRICS
 
@@ -273,9 +275,17 @@ def archived_run(run: PlannedRun, sweep: Path, table: Path, results: Path) -> Fi
 
 
 def _settings(spec: str, arm: str) -> tuple[Any, Any]:
-    """The settings of an arm in the text of a sweep.json."""
+    """The settings of an arm in the text of a sweep.json, with the defaults of keys that it is older than."""
     content = json.loads(spec)
-    return content.get("config"), content.get("arms_config", {}).get(arm)
+    return _complete(json.dumps(content.get("config"))), content.get("arms_config", {}).get(arm)
+
+
+@functools.lru_cache
+def _complete(config: str) -> Any:
+    try:
+        return as_dict(validate(json.loads(config)))
+    except (ValueError, AttributeError, TypeError):  # none, or one that is not valid any more
+        return json.loads(config)
 
 
 def _run_in(name: str) -> tuple[str, int] | None:

@@ -14,7 +14,7 @@ from drills import rig
 from configs.ablation import scopes
 from experiments.report.command import main as report
 from experiments.study import __main__ as command
-from experiments.study.archive import tables, unpacked
+from experiments.study.archive import _packed, read_archive, tables, unpacked
 from experiments.study.plan import TABLES, parse_tables, read_tables
 from experiments.study.run import MEASURES, check_corpora
 from moe_jax import evaluate
@@ -219,6 +219,20 @@ def test_a_lost_workdir_costs_the_trunks_alone(study, tmp_path, capsys):
     assert [place for place in done if " " not in place] == TRUNKS
     assert capsys.readouterr().out.count(": restored from the archives") == len(EVERY) - len(TRUNKS)
     assert {file: file.read_bytes() for file in (tmp_path / "results").rglob("*.tar.xz")} == before
+
+
+def test_archives_of_an_earlier_version_have_the_defaults_of_later_keys(study, tmp_path):
+    run, done, _ = study
+    run()
+    for archive in (tmp_path / "results").rglob("*.tar.xz"):
+        files = read_archive(archive)
+        spec = json.loads(files["sweep.json"])
+        del spec["config"]["model"]["norm"], spec["config"]["mesh"]["sequence"]
+        archive.write_bytes(_packed(files | {"sweep.json": json.dumps(spec)}))
+    shutil.rmtree(tmp_path / "work")
+    done.clear()
+    run()
+    assert [place for place in done if " " not in place] == TRUNKS
 
 
 def test_an_arm_with_other_settings_is_not_restored(study, tmp_path):
