@@ -274,18 +274,31 @@ def archived_run(run: PlannedRun, sweep: Path, table: Path, results: Path) -> Fi
     return {name.removeprefix(place): text for name, text in there.items() if name.startswith(place)}
 
 
-def _settings(spec: str, arm: str) -> tuple[Any, Any]:
-    """The settings of an arm in the text of a sweep.json, with the defaults of keys that it is older than."""
+def _settings(spec: str, arm: str) -> Any:
+    """The config of an arm by the text of a sweep.json, with the defaults of keys that it is older than."""
     content = json.loads(spec)
-    return _complete(json.dumps(content.get("config"))), content.get("arms_config", {}).get(arm)
+    own = content.get("arms_config", {}).get(arm)
+    return None if own is None else _complete(json.dumps([content.get("config"), own]))
 
 
 @functools.lru_cache
-def _complete(config: str) -> Any:
+def _complete(text: str) -> Any:
+    """A config with the values that an arm gives by dotted keys; the two as they are if they are not valid any more."""
+    config, own = json.loads(text)
     try:
-        return as_dict(validate(json.loads(config)))
-    except (ValueError, AttributeError, TypeError):  # none, or one that is not valid any more
-        return json.loads(config)
+        whole = json.loads(text)[0]
+        for key, value in own.items():
+            *path, name = key.split(".")
+            if value is None and path[0] == "balance":  # a method that the arm has not
+                whole["balance"].pop(path[1], None)
+                continue
+            section = whole
+            for part in path:
+                section = section.setdefault(part, {})
+            section[name] = value
+        return as_dict(validate(whole))
+    except (ValueError, AttributeError, TypeError, LookupError):
+        return config, own
 
 
 def _run_in(name: str) -> tuple[str, int] | None:
